@@ -1,0 +1,329 @@
+"""The bundle: the contract between the half that exports and the half that runs.
+
+Owns the manifest (dataclasses, read, write), the names both halves use, and the check that a folder is what its manifest says.
+Standard library only. docs/architecture.md describes the folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import stat
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from sdrt.errors import BundleError, InputFileError, MachineError, printable
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+WEIGHTS = "graphs/weights.safetensors"
+TOKENIZER = "tokenizer/tokenizer.json"
+ENGINES = "engines"
+MAX_MANIFEST_BYTES = 16 << 20
+
+TEXT_ENCODER, STEP, VAE_DECODER, VAE_ENCODER = GRAPHS = ("text_encoder", "step", "vae_decoder", "vae_encoder")
+
+REGISTERS = 4
+"""Latents a sampler may carry from one model call to the next (R)."""
+
+SIZE_STEP = 8
+"""Picture sides are multiples of this."""
+MIN_SIDE, MAX_SIDE = 64, 8192
+
+STEP_TABLES = ("timestep", "a", "w", "u", "q", "M", "inpaint", "noise")
+STEP_INPUTS = ("row", *STEP_TABLES, "registers", "context", "mask", "init", "init_noise")
+STEP_OUTPUTS = ("next_registers", "next_row", "denoised")
+TEXT_INPUTS = ("tokens", "emphasis")
+DECODER_INPUTS = ("latents", "rounding")
+DECODER_OUTPUTS = ("pixels", "finite")
+ENCODER_INPUTS = ("pixels", "noise")
+ENCODER_OUTPUTS = ("latents",)
+
+
+def context_output(clip_skip: int) -> str:
+    """Name of the text encoder's output for a clip skip, 1 being the last layer."""
+    return f"context_skip_{clip_skip}"
+
+
+def graph_path(graph: str, precision: str) -> str:
+    """Where a graph lies in the bundle. Beside the weights, because external data may not leave its graph's folder."""
+    return f"graphs/{graph}.{precision}.onnx"
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    size_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Diffusion:
+    """What the network predicts and the noise schedule it was trained under: `num_timesteps` betas, linear in their square roots."""
+
+    prediction: str = "epsilon"
+    beta_start: float = 0.00085
+    beta_end: float = 0.012
+    num_timesteps: int = 1000
+
+
+@dataclass(frozen=True)
+class Text:
+    """`tokens` per chunk, start and end included; `clip_skip` layers the text encoder gives out, the first one being the default."""
+
+    width: int
+    tokens: int
+    bos: int
+    eos: int
+    pad: int
+    clip_skip: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Latents:
+    """`factor` pixels a side per latent; `size` is the default picture as (width, height) in pixels."""
+
+    channels: int
+    factor: int
+    size: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A file that went into the bundle. `kind` is checkpoint, vae or lora; `applied` counts what it changed, per component."""
+
+    kind: str
+    name: str
+    sha256: str
+    scale: float | None = None
+    te_scale: float | None = None
+    applied: dict[str, int] = field(default_factory=dict)
+    relative_change: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Graph:
+    """`weights` is the storage type, `compute` the type of the arithmetic; `error` is the largest relative error the build measured."""
+
+    path: str
+    weights: str
+    compute: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    error: float
+
+
+@dataclass(frozen=True)
+class Manifest:
+    format: int
+    sdrt: str
+    name: str
+    family: str
+    architecture: dict[str, Any]
+    diffusion: Diffusion
+    text: Text
+    latents: Latents
+    precision: str
+    graphs: dict[str, dict[str, Graph]]
+    sources: tuple[Source, ...]
+    tools: dict[str, str]
+    files: dict[str, FileRecord]
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """An opened bundle: `path` is its absolute folder. Nothing but the manifest has been read."""
+
+    path: Path
+    manifest: Manifest
+
+    def file(self, name: str) -> Path:
+        return self.path / name
+
+    def graph(self, graph: str, precision: str) -> Path:
+        """Path of a graph file.
+
+        Raises:
+            BundleError: the bundle has no such graph at that precision.
+        """
+        record = self.manifest.graphs.get(graph, {}).get(precision)
+        if record is None:
+            raise BundleError(f"{self.path}: no {precision} {graph} graph", "Build the bundle again with this version of sdrt.")
+        return self.file(record.path)
+
+
+def file_record(path: Path) -> FileRecord:
+    with path.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256")
+        return FileRecord(stream.tell(), digest.hexdigest())
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write `manifest.json` into `folder`, the last file of a bundle. Keys are sorted, so equal manifests are equal bytes."""
+    text = json.dumps(asdict(manifest), indent=1, sort_keys=True, ensure_ascii=False)
+    (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
+
+
+def is_bundle(path: Path) -> bool:
+    """Whether `path` looks like a folder of ours, finished or tampered with; used before replacing it."""
+    try:
+        with (path / MANIFEST).open("rb") as stream:
+            document = json.loads(stream.read(MAX_MANIFEST_BYTES))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(document, dict) and {"format", "sdrt", "graphs", "files"} <= document.keys()
+
+
+def open_bundle(path: Path) -> Bundle:
+    """Read and check a bundle's manifest, and that exactly its files are there with their sizes. Hashes are `check_files`'s.
+
+    Raises:
+        InputFileError: there is no such folder, or no manifest in it.
+        MachineError: a newer sdrt wrote it.
+        BundleError: the manifest or the folder is not what it should be.
+    """
+    path = path.absolute()
+    if not path.exists():
+        raise InputFileError(f"{path}: no such bundle", "Make one with: sdrt build --checkpoint FILE")
+    manifest_file = path / MANIFEST
+    if not path.is_dir() or not os.path.lexists(manifest_file):
+        raise InputFileError(f"{path}: not a bundle: it has no {MANIFEST}", "Make one with: sdrt build --checkpoint FILE")
+    if manifest_file.is_symlink() or not manifest_file.is_file():
+        raise BundleError(f"{manifest_file}: expected a regular file")
+    if manifest_file.stat().st_size > MAX_MANIFEST_BYTES:
+        raise BundleError(f"{manifest_file}: {manifest_file.stat().st_size:,} bytes, more than the limit of {MAX_MANIFEST_BYTES:,}")
+    manifest = _parse_manifest(manifest_file)
+    _check_listing(path, manifest)
+    return Bundle(path, manifest)
+
+
+def check_files(bundle: Bundle, names: Iterable[str] | None = None) -> None:
+    """Compare the SHA-256 of the named files (all by default) with the manifest. A hash says unchanged, not trustworthy.
+
+    Raises:
+        BundleError: a file differs; it names the file.
+    """
+    for name in bundle.manifest.files if names is None else names:
+        expected, found = bundle.manifest.files[name], file_record(bundle.file(name))
+        if found != expected:
+            raise BundleError(
+                f"{bundle.path}: {name}: changed since the build: expected sha256 {expected.sha256[:16]}…, found {found.sha256[:16]}…",
+                "Build the bundle again, or copy it again from where it was built.",
+            )
+
+
+def _parse_manifest(path: Path) -> Manifest:
+    try:
+        document = json.loads(path.read_bytes(), object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
+        raise BundleError(f"{path}: not valid JSON: {printable(str(error))}", "Build the bundle again.") from error
+    if not isinstance(document, dict):
+        raise BundleError(f"{path}: expected a JSON object, found {type(document).__name__}")
+    version = document.get("format")
+    if isinstance(version, int) and not isinstance(version, bool) and version > FORMAT:
+        raise MachineError(
+            f"{path}: bundle format {version}, written by sdrt {printable(str(document.get('sdrt')))}; this sdrt reads format {FORMAT}",
+            "Upgrade sdrt, or build the bundle again with this version.",
+        )
+    if version != FORMAT:
+        raise BundleError(f"{path}: format: expected {FORMAT}, found {printable(repr(version))}")
+    try:
+        return _manifest(document)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise BundleError(f"{path}: manifest does not have the expected form: {printable(repr(error))}", "Build the bundle again.") from error
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError("duplicate keys")
+    return result
+
+
+def _manifest(document: dict[str, Any]) -> Manifest:
+    if document.keys() != {f.name for f in fields(Manifest)}:
+        raise ValueError(f"fields {sorted(document.keys() ^ {f.name for f in fields(Manifest)})}")
+    files = {_safe_name(name): FileRecord(_count(r["size_bytes"]), _hex(r["sha256"])) for name, r in document["files"].items()}
+    graphs = {
+        graph: {
+            precision: Graph(**(record | {"inputs": tuple(record["inputs"]), "outputs": tuple(record["outputs"])}))
+            for precision, record in by_precision.items()
+        }
+        for graph, by_precision in document["graphs"].items()
+    }
+    for by_precision in graphs.values():
+        for record in by_precision.values():
+            if record.path not in files:
+                raise ValueError(f"graph file {record.path!r} is not listed under files")
+    if missing := {WEIGHTS, TOKENIZER} - files.keys():
+        raise ValueError(f"files without {sorted(missing)}")
+    text, latents = document["text"], document["latents"]
+    return Manifest(
+        format=FORMAT,
+        sdrt=str(document["sdrt"]),
+        name=str(document["name"]),
+        family=str(document["family"]),
+        architecture=dict(document["architecture"]),
+        diffusion=Diffusion(**document["diffusion"]),
+        text=Text(**(text | {"clip_skip": tuple(text["clip_skip"])})),
+        latents=Latents(_count(latents["channels"]), _count(latents["factor"]), (_count(latents["size"][0]), _count(latents["size"][1]))),
+        precision=str(document["precision"]),
+        graphs=graphs,
+        sources=tuple(Source(**record) for record in document["sources"]),
+        tools=dict(document["tools"]),
+        files=files,
+    )
+
+
+def _safe_name(name: str) -> str:
+    """`name` if it is a plain relative path below the bundle, else ValueError."""
+    path = PurePosixPath(name)
+    plain = name.isprintable() and "\\" not in name and ":" not in name
+    if not plain or path.is_absolute() or ".." in path.parts or str(path) != name or name in (".", MANIFEST) or path.parts[0] == ENGINES:
+        raise ValueError(f"unsafe path {name!r}")
+    return name
+
+
+def _count(value: object) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise ValueError(f"expected a count, found {value!r}")
+    return value
+
+
+def _hex(value: object) -> str:
+    if not isinstance(value, str) or len(value) != 64 or set(value) - set("0123456789abcdef"):
+        raise ValueError(f"expected a sha256, found {value!r}")
+    return value
+
+
+def _check_listing(path: Path, manifest: Manifest) -> None:
+    found = _regular_files(path)
+    for name, record in manifest.files.items():
+        if name not in found:
+            raise BundleError(f"{path}: {name}: missing", "Build the bundle again, or copy it again whole.")
+        if found[name] != record.size_bytes:
+            raise BundleError(f"{path}: {name}: expected {record.size_bytes:,} bytes, found {found[name]:,}", "Build the bundle again, or copy it again whole.")
+    if extra := sorted(found.keys() - manifest.files.keys()):
+        raise BundleError(f"{path}: {printable(extra[0])}: not in the manifest", "Remove it, or build the bundle again.")
+
+
+def _regular_files(root: Path) -> Mapping[str, int]:
+    """Sizes of all files below `root` by relative name, engines, hidden files and the manifest left out. Links and special files are refused."""
+    sizes: dict[str, int] = {}
+    for folder, folders, names in os.walk(root):
+        at_root = Path(folder) == root
+        if at_root and ENGINES in folders:
+            folders.remove(ENGINES)
+        for name in [*folders, *names]:
+            path = Path(folder) / name
+            status = path.lstat()
+            relative = path.relative_to(root).as_posix()
+            if stat.S_ISDIR(status.st_mode) or name.startswith("."):
+                continue
+            if not stat.S_ISREG(status.st_mode):
+                raise BundleError(f"{root}: {printable(relative)}: expected a regular file, found a link or special file", "Copy the bundle with real files.")
+            if not (at_root and name == MANIFEST):
+                sizes[relative] = status.st_size
+    return sizes

@@ -1,0 +1,358 @@
+"""The `sdrt` command. The only file that prints or exits; every command imports what it needs when it runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import sys
+import threading
+import traceback
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from typer.core import TyperGroup
+
+from sdrt import __version__
+from sdrt.errors import MachineError, SdrtError, UsageError, printable
+
+BUG, INTERRUPTED = 70, 130
+_PACKAGES = {"torch": "build", "onnx": "build", "onnxscript": "build", "onnx_ir": "build", "onnxruntime": "cpu"}
+
+
+class ReportingGroup(TyperGroup):
+    """Turns errors into one line on stderr, what to do about it, and DESIGN's exit codes. Tracebacks only with --debug."""
+
+    def invoke(self, ctx: Any) -> Any:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, _interrupt)  # a stopped build cleans up like an interrupted one
+        try:
+            return super().invoke(ctx)
+        except SdrtError as error:
+            _fail(ctx, error.message, error.fix, error.exit_code)
+        except KeyboardInterrupt:
+            _fail(ctx, "interrupted; nothing was left behind", "", INTERRUPTED)
+        except ModuleNotFoundError as error:
+            package = (error.name or "").partition(".")[0]
+            if package not in _PACKAGES:
+                _fail(ctx, f"{type(error).__name__}: {error}", "This is a bug in sdrt; please report it with the output of --debug.", BUG)
+            _fail(ctx, f"{package} is not installed", f"Install it with: pip install 'sdrt[{_PACKAGES[package]}]'", MachineError.exit_code)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader went away, as in `| head`
+            raise typer.Exit(0) from None
+        except MemoryError:
+            _fail(ctx, "out of memory", "Choose a smaller size or batch, or a machine with more memory.", 6)
+        except Exception as error:
+            if type(error).__module__.startswith("typer"):
+                raise
+            _fail(ctx, f"{type(error).__name__}: {printable(str(error))}", "This is a bug in sdrt; please report it with the output of --debug.", BUG)
+
+
+def _interrupt(*_: object) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def _fail(ctx: Any, message: str, fix: str, code: int) -> NoReturn:
+    if ctx.params.get("debug"):
+        traceback.print_exc()
+    typer.echo(f"error: {printable(message)}", err=True)
+    if fix:
+        typer.echo(f"  fix: {printable(fix)}", err=True)
+    if ctx.find_root().obj == "json":
+        typer.echo(json.dumps({"error": {"message": message, "fix": fix, "exit_code": code}}))
+    raise typer.Exit(code)
+
+
+app = typer.Typer(cls=ReportingGroup, no_args_is_help=True, add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout; words and progress stay on stderr.")]
+BundleArgument = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A folder made by `sdrt build`, such as model.sdrt.")]
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(f"sdrt {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    debug: Annotated[bool, typer.Option("--debug", help="Print the traceback of an error.")] = False,
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")] = False,
+) -> None:
+    """Compile Stable Diffusion and its LoRAs into a bundle, and run it without PyTorch.
+
+    Two commands do it:
+
+        sdrt build --checkpoint model.safetensors --lora style.safetensors:0.8
+
+        sdrt generate model+style.sdrt "a red apple" --output apple.png
+
+    Exit codes: 0 ok; 1 a check said no; 2 usage; 3 bad input file; 4 refused as unsafe; 5 this machine does not fit; 6 out of disk or
+    memory; 7 locked or timed out; 8 inconclusive; 70 a bug in sdrt; 130 interrupted.
+    """
+
+
+@app.command(epilog="Example: sdrt build --checkpoint model.safetensors --lora style.safetensors:0.8:0.5 --output styled.sdrt")
+def build(
+    ctx: typer.Context,
+    checkpoint: Annotated[Path, typer.Option("--checkpoint", metavar="FILE", help="Stable Diffusion 1.x checkpoint, one .safetensors file in the layout of AUTOMATIC1111 (LDM).")],
+    lora: Annotated[list[str] | None, typer.Option("--lora", metavar="FILE[:SCALE[:TE_SCALE]]", help="LoRA to fuse; may be repeated, the order does not matter. SCALE (default 1) weighs its change of the UNet, TE_SCALE (default SCALE) that of the text encoder. AUTOMATIC1111's prompt syntax has the two in the other order.")] = None,
+    vae: Annotated[Path | None, typer.Option("--vae", metavar="FILE", help="VAE to use instead of the checkpoint's own.")] = None,
+    target: Annotated[list[str] | None, typer.Option("--target", metavar="NAME", help="Engine to prepare; may be repeated: auto or onnxruntime, which runs the bundle as it is. Others are not supported yet.")] = None,
+    precision: Annotated[str, typer.Option("--precision", metavar="fp16|bf16|fp32", help="Storage type of the weights. On a CPU the arithmetic is float32 whatever it is.")] = "fp16",
+    size: Annotated[str | None, typer.Option("--size", metavar="WxH", help="Default picture size in pixels, multiples of 8; the checkpoint's own if not given. `generate` may choose any other.")] = None,
+    clip_skip: Annotated[int, typer.Option("--clip-skip", metavar="N", help="Text-encoder layer to use, counted from the end as AUTOMATIC1111 does: 1 is the last.")] = 1,
+    allow_unmatched: Annotated[bool, typer.Option("--allow-unmatched", help="Leave out LoRA keys that belong to no module of the model instead of failing.")] = False,
+    output: Annotated[Path | None, typer.Option("--output", "-o", metavar="NAME.sdrt", help="Folder to write; by default the stems of the checkpoint and LoRAs, in the working folder.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the output if it is a bundle. Nothing else is ever replaced.")] = False,
+    as_json: Json = False,
+) -> None:  # fmt: skip
+    """Turn a checkpoint and its LoRAs into a bundle.
+
+    The first build of an architecture traces its networks, about a minute; later ones of any checkpoint or LoRA take the traces from the
+    cache ($SDRT_CACHE_DIR, or ~/.cache/sdrt). Every build runs each graph against the network it came from before it calls itself done.
+    """
+    ctx.find_root().obj = "json" if as_json else None
+    from sdrt.export.adapters import parse_lora_option
+    from sdrt.export.build import BuildOptions
+    from sdrt.export.build import build as run_build
+
+    _check_targets(target or ["auto"])
+    options = BuildOptions(
+        checkpoint, tuple(parse_lora_option(text) for text in lora or []), vae, precision, _size(size), clip_skip, allow_unmatched, output, force
+    )
+    with _BuildProgress() as progress:
+        report = run_build(options, progress)
+    manifest = report.manifest
+    size_bytes = sum(record.size_bytes for record in manifest.files.values())
+    for note in report.notes:
+        typer.echo(f"note: {printable(note)}", err=True)
+    if as_json:
+        _print_json(
+            {
+                "bundle": str(report.path), "size_bytes": size_bytes, "sources": [asdict(source) for source in manifest.sources], "notes": list(report.notes),
+                "stages_s": dict(report.stages_s), "cached_traces": list(report.cached), "errors": {g: p["fp32"].error for g, p in manifest.graphs.items()},
+            }
+        )  # fmt: skip
+        return
+    for source in manifest.sources:
+        if source.kind == "lora":
+            changes = ", ".join(f"{source.applied[c]} modules of the {c} by {source.relative_change[c]:.1%}" for c in source.applied) or "nothing"
+            typer.echo(f"{printable(source.name)} at {source.scale:g}:{source.te_scale:g} changed {changes}")
+    typer.echo(f"built {report.path} ({size_bytes / 1e6:.1f} MB) in {sum(report.stages_s.values()):.1f} s")
+    typer.echo(f'next: sdrt generate {os.path.relpath(report.path)} "your prompt" --output picture.png', err=True)
+
+
+@app.command(epilog='Example: sdrt generate emoji.sdrt "red apple" --cfg 3 --seed 7 --count 4 --output apple.png')
+def generate(
+    ctx: typer.Context,
+    bundle: BundleArgument,
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What to show.")],
+    negative: Annotated[str, typer.Option("--negative", metavar="TEXT", help="What to steer away from.")] = "",
+    steps: Annotated[int, typer.Option("--steps", metavar="N", help="Steps of the sampler, 1 to 1000.")] = 20,
+    cfg: Annotated[float, typer.Option("--cfg", metavar="X", help="Guidance scale; 1 turns guidance off.")] = 7.0,
+    sampler: Annotated[str, typer.Option("--sampler", metavar="NAME", help='euler, euler_a, heun, ddim or dpmpp_2m; AUTOMATIC1111\'s spelling works too ("DPM++ 2M Karras").')] = "euler",
+    schedule: Annotated[str | None, typer.Option("--schedule", metavar="NAME", help="discrete, karras, or leading (ddim only, its default).")] = None,
+    seed: Annotated[int | None, typer.Option("--seed", metavar="N", help="Seed of the first picture; picture i has seed + i. Drawn and reported if not given.")] = None,
+    size: Annotated[str | None, typer.Option("--size", metavar="WxH", help="Picture size in pixels, multiples of 8; the bundle's own if not given.")] = None,
+    batch: Annotated[int, typer.Option("--batch", metavar="N", help="Pictures per model call, 1 to 64.")] = 1,
+    count: Annotated[int, typer.Option("--count", metavar="N", help="Pictures in total.")] = 1,
+    backend: Annotated[str, typer.Option("--backend", metavar="NAME", help="auto or onnxruntime.")] = "auto",
+    device: Annotated[int, typer.Option("--device", metavar="N", help="GPU to use, counted from 0; ignored on a CPU.")] = 0,
+    threads: Annotated[int | None, typer.Option("--threads", metavar="N", help="CPU threads; the engine's own choice if not given.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", metavar="F.png", help="PNG to write; several pictures become F-SEED.png. By default BUNDLE-SEED.png in the working folder. A picture sdrt made is replaced; any other file needs --force.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace whatever file is in the way.")] = False,
+    as_json: Json = False,
+) -> None:  # fmt: skip
+    """Make pictures from a prompt. Needs no PyTorch."""
+    ctx.find_root().obj = "json" if as_json else None
+    from sdrt.runtime import Pipeline
+    from sdrt.runtime.pipeline import draw_seed
+
+    first = draw_seed() if seed is None else seed
+    if output is not None and output.suffix.lower() != ".png":
+        raise UsageError(f"--output {output}: expected a name ending in .png")
+    target = output if output is not None else Path(f"{bundle.name.removesuffix('.sdrt')}-{first}.png")
+    paths = [target if count == 1 else target.with_name(f"{target.stem}-{first + i}{target.suffix}") for i in range(max(count, 0))]
+    with Pipeline.load(bundle, backend=backend, device=device, threads=threads) as pipe:
+        stream = pipe.stream(
+            prompt, negative=negative, steps=steps, cfg=cfg, seed=first, sampler=sampler, schedule=schedule, size=_size(size), batch=batch, count=count
+        )
+        _check_pictures(paths, force)
+        with _progress() as bar:
+            task = bar.add_task("denoising", total=None)
+            for step in stream:
+                batches = -(-count // batch)
+                bar.update(
+                    task,
+                    total=step.count * batches,
+                    completed=step.picture // batch * step.count + step.index,
+                    description=f"denoising, picture {step.picture + 1} of {step.pictures}",
+                )
+    assert step.result is not None
+    result = step.result
+    for path, image, picture_seed in zip(paths, result.images, result.seeds, strict=True):
+        _save_png(path, image, result.parameters | {"seed": picture_seed, "engine": result.engine})
+    if as_json:
+        _print_json(
+            {
+                "pictures": [{"path": str(p), "seed": s} for p, s in zip(paths, result.seeds, strict=True)],
+                "engine": result.engine,
+                "parameters": result.parameters,
+                "timings_ms": result.timings_ms,
+            }
+        )
+        return
+    for path, picture_seed in zip(paths, result.seeds, strict=True):
+        typer.echo(f"{path}  seed {picture_seed}")
+    typer.echo(f"{result.timings_ms['total'] / 1000:.2f} s on {result.engine['backend']}", err=True)
+
+
+@app.command(epilog="Example: sdrt inspect style.safetensors")
+def inspect(
+    ctx: typer.Context,
+    path: Annotated[Path, typer.Argument(metavar="FILE|BUNDLE", help="A .safetensors file or a bundle.")],
+    as_json: Json = False,
+) -> None:
+    """Say what a file or bundle is: family, components, adapters, sizes. Reads headers only."""
+    ctx.find_root().obj = "json" if as_json else None
+    from sdrt.bundle import MANIFEST, open_bundle
+    from sdrt.export.inspect import inspect_file
+
+    if (path.is_dir() and (path / MANIFEST).exists()) or path.suffix == ".sdrt":
+        opened = open_bundle(path)
+        report: dict[str, Any] = {"path": str(opened.path), "kind": "a bundle", "size_bytes": sum(f.size_bytes for f in opened.manifest.files.values())}
+        report |= asdict(opened.manifest)
+    else:
+        report = inspect_file(path)
+    if as_json:
+        _print_json(report)
+    else:
+        _print_report(report)
+
+
+@app.command(epilog="Example: sdrt verify emoji.sdrt")
+def verify(ctx: typer.Context, bundle: BundleArgument, as_json: Json = False) -> None:
+    """Check a bundle's hashes, and each graph against the reference outputs kept in it. Exit code 1 if anything differs."""
+    ctx.find_root().obj = "json" if as_json else None
+    from sdrt.runtime.verify import verify as run_verify
+
+    checks = run_verify(bundle)
+    if as_json:
+        _print_json({"bundle": str(bundle), "ok": True, "checks": [asdict(check) for check in checks]})
+        return
+    for check in checks:
+        typer.echo(f"ok  {check.graph:13} {check.output:16} {check.backend}  error {check.error:.1e}, limit {check.limit:.0e}")
+
+
+def _check_targets(targets: list[str]) -> None:
+    from sdrt.errors import nearest
+    from sdrt.runtime.engine import BACKENDS
+
+    for target in targets:
+        if target not in ("auto", *BACKENDS):
+            raise UsageError(f"--target {target}: unknown{nearest(target, ['auto', *BACKENDS])}", "Choose auto or onnxruntime.")
+        if target not in ("auto", "onnxruntime"):
+            raise MachineError(f"--target {target}: not supported yet by this version of sdrt", "Choose auto or onnxruntime.")
+
+
+def _size(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    match = re.fullmatch(r"(\d{1,6})[xX](\d{1,6})", text)
+    if match is None:
+        raise UsageError(f"--size {text}: expected WIDTHxHEIGHT in pixels", "Write it as --size 512x768.")
+    return int(match[1]), int(match[2])
+
+
+def _check_pictures(paths: list[Path], force: bool) -> None:
+    """Fail before the work, not after it, if a picture could not be written or would replace a file that is not ours."""
+    from PIL import Image
+
+    for path in paths:
+        if not path.absolute().parent.is_dir():
+            raise UsageError(f"--output {path}: its folder does not exist", "Create the folder first.")
+        if not path.exists() or force:
+            continue
+        try:
+            with Image.open(path, formats=["PNG"]) as image:
+                ours = "sdrt" in image.info
+        except (OSError, SyntaxError, ValueError):
+            ours = False
+        if not ours:
+            raise UsageError(f"--output {path}: exists and is not a picture sdrt made", "Choose another name, or pass --force.")
+
+
+def _save_png(path: Path, image: Any, parameters: dict[str, Any]) -> None:
+    from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
+
+    from sdrt.publish import staged_file
+
+    info = PngInfo()
+    info.add_itxt("sdrt", json.dumps(parameters, ensure_ascii=False))
+    with staged_file(path) as stage:
+        Image.fromarray(image).save(stage, "PNG", pnginfo=info)
+
+
+def _print_json(value: dict[str, Any]) -> None:
+    typer.echo(json.dumps(value, indent=1, ensure_ascii=True, default=str))
+
+
+def _print_report(report: dict[str, Any], indent: str = "") -> None:
+    for key, value in report.items():
+        if isinstance(value, dict) and value:
+            typer.echo(f"{indent}{printable(key)}:")
+            _print_report(value, indent + "  ")
+        elif isinstance(value, (list, tuple)) and value and isinstance(value[0], dict):
+            typer.echo(f"{indent}{printable(key)}:")
+            for item in value:
+                _print_report(item, indent + "  - ")
+        else:
+            shown = f"{value:,}" if key.endswith(("bytes", "parameters")) and isinstance(value, int) else value
+            typer.echo(f"{indent}{printable(key)}: {printable(str(shown))}")
+
+
+def _progress() -> Any:
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TextColumn("eta"), TimeRemainingColumn())
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+
+
+# Rough seconds of each build stage, for the estimate of what is left only.
+_SHARES = {
+    "read": 4.0, "fuse": 6.0, "tokenizer": 0.5, "trace text_encoder": 3.0, "trace step": 35.0, "trace vae_decoder": 5.0, "trace vae_encoder": 5.0,
+    "check text_encoder": 1.0, "check step": 8.0, "check vae_decoder": 1.0, "check vae_encoder": 1.0, "write": 3.0,
+}  # fmt: skip
+
+
+class _BuildProgress:
+    """Build stages on stderr: a bar where it is a terminal, a line per stage where it is not."""
+
+    def __init__(self) -> None:
+        self._bar = _progress()
+        self._task = self._bar.add_task("starting", total=sum(_SHARES.values()))
+        self._stage = ""
+        self._done = 0.0
+
+    def __enter__(self) -> _BuildProgress:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def __call__(self, stage: str, done: float | None) -> None:
+        if stage != self._stage:
+            self._done += _SHARES.get(self._stage, 0.0)
+            self._stage = stage
+            if self._bar.disable:
+                typer.echo(f"{stage} …", err=True)
+        self._bar.update(self._task, completed=self._done + _SHARES.get(stage, 0.0) * (done or 0.0), description=stage)

@@ -1,0 +1,241 @@
+"""What a checkpoint is, told by the names and shapes of its tensors: the family, and the sizes of its three networks.
+
+Owns the size dataclasses and their inference. Imports no torch, so that `sdrt inspect` reads headers only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from sdrt.errors import CheckpointError
+
+UNET = "model.diffusion_model."
+VAE = "first_stage_model."
+CLIP = "cond_stage_model.transformer."
+NORM_GROUPS = 32
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class UNetSpec:
+    """Sizes of a UNet, all read from tensor shapes except `heads` and `head_width`, of which exactly one is set by the family.
+
+    `channels`, `res_blocks` and `transformer_depth` have one entry per level, finest first; depth 0 means no attention there.
+    """
+
+    in_channels: int
+    out_channels: int
+    channels: tuple[int, ...]
+    res_blocks: tuple[int, ...]
+    transformer_depth: tuple[int, ...]
+    middle_depth: int
+    context_width: int
+    linear_projections: bool
+    heads: int | None
+    head_width: int | None
+
+
+@dataclass(frozen=True)
+class VaeSpec:
+    """Sizes of a VAE. `channels` has one entry per level, finest first; one latent covers 2 ** (levels - 1) pixels a side.
+
+    `scale` multiplies latents after encoding and divides them before decoding (0.18215 for SD 1.x and 2.x).
+    """
+
+    channels: tuple[int, ...]
+    res_blocks: int
+    latent_channels: int
+    scale: float
+
+
+@dataclass(frozen=True)
+class ClipSpec:
+    """Sizes of a CLIP text encoder; `heads` follows the family's 64 channels each.
+
+    `clip_skip` names the layers the graph gives out, in AUTOMATIC1111's counting: 1 is the last layer, 2 the one before it.
+    """
+
+    width: int
+    layers: int
+    heads: int
+    mlp_width: int
+    vocabulary: int
+    tokens: int
+    clip_skip: tuple[int, ...] = (1,)
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A whole model. `size` is the default picture as (width, height); `prediction` is "epsilon" or "v"."""
+
+    family: str
+    prediction: str
+    size: tuple[int, int]
+    clip: ClipSpec
+    unet: UNetSpec
+    vae: VaeSpec
+
+
+def describe(names: Shapes) -> str:
+    """What a set of tensor names is, in words: a family sdrt builds, one it does not build yet, or another kind of file."""
+
+    def has(*prefixes: str) -> bool:
+        return any(name.startswith(prefix) for name in names for prefix in prefixes)
+
+    if not names:
+        return "an empty file"
+    if has("lora_unet_", "lora_te", "lycoris_") or any(".lora_A." in n or ".lora_down." in n or ".lora.down." in n for n in names):
+        return "a LoRA"
+    if has("model.diffusion_model.double_blocks.", "double_blocks."):
+        return "a Flux model"
+    if has("model.diffusion_model.joint_blocks.", "joint_blocks."):
+        return "an SD3 model"
+    if "conditioner.embedders.1.model.ln_final.weight" in names:
+        return "an SDXL model"
+    if "conditioner.embedders.0.model.ln_final.weight" in names:
+        return "an SDXL refiner"
+    if has("depth_model."):
+        return "an SD2 depth model"
+    if has("embedder.model."):
+        return "an unCLIP model"
+    if has("cond_stage_model.model."):
+        return "an SD2 model"
+    if has("down_blocks.", "unet.down_blocks."):
+        return "a UNet in diffusers naming"
+    if len(names) <= 2 and ({"emb_params", "clip_l", "clip_g"} & names.keys()):
+        return "a textual-inversion embedding"
+    if has(UNET):
+        channels = names.get(UNET + "input_blocks.0.0.weight", (0, 4))[1]
+        context = next((s[-1] for n, s in names.items() if n.startswith(UNET) and n.endswith("attn2.to_k.weight") and s), 0)
+        special = {7: "an x4 upscaler", 8: "an instruct-pix2pix model", 9: "an inpainting model"}
+        if channels != 4:
+            return special.get(channels, f"a UNet of {channels} input channels")
+        if not has(CLIP):
+            return {1024: "an SD2 UNet without its text encoder", 2048: "an SDXL UNet without its text encoders"}.get(
+                context, "a Stable Diffusion UNet without its text encoder"
+            )
+        return "a Stable Diffusion 1.x model"
+    if has(VAE, "decoder.up.", "encoder.down."):
+        return "a VAE"
+    if has(CLIP, "text_model."):
+        return "a CLIP text encoder"
+    return "tensors of no kind that sdrt knows"
+
+
+def architecture(path: Path, shapes: Shapes, metadata: Mapping[str, str]) -> Architecture:
+    """Infer the architecture of a Stable Diffusion 1.x checkpoint from canonical tensor names and shapes.
+
+    Raises:
+        CheckpointError: the file is of another family or kind, a component is missing, or shapes contradict each other.
+    """
+    kind = describe(shapes)
+    if kind != "a Stable Diffusion 1.x model":
+        _refuse_kind(path, kind)
+    if VAE + "decoder.conv_in.weight" not in shapes:
+        raise CheckpointError(f"{path}: has no VAE ({VAE}*)", "Supply one with --vae FILE.")
+    unet, vae, clip = unet_spec(path, shapes), vae_spec(path, shapes), clip_spec(path, shapes)
+    if unet.context_width != clip.width:
+        raise CheckpointError(
+            f"{path}: the UNet attends to contexts {unet.context_width} wide, the text encoder gives {clip.width}", "The components are of different models."
+        )
+    if unet.out_channels != vae.latent_channels:
+        raise CheckpointError(
+            f"{path}: the UNet gives {unet.out_channels} channels, the VAE takes {vae.latent_channels}", "The components are of different models."
+        )
+    prediction = {"v": "v", "v_prediction": "v"}.get(metadata.get("modelspec.prediction_type", "epsilon"), "epsilon")
+    return Architecture("sd1", prediction, _default_size(path, metadata), clip, unet, vae)
+
+
+def _refuse_kind(path: Path, kind: str) -> None:
+    fixes = {
+        "a LoRA": "Pass it with --lora, and the checkpoint it was trained on with --checkpoint.",
+        "a VAE": "Pass it with --vae, and a whole checkpoint with --checkpoint.",
+        "a textual-inversion embedding": "Embeddings are not supported yet; pass a whole checkpoint with --checkpoint.",
+        "a Stable Diffusion UNet without its text encoder": "Give a whole checkpoint: no option supplies the text encoder.",
+    }
+    if "not supported yet" in fixes.get(kind, "") or kind in fixes or kind.startswith(("tensors", "an empty", "a CLIP")):
+        raise CheckpointError(
+            f"{path}: expected a Stable Diffusion 1.x checkpoint, found {kind}", fixes.get(kind, "Give a whole checkpoint in one .safetensors file.")
+        )
+    raise CheckpointError(f"{path}: {kind}: not supported yet", "This version of sdrt builds Stable Diffusion 1.x with 4 input channels.")
+
+
+def _shape(path: Path, shapes: Shapes, name: str, rank: int) -> tuple[int, ...]:
+    shape = shapes.get(name)
+    if shape is None:
+        raise CheckpointError(f"{path}: {name}: missing", "The file is incomplete; download it again.")
+    if len(shape) != rank or 0 in shape:
+        raise CheckpointError(f"{path}: {name}: expected {rank} dimensions, found shape {list(shape)}")
+    return shape
+
+
+def _count(shapes: Shapes, pattern: str) -> int:
+    """How many of `pattern` with {} = 0, 1, 2, ... are prefixes of some name."""
+    n = 0
+    while any(name.startswith(pattern.format(n)) for name in shapes):
+        n += 1
+    return n
+
+
+def unet_spec(path: Path, shapes: Shapes) -> UNetSpec:
+    """Sizes of the UNet below `model.diffusion_model.`, walked along its input blocks."""
+    shapes = {name[len(UNET) :]: shape for name, shape in shapes.items() if name.startswith(UNET)}
+    base, in_channels = _shape(path, shapes, "input_blocks.0.0.weight", 4)[:2]
+    channels, res_blocks, depths, width, linear = [base], [0], [0], 0, False
+    for i in range(1, _count(shapes, "input_blocks.{}.")):
+        block = f"input_blocks.{i}."
+        if block + "0.op.weight" in shapes:
+            channels.append(0)
+            res_blocks.append(0)
+            depths.append(0)
+            continue
+        channels[-1] = _shape(path, shapes, block + "0.in_layers.2.weight", 4)[0]
+        res_blocks[-1] += 1
+        depths[-1] = _count(shapes, block + "1.transformer_blocks.{}.")
+        if depths[-1]:
+            width = _shape(path, shapes, block + "1.transformer_blocks.0.attn2.to_k.weight", 2)[1]
+            linear = len(shapes.get(block + "1.proj_in.weight", ())) == 2
+    middle = _count(shapes, "middle_block.1.transformer_blocks.{}.")
+    if not width or not middle:
+        raise CheckpointError(f"{path}: {UNET}*: no cross-attention found in the UNet", "This version of sdrt builds Stable Diffusion 1.x.")
+    heads = 8
+    for level in channels:
+        if level % NORM_GROUPS or level % heads:
+            raise CheckpointError(f"{path}: {UNET}*: {level} channels in a level, expected a multiple of {NORM_GROUPS} groups and {heads} heads")
+    out_channels = _shape(path, shapes, "out.2.weight", 4)[0]
+    return UNetSpec(in_channels, out_channels, tuple(channels), tuple(res_blocks), tuple(depths), middle, width, linear, heads, None)
+
+
+def vae_spec(path: Path, shapes: Shapes) -> VaeSpec:
+    """Sizes of the VAE below `first_stage_model.`, from its decoder."""
+    shapes = {name[len(VAE) :]: shape for name, shape in shapes.items() if name.startswith(VAE)}
+    latent_channels = _shape(path, shapes, "decoder.conv_in.weight", 4)[1]
+    levels = _count(shapes, "decoder.up.{}.")
+    channels = tuple(_shape(path, shapes, f"decoder.up.{i}.block.0.conv1.weight", 4)[0] for i in range(levels))
+    res_blocks = _count(shapes, "decoder.up.0.block.{}.") - 1
+    if levels < 2 or res_blocks < 1 or any(c % NORM_GROUPS for c in channels):
+        raise CheckpointError(f"{path}: {VAE}decoder: unexpected sizes: {levels} levels of {list(channels)} channels, {res_blocks + 1} blocks each")
+    return VaeSpec(channels, res_blocks, latent_channels, 0.18215)
+
+
+def clip_spec(path: Path, shapes: Shapes) -> ClipSpec:
+    """Sizes of the text encoder below `cond_stage_model.transformer.`."""
+    shapes = {name[len(CLIP + "text_model.") :]: shape for name, shape in shapes.items() if name.startswith(CLIP + "text_model.")}
+    vocabulary, width = _shape(path, shapes, "embeddings.token_embedding.weight", 2)
+    tokens = _shape(path, shapes, "embeddings.position_embedding.weight", 2)[0]
+    layers = _count(shapes, "encoder.layers.{}.")
+    mlp_width = _shape(path, shapes, "encoder.layers.0.mlp.fc1.weight", 2)[0]
+    if width % 64:
+        raise CheckpointError(f"{path}: {CLIP}*: text width {width}, expected a multiple of 64 channels a head")
+    return ClipSpec(width, layers, width // 64, mlp_width, vocabulary, tokens)
+
+
+def _default_size(path: Path, metadata: Mapping[str, str]) -> tuple[int, int]:
+    text = metadata.get("modelspec.resolution", "512x512")
+    width, _, height = text.partition("x")
+    if not (width.isdecimal() and height.isdecimal() and len(text) < 12) or int(width) % 8 or int(height) % 8 or not int(width) or not int(height):
+        raise CheckpointError(f"{path}: modelspec.resolution: expected WIDTHxHEIGHT in multiples of 8, found {text!r}")
+    return int(width), int(height)

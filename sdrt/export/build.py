@@ -1,0 +1,211 @@
+"""`sdrt build`: from the files people have to a bundle, one function per arrow."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from sdrt import __version__
+from sdrt import bundle as names
+from sdrt.bundle import Diffusion, Graph, Latents, Manifest, Source, Text, file_record, graph_path, is_bundle, write_manifest
+from sdrt.errors import ResourceError, UsageError
+from sdrt.export.adapters import Lora, LoraOption, open_lora
+from sdrt.export.architecture import Architecture
+from sdrt.export.checkpoint import Checkpoint, open_checkpoint, select
+from sdrt.export.tensor_file import open_tensor_file
+from sdrt.export.tokenizer import write_tokenizer
+from sdrt.export.weights import CODES, Change, write_weights
+from sdrt.publish import staged_folder
+
+COMPUTE = "fp32"
+"""The arithmetic of the graphs built so far, whatever the weights are stored in."""
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """What to build. `size` is the default picture as (width, height); None takes the checkpoint's. `output` None names it after the inputs."""
+
+    checkpoint: Path
+    loras: tuple[LoraOption, ...] = ()
+    vae: Path | None = None
+    precision: str = "fp16"
+    size: tuple[int, int] | None = None
+    clip_skip: int = 1
+    allow_unmatched: bool = False
+    output: Path | None = None
+    force: bool = False
+
+
+@dataclass(frozen=True)
+class BuildReport:
+    """What was built: the bundle's folder, its manifest, remarks for the user, seconds per stage and which graphs came from the cache."""
+
+    path: Path
+    manifest: Manifest
+    notes: tuple[str, ...]
+    stages_s: Mapping[str, float]
+    cached: tuple[str, ...]
+
+
+Progress = Callable[[str, float | None], None]
+"""Called with the stage's name and how much of it is done, 0 to 1, or None where that is not known."""
+
+
+def build(options: BuildOptions, progress: Progress = lambda stage, done: None) -> BuildReport:
+    """Build a bundle. Nothing is left behind unless it succeeds, and an existing bundle is replaced only at the very end.
+
+    Raises:
+        UsageError: the output exists, or an option is out of range.
+        CheckpointError, AdapterError, InputFileError: an input is bad.
+        CheckFailed: a graph does not compute what its network computes.
+        ResourceError: out of disk.
+    """
+    output = (options.output or default_output(options)).absolute()
+    _check_output(output, options)
+    stages: dict[str, float] = {}
+
+    @contextmanager
+    def stage(name: str) -> Iterator[None]:
+        progress(name, None)
+        started = time.perf_counter()
+        yield
+        stages[name] = stages.get(name, 0.0) + time.perf_counter() - started
+
+    with ExitStack() as files:
+        with stage("read"):
+            checkpoint = open_checkpoint(options.checkpoint, options.vae)
+            files.callback(checkpoint.close)
+            arch = _with_options(checkpoint.architecture, options)
+            from sdrt.export.graph import bind, recipes, skeleton  # imports torch: only after the files are known to be good
+            from sdrt.export.selfcheck import check
+
+            made = recipes(arch)
+            expected = {name: shape for recipe in made.values() for name, shape in recipe.weight_shapes().items()}
+            tensors, unknown = select(checkpoint, expected)
+            loras = []
+            for option in options.loras:
+                loras.append(open_lora(option, expected, arch.unet, allow_unmatched=options.allow_unmatched))
+                files.callback(loras[-1].file.close)
+            sources = _sources(checkpoint)
+        with staged_folder(output, replace=options.force) as folder:
+            for part in ("graphs", "tokenizer", "reference"):
+                (folder / part).mkdir()
+            _check_space(folder, sum(tensor.entry.size_bytes for tensor in tensors.values()))
+            with stage("fuse"):
+                weights_file = folder / names.WEIGHTS
+                placed, changes = write_weights(weights_file, tensors, loras, options.precision, lambda done: progress("fuse", done))
+            with stage("tokenizer"):
+                bos, eos = write_tokenizer(folder / names.TOKENIZER, arch.clip.vocabulary)
+            cached = []
+            for graph, recipe in made.items():
+                with stage(f"trace {graph}"):
+                    model, hit = skeleton(recipe)
+                    cached += [graph] if hit else []
+                    bind(model, weights_file, placed, options.precision, folder / graph_path(graph, COMPUTE))
+            graphs = {}
+            with open_tensor_file(weights_file) as weights:
+                for graph, recipe in made.items():
+                    with stage(f"check {graph}"):
+                        path = graph_path(graph, COMPUTE)
+                        error = check(recipe, weights, folder / path, folder / "reference" / f"{graph}.npz")
+                        record = Graph(path, options.precision, COMPUTE, tuple(recipe.inputs), tuple(recipe.outputs), float(f"{error:.1e}"))
+                        graphs[graph] = {COMPUTE: record}
+            with stage("write"):
+                for file in [checkpoint.file, checkpoint.vae_file, *(lora.file for lora in loras)]:
+                    if file is not None:
+                        file.check_unchanged()
+                manifest = Manifest(
+                    format=names.FORMAT,
+                    sdrt=__version__,
+                    name=output.name.removesuffix(".sdrt"),
+                    family=arch.family,
+                    architecture={"unet": asdict(arch.unet), "vae": asdict(arch.vae), "clip": asdict(arch.clip)},
+                    diffusion=Diffusion(prediction=arch.prediction),
+                    text=Text(arch.clip.width, arch.clip.tokens, bos, eos, eos, arch.clip.clip_skip),
+                    latents=Latents(arch.vae.latent_channels, 2 ** (len(arch.vae.channels) - 1), arch.size),
+                    precision=options.precision,
+                    graphs=graphs,
+                    sources=(*sources, *(_lora_source(lora, change) for lora, change in zip(loras, changes, strict=True))),
+                    tools=_tools(),
+                    files={p.relative_to(folder).as_posix(): file_record(p) for p in sorted(folder.rglob("*")) if p.is_file()},
+                )
+                write_manifest(folder, manifest)
+    return BuildReport(output, manifest, tuple(_notes(unknown, loras, changes)), stages, tuple(cached))
+
+
+def default_output(options: BuildOptions) -> Path:
+    """`emoji+blindbox.sdrt` in the working folder, from the stems of the checkpoint and the LoRAs."""
+    return Path("+".join([options.checkpoint.stem, *(lora.path.stem for lora in options.loras)]) + ".sdrt")
+
+
+def _check_output(output: Path, options: BuildOptions) -> None:
+    if options.precision not in CODES:
+        raise UsageError(f"precision {options.precision!r}: unknown", f"Choose one of: {', '.join(CODES)}.")
+    if not output.name or not output.parent.is_dir():
+        raise UsageError(f"{output}: its folder does not exist", "Create the folder first, or choose another --output.")
+    if output.exists() or output.is_symlink():
+        if not options.force:
+            raise UsageError(f"{output}: exists already", "Choose another --output, or pass --force to replace the bundle.")
+        if output.is_symlink() or not is_bundle(output):
+            raise UsageError(f"{output}: exists and is not a bundle; --force replaces bundles only", "Choose another --output.")
+
+
+def _with_options(arch: Architecture, options: BuildOptions) -> Architecture:
+    width, height = options.size or arch.size
+    for side in (width, height):
+        if side % names.SIZE_STEP or not names.MIN_SIDE <= side <= names.MAX_SIDE:
+            raise UsageError(f"size {width}x{height}: expected multiples of {names.SIZE_STEP} from {names.MIN_SIDE} to {names.MAX_SIDE}")
+    if not 1 <= options.clip_skip <= arch.clip.layers:
+        raise UsageError(f"clip skip {options.clip_skip}: this text encoder has {arch.clip.layers} layers", f"Choose 1 to {arch.clip.layers}.")
+    return replace(arch, size=(width, height), clip=replace(arch.clip, clip_skip=(options.clip_skip,)))
+
+
+def _check_space(folder: Path, weight_bytes: int) -> None:
+    needed, free = int(weight_bytes * 1.1) + (64 << 20), shutil.disk_usage(folder).free
+    if free < needed:
+        raise ResourceError(f"{folder.parent}: the bundle needs about {needed:,} bytes, {free:,} are free", "Free some space or choose another --output.")
+
+
+def _sources(checkpoint: Checkpoint) -> list[Source]:
+    sources = [Source("checkpoint", checkpoint.file.path.name, checkpoint.file.sha256())]
+    if checkpoint.vae_file is not None:
+        sources.append(Source("vae", checkpoint.vae_file.path.name, checkpoint.vae_file.sha256()))
+    return sources
+
+
+def _lora_source(lora: Lora, changes: Mapping[str, Change]) -> Source:
+    return Source(
+        kind="lora",
+        name=lora.option.path.name,
+        sha256=lora.sha256,
+        scale=lora.option.scale,
+        te_scale=lora.option.te_scale,
+        applied={component: change.modules for component, change in changes.items()},
+        relative_change={component: float(f"{change.relative:.4g}") for component, change in changes.items()},
+    )
+
+
+def _tools() -> dict[str, str]:
+    tools = {"python": platform.python_version()}
+    for package in ("torch", "onnx", "onnxscript", "onnxruntime"):
+        try:
+            tools[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return tools
+
+
+def _notes(unknown: Sequence[str], loras: Sequence[Lora], changes: Sequence[Mapping[str, Change]]) -> Iterator[str]:
+    if unknown:
+        yield f"{len(unknown)} tensors of the checkpoint are not used, such as {unknown[0]}"
+    for lora, change in zip(loras, changes, strict=True):
+        if not change:
+            yield f"{lora.option.path.name}: scale 0, nothing changed"
+        if lora.unmatched:
+            yield f"{lora.option.path.name}: {len(lora.unmatched)} keys belong to no module and were left out, such as {lora.unmatched[0]}"

@@ -1,0 +1,267 @@
+"""From a network to an ONNX graph: traced once per architecture into a skeleton without weights, then bound to a weights file.
+
+A skeleton is an ONNX model in which every weight is an input under its canonical name; it is cached in the user's cache folder under
+a key of everything that shapes it. Binding turns those inputs into external data inside the bundle's weights file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from torch import nn
+from torch.export import Dim
+
+from sdrt import bundle as names
+from sdrt.export.architecture import Architecture
+from sdrt.export.clip import TextEncoder
+from sdrt.export.step import Step
+from sdrt.export.vae import VaeDecoder, VaeEncoder
+from sdrt.export.weights import Placed
+from sdrt.publish import staged_folder
+
+OPSET = 23
+_SOURCES = ("architecture.py", "clip.py", "unet.py", "vae.py", "step.py", "graph.py")
+
+Shape = tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How one graph is made. Shapes name their free axes; `sizes` gives each free axis a value to trace with, no two alike by chance."""
+
+    graph: str
+    spec: Any
+    make: Callable[[], nn.Module]
+    inputs: Mapping[str, tuple[Shape, torch.dtype]]
+    outputs: Mapping[str, Shape]
+    sizes: Mapping[str, int]
+
+    def module(self) -> nn.Module:
+        """The network with its weights not yet allocated (on the meta device)."""
+        with torch.device("meta"):
+            return self.make().eval()
+
+    def weight_shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(p.shape) for name, p in self.module().named_parameters()}
+
+
+def recipes(arch: Architecture) -> dict[str, Recipe]:
+    """The four graphs of a Stable Diffusion model, by name."""
+    f32, channels, registers = torch.float32, arch.vae.latent_channels, names.REGISTERS
+    factor = 2 ** (len(arch.vae.channels) - 1)
+    latents: Shape = ("N", channels, "h", "w")
+    tables: dict[str, Shape] = {
+        "timestep": ("S",),
+        "a": ("S", registers),
+        "w": ("S", "G"),
+        "u": ("S", registers),
+        "q": ("S",),
+        "M": ("S", registers, registers + 2),
+        "inpaint": ("S", 3),
+        "noise": ("S", *latents),
+    }
+    step_inputs: dict[str, tuple[Shape, torch.dtype]] = {
+        "row": ((1,), torch.int64),
+        **{name: (shape, f32) for name, shape in tables.items()},
+        "registers": ((registers, *latents), f32),
+        "context": (("G*N", "T", arch.unet.context_width), f32),
+        "mask": (("N", 1, "h", "w"), f32),
+        "init": (latents, f32),
+        "init_noise": (latents, f32),
+    }
+    text, pixels = ("n", arch.clip.tokens), ("N", f"{factor}*h", f"{factor}*w", 3)
+    sizes = {"N": 3, "G": 2, "S": 5, "h": 16, "w": 24, "T": arch.clip.tokens, "n": 4}
+    sizes |= {"G*N": 6, f"{factor}*h": 16 * factor, f"{factor}*w": 24 * factor}
+    made = (
+        Recipe(
+            names.TEXT_ENCODER,
+            arch.clip,
+            lambda: TextEncoder(arch.clip),
+            {"tokens": (text, torch.int64), "emphasis": (text, f32)},
+            {names.context_output(n): ("n", arch.clip.tokens, arch.clip.width) for n in arch.clip.clip_skip},
+            sizes,
+        ),
+        Recipe(
+            names.STEP,
+            arch.unet,
+            lambda: Step(arch.unet),
+            step_inputs,
+            dict(zip(names.STEP_OUTPUTS, ((registers, *latents), (1,), latents), strict=True)),
+            sizes,
+        ),
+        Recipe(
+            names.VAE_DECODER,
+            arch.vae,
+            lambda: VaeDecoder(arch.vae),
+            {"latents": (latents, f32), "rounding": ((1,), f32)},
+            {"pixels": pixels, "finite": ("N",)},
+            sizes,
+        ),
+        Recipe(
+            names.VAE_ENCODER,
+            arch.vae,
+            lambda: VaeEncoder(arch.vae),
+            {"pixels": (pixels, torch.uint8), "noise": (latents, f32)},
+            {"latents": latents},
+            sizes,
+        ),
+    )
+    return {recipe.graph: recipe for recipe in made}
+
+
+def trace(recipe: Recipe) -> ir.Model:
+    """Trace a network into a skeleton. Its weights are allocated but never written, so this needs address space, not memory."""
+    module = recipe.module().to_empty(device="cpu")
+    example = {name: torch.zeros([recipe.sizes[d] if isinstance(d, str) else d for d in shape], dtype=kind) for name, (shape, kind) in recipe.inputs.items()}
+    dynamic = {name: _dynamic_axes(shape) for name, (shape, _) in recipe.inputs.items()}
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+        exported = torch.export.export(module, (), kwargs=example, dynamic_shapes=dynamic, strict=False)
+        program = torch.onnx.export(exported, (), kwargs=example, dynamo=True, opset_version=OPSET, optimize=False, verbose=False)
+        assert program is not None
+        return _skeleton(program.model, recipe, set(dict(module.named_parameters())))
+
+
+def _dynamic_axes(shape: Shape) -> dict[int, Any]:
+    # AUTO lets the exporter find relations between axes, such as context's first being G * N.
+    return {axis: Dim.AUTO for axis, size in enumerate(shape) if isinstance(size, str)}
+
+
+def _skeleton(model: ir.Model, recipe: Recipe, weights: set[str]) -> ir.Model:
+    """Weights become inputs before folding, so that the optimiser can neither fold nor rename them."""
+    from onnxscript import optimizer
+
+    graph = model.graph
+    for name in [name for name in graph.initializers if name in weights]:
+        value = graph.initializers.pop(name)
+        value.const_value = None
+        graph.inputs.append(value)
+    optimizer.optimize_ir(model, num_iterations=2)
+    for value, name in zip(graph.inputs, recipe.inputs, strict=False):
+        value.name = name
+        value.shape = ir.Shape(recipe.inputs[name][0])
+    for value, (name, shape) in zip(graph.outputs, recipe.outputs.items(), strict=True):
+        value.name = name
+        value.shape = ir.Shape(shape)
+    kept = {*graph.inputs, *graph.outputs, *graph.initializers.values()}
+    for node in graph:
+        node.metadata_props.clear()
+        node.doc_string = None
+        for value in node.outputs:
+            value.metadata_props.clear()
+            if value not in kept:  # the shapes of intermediate values name the tracer's symbols; engines infer them again
+                value.shape = value.type = None
+    for value in kept:
+        value.metadata_props.clear()
+        value.doc_string = None
+    model.metadata_props.clear()
+    graph.metadata_props.clear()
+    graph.name, model.producer_name, model.producer_version = recipe.graph, "sdrt", None
+    model.functions.clear()
+    return model
+
+
+def skeleton(recipe: Recipe) -> tuple[ir.Model, bool]:
+    """The skeleton of a graph, from the cache or traced and put there. The flag says whether it came from the cache."""
+    folder = cache_folder() / "graphs" / _cache_key(recipe)
+    file, digest = folder / "graph.onnx", folder / "sha256"
+    try:
+        data = file.read_bytes()
+        if hashlib.sha256(data).hexdigest() == digest.read_text().strip():
+            return ir.from_proto(_parse(data)), True
+    except OSError:
+        pass
+    model = trace(recipe)
+    data = ir.to_proto(model).SerializeToString(deterministic=True)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with staged_folder(folder, replace=folder.exists()) as stage:
+            (stage / "graph.onnx").write_bytes(data)
+            (stage / "sha256").write_text(hashlib.sha256(data).hexdigest() + "\n")
+    except Exception as error:  # the cache only saves time: a full disk there, or another build winning the race, must not fail this build
+        logging.getLogger("sdrt").info("trace cache not written: %s", error)
+    return ir.from_proto(_parse(data)), False
+
+
+def _parse(data: bytes) -> Any:
+    import onnx
+
+    return onnx.ModelProto.FromString(data)
+
+
+def _cache_key(recipe: Recipe) -> str:
+    here = Path(__file__).parent
+    parts = {
+        "graph": recipe.graph,
+        "spec": asdict(recipe.spec),
+        "opset": OPSET,
+        "tools": {name: version(name) for name in ("torch", "onnx", "onnxscript", "onnx_ir")},
+        "sources": {name: hashlib.sha256((here / name).read_bytes()).hexdigest() for name in _SOURCES},
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def cache_folder() -> Path:
+    """Where sdrt keeps what it can make again: $SDRT_CACHE_DIR, else the user's cache folder."""
+    if chosen := os.environ.get("SDRT_CACHE_DIR"):
+        return Path(chosen)
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local")) / "sdrt"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sdrt"
+
+
+def bind(model: ir.Model, weights_file: Path, placed: Mapping[str, Placed], precision: str, path: Path) -> None:
+    """Write the graph at `path` with its weight inputs pointing into `weights_file`, which lies in the same folder. Changes `model`.
+
+    Weights stored below float32 are cast where they enter, so the arithmetic stays float32; an engine folds the casts when it loads.
+    """
+    stored = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}[precision]
+    graph = model.graph
+    casts = []
+    for value in [v for v in graph.inputs if v.name in placed]:
+        assert value.name is not None
+        place = placed[value.name]
+        tensor = ir.ExternalTensor(
+            weights_file.name, place.offset, place.size_bytes, stored, shape=ir.Shape(place.shape), name=value.name, base_dir=weights_file.parent
+        )
+        weight = ir.Value(name=value.name, shape=ir.Shape(place.shape), type=ir.TensorType(stored), const_value=tensor)
+        graph.inputs.remove(value)
+        if stored == ir.DataType.FLOAT:
+            ir.convenience.replace_all_uses_with(value, weight)
+        else:
+            cast = ir.node("Cast", [weight], {"to": ir.DataType.FLOAT}, name=f"{value.name}.cast")
+            cast.outputs[0].name = f"{value.name}.fp32"
+            cast.outputs[0].type, cast.outputs[0].shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape(place.shape)
+            casts.append(cast)
+            ir.convenience.replace_all_uses_with(value, cast.outputs[0])
+        graph.initializers[value.name] = weight
+    if casts:
+        graph.insert_before(graph[0], casts)
+    path.write_bytes(ir.to_proto(model).SerializeToString(deterministic=True))
+
+
+def run_unoptimised(path: Path, inputs: Mapping[str, np.ndarray[Any, Any]]) -> dict[str, np.ndarray[Any, Any]]:
+    """Run a graph once through ONNX Runtime on the CPU with graph optimisations off, which is quick to load and small in memory."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.enable_cpu_mem_arena = False
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    outputs = [output.name for output in session.get_outputs()]
+    return dict(zip(outputs, session.run(outputs, dict(inputs)), strict=True))

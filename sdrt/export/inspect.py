@@ -1,0 +1,62 @@
+"""What a model file is, from its header alone: `sdrt inspect FILE`. Imports no torch and reads no tensor."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from sdrt.errors import SdrtError
+from sdrt.export.adapters import component
+from sdrt.export.architecture import VAE, architecture, describe
+from sdrt.export.checkpoint import canonical_name
+from sdrt.export.tensor_file import open_tensor_file
+
+
+def inspect_file(path: Path) -> dict[str, Any]:
+    """Kind, size, tensor types, components or adapter ranks, and what `sdrt build` would say of it, as plain values for JSON.
+
+    Raises:
+        InputFileError: the file is malformed.
+    """
+    with open_tensor_file(path) as file:
+        shapes = {canonical_name(name): entry.shape for name, entry in file.entries.items()}
+        report: dict[str, Any] = {
+            "path": str(path),
+            "kind": describe(shapes),
+            "size_bytes": file.size_bytes,
+            "tensors": len(shapes),
+            "types": dict(Counter(entry.dtype for entry in file.entries.values()).most_common()),
+            "metadata": {key: value[:200] for key, value in sorted(file.metadata.items())},
+        }
+        if report["kind"] == "a LoRA":
+            return report | _lora(shapes)
+        components = Counter(_component(name) for name in shapes)
+        report["components"] = {name: {"tensors": count, "parameters": _parameters(shapes, name)} for name, count in sorted(components.items())}
+        try:
+            arch = architecture(path, shapes, file.metadata)
+        except SdrtError as error:
+            return report | {"buildable": False, "why": error.message, "fix": error.fix}
+        sizes = {"unet": asdict(arch.unet), "vae": asdict(arch.vae), "clip": asdict(arch.clip)}
+        return report | {"buildable": True, "family": arch.family, "prediction": arch.prediction, "size": list(arch.size), "architecture": sizes}
+
+
+def _component(name: str) -> str:
+    kind = component(name)
+    return kind if kind != "vae" or name.startswith(VAE) else "other"
+
+
+def _parameters(shapes: dict[str, tuple[int, ...]], wanted: str) -> int:
+    return sum(math.prod(shape) for name, shape in shapes.items() if _component(name) == wanted)
+
+
+def _lora(shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
+    ranks = Counter(shape[0] for name, shape in shapes.items() if name.endswith((".lora_down.weight", ".lora_A.weight", ".lora.down.weight")) and shape)
+    modules = Counter(
+        "text_encoder" if name.startswith("lora_te") else "unet"
+        for name in shapes
+        if name.endswith((".lora_down.weight", ".lora_A.weight", ".lora.down.weight"))
+    )
+    return {"modules": dict(modules), "ranks": {str(rank): count for rank, count in sorted(ranks.items())}}

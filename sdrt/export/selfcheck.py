@@ -1,0 +1,91 @@
+"""A build's check of itself: each graph, through ONNX Runtime, against the module it was traced from, on the smallest picture.
+
+The inputs and the module's outputs are kept in the bundle, for `sdrt verify` to run every engine against.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from sdrt import bundle as names
+from sdrt.errors import CheckFailed, NonFiniteError
+from sdrt.export.graph import Recipe, run_unoptimised
+from sdrt.export.tensor_file import TensorFile
+from sdrt.parity import compare
+
+Arrays = dict[str, NDArray[Any]]
+
+
+def reference_inputs(recipe: Recipe) -> Arrays:
+    """Seeded inputs for one graph at 64x64 pixels: one picture, one guided step, every input in use."""
+    random = np.random.RandomState(0)
+    sizes = dict(recipe.sizes) | {"N": 1, "G": 2, "G*N": 2, "S": 1, "n": 1}
+    scale = {name: recipe.sizes[name] // recipe.sizes[name[-1]] for name in recipe.sizes if name.endswith(("*h", "*w"))}
+    latent = names.MIN_SIDE // 8
+    sizes |= {"h": latent, "w": latent} | {name: latent * factor for name, factor in scale.items()}
+    inputs: Arrays = {}
+    for name, (shape, kind) in recipe.inputs.items():
+        dims = [sizes[d] if isinstance(d, str) else d for d in shape]
+        if kind == torch.uint8:
+            inputs[name] = random.randint(0, 256, dims).astype(np.uint8)
+        elif kind == torch.int64:
+            inputs[name] = np.zeros(dims, np.int64) if name == "row" else random.randint(0, 40_000, dims)
+        else:
+            inputs[name] = random.standard_normal(dims).astype(np.float32)
+    if recipe.graph == names.STEP:
+        # Coefficients of about the size samplers use, and a half-way inpainting blend, so that no term hides another.
+        inputs |= {"timestep": np.array([500.25], np.float32), "w": np.array([[-6.0, 7.0]], np.float32), "inpaint": np.array([[0.5, 0.7, 0.3]], np.float32)}
+        inputs["mask"] = random.uniform(0, 1, inputs["mask"].shape).astype(np.float32)
+        for name in ("a", "u", "M"):
+            inputs[name] = inputs[name] * np.float32(0.5)
+    elif recipe.graph == names.TEXT_ENCODER:
+        # Twice everything, which restoring the mean must undo exactly. Other weights divide by a mean that may be near 0,
+        # where float32 rounding alone exceeds the limit.
+        inputs["emphasis"] = np.full_like(inputs["emphasis"], 2.0)
+    elif recipe.graph == names.VAE_DECODER:
+        inputs["rounding"] = np.array([0.5], np.float32)
+    return inputs
+
+
+def module_outputs(recipe: Recipe, weights: TensorFile, inputs: Arrays) -> Arrays:
+    """What the module itself gives for the stored, rounded weights, in float32."""
+    module = recipe.module()
+    for name, parameter in list(module.named_parameters()):
+        owner = module.get_submodule(name.rpartition(".")[0])
+        value = weights.read(name).to(torch.float32).reshape(parameter.shape)
+        setattr(owner, name.rpartition(".")[2], torch.nn.Parameter(value, requires_grad=False))
+    with torch.inference_mode():
+        outputs = module(**{name: torch.from_numpy(array) for name, array in inputs.items()})
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    return {name: output.numpy() for name, output in zip(recipe.outputs, outputs, strict=True)}
+
+
+def check(recipe: Recipe, weights: TensorFile, graph: Path, reference: Path) -> float:
+    """Run one graph and its module, write the reference file, and return the largest error.
+
+    Raises:
+        NonFiniteError: the module gives NaN or infinite values.
+        CheckFailed: the graph differs from the module.
+    """
+    inputs = reference_inputs(recipe)
+    expected = module_outputs(recipe, weights, inputs)
+    for name, array in expected.items():
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            raise NonFiniteError(
+                f"self-check: {recipe.graph}: {name}: {int((~np.isfinite(array)).sum())} values are NaN or infinite",
+                "The checkpoint is damaged or overflows; get another.",
+            )
+    found = run_unoptimised(graph, inputs)
+    worst = compare(expected, found)[0]
+    if not worst.ok:
+        message = f"self-check: {recipe.graph}: {worst.output}: relative error {worst.error:.2e}, expected at most {worst.limit:.0e}"
+        raise CheckFailed(message, "This is a bug in sdrt or in ONNX Runtime; please report it.")
+    arrays: dict[str, Any] = {f"in.{name}": array for name, array in inputs.items()} | {f"out.{name}": array for name, array in expected.items()}
+    with reference.open("wb") as stream:
+        np.savez(stream, **arrays)
+    return worst.error

@@ -1,0 +1,271 @@
+"""Reads a file of tensors: names, types and shapes at once, data on demand. Knows safetensors; never executes what it reads.
+
+The header is checked more strictly than the safetensors library does (format document: safetensors README): duplicate keys,
+holes and trailing bytes are refused, and every message names the file and the tensor. torch is imported only when data is read.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import math
+import os
+import stat
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn
+
+from sdrt.errors import InputFileError, UnsafeError, printable
+
+if TYPE_CHECKING:
+    import torch
+
+MAX_HEADER_BYTES = 100_000_000
+MAX_TENSORS = 100_000
+MAX_RANK = 8
+
+ITEM_BYTES = {
+    "F64": 8,
+    "F32": 4,
+    "F16": 2,
+    "BF16": 2,
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
+    "I64": 8,
+    "I32": 4,
+    "I16": 2,
+    "I8": 1,
+    "U8": 1,
+    "U16": 2,
+    "U32": 4,
+    "U64": 8,
+    "BOOL": 1,
+}
+FLOATS = ("F64", "F32", "F16", "BF16")
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """One tensor in a file: `dtype` is the safetensors code, `offset` counts from the start of the file."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    size_bytes: int
+
+
+class TensorFile:
+    """An open file of tensors. All reads go through one descriptor, so the file cannot be swapped between two of them."""
+
+    def __init__(self, path: Path, stream: BinaryIO, entries: Mapping[str, TensorEntry], metadata: Mapping[str, str]) -> None:
+        self.path = path
+        self.entries = entries
+        self.metadata = metadata
+        self._stream = stream
+        self._opened = _identity(os.fstat(stream.fileno()))
+        self.size_bytes = self._opened[2]
+
+    def close(self) -> None:
+        self._stream.close()
+
+    def __enter__(self) -> TensorFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def read_bytes(self, entry: TensorEntry) -> bytearray:
+        """The tensor's bytes, little-endian, row-major.
+
+        Raises:
+            InputFileError: the file is shorter than when it was opened.
+        """
+        data = bytearray(entry.size_bytes)
+        self._stream.seek(entry.offset)
+        if self._stream.readinto(data) != len(data):  # type: ignore[attr-defined]
+            raise InputFileError(f"{self.path}: {printable(entry.name)}: the file changed during the build", "Run the build again.")
+        return data
+
+    def read(self, name: str) -> torch.Tensor:
+        """The tensor as it is stored.
+
+        Raises:
+            InputFileError: the tensor is not floating-point or integer data that torch can hold.
+        """
+        import torch
+
+        entry = self.entries[name]
+        kinds = {
+            "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn,
+            "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+        }  # fmt: skip
+        if entry.dtype not in kinds:
+            raise InputFileError(f"{self.path}: {printable(name)}: expected floating-point data, found {entry.dtype}")
+        if entry.size_bytes == 0:
+            return torch.empty(entry.shape, dtype=kinds[entry.dtype])
+        return torch.frombuffer(self.read_bytes(entry), dtype=kinds[entry.dtype]).reshape(entry.shape)
+
+    def sha256(self) -> str:
+        """SHA-256 of the whole file through the same descriptor.
+
+        Raises:
+            InputFileError: the file was replaced or written to since it was opened.
+        """
+        self._stream.seek(0)
+        digest = hashlib.file_digest(self._stream, "sha256").hexdigest()  # type: ignore[arg-type]
+        self.check_unchanged()
+        return digest
+
+    def check_unchanged(self) -> None:
+        """Raise InputFileError if the file's content may have changed since it was opened."""
+        if _identity(os.fstat(self._stream.fileno())) != self._opened:
+            raise InputFileError(f"{self.path}: changed during the build", "Run the build again when nothing writes to the file.")
+
+
+def open_tensor_file(path: Path) -> TensorFile:
+    """Open a safetensors file and check its header.
+
+    Raises:
+        InputFileError: the file is missing, not a regular file, of another format, or malformed; the message says which.
+        UnsafeError: bytes follow the last tensor, so the file may be two files in one.
+    """
+    try:
+        # O_NONBLOCK: opening a FIFO must not wait for a writer.
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise InputFileError(f"{printable(str(path))}: cannot open: {reason}{_similar_file(path)}", "Check the path.") from error
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(descriptor)
+        kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a device, pipe or socket"
+        raise InputFileError(f"{path}: expected a safetensors file, found {kind}", "Give one .safetensors file.")
+    stream = os.fdopen(descriptor, "rb", buffering=0)
+    try:
+        size, start = status.st_size, stream.read(512)
+        header_bytes = int.from_bytes(start[:8], "little")
+        if not (start[8:9] == b"{" and header_bytes <= MAX_HEADER_BYTES and 8 + header_bytes <= size):
+            _refuse(path, start, size, header_bytes)
+        stream.seek(8)
+        entries, metadata = _parse_header(path, stream.read(header_bytes), 8 + header_bytes, size)
+        return TensorFile(path, stream, entries, metadata)
+    except BaseException:
+        stream.close()
+        raise
+
+
+def _identity(status: os.stat_result) -> tuple[int, int, int, int]:
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _similar_file(path: Path) -> str:
+    try:
+        names = [p.name for p in path.absolute().parent.iterdir()]
+    except OSError:
+        return ""
+    match = difflib.get_close_matches(path.name, names, n=1)
+    return f"; did you mean {printable(match[0])!r}?" if match and match[0] != path.name else ""
+
+
+def _refuse(path: Path, start: bytes, size: int, header_bytes: int) -> NoReturn:
+    """Say what a file is that is not safetensors, as far as its first bytes tell."""
+    again = "Download the file again."
+    pickles = "Pickle checkpoints are not supported yet; get or save the .safetensors version."
+    text = start.lstrip()
+    if size <= 8 or header_bytes == 0:
+        raise InputFileError(f"{path}: {size} bytes{', all zero at the start' if size >= 8 else ''}: an empty or truncated download", again)
+    if start.startswith(b"version https://git-lfs"):
+        raise InputFileError(f"{path}: a git-lfs pointer, not the file itself", "Fetch the file with: git lfs pull")
+    if start.startswith(b"PK\x03\x04"):
+        raise InputFileError(f"{path}: a zip archive (a .ckpt or .pt under another name?), expected safetensors", pickles)
+    if start[0] == 0x80 and start[1] <= 5 and header_bytes > MAX_HEADER_BYTES:
+        raise InputFileError(f"{path}: a Python pickle, expected safetensors", pickles)
+    if start.startswith(b"GGUF"):
+        raise InputFileError(f"{path}: a GGUF file, expected safetensors", "Get the .safetensors version of the model.")
+    if text[:1] in (b"<", b"{", b"["):
+        what = "an HTML page" if text[:1] == b"<" else "JSON text"
+        shown = printable(text[:40].decode("utf-8", "replace"))
+        raise InputFileError(f"{path}: {what}, not a safetensors file: it starts with {shown!r}", "Download the file again, logged in if the site asks for it.")
+    if header_bytes > MAX_HEADER_BYTES:
+        raise InputFileError(f"{path}: a header of {header_bytes:,} bytes, more than the limit of {MAX_HEADER_BYTES:,}: not a safetensors file", again)
+    if 8 + header_bytes > size:
+        raise InputFileError(f"{path}: truncated: the header needs {8 + header_bytes:,} bytes, the file has {size:,}", again)
+    raise InputFileError(f"{path}: not a safetensors file: the header starts with {printable(start[8:16].decode('latin-1'))!r}, expected '{{'", again)
+
+
+def _parse_header(path: Path, header: bytes, start: int, size: int) -> tuple[dict[str, TensorEntry], dict[str, str]]:
+    try:
+        document = json.loads(header.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
+    except _DuplicateKey as error:
+        raise InputFileError(
+            f"{path}: {printable(error.args[0])}: the header names this tensor twice", "Save the file again; two tensors cannot share a name."
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise InputFileError(f"{path}: the header is not valid JSON: {printable(str(error))}", "Download the file again.") from error
+    metadata = document.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise InputFileError(f"{path}: __metadata__: expected an object of strings")
+    if len(document) > MAX_TENSORS:
+        raise InputFileError(f"{path}: {len(document):,} tensors, more than the limit of {MAX_TENSORS:,}")
+    entries = {name: _entry(path, name, record, start) for name, record in document.items()}
+    end = start
+    for entry in sorted(entries.values(), key=lambda e: (e.offset, e.offset + e.size_bytes)):
+        where = f"{path}: {printable(entry.name)}"
+        if entry.offset < end:
+            raise InputFileError(
+                f"{where}: overlaps the tensor before it: starts at byte {entry.offset - start:,}, expected {end - start:,}", "Save the file again."
+            )
+        if entry.offset > end:
+            raise InputFileError(f"{where}: a hole of {entry.offset - end:,} bytes before it", "Save the file again.")
+        end = entry.offset + entry.size_bytes
+        if end > size:
+            raise InputFileError(
+                f"{where}: truncated: the tensors need {max(e.offset + e.size_bytes for e in entries.values()):,} bytes, the file has {size:,}",
+                "Download the file again.",
+            )
+    if end < size:
+        raise UnsafeError(
+            f"{path}: {size - end:,} bytes follow the last tensor, expected none: the file may hold something else too", "Get the file from its source again."
+        )
+    return entries, metadata
+
+
+class _DuplicateKey(ValueError):
+    pass
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in result:
+            raise _DuplicateKey(key)
+        result[key] = value
+    return result
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _entry(path: Path, name: str, record: object, start: int) -> TensorEntry:
+    where = f"{path}: {printable(name)}"
+    if not isinstance(record, dict) or record.keys() != {"dtype", "shape", "data_offsets"}:
+        raise InputFileError(f"{where}: expected dtype, shape and data_offsets")
+    dtype, shape, offsets = record["dtype"], record["shape"], record["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
+        raise InputFileError(f"{where}: unknown type {printable(repr(dtype))}, expected one of {', '.join(ITEM_BYTES)}")
+    if not _counts(shape) or len(shape) > MAX_RANK:
+        raise InputFileError(f"{where}: bad shape {printable(repr(shape)[:80])}, expected at most {MAX_RANK} sizes")
+    if not _counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise InputFileError(f"{where}: bad data_offsets {printable(repr(offsets)[:80])}")
+    expected, found = math.prod(shape) * ITEM_BYTES[dtype], offsets[1] - offsets[0]
+    if expected != found:
+        raise InputFileError(f"{where}: {dtype} {shape} needs {expected:,} bytes, data_offsets give {found:,}", "Save the file again.")
+    return TensorEntry(name, dtype, tuple(shape), start + offsets[0], found)
+
+
+def _counts(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(v, int) and not isinstance(v, bool) and 0 <= v < 1 << 63 for v in value)

@@ -1,0 +1,202 @@
+"""The denoising UNet of the Stable Diffusion 1.x / 2.x topology, as a plain module whose parameter names are the checkpoint's.
+
+Owns the network and its sizes, nothing else. Parameter names follow the LDM single-file layout below
+`model.diffusion_model.` (Rombach et al. 2022, "High-Resolution Image Synthesis with Latent Diffusion Models").
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sdrt.export.architecture import NORM_GROUPS, UNetSpec
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, *, causal: bool = False) -> Tensor:
+    """Multi-head attention over `[B, L, C]` queries and `[B, T, C]` keys and values, `C` split into `heads`. Returns `[B, L, C]`."""
+    q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2).flatten(2)
+
+
+def timestep_embedding(timestep: Tensor, width: int) -> Tensor:
+    """Sinusoids of a float32 timestep `[B]` as `[B, width]`, cosines first (LDM's order); always float32, since 961.733 is 961.5 in float16."""
+    half = width // 2
+    frequencies = torch.exp(torch.arange(half, dtype=torch.float32) * (-math.log(10000.0) / half))
+    angles = timestep.float()[:, None] * frequencies[None, :]
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+class ResBlock(nn.Module):
+    def __init__(self, channels: int, out_channels: int, embedding_width: int) -> None:
+        super().__init__()
+        self.in_layers = nn.Sequential(nn.GroupNorm(NORM_GROUPS, channels), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1))
+        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(embedding_width, out_channels))
+        # The Identity stands where training has dropout, so that the convolution keeps its checkpoint index.
+        self.out_layers = nn.Sequential(nn.GroupNorm(NORM_GROUPS, out_channels), nn.SiLU(), nn.Identity(), nn.Conv2d(out_channels, out_channels, 3, padding=1))
+        self.skip_connection = nn.Identity() if channels == out_channels else nn.Conv2d(channels, out_channels, 1)
+
+    def forward(self, x: Tensor, embedding: Tensor, context: Tensor) -> Tensor:
+        h = self.in_layers(x) + self.emb_layers(embedding)[:, :, None, None]
+        return self.skip_connection(x) + self.out_layers(h)
+
+
+class CrossAttention(nn.Module):
+    def __init__(self, channels: int, context_width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.to_q = nn.Linear(channels, channels, bias=False)
+        self.to_k = nn.Linear(context_width, channels, bias=False)
+        self.to_v = nn.Linear(context_width, channels, bias=False)
+        self.to_out = nn.Sequential(nn.Linear(channels, channels))
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        return self.to_out(attention(self.to_q(x), self.to_k(context), self.to_v(context), self.heads))
+
+
+class GEGLU(nn.Module):
+    def __init__(self, channels: int, inner: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(channels, inner * 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, gate = self.proj(x).chunk(2, dim=-1)
+        return x * F.gelu(gate)
+
+
+class FeedForward(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.net = nn.Sequential(GEGLU(channels, channels * 4), nn.Identity(), nn.Linear(channels * 4, channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+class TransformerBlock(nn.Module):
+    def __init__(self, channels: int, context_width: int, heads: int) -> None:
+        super().__init__()
+        self.attn1 = CrossAttention(channels, channels, heads)
+        self.ff = FeedForward(channels)
+        self.attn2 = CrossAttention(channels, context_width, heads)
+        self.norm1 = nn.LayerNorm(channels)
+        self.norm2 = nn.LayerNorm(channels)
+        self.norm3 = nn.LayerNorm(channels)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        h = self.norm1(x)
+        x = x + self.attn1(h, h)
+        x = x + self.attn2(self.norm2(x), context)
+        return x + self.ff(self.norm3(x))
+
+
+class SpatialTransformer(nn.Module):
+    def __init__(self, channels: int, context_width: int, heads: int, depth: int, linear: bool) -> None:
+        super().__init__()
+        self.linear = linear
+        self.norm = nn.GroupNorm(NORM_GROUPS, channels, eps=1e-6)
+        self.proj_in = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
+        self.transformer_blocks = nn.ModuleList(TransformerBlock(channels, context_width, heads) for _ in range(depth))
+        self.proj_out = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor, embedding: Tensor, context: Tensor) -> Tensor:
+        height, width = x.shape[-2:]
+        h = self.norm(x)
+        h = h if self.linear else self.proj_in(h)
+        h = h.flatten(2).transpose(1, 2)
+        h = self.proj_in(h) if self.linear else h
+        for block in self.transformer_blocks:
+            h = block(h, context)
+        h = self.proj_out(h) if self.linear else h
+        h = h.transpose(1, 2).unflatten(2, (height, width))
+        return x + (h if self.linear else self.proj_out(h))
+
+
+class Downsample(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+
+    def forward(self, x: Tensor, embedding: Tensor, context: Tensor) -> Tensor:
+        return self.op(x)
+
+
+class Upsample(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor, embedding: Tensor, context: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class InputConv(nn.Conv2d):
+    """The first convolution, callable like every other layer of a block."""
+
+    def forward(self, x: Tensor, embedding: Tensor, context: Tensor) -> Tensor:
+        return super().forward(x)
+
+
+class UNet(nn.Module):
+    """Predicts noise (or v) from scaled latents.
+
+    Any latent size works, odd ones too: the up path is cut to its skip's size before every concat, which equals
+    AUTOMATIC1111's nearest resize there (from h+1 rows to h, nearest keeps rows 0 to h-1).
+    """
+
+    def __init__(self, spec: UNetSpec) -> None:
+        super().__init__()
+        base = spec.channels[0]
+        self.base = base
+        width = base * 4
+
+        def transformer(channels: int, depth: int) -> SpatialTransformer:
+            heads = spec.heads if spec.heads is not None else channels // (spec.head_width or 64)
+            return SpatialTransformer(channels, spec.context_width, heads, depth, spec.linear_projections)
+
+        self.time_embed = nn.Sequential(nn.Linear(base, width), nn.SiLU(), nn.Linear(width, width))
+        self.input_blocks = nn.ModuleList([nn.ModuleList([InputConv(spec.in_channels, base, 3, padding=1)])])
+        current, skips = base, [base]
+        for level, channels in enumerate(spec.channels):
+            for _ in range(spec.res_blocks[level]):
+                layers: list[nn.Module] = [ResBlock(current, channels, width)]
+                if spec.transformer_depth[level]:
+                    layers.append(transformer(channels, spec.transformer_depth[level]))
+                self.input_blocks.append(nn.ModuleList(layers))
+                current = channels
+                skips.append(current)
+            if level + 1 < len(spec.channels):
+                self.input_blocks.append(nn.ModuleList([Downsample(current)]))
+                skips.append(current)
+        self.middle_block = nn.ModuleList([ResBlock(current, current, width), transformer(current, spec.middle_depth), ResBlock(current, current, width)])
+        self.output_blocks = nn.ModuleList()
+        for level in reversed(range(len(spec.channels))):
+            channels = spec.channels[level]
+            for i in range(spec.res_blocks[level] + 1):
+                layers = [ResBlock(current + skips.pop(), channels, width)]
+                if spec.transformer_depth[level]:
+                    layers.append(transformer(channels, spec.transformer_depth[level]))
+                if level and i == spec.res_blocks[level]:
+                    layers.append(Upsample(channels))
+                self.output_blocks.append(nn.ModuleList(layers))
+                current = channels
+        self.out = nn.Sequential(nn.GroupNorm(NORM_GROUPS, base), nn.SiLU(), nn.Conv2d(base, spec.out_channels, 3, padding=1))
+
+    def forward(self, x: Tensor, timestep: Tensor, context: Tensor) -> Tensor:
+        """Scaled latents `[B, C, h, w]`, timestep float32 `[1]` (shared by the batch) and context `[B, T, context_width]` to `[B, 4, h, w]`."""
+        embedding = self.time_embed(timestep_embedding(timestep, self.base).to(x.dtype))
+        skips = []
+        for block in self.input_blocks:
+            for layer in block:
+                x = layer(x, embedding, context)
+            skips.append(x)
+        for layer in self.middle_block:
+            x = layer(x, embedding, context)
+        for block in self.output_blocks:
+            skip = skips.pop()
+            x = torch.cat([x[:, :, : skip.shape[2], : skip.shape[3]], skip], dim=1)
+            for layer in block:
+                x = layer(x, embedding, context)
+        return self.out(x)

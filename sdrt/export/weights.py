@@ -1,0 +1,125 @@
+"""Writes a bundle's weights: the checkpoint's tensors with every adapter's change added in float32, rounded once, in one safetensors file."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sdrt.errors import AdapterError, CheckpointError
+from sdrt.export.adapters import Lora, component
+from sdrt.export.checkpoint import Tensor
+from sdrt.export.tensor_file import ITEM_BYTES
+
+if TYPE_CHECKING:
+    import torch
+
+ALIGNMENT = 4096
+"""The first tensor starts on a page, so that an engine may map the file."""
+
+CODES = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A tensor in the weights file; `offset` counts from the start of the file."""
+
+    shape: tuple[int, ...]
+    offset: int
+    size_bytes: int
+
+
+@dataclass(frozen=True)
+class Change:
+    """What one adapter did to one component: modules changed, and the size of the change relative to the weights it changed (Frobenius norms)."""
+
+    modules: int
+    relative: float
+
+
+def layout(shapes: Mapping[str, tuple[int, ...]], precision: str) -> tuple[bytes, dict[str, Placed]]:
+    """Header of the weights file, and where each tensor goes. Tensors of whole cache lines come first, so that those stay aligned."""
+    code = CODES[precision]
+    item = ITEM_BYTES[code]
+    order = sorted(shapes, key=lambda name: (math.prod(shapes[name]) * item % 64 != 0, name))
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    spans, offset = {}, 0
+    for name in order:
+        size = math.prod(shapes[name]) * item
+        header[name] = {"dtype": code, "shape": list(shapes[name]), "data_offsets": [offset, offset + size]}
+        spans[name] = (offset, size)
+        offset += size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % ALIGNMENT)
+    start = 8 + len(text)
+    return len(text).to_bytes(8, "little") + text, {name: Placed(shapes[name], start + o, size) for name, (o, size) in spans.items()}
+
+
+def write_weights(
+    path: Path, tensors: Mapping[str, Tensor], loras: Sequence[Lora], precision: str, progress: Callable[[float], None]
+) -> tuple[dict[str, Placed], list[dict[str, Change]]]:
+    """Write the weights file, one tensor in memory at a time. Returns where each tensor lies and, per LoRA, its change of each component.
+
+    The order of `loras` does not matter: changes are added in the order of their files' hashes.
+
+    Raises:
+        CheckpointError: a stored value is not finite, or too large for the precision.
+        AdapterError: an adapter changes nothing, or the sum is too large for the precision.
+    """
+    import torch
+
+    kind = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
+    header, placed = layout({name: tensor.entry.shape for name, tensor in tensors.items()}, precision)
+    order = sorted(range(len(loras)), key=lambda i: (loras[i].sha256, loras[i].option.scale, loras[i].option.te_scale))
+    norms: list[dict[str, list[float]]] = [defaultdict(lambda: [0, 0.0, 0.0]) for _ in loras]
+    total = sum(p.size_bytes for p in placed.values())
+    done = 0
+    with path.open("wb") as stream:
+        stream.write(header)
+        for name, place in placed.items():
+            source = tensors[name]
+            stored = source.file.read(source.entry.name)
+            _check_finite(stored, source)
+            touching = [i for i in order if name in loras[i].pairs and loras[i].scale(name) != 0]
+            fused = stored
+            if touching:
+                pristine = stored.to(torch.float32)
+                fused = pristine.clone()
+                for i in touching:
+                    delta = loras[i].delta(name, place.shape)
+                    fused += delta
+                    record = norms[i][component(name)]
+                    record[0] += 1
+                    record[1] += float(delta.norm()) ** 2
+                    record[2] += float(pristine.norm()) ** 2
+            rounded = fused.to(kind)
+            if not torch.isfinite(rounded).all():
+                largest = float(fused.abs().max())
+                error = AdapterError if touching else CheckpointError
+                raise error(f"{source.file.path}: {name}: {largest:.6g} is too large for {precision}", "Build with --precision bf16 or fp32.")
+            stream.write(rounded.contiguous().view(torch.uint8).numpy().data if rounded.dim() else rounded.reshape(1).view(torch.uint8).numpy().data)
+            done += place.size_bytes
+            progress(done / total)
+    changes = []
+    for lora, by_component in zip(loras, norms, strict=True):
+        change = {c: Change(int(n), math.sqrt(d / w) if w else 0.0) for c, (n, d, w) in sorted(by_component.items())}
+        wanted = any(lora.scale(weight) != 0 for weight in lora.pairs)
+        if wanted and not any(c.relative for c in change.values()):
+            raise AdapterError(f"{lora.file.path}: all its changes are zero: the LoRA does nothing", "Train it longer, or leave it out.")
+        changes.append(change)
+    return placed, changes
+
+
+def _check_finite(stored: torch.Tensor, source: Tensor) -> None:
+    import torch
+
+    if not torch.isfinite(stored).all():
+        count = int((~torch.isfinite(stored)).sum())
+        raise CheckpointError(
+            f"{source.file.path}: {source.entry.name}: {count} of {stored.numel()} values are NaN or infinite",
+            "The file is damaged, or its training diverged; get another.",
+        )

@@ -1,0 +1,46 @@
+"""How far an engine's outputs are from the reference outputs: one measure for the build's self-check and for `sdrt verify`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+FLOAT32_LIMIT = 1e-4
+"""Largest relative L2 error of a float32 graph."""
+PIXEL_LIMIT = 0.01
+"""Largest share of uint8 values that may round the other way, by one level."""
+
+
+@dataclass(frozen=True)
+class Parity:
+    """One output compared: `error` is relative (L2 norms), or for integers the share of values that differ."""
+
+    output: str
+    error: float
+    limit: float
+
+    @property
+    def ok(self) -> bool:
+        return self.error <= self.limit  # False for NaN
+
+
+def compare(expected: Mapping[str, NDArray[Any]], found: Mapping[str, NDArray[Any]]) -> list[Parity]:
+    """Compare every expected output, worst first."""
+    results = [Parity(name, _error(array, found[name]), PIXEL_LIMIT if array.dtype == np.uint8 else FLOAT32_LIMIT) for name, array in expected.items()]
+    return sorted(results, key=lambda parity: parity.error / parity.limit, reverse=True)
+
+
+def _error(expected: NDArray[Any], found: NDArray[Any]) -> float:
+    if expected.shape != found.shape or expected.dtype != found.dtype:
+        return float("inf")
+    if expected.dtype == np.uint8:
+        difference = np.abs(expected.astype(int) - found.astype(int))
+        return 1.0 if difference.max() > 1 else float((difference > 0).mean())
+    if expected.dtype.kind != "f":
+        return float((expected != found).mean())
+    exact = expected.astype(np.float64)
+    return float(np.linalg.norm(exact - found.astype(np.float64)) / (np.linalg.norm(exact) or 1.0))

@@ -1,0 +1,111 @@
+"""What the pipeline needs of a backend: the Engine and Denoising protocols, and how a backend is chosen."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sdrt.bundle import Bundle
+from sdrt.errors import MachineError, UsageError, nearest
+from sdrt.runtime.samplers import Row
+
+Float = NDArray[np.float32]
+Pixels = NDArray[np.uint8]
+
+BACKENDS = ("onnxruntime", "onnxruntime-cuda", "openvino", "tensorrt-rtx", "tensorrt")
+_READY = ("onnxruntime",)
+
+
+@dataclass(frozen=True)
+class Tables:
+    """The step graph's tables, float32, S rows: timestep, q `[S]`; a, u `[S, R]`; w `[S, G]`; M `[S, R, R+2]`; inpaint `[S, 3]` (k, b, c)."""
+
+    timestep: Float
+    a: Float
+    w: Float
+    u: Float
+    q: Float
+    M: Float
+    inpaint: Float
+
+
+@dataclass(frozen=True)
+class Job:
+    """One batch of N pictures to denoise, all float32.
+
+    noise `[S, N, 4, h, w]`; context `[G*N, T, C]`, branch-major; init and unit_noise `[N, 4, h, w]` (registers 0 and 1 at the start);
+    mask `[N, 1, h, w]`, 1 keeps.
+    """
+
+    tables: Tables
+    noise: Float
+    context: Float
+    init: Float
+    unit_noise: Float
+    mask: Float
+
+
+class Denoising(Protocol):
+    """One job on its way. Not thread-safe; the engine it came from is."""
+
+    def step(self) -> None:
+        """Run the next row of the tables."""
+
+    def latents(self) -> Float:
+        """Register 0 after the last row that ran, `[N, 4, h, w]`, copied to the host."""
+
+    def denoised(self) -> Float:
+        """The last row's denoised estimate, `[N, 4, h, w]`, copied to the host."""
+
+
+class Engine(Protocol):
+    """The graphs of one bundle, ready to run. Thread-safe."""
+
+    backend: str
+
+    def encode_text(self, tokens: NDArray[np.int64], emphasis: Float, clip_skip: int) -> Float:
+        """Token ids and weights `[n, 77]` to context `[n, 77, C]`."""
+
+    def denoise(self, job: Job) -> Denoising: ...
+
+    def decode(self, latents: Float, rounding: float) -> tuple[Pixels, NDArray[np.bool_]]:
+        """Latents `[N, 4, h, w]` to pixels `[N, H, W, 3]` and whether each picture was finite before the clamp `[N]`."""
+
+    def describe(self) -> dict[str, Any]:
+        """What runs: library and version, precision, threads or device."""
+
+
+def tables(rows: list[Row], guidance: list[float]) -> Tables:
+    """Rows as the graph takes them. `guidance` weighs the branches of the guidance batch and sums to 1."""
+
+    def column(values: list[Any]) -> Float:
+        return np.array(values, dtype=np.float32)
+
+    return Tables(
+        timestep=column([row.timestep for row in rows]),
+        a=column([row.a for row in rows]),
+        w=column([guidance for _ in rows]),
+        u=column([row.u for row in rows]),
+        q=column([row.q for row in rows]),
+        M=column([row.M for row in rows]),
+        inpaint=np.zeros((len(rows), 3), np.float32),
+    )
+
+
+def load_engine(bundle: Bundle, backend: str, threads: int | None) -> Engine:
+    """The engine of a backend by name. `auto` takes the fastest this machine can run; what it took is in every result.
+
+    Raises:
+        UsageError: no backend has this name.
+        MachineError: it cannot run here.
+    """
+    if backend != "auto" and backend not in BACKENDS:
+        raise UsageError(f"backend {backend!r}: unknown{nearest(backend, ['auto', *BACKENDS])}", f"Choose one of: auto, {', '.join(_READY)}.")
+    if backend not in ("auto", *_READY):
+        raise MachineError(f"backend {backend}: not supported yet by this version of sdrt", f"Choose one of: auto, {', '.join(_READY)}.")
+    from sdrt.runtime.onnxruntime import OnnxRuntimeEngine
+
+    return OnnxRuntimeEngine(bundle, threads)

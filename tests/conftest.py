@@ -1,0 +1,80 @@
+"""Fixtures: the emoji model built once, and tiny checkpoints made from seeds. The trace cache is shared by the whole run."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+EMOJI = ROOT / "examples" / "emoji"
+CHECKPOINT = EMOJI / "emoji.safetensors"
+LORA = EMOJI / "blindbox.safetensors"
+
+# Traces are kept between runs, as a user's are, but never shared with the user's own.
+os.environ["SDRT_CACHE_DIR"] = os.environ.get("SDRT_TEST_CACHE", str(Path(tempfile.gettempdir()) / f"sdrt-test-cache-{os.getuid()}"))
+
+
+@pytest.fixture(scope="session")
+def flat_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The emoji checkpoint alone, weights in float16."""
+    from sdrt.export.build import BuildOptions, build
+
+    return build(BuildOptions(CHECKPOINT, output=tmp_path_factory.mktemp("flat") / "flat.sdrt")).path
+
+
+@pytest.fixture(scope="session")
+def blindbox_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The emoji checkpoint with its LoRA at scale 1, weights in float16."""
+    from sdrt.export.adapters import LoraOption
+    from sdrt.export.build import BuildOptions, build
+
+    return build(BuildOptions(CHECKPOINT, (LoraOption(LORA),), output=tmp_path_factory.mktemp("blindbox") / "blindbox.sdrt")).path
+
+
+@dataclass(frozen=True)
+class RawTensor:
+    """A tensor as bytes, for files that a library would refuse to write."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    data: bytes
+
+
+def write_raw(path: Path, tensors: Mapping[str, RawTensor], metadata: Mapping[str, str] | None = None) -> Path:
+    """A safetensors file from raw parts, in the order given."""
+    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    offset = 0
+    for name, tensor in tensors.items():
+        header[name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [offset, offset + len(tensor.data)]}
+        offset += len(tensor.data)
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + b"".join(t.data for t in tensors.values()))
+    return path
+
+
+def read_raw(path: Path) -> tuple[dict[str, RawTensor], dict[str, str]]:
+    """The parts of a good safetensors file, to change and write again."""
+    data = path.read_bytes()
+    start = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:start])
+    metadata = header.pop("__metadata__", {})
+    return {n: RawTensor(r["dtype"], tuple(r["shape"]), data[start + r["data_offsets"][0] : start + r["data_offsets"][1]]) for n, r in header.items()}, metadata
+
+
+@pytest.fixture
+def no_network(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Sockets raise."""
+    import socket
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("a socket was opened")
+
+    monkeypatch.setattr(socket, "socket", refuse)
+    monkeypatch.setattr(socket, "create_connection", refuse)
+    yield
