@@ -356,3 +356,7 @@ class _BuildProgress:
             if self._bar.disable:
                 typer.echo(f"{stage} …", err=True)
         self._bar.update(self._task, completed=self._done + _SHARES.get(stage, 0.0) * (done or 0.0), description=stage)
+
+
+if __name__ == "__main__":
+    app()

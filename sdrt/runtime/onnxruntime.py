@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -109,12 +110,33 @@ def _import() -> Any:
     except ImportError as error:
         raise MachineError(f"backend onnxruntime: cannot import onnxruntime: {error}", "Install it with: pip install 'sdrt[cpu]'") from error
     onnxruntime.set_default_logger_severity(3)
+    _share_arena(onnxruntime)
     return onnxruntime
+
+
+_arena_lock = Lock()
+_arena_shared = False
+
+
+def _share_arena(ort: Any) -> None:
+    """One memory arena for all sessions of this process, made once: the decoder then reuses what the denoising step has let go of.
+
+    With an arena each, a 512x512 picture of SD 1.5 peaks 1.3 GB higher. Only sessions that ask for it use it, so other users of
+    ONNX Runtime in the process are not touched.
+    """
+    global _arena_shared
+    with _arena_lock:
+        if not _arena_shared:
+            defaults = ort.OrtArenaCfg({"max_mem": 0, "arena_extend_strategy": -1, "initial_chunk_size_bytes": -1, "max_dead_bytes_per_chunk": -1})
+            memory = ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT)
+            ort.create_and_register_allocator(memory, defaults)
+            _arena_shared = True
 
 
 def _session(ort: Any, bundle: Bundle, graph: str, threads: int | None, precision: str = _PRECISION) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.log_severity_level = 3
+    options.add_session_config_entry("session.use_env_allocators", "1")
     if threads is not None:
         options.intra_op_num_threads = threads
     path = bundle.graph(graph, precision)
