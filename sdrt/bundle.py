@@ -105,11 +105,15 @@ class Source:
 
 @dataclass(frozen=True)
 class Graph:
-    """`weights` is the storage type, `compute` the type of the arithmetic; `error` is the largest relative error the build measured."""
+    """`weights` is the storage type, `compute` the type of the network's arithmetic, `islands` what is float32 within it all the same.
+
+    `error` is the largest relative error the build measured against the traced network in float32.
+    """
 
     path: str
     weights: str
     compute: str
+    islands: tuple[str, ...]
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     error: float
@@ -163,12 +167,15 @@ def file_record(path: Path) -> FileRecord:
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write `manifest.json` into `folder`, the last file of a bundle. Keys are sorted, so equal manifests are equal bytes."""
     text = json.dumps(asdict(manifest), indent=1, sort_keys=True, ensure_ascii=False)
-    (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
+    # A lone surrogate, from a file name that is not Unicode, becomes the JSON escape it was.
+    (folder / MANIFEST).write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
 
 
 def is_bundle(path: Path) -> bool:
     """Whether `path` looks like a folder of ours, finished or tampered with; used before replacing it."""
     try:
+        if not (path / MANIFEST).is_file():  # opening a FIFO would wait for a writer
+            return False
         with (path / MANIFEST).open("rb") as stream:
             document = json.loads(stream.read(MAX_MANIFEST_BYTES))
     except (OSError, ValueError, RecursionError):
@@ -248,8 +255,7 @@ def _manifest(document: dict[str, Any]) -> Manifest:
     files = {_safe_name(name): FileRecord(_count(r["size_bytes"]), _hex(r["sha256"])) for name, r in document["files"].items()}
     graphs = {
         graph: {
-            precision: Graph(**(record | {"inputs": tuple(record["inputs"]), "outputs": tuple(record["outputs"])}))
-            for precision, record in by_precision.items()
+            precision: Graph(**(record | {key: tuple(record[key]) for key in ("islands", "inputs", "outputs")})) for precision, record in by_precision.items()
         }
         for graph, by_precision in document["graphs"].items()
     }

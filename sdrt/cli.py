@@ -135,7 +135,7 @@ def build(
         _print_json(
             {
                 "bundle": str(report.path), "size_bytes": size_bytes, "sources": [asdict(source) for source in manifest.sources], "notes": list(report.notes),
-                "stages_s": dict(report.stages_s), "cached_traces": list(report.cached), "errors": {g: p["fp32"].error for g, p in manifest.graphs.items()},
+                "stages_s": dict(report.stages_s), "cached_traces": list(report.cached), "errors": {g: {c: record.error for c, record in p.items()} for g, p in manifest.graphs.items()},
             }
         )  # fmt: skip
         return
@@ -246,7 +246,7 @@ def verify(ctx: typer.Context, bundle: BundleArgument, as_json: Json = False) ->
         _print_json({"bundle": str(bundle), "ok": True, "checks": [asdict(check) for check in checks]})
         return
     for check in checks:
-        typer.echo(f"ok  {check.graph:13} {check.output:16} {check.backend}  error {check.error:.1e}, limit {check.limit:.0e}")
+        typer.echo(f"ok  {check.graph:13} {check.compute:5} {check.output:16} {check.backend}  error {check.error:.1e}, limit {check.limit:.0e}")
 
 
 def _check_targets(targets: list[str]) -> None:

@@ -12,7 +12,9 @@ from numpy.typing import NDArray
 FLOAT32_LIMIT = 1e-4
 """Largest relative L2 error of a float32 graph."""
 PIXEL_LIMIT = 0.01
-"""Largest share of uint8 values that may round the other way, by one level."""
+"""Largest share of uint8 values of a float32 graph that may round the other way, by one level."""
+HALF_LIMIT = 2e-2
+"""Largest relative L2 error of a half-precision graph, pixels included: float16 keeps 11 bits, and a deep network loses a few of them."""
 
 
 @dataclass(frozen=True)
@@ -28,19 +30,23 @@ class Parity:
         return self.error <= self.limit  # False for NaN
 
 
-def compare(expected: Mapping[str, NDArray[Any]], found: Mapping[str, NDArray[Any]]) -> list[Parity]:
-    """Compare every expected output, worst first."""
-    results = [Parity(name, _error(array, found[name]), PIXEL_LIMIT if array.dtype == np.uint8 else FLOAT32_LIMIT) for name, array in expected.items()]
+def compare(expected: Mapping[str, NDArray[Any]], found: Mapping[str, NDArray[Any]], compute: str) -> list[Parity]:
+    """Compare every expected output of a graph whose arithmetic is `compute` (fp32, fp16, bf16), worst first."""
+    exact = compute == "fp32"
+    results = []
+    for name, array in expected.items():
+        limit = HALF_LIMIT if not exact else PIXEL_LIMIT if array.dtype == np.uint8 else FLOAT32_LIMIT
+        results.append(Parity(name, _error(array, found[name], exact), limit))
     return sorted(results, key=lambda parity: parity.error / parity.limit, reverse=True)
 
 
-def _error(expected: NDArray[Any], found: NDArray[Any]) -> float:
+def _error(expected: NDArray[Any], found: NDArray[Any], exact: bool) -> float:
     if expected.shape != found.shape or expected.dtype != found.dtype:
         return float("inf")
-    if expected.dtype == np.uint8:
+    if expected.dtype == np.uint8 and exact:
         difference = np.abs(expected.astype(int) - found.astype(int))
         return 1.0 if difference.max() > 1 else float((difference > 0).mean())
-    if expected.dtype.kind != "f":
+    if expected.dtype.kind not in "fu":
         return float((expected != found).mean())
-    exact = expected.astype(np.float64)
-    return float(np.linalg.norm(exact - found.astype(np.float64)) / (np.linalg.norm(exact) or 1.0))
+    reference = expected.astype(np.float64)
+    return float(np.linalg.norm(reference - found.astype(np.float64)) / (np.linalg.norm(reference) or 1.0))

@@ -13,7 +13,7 @@ import secrets
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from sdrt.errors import ResourceError, UsageError
@@ -34,9 +34,9 @@ def staged_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
         ResourceError: the disk is full or a write failed.
     """
     target = target.absolute()
-    _sweep(target)
     stage = _stage_name(target)
     with _reported(target):
+        _sweep(target)
         stage.mkdir()
     try:
         with _reported(target):
@@ -63,7 +63,8 @@ def staged_file(target: Path) -> Iterator[Path]:
             _flush_file(stage)
             stage.replace(target)
     finally:
-        stage.unlink(missing_ok=True)
+        with suppress(OSError):
+            stage.unlink()
 
 
 def _stage_name(target: Path) -> Path:
@@ -79,7 +80,7 @@ def _reported(target: Path) -> Iterator[None]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EMFILE):
             free = shutil.disk_usage(target.parent).free if target.parent.exists() else 0
             raise ResourceError(f"{target}: {error.strerror}, {free:,} bytes free there", "Free some space or choose another --output.") from error
-        if error.errno in (errno.ENOENT, errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR):
+        if error.errno in (errno.ENOENT, errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG):
             raise UsageError(f"{target}: cannot write there: {error.strerror}", "Choose another --output; its folder must exist and be writable.") from error
         raise
 
@@ -119,11 +120,12 @@ def _exchange(stage: Path, target: Path) -> None:
         if rename is not None and rename(_AT_FDCWD, os.fsencode(stage), _AT_FDCWD, os.fsencode(target), _RENAME_EXCHANGE) == 0:
             return
     aside = stage.with_name(stage.name + ".old")
-    target.rename(aside)
     try:
+        target.rename(aside)
         stage.rename(target)
-    except OSError:
-        aside.rename(target)
+    except BaseException:
+        if not target.exists():
+            aside.rename(target)
         raise
     aside.rename(stage)
 
@@ -152,6 +154,6 @@ def _alive(pid: int) -> bool:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    except PermissionError:
+    except (PermissionError, OverflowError):  # somebody else's process, or a number that names none: not ours to sweep
         return True
     return True

@@ -6,6 +6,7 @@ Formats and formulas: kohya-ss networks/lora.py; Hu et al. 2021 (LoRA). A change
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -24,7 +25,8 @@ if TYPE_CHECKING:
 _PARTS = (".lora_down.weight", ".lora_up.weight", ".alpha")
 _OTHER_KINDS = {
     ".lora_mid.weight": "LoCon with a mid tensor", ".hada_w1_a": "LoHa", ".lokr_w1": "LoKr", ".lokr_w1_a": "LoKr", ".dora_scale": "DoRA", ".diff": "full difference",
-    ".on_input": "IA3", ".oft_blocks": "OFT", ".oft_diag": "OFT", ".a1.weight": "GLoRA", ".lora_A.weight": "peft LoRA", ".lora.down.weight": "diffusers LoRA",
+    ".on_input": "IA3", ".oft_blocks": "OFT", ".oft_diag": "OFT", ".a1.weight": "GLoRA", ".lora_A.weight": "peft LoRA", "lora.down.weight": "diffusers LoRA",
+    ".lora_linear_layer.down.weight": "diffusers LoRA",
 }  # fmt: skip
 _SHOWN_KEYS = 5
 
@@ -88,8 +90,9 @@ def parse_lora_option(text: str) -> LoraOption:
         UsageError: a scale is not a finite number.
     """
     path, scales = text, list[str]()
-    while len(scales) < 2 and (match := re.fullmatch(r"(.+):([^:/\\]*)", path)) and not Path(path).exists():
-        if len(match[1]) == 1 or (re.fullmatch(r".*\.\w+", match[2]) and not _is_number(match[2])):
+    # os.path.exists, since Path.exists raises for a name that is too long
+    while len(scales) < 2 and (match := re.fullmatch(r"(.+):([^:/\\]*)", path, re.DOTALL)) and not os.path.exists(path):  # noqa: PTH110
+        if not _is_number(match[2]) and (len(match[1]) == 1 or re.fullmatch(r".*\.\w+", match[2])):
             break
         path, scales = match[1], [match[2], *scales]
     for scale in scales:
@@ -129,7 +132,8 @@ def open_lora(option: LoraOption, shapes: Mapping[str, tuple[int, ...]], spec: U
 def _match(file: TensorFile, table: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]], allow_unmatched: bool) -> tuple[dict[str, _Pair], list[str]]:
     kind = describe({name: entry.shape for name, entry in file.entries.items()})
     if kind != "a LoRA":
-        fix = "Pass it with --checkpoint." if "model" in kind else "--lora takes a kohya-format LoRA in a .safetensors file."
+        option = "--vae" if kind == "a VAE" else "--checkpoint" if "model" in kind else ""
+        fix = f"Pass it with {option}." if option else "--lora takes a kohya-format LoRA in a .safetensors file."
         raise AdapterError(f"{file.path}: expected a LoRA, found {kind}", fix)
     for suffix, name in _OTHER_KINDS.items():
         if key := next((k for k in file.entries if k.endswith(suffix)), None):

@@ -5,6 +5,7 @@ Owns the size dataclasses and their inference. Imports no torch, so that `sdrt i
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,10 @@ UNET = "model.diffusion_model."
 VAE = "first_stage_model."
 CLIP = "cond_stage_model.transformer."
 NORM_GROUPS = 32
+MAX_BLOCKS = 100
+"""Blocks of one kind in a row. Real models stay far below; the limit keeps a forged header from costing minutes."""
+
+_LORA_PARTS = (".lora_A.", ".lora_down.", "lora.down.", "lora_linear_layer.down.")
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -87,7 +92,7 @@ def describe(names: Shapes) -> str:
 
     if not names:
         return "an empty file"
-    if has("lora_unet_", "lora_te", "lycoris_") or any(".lora_A." in n or ".lora_down." in n or ".lora.down." in n for n in names):
+    if has("lora_unet_", "lora_te", "lycoris_") or any(part in n for n in names for part in _LORA_PARTS):
         return "a LoRA"
     if has("model.diffusion_model.double_blocks.", "double_blocks."):
         return "a Flux model"
@@ -108,7 +113,8 @@ def describe(names: Shapes) -> str:
     if len(names) <= 2 and ({"emb_params", "clip_l", "clip_g"} & names.keys()):
         return "a textual-inversion embedding"
     if has(UNET):
-        channels = names.get(UNET + "input_blocks.0.0.weight", (0, 4))[1]
+        conv_in = names.get(UNET + "input_blocks.0.0.weight", ())
+        channels = conv_in[1] if len(conv_in) == 4 else 4
         context = next((s[-1] for n, s in names.items() if n.startswith(UNET) and n.endswith("attn2.to_k.weight") and s), 0)
         special = {7: "an x4 upscaler", 8: "an instruct-pix2pix model", 9: "an inpainting model"}
         if channels != 4:
@@ -172,12 +178,14 @@ def _shape(path: Path, shapes: Shapes, name: str, rank: int) -> tuple[int, ...]:
     return shape
 
 
-def _count(shapes: Shapes, pattern: str) -> int:
-    """How many of `pattern` with {} = 0, 1, 2, ... are prefixes of some name."""
-    n = 0
-    while any(name.startswith(pattern.format(n)) for name in shapes):
-        n += 1
-    return n
+def _count(path: Path, shapes: Shapes, pattern: str) -> int:
+    """How many of `pattern`, which ends in `{}.`, with {} = 0, 1, 2, ... are prefixes of some name."""
+    prefix = pattern.removesuffix("{}.")
+    numbers = {name[len(prefix) :].partition(".")[0] for name in shapes if name.startswith(prefix)}
+    count = next(n for n in itertools.count() if str(n) not in numbers)
+    if count > MAX_BLOCKS:
+        raise CheckpointError(f"{path}: {prefix}*: {count:,} blocks, more than the limit of {MAX_BLOCKS}")
+    return count
 
 
 def unet_spec(path: Path, shapes: Shapes) -> UNetSpec:
@@ -185,7 +193,7 @@ def unet_spec(path: Path, shapes: Shapes) -> UNetSpec:
     shapes = {name[len(UNET) :]: shape for name, shape in shapes.items() if name.startswith(UNET)}
     base, in_channels = _shape(path, shapes, "input_blocks.0.0.weight", 4)[:2]
     channels, res_blocks, depths, width, linear = [base], [0], [0], 0, False
-    for i in range(1, _count(shapes, "input_blocks.{}.")):
+    for i in range(1, _count(path, shapes, "input_blocks.{}.")):
         block = f"input_blocks.{i}."
         if block + "0.op.weight" in shapes:
             channels.append(0)
@@ -194,13 +202,15 @@ def unet_spec(path: Path, shapes: Shapes) -> UNetSpec:
             continue
         channels[-1] = _shape(path, shapes, block + "0.in_layers.2.weight", 4)[0]
         res_blocks[-1] += 1
-        depths[-1] = _count(shapes, block + "1.transformer_blocks.{}.")
+        depths[-1] = _count(path, shapes, block + "1.transformer_blocks.{}.")
         if depths[-1]:
             width = _shape(path, shapes, block + "1.transformer_blocks.0.attn2.to_k.weight", 2)[1]
             linear = len(shapes.get(block + "1.proj_in.weight", ())) == 2
-    middle = _count(shapes, "middle_block.1.transformer_blocks.{}.")
+    middle = _count(path, shapes, "middle_block.1.transformer_blocks.{}.")
     if not width or not middle:
         raise CheckpointError(f"{path}: {UNET}*: no cross-attention found in the UNet", "This version of sdrt builds Stable Diffusion 1.x.")
+    if 0 in res_blocks:
+        raise CheckpointError(f"{path}: {UNET}input_blocks: level {res_blocks.index(0)} has no residual block", "The file is incomplete; download it again.")
     heads = 8
     for level in channels:
         if level % NORM_GROUPS or level % heads:
@@ -213,9 +223,9 @@ def vae_spec(path: Path, shapes: Shapes) -> VaeSpec:
     """Sizes of the VAE below `first_stage_model.`, from its decoder."""
     shapes = {name[len(VAE) :]: shape for name, shape in shapes.items() if name.startswith(VAE)}
     latent_channels = _shape(path, shapes, "decoder.conv_in.weight", 4)[1]
-    levels = _count(shapes, "decoder.up.{}.")
+    levels = _count(path, shapes, "decoder.up.{}.")
     channels = tuple(_shape(path, shapes, f"decoder.up.{i}.block.0.conv1.weight", 4)[0] for i in range(levels))
-    res_blocks = _count(shapes, "decoder.up.0.block.{}.") - 1
+    res_blocks = _count(path, shapes, "decoder.up.0.block.{}.") - 1
     if levels < 2 or res_blocks < 1 or any(c % NORM_GROUPS for c in channels):
         raise CheckpointError(f"{path}: {VAE}decoder: unexpected sizes: {levels} levels of {list(channels)} channels, {res_blocks + 1} blocks each")
     return VaeSpec(channels, res_blocks, latent_channels, 0.18215)
@@ -226,7 +236,7 @@ def clip_spec(path: Path, shapes: Shapes) -> ClipSpec:
     shapes = {name[len(CLIP + "text_model.") :]: shape for name, shape in shapes.items() if name.startswith(CLIP + "text_model.")}
     vocabulary, width = _shape(path, shapes, "embeddings.token_embedding.weight", 2)
     tokens = _shape(path, shapes, "embeddings.position_embedding.weight", 2)[0]
-    layers = _count(shapes, "encoder.layers.{}.")
+    layers = _count(path, shapes, "encoder.layers.{}.")
     mlp_width = _shape(path, shapes, "encoder.layers.0.mlp.fc1.weight", 2)[0]
     if width % 64:
         raise CheckpointError(f"{path}: {CLIP}*: text width {width}, expected a multiple of 64 channels a head")

@@ -10,6 +10,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sdrt import __version__
 from sdrt import bundle as names
@@ -23,8 +24,8 @@ from sdrt.export.tokenizer import write_tokenizer
 from sdrt.export.weights import CODES, Change, write_weights
 from sdrt.publish import staged_folder
 
-COMPUTE = "fp32"
-"""The arithmetic of the graphs built so far, whatever the weights are stored in."""
+if TYPE_CHECKING:
+    from sdrt.export.graph import Recipe
 
 
 @dataclass(frozen=True)
@@ -103,19 +104,21 @@ def build(options: BuildOptions, progress: Progress = lambda stage, done: None) 
             with stage("tokenizer"):
                 bos, eos = write_tokenizer(folder / names.TOKENIZER, arch.clip.vocabulary)
             cached = []
+            # No bfloat16 graph yet: ONNX Runtime's CPU provider cannot run one, and a build ships nothing it has not checked.
+            computes = ("fp32", "fp16") if options.precision == "fp16" else ("fp32",)
             for graph, recipe in made.items():
                 with stage(f"trace {graph}"):
-                    model, hit = skeleton(recipe)
-                    cached += [graph] if hit else []
-                    bind(model, weights_file, placed, options.precision, folder / graph_path(graph, COMPUTE))
+                    for compute in computes:
+                        model, hit = skeleton(recipe)
+                        bind(model, weights_file, placed, options.precision, compute, folder / graph_path(graph, compute))
+                        cached += [graph] if hit and compute == "fp32" else []
             graphs = {}
             with open_tensor_file(weights_file) as weights:
                 for graph, recipe in made.items():
                     with stage(f"check {graph}"):
-                        path = graph_path(graph, COMPUTE)
-                        error = check(recipe, weights, folder / path, folder / "reference" / f"{graph}.npz")
-                        record = Graph(path, options.precision, COMPUTE, tuple(recipe.inputs), tuple(recipe.outputs), float(f"{error:.1e}"))
-                        graphs[graph] = {COMPUTE: record}
+                        paths = {compute: folder / graph_path(graph, compute) for compute in computes}
+                        errors = check(recipe, weights, paths, folder / "reference" / f"{graph}.npz")
+                        graphs[graph] = {compute: _graph(recipe, options.precision, compute, error) for compute, error in errors.items()}
             with stage("write"):
                 for file in [checkpoint.file, checkpoint.vae_file, *(lora.file for lora in loras)]:
                     if file is not None:
@@ -189,6 +192,13 @@ def _lora_source(lora: Lora, changes: Mapping[str, Change]) -> Source:
         applied={component: change.modules for component, change in changes.items()},
         relative_change={component: float(f"{change.relative:.4g}") for component, change in changes.items()},
     )
+
+
+def _graph(recipe: Recipe, weights: str, compute: str, error: float) -> Graph:
+    from sdrt.export.precision import ISLANDS
+
+    islands = ISLANDS[recipe.graph] if compute != "fp32" else ()
+    return Graph(graph_path(recipe.graph, compute), weights, compute, islands, tuple(recipe.inputs), tuple(recipe.outputs), float(f"{error:.1e}"))
 
 
 def _tools() -> dict[str, str]:

@@ -76,17 +76,17 @@ def select(checkpoint: Checkpoint, expected: Mapping[str, tuple[int, ...]]) -> t
     Raises:
         CheckpointError: one is missing, has another shape, or is not floating-point.
     """
-    path = checkpoint.file.path
     missing = [name for name in expected if name not in checkpoint.tensors]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         left_over = checkpoint.tensors.keys() - expected.keys()
+        path = checkpoint.vae_file.path if checkpoint.vae_file is not None and missing[0].startswith(VAE) else checkpoint.file.path
         raise CheckpointError(
             f"{path}: {missing[0]}: missing{more}{nearest(missing[0], left_over)}",
             "The file is incomplete; download it again, or supply the VAE with --vae FILE.",
         )
     for name, shape in expected.items():
-        entry = checkpoint.tensors[name].entry
+        path, entry = checkpoint.tensors[name].file.path, checkpoint.tensors[name].entry
         if entry.shape != shape:
             raise CheckpointError(f"{path}: {name}: expected shape {list(shape)}, found {list(entry.shape)}")
         if entry.dtype not in FLOATS:

@@ -27,6 +27,7 @@ from torch.export import Dim
 from sdrt import bundle as names
 from sdrt.export.architecture import Architecture
 from sdrt.export.clip import TextEncoder
+from sdrt.export.precision import HALF, to_half
 from sdrt.export.step import Step
 from sdrt.export.vae import VaeDecoder, VaeEncoder
 from sdrt.export.weights import Placed
@@ -164,7 +165,7 @@ def _skeleton(model: ir.Model, recipe: Recipe, weights: set[str]) -> ir.Model:
         for value in node.outputs:
             value.metadata_props.clear()
             if value not in kept:  # the shapes of intermediate values name the tracer's symbols; engines infer them again
-                value.shape = value.type = None
+                value.shape = None
     for value in kept:
         value.metadata_props.clear()
         value.doc_string = None
@@ -224,13 +225,17 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sdrt"
 
 
-def bind(model: ir.Model, weights_file: Path, placed: Mapping[str, Placed], precision: str, path: Path) -> None:
+def bind(model: ir.Model, weights_file: Path, placed: Mapping[str, Placed], precision: str, compute: str, path: Path) -> None:
     """Write the graph at `path` with its weight inputs pointing into `weights_file`, which lies in the same folder. Changes `model`.
 
-    Weights stored below float32 are cast where they enter, so the arithmetic stays float32; an engine folds the casts when it loads.
+    `precision` is how the weights are stored, `compute` what the network runs in (`sdrt.export.precision`): float32, or the stored type.
+    Weights stored below the compute type are cast where they enter; an engine folds the casts when it loads.
     """
-    stored = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}[precision]
+    stored = {"fp32": ir.DataType.FLOAT, **HALF}[precision]
     graph = model.graph
+    if compute != "fp32":
+        assert compute == precision, "half-precision graphs run in the stored type"
+        to_half(model, set(placed), compute)
     casts = []
     for value in [v for v in graph.inputs if v.name in placed]:
         assert value.name is not None
@@ -240,17 +245,20 @@ def bind(model: ir.Model, weights_file: Path, placed: Mapping[str, Placed], prec
         )
         weight = ir.Value(name=value.name, shape=ir.Shape(place.shape), type=ir.TensorType(stored), const_value=tensor)
         graph.inputs.remove(value)
-        if stored == ir.DataType.FLOAT:
+        if value.dtype == stored:
             ir.convenience.replace_all_uses_with(value, weight)
         else:
             cast = ir.node("Cast", [weight], {"to": ir.DataType.FLOAT}, name=f"{value.name}.cast")
             cast.outputs[0].name = f"{value.name}.fp32"
-            cast.outputs[0].type, cast.outputs[0].shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape(place.shape)
             casts.append(cast)
             ir.convenience.replace_all_uses_with(value, cast.outputs[0])
         graph.initializers[value.name] = weight
     if casts:
         graph.insert_before(graph[0], casts)
+    for node in graph:
+        for value in node.outputs:
+            if value not in graph.outputs:
+                value.type = None
     path.write_bytes(ir.to_proto(model).SerializeToString(deterministic=True))
 
 

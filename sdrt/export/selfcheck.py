@@ -5,6 +5,7 @@ The inputs and the module's outputs are kept in the bundle, for `sdrt verify` to
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -65,27 +66,28 @@ def module_outputs(recipe: Recipe, weights: TensorFile, inputs: Arrays) -> Array
     return {name: output.numpy() for name, output in zip(recipe.outputs, outputs, strict=True)}
 
 
-def check(recipe: Recipe, weights: TensorFile, graph: Path, reference: Path) -> float:
-    """Run one graph and its module, write the reference file, and return the largest error.
+def check(recipe: Recipe, weights: TensorFile, graphs: Mapping[str, Path], reference: Path) -> dict[str, float]:
+    """Run a network and its graphs, given by compute type, write the reference file, and return each graph's largest error.
 
     Raises:
-        NonFiniteError: the module gives NaN or infinite values.
-        CheckFailed: the graph differs from the module.
+        NonFiniteError: the network gives NaN or infinite values.
+        CheckFailed: a graph differs from the network.
     """
     inputs = reference_inputs(recipe)
     expected = module_outputs(recipe, weights, inputs)
     for name, array in expected.items():
         if array.dtype.kind == "f" and not np.isfinite(array).all():
-            raise NonFiniteError(
-                f"self-check: {recipe.graph}: {name}: {int((~np.isfinite(array)).sum())} values are NaN or infinite",
-                "The checkpoint is damaged or overflows; get another.",
-            )
-    found = run_unoptimised(graph, inputs)
-    worst = compare(expected, found)[0]
-    if not worst.ok:
-        message = f"self-check: {recipe.graph}: {worst.output}: relative error {worst.error:.2e}, expected at most {worst.limit:.0e}"
-        raise CheckFailed(message, "This is a bug in sdrt or in ONNX Runtime; please report it.")
+            message = f"self-check: {recipe.graph}: {name}: {int((~np.isfinite(array)).sum())} values are NaN or infinite"
+            raise NonFiniteError(message, "The checkpoint is damaged or overflows; get another.")
+    errors = {}
+    for compute, path in graphs.items():
+        worst = compare(expected, run_unoptimised(path, inputs), compute)[0]
+        if not worst.ok:
+            message = f"self-check: {path.name}: {worst.output}: relative error {worst.error:.2e}, expected at most {worst.limit:.0e}"
+            fix = "This is a bug in sdrt or in ONNX Runtime; please report it."
+            raise CheckFailed(message, fix if compute == "fp32" else "The model may overflow in half precision: build with --precision bf16 or fp32.")
+        errors[compute] = worst.error
     arrays: dict[str, Any] = {f"in.{name}": array for name, array in inputs.items()} | {f"out.{name}": array for name, array in expected.items()}
     with reference.open("wb") as stream:
         np.savez(stream, **arrays)
-    return worst.error
+    return errors

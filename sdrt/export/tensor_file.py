@@ -164,17 +164,17 @@ def _identity(status: os.stat_result) -> tuple[int, int, int, int]:
 def _similar_file(path: Path) -> str:
     try:
         names = [p.name for p in path.absolute().parent.iterdir()]
-    except OSError:
+    except (OSError, ValueError):
         return ""
     match = difflib.get_close_matches(path.name, names, n=1)
-    return f"; did you mean {printable(match[0])!r}?" if match and match[0] != path.name else ""
+    return f"; did you mean {match[0]!r}?" if match and match[0] != path.name else ""
 
 
 def _refuse(path: Path, start: bytes, size: int, header_bytes: int) -> NoReturn:
     """Say what a file is that is not safetensors, as far as its first bytes tell."""
     again = "Download the file again."
     pickles = "Pickle checkpoints are not supported yet; get or save the .safetensors version."
-    text = start.lstrip()
+    text = start.removeprefix(b"\xef\xbb\xbf").lstrip()
     if size <= 8 or header_bytes == 0:
         raise InputFileError(f"{path}: {size} bytes{', all zero at the start' if size >= 8 else ''}: an empty or truncated download", again)
     if start.startswith(b"version https://git-lfs"):
@@ -185,15 +185,15 @@ def _refuse(path: Path, start: bytes, size: int, header_bytes: int) -> NoReturn:
         raise InputFileError(f"{path}: a Python pickle, expected safetensors", pickles)
     if start.startswith(b"GGUF"):
         raise InputFileError(f"{path}: a GGUF file, expected safetensors", "Get the .safetensors version of the model.")
-    if text[:1] in (b"<", b"{", b"["):
+    if text[:1] in (b"<", b"{", b"[") and header_bytes > MAX_HEADER_BYTES:  # a true header's length may start with these bytes too
         what = "an HTML page" if text[:1] == b"<" else "JSON text"
-        shown = printable(text[:40].decode("utf-8", "replace"))
+        shown = text[:40].decode("utf-8", "replace")
         raise InputFileError(f"{path}: {what}, not a safetensors file: it starts with {shown!r}", "Download the file again, logged in if the site asks for it.")
     if header_bytes > MAX_HEADER_BYTES:
         raise InputFileError(f"{path}: a header of {header_bytes:,} bytes, more than the limit of {MAX_HEADER_BYTES:,}: not a safetensors file", again)
     if 8 + header_bytes > size:
         raise InputFileError(f"{path}: truncated: the header needs {8 + header_bytes:,} bytes, the file has {size:,}", again)
-    raise InputFileError(f"{path}: not a safetensors file: the header starts with {printable(start[8:16].decode('latin-1'))!r}, expected '{{'", again)
+    raise InputFileError(f"{path}: not a safetensors file: the header starts with {start[8:16].decode('latin-1')!r}, expected '{{'", again)
 
 
 def _parse_header(path: Path, header: bytes, start: int, size: int) -> tuple[dict[str, TensorEntry], dict[str, str]]:
@@ -201,7 +201,7 @@ def _parse_header(path: Path, header: bytes, start: int, size: int) -> tuple[dic
         document = json.loads(header.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
     except _DuplicateKey as error:
         raise InputFileError(
-            f"{path}: {printable(error.args[0])}: the header names this tensor twice", "Save the file again; two tensors cannot share a name."
+            f"{path}: {printable(error.args[0])}: the header holds this name twice", "Save the file again; two tensors cannot share a name."
         ) from error
     except (ValueError, RecursionError) as error:
         raise InputFileError(f"{path}: the header is not valid JSON: {printable(str(error))}", "Download the file again.") from error

@@ -98,9 +98,12 @@ def write_weights(
                     record[2] += float(pristine.norm()) ** 2
             rounded = fused.to(kind)
             if not torch.isfinite(rounded).all():
-                largest = float(fused.abs().max())
-                error = AdapterError if touching else CheckpointError
-                raise error(f"{source.file.path}: {name}: {largest:.6g} is too large for {precision}", "Build with --precision bf16 or fp32.")
+                largest = float(fused.abs().nan_to_num(math.inf).max())
+                what = f"{name}: {largest:.6g} is too large for {precision}"
+                if touching and torch.isfinite(stored.to(kind)).all():
+                    files = ", ".join(str(loras[i].file.path) for i in touching)
+                    raise AdapterError(f"{files}: {what}", "Lower the scale, or build with --precision bf16 or fp32.")
+                raise CheckpointError(f"{source.file.path}: {what}", "Build with --precision bf16 or fp32.")
             stream.write(rounded.contiguous().view(torch.uint8).numpy().data if rounded.dim() else rounded.reshape(1).view(torch.uint8).numpy().data)
             done += place.size_bytes
             progress(done / total)
@@ -108,7 +111,7 @@ def write_weights(
     for lora, by_component in zip(loras, norms, strict=True):
         change = {c: Change(int(n), math.sqrt(d / w) if w else 0.0) for c, (n, d, w) in sorted(by_component.items())}
         wanted = any(lora.scale(weight) != 0 for weight in lora.pairs)
-        if wanted and not any(c.relative for c in change.values()):
+        if wanted and not any(squares for _, squares, _ in by_component.values()):
             raise AdapterError(f"{lora.file.path}: all its changes are zero: the LoRA does nothing", "Train it longer, or leave it out.")
         changes.append(change)
     return placed, changes

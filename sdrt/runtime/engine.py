@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from sdrt.bundle import Bundle
+from sdrt.bundle import ENGINES, Bundle
 from sdrt.errors import MachineError, UsageError, nearest
 from sdrt.runtime.samplers import Row
 
@@ -16,7 +16,7 @@ Float = NDArray[np.float32]
 Pixels = NDArray[np.uint8]
 
 BACKENDS = ("onnxruntime", "onnxruntime-cuda", "openvino", "tensorrt-rtx", "tensorrt")
-_READY = ("onnxruntime",)
+READY = ("onnxruntime", "tensorrt-rtx", "tensorrt")
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,12 @@ class Denoising(Protocol):
     def denoised(self) -> Float:
         """The last row's denoised estimate, `[N, 4, h, w]`, copied to the host."""
 
+    def decode(self, rounding: float) -> tuple[Pixels, NDArray[np.bool_]]:
+        """Register 0 as pixels `[N, H, W, 3]`, and whether each picture was finite before the clamp `[N]`."""
+
+    def close(self) -> None:
+        """Give back what the job holds. Calling it twice is fine; nothing else may be called after it."""
+
 
 class Engine(Protocol):
     """The graphs of one bundle, ready to run. Thread-safe."""
@@ -95,17 +101,45 @@ def tables(rows: list[Row], guidance: list[float]) -> Tables:
     )
 
 
-def load_engine(bundle: Bundle, backend: str, threads: int | None) -> Engine:
-    """The engine of a backend by name. `auto` takes the fastest this machine can run; what it took is in every result.
+def load_engine(bundle: Bundle, backend: str, device: int, threads: int | None) -> Engine:
+    """The engine of a backend by name. What it took is in every result.
+
+    `auto` takes TensorRT where a GPU answers and the bundle holds an engine for it, else ONNX Runtime. An engine that does not
+    fit this GPU is an error with the command to compile it again, never a silent step down to the CPU.
 
     Raises:
         UsageError: no backend has this name.
         MachineError: it cannot run here.
     """
     if backend != "auto" and backend not in BACKENDS:
-        raise UsageError(f"backend {backend!r}: unknown{nearest(backend, ['auto', *BACKENDS])}", f"Choose one of: auto, {', '.join(_READY)}.")
-    if backend not in ("auto", *_READY):
-        raise MachineError(f"backend {backend}: not supported yet by this version of sdrt", f"Choose one of: auto, {', '.join(_READY)}.")
-    from sdrt.runtime.onnxruntime import OnnxRuntimeEngine
+        raise UsageError(f"backend {backend!r}: unknown{nearest(backend, ['auto', *BACKENDS])}", f"Choose one of: auto, {', '.join(READY)}.")
+    if backend not in ("auto", *READY):
+        raise MachineError(f"backend {backend}: not supported yet by this version of sdrt", f"Choose one of: auto, {', '.join(READY)}.")
+    chosen = _best(bundle) if backend == "auto" else backend
+    if chosen == "onnxruntime":
+        from sdrt.runtime.onnxruntime import OnnxRuntimeEngine
 
-    return OnnxRuntimeEngine(bundle, threads)
+        return OnnxRuntimeEngine(bundle, threads)
+    from sdrt.runtime.tensorrt import TensorRtEngine
+
+    return TensorRtEngine(bundle, chosen, device)
+
+
+def _best(bundle: Bundle) -> str:
+    if not bundle.file(ENGINES).is_dir():
+        return "onnxruntime"
+    from sdrt.engine_cache import list_engines
+
+    targets = {record.key.target for _, record in list_engines(bundle)}
+    compiled = next((target for target in ("tensorrt", "tensorrt-rtx") if target in targets), None)
+    return compiled if compiled is not None and gpu_count() else "onnxruntime"
+
+
+def gpu_count() -> int:
+    """CUDA devices that answer; 0 without a driver or without cuda-bindings."""
+    try:
+        from cuda.bindings import runtime
+    except ImportError:
+        return 0
+    status, count = runtime.cudaGetDeviceCount()
+    return int(count) if status == runtime.cudaError_t.cudaSuccess else 0

@@ -40,7 +40,7 @@ class OnnxRuntimeEngine:
         return context
 
     def denoise(self, job: Job) -> OnnxRuntimeDenoising:
-        return OnnxRuntimeDenoising(self._ort, self._sessions[names.STEP], job)
+        return OnnxRuntimeDenoising(self, self._ort, self._sessions[names.STEP], job)
 
     def decode(self, latents: Float, rounding: float) -> tuple[Pixels, NDArray[np.bool_]]:
         inputs = {"latents": latents, "rounding": np.array([rounding], np.float32)}
@@ -60,7 +60,8 @@ class OnnxRuntimeEngine:
 class OnnxRuntimeDenoising:
     """Two bindings in turn: what one row writes is what the next reads, so nothing is copied or allocated between rows."""
 
-    def __init__(self, ort: Any, session: ort.InferenceSession, job: Job) -> None:
+    def __init__(self, engine: OnnxRuntimeEngine, ort: Any, session: ort.InferenceSession, job: Job) -> None:
+        self._engine = engine
         self._ort = ort
         self._session = session
         registers = np.zeros((names.REGISTERS, *job.init.shape), np.float32)
@@ -102,6 +103,12 @@ class OnnxRuntimeDenoising:
 
     def denoised(self) -> Float:
         return np.array(self._denoised.numpy())
+
+    def decode(self, rounding: float) -> tuple[Pixels, NDArray[np.bool_]]:
+        return self._engine.decode(self.latents(), rounding)
+
+    def close(self) -> None:
+        """Nothing to give back: the job's arrays go with it."""
 
 
 def _import() -> Any:

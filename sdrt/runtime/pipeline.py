@@ -8,7 +8,7 @@ import time
 from collections import deque
 from collections.abc import Generator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -109,7 +109,7 @@ class Pipeline:
             # Hashing the weights takes as long as reading them, so it runs beside loading. Data alone cannot harm: it is used after the check.
             checked: Future[None] = pool.submit(check_files, bundle, [WEIGHTS])
             try:
-                engine = load_engine(bundle, backend, threads)
+                engine = load_engine(bundle, backend, device, threads)
             finally:
                 checked.result()
         return cls(bundle, engine, Tokenizer(bundle.file("tokenizer/tokenizer.json"), bundle.manifest.text))
@@ -200,26 +200,30 @@ class Pipeline:
         for first in range(0, len(request.seeds), request.batch):
             seeds = request.seeds[first : first + request.batch]
             denoising = engine.denoise(self._job(request, rows, step_tables, context, seeds))
-            for index, row in enumerate(rows, 1):
-                step_started = time.perf_counter()
-                denoising.step()
-                elapsed = _since(step_started)
-                timings["steps"].append(elapsed)
-                timings["denoise"] += elapsed
-                step = Step(index, len(rows), first, len(request.seeds), row.sigma, denoising, engine)
-                if index < len(rows):
-                    yield step
-            images.append(self._decode(engine, denoising, seeds, timings))
-            if first + request.batch < len(request.seeds):
+            try:
+                for index, row in enumerate(rows, 1):
+                    step_started = time.perf_counter()
+                    denoising.step()
+                    timings["steps"].append(_since(step_started))
+                    step = Step(index, len(rows), first, len(request.seeds), row.sigma, denoising, engine)
+                    if index < len(rows):
+                        yield step
+                images.append(self._decode(denoising, seeds, timings))
+                if first + request.batch >= len(request.seeds):
+                    timings["denoise"] = sum(timings["steps"])
+                    timings["total"] = _since(started)
+                    step = replace(step, result=self._result(engine, request, images, timings, clip_skip))
                 yield step
-        timings["total"] = _since(started)
+            finally:
+                denoising.close()
+
+    def _result(self, engine: Engine, request: _Request, images: list[Pixels], timings: dict[str, Any], clip_skip: int) -> Result:
         parameters = {
             "prompt": request.prompt, "negative": request.negative, "steps": request.steps, "cfg": request.cfg, "sampler": request.sampler,
             "schedule": request.schedule, "size": list(request.size), "batch": request.batch, "noise": "cpu", "clip_skip": clip_skip,
             "bundle": self.bundle.manifest.name, "sdrt": self.bundle.manifest.sdrt,
         }  # fmt: skip
-        result = Result(np.concatenate(images), request.seeds, timings, engine.describe(), parameters)
-        yield Step(len(rows), len(rows), first, len(request.seeds), rows[-1].sigma, denoising, engine, result)
+        return Result(np.concatenate(images), request.seeds, timings, engine.describe(), parameters)
 
     def _job(self, request: _Request, rows: list[Row], step_tables: Any, context: Float, seeds: tuple[int, ...]) -> Job:
         latents = self.bundle.manifest.latents
@@ -235,13 +239,12 @@ class Pipeline:
         zeros = np.zeros_like(unit_noise)
         return Job(step_tables, noise, np.repeat(context, len(seeds), axis=0), zeros, unit_noise, zeros[:, :1])
 
-    def _decode(self, engine: Engine, denoising: Denoising, seeds: tuple[int, ...], timings: dict[str, Any]) -> Pixels:
+    def _decode(self, denoising: Denoising, seeds: tuple[int, ...], timings: dict[str, Any]) -> Pixels:
         started = time.perf_counter()
-        latents = denoising.latents()
-        if not np.isfinite(latents).all():
-            raise NonFiniteError(f"denoising: latents of seeds {list(seeds)} are NaN or infinite", "Check the bundle with: sdrt verify BUNDLE")
-        pixels, finite = engine.decode(latents, _ROUND_TO_NEAREST)
+        pixels, finite = denoising.decode(_ROUND_TO_NEAREST)
         if not finite.all():
+            if not np.isfinite(denoising.latents()).all():
+                raise NonFiniteError(f"denoising: latents of seeds {list(seeds)} are NaN or infinite", "Check the bundle with: sdrt verify BUNDLE")
             bad = [seed for seed, ok in zip(seeds, finite, strict=True) if not ok]
             raise NonFiniteError(
                 f"VAE decoder: pixels of seeds {bad} are NaN or infinite", "Build the bundle with --precision bf16 or fp32, or with another --vae."

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sdrt.bundle import Diffusion
+from sdrt.errors import UsageError
 
 MAX_STEPS = 1000
 
@@ -43,8 +44,14 @@ def karras(steps: int, training: Sigmas, rho: float = 7.0) -> list[float]:
 
 
 def leading(steps: int, training: Sigmas) -> list[float]:
-    """diffusers' "leading" spacing with steps_offset 1, ending at the first training sigma instead of 0 (`set_alpha_to_one=False`)."""
+    """diffusers' "leading" spacing with steps_offset 1, ending at the first training sigma instead of 0 (`set_alpha_to_one=False`).
+
+    Raises:
+        UsageError: so many steps that the offset leaves the training range.
+    """
     ratio = len(training) // steps
+    if (steps - 1) * ratio + 1 >= len(training):
+        raise UsageError(f"steps {steps}: schedule leading takes at most {len(training) - 1}")
     return [*training[(np.arange(steps) * ratio)[::-1] + 1].tolist(), float(training[0])]
 
 

@@ -16,6 +16,7 @@ from sdrt.runtime.onnxruntime import run_graph
 @dataclass(frozen=True)
 class GraphCheck:
     graph: str
+    compute: str
     backend: str
     output: str
     error: float
@@ -42,7 +43,10 @@ def verify(path: Path) -> list[GraphCheck]:
                 inputs = {name[3:]: stored[name] for name in stored.files if name.startswith("in.")}
                 expected = {name[4:]: stored[name] for name in stored.files if name.startswith("out.")}
             found = run_graph(bundle, graph, precision, inputs)
-            checks += [GraphCheck(graph, "onnxruntime", parity.output, parity.error, parity.limit) for parity in compare(expected, found)]
+            checks += [
+                GraphCheck(graph, precision, "onnxruntime", parity.output, parity.error, parity.limit)
+                for parity in compare(expected, found, by_precision[precision].compute)
+            ]
     if bad := [check for check in checks if not check.error <= check.limit]:
         where = f"{bundle.path}: {bad[0].graph}: {bad[0].output}"
         raise CheckFailed(

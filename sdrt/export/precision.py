@@ -1,0 +1,105 @@
+"""Which arithmetic each part of a graph runs in: the one place that decides it.
+
+Half-precision graphs are made from the float32 skeleton, not traced again. The rule is a type promotion, read off the graph:
+
+- an operator with a weight among its operands runs in the weights' type, its activations cast down where they are float32;
+- what comes after the last such operator is float32: guidance and the sampler's update, pixel arithmetic, the emphasis mean;
+- any other operator runs in float32 if one of its operands is (latents, tables, the timestep's sinusoid), else in half.
+
+What stays float32 inside half operators is in `ISLANDS`; engines take it from attributes of the operators themselves.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+HALF = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
+FLOAT = ir.DataType.FLOAT
+
+ISLANDS = {
+    "text_encoder": ("norm statistics", "emphasis"),
+    "step": ("norm statistics", "timestep sinusoid", "guidance", "sampler update", "inpainting blend"),
+    "vae_decoder": ("norm statistics", "latent scale", "pixels"),
+    "vae_encoder": ("norm statistics", "pixels", "posterior sample"),
+}
+"""What is computed in float32 within each half-precision graph, as the manifest states it."""
+
+# Operands that keep their type whatever the operator runs in: scales and sizes of Resize, by position.
+_FIXED_OPERANDS = {"Resize": (1, 2, 3)}
+_STATISTICS = ("GroupNormalization", "LayerNormalization")
+
+
+def to_half(model: ir.Model, weights: set[str], precision: str) -> None:
+    """Turn a float32 skeleton into one whose weights and network run in `precision` (fp16 or bf16). Inputs and outputs keep their types.
+
+    Every value of `model` must carry its type; see the module's rule for what becomes what.
+    """
+    half = HALF[precision]
+    graph = model.graph
+    weighty = _weights_and_views(graph, weights)
+    inner = _before_weights(graph, weighty)
+    casts: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
+    outputs = set(graph.outputs)
+
+    def cast(value: ir.Value, to: ir.DataType, before: ir.Node) -> ir.Value:
+        if (value, to) not in casts:
+            if value.const_value is not None and value.is_initializer():
+                number = np.asarray(value.const_value.numpy(), dtype=np.float32)
+                tensor = ir.Tensor(number.astype(to.numpy()), name=f"{value.name}.{precision}")
+                constant = ir.Value(name=tensor.name, type=ir.TensorType(to), shape=value.shape, const_value=tensor)
+                graph.register_initializer(constant)
+                casts[value, to] = constant
+                return constant
+            node = ir.node("Cast", [value], {"to": to}, name=f"{value.name}.to_{to.name.lower()}")
+            node.outputs[0].name, node.outputs[0].type = node.name, ir.TensorType(to)
+            graph.insert_before(before, node)
+            casts[value, to] = node.outputs[0]
+        return casts[value, to]
+
+    for value in graph.inputs:
+        if value.name in weights:
+            value.type = ir.TensorType(half)
+    for node in list(graph):
+        operands = [(i, v) for i, v in enumerate(node.inputs) if v is not None and i not in _FIXED_OPERANDS.get(node.op_type, ()) and _floating(v)]
+        if not operands or node.op_type == "Cast":
+            continue
+        weighted = any(v in weighty for _, v in operands)
+        dynamic = [v for _, v in operands if not v.is_initializer()]
+        runs_half = weighted or (node in inner and bool(dynamic) and all(v.dtype == half for v in dynamic))
+        wanted = half if runs_half else FLOAT
+        for i, value in operands:
+            if value.dtype != wanted:
+                node.replace_input_with(i, cast(value, wanted, node))
+        for value in node.outputs:
+            if _floating(value):
+                value.type = ir.TensorType(wanted)
+        if node.op_type in _STATISTICS:
+            assert node.attributes.get_int("stash_type", 1) == 1, "norm statistics must be float32"
+        for value in outputs.intersection(node.outputs):
+            assert value.dtype == FLOAT or not _floating(value), f"{value.name}: a graph output must not be half"
+
+
+def _floating(value: ir.Value) -> bool:
+    return value.dtype is not None and value.dtype in (FLOAT, *HALF.values())
+
+
+def _weights_and_views(graph: ir.Graph, weights: set[str]) -> set[ir.Value]:
+    """The weight inputs, and values made of nothing but a weight and constants, such as a transposed one."""
+    found = {value for value in graph.inputs if value.name in weights}
+    for node in graph:
+        operands = [v for v in node.inputs if v is not None]
+        if any(v in found for v in operands) and all(v in found or v.is_initializer() for v in operands):
+            found.update(node.outputs)
+    return found
+
+
+def _before_weights(graph: ir.Graph, weighty: set[ir.Value]) -> set[ir.Node]:
+    """Nodes from which an operator on activations and a weight can still be reached: the rest is the tail, and float32."""
+    reached: set[ir.Node] = set()
+    for node in reversed(list(graph)):
+        for user in (use.node for output in node.outputs for use in output.uses()):
+            if user in reached or any(v in weighty for v in user.inputs):
+                reached.add(node)
+                break
+    return reached

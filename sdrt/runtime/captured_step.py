@@ -1,0 +1,222 @@
+"""The denoising step on a GPU: buffers, execution contexts and captured CUDA graphs for one shape, and a job that runs on them.
+
+`sdrt.runtime.tensorrt` owns the device, the stream and the engines; this owns what a job needs of them.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import deque
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sdrt import bundle as names
+from sdrt.bundle import Bundle
+from sdrt.errors import UsageError
+from sdrt.runtime.device_memory import Block
+from sdrt.runtime.engine import Float, Job, Pixels
+
+if TYPE_CHECKING:
+    from sdrt.runtime.tensorrt import TensorRtEngine
+
+_AHEAD = 2
+"""Model calls the host may be ahead of the device: enough to keep it busy, few enough that progress and cancelling are true."""
+_POLL_S = 100e-6
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a captured graph is bound to: pictures, latent height and width, tokens, guidance branches."""
+
+    pictures: int
+    height: int
+    width: int
+    tokens: int
+    branches: int
+
+
+class Slot:
+    """Buffers, two contexts and two captured graphs for one shape. Row 0 reads `inputs` and writes `outputs`, row 1 the other way."""
+
+    def __init__(self, engine: TensorRtEngine, shape: Shape, bundle: Bundle) -> None:
+        rows, registers, channels = engine.record.rows, names.REGISTERS, bundle.manifest.latents.channels
+        latents = (shape.pictures, channels, shape.height, shape.width)
+        f32 = np.float32
+        self.engine, self.shape, self.latents = engine, shape, latents
+        self.inputs = engine.block(
+            [
+                ("row", (1,), np.int64), ("timestep", (rows,), f32), ("a", (rows, registers), f32), ("w", (rows, shape.branches), f32),
+                ("u", (rows, registers), f32), ("q", (rows,), f32), ("M", (rows, registers, registers + 2), f32), ("inpaint", (rows, 3), f32),
+                ("registers", (registers, *latents), f32), ("context", (shape.branches * shape.pictures, shape.tokens, bundle.manifest.text.width), f32),
+                ("mask", (shape.pictures, 1, shape.height, shape.width), f32), ("init", latents, f32), ("init_noise", latents, f32),
+                ("noise", (rows, *latents), f32),
+            ]
+        )  # fmt: skip
+        self.outputs = engine.block([("row", (1,), np.int64), ("registers", (registers, *latents), f32), ("denoised", latents, f32)])
+        self.inputs.clear(engine.stream)
+        self.outputs.clear(engine.stream)
+        profile = engine.profile(shape)
+        self.contexts = [engine.context(names.STEP), engine.context(names.STEP)]
+        for context, here, there in zip(self.contexts, (self.inputs, self.outputs), (self.outputs, self.inputs), strict=True):
+            addresses = {name: (self.inputs.address(name), section.shape) for name, section in self.inputs.layout.sections.items()}
+            addresses |= {name: (here.address(name), self.inputs.layout.sections[name].shape) for name in ("row", "registers")}
+            engine.bind(context, names.STEP, profile, addresses)
+            for name, address in zip(names.STEP_OUTPUTS, (there.address("registers"), there.address("row"), self.outputs.address("denoised")), strict=True):
+                context.set_tensor_address(name, address)
+        self.graphs: list[Any] | None = None if engine.graphs_disabled else self._capture()
+
+    def launch(self, row: int) -> None:
+        """Start one model call."""
+        if self.graphs is None:
+            self.engine.enqueue(self.contexts[row % 2], names.STEP, self.engine.stream)
+        else:
+            self.graphs[row % 2].launch(self.engine.stream)
+
+    def close(self) -> None:
+        for graph in self.graphs or []:
+            graph.close()
+        self.contexts.clear()
+        self.inputs.close(self.engine.stream)
+        self.outputs.close(self.engine.stream)
+
+    def _capture(self) -> list[Any] | None:
+        """Capture both contexts, and check a replay of each against plain execution once. None, and graphs off, where that fails."""
+        stream, graphs = self.engine.stream, []
+        self._fill_for_check()
+        for row, context in enumerate(self.contexts):
+            # Once uncaptured: TensorRT finishes its own set-up on the first run after shapes and addresses change.
+            self.engine.enqueue(context, names.STEP, stream)
+            plain = self._written(row)
+            try:
+                graph = self._captured(context)
+            except Exception as error:
+                if "OUT_OF_MEMORY" in str(error):
+                    raise
+                self.engine.disable_graphs(f"capturing failed: {error}")
+                return None
+            graph.launch(stream)
+            if not np.array_equal(plain, self._written(row)):
+                self.engine.disable_graphs("a replayed graph gave other numbers than plain execution")
+                return None
+            graphs.append(graph)
+        return graphs
+
+    def _captured(self, context: Any) -> Any:
+        builder = self.engine.stream.create_graph_builder()
+        builder.begin_building("thread_local")  # the default mode would break other threads' work on this device
+        try:
+            self.engine.enqueue(context, names.STEP, builder.stream)
+        finally:
+            builder.end_building()  # even after a failure: a stream left capturing is unusable
+        graph = builder.complete()
+        builder.close()
+        graph.upload(self.engine.stream)
+        return graph
+
+    def _fill_for_check(self) -> None:
+        """Small numbers everywhere, so that a replay that reads or writes the wrong place shows."""
+        random = np.random.RandomState(0)
+        for name in self.inputs.layout.sections:
+            array = self.inputs.host(name)
+            array[...] = 0 if name == "row" else random.standard_normal(array.shape) * 0.1
+        self.inputs.upload(self.engine.stream, "row", "noise")
+
+    def _written(self, row: int) -> NDArray[np.float32]:
+        """The registers a row has just written."""
+        block = self.outputs if row % 2 == 0 else self.inputs
+        block.download(self.engine.stream, "registers", "registers")
+        self.engine.stream.sync()
+        return np.array(block.host("registers"))
+
+
+class TensorRtDenoising:
+    """One job on its way. `close` gives its slot back; leaving that to the garbage collector works too."""
+
+    def __init__(self, engine: TensorRtEngine, slot: Slot, job: Job) -> None:
+        self._engine = engine
+        self._slot: Slot | None = slot
+        self._job = job
+        self._row = 0
+        self._events: deque[Any] = deque()
+        engine.stream.sync()  # a cancelled job may still be reading this slot's pinned memory
+        inputs = slot.inputs
+        registers = inputs.host("registers")
+        registers[...] = 0  # 0 times a stale NaN would be NaN
+        registers[0], registers[1] = job.init, job.unit_noise
+        for name, array in (("context", job.context), ("mask", job.mask), ("init", job.init), ("init_noise", job.unit_noise)):
+            inputs.host(name)[...] = array
+        inputs.upload(engine.stream, "row", "noise", self._fill_tables())
+
+    def step(self) -> None:
+        slot = self._open()
+        while len(self._events) >= _AHEAD:
+            if self._events[0].is_done:
+                self._events.popleft()
+            else:
+                time.sleep(_POLL_S)  # polled, not synchronised: the device never waits for the host
+        with self._engine.guarded(names.STEP):
+            rows = self._engine.record.rows
+            if self._row and self._row % rows == 0:
+                self._refill(slot)
+            slot.launch(self._row)
+            self._events.append(self._engine.stream.record())
+            self._row += 1
+
+    def latents(self) -> Float:
+        slot = self._open()
+        with self._engine.guarded(names.STEP):
+            block = self._current(slot)
+            block.download(self._engine.stream, "registers", "registers")
+            self._engine.stream.sync()
+            return np.array(block.host("registers")[0])
+
+    def denoised(self) -> Float:
+        slot = self._open()
+        with self._engine.guarded(names.STEP):
+            slot.outputs.download(self._engine.stream, "denoised", "denoised")
+            self._engine.stream.sync()
+            return np.array(slot.outputs.host("denoised"))
+
+    def decode(self, rounding: float) -> tuple[Pixels, NDArray[np.bool_]]:
+        slot = self._open()
+        with self._engine.guarded(names.VAE_DECODER):
+            return self._engine.decode_at(self._current(slot).address("registers"), slot.latents, rounding)
+
+    def close(self) -> None:
+        slot, self._slot = self._slot, None
+        if slot is not None:
+            self._engine.give_back(slot.shape, slot)
+
+    def __del__(self) -> None:
+        if not sys.is_finalizing():
+            self.close()
+
+    def _open(self) -> Slot:
+        if self._slot is None:
+            raise UsageError("step: passed already", "Read a step before asking the stream for the next one.")
+        return self._slot
+
+    def _current(self, slot: Slot) -> Block:
+        """The block that holds the registers now: the last row wrote it."""
+        return slot.outputs if self._row % 2 else slot.inputs
+
+    def _fill_tables(self) -> int:
+        """Put the next rows' tables and noise into pinned memory. Returns the bytes of noise in use."""
+        slot, tables, rows = self._open(), self._job.tables, self._engine.record.rows
+        count = min(rows, len(tables.q) - self._row)
+        span = slice(self._row, self._row + count)
+        for name in names.STEP_TABLES[:-1]:
+            slot.inputs.host(name)[:count] = getattr(tables, name)[span]
+        slot.inputs.host("row")[0] = 0
+        slot.inputs.host("noise")[:count] = self._job.noise[span]
+        return int(self._job.noise[span].nbytes)
+
+    def _refill(self, slot: Slot) -> None:
+        """The tables hold a fixed number of rows; longer runs replace them between two steps, after the rows before have read theirs."""
+        noise_bytes = self._fill_tables()  # the copy that last read this pinned memory ended before a row whose event has been seen
+        slot.inputs.upload(self._engine.stream, "row", "inpaint")
+        slot.inputs.upload(self._engine.stream, "noise", "noise", noise_bytes)

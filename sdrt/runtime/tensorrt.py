@@ -1,0 +1,307 @@
+"""The TensorRT backends: compiled engines on a GPU, one CUDA-graph launch per model call, through `cuda.core` and nothing else.
+
+Everything a picture needs is on the device before its first step: tables, noise, context, registers. Two captured graphs take turns
+(an engine's output must not alias its input), so between two steps the host launches one graph and computes, allocates and copies nothing.
+One stream, one activation block shared by all engines: they run one after the other.
+
+This code has not run on a GPU yet; tests run it on a strict simulator of the two libraries.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from pathlib import Path
+from threading import RLock
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sdrt import bundle as names
+from sdrt.bundle import Bundle
+from sdrt.engine_cache import EngineRecord, list_engines, mismatch, read_plan
+from sdrt.errors import MachineError, ResourceError, SdrtError, UsageError
+from sdrt.runtime.captured_step import Shape, Slot, TensorRtDenoising
+from sdrt.runtime.device_memory import Block, layout
+from sdrt.runtime.engine import Float, Job, Pixels
+
+log = logging.getLogger("sdrt")
+
+MODULES = {"tensorrt-rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
+_FREE_SLOTS = 4
+"""Idle sets of buffers, contexts and graphs kept, least recently used dropped first."""
+_KEPT_BLOCKS = 8
+
+
+class TensorRtEngine:
+    """Thread-safe: a lock guards the stream, and each job has its own buffers, contexts and graphs."""
+
+    def __init__(self, bundle: Bundle, target: str, device: int) -> None:
+        self.backend = target
+        self._bundle = bundle
+        self._trt, self._cuda = _import(target)
+        self._lock = RLock()
+        self._dead: str | None = None
+        self._graphs_disabled = False
+        self._free: deque[tuple[Shape, Slot]] = deque()
+        self._blocks: dict[Any, Block] = {}
+        with self._guard("load"):
+            self._device = self._cuda.Device(device)
+            self._device.set_current()
+            major, minor = self._device.compute_capability
+            self._folder, self.record = _choose(bundle, target, self._trt.__version__, f"sm_{major}{minor}")
+            self._stream = self._device.create_stream()
+            self._check_memory()
+            self._runtime = self._trt.Runtime(self._trt.Logger(self._trt.Logger.WARNING))
+            self._engines = {graph: self._deserialize(graph) for graph in self.record.plans if graph != names.VAE_ENCODER}
+            self.activation_bytes = max(int(engine.device_memory_size_v2) for engine in self._engines.values())
+            self._activations = self._device.allocate(max(self.activation_bytes, 1), stream=self._stream)
+            self._contexts = {graph: self.context(graph) for graph in (names.TEXT_ENCODER, names.VAE_DECODER)}
+
+    # Engine protocol
+
+    def encode_text(self, tokens: NDArray[np.int64], emphasis: Float, clip_skip: int) -> Float:
+        output = names.context_output(clip_skip)
+        width = self._bundle.manifest.text.width
+        fields = [("tokens", tokens.shape, np.int64), ("emphasis", emphasis.shape, np.float32)]
+        outputs = [(names.context_output(n), (*tokens.shape, width), np.float32) for n in self._bundle.manifest.text.clip_skip]
+        with self.guarded(names.TEXT_ENCODER):
+            block = self._kept([*fields, *outputs])
+            block.host("tokens")[...], block.host("emphasis")[...] = tokens, emphasis
+            block.upload(self._stream, "tokens", "emphasis")
+            context = self._contexts[names.TEXT_ENCODER]
+            self.bind(context, names.TEXT_ENCODER, 0, {name: (block.address(name), shape) for name, shape, _ in fields})
+            for name, _, _ in outputs:
+                context.set_tensor_address(name, block.address(name))
+            self.enqueue(context, names.TEXT_ENCODER, self._stream)
+            block.download(self._stream, output, output)
+            self._stream.sync()
+            result: Float = block.host(output).copy()
+            return result
+
+    def denoise(self, job: Job) -> TensorRtDenoising:
+        pictures, _, height, width = job.init.shape
+        shape = Shape(pictures, height, width, job.context.shape[1], job.tables.w.shape[1])
+        with self.guarded(names.STEP):
+            slot = self._take(shape)
+            try:
+                return TensorRtDenoising(self, slot, job)
+            except BaseException:
+                slot.close()
+                raise
+
+    def decode(self, latents: Float, rounding: float) -> tuple[Pixels, NDArray[np.bool_]]:
+        with self.guarded(names.VAE_DECODER):
+            block = self._kept([("latents", latents.shape, np.float32)])
+            block.host("latents")[...] = latents
+            block.upload(self._stream, "latents", "latents")
+            return self.decode_at(block.address("latents"), latents.shape, rounding)
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "backend": self.backend, "version": self._trt.__version__, "device": self._device.name, "compute": self.record.key.precision,
+            "engine": self._folder.name, "cuda_graphs": not self._graphs_disabled,
+        }  # fmt: skip
+
+    # What jobs use
+
+    def guarded(self, where: str) -> _Guard:
+        return self._guard(where)
+
+    def _guard(self, where: str) -> _Guard:
+        return _Guard(self, where)
+
+    def block(self, fields: list[Any], *, pinned: bool = True) -> Block:
+        return Block(self._cuda, self._device, self._stream, layout(fields), pinned=pinned)
+
+    def _kept(self, fields: list[Any]) -> Block:
+        """A block that is used and synchronised within one guarded call, kept for the next call of the same shapes."""
+        key = tuple(fields)
+        block = self._blocks.pop(key, None) or self.block(fields)
+        self._blocks[key] = block
+        if len(self._blocks) > _KEPT_BLOCKS:
+            self._blocks.pop(next(iter(self._blocks))).close(self._stream)
+        return block
+
+    def context(self, graph: str) -> Any:
+        """A new execution context on the shared activation block."""
+        engine, strategy = self._engines[graph], self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        if hasattr(engine, "create_runtime_config") and hasattr(self._trt, "DynamicShapesKernelSpecializationStrategy"):
+            # TensorRT-RTX compiles kernels for shapes it meets; lazily, a captured graph would freeze the fallback kernels.
+            config = engine.create_runtime_config()
+            config.set_execution_context_allocation_strategy(strategy)
+            config.dynamic_shapes_kernel_specialization_strategy = self._trt.DynamicShapesKernelSpecializationStrategy.EAGER
+            context = engine.create_execution_context(config)
+        else:
+            context = engine.create_execution_context(strategy)
+        if context is None:
+            raise ResourceError(
+                f"{graph}: the GPU has no memory left for another execution context", "Close other programs on the GPU, or choose a smaller --size or --batch."
+            )
+        context.set_device_memory(int(self._activations.handle), max(self.activation_bytes, 1))
+        return context
+
+    def bind(self, context: Any, graph: str, profile: int, inputs: dict[str, tuple[int, tuple[int, ...]]]) -> None:
+        """Choose a profile, then set the shape and address of every input.
+
+        Raises:
+            UsageError: a shape is outside what the engine was compiled for.
+        """
+        ranges = self.record.key.profiles[graph][profile].shapes
+        for name, (_, shape) in inputs.items():
+            if name in ranges:
+                low, _, high = ranges[name]
+                if len(low) != len(shape) or not all(a <= s <= b for a, s, b in zip(low, shape, high, strict=True)):
+                    raise UsageError(f"{graph}: {name}: shape {list(shape)}, the engine was compiled for {list(low)} to {list(high)}", self._compile_hint())
+        if context.active_optimization_profile != profile:
+            context.set_optimization_profile_async(profile, int(self._stream.handle))
+        for name, (address, shape) in inputs.items():
+            if not context.set_input_shape(name, shape) or not context.set_tensor_address(name, address):
+                raise MachineError(f"{graph}: TensorRT refused input {name} of shape {list(shape)}", self._compile_hint())
+
+    def enqueue(self, context: Any, graph: str, stream: Any) -> None:
+        if not context.execute_async_v3(int(stream.handle)):
+            raise MachineError(f"{graph}: TensorRT refused to run; its outputs are not valid", "Run again with a new pipeline; if it persists, compile again.")
+
+    def decode_at(self, address: int, shape: tuple[int, ...], rounding: float) -> tuple[Pixels, NDArray[np.bool_]]:
+        """Decode latents that are on the device already; one copy back."""
+        factor = self._bundle.manifest.latents.factor
+        pictures, _, height, width = shape
+        block = self._kept(
+            [("rounding", (1,), np.float32), ("pixels", (pictures, height * factor, width * factor, 3), np.uint8), ("finite", (pictures,), np.bool_)]
+        )
+        block.host("rounding")[0] = rounding
+        block.upload(self._stream, "rounding", "rounding")
+        context = self._contexts[names.VAE_DECODER]
+        self.bind(context, names.VAE_DECODER, 0, {"latents": (address, shape), "rounding": (block.address("rounding"), (1,))})
+        for name in names.DECODER_OUTPUTS:
+            context.set_tensor_address(name, block.address(name))
+        self.enqueue(context, names.VAE_DECODER, self._stream)
+        block.download(self._stream, "pixels", "finite")
+        self._stream.sync()
+        return block.host("pixels").copy(), block.host("finite").copy()
+
+    def profile(self, shape: Shape) -> int:
+        """The step engine's profile for a number of guidance branches."""
+        if shape.branches not in self.record.branches:
+            built = ", ".join(str(n) for n in self.record.branches)
+            raise UsageError(f"step: {shape.branches} guidance branches, the engine was compiled for {built}", self._compile_hint())
+        return self.record.branches.index(shape.branches)
+
+    def disable_graphs(self, why: str) -> None:
+        if not self._graphs_disabled:
+            log.warning("CUDA graphs are off for this pipeline: %s", why)
+        self._graphs_disabled = True
+
+    @property
+    def graphs_disabled(self) -> bool:
+        return self._graphs_disabled
+
+    @property
+    def stream(self) -> Any:
+        return self._stream
+
+    def give_back(self, shape: Shape, slot: Slot) -> None:
+        with self._lock:
+            self._free.append((shape, slot))
+            while len(self._free) > _FREE_SLOTS:
+                self._free.popleft()[1].close()
+
+    def failed(self, where: str, error: Exception) -> SdrtError:
+        """A CUDA failure as one of ours. Out of memory leaves the pipeline usable; any other CUDA error is sticky."""
+        text = " ".join(str(error).split())[:300]
+        if isinstance(error, MemoryError) or "OUT_OF_MEMORY" in text:
+            while self._free:
+                self._free.popleft()[1].close()
+            return ResourceError(f"{where}: out of device memory: {text}", "Choose a smaller --size or --batch; the pipeline stays usable.")
+        if "CUDA_ERROR" in text:
+            self._dead = text
+            return MachineError(f"{where}: the GPU failed: {text}", "This pipeline is dead: restart the process.")
+        return MachineError(f"{where}: {type(error).__name__}: {text}", "Run: sdrt doctor")
+
+    def enter(self) -> None:
+        self._lock.acquire()
+        if self._dead is not None:
+            self._lock.release()
+            raise MachineError(f"pipeline: dead after a GPU failure: {self._dead}", "Restart the process.")
+        if hasattr(self, "_device"):
+            self._device.set_current()  # the current device is a thread's own
+
+    def leave(self) -> None:
+        self._lock.release()
+
+    def _take(self, shape: Shape) -> Slot:
+        for i, (kept, slot) in enumerate(self._free):
+            if kept == shape:
+                del self._free[i]
+                return slot
+        return Slot(self, shape, self._bundle)
+
+    def _deserialize(self, graph: str) -> Any:
+        plan = read_plan(self._folder, self.record, graph)  # hashed before TensorRT sees it: a plan is native code
+        engine = self._runtime.deserialize_cuda_engine(plan)
+        if engine is None:
+            raise MachineError(f"{self._folder}: {graph}: TensorRT {self._trt.__version__} cannot load this plan", self._compile_hint())
+        return engine
+
+    def _check_memory(self) -> None:
+        needed = self.record.state_bytes + sum(plan.size_bytes + (plan.device_memory_bytes or 0) for plan in self.record.plans.values())
+        free = _free_bytes()
+        if free is not None and needed > free:
+            raise ResourceError(
+                f"{self._folder}: needs about {needed:,} bytes on the GPU, {free:,} are free",
+                "Close other programs on it, or compile for a smaller --size or --batch.",
+            )
+
+    def _compile_hint(self) -> str:
+        return f"Compile for it with: sdrt compile {self._bundle.path} --target {self.backend} --size WxH --batch N"
+
+
+class _Guard:
+    """The engine's lock, its device made current, and failures of CUDA turned into ours."""
+
+    def __init__(self, engine: TensorRtEngine, where: str) -> None:
+        self._engine = engine
+        self._where = where
+
+    def __enter__(self) -> None:
+        self._engine.enter()
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        try:
+            if isinstance(error, Exception) and not isinstance(error, SdrtError):
+                raise self._engine.failed(self._where, error) from error
+        finally:
+            self._engine.leave()
+
+
+def _import(target: str) -> tuple[Any, Any]:
+    import importlib
+
+    try:
+        return importlib.import_module(MODULES[target]), importlib.import_module("cuda.core")
+    except ImportError as error:
+        raise MachineError(f"backend {target}: {error}", f"Install it with: pip install 'sdrt[{target}]'") from error
+
+
+def _choose(bundle: Bundle, target: str, compiler: str, sm: str) -> tuple[Path, EngineRecord]:
+    """The newest engine of a target that fits this bundle and machine."""
+    reasons = []
+    for folder, record in list_engines(bundle):
+        if record.key.target != target:
+            continue
+        reason = mismatch(record, bundle, target=target, compiler=compiler, device_sm=sm)
+        if not reason:
+            return folder, record
+        reasons.append(f"{folder.name}: {reason}")
+    found = "; ".join(reasons) or "there is none"
+    raise MachineError(f"{bundle.path}: no {target} engine fits: {found}", f"Make one here with: sdrt compile {bundle.path} --target {target}")
+
+
+def _free_bytes() -> int | None:
+    """Free memory of the current device, or None where the driver does not say."""
+    from cuda.bindings import driver
+
+    status, free, _ = driver.cuMemGetInfo()
+    return int(free) if status == driver.CUresult.CUDA_SUCCESS else None
