@@ -101,7 +101,7 @@ def tables(rows: list[Row], guidance: list[float]) -> Tables:
     )
 
 
-def load_engine(bundle: Bundle, backend: str, device: int, threads: int | None) -> Engine:
+def load_engine(bundle: Bundle, backend: str, threads: int | None = None, device: int = 0) -> Engine:
     """The engine of a backend by name. What it took is in every result.
 
     `auto` takes TensorRT where a GPU answers and the bundle holds an engine for it, else ONNX Runtime. An engine that does not

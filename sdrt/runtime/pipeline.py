@@ -109,7 +109,7 @@ class Pipeline:
             # Hashing the weights takes as long as reading them, so it runs beside loading. Data alone cannot harm: it is used after the check.
             checked: Future[None] = pool.submit(check_files, bundle, [WEIGHTS])
             try:
-                engine = load_engine(bundle, backend, device, threads)
+                engine = load_engine(bundle, backend, threads, device)
             finally:
                 checked.result()
         return cls(bundle, engine, Tokenizer(bundle.file("tokenizer/tokenizer.json"), bundle.manifest.text))
