@@ -11,9 +11,10 @@ import json
 import os
 import stat
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 from sdrt.errors import BundleError, InputFileError, MachineError, printable
 
@@ -192,7 +193,7 @@ def open_bundle(path: Path) -> Bundle:
         BundleError: the manifest or the folder is not what it should be.
     """
     path = path.absolute()
-    if not path.exists():
+    if not os.path.exists(path):  # noqa: PTH110  Path.exists raises for a name that is too long
         raise InputFileError(f"{path}: no such bundle", "Make one with: sdrt build --checkpoint FILE")
     manifest_file = path / MANIFEST
     if not path.is_dir() or not os.path.lexists(manifest_file):
@@ -229,17 +230,17 @@ def _parse_manifest(path: Path) -> Manifest:
     if not isinstance(document, dict):
         raise BundleError(f"{path}: expected a JSON object, found {type(document).__name__}")
     version = document.get("format")
-    if isinstance(version, int) and not isinstance(version, bool) and version > FORMAT:
+    if type(version) is int and version > FORMAT:
         raise MachineError(
             f"{path}: bundle format {version}, written by sdrt {printable(str(document.get('sdrt')))}; this sdrt reads format {FORMAT}",
             "Upgrade sdrt, or build the bundle again with this version.",
         )
-    if version != FORMAT:
+    if type(version) is not int or version != FORMAT:
         raise BundleError(f"{path}: format: expected {FORMAT}, found {printable(repr(version))}")
     try:
         return _manifest(document)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise BundleError(f"{path}: manifest does not have the expected form: {printable(repr(error))}", "Build the bundle again.") from error
+    except ValueError as error:
+        raise BundleError(f"{path}: not of the expected form: {printable(str(error))}", "Build the bundle again.") from error
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -250,37 +251,41 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _manifest(document: dict[str, Any]) -> Manifest:
-    if document.keys() != {f.name for f in fields(Manifest)}:
-        raise ValueError(f"fields {sorted(document.keys() ^ {f.name for f in fields(Manifest)})}")
-    files = {_safe_name(name): FileRecord(_count(r["size_bytes"]), _hex(r["sha256"])) for name, r in document["files"].items()}
-    graphs = {
-        graph: {
-            precision: Graph(**(record | {key: tuple(record[key]) for key in ("islands", "inputs", "outputs")})) for precision, record in by_precision.items()
-        }
-        for graph, by_precision in document["graphs"].items()
-    }
-    for by_precision in graphs.values():
-        for record in by_precision.values():
-            if record.path not in files:
-                raise ValueError(f"graph file {record.path!r} is not listed under files")
-    if missing := {WEIGHTS, TOKENIZER} - files.keys():
-        raise ValueError(f"files without {sorted(missing)}")
-    text, latents = document["text"], document["latents"]
-    return Manifest(
-        format=FORMAT,
-        sdrt=str(document["sdrt"]),
-        name=str(document["name"]),
-        family=str(document["family"]),
-        architecture=dict(document["architecture"]),
-        diffusion=Diffusion(**document["diffusion"]),
-        text=Text(**(text | {"clip_skip": tuple(text["clip_skip"])})),
-        latents=Latents(_count(latents["channels"]), _count(latents["factor"]), (_count(latents["size"][0]), _count(latents["size"][1]))),
-        precision=str(document["precision"]),
-        graphs=graphs,
-        sources=tuple(Source(**record) for record in document["sources"]),
-        tools=dict(document["tools"]),
-        files=files,
-    )
+    manifest: Manifest = _read(Manifest, document, "manifest")
+    for name, file in manifest.files.items():
+        _safe_name(name)
+        if len(file.sha256) != 64 or set(file.sha256) - set("0123456789abcdef"):
+            raise ValueError(f"{name}: expected a sha256, found {file.sha256!r}")
+    if unknown := manifest.graphs.keys() - set(GRAPHS):
+        raise ValueError(f"unknown graphs {sorted(unknown)}")
+    needed = {WEIGHTS, TOKENIZER, *(f"reference/{graph}.npz" for graph in manifest.graphs)}
+    needed |= {record.path for by_precision in manifest.graphs.values() for record in by_precision.values()}
+    if missing := needed - manifest.files.keys():
+        raise ValueError(f"{sorted(missing)} not listed under files")
+    return manifest
+
+
+def _read(kind: Any, value: Any, where: str) -> Any:
+    """`value`, as JSON gave it, as the dataclass or type `kind`; ValueError where it is of another form. Every int is a count."""
+    if is_dataclass(kind):
+        hints = get_type_hints(kind)
+        if not isinstance(value, dict) or value.keys() != hints.keys():
+            found = sorted(value.keys() ^ hints.keys()) if isinstance(value, dict) else value
+            raise ValueError(f"{where}: missing or unknown fields: {found!r}")
+        return kind(**{name: _read(hint, value[name], f"{where}.{name}") for name, hint in hints.items()})  # type: ignore[operator]
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin is tuple and isinstance(value, list) and (arguments[-1] is ... or len(value) == len(arguments)):
+        kinds = arguments[:1] * len(value) if arguments[-1] is ... else arguments
+        return tuple(_read(item, v, f"{where}[{i}]") for i, (item, v) in enumerate(zip(kinds, value, strict=True)))
+    if origin is dict and isinstance(value, dict):
+        return {key: _read(arguments[1], v, f"{where}.{key}") for key, v in value.items()}
+    if origin is UnionType:
+        return None if value is None else _read(arguments[0], value, where)
+    if kind is Any or (type(value) is kind and (kind is not int or value >= 0)):
+        return value
+    if kind is float and type(value) is int:
+        return float(value)
+    raise ValueError(f"{where}: expected {getattr(kind, '__name__', kind)}, found {value!r}")
 
 
 def _safe_name(name: str) -> str:
@@ -290,18 +295,6 @@ def _safe_name(name: str) -> str:
     if not plain or path.is_absolute() or ".." in path.parts or str(path) != name or name in (".", MANIFEST) or path.parts[0] == ENGINES:
         raise ValueError(f"unsafe path {name!r}")
     return name
-
-
-def _count(value: object) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise ValueError(f"expected a count, found {value!r}")
-    return value
-
-
-def _hex(value: object) -> str:
-    if not isinstance(value, str) or len(value) != 64 or set(value) - set("0123456789abcdef"):
-        raise ValueError(f"expected a sha256, found {value!r}")
-    return value
 
 
 def _check_listing(path: Path, manifest: Manifest) -> None:

@@ -34,7 +34,7 @@ def staged_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
         ResourceError: the disk is full or a write failed.
     """
     target = target.absolute()
-    stage = _stage_name(target)
+    stage = stage_name(target)
     with _reported(target):
         _sweep(target)
         stage.mkdir()
@@ -56,7 +56,7 @@ def staged_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
 def staged_file(target: Path) -> Iterator[Path]:
     """Yield a path beside `target`; what is written there replaces `target` atomically when the block ends without an exception."""
     target = target.absolute()
-    stage = _stage_name(target)
+    stage = stage_name(target)
     try:
         with _reported(target):
             yield stage
@@ -67,7 +67,8 @@ def staged_file(target: Path) -> Iterator[Path]:
             stage.unlink()
 
 
-def _stage_name(target: Path) -> Path:
+def stage_name(target: Path) -> Path:
+    """A new hidden name beside `target`, which a later sweep recognises once this process is gone."""
     return target.with_name(f".{target.name}-{os.getpid()}-{secrets.token_hex(4)}")
 
 
@@ -145,6 +146,23 @@ def _sweep(target: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
+
+
+def sweep_stages(folder: Path) -> None:
+    """Remove what killed processes left in `folder`, whatever it was to become."""
+    if folder.is_dir():
+        found = (re.fullmatch(r"\.(.+)-\d+-[0-9a-f]{8}(\.old)?", path.name) for path in folder.iterdir())
+        for name in {match[1] for match in found if match is not None}:
+            _sweep(folder / name)
+
+
+def cache_folder() -> Path:
+    """Where sdrt keeps what it can make again: $SDRT_CACHE_DIR, else the user's cache folder."""
+    if chosen := os.environ.get("SDRT_CACHE_DIR"):
+        return Path(chosen)
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local")) / "sdrt"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sdrt"
 
 
 def _alive(pid: int) -> bool:

@@ -177,7 +177,7 @@ class VaeEncoder(nn.Module):
     def forward(self, pixels: Tensor, noise: Tensor) -> Tensor:
         """Pixels uint8 `[N, H, W, 3]` and noise float32 `[N, 4, H/8, W/8]` to latents float32 `[N, 4, H/8, W/8]`."""
         model = self.first_stage_model
-        image = pixels.permute(0, 3, 1, 2).to(noise.dtype) / 127.5 - 1.0
+        image = pixels.to(noise.dtype).permute(0, 3, 1, 2) / 127.5 - 1.0  # cast first: TensorRT cannot permute bytes
         moments = model.quant_conv(model.encoder(image))
         mean, log_variance = moments.chunk(2, dim=1)
         return (mean + torch.exp(0.5 * log_variance.clamp(-30.0, 20.0)) * noise) * self.scale
