@@ -93,7 +93,7 @@ class Latents:
 
 @dataclass(frozen=True)
 class Source:
-    """A file that went into the bundle. `kind` is checkpoint, vae or lora; `applied` counts what it changed, per component."""
+    """A file that went into the bundle. `kind` is checkpoint, vae or lora; `applied` counts the modules it was applied to, per component."""
 
     kind: str
     name: str

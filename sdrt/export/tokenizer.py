@@ -47,7 +47,7 @@ def write_tokenizer(path: Path, size: int) -> tuple[int, int]:
     tokenizer = Tokenizer(models.BPE(vocab=tokens, merges=merges, unk_token=EOS, end_of_word_suffix="</w>"))
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()])
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(_WORDS), behavior="removed", invert=True), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        [pre_tokenizers.Split(Regex(_WORDS), behavior="removed", invert=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     tokenizer.add_special_tokens([BOS, EOS])
     path.write_text(tokenizer.to_str(), encoding="utf-8")

@@ -35,7 +35,7 @@ class Placed:
 
 @dataclass(frozen=True)
 class Change:
-    """What one adapter did to one component: modules changed, and the size of the change relative to the weights it changed (Frobenius norms)."""
+    """What one adapter did to one component: modules it was applied to (a few may hold zeros), and the size of the change relative to the weights it changed (Frobenius norms)."""
 
     modules: int
     relative: float
@@ -92,9 +92,10 @@ def write_weights(
                 for i in touching:
                     delta = loras[i].delta(name, place.shape)
                     fused += delta
+                    size = float(delta.norm())
                     record = norms[i][component(name)]
                     record[0] += 1
-                    record[1] += float(delta.norm()) ** 2
+                    record[1] += size**2
                     record[2] += float(pristine.norm()) ** 2
             rounded = fused.to(kind)
             if not _finite(rounded):

@@ -20,6 +20,7 @@ from sdrt.errors import NonFiniteError, UsageError
 from sdrt.runtime.engine import Denoising, Engine, Float, Job, Pixels, load_engine, tables
 from sdrt.runtime.noise import MAX_SEED, CpuNoise
 from sdrt.runtime.samplers import Row, parse_sampler, trace_rows
+from sdrt.runtime.schedule import MAX_STEPS
 from sdrt.runtime.tokenizer import Tokenizer
 
 _ROUND_TO_NEAREST = 0.5
@@ -184,7 +185,17 @@ class Pipeline:
         if engine is None:
             raise UsageError("pipeline: closed", "Load it again with Pipeline.load.")
         key, chosen = parse_sampler(sampler, schedule)
-        request = _Request(prompt, negative, steps, _number("cfg", cfg), key, chosen, self._size(size), _seeds(seed, count), _range("batch", batch, 1, 64))
+        request = _Request(
+            prompt,
+            negative,
+            _range("steps", steps, 1, MAX_STEPS),
+            _number("cfg", cfg),
+            key,
+            chosen,
+            self._size(size),
+            _seeds(seed, count),
+            _range("batch", batch, 1, 64),
+        )
         rows = trace_rows(key, chosen, steps, self.bundle.manifest.diffusion)
         tokens = [self._tokenizer.encode(text) for text in ((negative, prompt) if request.cfg != 1 else (prompt,))]
         return self._run(engine, request, rows, np.concatenate(tokens))
@@ -253,7 +264,10 @@ class Pipeline:
         return pixels
 
     def _size(self, size: tuple[int, int] | None) -> tuple[int, int]:
-        width, height = self.bundle.manifest.latents.size if size is None else size
+        chosen = self.bundle.manifest.latents.size if size is None else size
+        if len(chosen) != 2 or not all(isinstance(side, int) for side in chosen):
+            raise UsageError(f"size {chosen!r}: expected (width, height) in pixels")
+        width, height = chosen
         for side in (width, height):
             if side % SIZE_STEP or not MIN_SIDE <= side <= MAX_SIDE:
                 raise UsageError(f"size {width}x{height}: expected multiples of {SIZE_STEP} from {MIN_SIDE} to {MAX_SIDE}", _nearest_size(width, height))
@@ -273,18 +287,21 @@ def draw_seed() -> int:
 def _seeds(seed: int | None, count: int) -> tuple[int, ...]:
     _range("count", count, 1, 10_000)
     first = draw_seed() if seed is None else seed
-    if not 0 <= first <= MAX_SEED - (count - 1):
-        raise UsageError(f"seed {first}: expected 0 to {MAX_SEED - (count - 1)}")
+    _range("seed", first, 0, MAX_SEED - (count - 1))
     return tuple(range(first, first + count))
 
 
 def _range(name: str, value: int, low: int, high: int) -> int:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise UsageError(f"{name} {value!r}: expected a whole number")
     if not low <= value <= high:
         raise UsageError(f"{name} {value}: expected {low} to {high}")
     return value
 
 
 def _number(name: str, value: float) -> float:
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise UsageError(f"{name} {value!r}: expected a number")
     if not math.isfinite(value) or abs(value) > 1e4:
         raise UsageError(f"{name} {value}: expected a finite number, 1 to 30 usually")
     return value

@@ -188,7 +188,9 @@ def parse_sampler(name: str, schedule: str | None = None) -> tuple[str, str]:
     labels = {sampler.label.lower(): key for key, sampler in SAMPLERS.items()}
     plain = " ".join(name.lower().split())
     for suffix in SCHEDULES:
-        if schedule is None and plain.endswith(" " + suffix):
+        if plain.endswith(" " + suffix):
+            if schedule is not None and schedule.lower() != suffix:
+                raise UsageError(f"sampler {name!r}: names schedule {suffix}, but schedule {schedule!r} was asked for", "Give the schedule once.")
             plain, schedule = plain.removesuffix(" " + suffix), suffix
     key = labels.get(plain, plain)
     if key not in SAMPLERS:

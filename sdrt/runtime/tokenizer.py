@@ -26,6 +26,8 @@ class Tokenizer:
         Raises:
             UsageError: the prompt is longer than one chunk, or is not valid text.
         """
+        if not isinstance(prompt, str):
+            raise UsageError(f"prompt: expected text, found {type(prompt).__name__}")
         try:
             ids = self._backend.encode(prompt, add_special_tokens=False).ids
         except (UnicodeEncodeError, TypeError) as error:

@@ -1,0 +1,176 @@
+"""The bundle's tokenizer against transformers' CLIP tokenizer, and against byte-pair encoding written out in plain Python."""
+
+from __future__ import annotations
+
+import json
+import unicodedata
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import reference
+import regex
+from conftest import EMOJI
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sdrt.bundle import Text, open_bundle
+from sdrt.errors import CheckpointError, UsageError
+from sdrt.export.tokenizer import vocabulary, write_tokenizer
+from sdrt.runtime.tokenizer import Tokenizer
+
+BOS, EOS = 49406, 49407
+
+STRINGS = [
+    "", " ", "\t\n", "a", "A", "red apple", "  red   apple  ", "red\napple\r\n", "RED Apple", "red,apple", "red , apple", "a-b_c", "...", "!!!???", "$%&*()",
+    "it's", "we're they've I'm he'll she'd don't", "IT'S", "'s", "it''s", "rock'n'roll", "o’clock", "1", "12345", "3.14159", "2nd 10x", "a1b2", "4k hdr 8k",
+    "½ ² ③ Ⅷ", "٣", "naïve café", "cafe\u0301", "Å", "ﬁ", "ＡＢＣ", "straße ẞ", "ΟΔΥΣΣΕΥΣ", "İstanbul", "ǅ", "привет мир", "שלום", "مرحبا", "नमस्ते", "ไทย",
+    "日本語", "日本 語", "한국어", "中文字符测试", "ひらがな カタカナ", "😀", "😀😀", "👩‍👩‍👧‍👦", "🏳️‍🌈", "1️⃣", "red 🍎 apple", "\u200b", "a\u00a0b", "a\u3000b", "\ufeffabc",
+    "\x00", "\x07bell", "a\u0000b", "�", "<|startoftext|>", "<|endoftext|>", "a<|endoftext|>b", "<|STARTOFTEXT|>", "<|endoftext", "|endoftext|>",
+    "a <|startoftext|> b <|endoftext|> c", "</w>", "a</w>", "Ġ", "(masterpiece:1.3), [bad], {x}", "<lora:x:0.8>", "https://example.com/a?b=c#d", "a" * 75,
+    "supercalifragilisticexpialidocious", "antidisestablishmentarianism", "xqzjkvw", "\\(o_o\\)", "C:\\path", "#tag @user", "“quoted” — dash… ‘single’", "e=mc²",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def ours(flat_bundle: Path) -> Tokenizer:
+    bundle = open_bundle(flat_bundle)
+    return Tokenizer(bundle.file("tokenizer/tokenizer.json"), bundle.manifest.text)
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return reference.clip_tokenizer(tmp_path_factory.mktemp("clip"))
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> PlainBpe:
+    return PlainBpe(reference.vocabulary_files(tmp_path_factory.mktemp("plain")))
+
+
+class PlainBpe:
+    """OpenAI's simple_tokenizer, without its repair of broken Unicode and its special tokens."""
+
+    def __init__(self, folder: Path) -> None:
+        self.ids = json.loads((folder / "vocab.json").read_text())
+        merges = (folder / "merges.txt").read_text().splitlines()[1:]
+        self.ranks = {tuple(merge.split()): i for i, merge in enumerate(merges)}
+        visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
+        hidden = [byte for byte in range(256) if byte not in visible]
+        self.symbols = {byte: chr(byte) for byte in visible} | {byte: chr(256 + i) for i, byte in enumerate(hidden)}
+        self.words = regex.compile(r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+", regex.IGNORECASE)
+
+    def __call__(self, text: str) -> list[int]:
+        text = regex.sub(r"\s+", " ", unicodedata.normalize("NFC", text)).strip().lower()
+        return [self.ids[token] for word in self.words.findall(text) for token in self.merge(word)]
+
+    def merge(self, word: str) -> list[str]:
+        parts = [self.symbols[byte] for byte in word.encode()]
+        parts[-1] += "</w>"
+        while len(parts) > 1:
+            first = min(pairwise(parts), key=lambda pair: self.ranks.get(pair, len(self.ranks)))
+            if first not in self.ranks:
+                break
+            merged, i = [], 0
+            while i < len(parts):
+                both = i + 1 < len(parts) and (parts[i], parts[i + 1]) == first
+                merged.append("".join(first) if both else parts[i])
+                i += 1 + both
+            parts = merged
+        return parts
+
+
+def ids(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The ids between start and the padding, after checking the frame around them."""
+    row = tokenizer.encode(text)
+    assert row.shape == (1, 77) and row.dtype == np.int64
+    assert row[0, 0] == BOS
+    tokens: list[int] = row[0].tolist()
+    end = max((i for i, token in enumerate(tokens) if token != EOS), default=0) + 1
+    assert set(tokens[end:]) == {EOS}
+    return tokens[1:end]
+
+
+def reference_row(clip: Any, text: str) -> list[int]:
+    row: list[int] = clip(text, padding="max_length", max_length=77, truncation=True).input_ids
+    return row
+
+
+@cache
+def known_prompts() -> tuple[str, ...]:
+    return tuple((EMOJI / "prompts.txt").read_text().split("\n"))
+
+
+def test_prompts_of_the_example(ours: Tokenizer, clip: Any, plain: PlainBpe) -> None:
+    for prompt in (*known_prompts(), *(f"a {prompt}" for prompt in known_prompts())):
+        assert ours.encode(prompt)[0].tolist() == reference_row(clip, prompt)
+        assert ids(ours, prompt) == plain(prompt)
+
+
+@pytest.mark.parametrize("text", STRINGS, ids=ascii)
+def test_strings(ours: Tokenizer, clip: Any, text: str) -> None:
+    assert ours.encode(text)[0].tolist() == reference_row(clip, text)
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(text=st.text(max_size=24))
+def test_any_text(ours: Tokenizer, clip: Any, text: str) -> None:
+    expected = clip(text, add_special_tokens=False).input_ids
+    if len(expected) > 75:
+        with pytest.raises(UsageError):
+            ours.encode(text)
+    else:
+        assert ours.encode(text)[0].tolist() == reference_row(clip, text)
+
+
+WORDS = st.sampled_from([*"aeiou'-,.!?0123456789 ", "it's", "girl", "Café", "日本", "😀", "ый", "  ", "\n", "'ll", "<|", "masterpiece", "XQZ"])
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(text=st.lists(WORDS, max_size=15).map("".join))
+def test_plain_byte_pair_encoding(ours: Tokenizer, plain: PlainBpe, text: str) -> None:
+    expected = [BOS, *plain(text)]
+    assert ours.encode(text)[0].tolist() == expected + [EOS] * (77 - len(expected))
+
+
+def test_limit(ours: Tokenizer) -> None:
+    assert ids(ours, "cat " * 75) == [2368] * 75
+    assert ours.encode("cat " * 75)[0, 76] == EOS
+    with pytest.raises(UsageError, match="76 tokens, the limit is 75"):
+        ours.encode("cat " * 76)
+    with pytest.raises(UsageError, match="10,000 tokens, the limit is 75") as caught:
+        ours.encode("cat " * 10_000)
+    assert "56 English words" in caught.value.fix
+
+
+@pytest.mark.parametrize("text", ["\ud800", "cat \udfff", "\udc41cat", "\ud83d"])
+def test_lone_surrogates(ours: Tokenizer, text: str) -> None:
+    with pytest.raises(UsageError, match="Unicode") as caught:
+        ours.encode(text)
+    str(caught.value).encode()  # the message itself must be printable
+
+
+def test_encoding_changes_nothing(ours: Tokenizer) -> None:
+    before = ours.encode("red apple").tolist()
+    ours.encode("a much longer prompt, with 7 more things in it")
+    assert ours.encode("red apple").tolist() == before
+
+
+def test_vocabulary() -> None:
+    tokens, merges = vocabulary()
+    assert len(tokens) == 49408 and sorted(tokens.values()) == list(range(49408))
+    assert len(merges) == 48894
+    assert (tokens["<|startoftext|>"], tokens["<|endoftext|>"], tokens["!"], tokens["cat</w>"]) == (BOS, EOS, 0, 2368)
+
+
+def test_other_vocabularies_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="expected 49,408 tokens"):
+        write_tokenizer(tmp_path / "tokenizer.json", 49410)
+    assert not (tmp_path / "tokenizer.json").exists()
+
+
+def test_manifest_names_the_special_tokens(flat_bundle: Path) -> None:
+    assert open_bundle(flat_bundle).manifest.text == Text(64, 77, BOS, EOS, EOS, (1,))
