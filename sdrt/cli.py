@@ -1,4 +1,4 @@
-"""The `sdrt` command. The only file that prints or exits; every command imports what it needs when it runs."""
+"""The `sdrt` command. Its files alone print and exit; every command imports what it needs when it runs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from typing import Annotated, Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
-from sdrt import __version__
+from sdrt import __version__, cli_engines
+from sdrt.cli_output import BUILD_STAGES, BundleArgument, Json, StageProgress, print_json, print_report, progress_bar
 from sdrt.errors import MachineError, SdrtError, UsageError, printable
 
 BUG, INTERRUPTED = 70, 130
@@ -68,9 +69,6 @@ def _fail(ctx: Any, message: str, fix: str, code: int) -> NoReturn:
 
 app = typer.Typer(cls=ReportingGroup, no_args_is_help=True, add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False)
 
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout; words and progress stay on stderr.")]
-BundleArgument = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A folder made by `sdrt build`, such as model.sdrt.")]
-
 
 def _version(value: bool) -> None:
     if value:
@@ -102,7 +100,7 @@ def build(
     checkpoint: Annotated[Path, typer.Option("--checkpoint", metavar="FILE", help="Stable Diffusion 1.x checkpoint, one .safetensors file in the layout of AUTOMATIC1111 (LDM).")],
     lora: Annotated[list[str] | None, typer.Option("--lora", metavar="FILE[:SCALE[:TE_SCALE]]", help="LoRA to fuse; may be repeated, the order does not matter. SCALE (default 1) weighs its change of the UNet, TE_SCALE (default SCALE) that of the text encoder. AUTOMATIC1111's prompt syntax has the two in the other order.")] = None,
     vae: Annotated[Path | None, typer.Option("--vae", metavar="FILE", help="VAE to use instead of the checkpoint's own.")] = None,
-    target: Annotated[list[str] | None, typer.Option("--target", metavar="NAME", help="Engine to prepare; may be repeated: auto or onnxruntime, which runs the bundle as it is. Others are not supported yet.")] = None,
+    target: Annotated[list[str] | None, typer.Option("--target", metavar="NAME", help="Engine to prepare; may be repeated: onnxruntime runs the bundle as it is, tensorrt-rtx and tensorrt compile it for the bundle's size once it is built. auto is tensorrt where it is installed and a GPU answers, else onnxruntime.")] = None,
     precision: Annotated[str, typer.Option("--precision", metavar="fp16|bf16|fp32", help="Storage type of the weights. On a CPU the arithmetic is float32 whatever it is.")] = "fp16",
     size: Annotated[str | None, typer.Option("--size", metavar="WxH", help="Default picture size in pixels, multiples of 8; the checkpoint's own if not given. `generate` may choose any other.")] = None,
     clip_skip: Annotated[int, typer.Option("--clip-skip", metavar="N", help="Text-encoder layer to use, counted from the end as AUTOMATIC1111 does: 1 is the last.")] = 1,
@@ -121,29 +119,33 @@ def build(
     from sdrt.export.build import BuildOptions
     from sdrt.export.build import build as run_build
 
-    _check_targets(target or ["auto"])
+    targets = cli_engines.checked_targets(target or ["auto"])
     options = BuildOptions(
         checkpoint, tuple(parse_lora_option(text) for text in lora or []), vae, precision, _size(size), clip_skip, allow_unmatched, output, force
     )
-    with _BuildProgress() as progress:
+    with StageProgress(BUILD_STAGES) as progress:
         report = run_build(options, progress)
     manifest = report.manifest
     size_bytes = sum(record.size_bytes for record in manifest.files.values())
     for note in report.notes:
         typer.echo(f"note: {printable(note)}", err=True)
+    engines = cli_engines.compile_after_build(report.path, targets)
     if as_json:
-        _print_json(
+        print_json(
             {
                 "bundle": str(report.path), "size_bytes": size_bytes, "sources": [asdict(source) for source in manifest.sources], "notes": list(report.notes),
                 "stages_s": dict(report.stages_s), "cached_traces": list(report.cached), "errors": {g: {c: record.error for c, record in p.items()} for g, p in manifest.graphs.items()},
+                "engines": [cli_engines.as_fields(engine) for engine in engines],
             }
         )  # fmt: skip
         return
     for source in manifest.sources:
         if source.kind == "lora":
-            changes = ", ".join(f"{source.applied[c]} modules of the {c} by {source.relative_change[c]:.1%}" for c in source.applied) or "nothing"
-            typer.echo(f"{printable(source.name)} at {source.scale:g}:{source.te_scale:g} changed {changes}")
+            changes = ", ".join(f"{source.applied[c]} modules of the {c} (change {source.relative_change[c]:.1%})" for c in source.applied) or "nothing"
+            typer.echo(f"{printable(source.name)} at {source.scale:g}:{source.te_scale:g} applied to {changes}")
     typer.echo(f"built {report.path} ({size_bytes / 1e6:.1f} MB) in {sum(report.stages_s.values()):.1f} s")
+    for engine in engines:
+        cli_engines.print_compiled(engine)
     typer.echo(f'next: sdrt generate {os.path.relpath(report.path)} "your prompt" --output picture.png', err=True)
 
 
@@ -183,7 +185,7 @@ def generate(
             prompt, negative=negative, steps=steps, cfg=cfg, seed=first, sampler=sampler, schedule=schedule, size=_size(size), batch=batch, count=count
         )
         _check_pictures(paths, force)
-        with _progress() as bar:
+        with progress_bar() as bar:
             task = bar.add_task("denoising", total=None)
             for step in stream:
                 batches = -(-count // batch)
@@ -198,7 +200,7 @@ def generate(
     for path, image, picture_seed in zip(paths, result.images, result.seeds, strict=True):
         _save_png(path, image, result.parameters | {"seed": picture_seed, "engine": result.engine})
     if as_json:
-        _print_json(
+        print_json(
             {
                 "pictures": [{"path": str(p), "seed": s} for p, s in zip(paths, result.seeds, strict=True)],
                 "engine": result.engine,
@@ -226,13 +228,13 @@ def inspect(
     if (path.is_dir() and (path / MANIFEST).exists()) or path.suffix == ".sdrt":
         opened = open_bundle(path)
         report: dict[str, Any] = {"path": str(opened.path), "kind": "a bundle", "size_bytes": sum(f.size_bytes for f in opened.manifest.files.values())}
-        report |= asdict(opened.manifest)
+        report |= asdict(opened.manifest) | {"engines": cli_engines.engines_of(opened)}
     else:
         report = inspect_file(path)
     if as_json:
-        _print_json(report)
+        print_json(report)
     else:
-        _print_report(report)
+        print_report(report)
 
 
 @app.command(epilog="Example: sdrt verify emoji.sdrt")
@@ -243,21 +245,14 @@ def verify(ctx: typer.Context, bundle: BundleArgument, as_json: Json = False) ->
 
     checks = run_verify(bundle)
     if as_json:
-        _print_json({"bundle": str(bundle), "ok": True, "checks": [asdict(check) for check in checks]})
+        print_json({"bundle": str(bundle), "ok": True, "checks": [asdict(check) for check in checks]})
         return
     for check in checks:
         typer.echo(f"ok  {check.graph:13} {check.compute:5} {check.output:16} {check.backend}  error {check.error:.1e}, limit {check.limit:.0e}")
 
 
-def _check_targets(targets: list[str]) -> None:
-    from sdrt.errors import nearest
-    from sdrt.runtime.engine import BACKENDS
-
-    for target in targets:
-        if target not in ("auto", *BACKENDS):
-            raise UsageError(f"--target {target}: unknown{nearest(target, ['auto', *BACKENDS])}", "Choose auto or onnxruntime.")
-        if target not in ("auto", "onnxruntime"):
-            raise MachineError(f"--target {target}: not supported yet by this version of sdrt", "Choose auto or onnxruntime.")
+app.command("compile", epilog="Example: sdrt compile model.sdrt --target tensorrt-rtx --sm 89 --size 512x512:768x768 --batch 1:4")(cli_engines.compile_bundle)
+app.command("doctor", epilog="Example: sdrt doctor --json")(cli_engines.doctor)
 
 
 def _size(text: str | None) -> tuple[int, int] | None:
@@ -297,65 +292,6 @@ def _save_png(path: Path, image: Any, parameters: dict[str, Any]) -> None:
     info.add_itxt("sdrt", json.dumps(parameters, ensure_ascii=False))
     with staged_file(path) as stage:
         Image.fromarray(image).save(stage, "PNG", pnginfo=info)
-
-
-def _print_json(value: dict[str, Any]) -> None:
-    typer.echo(json.dumps(value, indent=1, ensure_ascii=True, default=str))
-
-
-def _print_report(report: dict[str, Any], indent: str = "") -> None:
-    for key, value in report.items():
-        if isinstance(value, dict) and value:
-            typer.echo(f"{indent}{printable(key)}:")
-            _print_report(value, indent + "  ")
-        elif isinstance(value, (list, tuple)) and value and isinstance(value[0], dict):
-            typer.echo(f"{indent}{printable(key)}:")
-            for item in value:
-                _print_report(item, indent + "  - ")
-        else:
-            shown = f"{value:,}" if key.endswith(("bytes", "parameters")) and isinstance(value, int) else value
-            typer.echo(f"{indent}{printable(key)}: {printable(str(shown))}")
-
-
-def _progress() -> Any:
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TextColumn("eta"), TimeRemainingColumn())
-    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
-
-
-# Rough seconds of each build stage, for the estimate of what is left only.
-_SHARES = {
-    "read": 4.0, "fuse": 6.0, "tokenizer": 0.5, "trace text_encoder": 3.0, "trace step": 35.0, "trace vae_decoder": 5.0, "trace vae_encoder": 5.0,
-    "check text_encoder": 1.0, "check step": 8.0, "check vae_decoder": 1.0, "check vae_encoder": 1.0, "write": 3.0,
-}  # fmt: skip
-
-
-class _BuildProgress:
-    """Build stages on stderr: a bar where it is a terminal, a line per stage where it is not."""
-
-    def __init__(self) -> None:
-        self._bar = _progress()
-        self._task = self._bar.add_task("starting", total=sum(_SHARES.values()))
-        self._stage = ""
-        self._done = 0.0
-
-    def __enter__(self) -> _BuildProgress:
-        self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
-
-    def __call__(self, stage: str, done: float | None) -> None:
-        if stage != self._stage:
-            self._done += _SHARES.get(self._stage, 0.0)
-            self._stage = stage
-            if self._bar.disable:
-                typer.echo(f"{stage} …", err=True)
-        self._bar.update(self._task, completed=self._done + _SHARES.get(stage, 0.0) * (done or 0.0), description=stage)
 
 
 if __name__ == "__main__":

@@ -5,9 +5,9 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections import deque
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -46,7 +46,9 @@ class Slot:
         rows, registers, channels = engine.record.rows, names.REGISTERS, bundle.manifest.latents.channels
         latents = (shape.pictures, channels, shape.height, shape.width)
         f32 = np.float32
-        self.engine, self.shape, self.latents = engine, shape, latents
+        self.shape, self.latents = shape, latents
+        self.contexts: list[Any] = []
+        self.graphs: list[Any] | None = None
         self.inputs = engine.block(
             [
                 ("row", (1,), np.int64), ("timestep", (rows,), f32), ("a", (rows, registers), f32), ("w", (rows, shape.branches), f32),
@@ -56,81 +58,106 @@ class Slot:
                 ("noise", (rows, *latents), f32),
             ]
         )  # fmt: skip
-        self.outputs = engine.block([("row", (1,), np.int64), ("registers", (registers, *latents), f32), ("denoised", latents, f32)])
+        try:
+            self.outputs = engine.block([("row", (1,), np.int64), ("registers", (registers, *latents), f32), ("denoised", latents, f32)])
+        except BaseException:
+            self.inputs.close(engine.stream)  # now, not when the error is forgotten: a smaller picture may be asked for first
+            raise
+        try:
+            self._bind(engine)
+            if not engine.graphs_disabled:
+                self.graphs = self._capture(engine)
+        except BaseException:
+            self.close(engine.stream)
+            raise
+
+    def launch(self, engine: TensorRtEngine, row: int) -> None:
+        """Start one model call."""
+        if self.graphs is None:
+            engine.enqueue(self.contexts[row % 2], names.STEP, engine.stream)
+        else:
+            self.graphs[row % 2].launch(engine.stream)
+
+    def close(self, stream: Any) -> None:
+        for graph in self.graphs or []:
+            graph.close()
+        self.contexts.clear()
+        self.inputs.close(stream)
+        self.outputs.close(stream)
+
+    def _bind(self, engine: TensorRtEngine) -> None:
         self.inputs.clear(engine.stream)
         self.outputs.clear(engine.stream)
-        profile = engine.profile(shape)
-        self.contexts = [engine.context(names.STEP), engine.context(names.STEP)]
+        profile = engine.profile(self.shape)
+        self.contexts += [engine.context(names.STEP), engine.context(names.STEP)]
         for context, here, there in zip(self.contexts, (self.inputs, self.outputs), (self.outputs, self.inputs), strict=True):
             addresses = {name: (self.inputs.address(name), section.shape) for name, section in self.inputs.layout.sections.items()}
             addresses |= {name: (here.address(name), self.inputs.layout.sections[name].shape) for name in ("row", "registers")}
             engine.bind(context, names.STEP, profile, addresses)
             for name, address in zip(names.STEP_OUTPUTS, (there.address("registers"), there.address("row"), self.outputs.address("denoised")), strict=True):
                 context.set_tensor_address(name, address)
-        self.graphs: list[Any] | None = None if engine.graphs_disabled else self._capture()
 
-    def launch(self, row: int) -> None:
-        """Start one model call."""
-        if self.graphs is None:
-            self.engine.enqueue(self.contexts[row % 2], names.STEP, self.engine.stream)
-        else:
-            self.graphs[row % 2].launch(self.engine.stream)
-
-    def close(self) -> None:
-        for graph in self.graphs or []:
-            graph.close()
-        self.contexts.clear()
-        self.inputs.close(self.engine.stream)
-        self.outputs.close(self.engine.stream)
-
-    def _capture(self) -> list[Any] | None:
+    def _capture(self, engine: TensorRtEngine) -> list[Any] | None:
         """Capture both contexts, and check a replay of each against plain execution once. None, and graphs off, where that fails."""
-        stream, graphs = self.engine.stream, []
-        self._fill_for_check()
+        graphs = []
+        self._fill_for_check(engine.stream)
         for row, context in enumerate(self.contexts):
             # Once uncaptured: TensorRT finishes its own set-up on the first run after shapes and addresses change.
-            self.engine.enqueue(context, names.STEP, stream)
-            plain = self._written(row)
+            engine.enqueue(context, names.STEP, engine.stream)
+            plain = self._written(row, engine.stream)
             try:
-                graph = self._captured(context)
+                graph = _captured(engine, context)
             except Exception as error:
                 if "OUT_OF_MEMORY" in str(error):
                     raise
-                self.engine.disable_graphs(f"capturing failed: {error}")
+                engine.disable_graphs(f"capturing failed: {error}")
                 return None
-            graph.launch(stream)
-            if not np.array_equal(plain, self._written(row)):
-                self.engine.disable_graphs("a replayed graph gave other numbers than plain execution")
+            self._spoil(row, engine.stream)
+            graph.launch(engine.stream)
+            if not np.array_equal(plain, self._written(row, engine.stream)):
+                engine.disable_graphs("a replayed graph gave other numbers than plain execution")
                 return None
             graphs.append(graph)
         return graphs
 
-    def _captured(self, context: Any) -> Any:
-        builder = self.engine.stream.create_graph_builder()
-        builder.begin_building("thread_local")  # the default mode would break other threads' work on this device
-        try:
-            self.engine.enqueue(context, names.STEP, builder.stream)
-        finally:
-            builder.end_building()  # even after a failure: a stream left capturing is unusable
-        graph = builder.complete()
-        builder.close()
-        graph.upload(self.engine.stream)
-        return graph
-
-    def _fill_for_check(self) -> None:
+    def _fill_for_check(self, stream: Any) -> None:
         """Small numbers everywhere, so that a replay that reads or writes the wrong place shows."""
         random = np.random.RandomState(0)
         for name in self.inputs.layout.sections:
             array = self.inputs.host(name)
             array[...] = 0 if name == "row" else random.standard_normal(array.shape) * 0.1
-        self.inputs.upload(self.engine.stream, "row", "noise")
+        self.inputs.upload(stream, "row", "noise")
 
-    def _written(self, row: int) -> NDArray[np.float32]:
+    def _written(self, row: int, stream: Any) -> NDArray[np.float32]:
         """The registers a row has just written."""
-        block = self.outputs if row % 2 == 0 else self.inputs
-        block.download(self.engine.stream, "registers", "registers")
-        self.engine.stream.sync()
+        block = self._target(row)
+        block.download(stream, "registers", "registers")
+        stream.sync()
         return np.array(block.host("registers"))
+
+    def _spoil(self, row: int, stream: Any) -> None:
+        """Overwrite the registers a row has written, so that a replay that writes nothing shows too."""
+        block = self._target(row)
+        block.host("registers")[...] = np.nan
+        block.upload(stream, "registers", "registers")
+
+    def _target(self, row: int) -> Block:
+        return self.inputs if row % 2 else self.outputs
+
+
+def _captured(engine: TensorRtEngine, context: Any) -> Any:
+    builder = engine.stream.create_graph_builder()
+    try:
+        builder.begin_building("thread_local")  # the default mode would break other threads' work on this device
+        engine.enqueue(context, names.STEP, builder.stream)
+        graph = builder.end_building().complete()
+    except BaseException:
+        with suppress(Exception):
+            builder.close()  # ends the capture, without which the stream is unusable; `end_building` does not end one that broke
+        raise
+    builder.close()
+    graph.upload(engine.stream)
+    return graph
 
 
 class TensorRtDenoising:
@@ -138,7 +165,7 @@ class TensorRtDenoising:
 
     def __init__(self, engine: TensorRtEngine, slot: Slot, job: Job) -> None:
         self._engine = engine
-        self._slot: Slot | None = slot
+        self._slot: Slot | None = None
         self._job = job
         self._row = 0
         self._events: deque[Any] = deque()
@@ -149,22 +176,27 @@ class TensorRtDenoising:
         registers[0], registers[1] = job.init, job.unit_noise
         for name, array in (("context", job.context), ("mask", job.mask), ("init", job.init), ("init_noise", job.unit_noise)):
             inputs.host(name)[...] = array
-        inputs.upload(engine.stream, "row", "noise", self._fill_tables())
+        inputs.upload(engine.stream, "row", "noise", self._fill_tables(slot))
+        self._slot = slot  # ours to give back from here on
 
     def step(self) -> None:
-        slot = self._open()
-        while len(self._events) >= _AHEAD:
-            if self._events[0].is_done:
-                self._events.popleft()
-            else:
-                time.sleep(_POLL_S)  # polled, not synchronised: the device never waits for the host
+        slot, event = self._open(), self._passed_event()
         with self._engine.guarded(names.STEP):
-            rows = self._engine.record.rows
-            if self._row and self._row % rows == 0:
+            if self._row and self._row % self._engine.record.rows == 0:
                 self._refill(slot)
-            slot.launch(self._row)
-            self._events.append(self._engine.stream.record())
+            slot.launch(self._engine, self._row)
+            self._events.append(self._engine.stream.record(event))
             self._row += 1
+
+    def _passed_event(self) -> Any:
+        """Wait until the device is less than `_AHEAD` model calls behind. Returns an event to use again, None while there are few."""
+        if len(self._events) < _AHEAD:
+            return None
+        while True:
+            with self._engine.guarded(names.STEP):
+                if self._events[0].is_done:
+                    return self._events.popleft()
+            time.sleep(_POLL_S)  # polled, not synchronised: the device never waits for the host
 
     def latents(self) -> Float:
         slot = self._open()
@@ -189,11 +221,10 @@ class TensorRtDenoising:
     def close(self) -> None:
         slot, self._slot = self._slot, None
         if slot is not None:
-            self._engine.give_back(slot.shape, slot)
+            self._engine.give_back(slot)
 
     def __del__(self) -> None:
-        if not sys.is_finalizing():
-            self.close()
+        self.close()
 
     def _open(self) -> Slot:
         if self._slot is None:
@@ -204,9 +235,9 @@ class TensorRtDenoising:
         """The block that holds the registers now: the last row wrote it."""
         return slot.outputs if self._row % 2 else slot.inputs
 
-    def _fill_tables(self) -> int:
+    def _fill_tables(self, slot: Slot) -> int:
         """Put the next rows' tables and noise into pinned memory. Returns the bytes of noise in use."""
-        slot, tables, rows = self._open(), self._job.tables, self._engine.record.rows
+        tables, rows = self._job.tables, self._engine.record.rows
         count = min(rows, len(tables.q) - self._row)
         span = slice(self._row, self._row + count)
         for name in names.STEP_TABLES[:-1]:
@@ -217,6 +248,10 @@ class TensorRtDenoising:
 
     def _refill(self, slot: Slot) -> None:
         """The tables hold a fixed number of rows; longer runs replace them between two steps, after the rows before have read theirs."""
-        noise_bytes = self._fill_tables()  # the copy that last read this pinned memory ended before a row whose event has been seen
-        slot.inputs.upload(self._engine.stream, "row", "inpaint")
-        slot.inputs.upload(self._engine.stream, "noise", "noise", noise_bytes)
+        stream = self._engine.stream
+        noise_bytes = self._fill_tables(slot)  # the copy that last read this pinned memory ended before a row whose event has been seen
+        slot.inputs.upload(stream, "row", "inpaint")
+        slot.inputs.upload(stream, "noise", "noise", noise_bytes)
+        if self._row % 2:  # this row reads its number from the outputs
+            slot.outputs.host("row")[0] = 0
+            slot.outputs.upload(stream, "row", "row")

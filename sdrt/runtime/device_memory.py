@@ -54,7 +54,11 @@ class Block:
         self.layout = what
         self._cuda = cuda
         self._device = device.allocate(what.size_bytes, stream=stream)
-        self._pinned = cuda.LegacyPinnedMemoryResource().allocate(what.size_bytes, stream=stream) if pinned else None
+        try:
+            self._pinned = cuda.LegacyPinnedMemoryResource().allocate(what.size_bytes, stream=stream) if pinned else None
+        except BaseException:
+            self._device.close(stream)
+            raise
         self._host: NDArray[np.uint8] | None = None
         if self._pinned is not None:
             memory = (ctypes.c_uint8 * what.size_bytes).from_address(int(self._pinned.handle))

@@ -44,20 +44,26 @@ class TensorRtEngine:
         self._lock = RLock()
         self._dead: str | None = None
         self._graphs_disabled = False
-        self._free: deque[tuple[Shape, Slot]] = deque()
+        self._free: deque[Slot] = deque()
         self._blocks: dict[Any, Block] = {}
-        with self._guard("load"):
+        self._device: Any = None
+        self._stream: Any = None
+        with self.guarded("load"):
             self._device = self._cuda.Device(device)
             self._device.set_current()
             major, minor = self._device.compute_capability
             self._folder, self.record = _choose(bundle, target, self._trt.__version__, f"sm_{major}{minor}")
             self._stream = self._device.create_stream()
+            self._loaded = [graph for graph in self.record.plans if graph != names.VAE_ENCODER]
             self._check_memory()
             self._runtime = self._trt.Runtime(self._trt.Logger(self._trt.Logger.WARNING))
-            self._engines = {graph: self._deserialize(graph) for graph in self.record.plans if graph != names.VAE_ENCODER}
+            self._engines = {graph: self._deserialize(graph) for graph in self._loaded}
             self.activation_bytes = max(int(engine.device_memory_size_v2) for engine in self._engines.values())
             self._activations = self._device.allocate(max(self.activation_bytes, 1), stream=self._stream)
             self._contexts = {graph: self.context(graph) for graph in (names.TEXT_ENCODER, names.VAE_DECODER)}
+
+    def __del__(self) -> None:
+        self.settle()  # before the buffers go: a cancelled picture's copies may still be on their way
 
     # Engine protocol
 
@@ -88,7 +94,7 @@ class TensorRtEngine:
             try:
                 return TensorRtDenoising(self, slot, job)
             except BaseException:
-                slot.close()
+                slot.close(self._stream)
                 raise
 
     def decode(self, latents: Float, rounding: float) -> tuple[Pixels, NDArray[np.bool_]]:
@@ -107,9 +113,6 @@ class TensorRtEngine:
     # What jobs use
 
     def guarded(self, where: str) -> _Guard:
-        return self._guard(where)
-
-    def _guard(self, where: str) -> _Guard:
         return _Guard(self, where)
 
     def block(self, fields: list[Any], *, pinned: bool = True) -> Block:
@@ -154,8 +157,8 @@ class TensorRtEngine:
                 low, _, high = ranges[name]
                 if len(low) != len(shape) or not all(a <= s <= b for a, s, b in zip(low, shape, high, strict=True)):
                     raise UsageError(f"{graph}: {name}: shape {list(shape)}, the engine was compiled for {list(low)} to {list(high)}", self._compile_hint())
-        if context.active_optimization_profile != profile:
-            context.set_optimization_profile_async(profile, int(self._stream.handle))
+        if context.active_optimization_profile != profile and not context.set_optimization_profile_async(profile, int(self._stream.handle)):
+            raise MachineError(f"{graph}: TensorRT refused optimization profile {profile}", self._compile_hint())
         for name, (address, shape) in inputs.items():
             if not context.set_input_shape(name, shape) or not context.set_tensor_address(name, address):
                 raise MachineError(f"{graph}: TensorRT refused input {name} of shape {list(shape)}", self._compile_hint())
@@ -202,18 +205,24 @@ class TensorRtEngine:
     def stream(self) -> Any:
         return self._stream
 
-    def give_back(self, shape: Shape, slot: Slot) -> None:
-        with self._lock:
-            self._free.append((shape, slot))
-            while len(self._free) > _FREE_SLOTS:
-                self._free.popleft()[1].close()
+    def give_back(self, slot: Slot) -> None:
+        """Keep a slot for a later job. Calls nothing of CUDA: the garbage collector comes here, from any thread, even within a capture."""
+        self._free.append(slot)
+
+    def settle(self) -> Exception | None:
+        """Wait until nothing that a failed call started still uses pinned memory. Returns the error that the device reports instead, if any."""
+        try:
+            if self._stream is not None:
+                self._stream.sync()
+        except Exception as error:
+            return error
+        return None
 
     def failed(self, where: str, error: Exception) -> SdrtError:
         """A CUDA failure as one of ours. Out of memory leaves the pipeline usable; any other CUDA error is sticky."""
         text = " ".join(str(error).split())[:300]
-        if isinstance(error, MemoryError) or "OUT_OF_MEMORY" in text:
-            while self._free:
-                self._free.popleft()[1].close()
+        if _out_of_memory(error):
+            self._close_free(0)
             return ResourceError(f"{where}: out of device memory: {text}", "Choose a smaller --size or --batch; the pipeline stays usable.")
         if "CUDA_ERROR" in text:
             self._dead = text
@@ -225,18 +234,35 @@ class TensorRtEngine:
         if self._dead is not None:
             self._lock.release()
             raise MachineError(f"pipeline: dead after a GPU failure: {self._dead}", "Restart the process.")
-        if hasattr(self, "_device"):
+        if self._device is not None:
             self._device.set_current()  # the current device is a thread's own
 
     def leave(self) -> None:
         self._lock.release()
 
     def _take(self, shape: Shape) -> Slot:
-        for i, (kept, slot) in enumerate(self._free):
-            if kept == shape:
-                del self._free[i]
-                return slot
+        """A free slot of this shape, or a new one in the place of the least recently used."""
+        found = None
+        for _ in range(len(self._free)):  # a whole turn, which keeps the order; the garbage collector may append meanwhile
+            slot = self._free.popleft()
+            if found is None and slot.shape == shape:
+                found = slot
+            else:
+                self._free.append(slot)
+        self._close_free(_FREE_SLOTS - 1)
+        if found is not None:
+            return found
+        try:
+            return Slot(self, shape, self._bundle)
+        except Exception as error:
+            if not self._free or not (_out_of_memory(error) or isinstance(error, ResourceError)):
+                raise
+        self._close_free(0)
         return Slot(self, shape, self._bundle)
+
+    def _close_free(self, kept: int) -> None:
+        while len(self._free) > kept:
+            self._free.popleft().close(self._stream)
 
     def _deserialize(self, graph: str) -> Any:
         plan = read_plan(self._folder, self.record, graph)  # hashed before TensorRT sees it: a plan is native code
@@ -246,7 +272,9 @@ class TensorRtEngine:
         return engine
 
     def _check_memory(self) -> None:
-        needed = self.record.state_bytes + sum(plan.size_bytes + (plan.device_memory_bytes or 0) for plan in self.record.plans.values())
+        plans = [self.record.plans[graph] for graph in self._loaded]
+        activations = max(plan.device_memory_bytes or 0 for plan in plans)  # shared: the largest of them
+        needed = self.record.state_bytes + sum(plan.size_bytes for plan in plans) + activations
         free = _free_bytes()
         if free is not None and needed > free:
             raise ResourceError(
@@ -270,10 +298,16 @@ class _Guard:
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         try:
-            if isinstance(error, Exception) and not isinstance(error, SdrtError):
-                raise self._engine.failed(self._where, error) from error
+            if error is not None:
+                cause = self._engine.settle() or error
+                if isinstance(cause, Exception) and not isinstance(cause, SdrtError):
+                    raise self._engine.failed(self._where, cause) from cause
         finally:
             self._engine.leave()
+
+
+def _out_of_memory(error: Exception) -> bool:
+    return isinstance(error, MemoryError) or "OUT_OF_MEMORY" in str(error)
 
 
 def _import(target: str) -> tuple[Any, Any]:

@@ -1,0 +1,265 @@
+"""`sdrt compile` and `sdrt doctor`, and how `build` and `inspect` speak of engines."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from sdrt.cli_output import COMPILE_STAGES, BundleArgument, Json, StageProgress, print_json
+from sdrt.errors import MachineError, SdrtError, UsageError, nearest, printable
+
+if TYPE_CHECKING:
+    from sdrt.bundle import Bundle
+    from sdrt.compile.tensorrt import CompileOptions, CompileReport
+    from sdrt.engine_cache import EngineRecord
+
+TARGETS = ("auto", "onnxruntime", "openvino", "tensorrt-rtx", "tensorrt")
+_COMPILED = ("tensorrt-rtx", "tensorrt")
+
+
+def compile_bundle(
+    ctx: typer.Context,
+    bundle: BundleArgument,
+    target: Annotated[list[str] | None, typer.Option("--target", metavar="NAME", help="What to compile for; may be repeated: tensorrt-rtx (GeForce and RTX, ahead of time, needs no GPU) or tensorrt (on the GPU that will run it).")] = None,
+    sm: Annotated[str | None, typer.Option("--sm", metavar="86,89,120", help="GPU generations of tensorrt-rtx: 75, 80, 86, 89, 120, 121. Each adds kernels to the engine. Default 86,89,120.")] = None,
+    size: Annotated[str | None, typer.Option("--size", metavar="WxH[:WxH]", help="Picture size in pixels, or the smallest and the largest; the bundle's own if not given.")] = None,
+    batch: Annotated[str, typer.Option("--batch", metavar="N[:M]", help="Pictures per model call, or a range.")] = "1",
+    tokens: Annotated[str | None, typer.Option("--tokens", metavar="N[:M]", help="Prompt tokens, multiples of 77, or a range; 77 if not given.")] = None,
+    branches: Annotated[str, typer.Option("--branches", metavar="1,2", help="Numbers of guidance branches: 1 is guidance off, 2 a prompt and a negative one.")] = "1,2",
+    device: Annotated[int, typer.Option("--device", metavar="N", help="GPU that tensorrt compiles on, counted from 0.")] = 0,
+    force: Annotated[bool, typer.Option("--force", help="Compile again even if the same engine is there.")] = False,
+    prune: Annotated[bool, typer.Option("--prune", help="Remove engines that can never run again: of other graphs or weights, of another version of the compiler, damaged.")] = False,
+    as_json: Json = False,
+) -> None:  # fmt: skip
+    """Compile a bundle into engines for a target. Needs no PyTorch.
+
+    One size costs least. A range of sizes, batches or tokens costs memory, speed and time to compile. Engines lie in the bundle under
+    `engines/`; `sdrt inspect` lists them. An engine is native code: run those you made, or got from someone you trust.
+    """
+    ctx.find_root().obj = "json" if as_json else None
+    from sdrt.bundle import open_bundle
+    from sdrt.compile.tensorrt import CompileOptions
+
+    if not target and not prune:
+        raise UsageError("--target: missing", "Choose tensorrt-rtx or tensorrt, or pass --prune alone.")
+    chosen = compiled_targets(target or [], must_compile=True)
+    asked = [
+        CompileOptions(
+            name, sms=_numbers("--sm", sm) if sm is not None else None, size=_sizes(size), batch=_range("--batch", batch),
+            tokens=_range("--tokens", tokens) if tokens is not None else None, branches=_numbers("--branches", branches), device=device, force=force,
+        )
+        for name in chosen
+    ]  # fmt: skip
+    opened = open_bundle(bundle)
+    pruned = _prune(opened) if prune else []
+    reports = [run(opened, options) for options in asked]
+    if as_json:
+        print_json({"bundle": str(opened.path), "engines": [as_fields(report) for report in reports], "pruned": [str(path) for path in pruned]})
+        return
+    for path in pruned:
+        typer.echo(f"removed {path}")
+    if prune and not pruned:
+        typer.echo("no stale engines")
+    for report in reports:
+        print_compiled(report)
+
+
+def compiled_targets(names: Sequence[str], *, must_compile: bool) -> list[str]:
+    """The targets among `names` that have an engine to compile; `auto` is tensorrt where a GPU answers and it is installed.
+
+    Raises:
+        UsageError: a name is unknown, or has nothing to compile although `must_compile` is set.
+        MachineError: a target is not supported yet.
+    """
+    found = []
+    for name in names:
+        if name not in TARGETS:
+            raise UsageError(f"--target {name}: unknown{nearest(name, TARGETS)}", f"Choose one of: {', '.join(TARGETS)}.")
+        if name == "openvino":
+            raise MachineError(f"--target {name}: not supported yet by this version of sdrt", "Choose onnxruntime, tensorrt-rtx or tensorrt.")
+        chosen = _automatic() if name == "auto" else name
+        if chosen in _COMPILED:
+            found.append(chosen)
+        elif must_compile:
+            raise UsageError(f"--target {name}: onnxruntime runs the bundle as it is; there is nothing to compile", "Choose tensorrt-rtx or tensorrt.")
+    return list(dict.fromkeys(found))
+
+
+def checked_targets(names: Sequence[str]) -> list[str]:
+    """`compiled_targets` for a build, which should not run for a minute to find that the compiler is missing."""
+    found = compiled_targets(names, must_compile=False)
+    if found:
+        from sdrt.compile.tensorrt import open_compiler
+
+        for name in found:
+            open_compiler(name)
+    return found
+
+
+def _automatic() -> str:
+    from sdrt.doctor import compiler_version, probe_gpus
+
+    return "tensorrt" if compiler_version("tensorrt") is not None and probe_gpus().found else "onnxruntime"
+
+
+def run(bundle: Bundle, options: CompileOptions) -> CompileReport:
+    """Compile with progress on stderr."""
+    from sdrt.compile.tensorrt import compile_bundle
+
+    with StageProgress(COMPILE_STAGES) as progress:
+        return compile_bundle(bundle, options, progress)
+
+
+def compile_after_build(path: Path, targets: Sequence[str]) -> list[CompileReport]:
+    """What `sdrt build --target` does once the bundle is there; a failure leaves the bundle as it is and says so."""
+    from sdrt.bundle import open_bundle
+    from sdrt.compile.tensorrt import CompileOptions
+
+    bundle = open_bundle(path)
+    reports = []
+    for name in targets:
+        try:
+            reports.append(run(bundle, CompileOptions(name)))
+        except SdrtError as error:
+            raise type(error)(f"the bundle {path} is built and works; compiling it failed: {error.message}", error.fix) from error
+    return reports
+
+
+def print_compiled(report: CompileReport) -> None:
+    if report.cached:
+        typer.echo(f"already there: {report.path}", err=True)
+    for graph, made in report.graphs.items():
+        peak = f"  {made.peak_bytes / 1e9:5.2f} GB peak" if made.peak_bytes is not None else ""
+        typer.echo(f"{graph:13} {made.build_s:7.1f} s  {made.plan_bytes / 1e6:8.1f} MB  {made.layers:5} layers{peak}")
+        if made.unfused:
+            typer.echo(f"note: {graph}: {len(made.unfused)} attention layers may have no fused kernel and then run as several", err=True)
+    for line in engine_lines(report.record):
+        typer.echo(line)
+    typer.echo(f"engine {report.path}")
+
+
+def engine_lines(record: EngineRecord) -> list[str]:
+    """What an engine is for and what it takes on the device, in words."""
+    key = record.key
+    activations = [plan.device_memory_bytes for plan in record.plans.values()]
+    known = [size for size in activations if size is not None]
+    largest = f"activations {max(known) / 1e6:.1f} MB" if len(known) == len(activations) else "activations known once a GPU has loaded it"
+    plans = sum(plan.size_bytes for plan in record.plans.values())
+    return [
+        f"{key.target} {key.compiler} for {key.device}, {key.precision}, {_shapes(record)}",
+        f"memory on the device: plans with weights {plans / 1e6:.1f} MB, state {record.state_bytes / 1e6:.1f} MB at most, {largest}",
+    ]
+
+
+def _shapes(record: EngineRecord) -> str:
+    """Sizes, batches, tokens and branches an engine takes, ranges as smallest to largest."""
+    from sdrt.bundle import STEP
+
+    profiles = record.key.profiles.get(STEP)
+    width, height = record.size
+    guidance = f"{' or '.join(map(str, record.branches))} guidance branch{'es' * (record.branches != (1,))}"
+    if not profiles or not {"init", "context"} <= profiles[0].shapes.keys():
+        return f"{width}x{height}, batch {record.batch}, {record.tokens} tokens, {guidance}"
+    low, context = profiles[0].shapes["init"][0], profiles[0].shapes["context"][0]
+    factor = height // profiles[0].shapes["init"][2][2]
+    size = _span(f"{low[3] * factor}x{low[2] * factor}", f"{width}x{height}")
+    return f"{size}, batch {_span(str(low[0]), str(record.batch))}, {_span(str(context[1]), str(record.tokens))} tokens, {guidance}"
+
+
+def _span(low: str, high: str) -> str:
+    return low if low == high else f"{low} to {high}"
+
+
+def as_fields(report: CompileReport) -> dict[str, Any]:
+    return {
+        "path": str(report.path),
+        "cached": report.cached,
+        "graphs": {graph: asdict(made) for graph, made in report.graphs.items()},
+        **asdict(report.record),
+    }
+
+
+def _prune(bundle: Bundle) -> list[Path]:
+    from sdrt.doctor import compiler_version
+    from sdrt.engine_cache import mismatch
+    from sdrt.engine_cache import prune as prune_engines
+
+    return prune_engines(bundle, keep=lambda record: not mismatch(record, bundle, compiler=compiler_version(record.key.target)))
+
+
+def engines_of(bundle: Bundle) -> list[dict[str, Any]]:
+    """The engines of a bundle for `inspect`: what each is for, what it takes, whether it would not run here, and why."""
+    from sdrt.doctor import compiler_version, probe_gpus
+    from sdrt.engine_cache import engine_folders, mismatch, platform_name, read_engine
+
+    folders = engine_folders(bundle)
+    gpus = probe_gpus().found if folders else ()
+    listed: list[dict[str, Any]] = []
+    for folder in folders:
+        try:
+            record = read_engine(folder)
+        except SdrtError as error:
+            listed.append({"engine": folder.name, "error": error.message})
+            continue
+        compiler = compiler_version(record.key.target)
+        sms: list[str | None] = [gpu.sm for gpu in gpus] or [None]
+        reasons = [mismatch(record, bundle, compiler=compiler, device_sm=sm, platform=platform_name()) for sm in sms]
+        memory = [plan.device_memory_bytes for plan in record.plans.values()]
+        known = [size for size in memory if size is not None]
+        listed.append(
+            {
+                "engine": folder.name, "target": record.key.target, "compiler": record.key.compiler, "device": record.key.device, "precision": record.key.precision,
+                "shapes": _shapes(record), "plan_bytes": sum(plan.size_bytes for plan in record.plans.values()), "state_bytes": record.state_bytes,
+                "activation_bytes": max(known) if len(known) == len(memory) else None, "stale": "" not in reasons, **({"why": reasons[0]} if "" not in reasons else {}),
+            }
+        )  # fmt: skip
+    return listed
+
+
+def doctor(ctx: typer.Context, as_json: Json = False) -> None:
+    """Say what works on this machine: each backend, its versions, and the command that mends it. Exit code 5 if none works."""
+    ctx.find_root().obj = "json" if as_json else None
+    from sdrt.doctor import examine
+
+    report = examine()
+    if as_json:
+        print_json(asdict(report) | {"ok": report.ok})
+    else:
+        gpus = ", ".join(f"{gpu.name} ({gpu.sm})" for gpu in report.gpus.found) or f"none: {report.gpus.detail}"
+        driver = f", driver for CUDA {report.gpus.driver_cuda}" if report.gpus.driver_cuda else ""
+        typer.echo(f"python {report.python}, {report.platform}; GPUs: {printable(gpus)}{driver}")
+        for backend in report.backends:
+            versions = ", ".join(f"{package} {version}" for package, version in backend.versions.items())
+            typer.echo(f"{backend.name:17} {backend.state:11} {printable(backend.detail)}{f' ({versions})' if versions else ''}")
+            if backend.fix:
+                typer.echo(f"{'':17} fix: {backend.fix}")
+    if not report.ok:
+        raise typer.Exit(MachineError.exit_code)
+
+
+def _sizes(text: str | None) -> tuple[tuple[int, int], tuple[int, int]] | None:
+    if text is None:
+        return None
+    match = re.fullmatch(r"(\d{1,6})[xX](\d{1,6})(?::(\d{1,6})[xX](\d{1,6}))?", text)
+    if match is None:
+        raise UsageError(f"--size {text}: expected WIDTHxHEIGHT, or a smallest and a largest", "Write it as --size 512x768 or --size 512x512:768x768.")
+    low = (int(match[1]), int(match[2]))
+    return low, low if match[3] is None else (int(match[3]), int(match[4]))
+
+
+def _range(option: str, text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d{1,6})(?::(\d{1,6}))?", text)
+    if match is None:
+        raise UsageError(f"{option} {text}: expected a number, or a smallest and a largest", f"Write it as {option} 1 or {option} 1:4.")
+    return int(match[1]), int(match[2] or match[1])
+
+
+def _numbers(option: str, text: str) -> tuple[int, ...]:
+    if re.fullmatch(r"\d{1,4}(,\d{1,4})*", text) is None:
+        raise UsageError(f"{option} {text}: expected numbers with commas between them")
+    return tuple(int(part) for part in text.split(","))

@@ -1,0 +1,76 @@
+"""How the `sdrt` command shows things: JSON, reports, progress on stderr. Only the files of the command print."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from sdrt.errors import printable
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout; words and progress stay on stderr.")]
+BundleArgument = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A folder made by `sdrt build`, such as model.sdrt.")]
+
+
+def print_json(value: dict[str, Any]) -> None:
+    typer.echo(json.dumps(value, indent=1, ensure_ascii=True, default=str))
+
+
+def print_report(report: dict[str, Any], indent: str = "") -> None:
+    for key, value in report.items():
+        if isinstance(value, dict) and value:
+            typer.echo(f"{indent}{printable(key)}:")
+            print_report(value, indent + "  ")
+        elif isinstance(value, (list, tuple)) and value and isinstance(value[0], dict):
+            typer.echo(f"{indent}{printable(key)}:")
+            for item in value:
+                print_report(item, indent + "  - ")
+        else:
+            shown = f"{value:,}" if key.endswith(("bytes", "parameters")) and isinstance(value, int) else value
+            typer.echo(f"{indent}{printable(key)}: {printable(str(shown))}")
+
+
+def progress_bar() -> Any:
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TextColumn("eta"), TimeRemainingColumn())
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+
+
+# Rough seconds of each stage, for the estimate of what is left only.
+BUILD_STAGES = {
+    "read": 4.0, "fuse": 6.0, "tokenizer": 0.5, "trace text_encoder": 3.0, "trace step": 35.0, "trace vae_decoder": 5.0, "trace vae_encoder": 5.0,
+    "check text_encoder": 1.0, "check step": 8.0, "check vae_decoder": 1.0, "check vae_encoder": 1.0, "write": 3.0,
+}  # fmt: skip
+COMPILE_STAGES = {"read": 2.0, "compile text_encoder": 4.0, "compile step": 40.0, "compile vae_decoder": 8.0, "compile vae_encoder": 6.0, "write": 3.0}
+
+
+class StageProgress:
+    """Stages on stderr: a bar where it is a terminal, a line per stage where it is not. `stages` holds the rough seconds of each."""
+
+    def __init__(self, stages: Mapping[str, float]) -> None:
+        self._stages = stages
+        self._bar = progress_bar()
+        self._task = self._bar.add_task("starting", total=sum(stages.values()))
+        self._stage = ""
+        self._done = 0.0
+
+    def __enter__(self) -> StageProgress:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def __call__(self, stage: str, done: float | None) -> None:
+        if stage != self._stage:
+            self._done += self._stages.get(self._stage, 0.0)
+            self._stage = stage
+            if self._bar.disable:
+                typer.echo(f"{stage} …", err=True)
+        self._bar.update(self._task, completed=self._done + self._stages.get(stage, 0.0) * (done or 0.0), description=stage)

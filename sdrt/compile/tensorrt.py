@@ -1,0 +1,195 @@
+"""Engines for NVIDIA GPUs: one way over TensorRT-RTX and enterprise TensorRT, whose interfaces are nearly equal. No torch.
+
+TensorRT-RTX compiles ahead of time for a list of GPU generations and needs no GPU; enterprise TensorRT compiles on the GPU that will run
+the engine. Precision is in the graph: networks are strongly typed. Refitting stays off; docs/architecture.md says why.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from sdrt import engine_cache
+from sdrt.bundle import ENGINES, GRAPHS, WEIGHTS, Bundle, check_files
+from sdrt.compile import worker
+from sdrt.compile.network import Compiler, Demand, build_flags, import_compiler, library
+from sdrt.compile.shapes import Size, largest_demand, profiles_of, resolve_shapes
+from sdrt.compile.watch import Progress
+from sdrt.engine_cache import COMPILERS, RTX_SMS, EngineKey, EngineRecord, Plan, folder_name, platform_name, read_engine, read_plan, state_bytes, write_engine
+from sdrt.errors import BundleError, MachineError, UsageError
+
+TARGETS = tuple(COMPILERS)
+DEFAULT_SMS = (86, 89, 120)
+
+
+@dataclass(frozen=True)
+class CompileOptions:
+    """What to compile. Ranges are (smallest, largest); `size` None takes the bundle's, `tokens` None one chunk, `precision` None the bundle's.
+
+    `sms` are GPU generations for tensorrt-rtx, None for the default; `device` is the GPU for tensorrt, counted from 0.
+    """
+
+    target: str
+    sms: tuple[int, ...] | None = None
+    size: tuple[Size, Size] | None = None
+    batch: tuple[int, int] = (1, 1)
+    tokens: tuple[int, int] | None = None
+    branches: tuple[int, ...] = (1, 2)
+    rows: int = 128
+    precision: str | None = None
+    device: int = 0
+    force: bool = False
+
+
+@dataclass(frozen=True)
+class GraphReport:
+    """How one graph was compiled: seconds, layers of the network, bytes of the plan, attention layers allowed to run without a fused kernel.
+
+    `peak_bytes` is the most memory the compiling process took, None where the system does not say.
+    """
+
+    parse_s: float
+    build_s: float
+    layers: int
+    plan_bytes: int
+    unfused: tuple[str, ...]
+    peak_bytes: int | None
+
+
+@dataclass(frozen=True)
+class CompileReport:
+    """An engine in its folder. `cached` says that it was there already; `graphs` is empty then."""
+
+    path: Path
+    record: EngineRecord
+    cached: bool
+    graphs: Mapping[str, GraphReport]
+
+
+def compile_bundle(bundle: Bundle, options: CompileOptions, progress: Progress = lambda stage, done: None) -> CompileReport:
+    """Compile every graph of a bundle into an engine in its `engines` folder. An intact engine of the same key is left as it is.
+
+    Raises:
+        UsageError: an option is out of range or does not belong to the target.
+        BundleError: a graph or the weights are missing or changed.
+        MachineError: the compiler is not installed, has no GPU to build on, or refuses a graph.
+        ResourceError: out of memory or disk.
+        KeyboardInterrupt: interrupted; nothing was left behind.
+    """
+    manifest = bundle.manifest
+    shapes = resolve_shapes(manifest, size=options.size, batch=options.batch, tokens=options.tokens, branches=options.branches, rows=options.rows)
+    compiler = open_compiler(options.target, options.sms, options.device)
+    precision = _precision(bundle, options.precision)
+    paths = {graph: bundle.graph(graph, precision) for graph in GRAPHS}
+    files = {graph: manifest.graphs[graph][precision].path for graph in GRAPHS}
+    progress("read", None)
+    check_files(bundle, [WEIGHTS, *files.values()])
+    inputs = worker.read_inputs(compiler, paths)
+    profiles = {graph: profiles_of(inputs[graph], graph, shapes, manifest) for graph in GRAPHS}
+    key = EngineKey(
+        target=options.target,
+        compiler=compiler.version,
+        device=compiler.device,
+        platform=platform_name(),
+        precision=precision,
+        graphs={graph: manifest.files[file].sha256 for graph, file in files.items()},
+        weights=manifest.files[WEIGHTS].sha256,
+        profiles=profiles,
+        flags=build_flags(compiler.trt),
+    )
+    folder = bundle.path / ENGINES / folder_name(key)
+    if not options.force and (record := _intact(folder)) is not None:
+        return CompileReport(folder, record, True, {})
+    demand = Demand(*largest_demand(shapes, manifest))
+    data: dict[str, memoryview] = {}
+    plans: dict[str, Plan] = {}
+    reports: dict[str, GraphReport] = {}
+    for graph, path in paths.items():
+        progress(f"compile {graph}", None)
+        built, peak_bytes = worker.build(compiler, graph, path, profiles[graph], demand, lambda name, done: progress(f"compile {name}", done))
+        data[graph] = built.plan
+        plans[graph] = Plan(f"{graph}.plan", len(built.plan), hashlib.sha256(built.plan).hexdigest(), built.device_memory_bytes)
+        reports[graph] = GraphReport(built.parse_s, built.build_s, built.layers, len(built.plan), built.unfused, peak_bytes)
+    progress("write", None)
+    size, branches = (shapes.width[2], shapes.height[2]), max(shapes.branches)
+    record = EngineRecord(
+        format=engine_cache.FORMAT,
+        key=key,
+        size=size,
+        batch=shapes.batch[2],
+        tokens=shapes.tokens[2],
+        rows=shapes.rows,
+        branches=shapes.branches,
+        state_bytes=state_bytes(manifest, size=size, batch=shapes.batch[2], tokens=shapes.tokens[2], rows=shapes.rows, branches=branches),
+        weight_bytes=manifest.files[WEIGHTS].size_bytes,
+        plans=plans,
+    )
+    return CompileReport(write_engine(bundle, record, data), record, False, reports)
+
+
+def open_compiler(target: str, sms: tuple[int, ...] | None = None, device: int = 0) -> Compiler:
+    """Import a target's library and find what it compiles for: the generations asked for, or the GPU of this machine.
+
+    Raises:
+        UsageError: the target is unknown, or the generations are not for it.
+        MachineError: the library is not installed, or there is no GPU and it needs one.
+    """
+    if target == "tensorrt-rtx":
+        wanted = tuple(sorted(set(sms or DEFAULT_SMS)))
+        for sm in wanted:
+            if sm not in RTX_SMS:
+                raise UsageError(
+                    f"sm {sm}: TensorRT-RTX compiles for {', '.join(map(str, RTX_SMS))}",
+                    "For a data-centre GPU such as H100 (90) or B200 (100), run this on it with --target tensorrt.",
+                )
+        return import_compiler(target, ",".join(f"sm_{sm}" for sm in wanted), None, wanted)
+    if target == "tensorrt":
+        if sms is not None:
+            raise UsageError("sm: TensorRT compiles for the GPU of this machine", "Leave --sm out, or choose --target tensorrt-rtx.")
+        library(target)
+        return import_compiler(target, _gpu(device), device, ())
+    raise UsageError(f"target {target!r}: not one that compiles", f"Choose one of: {', '.join(TARGETS)}.")
+
+
+def _gpu(device: int) -> str:
+    """Name and generation of a GPU, such as "NVIDIA H100 80GB HBM3, sm_90"."""
+    try:
+        from cuda.bindings import runtime
+        from cuda.core import Device
+    except ImportError as error:
+        raise MachineError(f"target tensorrt: {error}", "Install it with: pip install 'sdrt[tensorrt]'") from error
+    status, count = runtime.cudaGetDeviceCount()
+    if status != runtime.cudaError_t.cudaSuccess or not count:
+        raise MachineError(
+            f"target tensorrt: compiles on a GPU, and none answers here ({status.name})",
+            "Run this on the machine that will run the engine, or compile ahead of time with --target tensorrt-rtx.",
+        )
+    if device >= count:
+        raise MachineError(f"target tensorrt: device {device}: this machine has {count}", f"Choose 0 to {count - 1}.")
+    chosen = Device(device)
+    major, minor = chosen.compute_capability
+    return f"{chosen.name}, sm_{major}{minor}"
+
+
+def _precision(bundle: Bundle, asked: str | None) -> str:
+    precision = asked or bundle.manifest.precision
+    have = sorted(set.intersection(*(set(by_precision) for by_precision in bundle.manifest.graphs.values())))
+    if precision not in have:
+        raise MachineError(
+            f"{bundle.path}: no {precision} graphs to compile, it has {', '.join(have) or 'none'}",
+            "Build the bundle again with this version of sdrt; --precision fp16 gives graphs for a GPU.",
+        )
+    return precision
+
+
+def _intact(folder: Path) -> EngineRecord | None:
+    """The record of an engine whose plans are all as recorded, else None: it is then compiled again."""
+    try:
+        record = read_engine(folder)
+        for graph in record.plans:
+            read_plan(folder, record, graph)
+    except (BundleError, MachineError):
+        return None
+    return record

@@ -1,0 +1,185 @@
+"""A process for each graph that TensorRT reads or compiles.
+
+Native code that runs for minutes and takes gigabytes is better off alone: Ctrl-C ends it at once, its memory goes back to the system, a
+crash or the kernel's out-of-memory killer ends the worker instead of the caller, and what it prints is caught. It also makes builds
+repeatable: TensorRT orders a plan's outputs by their addresses, so equal plans take equal heaps.
+
+The worker reads one request, a line of JSON, from its standard input, and answers in lines of JSON on its standard output; a plan follows
+its line as it is. It stops when its standard input ends, so it never outlives its caller.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from threading import Event, Thread
+from typing import Any, BinaryIO
+
+from sdrt import errors
+from sdrt.compile.network import Built, Compiler, Demand, Side, build_error, build_graph, import_compiler, input_shapes
+from sdrt.compile.watch import Progress
+from sdrt.engine_cache import Profile
+from sdrt.errors import MachineError, ResourceError, SdrtError
+
+_GRACE_S = 1.0
+_STDERR_BYTES = 1 << 16
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a worker gave: its last line, the bytes after it, and the most memory it took, where the system says."""
+
+    fields: dict[str, Any]
+    data: bytes
+    peak_bytes: int | None
+
+
+def read_inputs(compiler: Compiler, paths: dict[str, Path]) -> dict[str, dict[str, tuple[Side, ...]]]:
+    """The inputs of each graph, by name.
+
+    Raises:
+        MachineError: TensorRT cannot read a graph.
+    """
+    answer = _ask(compiler, {"paths": {graph: str(path) for graph, path in paths.items()}}, Demand("the model", "--precision"), "read", lambda _, __: None)
+    return {graph: {name: tuple(sides) for name, sides in inputs.items()} for graph, inputs in answer.fields["inputs"].items()}
+
+
+def build(compiler: Compiler, graph: str, path: Path, profiles: Sequence[Profile], demand: Demand, progress: Progress) -> tuple[Built, int | None]:
+    """`build_graph` in a worker, and the most memory it took in bytes.
+
+    Raises:
+        MachineError, ResourceError: as `build_graph`; also when the worker crashes or is killed.
+        KeyboardInterrupt: interrupted; the worker is gone.
+    """
+    request = {"graph": graph, "path": str(path), "profiles": [profile.shapes for profile in profiles], "demand": asdict(demand)}
+    answer = _ask(compiler, request, demand, graph, progress)
+    fields = answer.fields
+    return Built(
+        memoryview(answer.data), fields["parse_s"], fields["build_s"], fields["layers"], tuple(fields["unfused"]), fields["device_memory_bytes"]
+    ), answer.peak_bytes
+
+
+def _ask(compiler: Compiler, request: dict[str, Any], demand: Demand, graph: str, progress: Progress) -> Answer:
+    request = request | {"target": compiler.target, "device": compiler.device, "gpu": compiler.gpu, "sms": compiler.sms}
+    # Fixed hashes are part of an equal heap. The path makes the worker find the modules this process found.
+    environment = os.environ | {"PYTHONHASHSEED": "0", "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    command = [sys.executable, "-c", "from sdrt.compile.worker import serve; serve()"]
+    with tempfile.TemporaryFile() as noise, subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=noise, env=environment) as worker:
+        assert worker.stdin is not None and worker.stdout is not None
+        try:
+            worker.stdin.write(json.dumps(request).encode() + b"\n")
+            worker.stdin.flush()
+            answer = _listen(worker.stdout, lambda done: progress(graph, done))
+        except BrokenPipeError:
+            answer = None  # it died at once; what it printed says why
+        except BaseException:
+            _end(worker)
+            raise
+        worker.stdin.close()
+        worker.wait()
+        if answer is None:
+            noise.seek(max(0, noise.seek(0, os.SEEK_END) - _STDERR_BYTES))
+            lines = [line for line in noise.read().decode(errors="replace").splitlines() if line.strip()]
+            raise _death(f"{graph}: {compiler}", worker.returncode, lines, demand)
+        if "error" in answer.fields:
+            kind = getattr(errors, answer.fields["error"]["kind"], MachineError)
+            raise kind(answer.fields["error"]["message"], answer.fields["error"]["fix"])
+        return answer
+
+
+def _listen(stream: Any, report: Any) -> Answer | None:
+    """Follow a worker to its answer; None if it ends without one."""
+    for line in stream:
+        fields = json.loads(line)
+        if "progress" in fields:
+            report(fields["progress"])
+            continue
+        size = fields.pop("data_bytes", 0)
+        data = stream.read(size)
+        return Answer(fields, data, fields.pop("peak_bytes", None)) if len(data) == size else None
+    return None
+
+
+def _end(worker: subprocess.Popen[bytes]) -> None:
+    """Ask a worker to stop, and kill it if it is in the middle of something long."""
+    assert worker.stdin is not None
+    try:
+        with suppress(OSError):
+            worker.stdin.close()
+        worker.wait(_GRACE_S)
+    except BaseException:  # a second Ctrl-C too
+        worker.kill()
+
+
+def _death(where: str, code: int, lines: list[str], demand: Demand) -> SdrtError:
+    """A worker that ended without an answer, as an error."""
+    if code == -getattr(signal, "SIGKILL", 9):
+        return ResourceError(
+            f"{where}: killed by the system, most likely out of memory", f"What asks for most is {demand.words}: lower {demand.flag}, or free memory."
+        )
+    return build_error(f"{where}: ended with exit code {code}", lines, demand)
+
+
+def serve() -> None:
+    """Be a worker."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the caller, which ends us
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # whatever native code prints must not mix with answers
+    with os.fdopen(0, "rb", closefd=False) as requests:
+        request = json.loads(requests.readline())
+    stop = Event()
+
+    def watch() -> None:
+        os.read(0, 1)  # returns when the caller closes its end, or dies
+        stop.set()
+
+    Thread(target=watch, daemon=True).start()
+    try:
+        fields, data = _answer(request, answers, stop)
+    except SdrtError as error:
+        fields, data = {"error": {"kind": type(error).__name__, "message": error.message, "fix": error.fix}}, memoryview(b"")
+    except (KeyboardInterrupt, BrokenPipeError):
+        return
+    _say(answers, fields | {"data_bytes": data.nbytes, "peak_bytes": _peak_bytes()})
+    answers.write(data)
+    answers.flush()
+
+
+def _answer(request: dict[str, Any], answers: BinaryIO, stop: Event) -> tuple[dict[str, Any], memoryview]:
+    compiler = import_compiler(request["target"], request["device"], request["gpu"], tuple(request["sms"]))
+    if "paths" in request:
+        return {"inputs": {graph: input_shapes(compiler, graph, Path(path)) for graph, path in request["paths"].items()}}, memoryview(b"")
+    profiles = [Profile({name: tuple(map(tuple, three)) for name, three in shapes.items()}) for shapes in request["profiles"]]  # type: ignore[misc]
+    built = build_graph(
+        compiler,
+        request["graph"],
+        Path(request["path"]),
+        profiles,
+        Demand(**request["demand"]),
+        lambda _, done: _say(answers, {"progress": done}),
+        stop,
+    )
+    fields = {"parse_s": built.parse_s, "build_s": built.build_s, "layers": built.layers, "unfused": built.unfused}
+    return fields | {"device_memory_bytes": built.device_memory_bytes}, built.plan
+
+
+def _say(answers: BinaryIO, fields: dict[str, Any]) -> None:
+    answers.write(json.dumps(fields).encode() + b"\n")
+    answers.flush()
+
+
+def _peak_bytes() -> int | None:
+    try:
+        import resource
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

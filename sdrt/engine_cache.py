@@ -1,0 +1,370 @@
+"""Compiled engines in a bundle: what each was made under, and the only way to its bytes.
+
+An engine is native code, made for one compiler version, one kind of GPU and one set of shapes. `engines/<target>-<key>/` holds the plans
+and `engine.json`, written last; the folder is published by rename. Nothing hands out a plan whose hash differs from the record, but a hash
+says unchanged, not trustworthy: run engines you made or got from someone you trust. Serves compile, runtime and cli; standard library only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+import stat
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from sdrt.bundle import ENGINES, GRAPHS, REGISTERS, WEIGHTS, Bundle, Manifest
+from sdrt.errors import BundleError, MachineError, ResourceError, UsageError, printable
+from sdrt.publish import stage_name, staged_folder, sweep_stages
+
+FORMAT = 1
+RECORD = "engine.json"
+MAX_RECORD_BYTES = 1 << 20
+ALIGNMENT = 256
+"""TensorRT asks for device buffers that begin on this many bytes."""
+COMPILERS = {"tensorrt-rtx": "TensorRT-RTX", "tensorrt": "TensorRT"}
+RTX_SMS = (75, 80, 86, 89, 120, 121)
+"""GPU generations TensorRT-RTX has kernels for: Turing, A100, other Ampere, Ada, Blackwell. Data-centre Hopper and Blackwell need `tensorrt`."""
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Profile:
+    """One optimization profile: every input's smallest, optimal and largest shape, all three equal where it is static."""
+
+    shapes: dict[str, tuple[Shape, Shape, Shape]]
+
+
+@dataclass(frozen=True)
+class EngineKey:
+    """Everything an engine depends on: equal keys, interchangeable engines.
+
+    `target` is tensorrt-rtx or tensorrt, `compiler` its full version. `device` is "sm_86,sm_89" for an engine built ahead of time, or
+    "NVIDIA H100 80GB HBM3, sm_90" for one built on its GPU. `graphs` holds the SHA-256 of each ONNX file, `weights` that of the weights.
+    `profiles` come in the order the engine has them; the step's are one per number of guidance branches.
+    """
+
+    target: str
+    compiler: str
+    device: str
+    platform: str
+    precision: str
+    graphs: dict[str, str]
+    weights: str
+    profiles: dict[str, tuple[Profile, ...]]
+    flags: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A plan file. `device_memory_bytes` is what its activations take; None where no GPU has loaded it yet."""
+
+    file: str
+    size_bytes: int
+    sha256: str
+    device_memory_bytes: int | None
+
+
+@dataclass(frozen=True)
+class EngineRecord:
+    """What `engine.json` says. `size` (width, height) in pixels, `batch` and `tokens` are the largest the engine takes.
+
+    `rows` is how many rows the step's tables hold, `branches` the numbers of guidance branches. `state_bytes` is what the pipeline keeps on
+    the device beside the engine at those shapes, `weight_bytes` the size of the weights.
+    """
+
+    format: int
+    key: EngineKey
+    size: tuple[int, int]
+    batch: int
+    tokens: int
+    rows: int
+    branches: tuple[int, ...]
+    state_bytes: int
+    weight_bytes: int
+    plans: dict[str, Plan]
+
+
+def platform_name() -> str:
+    """This machine's operating system and processor, such as linux-x86_64."""
+    machine = platform.machine().lower()
+    return f"{platform.system().lower()}-{'x86_64' if machine == 'amd64' else machine}"
+
+
+def key_digest(key: EngineKey) -> str:
+    """SHA-256 of the key as canonical JSON, in hex."""
+    return hashlib.sha256(json.dumps(asdict(key), sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode()).hexdigest()
+
+
+def folder_name(key: EngineKey) -> str:
+    return f"{key.target}-{key_digest(key)[:16]}"
+
+
+def state_bytes(manifest: Manifest, *, size: tuple[int, int], batch: int, tokens: int, rows: int, branches: int) -> int:
+    """Device memory that one batch of pictures needs beside the engine: registers twice, tables, noise, context, images; in bytes."""
+    width, height = size
+    latent = 4 * batch * manifest.latents.channels * (height // manifest.latents.factor) * (width // manifest.latents.factor)
+    mask = latent // manifest.latents.channels
+    row = 4 * (1 + REGISTERS + branches + REGISTERS + 1 + REGISTERS * (REGISTERS + 2) + 3)
+    context = 4 * branches * batch * tokens * manifest.text.width
+    pixels = 3 * batch * height * width
+    buffers = [REGISTERS * latent, REGISTERS * latent, rows * row, rows * latent, context, mask, latent, latent, latent, pixels]
+    return sum(-(-size_bytes // ALIGNMENT) * ALIGNMENT for size_bytes in buffers)
+
+
+def write_engine(bundle: Bundle, record: EngineRecord, plans: Mapping[str, bytes | memoryview]) -> Path:
+    """Publish an engine under `engines/`; one of the same key is replaced. Returns its folder.
+
+    Raises:
+        BundleError: `engines` is not a folder.
+        ResourceError: out of disk.
+        UsageError: the bundle cannot be written.
+    """
+    root = bundle.path / ENGINES
+    target = root / folder_name(record.key)
+    if os.path.lexists(root) and (root.is_symlink() or not root.is_dir()):
+        raise BundleError(f"{root}: expected a folder", "Remove it.")
+    needed, free = sum(len(plan) for plan in plans.values()) + (1 << 20), shutil.disk_usage(bundle.path).free
+    if free < needed:
+        raise ResourceError(f"{bundle.path}: the engine needs {needed:,} bytes, {free:,} are free", "Free some space, or pass --prune to drop stale engines.")
+    try:
+        root.mkdir(exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"{root}: cannot write there: {error.strerror}", "Compile a copy of the bundle in a folder that is writable.") from error
+    with staged_folder(target, replace=True) as stage:
+        for graph, plan in plans.items():
+            (stage / record.plans[graph].file).write_bytes(plan)
+        text = json.dumps(asdict(record), indent=1, sort_keys=True, ensure_ascii=True)
+        (stage / RECORD).write_text(text + "\n", encoding="utf-8")
+    return target
+
+
+def engine_folders(bundle: Bundle) -> list[Path]:
+    """Folders of the bundle's engines, newest first; nothing in them has been read.
+
+    Raises:
+        BundleError: something there is not a folder of its own.
+    """
+    root = bundle.path / ENGINES
+    if not os.path.lexists(root):
+        return []
+    if root.is_symlink() or not root.is_dir():
+        raise BundleError(f"{root}: expected a folder, found a link or file", "Remove it.")
+    found = [path for path in root.iterdir() if not path.name.startswith(".")]
+    for path in found:
+        if path.is_symlink() or not path.is_dir():
+            raise BundleError(f"{path}: expected an engine's folder, found a link or file", "Remove it.")
+    return sorted(found, key=lambda path: (-path.stat().st_mtime_ns, path.name))
+
+
+def list_engines(bundle: Bundle) -> list[tuple[Path, EngineRecord]]:
+    """The bundle's engines, newest first. Plans are listed, not read.
+
+    Raises:
+        BundleError: one is not what it should be.
+        MachineError: a newer sdrt wrote one.
+    """
+    return [(folder, read_engine(folder)) for folder in engine_folders(bundle)]
+
+
+def read_engine(folder: Path) -> EngineRecord:
+    """Read and check an engine's record. It is untrusted input: strict fields, plain file names, the folder's name from the key.
+
+    Raises:
+        BundleError: it is missing, malformed, or lies under another key's name.
+        MachineError: a newer sdrt wrote it.
+    """
+    path = folder / RECORD
+    try:
+        document = json.loads(_read_regular(path, MAX_RECORD_BYTES), object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
+        raise BundleError(f"{path}: not valid JSON: {printable(str(error))}", _AGAIN) from error
+    if not isinstance(document, dict):
+        raise BundleError(f"{path}: expected a JSON object, found {type(document).__name__}", _AGAIN)
+    version = document.get("format")
+    if isinstance(version, int) and not isinstance(version, bool) and version > FORMAT:
+        raise MachineError(f"{path}: engine format {version}; this sdrt reads format {FORMAT}", "Upgrade sdrt, or remove the engine and compile again.")
+    try:
+        record = _record(document)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise BundleError(f"{path}: does not have the expected form: {printable(str(error))}", _AGAIN) from error
+    if folder.name != folder_name(record.key):
+        raise BundleError(f"{folder}: lies under another engine's name: its key makes {folder_name(record.key)}", _AGAIN)
+    return record
+
+
+def read_plan(folder: Path, record: EngineRecord, graph: str) -> bytes:
+    """A plan's bytes, compared with the record before they are returned: loading a plan is running native code.
+
+    Raises:
+        BundleError: it is missing, a link, or changed; it names the file.
+    """
+    plan = record.plans[graph]
+    data = _read_regular(folder / plan.file, plan.size_bytes)
+    if len(data) != plan.size_bytes:
+        raise BundleError(f"{folder / plan.file}: expected {plan.size_bytes:,} bytes, found {len(data):,}", _AGAIN)
+    found = hashlib.sha256(data).hexdigest()
+    if found != plan.sha256:
+        raise BundleError(f"{folder / plan.file}: changed since it was compiled: expected sha256 {plan.sha256[:16]}…, found {found[:16]}…", _AGAIN)
+    return data
+
+
+def mismatch(
+    record: EngineRecord, bundle: Bundle, *, target: str | None = None, compiler: str | None = None, device_sm: str | None = None, platform: str | None = None
+) -> str:
+    """Why an engine must not run: what it was built for and what there is, in words; empty if it fits. What is None is not compared.
+
+    `compiler` is a full version, `device_sm` such as "sm_89".
+    """
+    key, manifest, reasons = record.key, bundle.manifest, []
+    if target is not None and key.target != target:
+        reasons.append(f"built for {key.target}, not {target}")
+    found = {graph: by_precision.get(key.precision) for graph, by_precision in manifest.graphs.items()}
+    if any(found.get(graph) is None or manifest.files[found[graph].path].sha256 != digest for graph, digest in key.graphs.items()):  # type: ignore[union-attr]
+        reasons.append("built for graphs that have changed")
+    if key.weights != manifest.files[WEIGHTS].sha256:
+        reasons.append("built for weights that have changed")
+    if compiler is not None and key.compiler != compiler:
+        reasons.append(f"built for {COMPILERS.get(key.target, key.target)} {key.compiler}, this machine has {compiler}")
+    if device_sm is not None and device_sm not in key.device.replace(", ", ",").split(","):
+        reasons.append(f"built for {key.device}, this GPU is {device_sm}")
+    if platform is not None and key.platform != platform:
+        reasons.append(f"built for {key.platform}, this machine is {platform}")
+    return "; ".join(reasons)
+
+
+def prune(bundle: Bundle, *, keep: Callable[[EngineRecord], bool]) -> list[Path]:
+    """Remove engines that `keep` does not want, unreadable ones, and what killed compilations left. Returns the engines' folders.
+
+    Engines of a newer sdrt are left alone.
+    """
+    removed = []
+    for folder in engine_folders(bundle):
+        try:
+            if keep(read_engine(folder)):
+                continue
+        except BundleError:
+            pass
+        except MachineError:
+            continue
+        aside = stage_name(folder)
+        folder.rename(aside)  # in one step: a reader sees a whole engine or none
+        shutil.rmtree(aside, ignore_errors=True)
+        removed.append(folder)
+    sweep_stages(bundle.path / ENGINES)
+    return removed
+
+
+_AGAIN = "Remove the engine with: sdrt compile BUNDLE --prune, and compile it again."
+
+
+def _read_regular(path: Path, limit: int) -> bytes:
+    """At most `limit` + 1 bytes of a regular file; a link is refused where the system can tell while opening."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0))
+        with os.fdopen(descriptor, "rb") as stream:
+            if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
+                raise BundleError(f"{path}: expected a regular file", _AGAIN)
+            data = stream.read(limit + 1)
+    except OSError as error:
+        raise BundleError(f"{path}: cannot be read: {error.strerror}", _AGAIN) from error
+    return data
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError("duplicate keys")
+    return result
+
+
+def _record(document: dict[str, Any]) -> EngineRecord:
+    _exactly(document, EngineRecord)
+    if document["format"] != FORMAT or isinstance(document["format"], bool):
+        raise ValueError(f"format: expected {FORMAT}, found {document['format']!r}")
+    key = document["key"]
+    _exactly(key, EngineKey)
+    profiles = {_graph(graph): tuple(_profile(profile) for profile in several) for graph, several in key["profiles"].items()}
+    plans = {_graph(graph): _plan(plan) for graph, plan in document["plans"].items()}
+    graphs = {_graph(graph): _hex(digest) for graph, digest in key["graphs"].items()}
+    if not plans or not plans.keys() == graphs.keys() == profiles.keys():
+        raise ValueError("plans, graphs and profiles name different graphs")
+    if len({plan.file for plan in plans.values()}) != len(plans):
+        raise ValueError("two plans share a file")
+    width, height = document["size"]
+    return EngineRecord(
+        format=FORMAT,
+        key=EngineKey(
+            target=_text(key["target"]),
+            compiler=_text(key["compiler"]),
+            device=_text(key["device"]),
+            platform=_text(key["platform"]),
+            precision=_text(key["precision"]),
+            graphs=graphs,
+            weights=_hex(key["weights"]),
+            profiles=profiles,
+            flags=tuple(_text(flag) for flag in key["flags"]),
+        ),
+        size=(_count(width), _count(height)),
+        batch=_count(document["batch"]),
+        tokens=_count(document["tokens"]),
+        rows=_count(document["rows"]),
+        branches=tuple(_count(number) for number in document["branches"]),
+        state_bytes=_count(document["state_bytes"]),
+        weight_bytes=_count(document["weight_bytes"]),
+        plans=plans,
+    )
+
+
+def _exactly(document: dict[str, Any], kind: type[Any]) -> None:
+    if wrong := document.keys() ^ {field.name for field in fields(kind)}:
+        raise ValueError(f"fields {sorted(wrong)}")
+
+
+def _profile(document: dict[str, Any]) -> Profile:
+    _exactly(document, Profile)
+    shapes = {}
+    for name, (low, best, high) in document["shapes"].items():
+        three = tuple(tuple(_count(side) for side in shape) for shape in (low, best, high))
+        if not all(0 < a <= b <= c for a, b, c in zip(*three, strict=True)):
+            raise ValueError(f"profile of {name!r}: expected smallest <= best <= largest, found {three}")
+        shapes[_text(name)] = three
+    return Profile(shapes)  # type: ignore[arg-type]
+
+
+def _plan(document: dict[str, Any]) -> Plan:
+    _exactly(document, Plan)
+    file, memory = _text(document["file"]), document["device_memory_bytes"]
+    if file in (".", "..", RECORD) or set(file) & set('/\\:<>"|?*') or file.startswith("."):
+        raise ValueError(f"unsafe file name {file!r}")
+    return Plan(file, _count(document["size_bytes"]), _hex(document["sha256"]), None if memory is None else _count(memory))
+
+
+def _graph(name: str) -> str:
+    if name not in GRAPHS:
+        raise ValueError(f"unknown graph {name!r}")
+    return name
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str) or not value.isprintable() or not value:
+        raise ValueError(f"expected a word, found {value!r}")
+    return value
+
+
+def _count(value: object) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise ValueError(f"expected a count, found {value!r}")
+    return value
+
+
+def _hex(value: object) -> str:
+    if not isinstance(value, str) or len(value) != 64 or set(value) - set("0123456789abcdef"):
+        raise ValueError(f"expected a sha256, found {value!r}")
+    return value

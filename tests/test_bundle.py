@@ -1,0 +1,668 @@
+"""Bundles: what is written is read again, and a folder that is not exactly what its manifest says is never run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+from sdrt import bundle
+from sdrt.bundle import (
+    Bundle,
+    Diffusion,
+    FileRecord,
+    Graph,
+    Latents,
+    Manifest,
+    Source,
+    Text,
+    check_files,
+    file_record,
+    is_bundle,
+    open_bundle,
+    write_manifest,
+)
+from sdrt.cli import app
+from sdrt.errors import BundleError, CheckFailed, InputFileError, MachineError, SdrtError
+from sdrt.runtime import Pipeline
+from sdrt.runtime.verify import verify
+
+GRAPH_FILES = [f"graphs/{graph}.{compute}.onnx" for graph in bundle.GRAPHS for compute in ("fp32", "fp16")]
+FILES = [*GRAPH_FILES, bundle.WEIGHTS, *(f"reference/{graph}.npz" for graph in bundle.GRAPHS), bundle.TOKENIZER]
+
+
+@pytest.fixture
+def copy(flat_bundle: Path, tmp_path: Path) -> Path:
+    """A copy of the emoji bundle to tamper with."""
+    return Path(shutil.copytree(flat_bundle, tmp_path / "copy.sdrt"))
+
+
+@pytest.fixture
+def loaded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the graph files that ONNX Runtime has been asked to load."""
+    names: list[str] = []
+
+    class Spy(onnxruntime.InferenceSession):  # type: ignore[misc]
+        def __init__(self, path: str, *args: Any, **options: Any) -> None:
+            names.append(Path(path).name)
+            super().__init__(path, *args, **options)
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", Spy)
+    return names
+
+
+def small_graph(graph: str, compute: str) -> Graph:
+    path = f"graphs/{graph}.{compute}.onnx"
+    return Graph(path=path, weights="fp16", compute=compute, islands=("norms",), inputs=("x",), outputs=("y", "z"), error=1.5e-06)
+
+
+def small(folder: Path) -> Manifest:
+    """A bundle of files of a few bytes each, which opens but does not run. Returns its manifest."""
+    for name in FILES:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(name)
+    manifest = Manifest(
+        format=1,
+        sdrt="0.0",
+        name="smäll",
+        family="sd1",
+        architecture={"unet": {"channels": [32, 64]}},
+        diffusion=Diffusion(),
+        text=Text(64, 77, 1, 2, 3, (1, 2)),
+        latents=Latents(4, 8, (64, 128)),
+        precision="fp16",
+        graphs={graph: {compute: small_graph(graph, compute) for compute in ("fp32", "fp16")} for graph in bundle.GRAPHS},
+        sources=(
+            Source("checkpoint", "base.safetensors", "a" * 64),
+            Source("lora", "style.safetensors", "b" * 64, 0.5, 0.25, {"unet": 3}, {"unet": 0.125}),
+        ),
+        tools={"python": "3.11"},
+        files={name: file_record(folder / name) for name in FILES},
+    )
+    write_manifest(folder, manifest)
+    return manifest
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    path = tmp_path / "small.sdrt"
+    small(path)
+    return path
+
+
+def refused(path: Path, *fragments: str, kind: type[SdrtError] = BundleError, code: int = 4) -> SdrtError:
+    """Opening `path` fails with exactly this class, in one printable line that names the folder and holds the fragments."""
+    with pytest.raises(SdrtError) as caught:
+        open_bundle(path)
+    error = caught.value
+    assert type(error) is kind
+    assert error.exit_code == code
+    assert error.message.startswith(str(path))
+    assert error.message.isprintable()
+    for fragment in fragments:
+        assert fragment in error.message
+    return error
+
+
+def edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change a bundle's manifest as JSON."""
+    document = json.loads((path / "manifest.json").read_text())
+    change(document)
+    (path / "manifest.json").write_text(json.dumps(document))
+
+
+# The manifest
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    manifest = small(tmp_path / "x.sdrt")
+    opened = open_bundle(tmp_path / "x.sdrt")
+    assert opened == Bundle(tmp_path / "x.sdrt", manifest)
+    check_files(opened)
+
+
+def test_real_manifest_round_trip(flat_bundle: Path, tmp_path: Path) -> None:
+    manifest = open_bundle(flat_bundle).manifest
+    write_manifest(tmp_path, manifest)
+    assert (tmp_path / "manifest.json").read_bytes() == (flat_bundle / "manifest.json").read_bytes()
+    assert list(manifest.files) == sorted(FILES)
+
+
+def test_equal_manifests_are_equal_bytes(tmp_path: Path) -> None:
+    manifest = small(tmp_path / "x.sdrt")
+    shuffled = replace(
+        manifest,
+        files=dict(reversed(manifest.files.items())),
+        graphs=dict(reversed(manifest.graphs.items())),
+        tools=dict(reversed(manifest.tools.items())),
+    )
+    (tmp_path / "y").mkdir()
+    write_manifest(tmp_path / "y", shuffled)
+    assert (tmp_path / "y" / "manifest.json").read_bytes() == (tmp_path / "x.sdrt" / "manifest.json").read_bytes()
+
+
+def test_names_that_are_not_unicode_survive(tmp_path: Path) -> None:
+    """A file name of other bytes reaches Python with lone surrogates in it."""
+    manifest = small(tmp_path / "x.sdrt")
+    manifest = replace(manifest, name="\udcff", sources=(Source("checkpoint", "\udcff.safetensors", "a" * 64),))
+    write_manifest(tmp_path / "x.sdrt", manifest)
+    assert open_bundle(tmp_path / "x.sdrt").manifest == manifest
+
+
+GOLDEN = """\
+{
+ "architecture": {
+  "unet": {
+   "channels": [
+    32
+   ]
+  }
+ },
+ "diffusion": {
+  "beta_end": 0.012,
+  "beta_start": 0.00085,
+  "num_timesteps": 1000,
+  "prediction": "epsilon"
+ },
+ "family": "sd1",
+ "files": {
+  "graphs/step.fp32.onnx": {
+   "sha256": "cccccccccccccccccccccccccccccccccccccccccccccccccccccccccccccccc",
+   "size_bytes": 7
+  }
+ },
+ "format": 1,
+ "graphs": {
+  "step": {
+   "fp32": {
+    "compute": "fp32",
+    "error": 1.5e-06,
+    "inputs": [
+     "x"
+    ],
+    "islands": [
+     "norms"
+    ],
+    "outputs": [
+     "y",
+     "z"
+    ],
+    "path": "graphs/step.fp32.onnx",
+    "weights": "fp16"
+   }
+  }
+ },
+ "latents": {
+  "channels": 4,
+  "factor": 8,
+  "size": [
+   512,
+   768
+  ]
+ },
+ "name": "smäll",
+ "precision": "fp16",
+ "sdrt": "0.0",
+ "sources": [
+  {
+   "applied": {
+    "unet": 3
+   },
+   "kind": "lora",
+   "name": "style.safetensors",
+   "relative_change": {
+    "unet": 0.125
+   },
+   "scale": 0.5,
+   "sha256": "bbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbb",
+   "te_scale": 0.25
+  }
+ ],
+ "text": {
+  "bos": 1,
+  "clip_skip": [
+   1
+  ],
+  "eos": 2,
+  "pad": 3,
+  "tokens": 77,
+  "width": 64
+ },
+ "tools": {
+  "python": "3.11"
+ }
+}
+"""
+
+
+def test_format_is_pinned(tmp_path: Path) -> None:
+    """Bundles in use were written like this. A change of it is a new format number."""
+    manifest = Manifest(
+        format=bundle.FORMAT,
+        sdrt="0.0",
+        name="smäll",
+        family="sd1",
+        architecture={"unet": {"channels": (32,)}},
+        diffusion=Diffusion(),
+        text=Text(64, 77, 1, 2, 3, (1,)),
+        latents=Latents(4, 8, (512, 768)),
+        precision="fp16",
+        graphs={"step": {"fp32": small_graph("step", "fp32")}},
+        sources=(Source("lora", "style.safetensors", "b" * 64, 0.5, 0.25, {"unet": 3}, {"unet": 0.125}),),
+        tools={"python": "3.11"},
+        files={"graphs/step.fp32.onnx": FileRecord(7, "c" * 64)},
+    )
+    write_manifest(tmp_path, manifest)
+    assert (tmp_path / "manifest.json").read_text(encoding="utf-8") == GOLDEN
+
+
+def test_missing_bundle(tmp_path: Path) -> None:
+    error = refused(tmp_path / "none.sdrt", "no such bundle", kind=InputFileError, code=3)
+    assert "sdrt build" in error.fix
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "a\0b"], ids=["too long", "NUL"])
+def test_impossible_path(name: str) -> None:
+    with pytest.raises(InputFileError):
+        open_bundle(Path(name))
+
+
+def test_missing_manifest(folder: Path) -> None:
+    (folder / "manifest.json").unlink()
+    refused(folder, "not a bundle", "manifest.json", kind=InputFileError, code=3)
+
+
+def test_file_instead_of_a_bundle(tmp_path: Path) -> None:
+    (tmp_path / "x.sdrt").touch()
+    refused(tmp_path / "x.sdrt", "not a bundle", kind=InputFileError, code=3)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b"null", b"[]", b'"text"', b"1", b"{}{}", b"\xff\xfe", b"[" * 100_000, b'{"format": 1, "format": 1}', b"\x1b[31m"],
+    ids=["empty", "unfinished", "null", "list", "string", "number", "two objects", "binary", "deep", "duplicate", "escape"],
+)
+def test_manifest_that_is_not_one_json_object(folder: Path, content: bytes) -> None:
+    (folder / "manifest.json").write_bytes(content)
+    refused(folder, "manifest.json")
+
+
+@pytest.mark.parametrize("cut", [1, 2, 500])
+def test_truncated_manifest(folder: Path, cut: int) -> None:
+    text = (folder / "manifest.json").read_text().rstrip()
+    (folder / "manifest.json").write_text(text[:-cut])
+    refused(folder, "manifest.json", "not valid JSON")
+
+
+def test_duplicate_keys_deep_inside(folder: Path) -> None:
+    text = (folder / "manifest.json").read_text()
+    (folder / "manifest.json").write_text(text.replace('"width": 64', '"width": 64, "width": 64'))
+    refused(folder, "duplicate keys")
+
+
+def test_manifest_above_the_limit(folder: Path) -> None:
+    os.truncate(folder / "manifest.json", bundle.MAX_MANIFEST_BYTES + 1)
+    refused(folder, f"{bundle.MAX_MANIFEST_BYTES + 1:,} bytes", f"{bundle.MAX_MANIFEST_BYTES:,}")
+
+
+def test_newer_format_does_not_fit_this_version(folder: Path) -> None:
+    edit(folder, lambda document: document.update(format=2, sdrt="9.9\x1b[0m", something="new"))
+    error = refused(folder, "format 2", "9.9\\x1b[0m", "reads format 1", kind=MachineError, code=5)
+    assert "Upgrade" in error.fix
+    with pytest.raises(MachineError):
+        verify(folder)
+
+
+@pytest.mark.parametrize("version", [0, -1, "1", "2", 1.0, 2.5, True, None, [1]])
+def test_other_format(folder: Path, version: object) -> None:
+    edit(folder, lambda document: document.update(format=version))
+    refused(folder, "format: expected 1")
+
+
+def test_no_format(folder: Path) -> None:
+    edit(folder, lambda document: document.pop("format"))
+    refused(folder, "format: expected 1")
+
+
+@pytest.mark.parametrize("field", [f.name for f in fields(Manifest) if f.name != "format"])
+def test_missing_field(folder: Path, field: str) -> None:
+    edit(folder, lambda document: document.pop(field))
+    refused(folder, "manifest.json", field)
+
+
+@pytest.mark.parametrize(
+    "add",
+    [
+        lambda document: document.update(extra=1),
+        lambda document: document["diffusion"].update(extra=1),
+        lambda document: document["text"].update(extra=1),
+        lambda document: document["latents"].update(extra=1),
+        lambda document: document["sources"][0].update(extra=1),
+        lambda document: document["graphs"]["step"]["fp32"].update(extra=1),
+        lambda document: document["files"][bundle.WEIGHTS].update(extra=1),
+        lambda document: document["graphs"].update(extra=document["graphs"]["step"]),
+    ],
+)
+def test_unknown_field(folder: Path, add: Callable[[dict[str, Any]], object]) -> None:
+    edit(folder, add)
+    refused(folder, "manifest.json", "extra")
+
+
+UNSAFE = [
+    "../x", "..", "a/../b", "a/..", "./a", "a/./b", "a//b", "a/", "/etc/passwd", "//a", "", ".", "a\0b", "a\nb", "\x1b[31m", "a\\b", "C:x", "engines/x",
+    "engines", "manifest.json",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", UNSAFE, ids=repr)
+def test_unsafe_file_names(folder: Path, name: str) -> None:
+    (folder.parent / "x").write_text("x")
+    edit(folder, lambda document: document["files"].update({name: asdict(FileRecord(1, hashlib.sha256(b"x").hexdigest()))}))
+    refused(folder, "unsafe path")
+
+
+@pytest.mark.parametrize("name", ["../x", "/etc/passwd", "graphs/none.onnx", "manifest.json"])
+def test_graph_file_that_is_not_listed(folder: Path, name: str) -> None:
+    edit(folder, lambda document: document["graphs"]["step"]["fp32"].update(path=name))
+    refused(folder, name, "not listed")
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_needed_file_that_is_not_listed(folder: Path, name: str) -> None:
+    (folder / name).unlink()
+    edit(folder, lambda document: document["files"].pop(name))
+    refused(folder, name)
+
+
+@pytest.mark.parametrize("record", [{"size_bytes": -1}, {"size_bytes": 1.0}, {"size_bytes": True}, {"sha256": "a" * 63}, {"sha256": "A" * 64}, {"sha256": 1}])
+def test_bad_file_record(folder: Path, record: dict[str, object]) -> None:
+    edit(folder, lambda document: document["files"][bundle.WEIGHTS].update(record))
+    refused(folder, "manifest.json", "expected", bundle.WEIGHTS)
+
+
+_SMALL_LEAVES = [
+    ("sdrt",), ("name",), ("family",), ("precision",), ("architecture",), ("tools",), ("sources",), ("files",), ("graphs",),
+    ("diffusion", "prediction"), ("diffusion", "beta_start"), ("diffusion", "beta_end"), ("diffusion", "num_timesteps"),
+    ("text", "width"), ("text", "tokens"), ("text", "bos"), ("text", "eos"), ("text", "pad"), ("text", "clip_skip"), ("text", "clip_skip", 0),
+    ("latents", "channels"), ("latents", "factor"), ("latents", "size"), ("latents", "size", 1),
+    ("graphs", "step"), ("graphs", "step", "fp32"), ("graphs", "step", "fp32", "path"), ("graphs", "step", "fp32", "weights"),
+    ("graphs", "step", "fp32", "compute"), ("graphs", "step", "fp32", "inputs"), ("graphs", "step", "fp32", "outputs", 0), ("graphs", "step", "fp32", "error"),
+    ("files", bundle.WEIGHTS), ("files", bundle.WEIGHTS, "size_bytes"), ("files", bundle.WEIGHTS, "sha256"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("path", _SMALL_LEAVES, ids=lambda path: ".".join(map(str, path)))
+def test_values_of_another_type(folder: Path, path: tuple[str | int, ...]) -> None:
+    """Wherever the manifest is changed to another JSON type, opening refuses it: nothing later has to check again."""
+    original = json.loads((folder / "manifest.json").read_text())
+    value = original
+    for step in path:
+        value = value[step]
+    for wrong in (None, True, "text", 7, 0.5, [[]], {"a": {}}):
+        if type(wrong) is type(value) or (isinstance(value, float) and wrong == 7):
+            continue
+        document = json.loads(json.dumps(original))
+        parent = document
+        for step in path[:-1]:
+            parent = parent[step]
+        parent[path[-1]] = wrong
+        (folder / "manifest.json").write_text(json.dumps(document))
+        refused(folder, "manifest.json")
+
+
+def well_typed(value: object) -> bool:
+    """Whether a manifest holds only what its dataclasses say, as far as plain values go."""
+    if is_dataclass(value):
+        return all(well_typed(getattr(value, f.name)) for f in fields(value))
+    if isinstance(value, dict):
+        return all(isinstance(k, str) and well_typed(v) for k, v in value.items())
+    if isinstance(value, (tuple, list)):
+        return all(map(well_typed, value))
+    return value is None or isinstance(value, (str, int, float))
+
+
+@given(edits=st.lists(st.tuples(st.integers(0, 4000), st.integers(0, 3), st.binary(max_size=3)), min_size=1, max_size=4))
+@settings(max_examples=300, deadline=None, derandomize=True, database=None)
+def test_damaged_manifests_are_refused_or_read(tmp_path_factory: pytest.TempPathFactory, edits: list[tuple[int, int, bytes]]) -> None:
+    path = tmp_path_factory.getbasetemp() / "damaged.sdrt"
+    if not path.exists():
+        small(path)
+        shutil.copy(path / "manifest.json", path.with_suffix(".json"))
+    data = path.with_suffix(".json").read_bytes()
+    for position, removed, inserted in edits:
+        data = data[:position] + inserted + data[position + removed :]
+    (path / "manifest.json").write_bytes(data)
+    try:
+        opened = open_bundle(path)
+    except (BundleError, MachineError) as error:
+        assert error.message.startswith(str(path))
+    else:
+        assert well_typed(opened.manifest)
+        assert opened.manifest.files.keys() == set(FILES)
+
+
+# The folder
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_missing_file(folder: Path, name: str) -> None:
+    (folder / name).unlink()
+    refused(folder, f": {name}: missing")
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_file_of_another_size(folder: Path, name: str) -> None:
+    size = (folder / name).stat().st_size
+    os.truncate(folder / name, 0)
+    refused(folder, f": {name}: expected {size} bytes, found 0")
+
+
+def test_renamed_file(folder: Path) -> None:
+    (folder / GRAPH_FILES[0]).rename(folder / "graphs" / "other.onnx")
+    refused(folder, f": {GRAPH_FILES[0]}: missing")
+
+
+@pytest.mark.parametrize("name", ["extra", "graphs/extra.onnx", "reference/x\x1b[31m", "new/file", "graphs/manifest.json", "graphs/engines/x"])
+def test_extra_file(folder: Path, name: str) -> None:
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).touch()
+    refused(folder, name.replace("\x1b", "\\x1b"), "not in the manifest")
+
+
+def test_engines_and_hidden_files_may_lie_beside(folder: Path) -> None:
+    (folder / "engines" / "tensorrt").mkdir(parents=True)
+    (folder / "engines" / "tensorrt" / "step.engine").touch()
+    (folder / ".DS_Store").touch()
+    (folder / "graphs" / ".nfs0001").touch()
+    open_bundle(folder)
+
+
+def replaced_by_link_out(path: Path) -> None:
+    outside = path.parents[2] / "outside"
+    path.rename(outside)
+    path.symlink_to(outside)
+
+
+def replaced_by_link_in(path: Path) -> None:
+    path.rename(path.with_name(".hidden"))
+    path.symlink_to(".hidden")
+
+
+def replaced_by_dangling_link(path: Path) -> None:
+    path.unlink()
+    path.symlink_to("nowhere")
+
+
+def replaced_by_pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+def replaced_by_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+REPLACEMENTS = [replaced_by_link_out, replaced_by_link_in, replaced_by_dangling_link, replaced_by_pipe, replaced_by_folder]
+
+
+@pytest.mark.parametrize("how", REPLACEMENTS)
+@pytest.mark.parametrize("name", [GRAPH_FILES[1], bundle.WEIGHTS, bundle.TOKENIZER])
+def test_file_replaced_by_something_else(folder: Path, name: str, how: Callable[[Path], None]) -> None:
+    how(folder / name)
+    refused(folder, f": {name}: ")
+
+
+@pytest.mark.parametrize("how", REPLACEMENTS)
+def test_manifest_replaced_by_something_else(folder: Path, how: Callable[[Path], None]) -> None:
+    (folder.parent / "a").mkdir()
+    moved = folder.rename(folder.parent / "a" / "small.sdrt")
+    how(moved / "manifest.json")
+    refused(moved, "manifest.json: expected a regular file")
+
+
+def test_folder_inside_replaced_by_a_link(folder: Path) -> None:
+    (folder / "graphs").rename(folder.parent / "graphs")
+    (folder / "graphs").symlink_to(folder.parent / "graphs")
+    refused(folder, ": graphs: expected a regular file")
+
+
+def test_pipe_beside_the_files(folder: Path) -> None:
+    os.mkfifo(folder / "graphs" / "extra")
+    refused(folder, ": graphs/extra: expected a regular file")
+
+
+def test_graph_by_name(folder: Path) -> None:
+    opened = open_bundle(folder)
+    assert opened.graph("step", "fp32") == folder / "graphs/step.fp32.onnx"
+    for graph, precision in (("step", "bf16"), ("none", "fp32")):
+        with pytest.raises(BundleError, match=f"no {precision} {graph} graph"):
+            opened.graph(graph, precision)
+
+
+def test_hashes_of_chosen_files(folder: Path) -> None:
+    opened = open_bundle(folder)
+    (folder / bundle.TOKENIZER).write_text(bundle.TOKENIZER[::-1])
+    check_files(opened, [bundle.WEIGHTS])
+    with pytest.raises(BundleError, match=bundle.TOKENIZER):
+        check_files(opened, [bundle.WEIGHTS, bundle.TOKENIZER])
+    with pytest.raises(BundleError, match=bundle.TOKENIZER):
+        check_files(opened)
+
+
+def test_is_bundle(folder: Path, tmp_path: Path) -> None:
+    assert is_bundle(folder)
+    (folder / bundle.WEIGHTS).unlink()
+    assert is_bundle(folder), "a damaged bundle is ours to replace"
+    assert not is_bundle(tmp_path)
+    assert not is_bundle(tmp_path / "none")
+    for content in ("", "{}", "[]", '{"format": 1, "name": "x"}'):
+        (folder / "manifest.json").write_text(content)
+        assert not is_bundle(folder)
+
+
+def test_is_bundle_does_not_wait_for_a_pipe(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "manifest.json")
+    assert not is_bundle(tmp_path)
+
+
+# Tampering with a bundle that runs
+
+
+def test_files_are_the_ones_tampered_with_here(flat_bundle: Path) -> None:
+    assert sorted(open_bundle(flat_bundle).manifest.files) == sorted(FILES)
+
+
+def flip(path: Path, where: float) -> None:
+    """Flip one bit, `where` of the way through the file."""
+    position = int(where * (path.stat().st_size - 1))
+    with path.open("r+b") as stream:
+        stream.seek(position)
+        byte = stream.read(1)[0]
+        stream.seek(position)
+        stream.write(bytes([byte ^ 1]))
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_one_changed_byte_stops_everything(copy: Path, name: str, loaded: list[str]) -> None:
+    for where in (0.0, 0.5, 1.0):
+        flip(copy / name, where)
+        with pytest.raises(BundleError, match="changed since the build") as caught:
+            Pipeline.load(copy)
+        assert f": {name}: " in caught.value.message
+        if name == bundle.WEIGHTS:
+            loaded.clear()  # loading and hashing the weights run beside each other; the graphs themselves are checked already
+        assert loaded == []
+        flip(copy / name, where)
+    flip(copy / name, 0.5)
+    runner = CliRunner()
+    result = runner.invoke(app, ["generate", str(copy), "red apple", "--output", str(copy.parent / "x.png")])
+    assert result.exit_code == 4
+    assert name in result.stderr
+    assert not (copy.parent / "x.png").exists()
+    loaded.clear()
+    result = runner.invoke(app, ["verify", str(copy)])
+    assert result.exit_code == 1
+    assert name in result.stderr
+    assert loaded == []
+
+
+def test_swapped_files_stop_everything(copy: Path, loaded: list[str]) -> None:
+    first, second = (copy / name for name in GRAPH_FILES[:2])
+    first.rename(copy / "aside")
+    second.rename(first)
+    (copy / "aside").rename(second)
+    with pytest.raises(BundleError, match=r"\.onnx: expected .* bytes"):
+        Pipeline.load(copy)
+    with pytest.raises(CheckFailed, match=r"\.onnx: expected .* bytes"):
+        verify(copy)
+    assert loaded == []
+
+
+def test_verify_runs_the_graphs_against_the_reference(copy: Path) -> None:
+    """A graph exchanged together with its hash is still found out."""
+    assert {check.graph for check in verify(copy)} == set(bundle.GRAPHS)
+    reference = copy / "reference" / "vae_decoder.npz"
+    with np.load(reference) as stored:
+        arrays = dict(stored)
+    arrays["out.pixels"] = 255 - arrays["out.pixels"]
+    np.savez(reference, **arrays)
+    edit(copy, lambda document: document["files"].update({"reference/vae_decoder.npz": asdict(file_record(reference))}))
+    with pytest.raises(CheckFailed, match="vae_decoder: pixels: differs from the reference"):
+        verify(copy)
+
+
+def snapshot(folder: Path) -> dict[str, tuple[int, bytes]]:
+    return {p.relative_to(folder).as_posix(): (p.stat().st_mtime_ns, p.read_bytes() if p.is_file() else b"") for p in (folder, *folder.rglob("*"))}
+
+
+def test_bundle_works_read_only_moved_and_through_a_link_and_is_not_written_to(flat_bundle: Path, copy: Path) -> None:
+    with Pipeline.load(flat_bundle) as pipe:
+        expected = pipe("red apple", steps=2, seed=1).images
+    moved = copy.rename(copy.with_name("moved elsewhere.sdrt"))
+    for path in (moved, *moved.rglob("*")):
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    before = snapshot(moved)
+    link = moved.with_name("link")
+    link.symlink_to(moved)
+    try:
+        for path in (moved, link):
+            with Pipeline.load(path) as pipe:
+                assert np.array_equal(pipe("red apple", steps=2, seed=1).images, expected)
+        verify(moved)
+        assert snapshot(moved) == before
+    finally:
+        for path in (moved, *moved.rglob("*")):
+            path.chmod(0o755)

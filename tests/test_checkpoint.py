@@ -1,0 +1,541 @@
+"""Checkpoints: their sizes are inferred from shapes, their weights arrive in the bundle, and every other file is refused by name."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import CHECKPOINT, LORA, RawTensor, write_raw
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load, save_file
+
+from sdrt.errors import CheckpointError, InputFileError
+from sdrt.export.architecture import CLIP, UNET, VAE, Architecture, ClipSpec, UNetSpec, VaeSpec, architecture
+from sdrt.export.checkpoint import Tensor, open_checkpoint, select
+from sdrt.export.graph import recipes
+from sdrt.export.tensor_file import open_tensor_file
+from sdrt.export.weights import write_weights
+
+Shapes = dict[str, tuple[int, ...]]
+
+EMOJI_SPEC = Architecture(
+    "sd1",
+    "epsilon",
+    (64, 64),
+    ClipSpec(64, 2, 1, 256, 49408, 77),
+    UNetSpec(4, 4, (64, 96, 128, 128), (2, 2, 2, 2), (1, 1, 1, 0), 1, 64, False, 8, None),
+    VaeSpec((32, 32, 64, 64), 2, 4, 0.18215),
+)
+SD15 = Architecture(
+    "sd1",
+    "epsilon",
+    (512, 512),
+    ClipSpec(768, 12, 12, 3072, 49408, 77),
+    UNetSpec(4, 4, (320, 640, 1280, 1280), (2, 2, 2, 2), (1, 1, 1, 0), 1, 768, False, 8, None),
+    VaeSpec((128, 256, 512, 512), 2, 4, 0.18215),
+)
+TINY = Architecture(
+    "sd1",
+    "epsilon",
+    (512, 512),
+    ClipSpec(64, 1, 1, 96, 50, 77),
+    UNetSpec(4, 4, (32, 64), (1, 1), (1, 0), 1, 64, True, 8, None),
+    VaeSpec((32, 64), 1, 4, 0.18215),
+)
+
+
+@cache
+def expected_shapes(arch: Architecture) -> Shapes:
+    return {name: shape for recipe in recipes(arch).values() for name, shape in recipe.weight_shapes().items()}
+
+
+@cache
+def seeded(arch: Architecture, seed: int = 0) -> dict[str, torch.Tensor]:
+    """A checkpoint's tensors, normal at a small scale, float32."""
+    random = torch.Generator().manual_seed(seed)
+    return {name: torch.randn(shape, generator=random) * 0.05 for name, shape in sorted(expected_shapes(arch).items())}
+
+
+def header_only(path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: str = "F16", metadata: Mapping[str, str] | None = None) -> Path:
+    """A safetensors file of these shapes whose data is a hole in the file system."""
+    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    offset = 0
+    for name, shape in shapes.items():
+        end = offset + math.prod(shape) * {"F16": 2, "F32": 4, "I64": 8, "F8_E4M3": 1}[dtype]
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text)
+    os.truncate(path, 8 + len(text) + offset)
+    return path
+
+
+def opened(path: Path, vae: Path | None = None) -> Architecture:
+    checkpoint = open_checkpoint(path, vae)
+    checkpoint.close()
+    return checkpoint.architecture
+
+
+def refused(path: Path, *fragments: str, vae: Path | None = None, selecting: bool = False) -> CheckpointError:
+    """Opening (and selecting from) the checkpoint fails with a line that names a file and holds the fragments."""
+    with pytest.raises(CheckpointError) as caught:
+        checkpoint = open_checkpoint(path, vae)
+        try:
+            assert selecting, "opened without an error"
+            select(checkpoint, expected_shapes(checkpoint.architecture))
+        finally:
+            checkpoint.close()
+    error = caught.value
+    assert error.exit_code == 3
+    assert error.message.startswith(f"{path}: ") or (vae is not None and error.message.startswith(f"{vae}: "))
+    for fragment in fragments:
+        assert fragment in error.message
+    return error
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("tiny") / "tiny.safetensors"
+    save_file(seeded(TINY), path)
+    return path
+
+
+# Sizes
+
+
+def test_emoji_sizes() -> None:
+    assert opened(CHECKPOINT) == EMOJI_SPEC
+
+
+def test_sd15_sizes(tmp_path: Path) -> None:
+    assert opened(header_only(tmp_path / "sd15.safetensors", expected_shapes(SD15))) == SD15
+
+
+def test_sd15_has_the_published_number_of_tensors_and_parameters() -> None:
+    """Counts of runwayml/stable-diffusion-v1-5's three networks."""
+    shapes = expected_shapes(SD15)
+    counts = {prefix: sum(name.startswith(prefix) for name in shapes) for prefix in (UNET, VAE, CLIP)}
+    parameters = {prefix: sum(math.prod(shape) for name, shape in shapes.items() if name.startswith(prefix)) for prefix in (UNET, VAE, CLIP)}
+    assert counts == {UNET: 686, VAE: 248, CLIP: 196}
+    assert parameters == {UNET: 859_520_964, VAE: 83_653_863, CLIP: 123_060_480}
+
+
+VARIANTS = {
+    "linear projections": TINY,
+    "attention on both levels": replace(TINY, unet=replace(TINY.unet, transformer_depth=(1, 1))),
+    "attention on the second level": replace(TINY, unet=replace(TINY.unet, transformer_depth=(0, 1), linear_projections=False)),
+    "deep transformers": replace(TINY, unet=replace(TINY.unet, transformer_depth=(2, 3), middle_depth=4)),
+    "res blocks per level": replace(TINY, unet=replace(TINY.unet, channels=(32, 64, 96), res_blocks=(1, 3, 2), transformer_depth=(1, 0, 2))),
+    "three-level VAE": replace(TINY, vae=VaeSpec((32, 64, 96), 3, 4, 0.18215)),
+    "wide text": replace(TINY, clip=ClipSpec(128, 3, 2, 512, 50, 77), unet=replace(TINY.unet, context_width=128)),
+}
+
+
+@pytest.mark.parametrize("arch", VARIANTS.values(), ids=VARIANTS.keys())
+def test_other_sizes(tmp_path: Path, arch: Architecture) -> None:
+    path = header_only(tmp_path / "x.safetensors", expected_shapes(arch))
+    assert opened(path) == arch
+
+
+def test_order_of_the_file_does_not_matter(tmp_path: Path) -> None:
+    shapes = expected_shapes(TINY)
+    assert opened(header_only(tmp_path / "x.safetensors", dict(reversed(shapes.items())))) == TINY
+
+
+def test_names_without_text_model(tmp_path: Path) -> None:
+    tensors = {name.replace("text_model.", ""): tensor for name, tensor in seeded(TINY).items()}
+    assert not any("text_model" in name for name in tensors)
+    save_file(tensors, tmp_path / "old.safetensors")
+    checkpoint = open_checkpoint(tmp_path / "old.safetensors")
+    with checkpoint.file:
+        assert checkpoint.architecture == TINY
+        chosen, unknown = select(checkpoint, expected_shapes(TINY))
+        assert not unknown
+        name = CLIP + "text_model.encoder.layers.0.mlp.fc1.weight"
+        assert torch.equal(checkpoint.file.read(chosen[name].entry.name), seeded(TINY)[name])
+
+
+def test_one_tensor_under_both_text_names(tmp_path: Path) -> None:
+    name = "final_layer_norm.bias"
+    shapes = expected_shapes(TINY) | {CLIP + name: (64,)}
+    refused(header_only(tmp_path / "x.safetensors", shapes), CLIP + name, CLIP + "text_model." + name)
+
+
+@pytest.mark.parametrize(("text", "size"), [("768x512", (768, 512)), ("64x64", (64, 64)), ("1024x8", (1024, 8))])
+def test_default_size_from_the_metadata(tmp_path: Path, text: str, size: tuple[int, int]) -> None:
+    path = header_only(tmp_path / "x.safetensors", expected_shapes(TINY), metadata={"modelspec.resolution": text})
+    assert opened(path).size == size
+
+
+@pytest.mark.parametrize("text", ["", "512", "512x", "x512", "512x512x3", "-512x512", "500x512", "0x0", "0x512", "1e3x64", "512 x 512", "9" * 300 + "x8"])
+def test_bad_default_size(tmp_path: Path, text: str) -> None:
+    path = header_only(tmp_path / "x.safetensors", expected_shapes(TINY), metadata={"modelspec.resolution": text})
+    refused(path, "modelspec.resolution", "multiples of 8")
+
+
+@pytest.mark.parametrize(("text", "prediction"), [("epsilon", "epsilon"), ("v", "v"), ("v_prediction", "v")])
+def test_prediction_from_the_metadata(tmp_path: Path, text: str, prediction: str) -> None:
+    path = header_only(tmp_path / "x.safetensors", expected_shapes(TINY), metadata={"modelspec.prediction_type": text})
+    assert opened(path).prediction == prediction
+
+
+# Weights
+
+
+def written(path: Path, target: Path, precision: str = "fp16", vae: Path | None = None) -> dict[str, torch.Tensor]:
+    """What the bundle's weights file of this checkpoint holds, as the safetensors library reads it."""
+    checkpoint = open_checkpoint(path, vae)
+    try:
+        chosen, _ = select(checkpoint, expected_shapes(checkpoint.architecture))
+        write_weights(target, chosen, [], precision, lambda done: None)
+    finally:
+        checkpoint.close()
+    return load(target.read_bytes())
+
+
+@pytest.mark.parametrize(("precision", "kind"), [("fp16", torch.float16), ("bf16", torch.bfloat16), ("fp32", torch.float32)])
+def test_weights_are_rounded_once(tiny: Path, tmp_path: Path, precision: str, kind: torch.dtype) -> None:
+    found, source = written(tiny, tmp_path / "w.safetensors", precision), seeded(TINY)
+    assert found.keys() == source.keys()
+    for name, tensor in found.items():
+        assert tensor.dtype == kind
+        assert torch.equal(tensor, source[name].to(kind)), name
+
+
+@pytest.mark.parametrize(
+    ("kind", "limit"), [(torch.float64, 0.0), (torch.float32, 0.0), (torch.float16, 0.0), (torch.bfloat16, 2.0**-8)], ids=["fp64", "fp32", "fp16", "bf16"]
+)
+def test_sources_of_every_type_give_the_same_weights(tiny: Path, tmp_path: Path, kind: torch.dtype, limit: float) -> None:
+    save_file({name: tensor.to(kind) for name, tensor in seeded(TINY).items()}, tmp_path / "source.safetensors")
+    reference, found = (written(path, tmp_path / f"w{i}.safetensors") for i, path in enumerate((tiny, tmp_path / "source.safetensors")))
+    assert found.keys() == reference.keys()
+    for name, tensor in found.items():
+        difference = (tensor.float() - reference[name].float()).abs()
+        assert bool((difference <= limit * reference[name].float().abs() + 2.0**-24).all()), name
+
+
+def test_placed_offsets_point_at_the_data_from_a_page_on(tiny: Path, tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(tiny)
+    with checkpoint.file:
+        chosen, _ = select(checkpoint, expected_shapes(TINY))
+        progress: list[float] = []
+        placed, changes = write_weights(tmp_path / "w.safetensors", chosen, [], "fp16", progress.append)
+    data = (tmp_path / "w.safetensors").read_bytes()
+    assert min(place.offset for place in placed.values()) % 4096 == 0
+    assert changes == []
+    assert progress == sorted(progress)
+    assert progress[-1] == 1.0
+    for name, place in placed.items():
+        value = torch.frombuffer(bytearray(data[place.offset : place.offset + place.size_bytes]), dtype=torch.float16).reshape(place.shape)
+        assert torch.equal(value, seeded(TINY)[name].half()), name
+    with open_tensor_file(tmp_path / "w.safetensors") as file:
+        assert {name: entry.offset for name, entry in file.entries.items()} == {name: place.offset for name, place in placed.items()}
+
+
+def one_weight(tmp_path: Path, values: list[float], precision: str) -> None:
+    save_file({"layer.weight": torch.tensor(values)}, tmp_path / "one.safetensors")
+    with open_tensor_file(tmp_path / "one.safetensors") as file:
+        write_weights(tmp_path / "w.safetensors", {"layer.weight": Tensor(file, file.entries["layer.weight"])}, [], precision, lambda done: None)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("precision", ["fp16", "fp32"])
+def test_values_that_are_not_finite(tmp_path: Path, bad: float, precision: str) -> None:
+    with pytest.raises(CheckpointError, match="NaN or infinite") as caught:
+        one_weight(tmp_path, [1.0, bad, 2.0, bad], precision)
+    assert f"{tmp_path / 'one.safetensors'}: layer.weight: 2 of 4 values" in caught.value.message
+
+
+def test_values_too_large_for_the_precision(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="too large for fp16") as caught:
+        one_weight(tmp_path, [1.0, -70_000.0], "fp16")
+    assert f"{tmp_path / 'one.safetensors'}: layer.weight: 70000" in caught.value.message
+    assert "--precision bf16" in caught.value.fix
+    one_weight(tmp_path, [1.0, 65_504.0], "fp16")
+    one_weight(tmp_path, [1.0, -70_000.0], "bf16")
+    one_weight(tmp_path, [1.0, -70_000.0], "fp32")
+
+
+# A VAE from another file
+
+
+@pytest.mark.parametrize("prefix", [VAE, ""], ids=["LDM names", "bare names"])
+def test_vae_replaces_the_checkpoints_own(tiny: Path, tmp_path: Path, prefix: str) -> None:
+    other = {name: tensor for name, tensor in seeded(TINY, seed=1).items() if name.startswith(VAE)}
+    save_file({prefix + name[len(VAE) :]: tensor for name, tensor in other.items()} | {"ignored.weight": torch.zeros(2)}, tmp_path / "vae.safetensors")
+    found = written(tiny, tmp_path / "w.safetensors", "fp32", tmp_path / "vae.safetensors")
+    for name, tensor in (seeded(TINY) | other).items():
+        assert torch.equal(found[name], tensor), name
+
+
+def test_vae_of_other_sizes_than_the_checkpoints_own(tmp_path: Path) -> None:
+    other = replace(TINY, vae=VaeSpec((32, 64, 96), 2, 4, 0.18215))
+    base = header_only(tmp_path / "base.safetensors", expected_shapes(TINY))
+    vae = header_only(tmp_path / "vae.safetensors", {n: s for n, s in expected_shapes(other).items() if n.startswith(VAE)})
+    assert opened(base, vae) == other
+
+
+def test_vae_supplied_where_the_checkpoint_has_none(tmp_path: Path) -> None:
+    shapes = expected_shapes(TINY)
+    base = header_only(tmp_path / "base.safetensors", {n: s for n, s in shapes.items() if not n.startswith(VAE)})
+    vae = header_only(tmp_path / "vae.safetensors", {n[len(VAE) :]: s for n, s in shapes.items() if n.startswith(VAE)})
+    assert opened(base, vae) == TINY
+
+
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        {"decoder.up_blocks.0.resnets.0.conv1.weight": (32, 32, 3, 3), "decoder.mid_block.attentions.0.to_q.weight": (32, 32)},
+        {UNET + "input_blocks.0.0.weight": (32, 4, 3, 3)},
+        {},
+    ],
+    ids=["diffusers names", "a UNet", "nothing"],
+)
+def test_file_that_is_no_vae(tiny: Path, tmp_path: Path, shapes: Shapes) -> None:
+    vae = header_only(tmp_path / "vae.safetensors", shapes)
+    error = refused(tiny, "expected a VAE", vae=vae)
+    assert error.message.startswith(str(vae))
+
+
+def test_vae_of_another_family(tiny: Path, tmp_path: Path) -> None:
+    other = replace(TINY, vae=replace(TINY.vae, latent_channels=16))
+    vae = header_only(tmp_path / "vae.safetensors", {n: s for n, s in expected_shapes(other).items() if n.startswith(VAE)})
+    refused(tiny, "4 channels", "16", vae=vae)
+
+
+@pytest.mark.parametrize(("shape", "dtype", "what"), [((5, 5), "F16", "expected shape"), (None, "I64", "I64")], ids=["shape", "type"])
+def test_bad_tensor_of_a_vae_names_its_own_file(tiny: Path, tmp_path: Path, shape: tuple[int, ...] | None, dtype: str, what: str) -> None:
+    tensors = {n: RawTensor("F16", s, bytes(2 * math.prod(s))) for n, s in expected_shapes(TINY).items() if n.startswith(VAE)}
+    name = VAE + "encoder.conv_out.bias"
+    size = tensors[name].shape if shape is None else shape
+    tensors[name] = RawTensor(dtype, size, bytes(math.prod(size) * {"F16": 2, "I64": 8}[dtype]))
+    vae = write_raw(tmp_path / "vae.safetensors", tensors)
+    error = refused(tiny, name, what, vae=vae, selecting=True)
+    assert error.message.startswith(str(vae))
+
+
+def test_incomplete_vae_names_its_own_file(tiny: Path, tmp_path: Path) -> None:
+    shapes = {n: s for n, s in expected_shapes(TINY).items() if n.startswith(VAE)}
+    del shapes[VAE + "encoder.conv_out.bias"]
+    vae = header_only(tmp_path / "vae.safetensors", shapes)
+    error = refused(tiny, VAE + "encoder.conv_out.bias: missing", vae=vae, selecting=True)
+    assert error.message.startswith(str(vae))
+
+
+def test_files_are_closed_when_opening_fails(tiny: Path, tmp_path: Path) -> None:
+    vae = header_only(tmp_path / "vae.safetensors", {})
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    for path, other in ((LORA, None), (tiny, vae), (tiny, tmp_path / "none.safetensors")):
+        with pytest.raises(InputFileError):
+            open_checkpoint(path, other)
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
+# Incomplete and damaged checkpoints
+
+
+def test_no_vae(tmp_path: Path) -> None:
+    shapes = {n: s for n, s in expected_shapes(TINY).items() if not n.startswith(VAE)}
+    assert "--vae" in refused(header_only(tmp_path / "x.safetensors", shapes), "has no VAE").fix
+
+
+def test_unet_only(tmp_path: Path) -> None:
+    shapes = {n: s for n, s in expected_shapes(TINY).items() if n.startswith(UNET)}
+    assert "text encoder" in refused(header_only(tmp_path / "x.safetensors", shapes), "a Stable Diffusion UNet without its text encoder").fix
+
+
+def test_no_text_encoder(tmp_path: Path) -> None:
+    shapes = {n: s for n, s in expected_shapes(TINY).items() if not n.startswith(CLIP)}
+    refused(header_only(tmp_path / "x.safetensors", shapes), "without its text encoder")
+
+
+@pytest.mark.parametrize("prefix", [VAE, ""])
+def test_vae_only(tmp_path: Path, prefix: str) -> None:
+    shapes = {prefix + n[len(VAE) :]: s for n, s in expected_shapes(TINY).items() if n.startswith(VAE)}
+    assert "--vae" in refused(header_only(tmp_path / "x.safetensors", shapes), "found a VAE").fix
+
+
+def test_text_encoder_only(tmp_path: Path) -> None:
+    shapes = {n: s for n, s in expected_shapes(TINY).items() if n.startswith(CLIP)}
+    refused(header_only(tmp_path / "x.safetensors", shapes), "found a CLIP text encoder")
+
+
+def test_lora_given_as_the_checkpoint() -> None:
+    error = refused(LORA, "found a LoRA")
+    assert "--lora" in error.fix
+    assert "--checkpoint" in error.fix
+
+
+@pytest.mark.parametrize("shapes", [{"emb_params": (4, 768)}, {"clip_l": (4, 768), "clip_g": (4, 1280)}])
+def test_embedding_given_as_the_checkpoint(tmp_path: Path, shapes: Shapes) -> None:
+    error = refused(header_only(tmp_path / "x.safetensors", shapes), "found a textual-inversion embedding")
+    assert "not supported yet" in error.fix
+
+
+def test_file_of_nothing(tmp_path: Path) -> None:
+    refused(header_only(tmp_path / "x.safetensors", {}), "found an empty file")
+
+
+def test_file_of_something_else(tmp_path: Path) -> None:
+    refused(header_only(tmp_path / "x.safetensors", {"layer.weight": (2, 2)}), "tensors of no kind that sdrt knows")
+
+
+LATE = UNET + "output_blocks.2.0.out_layers.3.bias"
+
+
+@pytest.mark.parametrize("name", [LATE, UNET + "out.2.weight", CLIP + "text_model.final_layer_norm.weight", VAE + "quant_conv.weight"])
+def test_one_missing_tensor(tmp_path: Path, name: str) -> None:
+    shapes = dict(expected_shapes(TINY))
+    del shapes[name]
+    refused(header_only(tmp_path / "x.safetensors", shapes), name.removeprefix(UNET), "missing", selecting=True)
+
+
+def test_missing_tensor_with_a_near_name(tmp_path: Path) -> None:
+    shapes = dict(expected_shapes(TINY))
+    shapes[LATE + "s"] = shapes.pop(LATE)
+    refused(header_only(tmp_path / "x.safetensors", shapes), f"{LATE}: missing", f"did you mean '{LATE}s'?", selecting=True)
+
+
+def test_several_missing_tensors_are_counted(tmp_path: Path) -> None:
+    shapes = {n: s for n, s in expected_shapes(TINY).items() if not n.startswith(UNET + "output_blocks.2.0.emb_layers")}
+    refused(header_only(tmp_path / "x.safetensors", shapes), "missing and 1 more", selecting=True)
+
+
+def test_one_wrong_shape(tmp_path: Path) -> None:
+    shapes = expected_shapes(TINY) | {LATE: (5,)}
+    refused(header_only(tmp_path / "x.safetensors", shapes), f"{LATE}: expected shape [32], found [5]", selecting=True)
+
+
+@pytest.mark.parametrize("name", [UNET + "input_blocks.0.0.weight", CLIP + "text_model.embeddings.token_embedding.weight", VAE + "decoder.conv_in.weight"])
+@pytest.mark.parametrize("shape", [(), (0,), (32,), (32, 4, 0, 3)], ids=str)
+def test_wrong_rank_where_sizes_are_read(tmp_path: Path, name: str, shape: tuple[int, ...]) -> None:
+    refused(header_only(tmp_path / "x.safetensors", expected_shapes(TINY) | {name: shape}))
+
+
+@pytest.mark.parametrize(("dtype", "size"), [("I64", 8), ("BOOL", 1), ("F8_E4M3", 1)])
+def test_type_that_is_no_float(tmp_path: Path, dtype: str, size: int) -> None:
+    tensors = {n: RawTensor("F16", s, bytes(2 * math.prod(s))) for n, s in expected_shapes(TINY).items()}
+    tensors[LATE] = RawTensor(dtype, (32,), bytes(32 * size))
+    refused(write_raw(tmp_path / "x.safetensors", tensors), f"{LATE}: expected one of F64, F32, F16, BF16, found {dtype}", selecting=True)
+
+
+def test_unknown_tensors_are_reported_and_known_leftovers_are_not(tmp_path: Path) -> None:
+    extra = {
+        "my.notes": (3,),
+        "model_ema.decay": (),
+        "alphas_cumprod": (1000,),
+        "cond_stage_model.logit_scale": (),
+        CLIP + "text_model.embeddings.position_ids": (1, 77),
+    }
+    checkpoint = open_checkpoint(header_only(tmp_path / "x.safetensors", expected_shapes(TINY) | extra))
+    with checkpoint.file:
+        chosen, unknown = select(checkpoint, expected_shapes(TINY))
+    assert unknown == ["my.notes"]
+    assert chosen.keys() == expected_shapes(TINY).keys()
+
+
+@pytest.mark.parametrize(
+    "pattern", [UNET + "input_blocks.{}.0.in_layers.2.weight", VAE + "decoder.up.{}.block.0.conv1.weight", CLIP + "text_model.encoder.layers.{}.mlp.fc1.weight"]
+)
+def test_forged_number_of_blocks(tmp_path: Path, pattern: str) -> None:
+    shapes = expected_shapes(TINY) | {pattern.format(i): (32, 1, 1, 1) for i in range(20_000)}
+    refused(header_only(tmp_path / "x.safetensors", shapes), "20,000 blocks", "100")
+
+
+def test_components_of_different_models(tmp_path: Path) -> None:
+    other = expected_shapes(VARIANTS["wide text"])
+    mixed = {n: s for n, s in expected_shapes(TINY).items() if not n.startswith(CLIP)} | {n: s for n, s in other.items() if n.startswith(CLIP)}
+    error = refused(header_only(tmp_path / "x.safetensors", mixed), "64 wide", "128")
+    assert "different models" in error.fix
+
+
+# Families that are not built yet
+
+CONV_IN = UNET + "input_blocks.0.0.weight"
+FAMILIES: dict[str, tuple[Shapes, str]] = {
+    "SDXL": ({CONV_IN: (320, 4, 3, 3), "conditioner.embedders.1.model.ln_final.weight": (1280,)}, "an SDXL model"),
+    "SDXL inpainting": ({CONV_IN: (320, 9, 3, 3), "conditioner.embedders.1.model.ln_final.weight": (1280,)}, "an SDXL model"),
+    "SDXL refiner": ({CONV_IN: (384, 4, 3, 3), "conditioner.embedders.0.model.ln_final.weight": (1280,)}, "an SDXL refiner"),
+    "SD2": ({CONV_IN: (320, 4, 3, 3), "cond_stage_model.model.transformer.resblocks.0.attn.in_proj_weight": (3072, 1024)}, "an SD2 model"),
+    "SD2 depth": ({"depth_model.model.pretrained.cls_token": (1, 1, 768), "cond_stage_model.model.ln_final.weight": (1024,)}, "an SD2 depth model"),
+    "unCLIP": ({"embedder.model.ln_final.weight": (1024,), "cond_stage_model.model.ln_final.weight": (1024,)}, "an unCLIP model"),
+    "SD3": ({UNET + "joint_blocks.0.context_block.attn.qkv.weight": (4608, 1536)}, "an SD3 model"),
+    "Flux": ({UNET + "double_blocks.0.img_attn.qkv.weight": (9216, 3072)}, "a Flux model"),
+    "Flux, bare": ({"double_blocks.0.img_attn.qkv.weight": (9216, 3072)}, "a Flux model"),
+    "inpainting": ({CONV_IN: (320, 9, 3, 3), CLIP + "text_model.final_layer_norm.bias": (768,)}, "an inpainting model"),
+    "instruct-pix2pix": ({CONV_IN: (320, 8, 3, 3), CLIP + "text_model.final_layer_norm.bias": (768,)}, "an instruct-pix2pix model"),
+    "upscaler": ({CONV_IN: (256, 7, 3, 3)}, "an x4 upscaler"),
+    "5 channels": ({CONV_IN: (320, 5, 3, 3)}, "a UNet of 5 input channels"),
+    "SD2 UNet": ({CONV_IN: (320, 4, 3, 3), UNET + "input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight": (320, 1024)}, "an SD2 UNet"),
+    "SDXL UNet": ({CONV_IN: (320, 4, 3, 3), UNET + "input_blocks.4.1.transformer_blocks.0.attn2.to_k.weight": (640, 2048)}, "an SDXL UNet"),
+    "diffusers UNet": ({"down_blocks.0.resnets.0.conv1.weight": (320, 320, 3, 3)}, "a UNet in diffusers naming"),
+}
+
+
+@pytest.mark.parametrize(("shapes", "what"), FAMILIES.values(), ids=FAMILIES.keys())
+def test_other_families_are_named(tmp_path: Path, shapes: Shapes, what: str) -> None:
+    error = refused(header_only(tmp_path / "x.safetensors", shapes), what, "not supported yet")
+    assert "Stable Diffusion 1.x" in error.fix
+
+
+# Random damage
+
+_NAMES = sorted(expected_shapes(TINY))
+_SIZES = st.sampled_from([0, 1, 4, 8, 32, 63, 64, 77, 96, 128, 256])
+_DAMAGE = st.lists(
+    st.one_of(
+        st.tuples(st.just("drop"), st.sampled_from(_NAMES)),
+        st.tuples(st.just("reshape"), st.sampled_from(_NAMES), st.lists(_SIZES, max_size=4)),
+        st.tuples(st.just("renumber"), st.sampled_from(_NAMES), st.integers(0, 12)),
+        st.tuples(st.just("downsample"), st.integers(1, 6)),
+        st.tuples(st.just("drop below"), st.sampled_from(_NAMES), st.integers(1, 4)),
+    ),
+    min_size=1,
+    max_size=4,
+)
+
+
+@given(damage=_DAMAGE)
+@settings(max_examples=150, deadline=None, derandomize=True, database=None)
+def test_damaged_headers_are_refused_or_complete(tmp_path_factory: pytest.TempPathFactory, damage: list[Any]) -> None:
+    shapes: Shapes = dict(expected_shapes(TINY))
+    for kind, *rest in damage:
+        if kind == "drop":
+            shapes.pop(rest[0], None)
+        elif kind == "reshape":
+            shapes[rest[0]] = tuple(rest[1])
+        elif kind == "renumber":
+            shapes[re.sub(r"\d+", str(rest[1]), rest[0], count=1)] = expected_shapes(TINY)[rest[0]]
+        elif kind == "downsample":
+            shapes[f"{UNET}input_blocks.{rest[0]}.0.op.weight"] = (64, 64, 3, 3)
+        else:
+            prefix = ".".join(rest[0].split(".")[: rest[1] + 1]) + "."
+            shapes = {name: shape for name, shape in shapes.items() if not name.startswith(prefix)}
+    path = header_only(tmp_path_factory.getbasetemp() / "damaged.safetensors", shapes)
+    try:
+        checkpoint = open_checkpoint(path)
+    except CheckpointError as error:
+        assert str(path) in error.message
+        return
+    with checkpoint.file:
+        expected = expected_shapes(checkpoint.architecture)
+        try:
+            chosen, _ = select(checkpoint, expected)
+        except CheckpointError as error:
+            assert str(path) in error.message
+            return
+        assert {name: tensor.entry.shape for name, tensor in chosen.items()} == expected
+
+
+def test_sizes_are_inferred_without_a_file() -> None:
+    assert architecture(Path("x"), expected_shapes(EMOJI_SPEC), {"modelspec.resolution": "64x64"}) == EMOJI_SPEC

@@ -1,0 +1,718 @@
+"""The TensorRT backend on the simulated GPU: pictures equal to ONNX Runtime's, exact counts per picture, and everything that can go wrong."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import shutil
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import cuda_simulator
+import numpy as np
+import pytest
+import tensorrt_simulator
+from cuda_simulator import installed
+from gpu_simulator import Gpu
+from tensorrt_simulator import compile_engine
+
+from sdrt import bundle as names
+from sdrt.bundle import open_bundle
+from sdrt.engine_cache import read_engine, read_plan, write_engine
+from sdrt.errors import BundleError, MachineError, NonFiniteError, ResourceError, UsageError
+from sdrt.runtime import Pipeline
+from sdrt.runtime.engine import Job, Pixels, tables
+from sdrt.runtime.samplers import SAMPLERS, trace_rows
+
+Expected = Callable[..., Pixels]
+QUICK: dict[str, Any] = {"steps": 3, "cfg": 3.0, "seed": 5}
+LOADED = sorted(graph for graph in names.GRAPHS if graph != names.VAE_ENCODER)
+"""In the order in which they are loaded."""
+COMMAND = "sdrt compile .* --target tensorrt-rtx"
+
+
+def link_copy(bundle: Path, to: Path) -> Path:
+    """A copy of a bundle without engines, its files shared."""
+    shutil.copytree(bundle, to, copy_function=os.link, ignore=shutil.ignore_patterns("engines"))
+    return to
+
+
+@pytest.fixture(scope="module")
+def bundle(flat_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The flat bundle with an engine for 64 to 96 pixels a side, up to three pictures."""
+    copy = link_copy(flat_bundle, tmp_path_factory.mktemp("gpu") / "flat.sdrt")
+    compile_engine(copy, graphs=flat_bundle, heights=(64, 96), widths=(64, 96), batch=3)
+    return copy
+
+
+@pytest.fixture(scope="module")
+def expected(flat_bundle: Path) -> Iterator[Expected]:
+    """The pictures that ONNX Runtime makes, each made once."""
+    made: dict[str, Pixels] = {}
+    with Pipeline.load(flat_bundle, backend="onnxruntime", threads=1) as cpu:
+
+        def pictures(prompt: str = "fox", **settings: Any) -> Pixels:
+            key = repr((prompt, sorted(settings.items())))
+            if key not in made:
+                made[key] = cpu(prompt, **settings).images
+            return made[key]
+
+        yield pictures
+
+
+@pytest.fixture
+def gpu() -> Iterator[Gpu]:
+    with installed(Gpu(), cuda_simulator.modules() | tensorrt_simulator.modules()) as simulated:
+        yield simulated
+
+
+@pytest.fixture
+def pipe(gpu: Gpu, bundle: Path) -> Iterator[Pipeline]:
+    with load(bundle) as pipeline:
+        yield pipeline
+
+
+def load(bundle: Path, **options: Any) -> Pipeline:
+    return Pipeline.load(bundle, backend="tensorrt-rtx", **options)
+
+
+def engine_of(pipe: Pipeline) -> Any:
+    return pipe._engine
+
+
+def same(pipe: Pipeline, expected: Expected, prompt: str = "fox", **settings: Any) -> None:
+    """The simulated GPU draws what ONNX Runtime draws, to the last bit, on captured graphs."""
+    result = pipe(prompt, **settings)
+    assert np.array_equal(result.images, expected(prompt, **settings))
+    assert result.engine["cuda_graphs"] is True
+
+
+# The same pictures
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_every_sampler(pipe: Pipeline, expected: Expected, sampler: str) -> None:
+    same(pipe, expected, sampler=sampler, steps=5, cfg=3.0, seed=1)
+    schedule = SAMPLERS[sampler].schedules[-1]
+    same(pipe, expected, sampler=sampler, schedule=schedule, steps=4, cfg=3.0, seed=2)
+
+
+@pytest.mark.parametrize("size", [(64, 64), (72, 96)])
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("cfg", [1.0, 3.0])
+def test_sizes_batches_and_branches(pipe: Pipeline, expected: Expected, size: tuple[int, int], batch: int, cfg: float) -> None:
+    same(pipe, expected, size=size, batch=batch, count=batch, cfg=cfg, steps=3, seed=4, negative="sun", sampler="euler_a")
+
+
+def test_more_pictures_than_a_batch(pipe: Pipeline, expected: Expected) -> None:
+    same(pipe, expected, batch=2, count=5, **QUICK)
+
+
+def test_settings_change_from_call_to_call(pipe: Pipeline, expected: Expected) -> None:
+    for settings in (
+        {"sampler": "heun", "cfg": 3.0, "steps": 3},
+        {"sampler": "ddim", "cfg": 1.0, "steps": 4},
+        {"sampler": "dpmpp_2m", "cfg": 5.0, "steps": 6, "size": (96, 64)},
+        {"sampler": "euler_a", "cfg": 2.0, "steps": 1},
+        {"sampler": "heun", "cfg": 3.0, "steps": 3},
+    ):
+        same(pipe, expected, seed=7, **settings)  # type: ignore[arg-type]
+
+
+def test_engines_are_named_in_the_result(pipe: Pipeline, bundle: Path) -> None:
+    (folder,) = (bundle / "engines").iterdir()
+    assert pipe("fox", **QUICK).engine == {
+        "backend": "tensorrt-rtx", "version": tensorrt_simulator.__version__, "device": "NVIDIA Simulated", "compute": "fp32", "engine": folder.name,
+        "cuda_graphs": True,
+    }  # fmt: skip
+
+
+def test_previews(pipe: Pipeline, expected: Expected, flat_bundle: Path) -> None:
+    with Pipeline.load(flat_bundle, backend="onnxruntime", threads=1) as cpu:
+        steps = zip(pipe.stream("fox", batch=2, count=3, **QUICK), cpu.stream("fox", batch=2, count=3, **QUICK), strict=True)
+        for ours, reference in steps:
+            assert (ours.index, ours.picture) == (reference.index, reference.picture)
+            assert np.array_equal(ours.denoised(), reference.denoised())
+            assert np.array_equal(ours.preview(), reference.preview())
+    assert ours.result is not None and np.array_equal(ours.result.images, expected(batch=2, count=3, **QUICK))
+
+
+@pytest.mark.parametrize("passed", [1, 2, 3, 5])
+def test_cancelled_then_another(pipe: Pipeline, expected: Expected, passed: int) -> None:
+    """The next picture takes over the buffers while the cancelled one's work is still queued."""
+    stream = pipe.stream("sun", steps=6, cfg=3.0, seed=9, sampler="euler_a")
+    for _ in range(passed):
+        next(stream)
+    stream.close()
+    same(pipe, expected, **QUICK)
+
+
+def test_threads(pipe: Pipeline, expected: Expected) -> None:
+    seeds = (1, 2, 3, 4)
+    pictures = {seed: expected(steps=4, cfg=3.0, seed=seed) for seed in seeds}
+    with ThreadPoolExecutor(len(seeds)) as pool:
+        results = list(pool.map(lambda seed: pipe("fox", steps=4, cfg=3.0, seed=seed), seeds * 2))
+    assert all(np.array_equal(result.images, pictures[result.seeds[0]]) for result in results)
+    assert all(result.engine["cuda_graphs"] for result in results)
+
+
+@pytest.mark.parametrize("sizes", [((64, 64), (64, 64)), ((64, 64), (72, 96))])
+def test_interleaved_streams(pipe: Pipeline, expected: Expected, sizes: tuple[tuple[int, int], ...]) -> None:
+    calls = [{"steps": 4, "cfg": 3.0, "seed": seed, "size": size, "sampler": "euler_a"} for seed, size in enumerate(sizes)]
+    streams = [pipe.stream("fox", **settings) for settings in calls]  # type: ignore[arg-type]
+    for settings, last in zip(calls, list(zip(*streams, strict=True))[-1], strict=True):
+        assert last.result is not None and np.array_equal(last.result.images, expected(**settings))
+
+
+def test_stream_dropped_in_another_thread(pipe: Pipeline, expected: Expected, gpu: Gpu) -> None:
+    held = [pipe.stream("sun", steps=5, cfg=3.0, seed=9) for _ in range(6)]
+    for stream in held:
+        next(stream)
+    del stream
+    thread = threading.Thread(target=held.clear)  # it has no current device
+    thread.start()
+    thread.join()
+    gc.collect()
+    same(pipe, expected, **QUICK)
+
+
+# Exact counts
+
+
+def test_counts_of_a_picture(pipe: Pipeline, gpu: Gpu) -> None:
+    pipe("fox", **QUICK)
+    gpu.journal.clear()
+    with gpu.counted() as counts:
+        pipe("sun", steps=20, cfg=3.0, seed=1)
+    assert counts == {
+        "launches": 20,  # one per model call
+        "runs": 2,  # text encoder, decoder
+        "h2d": 3,  # tokens; tables, noise, context and latents in one; the rounding
+        "d2h": 2,  # context, pictures
+        "syncs": 3,  # after the text encoder, before the job's inputs are written, after the decoder
+        "records": 20, "events": 2, "polls": 19,
+    }  # fmt: skip
+    first, last = gpu.journal.index("launches"), len(gpu.journal) - gpu.journal[::-1].index("launches")
+    assert set(gpu.journal[first:last]) == {"launches", "records", "polls"}
+
+
+@pytest.mark.parametrize(("settings", "calls"), [({"batch": 3, "count": 3}, 1), ({"batch": 1, "count": 3}, 3), ({"cfg": 1.0}, 1), ({"size": (72, 96)}, 1)])
+def test_counts_of_other_pictures(pipe: Pipeline, gpu: Gpu, settings: dict[str, Any], calls: int) -> None:
+    """A batch costs what a picture costs; the text encoder runs once a call."""
+    settings = QUICK | settings
+    pipe("fox", **settings)
+    with gpu.counted() as counts:
+        pipe("sun", **settings)
+    assert counts == {
+        "launches": 3 * calls, "runs": 1 + calls, "h2d": 1 + 2 * calls, "d2h": 1 + calls, "syncs": 1 + 2 * calls,
+        "records": 3 * calls, "events": 2 * calls, "polls": 2 * calls,
+    }  # fmt: skip
+
+
+def test_counts_of_two_calls_a_step(pipe: Pipeline, gpu: Gpu) -> None:
+    pipe("fox", **QUICK)
+    with gpu.counted() as counts:
+        pipe("fox", sampler="heun", steps=5, cfg=3.0, seed=1)
+    assert (counts["launches"], counts["syncs"], counts["h2d"]) == (9, 3, 3)
+
+
+def test_counts_of_a_preview(pipe: Pipeline, gpu: Gpu) -> None:
+    pipe("fox", **QUICK)
+    stream = pipe.stream("fox", **QUICK)
+    step = next(stream)
+    step.preview()
+    with gpu.counted() as counts:
+        step.preview()
+    assert counts == {"h2d": 2, "d2h": 2, "runs": 1, "syncs": 2}
+    stream.close()
+
+
+def test_counts_of_loading_and_the_first_picture(gpu: Gpu, bundle: Path) -> None:
+    with gpu.counted() as counts:
+        pipe = load(bundle)
+    assert counts == {"allocations": 1, "contexts": 2, "engines": 3}
+    with gpu.counted() as counts:
+        pipe("fox", **QUICK)
+    assert counts == {
+        "allocations": 4, "pinned_allocations": 4, "fills": 2, "contexts": 2, "profiles": 2, "captures": 2,
+        "runs": 2 + 4, "launches": 3 + 2,  # each graph runs plain once, is captured once and replayed once
+        "h2d": 3 + 1 + 2, "d2h": 2 + 4, "syncs": 3 + 4, "records": 3, "events": 2, "polls": 2,
+    }  # fmt: skip
+
+
+def test_table_refill(pipe: Pipeline, expected: Expected, gpu: Gpu) -> None:
+    """128 rows fit; the copies of a refill, tables and noise, come between two launches."""
+    pipe("fox", steps=1, cfg=1.0, seed=1)
+    for steps, refills in ((150, 1), (300, 2)):
+        with gpu.counted() as counts:
+            same(pipe, expected, steps=steps, cfg=1.0, seed=3, sampler="euler_a")
+        assert (counts["launches"], counts["h2d"], counts["syncs"], counts["polls"]) == (steps, 3 + 2 * refills, 3, steps - 1 + 2 * refills)
+        assert "allocations" not in counts
+
+
+@pytest.mark.parametrize("rows", [2, 5])
+def test_few_table_rows(gpu: Gpu, flat_bundle: Path, expected: Expected, tmp_path: Path, rows: int) -> None:
+    """An odd number of rows refills while the registers are on the other side."""
+    copy = link_copy(flat_bundle, tmp_path / "few.sdrt")
+    compile_engine(copy, graphs=flat_bundle, rows=rows)
+    with load(copy) as pipe:
+        for steps in (rows, 2 * rows, 12):
+            same(pipe, expected, steps=steps, cfg=3.0, seed=3, sampler="euler_a")
+
+
+# State left behind
+
+
+def nan_job(pipe: Pipeline) -> Job:
+    """A job that fills every register with NaN."""
+    rows = trace_rows("euler", "discrete", 3, pipe.bundle.manifest.diffusion)
+    latents = np.full((1, 4, 8, 8), np.nan, np.float32)
+    noise = np.full((3, 1, 4, 8, 8), np.nan, np.float32)
+    return Job(tables(rows, [-2.0, 3.0]), noise, np.full((2, 77, 64), np.nan, np.float32), latents, latents, latents[:, :1])
+
+
+def test_stale_nan(pipe: Pipeline, expected: Expected) -> None:
+    engine, job = engine_of(pipe), nan_job(pipe)
+    denoising = engine.denoise(job)
+    for _ in range(3):
+        denoising.step()
+    assert np.isnan(denoising.latents()).all() and np.isnan(denoising.denoised()).all()
+    _, finite = denoising.decode(0.5)
+    assert finite.tolist() == [False]
+    denoising.close()
+    denoising.close()
+    same(pipe, expected, steps=4, cfg=3.0, seed=1, sampler="dpmpp_2m")
+
+
+def test_picture_that_is_not_finite(pipe: Pipeline, expected: Expected, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = nan_job(pipe)
+    with monkeypatch.context() as patched:
+        patched.setattr(pipe, "_job", lambda *_: broken)
+        with pytest.raises(NonFiniteError, match=r"latents of seeds \[5\]"):
+            pipe("fox", **QUICK)
+    same(pipe, expected, **QUICK)
+
+
+def test_use_after_close(pipe: Pipeline) -> None:
+    denoising = engine_of(pipe).denoise(nan_job(pipe))
+    denoising.close()
+    for use in (denoising.step, denoising.latents, denoising.denoised, lambda: denoising.decode(0.5)):
+        with pytest.raises(UsageError, match="passed already"):
+            use()
+
+
+def test_job_left_to_the_garbage_collector(pipe: Pipeline, gpu: Gpu) -> None:
+    pipe("fox", **QUICK)
+    with gpu.counted() as counts:
+        engine_of(pipe).denoise(nan_job(pipe)).step()
+        engine_of(pipe).denoise(nan_job(pipe)).step()
+    assert "allocations" not in counts and counts["launches"] == 2
+
+
+def test_job_that_cannot_start(pipe: Pipeline, expected: Expected, gpu: Gpu) -> None:
+    """Its buffers are not handed on: they have been freed."""
+    pipe("fox", **QUICK)
+    used = gpu.used_bytes()
+    wrong = replace(nan_job(pipe), mask=np.zeros((2, 1, 3, 3), np.float32))
+    for _ in range(2):
+        with pytest.raises(MachineError, match="step: ValueError"):
+            engine_of(pipe).denoise(wrong)
+    same(pipe, expected, **QUICK)
+    assert gpu.used_bytes() == used
+
+
+def test_idle_slots_are_bounded(pipe: Pipeline, expected: Expected, gpu: Gpu) -> None:
+    """Four shapes are kept, the least recently used goes first."""
+
+    def captures(size: tuple[int, int]) -> int:
+        with gpu.counted() as counts:
+            same(pipe, expected, size=size, steps=1, cfg=1.0, seed=1)
+        assert len(engine_of(pipe)._free) <= 4
+        return counts.get("captures", 0)
+
+    a, b, c, d, e = [(64, side) for side in (64, 72, 80, 88, 96)]
+    assert [captures(size) for size in (a, b, c, d, a, e, a, c, b)] == [2, 2, 2, 2, 0, 2, 0, 0, 2]
+
+
+def test_buffers_are_bounded(pipe: Pipeline, gpu: Gpu) -> None:
+    sizes = [(width, height) for width in (64, 72, 80) for height in (64, 72, 80, 88)]
+    used = []
+    for _ in range(2):
+        for size in sizes:
+            pipe("fox", size=size, steps=1, cfg=1.0, seed=1)
+        used.append((gpu.used_bytes(), gpu.used_bytes("pinned")))
+    assert used[0] == used[1]
+
+
+def test_many_streams_at_once(pipe: Pipeline, expected: Expected, gpu: Gpu) -> None:
+    settings = {"steps": 3, "cfg": 1.0, "seed": 2}
+    streams = [pipe.stream("fox", **settings) for _ in range(7)]  # type: ignore[arg-type]
+    for last in list(zip(*streams, strict=True))[-1]:
+        assert last.result is not None and np.array_equal(last.result.images, expected(**settings))
+    del streams, last
+    same(pipe, expected, **settings)
+    assert len(engine_of(pipe)._free) <= 4
+
+
+def test_closing_gives_everything_back(gpu: Gpu, bundle: Path) -> None:
+    pipe = load(bundle)
+    pipe("fox", **QUICK)
+    stream = pipe.stream("sun", **QUICK)
+    next(stream)
+    stream.close()  # its copies are still queued
+    assert gpu.used_bytes() and gpu.used_bytes("pinned")
+    gc.disable()
+    try:
+        pipe.close()
+        assert (gpu.used_bytes(), gpu.used_bytes("pinned")) == (0, 0), "without waiting for the garbage collector"
+    finally:
+        gc.enable()
+    with pytest.raises(UsageError, match="closed"):
+        pipe("fox", **QUICK)
+
+
+def test_stream_outlives_its_pipeline(gpu: Gpu, bundle: Path, expected: Expected) -> None:
+    pipe = load(bundle)
+    stream = pipe.stream("fox", **QUICK)
+    next(stream)
+    pipe.close()
+    *_, last = stream
+    assert last.result is not None and np.array_equal(last.result.images, expected(**QUICK))
+
+
+# CUDA graphs off
+
+
+@pytest.mark.parametrize("fault", ["refused", "invalidated", "instantiate"])
+def test_capture_fails(pipe: Pipeline, expected: Expected, gpu: Gpu, caplog: pytest.LogCaptureFixture, fault: str) -> None:
+    gpu.faults.capture = fault
+    check_without_graphs(pipe, expected, gpu, caplog, "capturing failed")
+
+
+@pytest.mark.parametrize("fault", ["wrong", "nothing"])
+def test_replay_differs(pipe: Pipeline, expected: Expected, gpu: Gpu, caplog: pytest.LogCaptureFixture, fault: str) -> None:
+    gpu.faults.replay = fault
+    check_without_graphs(pipe, expected, gpu, caplog, "other numbers than plain execution")
+
+
+def check_without_graphs(pipe: Pipeline, expected: Expected, gpu: Gpu, caplog: pytest.LogCaptureFixture, why: str) -> None:
+    """Plain launches, right pictures, one warning for the whole pipeline."""
+    with caplog.at_level(logging.WARNING, "sdrt"):
+        for size in ((64, 64), (72, 96), (64, 64)):
+            result = pipe("fox", size=size, **QUICK)
+            assert np.array_equal(result.images, expected(size=size, **QUICK))
+            assert result.engine["cuda_graphs"] is False
+    (warning,) = caplog.records
+    assert warning.getMessage().startswith("CUDA graphs are off for this pipeline: ") and why in warning.getMessage()
+    with gpu.counted() as counts:
+        pipe("fox", **QUICK)
+    assert counts == {"runs": 3 + 2, "h2d": 3, "d2h": 2, "syncs": 3, "records": 3, "events": 2, "polls": 2}
+
+
+def test_memory_runs_out_during_capture(pipe: Pipeline, expected: Expected, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That is not a reason to give graphs up."""
+    real = cuda_simulator.GraphBuilder.complete
+
+    def once(self: Any, options: Any = None) -> Any:
+        monkeypatch.setattr(cuda_simulator.GraphBuilder, "complete", real)
+        raise cuda_simulator.CUDAError("CUDA_ERROR_OUT_OF_MEMORY: no room for the graph")
+
+    monkeypatch.setattr(cuda_simulator.GraphBuilder, "complete", once)
+    with pytest.raises(ResourceError, match="step: out of device memory"):
+        pipe("fox", **QUICK)
+    same(pipe, expected, **QUICK)
+
+
+# TensorRT says no
+
+
+@pytest.mark.parametrize("graph", LOADED)
+def test_execute_refuses(pipe: Pipeline, expected: Expected, gpu: Gpu, graph: str) -> None:
+    for _ in range(2):
+        gpu.faults.runs[graph] = 1
+        with pytest.raises(MachineError, match=f"{graph}: TensorRT refused to run"):
+            pipe("sun", **QUICK)
+    same(pipe, expected, **QUICK)  # nothing of the failed call is still in flight
+
+
+def test_execute_refuses_without_graphs(pipe: Pipeline, expected: Expected, gpu: Gpu) -> None:
+    gpu.faults.capture = "refused"
+    pipe("fox", **QUICK)
+    gpu.faults.runs[names.STEP] = 2
+    with pytest.raises(MachineError, match="step: TensorRT refused to run"):
+        pipe("sun", **QUICK)
+    assert np.array_equal(pipe("fox", **QUICK).images, expected(**QUICK))
+
+
+def test_no_context(gpu: Gpu, bundle: Path, expected: Expected) -> None:
+    gpu.faults.no_context = 1
+    with pytest.raises(ResourceError, match="no memory left for another execution context"):
+        load(bundle)
+    with load(bundle) as pipe:
+        gpu.faults.no_context = 2
+        with pytest.raises(ResourceError, match=r"step: .*no memory left"):
+            pipe("fox", **QUICK)
+        same(pipe, expected, **QUICK)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("size", [(128, 64), (64, 56 + 64)])
+def test_shape_outside_the_profile(pipe: Pipeline, expected: Expected, gpu: Gpu, batch: int, size: tuple[int, int]) -> None:
+    pipe("fox", **QUICK)
+    used = gpu.used_bytes()
+    high = rf"\[128, 3, 4, 12, 12\]|\[4, 3, 4, 12, 12\]|\[{batch}, 4, 12, 12\]"
+    with pytest.raises(UsageError, match=rf"step: \w+: shape \[.*\], the engine was compiled for \[.*\] to ({high})") as caught:
+        pipe("fox", size=size, batch=batch, count=batch, steps=2, cfg=3.0, seed=1)
+    assert COMMAND.split(" .*")[0] in caught.value.fix and "--size" in caught.value.fix
+    assert gpu.used_bytes() == used, "while the error is still held"
+    same(pipe, expected, **QUICK)
+
+
+def test_batch_outside_the_profile(pipe: Pipeline) -> None:
+    with pytest.raises(UsageError, match=r"the engine was compiled for") as caught:
+        pipe("fox", batch=4, count=4, **QUICK)
+    assert "--batch" in caught.value.fix
+
+
+def test_branches_outside_the_engine(gpu: Gpu, flat_bundle: Path, expected: Expected, tmp_path: Path) -> None:
+    copy = link_copy(flat_bundle, tmp_path / "guided.sdrt")
+    compile_engine(copy, graphs=flat_bundle, branches=(2,))
+    with load(copy) as pipe:
+        with pytest.raises(UsageError, match="1 guidance branches, the engine was compiled for 2"):
+            pipe("fox", cfg=1.0, steps=2, seed=1)
+        same(pipe, expected, **QUICK)
+
+
+# Out of memory
+
+
+def test_no_memory_at_load(gpu: Gpu, bundle: Path, expected: Expected) -> None:
+    gpu.faults.allocation = 1
+    with pytest.raises(ResourceError, match="load: out of device memory: CUDA_ERROR_OUT_OF_MEMORY"):
+        load(bundle)
+    assert gpu.used_bytes() == 0
+    with load(bundle) as pipe:
+        same(pipe, expected, **QUICK)
+
+
+def test_memory_is_checked_before_load(gpu: Gpu, bundle: Path) -> None:
+    """State, plans and the largest activation block: those are shared, and the encoder of images is not loaded."""
+    (folder,) = (bundle / "engines").iterdir()
+    record = read_engine(folder)
+    plans = [record.plans[graph] for graph in LOADED]
+    needed = record.state_bytes + sum(plan.size_bytes for plan in plans) + max(plan.device_memory_bytes or 0 for plan in plans)
+    gpu.memory_bytes = needed - 1
+    with pytest.raises(ResourceError, match=f"needs about {needed:,} bytes on the GPU, {needed - 1:,} are free"):
+        load(bundle)
+    assert gpu.counts["engines"] == 0
+    gpu.memory_bytes = needed
+    load(bundle).close()
+
+
+@pytest.mark.parametrize("nth", range(1, 9))
+def test_no_memory_at_the_first_picture(pipe: Pipeline, expected: Expected, gpu: Gpu, nth: int) -> None:
+    """Four blocks, each on the device and pinned. Whichever does not fit, what had been taken is given back at once."""
+    gpu.faults.allocation = nth
+    with pytest.raises(ResourceError, match="out of device memory") as caught:
+        pipe("fox", **QUICK)
+    assert "smaller --size or --batch" in caught.value.fix
+    engine = engine_of(pipe)
+    kept = [*engine._blocks.values(), *(block for slot in engine._free for block in (slot.inputs, slot.outputs))]
+    assert gpu.used_bytes() - engine.activation_bytes == sum(block.layout.size_bytes for block in kept), "while the error is still held"
+    same(pipe, expected, **QUICK)
+
+
+def test_no_memory_at_a_larger_shape(pipe: Pipeline, expected: Expected, gpu: Gpu) -> None:
+    pipe("fox", **QUICK)
+    gpu.memory_bytes = gpu.used_bytes() + 1000
+    for _ in range(2):
+        with pytest.raises(ResourceError, match="step: out of device memory") as caught:
+            pipe("fox", size=(96, 96), batch=3, count=3, steps=2, cfg=3.0, seed=1)
+        same(pipe, expected, **QUICK)
+        assert caught.value.exit_code == 6
+
+
+def test_idle_buffers_make_room(pipe: Pipeline, expected: Expected, gpu: Gpu) -> None:
+    """A picture that fits only without what is kept for other shapes is drawn."""
+    large: dict[str, Any] = {"size": (96, 96), "steps": 2, "cfg": 3.0, "seed": 1}
+    pipe("fox", **large)
+    for height in (64, 72, 80):
+        pipe("fox", size=(64, height), steps=1, cfg=3.0, seed=1)
+    engine_of(pipe)._close_free(0)
+    pipe("fox", **QUICK)
+    gpu.memory_bytes = gpu.used_bytes() + 700_000
+    same(pipe, expected, **large)
+    same(pipe, expected, **QUICK)
+
+
+# A device that fails
+
+
+@pytest.mark.parametrize("nth", [1, 2, 6, 8, 10])
+def test_illegal_address(pipe: Pipeline, gpu: Gpu, nth: int) -> None:
+    """Whatever the failing kernel belongs to, and wherever the host meets the error: a clear text, and the pipeline is dead."""
+    gpu.faults.illegal_address = nth
+    with pytest.raises(MachineError, match="the GPU failed: CUDA_ERROR_ILLEGAL_ADDRESS") as caught:
+        pipe("fox", steps=4, cfg=3.0, seed=1)
+    assert "restart the process" in caught.value.fix
+    for _ in range(2):
+        with pytest.raises(MachineError, match="dead after a GPU failure: CUDA_ERROR_ILLEGAL_ADDRESS"):
+            pipe("fox", **QUICK)
+
+
+def test_illegal_address_seen_by_others(pipe: Pipeline, gpu: Gpu) -> None:
+    """Streams that were on their way, a thread that waits, previews and closing all end in our errors."""
+    pipe("fox", **QUICK)
+    streams = [pipe.stream("fox", steps=9, cfg=3.0, seed=seed) for seed in (1, 2)]
+    steps = [next(stream) for stream in streams]
+    gpu.faults.illegal_address = 1
+    with pytest.raises(MachineError, match="CUDA_ERROR_ILLEGAL_ADDRESS"):
+        for _ in range(4):
+            next(streams[0])
+    with pytest.raises(MachineError, match="dead"):
+        next(streams[1])
+    for step in steps:
+        with pytest.raises((MachineError, UsageError)):
+            step.preview()
+    for stream in streams:
+        stream.close()
+
+
+def test_other_cuda_error(pipe: Pipeline, gpu: Gpu) -> None:
+    pipe("fox", **QUICK)
+    gpu.faults.copy = 1
+    with pytest.raises(MachineError, match="text_encoder: the GPU failed: CUDA_ERROR_INVALID_VALUE"):
+        pipe("fox", **QUICK)
+    with pytest.raises(MachineError, match="dead"):
+        pipe("fox", **QUICK)
+
+
+# Engines that do not fit
+
+
+@pytest.mark.parametrize("graph", LOADED)
+@pytest.mark.parametrize("damage", ["truncated", "one byte", "longer", "missing"])
+def test_damaged_plan(gpu: Gpu, bundle: Path, tmp_path: Path, graph: str, damage: str) -> None:
+    """Refused before TensorRT sees it."""
+    copy = tmp_path / "damaged.sdrt"
+    shutil.copytree(bundle, copy, copy_function=os.link)
+    (folder,) = (copy / "engines").iterdir()
+    plan = folder / f"{graph}.plan"
+    data = bytearray(plan.read_bytes())
+    plan.unlink()
+    if damage == "one byte":
+        data[-20] ^= 1
+    if damage != "missing":
+        plan.write_bytes({"truncated": data[:-1], "one byte": data, "longer": data + b"\n"}[damage])
+    with pytest.raises(BundleError, match=rf"{graph}\.plan"):
+        load(copy)
+    assert gpu.counts["engines"] == LOADED.index(graph)
+
+
+def test_damaged_plan_of_a_graph_that_is_not_loaded(gpu: Gpu, bundle: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "encoder.sdrt"
+    shutil.copytree(bundle, copy, copy_function=os.link)
+    (folder,) = (copy / "engines").iterdir()
+    (folder / f"{names.VAE_ENCODER}.plan").unlink()
+    load(copy).close()
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"compiler": "1.6.0.1"}, r"built for TensorRT-RTX 1\.6\.0\.1, this machine has 1\.7\.1\.116"),
+        ({"sm": "sm_86,sm_120"}, r"built for sm_86,sm_120, this GPU is sm_89"),
+        ({"target": "tensorrt"}, "no tensorrt-rtx engine fits: there is none"),
+    ],
+)
+def test_engine_of_another_machine(gpu: Gpu, flat_bundle: Path, tmp_path: Path, options: dict[str, Any], reason: str) -> None:
+    copy = link_copy(flat_bundle, tmp_path / "other.sdrt")
+    compile_engine(copy, graphs=flat_bundle, **options)
+    with pytest.raises(MachineError, match=reason) as caught:
+        load(copy)
+    assert caught.value.fix == f"Make one here with: sdrt compile {copy} --target tensorrt-rtx"
+    assert gpu.counts["engines"] == 0
+
+
+@pytest.mark.parametrize("changed", ["graphs", "weights"])
+def test_engine_of_another_bundle(gpu: Gpu, bundle: Path, flat_bundle: Path, tmp_path: Path, changed: str) -> None:
+    copy = link_copy(flat_bundle, tmp_path / "changed.sdrt")
+    (folder,) = (bundle / "engines").iterdir()
+    record = read_engine(folder)
+    digest = "0" * 64
+    key = replace(record.key, weights=digest) if changed == "weights" else replace(record.key, graphs=record.key.graphs | {names.STEP: digest})
+    write_engine(open_bundle(copy), replace(record, key=key), {graph: read_plan(folder, record, graph) for graph in record.plans})
+    with pytest.raises(MachineError, match=f"built for {changed} that have changed") as caught:
+        load(copy)
+    assert "sdrt compile" in caught.value.fix
+
+
+def test_no_engine(gpu: Gpu, flat_bundle: Path, tmp_path: Path) -> None:
+    with pytest.raises(MachineError, match="no tensorrt-rtx engine fits: there is none") as caught:
+        load(link_copy(flat_bundle, tmp_path / "none.sdrt"))
+    assert "sdrt compile" in caught.value.fix
+
+
+def test_engine_that_fits_among_others(gpu: Gpu, flat_bundle: Path, expected: Expected, tmp_path: Path) -> None:
+    copy = link_copy(flat_bundle, tmp_path / "several.sdrt")
+    fits = compile_engine(copy, graphs=flat_bundle)
+    compile_engine(copy, graphs=flat_bundle, sm="sm_120")
+    compile_engine(copy, graphs=flat_bundle, compiler="1.8.0.1")
+    with load(copy) as pipe:
+        assert pipe("fox", **QUICK).engine["engine"] == fits.name
+        same(pipe, expected, **QUICK)
+
+
+def test_plan_that_tensorrt_cannot_load(gpu: Gpu, bundle: Path) -> None:
+    gpu.faults.no_engine = True
+    with pytest.raises(MachineError, match=r"step: TensorRT 1\.7\.1\.116 cannot load this plan") as caught:
+        load(bundle)
+    assert "sdrt compile" in caught.value.fix
+
+
+# Machines that do not fit
+
+
+@pytest.mark.parametrize("module", ["tensorrt_rtx", "cuda.core"])
+def test_missing_module(gpu: Gpu, bundle: Path, monkeypatch: pytest.MonkeyPatch, module: str) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(MachineError, match=f"backend tensorrt-rtx: .*{module}") as caught:
+        load(bundle)
+    assert caught.value.fix == "Install it with: pip install 'sdrt[tensorrt-rtx]'"
+
+
+def test_missing_driver(gpu: Gpu, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(*_: object) -> None:
+        raise RuntimeError('Failure finding "libcuda.so": No such file: libcuda.so*')
+
+    monkeypatch.setattr(sys.modules["cuda.core"], "Device", missing)
+    with pytest.raises(MachineError, match=r"load: RuntimeError: Failure finding .libcuda\.so") as caught:
+        load(bundle)
+    assert "sdrt doctor" in caught.value.fix
+
+
+def test_devices(bundle: Path, expected: Expected) -> None:
+    with installed(Gpu(devices=2), cuda_simulator.modules() | tensorrt_simulator.modules()) as gpu:
+        with pytest.raises(MachineError, match="device_id must be within"):
+            load(bundle, device=2)
+        with load(bundle, device=1) as pipe:
+            same(pipe, expected, **QUICK)
+        assert gpu._threads.device == 1
+
+
+def test_auto(gpu: Gpu, bundle: Path, flat_bundle: Path, tmp_path: Path) -> None:
+    """TensorRT where there is an engine and a GPU, else ONNX Runtime; an engine that does not fit is never passed over in silence."""
+    for path, devices, backend in ((bundle, 1, "tensorrt-rtx"), (bundle, 0, "onnxruntime"), (link_copy(flat_bundle, tmp_path / "a.sdrt"), 1, "onnxruntime")):
+        gpu.devices = devices
+        with Pipeline.load(path) as pipe:
+            assert engine_of(pipe).backend == backend
+    copy = link_copy(flat_bundle, tmp_path / "b.sdrt")
+    compile_engine(copy, graphs=flat_bundle, sm="sm_120")
+    with pytest.raises(MachineError, match="this GPU is sm_89"):
+        Pipeline.load(copy)
