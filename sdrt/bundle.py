@@ -193,7 +193,7 @@ def open_bundle(path: Path) -> Bundle:
         BundleError: the manifest or the folder is not what it should be.
     """
     path = path.absolute()
-    if not os.path.exists(path):  # noqa: PTH110  Path.exists raises for a name that is too long
+    if not os.path.exists(path):
         raise InputFileError(f"{path}: no such bundle", "Make one with: sdrt build --checkpoint FILE")
     manifest_file = path / MANIFEST
     if not path.is_dir() or not os.path.lexists(manifest_file):

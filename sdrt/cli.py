@@ -47,7 +47,7 @@ class ReportingGroup(TyperGroup):
         except MemoryError:
             _fail(ctx, "out of memory", "Choose a smaller size or batch, or a machine with more memory.", 6)
         except Exception as error:
-            if type(error).__module__.startswith("typer"):
+            if type(error).__module__.partition(".")[0] in ("typer", "click"):
                 raise
             _fail(ctx, f"{type(error).__name__}: {printable(str(error))}", "This is a bug in sdrt; please report it with the output of --debug.", BUG)
 
@@ -225,7 +225,7 @@ def inspect(
     from sdrt.bundle import MANIFEST, open_bundle
     from sdrt.export.inspect import inspect_file
 
-    if (path.is_dir() and (path / MANIFEST).exists()) or path.suffix == ".sdrt":
+    if os.path.exists(path / MANIFEST) or path.suffix == ".sdrt":
         opened = open_bundle(path)
         report: dict[str, Any] = {"path": str(opened.path), "kind": "a bundle", "size_bytes": sum(f.size_bytes for f in opened.manifest.files.values())}
         report |= asdict(opened.manifest) | {"engines": cli_engines.engines_of(opened)}
@@ -271,7 +271,7 @@ def _check_pictures(paths: list[Path], force: bool) -> None:
     for path in paths:
         if not path.absolute().parent.is_dir():
             raise UsageError(f"--output {path}: its folder does not exist", "Create the folder first.")
-        if not path.exists() or force:
+        if force or not os.path.exists(path):  # Path.exists raises for a name too long for the file system
             continue
         try:
             with Image.open(path, formats=["PNG"]) as image:

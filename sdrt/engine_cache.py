@@ -181,8 +181,11 @@ def read_engine(folder: Path) -> EngineRecord:
         MachineError: a newer sdrt wrote it.
     """
     path = folder / RECORD
+    data, size_bytes = _read_regular(path, MAX_RECORD_BYTES)
+    if size_bytes > MAX_RECORD_BYTES:
+        raise BundleError(f"{path}: {size_bytes:,} bytes, more than the limit of {MAX_RECORD_BYTES:,}", _AGAIN)
     try:
-        document = json.loads(_read_regular(path, MAX_RECORD_BYTES), object_pairs_hook=_unique)
+        document = json.loads(data, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
         raise BundleError(f"{path}: not valid JSON: {printable(str(error))}", _AGAIN) from error
     if not isinstance(document, dict):
@@ -206,13 +209,25 @@ def read_plan(folder: Path, record: EngineRecord, graph: str) -> bytes:
         BundleError: it is missing, a link, or changed; it names the file.
     """
     plan = record.plans[graph]
-    data = _read_regular(folder / plan.file, plan.size_bytes)
-    if len(data) != plan.size_bytes:
-        raise BundleError(f"{folder / plan.file}: expected {plan.size_bytes:,} bytes, found {len(data):,}", _AGAIN)
+    data, size_bytes = _read_regular(folder / plan.file, plan.size_bytes)
+    if size_bytes != plan.size_bytes or len(data) != plan.size_bytes:
+        raise BundleError(f"{folder / plan.file}: expected {plan.size_bytes:,} bytes, found {size_bytes:,}", _AGAIN)
     found = hashlib.sha256(data).hexdigest()
     if found != plan.sha256:
         raise BundleError(f"{folder / plan.file}: changed since it was compiled: expected sha256 {plan.sha256[:16]}…, found {found[:16]}…", _AGAIN)
     return data
+
+
+def read_intact(folder: Path) -> EngineRecord:
+    """The record of an engine after comparing every plan with it.
+
+    Raises:
+        BundleError, MachineError: as `read_engine` and `read_plan`.
+    """
+    record = read_engine(folder)
+    for graph in record.plans:
+        read_plan(folder, record, graph)
+    return record
 
 
 def mismatch(
@@ -240,14 +255,14 @@ def mismatch(
 
 
 def prune(bundle: Bundle, *, keep: Callable[[EngineRecord], bool]) -> list[Path]:
-    """Remove engines that `keep` does not want, unreadable ones, and what killed compilations left. Returns the engines' folders.
+    """Remove engines that `keep` does not want, damaged ones, and what killed compilations left. Returns the engines' folders.
 
     Engines of a newer sdrt are left alone.
     """
     removed = []
     for folder in engine_folders(bundle):
         try:
-            if keep(read_engine(folder)):
+            if keep(read_intact(folder)):
                 continue
         except BundleError:
             pass
@@ -261,20 +276,20 @@ def prune(bundle: Bundle, *, keep: Callable[[EngineRecord], bool]) -> list[Path]
     return removed
 
 
-_AGAIN = "Remove the engine with: sdrt compile BUNDLE --prune, and compile it again."
+_AGAIN = "Compile it again with the same options, or remove it with: sdrt compile BUNDLE --prune"
 
 
-def _read_regular(path: Path, limit: int) -> bytes:
-    """At most `limit` + 1 bytes of a regular file; a link is refused where the system can tell while opening."""
+def _read_regular(path: Path, limit: int) -> tuple[bytes, int]:
+    """At most `limit` bytes of a regular file, and its size; a link is refused where the system can tell while opening."""
     try:
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0))
         with os.fdopen(descriptor, "rb") as stream:
-            if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
+            status = os.fstat(stream.fileno())
+            if not stat.S_ISREG(status.st_mode):
                 raise BundleError(f"{path}: expected a regular file", _AGAIN)
-            data = stream.read(limit + 1)
+            return stream.read(limit), status.st_size
     except OSError as error:
         raise BundleError(f"{path}: cannot be read: {error.strerror}", _AGAIN) from error
-    return data
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

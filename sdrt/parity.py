@@ -37,7 +37,7 @@ def compare(expected: Mapping[str, NDArray[Any]], found: Mapping[str, NDArray[An
     for name, array in expected.items():
         limit = HALF_LIMIT if not exact else PIXEL_LIMIT if array.dtype == np.uint8 else FLOAT32_LIMIT
         results.append(Parity(name, _error(array, found[name], exact), limit))
-    return sorted(results, key=lambda parity: parity.error / parity.limit, reverse=True)
+    return sorted(results, key=lambda parity: (parity.ok, -parity.error / parity.limit))  # failures first, NaN among them
 
 
 def _error(expected: NDArray[Any], found: NDArray[Any], exact: bool) -> float:

@@ -578,6 +578,13 @@ def test_overflow_that_is_not_the_loras_fault(tmp_path: Path, file: Path) -> Non
     assert caught.value.message.startswith(str(tmp_path / "base.safetensors"))
 
 
+def test_change_that_rounding_swallows(tmp_path: Path, file: Path) -> None:
+    save_file(GOOD, file)
+    with pytest.raises(AdapterError, match="vanish when the weights are rounded to fp16") as caught:
+        fused(tmp_path, [LoraOption(file, 1e-9, 1e-9)], "fp16", {name: tensor.half().float() for name, tensor in BASE.items()})
+    assert caught.value.message.startswith(str(file))
+
+
 def test_half_precision_is_rounded_after_the_sum(tmp_path: Path, style: Path) -> None:
     exact, rounded = (fused(tmp_path, [LoraOption(style, 0.1, 0.1)], precision)[0] for precision in ("fp32", "fp16"))
     for name in BASE:

@@ -189,6 +189,12 @@ def test_prediction_from_the_metadata(tmp_path: Path, text: str, prediction: str
     assert opened(path).prediction == prediction
 
 
+def test_unknown_prediction_is_refused(tmp_path: Path) -> None:
+    path = header_only(tmp_path / "x.safetensors", expected_shapes(TINY), metadata={"modelspec.prediction_type": "rectified_flow"})
+    with pytest.raises(CheckpointError, match="'rectified_flow': not supported yet"):
+        opened(path)
+
+
 # Weights
 
 

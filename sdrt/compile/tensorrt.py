@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from sdrt.compile import worker
 from sdrt.compile.network import Compiler, Demand, build_flags, import_compiler, library
 from sdrt.compile.shapes import Size, largest_demand, profiles_of, resolve_shapes
 from sdrt.compile.watch import Progress
-from sdrt.engine_cache import COMPILERS, RTX_SMS, EngineKey, EngineRecord, Plan, folder_name, platform_name, read_engine, read_plan, state_bytes, write_engine
+from sdrt.engine_cache import COMPILERS, RTX_SMS, EngineKey, EngineRecord, Plan, folder_name, platform_name, read_intact, state_bytes, write_engine
 from sdrt.errors import BundleError, MachineError, UsageError
 
 TARGETS = tuple(COMPILERS)
@@ -100,8 +101,9 @@ def compile_bundle(bundle: Bundle, options: CompileOptions, progress: Progress =
         flags=build_flags(compiler.trt),
     )
     folder = bundle.path / ENGINES / folder_name(key)
-    if not options.force and (record := _intact(folder)) is not None:
-        return CompileReport(folder, record, True, {})
+    if not options.force:
+        with suppress(BundleError, MachineError):  # missing or damaged: compiled again
+            return CompileReport(folder, read_intact(folder), True, {})
     demand = Demand(*largest_demand(shapes, manifest))
     data: dict[str, memoryview] = {}
     plans: dict[str, Plan] = {}
@@ -182,14 +184,3 @@ def _precision(bundle: Bundle, asked: str | None) -> str:
             "Build the bundle again with this version of sdrt; --precision fp16 gives graphs for a GPU.",
         )
     return precision
-
-
-def _intact(folder: Path) -> EngineRecord | None:
-    """The record of an engine whose plans are all as recorded, else None: it is then compiled again."""
-    try:
-        record = read_engine(folder)
-        for graph in record.plans:
-            read_plan(folder, record, graph)
-    except (BundleError, MachineError):
-        return None
-    return record

@@ -91,7 +91,7 @@ def parse_lora_option(text: str) -> LoraOption:
     """
     path, scales = text, list[str]()
     # os.path.exists, since Path.exists raises for a name that is too long
-    while len(scales) < 2 and (match := re.fullmatch(r"(.+):([^:/\\]*)", path, re.DOTALL)) and not os.path.exists(path):  # noqa: PTH110
+    while len(scales) < 2 and (match := re.fullmatch(r"(.+):([^:/\\]*)", path, re.DOTALL)) and not os.path.exists(path):
         if not _is_number(match[2]) and (len(match[1]) == 1 or re.fullmatch(r".*\.\w+", match[2])):
             break
         path, scales = match[1], [match[2], *scales]

@@ -16,6 +16,7 @@ UNET = "model.diffusion_model."
 VAE = "first_stage_model."
 CLIP = "cond_stage_model.transformer."
 NORM_GROUPS = 32
+PREDICTIONS = {"epsilon": "epsilon", "eps": "epsilon", "v": "v", "v_prediction": "v"}
 MAX_BLOCKS = 100
 """Blocks of one kind in a row. Real models stay far below; the limit keeps a forged header from costing minutes."""
 
@@ -151,7 +152,10 @@ def architecture(path: Path, shapes: Shapes, metadata: Mapping[str, str]) -> Arc
         raise CheckpointError(
             f"{path}: the UNet gives {unet.out_channels} channels, the VAE takes {vae.latent_channels}", "The components are of different models."
         )
-    prediction = {"v": "v", "v_prediction": "v"}.get(metadata.get("modelspec.prediction_type", "epsilon"), "epsilon")
+    stated = metadata.get("modelspec.prediction_type", "epsilon")
+    if stated not in PREDICTIONS:
+        raise CheckpointError(f"{path}: modelspec.prediction_type: {stated!r}: not supported yet", f"This version of sdrt knows {', '.join(PREDICTIONS)}.")
+    prediction = PREDICTIONS[stated]
     return Architecture("sd1", prediction, _default_size(path, metadata), clip, unet, vae)
 
 

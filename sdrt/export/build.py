@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import shutil
 import time
@@ -152,7 +153,7 @@ def _check_output(output: Path, options: BuildOptions) -> None:
         raise UsageError(f"precision {options.precision!r}: unknown", f"Choose one of: {', '.join(CODES)}.")
     if not output.name or not output.parent.is_dir():
         raise UsageError(f"{output}: its folder does not exist", "Create the folder first, or choose another --output.")
-    if output.exists() or output.is_symlink():
+    if os.path.lexists(output):
         if not options.force:
             raise UsageError(f"{output}: exists already", "Choose another --output, or pass --force to replace the bundle.")
         if output.is_symlink() or not is_bundle(output):

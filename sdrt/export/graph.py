@@ -184,7 +184,7 @@ def skeleton(recipe: Recipe) -> tuple[ir.Model, bool]:
         data = file.read_bytes()
         if hashlib.sha256(data).hexdigest() == digest.read_text().strip():
             return ir.from_proto(_parse(data)), True
-    except OSError:
+    except (OSError, ValueError):  # not there, or damaged: trace it again
         pass
     model = trace(recipe)
     data = ir.to_proto(model).SerializeToString(deterministic=True)

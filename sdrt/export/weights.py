@@ -76,6 +76,7 @@ def write_weights(
     header, placed = layout({name: tensor.entry.shape for name, tensor in tensors.items()}, precision)
     order = sorted(range(len(loras)), key=lambda i: (loras[i].sha256, loras[i].option.scale, loras[i].option.te_scale))
     norms: list[dict[str, list[float]]] = [defaultdict(lambda: [0, 0.0, 0.0]) for _ in loras]
+    survived: set[int] = set()  # LoRAs that changed some weight by more than its rounding
     total = sum(p.size_bytes for p in placed.values())
     done = 0
     with path.open("wb") as stream:
@@ -98,6 +99,7 @@ def write_weights(
                     record[1] += size**2
                     record[2] += float(pristine.norm()) ** 2
             rounded = fused.to(kind)
+            survived.update(i for i in touching if not torch.equal(rounded, stored.to(kind)))
             if not _finite(rounded):
                 largest = float(fused.abs().nan_to_num(math.inf).max())
                 what = f"{name}: {largest:.6g} is too large for {precision}"
@@ -109,11 +111,16 @@ def write_weights(
             done += place.size_bytes
             progress(done / total)
     changes = []
-    for lora, by_component in zip(loras, norms, strict=True):
+    for i, (lora, by_component) in enumerate(zip(loras, norms, strict=True)):
         change = {c: Change(int(n), math.sqrt(d / w) if w else 0.0) for c, (n, d, w) in sorted(by_component.items())}
         wanted = any(lora.scale(weight) != 0 for weight in lora.pairs)
         if wanted and not any(squares for _, squares, _ in by_component.values()):
             raise AdapterError(f"{lora.file.path}: all its changes are zero: the LoRA does nothing", "Train it longer, or leave it out.")
+        if wanted and i not in survived:
+            raise AdapterError(
+                f"{lora.file.path}: its changes vanish when the weights are rounded to {precision}",
+                "Raise its scale, build with --precision fp32, or leave it out.",
+            )
         changes.append(change)
     return placed, changes
 
