@@ -55,7 +55,8 @@ def main() -> None:
         first, rows["build"] = measured(build, cache)
         second, rows["second build"] = measured(build, cache)
         run, rows["picture"] = measured(
-            [*sdrt, "generate", str(bundle), "a cute girl", "--steps", str(arguments.steps), "--seed", "1", "--output", str(picture), "--force", "--json"], cache
+            [*sdrt, "generate", str(bundle), "a cute girl", "--steps", str(arguments.steps), "--seed", "1", "--output", str(picture), "--force", "--json"],
+            cache,
         )
         pixels = np.asarray(Image.open(picture))
         report = {

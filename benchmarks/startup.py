@@ -121,7 +121,11 @@ def main() -> None:
     ]
     if arguments.json:
         samples = {"numpy_s": numpy_s, "runtime_s": runtime_s, "sdrt_s": ours_s, "diffusers_s": theirs_s}
-        print(json.dumps({"rows": [{"name": n, "value": v, "unit": u, "limit": limit, "ok": v <= limit} for n, v, u, limit in rows], "samples": samples}, indent=1))
+        print(
+            json.dumps(
+                {"rows": [{"name": n, "value": v, "unit": u, "limit": limit, "ok": v <= limit} for n, v, u, limit in rows], "samples": samples}, indent=1
+            )
+        )
         return
     for name, value, unit, limit in rows:
         print(f"{name:44}{value:9.3f} {unit:3} limit {limit:5} {'ok' if value <= limit else 'OVER'}")

@@ -463,7 +463,7 @@ def decoder(flat_bundle: Path) -> tuple[Path, list[Profile]]:
 
 def test_a_worker_that_the_system_kills(flat_bundle: Path, rtx: Compiler, workers: list[subprocess.Popen[bytes]]) -> None:
     """As the kernel does when memory runs out."""
-    with pytest.raises(ResourceError, match="vae_decoder: TensorRT-RTX [0-9.]+: killed by the system, most likely out of memory") as raised:
+    with pytest.raises(ResourceError, match=r"vae_decoder: TensorRT-RTX [0-9.]+: killed by the system, most likely out of memory") as raised:
         worker.build(rtx, VAE_DECODER, *decoder(flat_bundle), DEMAND, lambda *_: workers[-1].kill())
     assert "the batch of 8: lower --batch" in raised.value.fix
 
