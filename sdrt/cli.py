@@ -17,7 +17,7 @@ import typer
 from typer.core import TyperGroup
 
 from sdrt import __version__, cli_engines
-from sdrt.cli_output import BUILD_STAGES, BundleArgument, Json, StageProgress, print_json, print_report, progress_bar
+from sdrt.cli_output import BUILD_STAGES, BundleArgument, Json, StageProgress, interrupted, print_json, print_report, progress_bar
 from sdrt.errors import MachineError, SdrtError, UsageError, printable
 
 BUG, INTERRUPTED = 70, 130
@@ -29,7 +29,9 @@ class ReportingGroup(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, _interrupt)  # a stopped build cleans up like an interrupted one
+            interrupted.clear()
+            for number in (signal.SIGINT, signal.SIGTERM):  # a stopped build cleans up like an interrupted one
+                signal.signal(number, _interrupt)
         try:
             return super().invoke(ctx)
         except SdrtError as error:
@@ -53,6 +55,7 @@ class ReportingGroup(TyperGroup):
 
 
 def _interrupt(*_: object) -> NoReturn:
+    interrupted.set()
     raise KeyboardInterrupt
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from threading import Event
 from typing import Annotated, Any
 
 import typer
@@ -50,6 +51,10 @@ BUILD_STAGES = {
 COMPILE_STAGES = {"read": 2.0, "compile text_encoder": 4.0, "compile step": 40.0, "compile vae_decoder": 8.0, "compile vae_encoder": 6.0, "write": 3.0}
 
 
+interrupted = Event()
+"""Set by Ctrl-C or a stop. Python drops the exception of a signal that arrives inside a finaliser; the next stage then raises it again."""
+
+
 class StageProgress:
     """Stages on stderr: a bar where it is a terminal, a line per stage where it is not. `stages` holds the rough seconds of each."""
 
@@ -68,6 +73,8 @@ class StageProgress:
         self._bar.stop()
 
     def __call__(self, stage: str, done: float | None) -> None:
+        if interrupted.is_set():
+            raise KeyboardInterrupt
         if stage != self._stage:
             self._done += self._stages.get(self._stage, 0.0)
             self._stage = stage

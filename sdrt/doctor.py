@@ -128,8 +128,11 @@ def probe_gpus() -> Gpus:
     supported = f"{driver // 1000}.{driver % 1000 // 10}" if driver else ""
     status, count = runtime.cudaGetDeviceCount()
     if status != runtime.cudaError_t.cudaSuccess or not count:
-        why = f"the driver supports CUDA {supported} only" if supported and status.name == "cudaErrorInsufficientDriver" else "no NVIDIA driver is loaded"
-        return Gpus((), supported, f"{why} ({status.name})" if status.name != "cudaSuccess" else "the driver finds no device")
+        if status == runtime.cudaError_t.cudaErrorInsufficientDriver:
+            why = f"the driver supports CUDA {supported} only" if supported else "no NVIDIA driver is loaded"
+        else:
+            why = "the driver finds no device"
+        return Gpus((), supported, f"{why} ({status.name})")
     found = []
     for index in range(count):
         properties = runtime.cudaGetDeviceProperties(index)[1]

@@ -32,6 +32,9 @@ from sdrt.errors import MachineError, ResourceError, SdrtError
 _GRACE_S = 1.0
 _STDERR_BYTES = 1 << 16
 
+# Python's hashes and glibc's caches of freed memory per thread would make addresses differ from run to run.
+_EQUAL_HEAP = {"PYTHONHASHSEED": "0", "GLIBC_TUNABLES": "glibc.malloc.tcache_count=0"}
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -69,9 +72,8 @@ def build(compiler: Compiler, graph: str, path: Path, profiles: Sequence[Profile
 
 def _ask(compiler: Compiler, request: dict[str, Any], demand: Demand, graph: str, progress: Progress) -> Answer:
     request = request | {"target": compiler.target, "device": compiler.device, "gpu": compiler.gpu, "sms": compiler.sms}
-    # Fixed hashes are part of an equal heap. The path makes the worker find the modules this process found.
-    environment = os.environ | {"PYTHONHASHSEED": "0", "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    command = [sys.executable, "-c", "from sdrt.compile.worker import serve; serve()"]
+    environment = os.environ | _EQUAL_HEAP | {"PYTHONPATH": os.pathsep.join(path or str(Path.cwd()) for path in sys.path)}  # where we found our modules
+    command = [sys.executable, "-P", "-c", "from sdrt.compile.worker import serve; serve()"]
     with tempfile.TemporaryFile() as noise, subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=noise, env=environment) as worker:
         assert worker.stdin is not None and worker.stdout is not None
         try:

@@ -32,6 +32,7 @@ MODULES = {"tensorrt-rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
 _FREE_SLOTS = 4
 """Idle sets of buffers, contexts and graphs kept, least recently used dropped first."""
 _KEPT_BLOCKS = 8
+_LOAD = "load"
 
 
 class TensorRtEngine:
@@ -48,7 +49,7 @@ class TensorRtEngine:
         self._blocks: dict[Any, Block] = {}
         self._device: Any = None
         self._stream: Any = None
-        with self.guarded("load"):
+        with self.guarded(_LOAD):
             self._device = self._cuda.Device(device)
             self._device.set_current()
             major, minor = self._device.compute_capability
@@ -223,7 +224,10 @@ class TensorRtEngine:
         text = " ".join(str(error).split())[:300]
         if _out_of_memory(error):
             self._close_free(0)
-            return ResourceError(f"{where}: out of device memory: {text}", "Choose a smaller --size or --batch; the pipeline stays usable.")
+            fix = "Choose a smaller --size or --batch; the pipeline stays usable."
+            if where == _LOAD:
+                fix = "Close other programs on the GPU, or compile for a smaller --size or --batch."
+            return ResourceError(f"{where}: out of device memory: {text}", fix)
         if "CUDA_ERROR" in text:
             self._dead = text
             return MachineError(f"{where}: the GPU failed: {text}", "This pipeline is dead: restart the process.")
