@@ -59,8 +59,8 @@ def resolve_shapes(
             raise UsageError(f"batch {count}: expected 1 to {MAX_BATCH}")
     if not branches or len(set(branches)) != len(branches) or not all(1 <= count <= MAX_BRANCHES for count in branches):
         raise UsageError(f"branches {','.join(map(str, branches))}: expected different numbers from 1 to {MAX_BRANCHES}")
-    if not 1 <= rows <= MAX_ROWS:
-        raise UsageError(f"rows {rows}: expected 1 to {MAX_ROWS}")
+    if not 2 <= rows <= MAX_ROWS:
+        raise UsageError(f"rows {rows}: expected 2 to {MAX_ROWS}")
     return Shapes(
         _range("size", low_width, own[0], high_width),
         _range("size", low_height, own[1], high_height),
