@@ -2,7 +2,8 @@
 
 Native code that runs for minutes and takes gigabytes is better off alone: Ctrl-C ends it at once, its memory goes back to the system, a
 crash or the kernel's out-of-memory killer ends the worker instead of the caller, and what it prints is caught. It also makes builds
-repeatable: TensorRT orders a plan's outputs by their addresses, so equal plans take equal heaps.
+repeatable: TensorRT orders a plan's outputs by their addresses, so equal plans take equal heaps. That is why a worker runs in the folder of
+its graphs and is told their names only: the length of a path would move everything after it.
 
 The worker reads one request, a line of JSON, from its standard input, and answers in lines of JSON on its standard output; a plan follows
 its line as it is. It stops when its standard input ends, so it never outlives its caller.
@@ -51,7 +52,9 @@ def read_inputs(compiler: Compiler, paths: dict[str, Path]) -> dict[str, dict[st
     Raises:
         MachineError: TensorRT cannot read a graph.
     """
-    answer = _ask(compiler, {"paths": {graph: str(path) for graph, path in paths.items()}}, Demand("the model", "--precision"), "read", lambda _, __: None)
+    (folder,) = {path.parent for path in paths.values()}
+    request = {"names": {graph: path.name for graph, path in paths.items()}}
+    answer = _ask(compiler, request, folder, Demand("the model", "--precision"), "read", lambda _, __: None)
     return {graph: {name: tuple(sides) for name, sides in inputs.items()} for graph, inputs in answer.fields["inputs"].items()}
 
 
@@ -62,19 +65,20 @@ def build(compiler: Compiler, graph: str, path: Path, profiles: Sequence[Profile
         MachineError, ResourceError: as `build_graph`; also when the worker crashes or is killed.
         KeyboardInterrupt: interrupted; the worker is gone.
     """
-    request = {"graph": graph, "path": str(path), "profiles": [profile.shapes for profile in profiles], "demand": asdict(demand)}
-    answer = _ask(compiler, request, demand, graph, progress)
+    request = {"graph": graph, "name": path.name, "profiles": [profile.shapes for profile in profiles], "demand": asdict(demand)}
+    answer = _ask(compiler, request, path.parent, demand, graph, progress)
     fields = answer.fields
     return Built(
         memoryview(answer.data), fields["parse_s"], fields["build_s"], fields["layers"], tuple(fields["unfused"]), fields["device_memory_bytes"]
     ), answer.peak_bytes
 
 
-def _ask(compiler: Compiler, request: dict[str, Any], demand: Demand, graph: str, progress: Progress) -> Answer:
+def _ask(compiler: Compiler, request: dict[str, Any], folder: Path, demand: Demand, graph: str, progress: Progress) -> Answer:
     request = request | {"target": compiler.target, "device": compiler.device, "gpu": compiler.gpu, "sms": compiler.sms}
-    environment = os.environ | _EQUAL_HEAP | {"PYTHONPATH": os.pathsep.join(path or str(Path.cwd()) for path in sys.path)}  # where we found our modules
+    environment = os.environ | _EQUAL_HEAP | {"PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))}  # where we found our modules
     command = [sys.executable, "-P", "-c", "from sdrt.compile.worker import serve; serve()"]
-    with tempfile.TemporaryFile() as noise, subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=noise, env=environment) as worker:
+    pipe = subprocess.PIPE
+    with tempfile.TemporaryFile() as noise, subprocess.Popen(command, cwd=folder, stdin=pipe, stdout=pipe, stderr=noise, env=environment) as worker:
         assert worker.stdin is not None and worker.stdout is not None
         try:
             worker.stdin.write(json.dumps(request).encode() + b"\n")
@@ -93,7 +97,7 @@ def _ask(compiler: Compiler, request: dict[str, Any], demand: Demand, graph: str
             raise _death(f"{graph}: {compiler}", worker.returncode, lines, demand)
         if "error" in answer.fields:
             kind = getattr(errors, answer.fields["error"]["kind"], MachineError)
-            raise kind(answer.fields["error"]["message"], answer.fields["error"]["fix"])
+            raise kind(f"{folder}: {answer.fields['error']['message']}", answer.fields["error"]["fix"])
         return answer
 
 
@@ -157,13 +161,13 @@ def serve() -> None:
 
 def _answer(request: dict[str, Any], answers: BinaryIO, stop: Event) -> tuple[dict[str, Any], memoryview]:
     compiler = import_compiler(request["target"], request["device"], request["gpu"], tuple(request["sms"]))
-    if "paths" in request:
-        return {"inputs": {graph: input_shapes(compiler, graph, Path(path)) for graph, path in request["paths"].items()}}, memoryview(b"")
+    if "names" in request:
+        return {"inputs": {graph: input_shapes(compiler, graph, Path(name)) for graph, name in request["names"].items()}}, memoryview(b"")
     profiles = [Profile({name: tuple(map(tuple, three)) for name, three in shapes.items()}) for shapes in request["profiles"]]  # type: ignore[misc]
     built = build_graph(
         compiler,
         request["graph"],
-        Path(request["path"]),
+        Path(request["name"]),
         profiles,
         Demand(**request["demand"]),
         lambda _, done: _say(answers, {"progress": done}),
