@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sdrt.export.architecture import ClipSpec
-from sdrt.export.unet import attention
+from sdrt.export.attention import attention
 
 
 class SelfAttention(nn.Module):

@@ -25,7 +25,7 @@ from torch import nn
 from torch.export import Dim
 
 from sdrt import bundle as names
-from sdrt.export.architecture import Architecture
+from sdrt.export.architecture import NORM_GROUPS, Architecture
 from sdrt.export.clip import TextEncoder
 from sdrt.export.precision import HALF, to_half
 from sdrt.export.step import Step
@@ -34,7 +34,13 @@ from sdrt.export.weights import Placed
 from sdrt.publish import staged_folder
 
 OPSET = 23
-_SOURCES = ("architecture.py", "clip.py", "unet.py", "vae.py", "step.py", "graph.py")
+_SOURCES = {
+    names.TEXT_ENCODER: ("clip.py", "attention.py", "graph.py"),
+    names.STEP: ("step.py", "unet.py", "attention.py", "graph.py"),
+    names.VAE_DECODER: ("vae.py", "attention.py", "graph.py"),
+    names.VAE_ENCODER: ("vae.py", "attention.py", "graph.py"),
+}
+"""What shapes a trace besides its architecture: an edit to any of these traces the graph again."""
 
 Shape = tuple[int | str, ...]
 
@@ -210,8 +216,9 @@ def _cache_key(recipe: Recipe) -> str:
         "graph": recipe.graph,
         "spec": asdict(recipe.spec),
         "opset": OPSET,
+        "norm_groups": NORM_GROUPS,
         "tools": {name: version(name) for name in ("torch", "onnx", "onnxscript", "onnx_ir")},
-        "sources": {name: hashlib.sha256((here / name).read_bytes()).hexdigest() for name in _SOURCES},
+        "sources": {name: hashlib.sha256((here / name).read_bytes()).hexdigest() for name in _SOURCES[recipe.graph]},
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 

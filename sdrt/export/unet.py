@@ -13,12 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sdrt.export.architecture import NORM_GROUPS, UNetSpec
-
-
-def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, *, causal: bool = False) -> Tensor:
-    """Multi-head attention over `[B, L, C]` queries and `[B, T, C]` keys and values, `C` split into `heads`. Returns `[B, L, C]`."""
-    q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2).flatten(2)
+from sdrt.export.attention import attention
 
 
 def timestep_embedding(timestep: Tensor, width: int) -> Tensor:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sdrt.export.architecture import NORM_GROUPS, VaeSpec
-from sdrt.export.unet import attention
+from sdrt.export.attention import attention
 
 
 def _norm(channels: int) -> nn.GroupNorm:
