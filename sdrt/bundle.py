@@ -72,7 +72,10 @@ class Diffusion:
 
 @dataclass(frozen=True)
 class Text:
-    """`tokens` per chunk, start and end included; `clip_skip` layers the text encoder gives out, the first one being the default."""
+    """`tokens` per chunk, start and end included; `clip_skip` layers the text encoder gives out, the first one being the default.
+
+    `embeddings` maps the trigger of each learned embedding to the rows of the token table that stand for it, in order.
+    """
 
     width: int
     tokens: int
@@ -80,6 +83,7 @@ class Text:
     eos: int
     pad: int
     clip_skip: tuple[int, ...]
+    embeddings: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -93,7 +97,10 @@ class Latents:
 
 @dataclass(frozen=True)
 class Source:
-    """A file that went into the bundle. `kind` is checkpoint, vae or lora; `applied` counts the modules it was applied to, per component."""
+    """A file that went into the bundle. `kind` is checkpoint, vae, lora, embedding or hypernetwork; `trigger` is an embedding's.
+
+    `applied` counts, per component, the modules it was applied to; for an embedding, its vectors; for a hypernetwork, attention layers.
+    """
 
     kind: str
     name: str
@@ -102,6 +109,7 @@ class Source:
     te_scale: float | None = None
     applied: dict[str, int] = field(default_factory=dict)
     relative_change: dict[str, float] = field(default_factory=dict)
+    trigger: str | None = None
 
 
 @dataclass(frozen=True)

@@ -227,7 +227,8 @@ GOLDEN = """\
    },
    "scale": 0.5,
    "sha256": "bbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbb",
-   "te_scale": 0.25
+   "te_scale": 0.25,
+   "trigger": null
   }
  ],
  "text": {
@@ -235,6 +236,7 @@ GOLDEN = """\
   "clip_skip": [
    1
   ],
+  "embeddings": {},
   "eos": 2,
   "pad": 3,
   "tokens": 77,

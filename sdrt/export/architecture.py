@@ -26,10 +26,23 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
+class HypernetworkSpec:
+    """Sizes of a traced hypernetwork. `layers` has one entry per width it has networks for, each the widths along one, ends included, such as
+    (768, 1536, 768). `activation` is a class of torch.nn, None for none; `activate_output` puts one after the last layer too.
+    """
+
+    layers: tuple[tuple[int, ...], ...]
+    activation: str | None
+    layer_norm: bool
+    activate_output: bool
+
+
+@dataclass(frozen=True)
 class UNetSpec:
     """Sizes of a UNet, all read from tensor shapes except `heads` and `head_width`, of which exactly one is set by the family.
 
     `channels`, `res_blocks` and `transformer_depth` have one entry per level, finest first; depth 0 means no attention there.
+    `hypernetworks` are traced in, in order; keys and values made from inputs as wide as one of `biased` have a bias, which folding brings.
     """
 
     in_channels: int
@@ -42,6 +55,8 @@ class UNetSpec:
     linear_projections: bool
     heads: int | None
     head_width: int | None
+    hypernetworks: tuple[HypernetworkSpec, ...] = ()
+    biased: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

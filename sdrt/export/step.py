@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from sdrt.export.architecture import UNetSpec
-from sdrt.export.unet import UNet
+from sdrt.export.unet import Hypernetworks, UNet
 
 
 def _combine(coefficients: Tensor, states: Tensor) -> Tensor:
@@ -30,6 +30,7 @@ class Step(nn.Module):
         super().__init__()
         self.model = nn.Module()
         self.model.diffusion_model = UNet(spec)
+        self.hypernetworks = Hypernetworks(spec.hypernetworks)
 
     def forward(
         self,
@@ -60,7 +61,7 @@ class Step(nn.Module):
         latents = _combine(a, registers)
         batch = latents[None].expand(branches, -1, -1, -1, -1).flatten(0, 1)
         unet = self.model.diffusion_model
-        out = unet(batch, timestep, context).float()
+        out = unet(batch, timestep, context, self.hypernetworks).float()
         denoised = _combine(u, registers) + q * _combine(w, out.unflatten(0, (branches, -1)))
         k, b, c = inpaint[0, 0], inpaint[0, 1], inpaint[0, 2]
         denoised = denoised + k * mask * (init - denoised)

@@ -1,18 +1,21 @@
 """The denoising UNet of the Stable Diffusion 1.x / 2.x topology, as a plain module whose parameter names are the checkpoint's.
 
-Owns the network and its sizes, nothing else. Parameter names follow the LDM single-file layout below
-`model.diffusion_model.` (Rombach et al. 2022, "High-Resolution Image Synthesis with Latent Diffusion Models").
+Owns the network, its sizes, and the hypernetworks that change what its attention sees, nothing else. Parameter names follow the LDM
+single-file layout below `model.diffusion_model.` (Rombach et al. 2022, "High-Resolution Image Synthesis with Latent Diffusion Models").
 """
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sdrt.export.architecture import NORM_GROUPS, UNetSpec
+from sdrt.export.architecture import NORM_GROUPS, HypernetworkSpec, UNetSpec
 from sdrt.export.attention import attention
 
 
@@ -24,6 +27,65 @@ def timestep_embedding(timestep: Tensor, width: int) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
+class Residual(nn.Module):
+    """One network of a hypernetwork: x + scale * layers(x). The scale is a weight, so that another one needs no other trace."""
+
+    def __init__(self, widths: tuple[int, ...], spec: HypernetworkSpec) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1))
+        layers: list[nn.Module] = []
+        for i, (width, following) in enumerate(itertools.pairwise(widths), 1):
+            layers.append(nn.Linear(width, following))
+            if spec.activation is not None and (i < len(widths) - 1 or spec.activate_output):
+                layers.append(getattr(nn, spec.activation)())
+            if spec.layer_norm:
+                layers.append(nn.LayerNorm(following))
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.scale * self.layers(x)
+
+
+class Hypernetworks(nn.Module):
+    """Hypernetworks in the order they apply (AUTOMATIC1111, modules/hypernetworks): each has, for some widths, one network for keys and one for values.
+
+    Parameters are named `<i>.<width>.<k|v>.*`. An input of a width that a hypernetwork lacks passes through it.
+    """
+
+    def __init__(self, specs: tuple[HypernetworkSpec, ...]) -> None:
+        super().__init__()
+        for i, spec in enumerate(specs):
+            pairs = {str(widths[0]): nn.ModuleDict({part: Residual(widths, spec) for part in ("k", "v")}) for widths in spec.layers}
+            self.add_module(str(i), nn.ModuleDict(pairs))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """What keys and what values are made from instead of `x` `[B, T, C]`."""
+        keys = values = x
+        for by_width in self.children():
+            assert isinstance(by_width, nn.ModuleDict)
+            if (width := str(x.shape[-1])) in by_width:
+                pair = by_width[width]
+                assert isinstance(pair, nn.ModuleDict)
+                keys, values = pair["k"](keys), pair["v"](values)
+        return keys, values
+
+
+def pass_through(x: Tensor) -> tuple[Tensor, Tensor]:
+    """No hypernetwork: keys and values are made from the input itself."""
+    return x, x
+
+
+@dataclass(frozen=True)
+class Context:
+    """What attention sees besides its own input: keys and values of cross-attention are made from these `[B, T, C]`, those of self-attention
+    from what `hypernetworks` makes of the input.
+    """
+
+    keys: Tensor
+    values: Tensor
+    hypernetworks: Callable[[Tensor], tuple[Tensor, Tensor]]
+
+
 class ResBlock(nn.Module):
     def __init__(self, channels: int, out_channels: int, embedding_width: int) -> None:
         super().__init__()
@@ -33,22 +95,22 @@ class ResBlock(nn.Module):
         self.out_layers = nn.Sequential(nn.GroupNorm(NORM_GROUPS, out_channels), nn.SiLU(), nn.Identity(), nn.Conv2d(out_channels, out_channels, 3, padding=1))
         self.skip_connection = nn.Identity() if channels == out_channels else nn.Conv2d(channels, out_channels, 1)
 
-    def forward(self, x: Tensor, embedding: Tensor, context: Tensor) -> Tensor:
+    def forward(self, x: Tensor, embedding: Tensor, context: Context) -> Tensor:
         h = self.in_layers(x) + self.emb_layers(embedding)[:, :, None, None]
         return self.skip_connection(x) + self.out_layers(h)
 
 
 class CrossAttention(nn.Module):
-    def __init__(self, channels: int, context_width: int, heads: int) -> None:
+    def __init__(self, channels: int, context_width: int, heads: int, *, biased: bool) -> None:
         super().__init__()
         self.heads = heads
         self.to_q = nn.Linear(channels, channels, bias=False)
-        self.to_k = nn.Linear(context_width, channels, bias=False)
-        self.to_v = nn.Linear(context_width, channels, bias=False)
+        self.to_k = nn.Linear(context_width, channels, bias=biased)
+        self.to_v = nn.Linear(context_width, channels, bias=biased)
         self.to_out = nn.Sequential(nn.Linear(channels, channels))
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        return self.to_out(attention(self.to_q(x), self.to_k(context), self.to_v(context), self.heads))
+    def forward(self, x: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        return self.to_out(attention(self.to_q(x), self.to_k(keys), self.to_v(values), self.heads))
 
 
 class GEGLU(nn.Module):
@@ -71,32 +133,32 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    def __init__(self, channels: int, context_width: int, heads: int) -> None:
+    def __init__(self, channels: int, context_width: int, heads: int, biased: tuple[int, ...]) -> None:
         super().__init__()
-        self.attn1 = CrossAttention(channels, channels, heads)
+        self.attn1 = CrossAttention(channels, channels, heads, biased=channels in biased)
         self.ff = FeedForward(channels)
-        self.attn2 = CrossAttention(channels, context_width, heads)
+        self.attn2 = CrossAttention(channels, context_width, heads, biased=context_width in biased)
         self.norm1 = nn.LayerNorm(channels)
         self.norm2 = nn.LayerNorm(channels)
         self.norm3 = nn.LayerNorm(channels)
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+    def forward(self, x: Tensor, context: Context) -> Tensor:
         h = self.norm1(x)
-        x = x + self.attn1(h, h)
-        x = x + self.attn2(self.norm2(x), context)
+        x = x + self.attn1(h, *context.hypernetworks(h))
+        x = x + self.attn2(self.norm2(x), context.keys, context.values)
         return x + self.ff(self.norm3(x))
 
 
 class SpatialTransformer(nn.Module):
-    def __init__(self, channels: int, context_width: int, heads: int, depth: int, linear: bool) -> None:
+    def __init__(self, channels: int, context_width: int, heads: int, depth: int, linear: bool, biased: tuple[int, ...]) -> None:
         super().__init__()
         self.linear = linear
         self.norm = nn.GroupNorm(NORM_GROUPS, channels, eps=1e-6)
         self.proj_in = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
-        self.transformer_blocks = nn.ModuleList(TransformerBlock(channels, context_width, heads) for _ in range(depth))
+        self.transformer_blocks = nn.ModuleList(TransformerBlock(channels, context_width, heads, biased) for _ in range(depth))
         self.proj_out = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
 
-    def forward(self, x: Tensor, embedding: Tensor, context: Tensor) -> Tensor:
+    def forward(self, x: Tensor, embedding: Tensor, context: Context) -> Tensor:
         height, width = x.shape[-2:]
         h = self.norm(x)
         h = h if self.linear else self.proj_in(h)
@@ -114,7 +176,7 @@ class Downsample(nn.Module):
         super().__init__()
         self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
 
-    def forward(self, x: Tensor, embedding: Tensor, context: Tensor) -> Tensor:
+    def forward(self, x: Tensor, embedding: Tensor, context: Context) -> Tensor:
         return self.op(x)
 
 
@@ -123,14 +185,14 @@ class Upsample(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
-    def forward(self, x: Tensor, embedding: Tensor, context: Tensor) -> Tensor:
+    def forward(self, x: Tensor, embedding: Tensor, context: Context) -> Tensor:
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
 class InputConv(nn.Conv2d):
     """The first convolution, callable like every other layer of a block."""
 
-    def forward(self, x: Tensor, embedding: Tensor, context: Tensor) -> Tensor:
+    def forward(self, x: Tensor, embedding: Tensor, context: Context) -> Tensor:
         return super().forward(x)
 
 
@@ -149,7 +211,7 @@ class UNet(nn.Module):
 
         def transformer(channels: int, depth: int) -> SpatialTransformer:
             heads = spec.heads if spec.heads is not None else channels // (spec.head_width or 64)
-            return SpatialTransformer(channels, spec.context_width, heads, depth, spec.linear_projections)
+            return SpatialTransformer(channels, spec.context_width, heads, depth, spec.linear_projections, spec.biased)
 
         self.time_embed = nn.Sequential(nn.Linear(base, width), nn.SiLU(), nn.Linear(width, width))
         self.input_blocks = nn.ModuleList([nn.ModuleList([InputConv(spec.in_channels, base, 3, padding=1)])])
@@ -179,19 +241,23 @@ class UNet(nn.Module):
                 current = channels
         self.out = nn.Sequential(nn.GroupNorm(NORM_GROUPS, base), nn.SiLU(), nn.Conv2d(base, spec.out_channels, 3, padding=1))
 
-    def forward(self, x: Tensor, timestep: Tensor, context: Tensor) -> Tensor:
-        """Scaled latents `[B, C, h, w]`, timestep float32 `[1]` (shared by the batch) and context `[B, T, context_width]` to `[B, 4, h, w]`."""
+    def forward(self, x: Tensor, timestep: Tensor, context: Tensor, hypernetworks: Callable[[Tensor], tuple[Tensor, Tensor]] = pass_through) -> Tensor:
+        """Scaled latents `[B, C, h, w]`, timestep float32 `[1]` (shared by the batch) and context `[B, T, context_width]` to `[B, 4, h, w]`.
+
+        `hypernetworks` gives what keys and what values are made from, for the context and for each input of self-attention.
+        """
+        seen = Context(*hypernetworks(context), hypernetworks)  # the same for every layer, so made once
         embedding = self.time_embed(timestep_embedding(timestep, self.base).to(x.dtype))
         skips = []
         for block in self.input_blocks:
             for layer in block:
-                x = layer(x, embedding, context)
+                x = layer(x, embedding, seen)
             skips.append(x)
         for layer in self.middle_block:
-            x = layer(x, embedding, context)
+            x = layer(x, embedding, seen)
         for block in self.output_blocks:
             skip = skips.pop()
             x = torch.cat([x[:, :, : skip.shape[2], : skip.shape[3]], skip], dim=1)
             for layer in block:
-                x = layer(x, embedding, context)
+                x = layer(x, embedding, seen)
         return self.out(x)
