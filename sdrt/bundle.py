@@ -88,11 +88,15 @@ class Text:
 
 @dataclass(frozen=True)
 class Latents:
-    """`factor` pixels a side per latent; `size` is the default picture as (width, height) in pixels."""
+    """`factor` pixels a side per latent; `size` is the default picture as (width, height) in pixels.
+
+    `concat_channels` more are seen by the UNet beside the latents: 5 (mask and masked image) for inpainting models, else 0.
+    """
 
     channels: int
     factor: int
     size: tuple[int, int]
+    concat_channels: int
 
 
 @dataclass(frozen=True)

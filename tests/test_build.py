@@ -493,7 +493,7 @@ def test_manifest_tells_where_everything_came_from(blindbox_bundle: Path) -> Non
     assert manifest.tools["torch"] == torch.__version__
     assert manifest.tools["onnxruntime"] == onnxruntime.__version__
     assert (manifest.family, manifest.name, manifest.precision) == ("sd1", "blindbox", "fp16")
-    assert manifest.latents == names.Latents(4, 8, (64, 64))
+    assert manifest.latents == names.Latents(4, 8, (64, 64), 0)
     assert manifest.text == names.Text(64, 77, 49406, 49407, 49407, (1,))
     assert manifest.graphs.keys() == set(names.GRAPHS)
     assert {name: (blindbox_bundle / name).stat().st_size for name in manifest.files} == {n: r.size_bytes for n, r in manifest.files.items()}

@@ -81,7 +81,7 @@ def small(folder: Path) -> Manifest:
         architecture={"unet": {"channels": [32, 64]}},
         diffusion=Diffusion(),
         text=Text(64, 77, 1, 2, 3, (1, 2)),
-        latents=Latents(4, 8, (64, 128)),
+        latents=Latents(4, 8, (64, 128), 0),
         precision="fp16",
         graphs={graph: {compute: small_graph(graph, compute) for compute in ("fp32", "fp16")} for graph in bundle.GRAPHS},
         sources=(
@@ -259,7 +259,7 @@ def test_format_is_pinned(tmp_path: Path) -> None:
         architecture={"unet": {"channels": (32,)}},
         diffusion=Diffusion(),
         text=Text(64, 77, 1, 2, 3, (1,)),
-        latents=Latents(4, 8, (512, 768)),
+        latents=Latents(4, 8, (512, 768), 0),
         precision="fp16",
         graphs={"step": {"fp32": small_graph("step", "fp32")}},
         sources=(Source("lora", "style.safetensors", "b" * 64, 0.5, 0.25, {"unet": 3}, {"unet": 0.125}),),

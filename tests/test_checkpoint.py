@@ -478,7 +478,6 @@ FAMILIES: dict[str, tuple[Shapes, str]] = {
     "SD3": ({UNET + "joint_blocks.0.context_block.attn.qkv.weight": (4608, 1536)}, "an SD3 model"),
     "Flux": ({UNET + "double_blocks.0.img_attn.qkv.weight": (9216, 3072)}, "a Flux model"),
     "Flux, bare": ({"double_blocks.0.img_attn.qkv.weight": (9216, 3072)}, "a Flux model"),
-    "inpainting": ({CONV_IN: (320, 9, 3, 3), CLIP + "text_model.final_layer_norm.bias": (768,)}, "an inpainting model"),
     "instruct-pix2pix": ({CONV_IN: (320, 8, 3, 3), CLIP + "text_model.final_layer_norm.bias": (768,)}, "an instruct-pix2pix model"),
     "upscaler": ({CONV_IN: (256, 7, 3, 3)}, "an x4 upscaler"),
     "5 channels": ({CONV_IN: (320, 5, 3, 3)}, "a UNet of 5 input channels"),

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,11 @@ from gpu_simulator import Gpu
 from tensorrt_simulator import compile_engine
 
 from sdrt import bundle as names
-from sdrt.bundle import open_bundle
+from sdrt.bundle import Bundle, open_bundle
 from sdrt.engine_cache import read_engine, read_plan, write_engine
 from sdrt.errors import BundleError, MachineError, NonFiniteError, ResourceError, UsageError
 from sdrt.runtime import Pipeline
-from sdrt.runtime.engine import Job, Pixels, tables
+from sdrt.runtime.engine import Denoising, Job, Pixels, tables
 from sdrt.runtime.samplers import SAMPLERS, trace_rows
 
 Expected = Callable[..., Pixels]
@@ -268,6 +269,100 @@ def test_few_table_rows(gpu: Gpu, flat_bundle: Path, blank: Path, expected: Expe
             same(pipe, expected, steps=steps, cfg=3.0, seed=3, sampler="euler_a")
 
 
+# Contexts that change on the way, and pictures as input
+
+
+def job_of_contexts(bundle: Bundle, sets: tuple[int, ...], pictures: int = 1) -> Job:
+    """A guided job of one row per entry of `sets`, over three context sets."""
+    rows = trace_rows("euler_a", "discrete", len(sets), bundle.manifest.diffusion)
+    random = np.random.RandomState(1)
+
+    def draw(*shape: int) -> Any:
+        return random.standard_normal(shape).astype(np.float32)
+
+    latents = (pictures, 4, 8, 8)
+    contexts = tuple(draw(2 * pictures, 77, 64) for _ in range(3))
+    zeros = np.zeros(latents, np.float32)
+    return Job(tables(rows, [[-2.0, 3.0]] * len(rows)), draw(len(rows), *latents), contexts, sets, zeros, draw(*latents), zeros[:, :1])
+
+
+def run(denoising: Denoising, rows: int) -> tuple[Any, Any]:
+    for _ in range(rows):
+        denoising.step()
+    try:
+        return denoising.latents(), denoising.denoised()
+    finally:
+        denoising.close()
+
+
+@pytest.mark.parametrize("sets", [(0, 0, 1, 1, 2), (2, 0, 2, 0), (1, 1, 1), (0, 1)])
+@pytest.mark.parametrize("pictures", [1, 3])
+def test_context_changes_between_rows(pipe: Pipeline, gpu: Gpu, flat_bundle: Path, sets: tuple[int, ...], pictures: int) -> None:
+    """One copy within the device before each row whose context set differs from the row's before it; nothing else between first row and last."""
+    job = job_of_contexts(pipe.bundle, sets, pictures)
+    with Pipeline.load(flat_bundle, backend="onnxruntime", threads=1) as cpu:
+        reference = run(engine_of(cpu).denoise(job), len(sets))
+    assert not np.array_equal(reference[0], run(engine_of(pipe).denoise(replace(job, context_of_row=(0,) * len(sets))), len(sets))[0])
+    for found, wanted in zip(run(engine_of(pipe).denoise(job), len(sets)), reference, strict=True):
+        assert np.array_equal(found, wanted)
+    gpu.journal.clear()
+    with gpu.counted() as counts:
+        denoising = engine_of(pipe).denoise(job)
+        for _ in sets:
+            denoising.step()
+    changes = sum(one != two for one, two in pairwise(sets))
+    assert counts.get("d2d", 0) == changes
+    copies = 2 if changes else 1  # the job's inputs, and its context sets where they change
+    expected = {"launches": len(sets), "h2d": copies, "d2d": changes, "syncs": 1, "records": len(sets), "events": 2}
+    counts.pop("polls", None)  # as many as the device's pace asks for
+    assert counts == {name: count for name, count in expected.items() if count}  # no allocation: the job before left its memory with its buffers
+    first, last = gpu.journal.index("launches"), len(gpu.journal) - gpu.journal[::-1].index("launches")
+    assert gpu.journal[first:last].count("d2d") == changes
+    assert set(gpu.journal[first:last]) <= {"launches", "records", "polls", "d2d"}
+    denoising.close()
+
+
+def test_more_context_sets_than_before(pipe: Pipeline, flat_bundle: Path) -> None:
+    """The memory for sets grows with the job that needs it, and the smaller job after it still finds its own."""
+    with Pipeline.load(flat_bundle, backend="onnxruntime", threads=1) as cpu:
+        for sets, kept in (((0, 1), 2), ((0, 1, 2), 3), ((1, 0), 2)):
+            job = job_of_contexts(pipe.bundle, sets)
+            job = replace(job, contexts=job.contexts[:kept])
+            assert np.array_equal(run(engine_of(pipe).denoise(job), len(sets))[0], run(engine_of(cpu).denoise(job), len(sets))[0])
+
+
+def test_context_changes_over_a_refill(gpu: Gpu, flat_bundle: Path, blank: Path) -> None:
+    compile_engine(blank, graphs=flat_bundle, rows=3)
+    sets = (0, 0, 1, 2, 2, 0, 1)
+    with load(blank) as pipe, Pipeline.load(flat_bundle, backend="onnxruntime", threads=1) as cpu:
+        job = job_of_contexts(pipe.bundle, sets)
+        assert np.array_equal(run(engine_of(pipe).denoise(job), len(sets))[0], run(engine_of(cpu).denoise(job), len(sets))[0])
+
+
+@pytest.mark.parametrize("shape", [(1, 64, 64), (3, 72, 96)])
+def test_images_are_encoded(pipe: Pipeline, gpu: Gpu, flat_bundle: Path, shape: tuple[int, int, int]) -> None:
+    """The encoder is loaded when the first image comes, and once."""
+    random = np.random.RandomState(2)
+    pixels = random.randint(0, 256, (*shape, 3)).astype(np.uint8)
+    noise = random.standard_normal((shape[0], 4, shape[1] // 8, shape[2] // 8)).astype(np.float32)
+    with Pipeline.load(flat_bundle, backend="onnxruntime", threads=1) as cpu:
+        expected_latents = engine_of(cpu).encode_image(pixels, noise)
+    assert names.VAE_ENCODER not in engine_of(pipe)._engines
+    assert np.array_equal(engine_of(pipe).encode_image(pixels, noise), expected_latents)
+    with gpu.counted() as counts:
+        assert np.array_equal(engine_of(pipe).encode_image(pixels, noise), expected_latents)
+    assert counts == {"h2d": 1, "runs": 1, "d2h": 1, "syncs": 1}
+
+
+def test_more_chunks_than_the_text_engine_takes(pipe: Pipeline, flat_bundle: Path) -> None:
+    """They are encoded in groups."""
+    tokens = np.random.RandomState(3).randint(0, 40_000, (7, 77))
+    weights = np.ones((7, 77), np.float32)
+    with Pipeline.load(flat_bundle, backend="onnxruntime", threads=1) as cpu:
+        reference = np.concatenate([engine_of(cpu).encode_text(tokens[i : i + 2], weights[i : i + 2], 1) for i in range(0, 7, 2)])
+    assert np.array_equal(engine_of(pipe).encode_text(tokens, weights, 1), reference)
+
+
 # State left behind
 
 
@@ -276,7 +371,7 @@ def nan_job(pipe: Pipeline) -> Job:
     rows = trace_rows("euler", "discrete", 3, pipe.bundle.manifest.diffusion)
     latents = np.full((1, 4, 8, 8), np.nan, np.float32)
     noise = np.full((3, 1, 4, 8, 8), np.nan, np.float32)
-    return Job(tables(rows, [-2.0, 3.0]), noise, np.full((2, 77, 64), np.nan, np.float32), latents, latents, latents[:, :1])
+    return Job(tables(rows, [[-2.0, 3.0]] * len(rows)), noise, (np.full((2, 77, 64), np.nan, np.float32),), (0,) * len(rows), latents, latents, latents[:, :1])
 
 
 @pytest.mark.parametrize("calls", [2, 3])
@@ -297,7 +392,7 @@ def test_buffers_taken_over_while_their_copies_are_queued(pipe: Pipeline) -> Non
     """The job before was given up with its inputs still on their way from pinned memory."""
     engine, job = engine_of(pipe), nan_job(pipe)
     zeros = np.zeros((1, 4, 8, 8), np.float32)
-    good = replace(job, noise=np.zeros((3, 1, 4, 8, 8), np.float32), context=np.zeros((2, 77, 64), np.float32), init=zeros, mask=zeros[:, :1])
+    good = replace(job, noise=np.zeros((3, 1, 4, 8, 8), np.float32), contexts=(np.zeros((2, 77, 64), np.float32),), init=zeros, mask=zeros[:, :1])
     good = replace(good, unit_noise=np.random.RandomState(0).standard_normal((1, 4, 8, 8)).astype(np.float32))
     latents = []
     for first in (good, job):

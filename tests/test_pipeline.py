@@ -416,6 +416,7 @@ class FakeEngine:
 
     def __init__(self) -> None:
         self.texts: list[tuple[NDArray[np.int64], Float, int]] = []
+        self.images: list[tuple[Pixels, Float]] = []
         self.jobs: list[Job] = []
         self.denoisings: list[FakeDenoising] = []
         self.roundings: list[float] = []
@@ -426,6 +427,10 @@ class FakeEngine:
     def encode_text(self, tokens: NDArray[np.int64], emphasis: Float, clip_skip: int) -> Float:
         self.texts.append((tokens, emphasis, clip_skip))
         return np.repeat(tokens[:, :, None], 64, axis=2).astype(np.float32)
+
+    def encode_image(self, pixels: Pixels, noise: Float) -> Float:
+        self.images.append((pixels, noise))
+        return np.full_like(noise, 0.5)
 
     def denoise(self, job: Job) -> Denoising:
         self.jobs.append(job)
@@ -489,7 +494,7 @@ def test_jobs_with_guidance(fake: FakeEngine, over_fake: Pipeline) -> None:
     assert tokens.tolist() == [sun.tolist(), fox.tolist()] and tokens.dtype == np.int64
     assert emphasis.dtype == np.float32 and emphasis.shape == (2, 77) and (emphasis == 1).all() and clip_skip == 1
     (job,) = fake.jobs
-    assert job.context[:, :, 0].tolist() == [sun.tolist(), sun.tolist(), fox.tolist(), fox.tolist()]  # branch-major
+    assert job.contexts[0][:, :, 0].tolist() == [sun.tolist(), sun.tolist(), fox.tolist(), fox.tolist()]  # branch-major
     assert job.tables.w.tolist() == [[-1.5, 2.5]] * 3
     shapes = {"noise": (3, 2, 4, 13, 9), "init": (2, 4, 13, 9), "unit_noise": (2, 4, 13, 9), "mask": (2, 1, 13, 9), "context": (4, 77, 64)}
     assert {name: getattr(job, name).shape for name in shapes} == shapes
@@ -501,7 +506,7 @@ def test_jobs_without_guidance(fake: FakeEngine, over_fake: Pipeline) -> None:
     over_fake("fox", negative="sun", cfg=1, seed=1, steps=3, batch=2, count=3)
     ((tokens, *_),) = fake.texts  # encoded once for all batches
     assert tokens.tolist() == over_fake._tokenizer.encode("fox").tolist()
-    assert [job.context.shape for job in fake.jobs] == [(2, 77, 64), (1, 77, 64)]
+    assert [job.contexts[0].shape for job in fake.jobs] == [(2, 77, 64), (1, 77, 64)]
     assert all(job.tables.w.tolist() == [[1.0]] * 3 for job in fake.jobs)
 
 

@@ -366,7 +366,7 @@ def test_whole_loop(engine: Engine, graphs: Graphs, sampler: str, schedule: str)
     for i in range(len(rows)):
         noise[i] = stream.draw(shape)
     zeros = np.zeros(shape, np.float32)
-    denoising = engine.denoise(Job(tables(rows, [1 - guidance, guidance]), noise, context, zeros, unit_noise, zeros[:, :1]))
+    denoising = engine.denoise(Job(tables(rows, [[1 - guidance, guidance]] * len(rows)), noise, (context,), (0,) * len(rows), zeros, unit_noise, zeros[:, :1]))
     for _ in rows:
         denoising.step()
     fresh = (row.astype(np.float64) for row in noise)

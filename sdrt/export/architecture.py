@@ -17,6 +17,10 @@ VAE = "first_stage_model."
 CLIP = "cond_stage_model.transformer."
 NORM_GROUPS = 32
 PREDICTIONS = {"epsilon": "epsilon", "eps": "epsilon", "v": "v", "v_prediction": "v"}
+SD1, SD1_INPAINTING = "a Stable Diffusion 1.x model", "a Stable Diffusion 1.x inpainting model"
+INPAINTING_CHANNELS = 9
+"""Latents 4, mask 1, latents of the masked image 4."""
+
 MAX_BLOCKS = 100
 """Blocks of one kind in a row. Real models stay far below; the limit keeps a forged header from costing minutes."""
 
@@ -132,14 +136,14 @@ def describe(names: Shapes) -> str:
         conv_in = names.get(UNET + "input_blocks.0.0.weight", ())
         channels = conv_in[1] if len(conv_in) == 4 else 4
         context = next((s[-1] for n, s in names.items() if n.startswith(UNET) and n.endswith("attn2.to_k.weight") and s), 0)
-        special = {7: "an x4 upscaler", 8: "an instruct-pix2pix model", 9: "an inpainting model"}
-        if channels != 4:
+        special = {7: "an x4 upscaler", 8: "an instruct-pix2pix model"}
+        if channels not in (4, INPAINTING_CHANNELS):
             return special.get(channels, f"a UNet of {channels} input channels")
         if not has(CLIP):
             return {1024: "an SD2 UNet without its text encoder", 2048: "an SDXL UNet without its text encoders"}.get(
                 context, "a Stable Diffusion UNet without its text encoder"
             )
-        return "a Stable Diffusion 1.x model"
+        return SD1_INPAINTING if channels == INPAINTING_CHANNELS else SD1
     if has(VAE, "decoder.up.", "encoder.down."):
         return "a VAE"
     if has(CLIP, "text_model."):
@@ -154,7 +158,7 @@ def architecture(path: Path, shapes: Shapes, metadata: Mapping[str, str]) -> Arc
         CheckpointError: the file is of another family or kind, a component is missing, or shapes contradict each other.
     """
     kind = describe(shapes)
-    if kind != "a Stable Diffusion 1.x model":
+    if kind not in (SD1, SD1_INPAINTING):
         _refuse_kind(path, kind)
     if VAE + "decoder.conv_in.weight" not in shapes:
         raise CheckpointError(f"{path}: has no VAE ({VAE}*)", "Supply one with --vae FILE.")
@@ -185,7 +189,7 @@ def _refuse_kind(path: Path, kind: str) -> None:
         raise CheckpointError(
             f"{path}: expected a Stable Diffusion 1.x checkpoint, found {kind}", fixes.get(kind, "Give a whole checkpoint in one .safetensors file.")
         )
-    raise CheckpointError(f"{path}: {kind}: not supported yet", "This version of sdrt builds Stable Diffusion 1.x with 4 input channels.")
+    raise CheckpointError(f"{path}: {kind}: not supported yet", "This version of sdrt builds Stable Diffusion 1.x and its inpainting models.")
 
 
 def _shape(path: Path, shapes: Shapes, name: str, rank: int) -> tuple[int, ...]:

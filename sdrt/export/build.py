@@ -132,7 +132,7 @@ def build(options: BuildOptions, progress: Progress = lambda stage, done: None) 
                     architecture={"unet": asdict(arch.unet), "vae": asdict(arch.vae), "clip": asdict(arch.clip)},
                     diffusion=Diffusion(prediction=arch.prediction),
                     text=Text(arch.clip.width, arch.clip.tokens, bos, eos, eos, arch.clip.clip_skip),
-                    latents=Latents(arch.vae.latent_channels, 2 ** (len(arch.vae.channels) - 1), arch.size),
+                    latents=Latents(arch.vae.latent_channels, 2 ** (len(arch.vae.channels) - 1), arch.size, arch.unet.in_channels - arch.vae.latent_channels),
                     precision=options.precision,
                     graphs=graphs,
                     sources=(*sources, *(_lora_source(lora, change) for lora, change in zip(loras, changes, strict=True))),

@@ -89,6 +89,8 @@ def recipes(arch: Architecture) -> dict[str, Recipe]:
         "init": (latents, f32),
         "init_noise": (latents, f32),
     }
+    if arch.unet.in_channels > channels:
+        step_inputs["concat"] = ("G*N", arch.unet.in_channels - channels, "h", "w"), f32
     text, pixels = ("n", arch.clip.tokens), ("N", f"{factor}*h", f"{factor}*w", 3)
     sizes = {"N": 3, "G": 2, "S": 5, "h": 16, "w": 24, "T": arch.clip.tokens, "n": 4}
     sizes |= {"G*N": 6, f"{factor}*h": 16 * factor, f"{factor}*w": 24 * factor}

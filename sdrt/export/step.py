@@ -48,18 +48,22 @@ class Step(nn.Module):
         mask: Tensor,
         init: Tensor,
         init_noise: Tensor,
+        concat: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Run row `row` of the tables once.
 
         Shapes, with S rows, R registers, G guidance branches, N pictures and T tokens: row int64 `[1]`; timestep, q `[S]`; a, u `[S, R]`;
         w `[S, G]`; M `[S, R, R+2]`; inpaint `[S, 3]` (k, b, c); noise `[S, N, 4, h, w]`; registers `[R, N, 4, h, w]`;
         context `[G*N, T, C]` (branch-major: all pictures of the negative first); mask `[N, 1, h, w]` (1 keeps); init, init_noise `[N, 4, h, w]`.
+        Inpainting models take concat `[G*N, 5, h, w]` too, which is not scaled as the latents are.
         Returns the next registers, row + 1 and the denoised estimate `[N, 4, h, w]`.
         """
         timestep, a, w, u, q, M, inpaint, noise = (x.index_select(0, row) for x in (timestep, a, w, u, q, M, inpaint, noise))
         branches = w.shape[1]
         latents = _combine(a, registers)
         batch = latents[None].expand(branches, -1, -1, -1, -1).flatten(0, 1)
+        if concat is not None:
+            batch = torch.cat([batch, concat], dim=1)
         unet = self.model.diffusion_model
         out = unet(batch, timestep, context, self.hypernetworks).float()
         denoised = _combine(u, registers) + q * _combine(w, out.unflatten(0, (branches, -1)))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -49,12 +50,16 @@ class Slot:
         self.shape, self.latents = shape, latents
         self.contexts: list[Any] = []
         self.graphs: list[Any] | None = None
+        self.context_sets: Block | None = None
+        context = (shape.branches * shape.pictures, shape.tokens, bundle.manifest.text.width)
+        extra = bundle.manifest.latents.concat_channels
+        concat = [("concat", (shape.branches * shape.pictures, extra, shape.height, shape.width), f32)] if extra else []
         self.inputs = engine.block(
             [
                 ("row", (1,), np.int64), ("timestep", (rows,), f32), ("a", (rows, registers), f32), ("w", (rows, shape.branches), f32),
                 ("u", (rows, registers), f32), ("q", (rows,), f32), ("M", (rows, registers, registers + 2), f32), ("inpaint", (rows, 3), f32),
-                ("registers", (registers, *latents), f32), ("context", (shape.branches * shape.pictures, shape.tokens, bundle.manifest.text.width), f32),
-                ("mask", (shape.pictures, 1, shape.height, shape.width), f32), ("init", latents, f32), ("init_noise", latents, f32),
+                ("registers", (registers, *latents), f32), ("context", context, f32),
+                *concat, ("mask", (shape.pictures, 1, shape.height, shape.width), f32), ("init", latents, f32), ("init_noise", latents, f32),
                 ("noise", (rows, *latents), f32),
             ]
         )  # fmt: skip
@@ -78,10 +83,29 @@ class Slot:
         else:
             self.graphs[row % 2].launch(engine.stream)
 
+    def hold_context_sets(self, engine: TensorRtEngine, sets: Sequence[Float]) -> None:
+        """Put a job's context sets on the device, in memory that stays with the slot: the next such job allocates nothing."""
+        if self.context_sets is None or len(self.context_sets.layout.sections) < len(sets):
+            if self.context_sets is not None:
+                self.context_sets.close(engine.stream)
+                self.context_sets = None
+            shape = self.inputs.layout.sections["context"].shape
+            self.context_sets = engine.block([(_set(i), shape, np.float32) for i in range(len(sets))])
+        for i, context in enumerate(sets):
+            self.context_sets.host(_set(i))[...] = context
+        self.context_sets.upload(engine.stream, _set(0), _set(len(sets) - 1))
+
+    def change_context(self, engine: TensorRtEngine, index: int) -> None:
+        """Start the one copy that gives the next rows another context set. The rows before have read theirs: one stream, one order."""
+        assert self.context_sets is not None
+        self.inputs.copy(engine.stream, "context", self.context_sets, _set(index))
+
     def close(self, stream: Any) -> None:
         for graph in self.graphs or []:
             graph.close()
         self.contexts.clear()
+        if self.context_sets is not None:
+            self.context_sets.close(stream)
         self.inputs.close(stream)
         self.outputs.close(stream)
 
@@ -145,6 +169,10 @@ class Slot:
         return self.inputs if row % 2 else self.outputs
 
 
+def _set(index: int) -> str:
+    return f"context {index}"
+
+
 def _captured(engine: TensorRtEngine, context: Any) -> Any:
     builder = engine.stream.create_graph_builder()
     try:
@@ -174,8 +202,12 @@ class TensorRtDenoising:
         registers = inputs.host("registers")
         registers[...] = 0  # 0 times a stale NaN would be NaN
         registers[0], registers[1] = job.init, job.unit_noise
-        for name, array in (("context", job.context), ("mask", job.mask), ("init", job.init), ("init_noise", job.unit_noise)):
-            inputs.host(name)[...] = array
+        first = job.contexts[job.context_of_row[0]]
+        for name, array in (("context", first), ("concat", job.concat), ("mask", job.mask), ("init", job.init), ("init_noise", job.unit_noise)):
+            if array is not None:
+                inputs.host(name)[...] = array
+        if len(set(job.context_of_row)) > 1:
+            slot.hold_context_sets(engine, job.contexts)
         inputs.upload(engine.stream, "row", "noise", self._fill_tables(slot))
         self._slot = slot  # ours to give back from here on
 
@@ -184,6 +216,9 @@ class TensorRtDenoising:
         with self._engine.guarded(names.STEP):
             if self._row and self._row % self._engine.record.rows == 0:
                 self._refill(slot)
+            index = self._job.context_of_row[self._row]
+            if self._row and index != self._job.context_of_row[self._row - 1]:
+                slot.change_context(self._engine, index)
             slot.launch(self._engine, self._row)
             self._events.append(self._engine.stream.record(event))
             self._row += 1

@@ -84,6 +84,15 @@ class Block:
         device, host = self._span(first, last, None)
         host.copy_from(device, stream=stream)
 
+    def copy(self, stream: Any, name: str, source: Block, source_name: str) -> None:
+        """Start one copy within the device: an array of this block from an equal one of another."""
+        target, origin = self.layout.sections[name], source.layout.sections[source_name]
+        assert (target.shape, target.dtype) == (origin.shape, origin.dtype)
+        buffers = [
+            self._cuda.Buffer.from_handle(block.address(of), target.size_bytes, owner=block._device) for block, of in ((self, name), (source, source_name))
+        ]
+        buffers[0].copy_from(buffers[1], stream=stream)
+
     def clear(self, stream: Any) -> None:
         self._device.fill(0, stream=stream)
 

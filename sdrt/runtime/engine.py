@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -36,16 +37,19 @@ class Tables:
 class Job:
     """One batch of N pictures to denoise, all float32.
 
-    noise `[S, N, 4, h, w]`; context `[G*N, T, C]`, branch-major; init and unit_noise `[N, 4, h, w]` (registers 0 and 1 at the start);
-    mask `[N, 1, h, w]`, 1 keeps.
+    noise `[S, N, 4, h, w]`; contexts: sets of `[G*N, T, C]`, branch-major, all of one shape; context_of_row: which of them each of the S
+    rows takes; init and unit_noise `[N, 4, h, w]` (registers 0 and 1 at the start); mask `[N, 1, h, w]`, 1 keeps; concat `[G*N, C, h, w]`,
+    what an inpainting model sees beside the latents, None for models that take none.
     """
 
     tables: Tables
     noise: Float
-    context: Float
+    contexts: tuple[Float, ...]
+    context_of_row: tuple[int, ...]
     init: Float
     unit_noise: Float
     mask: Float
+    concat: Float | None = None
 
 
 class Denoising(Protocol):
@@ -75,6 +79,9 @@ class Engine(Protocol):
     def encode_text(self, tokens: NDArray[np.int64], emphasis: Float, clip_skip: int) -> Float:
         """Token ids and weights `[n, 77]` to context `[n, 77, C]`."""
 
+    def encode_image(self, pixels: Pixels, noise: Float) -> Float:
+        """Pixels `[N, H, W, 3]` and unit noise `[N, 4, h, w]` (zeros for the posterior's mean) to latents `[N, 4, h, w]`."""
+
     def denoise(self, job: Job) -> Denoising: ...
 
     def decode(self, latents: Float, rounding: float) -> tuple[Pixels, NDArray[np.bool_]]:
@@ -84,8 +91,8 @@ class Engine(Protocol):
         """What runs: library and version, precision, threads or device."""
 
 
-def tables(rows: list[Row], guidance: list[float]) -> Tables:
-    """Rows as the graph takes them. `guidance` weighs the branches of the guidance batch and sums to 1."""
+def tables(rows: Sequence[Row], guidance: Sequence[Sequence[float]]) -> Tables:
+    """Rows as the graph takes them. `guidance` weighs the branches of the guidance batch for each row; each sums to 1."""
 
     def column(values: list[Any]) -> Float:
         return np.array(values, dtype=np.float32)
@@ -93,7 +100,7 @@ def tables(rows: list[Row], guidance: list[float]) -> Tables:
     return Tables(
         timestep=column([row.timestep for row in rows]),
         a=column([row.a for row in rows]),
-        w=column([guidance for _ in rows]),
+        w=column(list(guidance)),
         u=column([row.u for row in rows]),
         q=column([row.q for row in rows]),
         M=column([row.M for row in rows]),

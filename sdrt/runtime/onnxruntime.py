@@ -29,7 +29,8 @@ class OnnxRuntimeEngine:
     def __init__(self, bundle: Bundle, threads: int | None) -> None:
         ort = _import()
         self._ort = ort
-        self._threads = threads
+        self._bundle, self._threads = bundle, threads
+        self._lock = Lock()
         # Sessions load in parallel: folding and packing weights runs on one core each.
         with ThreadPoolExecutor(len(_RUN_GRAPHS)) as pool:
             sessions = pool.map(lambda graph: _session(ort, bundle, graph, threads), _RUN_GRAPHS)
@@ -38,6 +39,13 @@ class OnnxRuntimeEngine:
     def encode_text(self, tokens: NDArray[np.int64], emphasis: Float, clip_skip: int) -> Float:
         context: Float = self._run(names.TEXT_ENCODER, [names.context_output(clip_skip)], {"tokens": tokens, "emphasis": emphasis})[0]
         return context
+
+    def encode_image(self, pixels: Pixels, noise: Float) -> Float:
+        with self._lock:  # most pictures start from text: the encoder is loaded when the first image comes
+            if names.VAE_ENCODER not in self._sessions:
+                self._sessions[names.VAE_ENCODER] = _session(self._ort, self._bundle, names.VAE_ENCODER, self._threads)
+        latents: Float = self._run(names.VAE_ENCODER, list(names.ENCODER_OUTPUTS), {"pixels": pixels, "noise": noise})[0]
+        return latents
 
     def denoise(self, job: Job) -> OnnxRuntimeDenoising:
         return OnnxRuntimeDenoising(self, self._ort, self._sessions[names.STEP], job)
@@ -69,13 +77,17 @@ class OnnxRuntimeDenoising:
         tables = job.tables
         constant = {
             "timestep": tables.timestep, "a": tables.a, "w": tables.w, "u": tables.u, "q": tables.q, "M": tables.M, "inpaint": tables.inpaint,
-            "noise": job.noise, "context": job.context, "mask": job.mask, "init": job.init, "init_noise": job.unit_noise,
+            "noise": job.noise, "mask": job.mask, "init": job.init, "init_noise": job.unit_noise,
         }  # fmt: skip
 
         def on_host(array: Any) -> Any:
             return ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))
 
+        if job.concat is not None:
+            constant["concat"] = job.concat
         inputs = {name: on_host(array) for name, array in constant.items()}
+        self._contexts = [on_host(context) for context in job.contexts]
+        self._context_of_row = job.context_of_row
         self._registers = [on_host(registers), on_host(np.zeros_like(registers))]
         self._denoised = on_host(np.zeros_like(job.init))
         row = [on_host(np.zeros(1, np.int64)), on_host(np.zeros(1, np.int64))]
@@ -84,6 +96,7 @@ class OnnxRuntimeDenoising:
             binding = session.io_binding()
             for name, value in inputs.items():
                 binding.bind_ortvalue_input(name, value)
+            binding.bind_ortvalue_input("context", self._contexts[job.context_of_row[0]])
             binding.bind_ortvalue_input("registers", self._registers[here])
             binding.bind_ortvalue_input("row", row[here])
             for name, value in zip(names.STEP_OUTPUTS, (self._registers[there], row[there], self._denoised), strict=True):
@@ -92,6 +105,10 @@ class OnnxRuntimeDenoising:
         self._rows = 0
 
     def step(self) -> None:
+        current, before = (self._context_of_row[max(0, row)] for row in (self._rows, self._rows - 1))
+        if current != before:
+            for binding in self._bindings:
+                binding.bind_ortvalue_input("context", self._contexts[current])
         try:
             self._session.run_with_iobinding(self._bindings[self._rows % 2])
         except Exception as error:

@@ -206,7 +206,7 @@ class Pipeline:
         context = engine.encode_text(tokens, np.ones(tokens.shape, np.float32), clip_skip)
         timings: dict[str, Any] = {"text_encoder": _since(started), "denoise": 0.0, "decode": 0.0, "steps": []}
         guidance = [1 - request.cfg, request.cfg] if request.cfg != 1 else [1.0]
-        step_tables = tables(rows, guidance)
+        step_tables = tables(rows, [guidance] * len(rows))
         images: list[Pixels] = []
         for first in range(0, len(request.seeds), request.batch):
             seeds = request.seeds[first : first + request.batch]
@@ -248,7 +248,7 @@ class Pipeline:
                 if row.draws:
                     noise[j, i] = stream.draw(shape)
         zeros = np.zeros_like(unit_noise)
-        return Job(step_tables, noise, np.repeat(context, len(seeds), axis=0), zeros, unit_noise, zeros[:, :1])
+        return Job(step_tables, noise, (np.repeat(context, len(seeds), axis=0),), (0,) * len(rows), zeros, unit_noise, zeros[:, :1])
 
     def _decode(self, denoising: Denoising, seeds: tuple[int, ...], timings: dict[str, Any]) -> Pixels:
         started = time.perf_counter()

@@ -47,6 +47,7 @@ class TensorRtEngine:
         self._graphs_disabled = False
         self._free: deque[Slot] = deque()
         self._blocks: dict[Any, Block] = {}
+        self._more_activations: list[Any] = []
         self._device: Any = None
         self._stream: Any = None
         with self.guarded(_LOAD):
@@ -69,27 +70,48 @@ class TensorRtEngine:
     # Engine protocol
 
     def encode_text(self, tokens: NDArray[np.int64], emphasis: Float, clip_skip: int) -> Float:
+        most = self.record.key.profiles[names.TEXT_ENCODER][0].shapes["tokens"][2][0]
+        groups = [slice(first, first + most) for first in range(0, len(tokens), most)]
+        return np.concatenate([self._encode_group(tokens[group], emphasis[group], clip_skip) for group in groups])
+
+    def _encode_group(self, tokens: NDArray[np.int64], emphasis: Float, clip_skip: int) -> Float:
         output = names.context_output(clip_skip)
         width = self._bundle.manifest.text.width
         fields = [("tokens", tokens.shape, np.int64), ("emphasis", emphasis.shape, np.float32)]
         outputs = [(names.context_output(n), (*tokens.shape, width), np.float32) for n in self._bundle.manifest.text.clip_skip]
         with self.guarded(names.TEXT_ENCODER):
-            block = self._kept([*fields, *outputs])
-            block.host("tokens")[...], block.host("emphasis")[...] = tokens, emphasis
-            block.upload(self._stream, "tokens", "emphasis")
-            context = self._contexts[names.TEXT_ENCODER]
-            self.bind(context, names.TEXT_ENCODER, 0, {name: (block.address(name), shape) for name, shape, _ in fields})
-            for name, _, _ in outputs:
-                context.set_tensor_address(name, block.address(name))
-            self.enqueue(context, names.TEXT_ENCODER, self._stream)
-            block.download(self._stream, output, output)
-            self._stream.sync()
+            block = self._run(names.TEXT_ENCODER, {"tokens": tokens, "emphasis": emphasis}, [*fields, *outputs], output)
             result: Float = block.host(output).copy()
             return result
 
+    def encode_image(self, pixels: Pixels, noise: Float) -> Float:
+        fields = [("pixels", pixels.shape, np.uint8), ("noise", noise.shape, np.float32), ("latents", noise.shape, np.float32)]
+        with self.guarded(names.VAE_ENCODER):
+            if names.VAE_ENCODER not in self._contexts:  # most pictures start from text: the encoder is loaded when the first image comes
+                self._engines[names.VAE_ENCODER] = self._deserialize(names.VAE_ENCODER)
+                self._contexts[names.VAE_ENCODER] = self.context(names.VAE_ENCODER)
+            block = self._run(names.VAE_ENCODER, {"pixels": pixels, "noise": noise}, fields, "latents")
+            result: Float = block.host("latents").copy()
+            return result
+
+    def _run(self, graph: str, inputs: dict[str, NDArray[Any]], fields: list[Any], output: str) -> Block:
+        """Run one graph on host arrays and wait for `output`, which the block then holds."""
+        block = self._kept(fields)
+        for name, array in inputs.items():
+            block.host(name)[...] = array
+        block.upload(self._stream, fields[0][0], fields[len(inputs) - 1][0])
+        context = self._contexts[graph]
+        self.bind(context, graph, 0, {name: (block.address(name), array.shape) for name, array in inputs.items()})
+        for name, _, _ in fields[len(inputs) :]:
+            context.set_tensor_address(name, block.address(name))
+        self.enqueue(context, graph, self._stream)
+        block.download(self._stream, output, output)
+        self._stream.sync()
+        return block
+
     def denoise(self, job: Job) -> TensorRtDenoising:
         pictures, _, height, width = job.init.shape
-        shape = Shape(pictures, height, width, job.context.shape[1], job.tables.w.shape[1])
+        shape = Shape(pictures, height, width, job.contexts[0].shape[1], job.tables.w.shape[1])
         with self.guarded(names.STEP):
             slot = self._take(shape)
             try:
@@ -143,8 +165,16 @@ class TensorRtEngine:
             raise ResourceError(
                 f"{graph}: the GPU has no memory left for another execution context", "Close other programs on the GPU, or choose a smaller --size or --batch."
             )
-        context.set_device_memory(int(self._activations.handle), max(self.activation_bytes, 1))
+        context.set_device_memory(*self._activations_for(engine))
         return context
+
+    def _activations_for(self, engine: Any) -> tuple[int, int]:
+        """Address and size of the activation block; a larger one of its own for an engine that was loaded later and needs it."""
+        needed = int(engine.device_memory_size_v2)
+        if needed <= self.activation_bytes:
+            return int(self._activations.handle), max(self.activation_bytes, 1)
+        self._more_activations.append(self._device.allocate(needed, stream=self._stream))
+        return int(self._more_activations[-1].handle), needed
 
     def bind(self, context: Any, graph: str, profile: int, inputs: dict[str, tuple[int, tuple[int, ...]]]) -> None:
         """Choose a profile, then set the shape and address of every input.
