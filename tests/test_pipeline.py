@@ -496,7 +496,8 @@ def test_jobs_with_guidance(fake: FakeEngine, over_fake: Pipeline) -> None:
     (job,) = fake.jobs
     assert job.contexts[0][:, :, 0].tolist() == [sun.tolist(), sun.tolist(), fox.tolist(), fox.tolist()]  # branch-major
     assert job.tables.w.tolist() == [[-1.5, 2.5]] * 3
-    shapes = {"noise": (3, 2, 4, 13, 9), "init": (2, 4, 13, 9), "unit_noise": (2, 4, 13, 9), "mask": (2, 1, 13, 9), "context": (4, 77, 64)}
+    shapes = {"noise": (3, 2, 4, 13, 9), "init": (2, 4, 13, 9), "unit_noise": (2, 4, 13, 9), "mask": (2, 1, 13, 9)}
+    assert job.contexts[0].shape == (4, 77, 64) and job.context_of_row == (0, 0, 0) and job.concat is None
     assert {name: getattr(job, name).shape for name in shapes} == shapes
     assert {getattr(job, name).dtype for name in shapes} == {np.dtype(np.float32)}
     assert [denoising.rows for denoising in fake.denoisings] == [3] and fake.roundings == [0.5]
