@@ -22,7 +22,8 @@ from safetensors.torch import load_file, save_file
 
 from sdrt.errors import InputFileError, SdrtError, UnsafeError
 from sdrt.export import tensor_file
-from sdrt.export.tensor_file import ITEM_BYTES, open_tensor_file
+from sdrt.export.tensor_entry import ITEM_BYTES
+from sdrt.export.tensor_file import open_tensor_file
 
 Header = dict[str, Any]
 
@@ -223,16 +224,20 @@ def test_the_start_of_a_page_is_shown_escaped(file: Path) -> None:
     refused(file, "\\x1b[31m\\x00")
 
 
-def test_zip_under_another_name(file: Path) -> None:
-    torch.save({"a": torch.zeros(2)}, file)
-    error = refused(file, "a zip archive")
-    assert ".safetensors" in error.fix
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+def test_the_content_tells_the_format_not_the_name(file: Path, zipped: bool) -> None:
+    torch.save({"a": torch.arange(4.0)}, file, _use_new_zipfile_serialization=zipped)
+    with open_tensor_file(file) as opened:
+        assert torch.equal(opened.read("a"), torch.arange(4.0))
+    save_file({"a": torch.arange(4.0)}, file.with_suffix(".ckpt"))
+    with open_tensor_file(file.with_suffix(".ckpt")) as opened:
+        assert torch.equal(opened.read("a"), torch.arange(4.0))
 
 
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
-def test_pickle_under_another_name(file: Path, protocol: int) -> None:
+def test_pickle_that_torch_did_not_write(file: Path, protocol: int) -> None:
     file.write_bytes(pickle.dumps({"state_dict": list(range(100))}, protocol=protocol))
-    error = refused(file, "a Python pickle")
+    error = refused(file, "a Python pickle that torch.save did not write")
     assert "weights_only" not in error.fix
 
 

@@ -5,10 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sdrt.errors import CheckpointError, nearest, printable
 from sdrt.export.architecture import CLIP, VAE, Architecture, architecture
-from sdrt.export.tensor_file import FLOATS, TensorEntry, TensorFile, open_tensor_file
+from sdrt.export.tensor_entry import FLOATS, TensorEntry
+from sdrt.export.tensor_file import TensorFile, open_tensor_file
+
+if TYPE_CHECKING:
+    import torch
 
 _IGNORED = (
     "alphas_cumprod", "betas", "log_one_minus_alphas_cumprod", "sqrt_", "posterior_", "lvlb_weights", "logvar", "scale_factor",
@@ -18,10 +23,19 @@ _IGNORED = (
 
 @dataclass(frozen=True)
 class Tensor:
-    """Where a tensor lies: its entry within its file."""
+    """Where a tensor of the model lies: its entry within its file."""
 
     file: TensorFile
     entry: TensorEntry
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.entry.shape
+
+    def read(self) -> torch.Tensor:
+        """The stored values, in the stored type; 8-bit floats as float32, since hardly any operator takes them. Raises as `TensorFile.read` does."""
+        stored = self.file.read(self.entry.name)
+        return stored.float() if self.entry.dtype.startswith("F8") else stored
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
-"""Reads a file of tensors: names, types and shapes at once, data on demand. Knows safetensors; never executes what it reads.
+"""Opens a file of tensors, safetensors or what torch.save wrote: names, types and shapes at once, data on demand. Never executes what it reads.
 
-The header is checked more strictly than the safetensors library does (format document: safetensors README): duplicate keys,
+A safetensors header is checked more strictly than the safetensors library does (format document: safetensors README): duplicate keys,
 holes and trailing bytes are refused, and every message names the file and the tensor. torch is imported only when data is read.
 """
 
@@ -13,59 +13,41 @@ import math
 import os
 import stat
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn
 
 from sdrt.errors import InputFileError, UnsafeError, printable
+from sdrt.export.tensor_entry import ITEM_BYTES, MAX_RANK, MAX_TENSORS, TensorEntry
+from sdrt.export.torch_archive import read_legacy_archive, read_zip_archive
+from sdrt.export.zip_members import Member, check_member, read_member
 
 if TYPE_CHECKING:
     import torch
 
 MAX_HEADER_BYTES = 100_000_000
-MAX_TENSORS = 100_000
-MAX_RANK = 8
-
-ITEM_BYTES = {
-    "F64": 8,
-    "F32": 4,
-    "F16": 2,
-    "BF16": 2,
-    "F8_E4M3": 1,
-    "F8_E5M2": 1,
-    "I64": 8,
-    "I32": 4,
-    "I16": 2,
-    "I8": 1,
-    "U8": 1,
-    "U16": 2,
-    "U32": 4,
-    "U64": 8,
-    "BOOL": 1,
-}
-FLOATS = ("F64", "F32", "F16", "BF16")
-
-
-@dataclass(frozen=True)
-class TensorEntry:
-    """One tensor in a file: `dtype` is the safetensors code, `offset` counts from the start of the file."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    offset: int
-    size_bytes: int
+PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
+_LEGACY_TEXT_START = b"L119547037146038801333356L"  # torch's magic number, as protocol 0 spells it
 
 
 class TensorFile:
-    """An open file of tensors. All reads go through one descriptor, so the file cannot be swapped between two of them."""
+    """An open file of tensors. All reads go through one descriptor, so the file cannot be swapped between two of them.
 
-    def __init__(self, path: Path, stream: BinaryIO, entries: Mapping[str, TensorEntry], metadata: Mapping[str, str]) -> None:
+    `entries` are its tensors by name. `tree` is the same as the file nests it: dictionaries, lists, text and numbers, with entries as leaves; a
+    safetensors file is one flat dictionary. Below a `state_dict`, both start there. `metadata` is a safetensors file's own; `notes` are for the user.
+    """
+
+    def __init__(
+        self, path: Path, stream: BinaryIO, entries: Mapping[str, TensorEntry], metadata: Mapping[str, str], tree: Any, notes: tuple[str, ...] = ()
+    ) -> None:
         self.path = path
         self.entries = entries
         self.metadata = metadata
+        self.tree = tree
+        self.notes = notes
         self._stream = stream
         self._opened = _identity(os.fstat(stream.fileno()))
+        self._checked: set[Member] = set()
+        self._inflated: tuple[Member, bytearray] | None = None
         self.size_bytes = self._opened[2]
 
     def close(self) -> None:
@@ -78,22 +60,37 @@ class TensorFile:
         self.close()
 
     def read_bytes(self, entry: TensorEntry) -> bytearray:
-        """The tensor's bytes, little-endian, row-major.
+        """The tensor's bytes, little-endian, row-major; from the first element to the last where the entry has strides.
 
         Raises:
-            InputFileError: the file is shorter than when it was opened.
+            InputFileError: the file is shorter than when it was opened, or damaged.
+            UnsafeError: the bytes are not those whose checksum the file states.
         """
-        data = bytearray(entry.size_bytes)
-        self._stream.seek(entry.offset)
+        size, start = entry.size_bytes, entry.offset
+        if entry.strides and size:
+            size = (1 + sum((n - 1) * stride for n, stride in zip(entry.shape, entry.strides, strict=True))) * (size // math.prod(entry.shape))
+        member = entry.storage
+        if member is not None and member.deflated_bytes is not None:
+            if self._inflated is None or self._inflated[0] != member:
+                self._inflated = (member, read_member(self.path, self._stream, member))
+            return self._inflated[1][start : start + size]
+        if member is not None:
+            if member not in self._checked:
+                check_member(self.path, self._stream, member)
+                self._checked.add(member)
+            start += member.offset
+        data = bytearray(size)
+        self._stream.seek(start)
         if self._stream.readinto(data) != len(data):  # type: ignore[attr-defined]
             raise InputFileError(f"{self.path}: {printable(entry.name)}: the file changed during the build", "Run the build again.")
         return data
 
     def read(self, name: str) -> torch.Tensor:
-        """The tensor as it is stored.
+        """The tensor as it is stored, row-major.
 
         Raises:
-            InputFileError: the tensor is not floating-point or integer data that torch can hold.
+            InputFileError: the tensor is not floating-point or integer data that torch can hold; or as `read_bytes`.
+            UnsafeError: as `read_bytes`.
         """
         import torch
 
@@ -106,7 +103,8 @@ class TensorFile:
             raise InputFileError(f"{self.path}: {printable(name)}: expected floating-point data, found {entry.dtype}")
         if entry.size_bytes == 0:
             return torch.empty(entry.shape, dtype=kinds[entry.dtype])
-        return torch.frombuffer(self.read_bytes(entry), dtype=kinds[entry.dtype]).reshape(entry.shape)
+        flat = torch.frombuffer(self.read_bytes(entry), dtype=kinds[entry.dtype])
+        return flat.as_strided(entry.shape, entry.strides).contiguous() if entry.strides else flat.reshape(entry.shape)
 
     def sha256(self) -> str:
         """SHA-256 of the whole file through the same descriptor.
@@ -126,11 +124,11 @@ class TensorFile:
 
 
 def open_tensor_file(path: Path) -> TensorFile:
-    """Open a safetensors file and check its header.
+    """Open a safetensors file, or one that torch.save wrote, and check all but its tensors' values. Its content tells which it is, not its name.
 
     Raises:
-        InputFileError: the file is missing, not a regular file, of another format, or malformed; the message says which.
-        UnsafeError: bytes follow the last tensor, so the file may be two files in one.
+        InputFileError: the file is missing, not a regular file, of another format, malformed, or past a limit; the message says which.
+        UnsafeError: bytes follow the last tensor, so the file may be two files in one; or a pickle names anything but tensors and plain values.
     """
     try:
         # O_NONBLOCK: opening a FIFO must not wait for a writer.
@@ -142,16 +140,20 @@ def open_tensor_file(path: Path) -> TensorFile:
     if not stat.S_ISREG(status.st_mode):
         os.close(descriptor)
         kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a device, pipe or socket"
-        raise InputFileError(f"{path}: expected a safetensors file, found {kind}", "Give one .safetensors file.")
+        raise InputFileError(f"{path}: expected a file of tensors, found {kind}", "Give one .safetensors, .ckpt, .pt or .bin file.")
     stream = os.fdopen(descriptor, "rb", buffering=0)
     try:
         size, start = status.st_size, stream.read(512)
         header_bytes = int.from_bytes(start[:8], "little")
         if not (start[8:9] == b"{" and header_bytes <= MAX_HEADER_BYTES and 8 + header_bytes <= size):
-            _refuse(path, start, size, header_bytes)
+            read = read_zip_archive if start.startswith(b"PK\x03\x04") else read_legacy_archive if _is_pickle(path, start) else None
+            if read is None:
+                _refuse(path, start, size, header_bytes)
+            archive = read(path, stream, size)
+            return TensorFile(path, stream, archive.entries, {}, archive.tree, archive.notes)
         stream.seek(8)
         entries, metadata = _parse_header(path, stream.read(header_bytes), 8 + header_bytes, size)
-        return TensorFile(path, stream, entries, metadata)
+        return TensorFile(path, stream, entries, metadata, dict(entries))
     except BaseException:
         stream.close()
         raise
@@ -170,19 +172,24 @@ def _similar_file(path: Path) -> str:
     return f"; did you mean {match[0]!r}?" if match and match[0] != path.name else ""
 
 
+def _is_pickle(path: Path, start: bytes) -> bool:
+    """Whether a file that is no safetensors file starts as a pickle. Protocols 0 and 1 have no mark of their own: there the name decides too."""
+    marked = start[0:1] == b"\x80" and start[1:2] <= b"\x05" and len(start) > 8
+    texts = (b"<", b"{", b"[", b"version https://git-lfs", b"GGUF", b"\0", b"\xef\xbb\xbf")
+    named = path.suffix.lower() in PICKLE_SUFFIXES and len(start) > 8 and not start.lstrip().startswith(texts) and start[257:262] != b"ustar"
+    return marked or start.startswith(_LEGACY_TEXT_START) or named
+
+
 def _refuse(path: Path, start: bytes, size: int, header_bytes: int) -> NoReturn:
     """Say what a file is that is not safetensors, as far as its first bytes tell."""
     again = "Download the file again."
-    pickles = "Pickle checkpoints are not supported yet; get or save the .safetensors version."
     text = start.removeprefix(b"\xef\xbb\xbf").lstrip()
     if size <= 8 or header_bytes == 0:
         raise InputFileError(f"{path}: {size} bytes{', all zero at the start' if size >= 8 else ''}: an empty or truncated download", again)
     if start.startswith(b"version https://git-lfs"):
         raise InputFileError(f"{path}: a git-lfs pointer, not the file itself", "Fetch the file with: git lfs pull")
-    if start.startswith(b"PK\x03\x04"):
-        raise InputFileError(f"{path}: a zip archive (a .ckpt or .pt under another name?), expected safetensors", pickles)
-    if start[0] == 0x80 and start[1] <= 5 and header_bytes > MAX_HEADER_BYTES:
-        raise InputFileError(f"{path}: a Python pickle, expected safetensors", pickles)
+    if start[257:262] == b"ustar":
+        raise InputFileError(f"{path}: a tar archive (the form of torch before 0.2?), expected safetensors", "Save it again with a later torch.")
     if start.startswith(b"GGUF"):
         raise InputFileError(f"{path}: a GGUF file, expected safetensors", "Get the .safetensors version of the model.")
     if text[:1] in (b"<", b"{", b"[") and header_bytes > MAX_HEADER_BYTES:  # a true header's length may start with these bytes too

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from sdrt.errors import AdapterError, CheckpointError
 from sdrt.export.adapters import Lora, component
 from sdrt.export.checkpoint import Tensor
-from sdrt.export.tensor_file import ITEM_BYTES
+from sdrt.export.tensor_entry import ITEM_BYTES
 
 if TYPE_CHECKING:
     import torch
@@ -73,7 +73,7 @@ def write_weights(
     import torch
 
     kind = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
-    header, placed = layout({name: tensor.entry.shape for name, tensor in tensors.items()}, precision)
+    header, placed = layout({name: tensor.shape for name, tensor in tensors.items()}, precision)
     order = sorted(range(len(loras)), key=lambda i: (loras[i].sha256, loras[i].option.scale, loras[i].option.te_scale))
     norms: list[dict[str, list[float]]] = [defaultdict(lambda: [0, 0.0, 0.0]) for _ in loras]
     survived: set[int] = set()  # LoRAs that changed some weight by more than its rounding
@@ -83,7 +83,7 @@ def write_weights(
         stream.write(header)
         for name, place in placed.items():
             source = tensors[name]
-            stored = source.file.read(source.entry.name)
+            stored = source.read()
             _check_finite(stored, source)
             touching = [i for i in order if name in loras[i].pairs and loras[i].scale(name) != 0]
             fused = stored
