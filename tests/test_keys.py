@@ -11,7 +11,7 @@ from conftest import CHECKPOINT, LORA
 from safetensors import safe_open
 
 from sdrt.export.architecture import CLIP, UNET, UNetSpec
-from sdrt.export.keys import diffusers_module, kohya_names
+from sdrt.export.keys import adapter_names, diffusers_module
 from sdrt.export.unet import UNet
 
 SPECS = {
@@ -93,13 +93,13 @@ def test_names_of_no_module(module: str) -> None:
         diffusers_module(module, SPECS["emoji"])
 
 
-def checkpoint_weights() -> list[str]:
+def checkpoint_modules() -> list[str]:
     with safe_open(CHECKPOINT, "pt") as file:
-        return [name for name in file.keys() if name.endswith(".weight")]  # noqa: SIM118  safe_open is no mapping
+        return [name.removesuffix(".weight") for name in file.keys() if name.endswith(".weight")]  # noqa: SIM118  safe_open is no mapping
 
 
-def test_kohya_names_cover_the_emoji_lora() -> None:
-    table = kohya_names(checkpoint_weights(), SPECS["emoji"])
+def test_adapter_names_cover_the_emoji_lora() -> None:
+    table = adapter_names(checkpoint_modules(), SPECS["emoji"])
     with safe_open(LORA, "pt") as file:
         keys = list(file.keys())
     assert len(keys) == 744
@@ -114,28 +114,52 @@ def test_kohya_names_cover_the_emoji_lora() -> None:
     assert len({table[module] for module in modules}) == len(modules) == 248
 
 
-def test_kohya_names_know_both_spellings_and_are_not_ambiguous() -> None:
-    weights = checkpoint_weights()
-    counts = Counter(kohya_names(weights, SPECS["emoji"]).values())
-    assert {counts[name] for name in weights if name.startswith(UNET)} == {2}
-    assert {counts[name] for name in weights if name.startswith(CLIP)} == {1}
-    assert not any(counts[name] for name in weights if not name.startswith((UNET, CLIP)))
+def test_every_module_has_its_names_in_each_spelling_and_none_is_ambiguous() -> None:
+    modules = checkpoint_modules()
+    table = adapter_names(modules, SPECS["emoji"])
+    prefixes = {UNET: ("lora_unet_", "lycoris_", "unet.", "diffusion_model."), CLIP: ("lora_te_", "lora_te1_", "text_encoder.", "lycoris_text_model_")}
+    for network, spellings in prefixes.items():
+        for spelling in spellings:
+            named = {module for name, module in table.items() if name.startswith(spelling) and module.startswith(network)}
+            assert named == {module for module in modules if module.startswith(network)}, spelling
+    assert all(module.startswith((UNET, CLIP)) for module in table.values())
+    # Every name is claimed by one module only: building the table backwards gives the same.
+    assert adapter_names(modules[::-1], SPECS["emoji"]) == table
 
 
 @pytest.mark.parametrize(
-    ("kohya", "weight"),
+    ("name", "module"),
     [
         ("lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_out_0", "input_blocks.1.1.transformer_blocks.0.attn1.to_out.0"),
         ("lora_unet_input_blocks_1_1_transformer_blocks_0_attn1_to_out_0", "input_blocks.1.1.transformer_blocks.0.attn1.to_out.0"),
         ("lora_unet_mid_block_resnets_0_conv1", "middle_block.0.in_layers.2"),
         ("lora_unet_up_blocks_2_upsamplers_0_conv", "output_blocks.8.2.conv"),
         ("lora_unet_conv_in", "input_blocks.0.0"),
+        ("lora_unet_input_blocks_0_0", "input_blocks.0.0"),
+        ("lycoris_down_blocks_0_resnets_0_norm1", "input_blocks.1.0.in_layers.0"),
+        ("unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_out.0", "input_blocks.1.1.transformer_blocks.0.attn1.to_out.0"),
+        ("unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.processor.to_out", "input_blocks.1.1.transformer_blocks.0.attn1.to_out.0"),
+        ("down_blocks.0.attentions.0.transformer_blocks.0.attn2.processor.to_k", "input_blocks.1.1.transformer_blocks.0.attn2.to_k"),
+        ("down_blocks.0.attentions.0.proj_in", "input_blocks.1.1.proj_in"),
+        ("diffusion_model.middle_block.1.proj_out", "middle_block.1.proj_out"),
     ],
 )
-def test_known_kohya_names(kohya: str, weight: str) -> None:
-    assert kohya_names(checkpoint_weights(), SPECS["emoji"])[kohya] == f"{UNET}{weight}.weight"
+def test_known_names_in_adapters(name: str, module: str) -> None:
+    assert adapter_names(checkpoint_modules(), SPECS["emoji"])[name] == UNET + module
 
 
-def test_known_kohya_name_of_the_text_encoder() -> None:
-    table = kohya_names(checkpoint_weights(), SPECS["emoji"])
-    assert table["lora_te_text_model_encoder_layers_1_self_attn_q_proj"] == CLIP + "text_model.encoder.layers.1.self_attn.q_proj.weight"
+@pytest.mark.parametrize(
+    "name",
+    [
+        "lora_te_text_model_encoder_layers_1_self_attn_q_proj",
+        "lora_te1_text_model_encoder_layers_1_self_attn_q_proj",
+        "lycoris_text_model_encoder_layers_1_self_attn_q_proj",
+        "text_encoder.text_model.encoder.layers.1.self_attn.q_proj",
+        "text_encoder.text_model.encoder.layers.1.self_attn.to_q",
+        "text_encoder.encoder.layers.1.self_attn.q_proj",
+        "text_model.encoder.layers.1.self_attn.q_proj",
+    ],
+)
+def test_known_names_of_the_text_encoder(name: str) -> None:
+    table = adapter_names(checkpoint_modules(), SPECS["emoji"])
+    assert table[name] == CLIP + "text_model.encoder.layers.1.self_attn.q_proj"

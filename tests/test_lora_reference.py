@@ -21,7 +21,7 @@ from sdrt.export.adapters import LoraOption, open_lora
 from sdrt.export.build import BuildOptions, build
 from sdrt.export.checkpoint import open_checkpoint, select
 from sdrt.export.graph import recipes
-from sdrt.export.keys import kohya_names
+from sdrt.export.keys import adapter_names
 from sdrt.export.weights import Change, write_weights
 
 UNET = "model.diffusion_model."
@@ -195,7 +195,7 @@ def test_names_of_every_module_are_diffusers_own(flat_bundle: Path) -> None:
     checkpoint.close()
     everything = [name for name in checkpoint.tensors if name.startswith((UNET, TEXT))]
     names = [name for name in everything if name.endswith(".weight")]
-    table = kohya_names(names, checkpoint.architecture.unet)
+    table = adapter_names([name.removesuffix(".weight") for name in names], checkpoint.architecture.unet)
     # Conversion only moves values, so names converted in place of tensors say what becomes what.
     moved = convert_ldm_unet_checkpoint({name: name for name in everything}, {"layers_per_block": 2})
     moved = {name: ldm_name for name, ldm_name in moved.items() if name.endswith(".weight")}
@@ -203,11 +203,11 @@ def test_names_of_every_module_are_diffusers_own(flat_bundle: Path) -> None:
     for diffusers_name, ldm_name in moved.items():
         diffusers_key = "lora_unet_" + diffusers_name.removesuffix(".weight").replace(".", "_")
         ldm_key = "lora_unet_" + ldm_name.removeprefix(UNET).removesuffix(".weight").replace(".", "_")
-        assert table[diffusers_key] == table[ldm_key] == ldm_name
+        assert table[diffusers_key] == table[ldm_key] == ldm_name.removesuffix(".weight")
         assert ldm_spelling(diffusers_key) == ldm_key
     texts = [name for name in names if name.startswith(TEXT)]
-    assert all(table["lora_te_" + name.removeprefix(TEXT).removesuffix(".weight").replace(".", "_")] == name for name in texts)
-    assert set(table.values()) == set(names)
+    assert all(table["lora_te_" + name.removeprefix(TEXT).removesuffix(".weight").replace(".", "_")] == name.removesuffix(".weight") for name in texts)
+    assert set(table.values()) == {name.removesuffix(".weight") for name in names}
 
 
 @pytest.mark.parametrize("spelling", ["diffusers", "ldm"])

@@ -1,6 +1,6 @@
-"""Reads LoRA files and turns them into changes of weights. Every key is applied, or named in an error.
+"""Opens files of the LoRA family and matches them to a model's weights. Every key is applied, or named in an error.
 
-Formats and formulas: kohya-ss networks/lora.py; Hu et al. 2021 (LoRA). A change is computed in float32 from the pristine weight.
+How keys are spelled is in `lora_formats`, peft's settings in `peft_config`, the formulas in `lora`.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,19 +15,19 @@ from typing import TYPE_CHECKING
 
 from sdrt.errors import AdapterError, UsageError, nearest, printable
 from sdrt.export.architecture import CLIP, UNET, UNetSpec, describe
-from sdrt.export.keys import kohya_names
+from sdrt.export.keys import adapter_names
+from sdrt.export.lora import Delta, MisfitError, additive, decomposed, fitting_shape, kinds_of, missing_parts, norm_axis, rank_of
+from sdrt.export.lora_formats import MAGNITUDE, UP_BIAS, family, grouped, refused_kind, split
+from sdrt.export.peft_config import FILE_NAME, PeftConfig, config_beside, config_in_header
 from sdrt.export.tensor_file import TensorFile, open_tensor_file
 
 if TYPE_CHECKING:
     import torch
 
-_PARTS = (".lora_down.weight", ".lora_up.weight", ".alpha")
-_OTHER_KINDS = {
-    ".lora_mid.weight": "LoCon with a mid tensor", ".hada_w1_a": "LoHa", ".lokr_w1": "LoKr", ".lokr_w1_a": "LoKr", ".dora_scale": "DoRA", ".diff": "full difference",
-    ".on_input": "IA3", ".oft_blocks": "OFT", ".oft_diag": "OFT", ".a1.weight": "GLoRA", ".lora_A.weight": "peft LoRA", "lora.down.weight": "diffusers LoRA",
-    ".lora_linear_layer.down.weight": "diffusers LoRA",
-}  # fmt: skip
 _SHOWN_KEYS = 5
+_BIAS_PARTS = ("diff_b", UP_BIAS)
+_SAME_AS = {"w_norm": "diff", "b_norm": "diff_b"}
+_PEFT_PREFIX = "base_model.model."
 
 
 @dataclass(frozen=True)
@@ -41,46 +40,64 @@ class LoraOption:
 
 
 @dataclass(frozen=True)
-class _Pair:
-    """Keys of one module's matrices in the file, and its alpha over rank."""
-
-    down: str
-    up: str
-    factor: float
-
-
-@dataclass(frozen=True)
 class Lora:
-    """An opened LoRA, matched to a model: pairs by the canonical name of the weight they change. `unmatched` keys were allowed to be."""
+    """An opened adapter of the LoRA family, matched to a model: what it does to each weight, by canonical name. `unmatched` keys were allowed to be.
+
+    `config_sha256` is that of the `adapter_config.json` whose alpha it takes, if it takes one; `notes` are remarks for the user.
+    """
 
     option: LoraOption
     file: TensorFile
     sha256: str
-    pairs: Mapping[str, _Pair]
-    unmatched: tuple[str, ...]
+    deltas: Mapping[str, Delta]
+    unmatched: tuple[str, ...] = ()
+    config_sha256: str | None = None
+    notes: tuple[str, ...] = ()
 
     def scale(self, weight: str) -> float:
         return self.option.te_scale if weight.startswith(CLIP) else self.option.scale
 
-    def delta(self, weight: str, shape: Sequence[int]) -> torch.Tensor:
-        """What this LoRA adds to a weight at its scale, float32 of the weight's shape.
+    def rescales(self, weight: str) -> bool:
+        """Whether its change of a weight depends on the weight it meets, as DoRA's does, and so on the adapters before it."""
+        return weight in self.deltas and self.deltas[weight].norm_axis is not None
 
-        Linear and 1x1: up @ down. 3x3: the same on the flattened kernel, since `up` is 1x1 (kohya's convolution of the two).
+    def change(self, weight: str, current: torch.Tensor) -> torch.Tensor:
+        """What this adapter adds at its scale to a weight that holds `current`, float32 of its shape.
+
+        The scale multiplies the whole change: for DoRA W + scale * (W_dora - W), as AUTOMATIC1111 and ComfyUI weigh it.
 
         Raises:
             AdapterError: a value is not finite.
         """
         import torch
 
-        pair = self.pairs[weight]
-        down, up = (self.file.read(name).to(torch.float32) for name in (pair.down, pair.up))
-        for name, value in ((pair.down, down), (pair.up, up)):
-            if not torch.isfinite(value).all():
-                raise AdapterError(
-                    f"{self.file.path}: {name}: {int((~torch.isfinite(value)).sum())} values are NaN or infinite", "Download or train the LoRA again."
-                )
-        product = up.flatten(1) @ down.flatten(1)
-        return (product * (self.scale(weight) * pair.factor)).reshape(tuple(shape))
+        delta = self.deltas[weight]
+        try:
+            made = additive(delta, lambda part: self._read(delta.keys[part]))
+        except MisfitError as error:
+            raise AdapterError(f"{self.file.path}: {printable(next(iter(delta.keys.values())))}: {error}: no part of a weight {list(delta.shape)}") from error
+        if delta.shape != tuple(current.shape):
+            padding = torch.zeros(current.shape)
+            padding[:, : delta.shape[1]] = made
+            made = padding
+        if delta.norm_axis is not None:
+            magnitude = next(self._read(key) for part, key in delta.keys.items() if part in ("dora_scale", MAGNITUDE))
+            made = decomposed(current, made, magnitude, delta.norm_axis)
+        return made * self.scale(weight)
+
+    def _read(self, key: str) -> torch.Tensor:
+        import torch
+
+        value = self.file.read(key)
+        if not value.is_floating_point():
+            if key.endswith((".bias_indices", ".bias_size")):
+                return value
+            raise AdapterError(f"{self.file.path}: {printable(key)}: expected floating-point numbers, found {self.file.entries[key].dtype}")
+        value = value.to(torch.float32)
+        if not torch.isfinite(value).all():
+            count = int((~torch.isfinite(value)).sum())
+            raise AdapterError(f"{self.file.path}: {printable(key)}: {count} values are NaN or infinite", "Download or train the adapter again.")
+        return value
 
 
 def parse_lora_option(text: str) -> LoraOption:
@@ -114,109 +131,160 @@ def _is_number(text: str) -> bool:
 
 
 def open_lora(option: LoraOption, shapes: Mapping[str, tuple[int, ...]], spec: UNetSpec, *, allow_unmatched: bool = False) -> Lora:
-    """Open a kohya LoRA and match every key of it to a weight of the model, given by canonical name and shape.
+    """Open an adapter of the LoRA family and match every key of it to a weight of the model, given by canonical name and shape.
 
     Raises:
-        AdapterError: the file is not a LoRA, is for another family, has an incomplete pair or, without `allow_unmatched`, a key that
-            belongs to no module; never silent when nothing matches.
+        AdapterError: the file is no such adapter, is of a kind that cannot be fused, is for another family, has an incomplete set of
+            matrices or, without `allow_unmatched`, a key that belongs to no module; never silent when nothing matches.
     """
     file = open_tensor_file(option.path)
     try:
-        pairs, unmatched = _match(file, kohya_names([name for name in shapes if name.endswith(".weight")], spec), shapes, allow_unmatched)
-        return Lora(option, file, file.sha256(), pairs, tuple(unmatched))
+        _check_kind(file)
+        modules, unmatched = _modules(file, adapter_names([name.removesuffix(".weight") for name in shapes if name.endswith(".weight")], spec), allow_unmatched)
+        config = config_in_header(file.path, file.metadata)
+        notes = []
+        if config is None and any(module.below_base_model for module in modules.values()):
+            config = config_beside(file.path)
+            if config is None:
+                notes.append(f"{FILE_NAME} is not beside it, so alpha is taken to be the rank")
+        deltas: dict[str, Delta] = {}
+        for module in modules.values():
+            _add_deltas(file, module, shapes, spec, config, deltas, unmatched, allow_unmatched)
+        sha256 = file.sha256()
+        return Lora(option, file, sha256, deltas, tuple(unmatched), config.sha256 if config is not None else None, tuple(notes))
     except BaseException:
         file.close()
         raise
 
 
-def _match(file: TensorFile, table: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]], allow_unmatched: bool) -> tuple[dict[str, _Pair], list[str]]:
-    kind = describe({name: entry.shape for name, entry in file.entries.items()})
+def _check_kind(file: TensorFile) -> None:
+    shapes = {name: entry.shape for name, entry in file.entries.items()}
+    if refused := refused_kind(shapes):
+        kind, key = refused
+        raise AdapterError(
+            f"{file.path}: {printable(key)}: {kind}: not supported",
+            "sdrt fuses LoRA, LoCon, LoHa, LoKr, DoRA and full differences; convert the adapter, or train one of these.",
+        )
+    kind = describe(shapes)
     if kind != "a LoRA":
         option = "--vae" if kind == "a VAE" else "--checkpoint" if "model" in kind else ""
-        fix = f"Pass it with {option}." if option else "--lora takes a kohya-format LoRA in a .safetensors file."
+        fix = f"Pass it with {option}." if option else "--lora takes LoRA, LyCORIS and DoRA files."
         raise AdapterError(f"{file.path}: expected a LoRA, found {kind}", fix)
-    for suffix, name in _OTHER_KINDS.items():
-        if key := next((k for k in file.entries if k.endswith(suffix)), None):
-            raise AdapterError(f"{file.path}: {printable(key)}: {name}: not supported yet", "This version of sdrt fuses kohya-format LoRA.")
-    modules: dict[str, set[str]] = {}
+
+
+@dataclass(frozen=True)
+class _Module:
+    """The keys of one module in the file, by part; `name` is the file's spelling of it, below peft's `base_model.model.` if it is there."""
+
+    name: str
+    canonical: str
+    below_base_model: bool
+    keys: dict[str, str]
+
+
+def _modules(file: TensorFile, table: Mapping[str, str], allow_unmatched: bool) -> tuple[dict[str, _Module], list[str]]:
+    """The file's keys by canonical module, and those that belong to none."""
+    modules: dict[str, _Module] = {}
     unmatched = []
     for key in file.entries:
-        part = next((p for p in _PARTS if key.endswith(p)), None)
-        module = key.removesuffix(part or "")
-        if part is None or module not in table:
+        inner = key.removeprefix(_PEFT_PREFIX)
+        parsed = split(inner)
+        if parsed is None or parsed[0] not in table:
             unmatched.append(key)
-        else:
-            modules.setdefault(module, set()).add(part)
+            continue
+        name, canonical, part = parsed[0], table[parsed[0]], _SAME_AS.get(parsed[1], parsed[1])
+        module = modules.setdefault(canonical, _Module(name, canonical, inner != key, {}))
+        if part in module.keys or module.name != name:
+            raise AdapterError(f"{file.path}: {printable(key)}: changes {canonical}.weight, which another key of the file changes too")
+        module.keys[part] = key
     if unmatched and (not modules or not allow_unmatched):
         _refuse_unmatched(file, unmatched, modules, table)
     if not modules:
         raise AdapterError(
             f"{file.path}: no key of this LoRA belongs to this model: 0 modules would change", "Check which model it was trained for: sdrt inspect FILE"
         )
-    pairs: dict[str, _Pair] = {}
-    for module, parts in modules.items():
-        weight = table[module]
-        if weight in pairs:
-            raise AdapterError(f"{file.path}: {printable(module)}: changes {weight}, which another key of the file changes too")
-        pairs[weight] = _pair(file, module, parts, shapes[weight])
-    return pairs, unmatched
+    return modules, unmatched
 
 
 def _refuse_unmatched(file: TensorFile, unmatched: Sequence[str], modules: Mapping[str, object], table: Mapping[str, str]) -> None:
     base = file.metadata.get("ss_base_model_version", "")
-    families = {
-        "lora_te1_": "SDXL",
-        "lora_te2_": "SDXL",
-        "lora_unet_double_blocks": "Flux",
-        "lora_unet_joint_blocks": "SD3",
-        "lora_transformer_": "SD3 or Flux",
-    }
-    family = next((f for prefix, f in families.items() if any(k.startswith(prefix) for k in unmatched)), "")
-    made_for = f"; it was made for {family or printable(base)}" if family or (base and not modules) else ""
-    groups = Counter(re.sub(r"\d+", "N", next((k.removesuffix(p) for p in _PARTS if k.endswith(p)), k)) for k in unmatched)
-    summary = ", ".join(f"{count} x {printable(group)}" for group, count in groups.most_common(3))
+    made_for = _made_for(file) or (f"; it was made for {printable(base)}" if base and not modules else "")
     shown = ", ".join(printable(k) for k in unmatched[:_SHOWN_KEYS])
-    module = next((unmatched[0].removesuffix(p) for p in _PARTS if unmatched[0].endswith(p)), unmatched[0])
+    inner = unmatched[0].removeprefix(_PEFT_PREFIX)
+    name = parsed[0] if (parsed := split(inner)) else inner
+    alike = [choice for choice in table if choice[:5] == name[:5]] or table
     message = (
-        f"{file.path}: {len(unmatched)} of {len(file.entries)} keys belong to no module of this model{made_for}: {shown}{nearest(module, table)} ({summary})"
+        f"{file.path}: {len(unmatched)} of {len(file.entries)} keys belong to no module of this model{made_for}: "
+        f"{shown}{nearest(name, alike)} ({grouped(unmatched)})"
     )
     fix = "Use a LoRA made for this checkpoint's family" + (", or pass --allow-unmatched to fuse the rest." if modules else ".")
     raise AdapterError(message, fix)
 
 
-def _pair(file: TensorFile, module: str, parts: set[str], shape: tuple[int, ...]) -> _Pair:
-    where = f"{file.path}: {printable(module)}"
-    for part in _PARTS[:2]:
-        if part not in parts:
-            raise AdapterError(f"{where}: {part[1:]} is missing, the rest of the pair is there", "The LoRA is incomplete; download or train it again.")
-    down, up = file.entries[module + _PARTS[0]], file.entries[module + _PARTS[1]]
-    rank = down.shape[0] if down.shape else 0
-    kernel = math.prod(shape[2:])
-    good = (
-        rank > 0
-        and len(down.shape) >= 2
-        and len(up.shape) >= 2
-        and up.shape[0] == shape[0]
-        and math.prod(up.shape[1:]) == rank
-        and down.shape[1] == shape[1]
-        and math.prod(down.shape[2:]) == kernel
-    )
-    if not good:
-        dims = f"up {list(up.shape)} and down {list(down.shape)}"
-        raise AdapterError(
-            f"{where}: {dims} do not make a change of a weight of shape {list(shape)}",
-            "The LoRA was made for a model of other sizes; use one made for this checkpoint's family.",
-        )
-    alpha = float(rank)
-    if _PARTS[2] in parts:
-        stored = file.read(module + _PARTS[2]).flatten()
-        if stored.numel() != 1:
-            raise AdapterError(f"{where}.alpha: expected one number, found shape {list(file.entries[module + _PARTS[2]].shape)}")
-        alpha = float(stored[0])
-        if not math.isfinite(alpha):
-            raise AdapterError(f"{where}.alpha: expected a finite number, found {alpha}")
-        alpha = alpha if alpha != 0 else float(rank)  # kohya writes 0 for "no alpha"
-    return _Pair(down.name, up.name, alpha / rank)
+def _made_for(file: TensorFile) -> str:
+    made_for = family({name: entry.shape for name, entry in file.entries.items()})
+    return f"; it was made for {made_for}" if made_for else ""
+
+
+def _add_deltas(
+    file: TensorFile, module: _Module, shapes: Mapping[str, tuple[int, ...]], spec: UNetSpec,
+    config: PeftConfig | None, deltas: dict[str, Delta], unmatched: list[str], allow_unmatched: bool,
+) -> None:  # fmt: skip
+    """Add what a module's keys do to its weight and to its bias; a bias the model has not goes to `unmatched`, if that is allowed."""
+    where = f"{file.path}: {printable(module.name)}"
+    keys = {part: key for part, key in module.keys.items() if part not in _BIAS_PARTS}
+    entries = {part: file.entries[key].shape for part, key in keys.items()}
+    factor = 1.0
+    if keys.keys() - {"alpha"} or not module.keys.keys() & set(_BIAS_PARTS):
+        weight = shapes[f"{module.canonical}.weight"]
+        if len(kinds := kinds_of(keys)) > 1:
+            raise AdapterError(f"{where}: holds both {kinds[0]} and {kinds[1]}, expected one of them", "Get the adapter again.")
+        if missing := missing_parts(keys):
+            raise AdapterError(f"{where}: {missing[0]} is missing, the rest of the set is there", "The LoRA is incomplete; download or train it again.")
+        if config is not None and config.use_dora(module.name) and MAGNITUDE not in keys:
+            raise AdapterError(f"{where}: {MAGNITUDE} is missing, and {config.source} says use_dora", "The adapter is incomplete; get it again.")
+        try:
+            shape = fitting_shape(entries, weight, 4 if module.canonical == UNET + "input_blocks.0.0" and spec.in_channels > 4 else None)
+            axis = norm_axis(entries, shape)
+            if axis is not None and shape != weight:
+                raise MisfitError(f"DoRA for {shape[1]} input channels")
+        except MisfitError as error:
+            raise AdapterError(
+                f"{where}: {error} do not make a change of a weight of shape {list(weight)}{_made_for(file)}",
+                "The LoRA was made for a model of other sizes; use one made for this checkpoint's family.",
+            ) from error
+        factor = _factor(file, module, rank_of(entries), config)
+        used = {part: key for part, key in keys.items() if part not in ("alpha", "lokr_t1")}
+        deltas[f"{module.canonical}.weight"] = Delta(used, shape, 1.0 if "diff" in used else factor, axis)
+    for part in module.keys.keys() & set(_BIAS_PARTS):
+        key, bias = module.keys[part], shapes.get(f"{module.canonical}.bias")
+        found = file.entries[key].shape
+        if bias is None and allow_unmatched:
+            unmatched.append(key)
+        elif bias is None:
+            raise AdapterError(
+                f"{file.path}: {printable(key)}: changes a bias, and {module.canonical} has none in this model{_made_for(file)}",
+                "Use an adapter made for this checkpoint's family, or pass --allow-unmatched to leave such biases out.",
+            )
+        elif math.prod(found) != bias[0]:
+            raise AdapterError(f"{file.path}: {printable(key)}: expected a bias of shape {list(bias)}, found {list(found)}{_made_for(file)}")
+        else:
+            deltas[f"{module.canonical}.bias"] = Delta({"diff" if part == "diff_b" else part: key}, bias, 1.0 if part == "diff_b" else factor)
+
+
+def _factor(file: TensorFile, module: _Module, rank: int | None, config: PeftConfig | None) -> float:
+    """Alpha over rank. A file's own alpha goes before settings; without either alpha is the rank."""
+    if "alpha" not in module.keys:
+        stated = config.factor(module.name, rank) if config is not None else None
+        return 1.0 if stated is None else stated
+    where, key = f"{file.path}: {printable(module.name)}.alpha", module.keys["alpha"]
+    stored = file.read(key).flatten()
+    if stored.numel() != 1:
+        raise AdapterError(f"{where}: expected one number, found shape {list(file.entries[key].shape)}")
+    alpha = float(stored[0])
+    if not math.isfinite(alpha):
+        raise AdapterError(f"{where}: expected a finite number, found {alpha}")
+    return 1.0 if alpha == 0 or not rank else alpha / rank  # kohya writes 0 for "no alpha"
 
 
 def component(weight: str) -> str:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sdrt.errors import CheckpointError
+from sdrt.export.lora_formats import is_adapter
 
 UNET = "model.diffusion_model."
 VAE = "first_stage_model."
@@ -23,8 +24,6 @@ INPAINTING_CHANNELS = 9
 
 MAX_BLOCKS = 100
 """Blocks of one kind in a row. Real models stay far below; the limit keeps a forged header from costing minutes."""
-
-_LORA_PARTS = (".lora_A.", ".lora_down.", "lora.down.", "lora_linear_layer.down.")
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -112,7 +111,7 @@ def describe(names: Shapes) -> str:
 
     if not names:
         return "an empty file"
-    if has("lora_unet_", "lora_te", "lycoris_") or any(part in n for n in names for part in _LORA_PARTS):
+    if has("lora_unet_", "lora_te", "lycoris_") or is_adapter(names):
         return "a LoRA"
     if has("model.diffusion_model.double_blocks.", "double_blocks."):
         return "a Flux model"

@@ -218,5 +218,8 @@ def _notes(unknown: Sequence[str], loras: Sequence[Lora], changes: Sequence[Mapp
     for lora, change in zip(loras, changes, strict=True):
         if not change:
             yield f"{lora.option.path.name}: scale 0, nothing changed"
+        if lora.sha256 in [other.sha256 for other in loras if other is not lora]:
+            yield f"{lora.option.path.name}: given more than once; its changes add up"
+        yield from (f"{lora.option.path.name}: {note}" for note in lora.notes)
         if lora.unmatched:
             yield f"{lora.option.path.name}: {len(lora.unmatched)} keys belong to no module and were left out, such as {lora.unmatched[0]}"

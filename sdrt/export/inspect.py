@@ -12,7 +12,10 @@ from sdrt.errors import SdrtError
 from sdrt.export.adapters import component
 from sdrt.export.architecture import VAE, architecture, describe
 from sdrt.export.checkpoint import canonical_name
+from sdrt.export.lora_formats import family, kinds, ranks, refused_kind, split
 from sdrt.export.tensor_file import open_tensor_file
+
+_TEXT_ENCODER = ("lora_te", "text_encoder", "text_model.", "lycoris_te", "cond_stage_model.")
 
 
 def inspect_file(path: Path) -> dict[str, Any]:
@@ -53,10 +56,11 @@ def _parameters(shapes: dict[str, tuple[int, ...]], wanted: str) -> int:
 
 
 def _lora(shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
-    ranks = Counter(shape[0] for name, shape in shapes.items() if name.endswith((".lora_down.weight", ".lora_A.weight", ".lora.down.weight")) and shape)
-    modules = Counter(
-        "text_encoder" if name.startswith("lora_te") else "unet"
-        for name in shapes
-        if name.endswith((".lora_down.weight", ".lora_A.weight", ".lora.down.weight"))
-    )
-    return {"modules": dict(modules), "ranks": {str(rank): count for rank, count in sorted(ranks.items())}}
+    modules = {parsed[0] for name in shapes if (parsed := split(name.removeprefix("base_model.model.")))}
+    components = Counter("text_encoder" if name.startswith(_TEXT_ENCODER) else "unet" for name in modules)
+    report: dict[str, Any] = {"modules": dict(components), "kinds": kinds(shapes), "ranks": {str(rank): count for rank, count in ranks(shapes).items()}}
+    if made_for := family(shapes):
+        report["made_for"] = made_for
+    if refused := refused_kind(shapes):
+        report |= {"buildable": False, "why": f"{refused[0]}: not supported"}
+    return report

@@ -1,4 +1,4 @@
-"""Name tables between the spellings of one module: LDM (checkpoints), diffusers, and kohya's underscored form of either."""
+"""Name tables between the spellings of one module: LDM (checkpoints), diffusers, and what adapters make of either."""
 
 from __future__ import annotations
 
@@ -52,18 +52,45 @@ def diffusers_module(module: str, spec: UNetSpec) -> str:
     raise KeyError(module)
 
 
-def kohya_names(weights: Iterable[str], spec: UNetSpec) -> dict[str, str]:
-    """Every kohya name a LoRA may use for a weight of this model, in both spellings, to the weight's canonical name.
+def adapter_names(modules: Iterable[str], spec: UNetSpec) -> dict[str, str]:
+    """Every name an adapter may use for a module of this model, in each tool's spelling, to the module's canonical name.
 
-    Built from the model's own names, never parsed from the LoRA's: an underscore there is ambiguous.
+    kohya and LyCORIS join the path with underscores below a prefix, in LDM's or diffusers' spelling; peft and diffusers keep the dots. diffusers'
+    first files go through `processor` and call the text encoder's projections as the UNet's. Built from the model's own names, never parsed from
+    the adapter's: an underscore there is ambiguous.
     """
     table: dict[str, str] = {}
-    for weight in weights:
-        module = weight.removesuffix(".weight")
-        if weight.startswith(UNET):
+    for module in modules:
+        if module.startswith(UNET):
             ldm = module[len(UNET) :]
             for name in (ldm, diffusers_module(ldm, spec)):
-                table["lora_unet_" + name.replace(".", "_")] = weight
-        elif weight.startswith(CLIP):
-            table["lora_te_" + module[len(CLIP) :].replace(".", "_")] = weight
+                flat = name.replace(".", "_")
+                for prefix in ("lora_unet_", "lycoris_", "lycoris_unet_"):
+                    table[prefix + flat] = module
+                for dotted in (name, *_old_attention(name)):
+                    for prefix in ("", "unet.", "diffusion_model.", UNET):
+                        table[prefix + dotted] = module
+        elif module.startswith(CLIP):
+            name = module[len(CLIP) :]
+            flat = name.replace(".", "_")
+            for prefix in ("lora_te_", "lora_te1_", "lycoris_", "lycoris_te_", "lycoris_text_encoder_"):
+                table[prefix + flat] = module
+            for dotted in (name, name.removeprefix("text_model."), *_old_text(name)):
+                for prefix in ("", "text_encoder.", CLIP):
+                    table[prefix + dotted] = module
     return table
+
+
+def _old_attention(name: str) -> list[str]:
+    """What diffusers before 0.22 called an attention projection of the UNet: `attn1.processor.to_q` + `_lora`, and `to_out` for `to_out.0`."""
+    block, dot, projection = name.partition(".to_")
+    if not dot or not block.endswith((".attn1", ".attn2")):
+        return []
+    short = "to_" + projection.removesuffix(".0")
+    return [f"{block}.processor.{short}", f"{block}.processor.to_{projection}", f"{block}.{short}"]
+
+
+def _old_text(name: str) -> list[str]:
+    """What diffusers before 0.18 called a projection of the text encoder: `self_attn.to_q` + `_lora` for `self_attn.q_proj`."""
+    block, dot, projection = name.rpartition(".self_attn.")
+    return [f"{block}.self_attn.to_{projection.removesuffix('_proj')}"] if dot else []

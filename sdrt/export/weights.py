@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,7 +64,8 @@ def write_weights(
 ) -> tuple[dict[str, Placed], list[dict[str, Change]]]:
     """Write the weights file, one tensor in memory at a time. Returns where each tensor lies and, per LoRA, its change of each component.
 
-    The order of `loras` does not matter: changes are added in the order of their files' hashes.
+    Adapters act in the order given. A DoRA rescales what it meets, so its place matters; all others only add, and between two DoRAs they
+    are added in the order of their files' hashes, so that their order does not matter to the last bit.
 
     Raises:
         CheckpointError: a stored value is not finite, or too large for the precision.
@@ -74,8 +75,8 @@ def write_weights(
 
     kind = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
     header, placed = layout({name: tensor.shape for name, tensor in tensors.items()}, precision)
-    order = sorted(range(len(loras)), key=lambda i: (loras[i].sha256, loras[i].option.scale, loras[i].option.te_scale))
-    norms: list[dict[str, list[float]]] = [defaultdict(lambda: [0, 0.0, 0.0]) for _ in loras]
+    norms: list[dict[str, list[float]]] = [defaultdict(lambda: [0.0, 0.0]) for _ in loras]
+    modules: list[set[str]] = [set() for _ in loras]
     survived: set[int] = set()  # LoRAs that changed some weight by more than its rounding
     total = sum(p.size_bytes for p in placed.values())
     done = 0
@@ -85,19 +86,19 @@ def write_weights(
             source = tensors[name]
             stored = source.read()
             _check_finite(stored, source)
-            touching = [i for i in order if name in loras[i].pairs and loras[i].scale(name) != 0]
+            touching = _order(name, loras)
             fused = stored
             if touching:
                 pristine = stored.to(torch.float32)
                 fused = pristine.clone()
                 for i in touching:
-                    delta = loras[i].delta(name, place.shape)
-                    fused += delta
-                    size = float(delta.norm())
+                    change = loras[i].change(name, fused)
+                    fused += change
+                    size = float(change.norm())
                     record = norms[i][component(name)]
-                    record[0] += 1
-                    record[1] += size**2
-                    record[2] += float(pristine.norm()) ** 2
+                    modules[i].add(name.rpartition(".")[0])
+                    record[0] += size**2
+                    record[1] += float(pristine.norm()) ** 2
             rounded = fused.to(kind)
             survived.update(i for i in touching if not torch.equal(rounded, stored.to(kind)))
             if not _finite(rounded):
@@ -112,17 +113,30 @@ def write_weights(
             progress(done / total)
     changes = []
     for i, (lora, by_component) in enumerate(zip(loras, norms, strict=True)):
-        change = {c: Change(int(n), math.sqrt(d / w) if w else 0.0) for c, (n, d, w) in sorted(by_component.items())}
-        wanted = any(lora.scale(weight) != 0 for weight in lora.pairs)
-        if wanted and not any(squares for _, squares, _ in by_component.values()):
+        counts = Counter(component(module) for module in modules[i])
+        report = {c: Change(counts[c], math.sqrt(d / w) if w else 0.0) for c, (d, w) in sorted(by_component.items())}
+        wanted = any(lora.scale(weight) != 0 for weight in lora.deltas)
+        if wanted and not any(squares for squares, _ in by_component.values()):
             raise AdapterError(f"{lora.file.path}: all its changes are zero: the LoRA does nothing", "Train it longer, or leave it out.")
         if wanted and i not in survived:
             raise AdapterError(
                 f"{lora.file.path}: its changes vanish when the weights are rounded to {precision}",
                 "Raise its scale, build with --precision fp32, or leave it out.",
             )
-        changes.append(change)
+        changes.append(report)
     return placed, changes
+
+
+def _order(weight: str, loras: Sequence[Lora]) -> list[int]:
+    """The adapters that change a weight, by index, in the order they act: each DoRA at its place, those between two DoRAs by hash."""
+    runs: list[list[int]] = [[]]
+    for i, lora in enumerate(loras):
+        if weight in lora.deltas and lora.scale(weight) != 0:
+            if lora.rescales(weight):
+                runs += [[i], []]
+            else:
+                runs[-1].append(i)
+    return [i for run in runs for i in sorted(run, key=lambda i: (loras[i].sha256, loras[i].option.scale, loras[i].option.te_scale))]
 
 
 def _finite(tensor: torch.Tensor) -> bool:

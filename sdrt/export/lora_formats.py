@@ -1,0 +1,142 @@
+"""How the LoRA family spells its keys: each key as the module it belongs to and the part of the change it is. Imports no torch.
+
+Sources: kohya-ss networks/lora.py, LyCORIS modules/*.py (`weight_list` of each), diffusers utils/state_dict_utils.py, peft `get_peft_model_state_dict`.
+A part is named as LyCORIS names it, whatever the file's spelling.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+
+from sdrt.errors import printable
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+DOWN, UP, MID = "lora_down.weight", "lora_up.weight", "lora_mid.weight"
+MAGNITUDE = "lora_magnitude_vector"
+UP_BIAS = "lora_B.bias"
+
+_OWN_NAMES = (
+    DOWN, UP, MID, "alpha", "dora_scale", "diff", "diff_b", "w_norm", "b_norm", "bias_indices", "bias_values", "bias_size",
+    "hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2",
+    "lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t1", "lokr_t2",
+)  # fmt: skip
+_PARTS = {f".{part}": part for part in _OWN_NAMES} | {
+    ".lora_A.weight": DOWN, ".lora_B.weight": UP, ".lora_A.default.weight": DOWN, ".lora_B.default.weight": UP,
+    ".lora_B.bias": UP_BIAS, ".lora_B.default.bias": UP_BIAS,
+    ".lora_embedding_A": "lora_embedding_A", ".lora_embedding_B": "lora_embedding_B",
+    ".lora_magnitude_vector": MAGNITUDE, ".lora_magnitude_vector.weight": MAGNITUDE, ".lora_magnitude_vector.default.weight": MAGNITUDE,
+    ".lora.down.weight": DOWN, ".lora.up.weight": UP, "_lora.down.weight": DOWN, "_lora.up.weight": UP,
+    ".lora_layer.down.weight": DOWN, ".lora_layer.up.weight": UP, ".lora_linear_layer.down.weight": DOWN, ".lora_linear_layer.up.weight": UP,
+}  # fmt: skip
+_KEY = re.compile("(.+?)(" + "|".join(re.escape(suffix) for suffix in _PARTS) + ")", re.DOTALL)
+
+_REFUSED = {
+    "IA3": (".on_input", ".ia3_l"),
+    "BOFT": (".boft_R", ".boft_s"),
+    "OFT": (".oft_blocks", ".oft_diag", ".oft_r", ".oft_R.weight"),
+    "GLoRA": (".a1.weight", ".a2.weight", ".b1.weight", ".b2.weight", ".glora_A"),
+    "T-LoRA": (".lambda_layer",),
+    "AdaLoRA": (".lora_E",),
+    "VeRA": (".vera_lambda_b",),
+}
+_FIRST_FORMAT = re.compile(r"(unet|text_encoder):\d+:\w+")
+
+_FAMILY_OF_PREFIX = {
+    "lora_te2_": "SDXL", "text_encoder_2.": "SDXL", "conditioner.embedders.1.": "SDXL", "lora_te3_": "SD3",
+    "lora_unet_double_blocks": "Flux", "lora_unet_single_blocks": "Flux", "transformer.single_transformer_blocks.": "Flux",
+    "double_blocks.": "Flux", "diffusion_model.double_blocks.": "Flux", "lycoris_single_transformer_blocks": "Flux",
+    "lora_unet_joint_blocks": "SD3", "joint_blocks.": "SD3", "diffusion_model.joint_blocks.": "SD3",
+    "lora_transformer_": "SD3 or Flux", "transformer.transformer_blocks.": "SD3 or Flux", "lycoris_transformer_blocks": "SD3 or Flux",
+}  # fmt: skip
+_FAMILY_OF_CONTEXT = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 2048: "SDXL"}
+_FAMILY_OF_TEXT = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 1280: "SDXL"}
+
+
+def split(key: str) -> tuple[str, str] | None:
+    """The module's name in the file's spelling and the part's in LyCORIS's, or None if the key has no part's ending."""
+    match = _KEY.fullmatch(key)
+    return (match[1], _PARTS[match[2]]) if match else None
+
+
+def is_adapter(shapes: Shapes) -> bool:
+    """Whether the names are those of an adapter of the LoRA family, one that sdrt fuses or one that it refuses."""
+    return any((parsed := split(key)) is not None and parsed[1] != "alpha" for key in shapes) or refused_kind(shapes) is not None
+
+
+def refused_kind(shapes: Shapes) -> tuple[str, str] | None:
+    """The kind of an adapter that sdrt does not fuse, and the key that shows it; None for any other file."""
+    for key, shape in shapes.items():
+        if _FIRST_FORMAT.fullmatch(key):
+            return "a LoRA in the first format of all, whose keys number the modules", key
+        for kind, endings in _REFUSED.items():
+            if key.endswith(endings):
+                return ("BOFT" if kind == "OFT" and len(shape) == 4 else kind), key
+    if len(shapes) >= 2 and all(key.isdecimal() for key in shapes):
+        first, second, *_ = shapes.items()
+        if len(first[1]) >= 2 and len(second[1]) >= 2 and first[1][1] == second[1][0]:
+            return "a LoRA in the first format of all, a list of matrices without names", first[0]
+    return None
+
+
+def family(shapes: Shapes) -> str:
+    """The model family an adapter was made for, told by its names or by the widths it attends to; empty if they do not tell."""
+    modules: dict[str, dict[str, tuple[int, ...]]] = {}
+    for key, shape in shapes.items():
+        if parsed := split(key.removeprefix("base_model.model.")):
+            modules.setdefault(parsed[0], {})[parsed[1]] = shape
+    for prefix, name in _FAMILY_OF_PREFIX.items():
+        if any(module.startswith(prefix) for module in modules):
+            return name
+    context, text = ("attn2_to_k", "attn2.to_k", "attn2.processor.to_k"), ("self_attn_q_proj", "self_attn.q_proj", "self_attn.to_q")
+    for endings, table in ((context, _FAMILY_OF_CONTEXT), (text, _FAMILY_OF_TEXT)):
+        for module, parts in modules.items():
+            if module.endswith(endings) and (name := table.get(_inputs(parts), "")):
+                return name
+    return ""
+
+
+def _inputs(parts: Shapes) -> int:
+    """How many input channels a linear layer's change has, as far as one shape tells; 0 if none does."""
+    for part in (DOWN, "hada_w1_b", "diff"):
+        if len(parts.get(part, ())) >= 2:
+            return parts[part][1]
+    small, large = (next((parts[p] for p in (f"lokr_{w}", f"lokr_{w}_b") if len(parts.get(p, ())) >= 2), (0, 0)) for w in ("w1", "w2"))
+    return small[1] * large[1]
+
+
+def kinds(shapes: Shapes) -> dict[str, int]:
+    """How many modules of an adapter are of each kind, most common first: "LoRA", "LoHa", "LoKr", "full difference", "norm", and "DoRA" before them."""
+    modules: dict[str, set[str]] = {}
+    for key in shapes:
+        if parsed := split(key):
+            modules.setdefault(parsed[0], set()).add(parsed[1])
+    counts = Counter[str]()
+    for parts in modules.values():
+        name = next((name for name, signs in _SIGNS.items() if parts & signs), "other")
+        counts["DoRA " + name if parts & {"dora_scale", MAGNITUDE} else name] += 1
+    return dict(counts.most_common())
+
+
+_SIGNS = {
+    "LoCon with mid": {MID}, "LoRA": {DOWN, UP, "lora_embedding_A"}, "LoHa": {"hada_w1_a", "hada_w1_b"},
+    "LoKr": {"lokr_w1", "lokr_w1_a", "lokr_w2", "lokr_w2_a"}, "full difference": {"diff", "diff_b"}, "norm": {"w_norm", "b_norm"},
+}  # fmt: skip
+
+
+def ranks(shapes: Shapes) -> dict[int, int]:
+    """How many modules have each rank, lowest first. A LoKr of two whole matrices has none, nor has a difference."""
+    found: dict[str, int] = {}
+    for key, shape in shapes.items():
+        parsed = split(key)
+        if parsed and shape and parsed[1] in (DOWN, "hada_w1_b", "lokr_w1_b", "lokr_w2_b", "lora_embedding_A"):
+            found[parsed[0]] = shape[0]
+    return dict(sorted(Counter(found.values()).items()))
+
+
+def grouped(keys: Iterable[str]) -> str:
+    """Keys in words, numbers left out: `21 x lora_unet_down_blocks_N_conv`, the most common three."""
+    groups = Counter(re.sub(r"\d+", "N", parsed[0] if (parsed := split(key)) else key) for key in keys)
+    return ", ".join(f"{count} x {printable(group)}" for group, count in groups.most_common(3))
