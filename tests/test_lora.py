@@ -110,11 +110,7 @@ def test_full_difference_is_lycoris_own(tmp_path: Path) -> None:
     import lycoris
 
     base = layer(KERNEL)
-    theirs = lycoris.FullModule("name", base)
-    with torch.no_grad():
-        theirs.weight.copy_(torch.randn(base.weight.shape).float())
-        theirs.bias.copy_(torch.randn(base.bias.shape).float())
-    # Its own state of an untouched module is relative to the original; what a file holds is the difference.
+    theirs = randomised(lycoris.FullModule("name", base), 3).float().double()  # before it is applied, it holds the difference itself
     path = saved(tmp_path / "a.safetensors", KERNEL[1], {"diff": theirs.weight, "diff_b": theirs.bias})
     weight, bias = theirs.get_merged_weight()
     for name, before, after in (("weight", base.weight, weight), ("bias", base.bias, bias)):
