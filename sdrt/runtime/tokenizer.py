@@ -1,24 +1,53 @@
-"""Prompt to token ids: CLIP's byte-pair encoding, read from the bundle's tokenizer.json by the `tokenizers` library."""
+"""Prompt to token ids: CLIP's byte-pair encoding, read from the bundle's tokenizer.json by the `tokenizers` library; learned embeddings by trigger."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sdrt.bundle import Text
-from sdrt.errors import UsageError
+from sdrt.errors import BundleError, UsageError, printable
 
 
 class Tokenizer:
-    """Thread-safe: encoding changes nothing."""
+    """Thread-safe: encoding changes nothing. `text` is the manifest's, with the special tokens and the learned embeddings."""
 
     def __init__(self, file: Path, text: Text) -> None:
+        """Read the vocabulary and the triggers of `text.embeddings`.
+
+        Raises:
+            BundleError: a trigger has no tokens, the tokens of another one, or more rows than a chunk holds.
+        """
         from tokenizers import Tokenizer as Backend
 
         self._backend = Backend.from_file(str(file))
-        self._text = text
+        self.text = text
+        self.comma: int | None = self._backend.token_to_id(",</w>")
+        self._triggers: dict[int, list[tuple[list[int], tuple[int, ...]]]] = {}
+        for trigger, rows in text.embeddings.items():
+            self._add_trigger(trigger, rows)
+
+    def tokens(self, text: str) -> list[int]:
+        """Token ids of a text, without start, end, padding or learned embeddings.
+
+        Raises:
+            UsageError: not valid Unicode.
+        """
+        try:
+            ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
+        except (UnicodeEncodeError, TypeError) as error:
+            raise UsageError(f"prompt: not valid Unicode text: {error}", "Remove the lone surrogates.") from error
+        return ids
+
+    def embedding_at(self, tokens: Sequence[int], position: int) -> tuple[tuple[int, ...], int] | None:
+        """The rows of the learned embedding whose trigger starts at `position`, the longest first, and how many tokens the trigger has."""
+        for trigger, rows in self._triggers.get(tokens[position], ()):
+            if tokens[position : position + len(trigger)] == trigger:
+                return rows, len(trigger)
+        return None
 
     def encode(self, prompt: str) -> NDArray[np.int64]:
         """Token ids `[1, tokens]` of a prompt, with start, end and padding.
@@ -28,12 +57,22 @@ class Tokenizer:
         """
         if not isinstance(prompt, str):
             raise UsageError(f"prompt: expected text, found {type(prompt).__name__}")
-        try:
-            ids = self._backend.encode(prompt, add_special_tokens=False).ids
-        except (UnicodeEncodeError, TypeError) as error:
-            raise UsageError(f"prompt: not valid Unicode text: {error}", "Remove the lone surrogates.") from error
-        limit = self._text.tokens - 2
+        ids = self.tokens(prompt)
+        limit = self.text.tokens - 2
         if len(ids) > limit:
             raise UsageError(f"prompt: {len(ids):,} tokens, the limit is {limit} for now", f"Shorten it; about {limit * 3 // 4} English words fit.")
-        row = [self._text.bos, *ids, self._text.eos]
-        return np.array([row + [self._text.pad] * (self._text.tokens - len(row))], dtype=np.int64)
+        row = [self.text.bos, *ids, self.text.eos]
+        return np.array([row + [self.text.pad] * (self.text.tokens - len(row))], dtype=np.int64)
+
+    def _add_trigger(self, trigger: str, rows: tuple[int, ...]) -> None:
+        where, again = f"embedding {printable(trigger)!r}", "Build the bundle again."
+        ids = self.tokens(trigger)
+        if not ids:
+            raise BundleError(f"{where}: its trigger has no tokens, so no prompt can name it", again)
+        if not 0 < len(rows) <= self.text.tokens - 2:
+            raise BundleError(f"{where}: expected 1 to {self.text.tokens - 2} vectors, a chunk's worth, found {len(rows)}", again)
+        known = self._triggers.setdefault(ids[0], [])
+        if any(other == ids for other, _ in known):
+            raise BundleError(f"{where}: another embedding's trigger has the same tokens", again)
+        known.append((ids, rows))
+        known.sort(key=lambda entry: -len(entry[0]))

@@ -1,0 +1,318 @@
+"""AUTOMATIC1111's prompt syntax: AND, prompt editing and alternation, emphasis and BREAK, in the order they are taken.
+
+Pure text to text: no tokens, no arrays. Nothing here raises on any text: as in AUTOMATIC1111, what does not parse is text. Every
+function takes time linear in the length of the prompt, and none recurses, so no prompt is too long or too deeply nested.
+docs/prompts.md describes the syntax. Standard library only.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import groupby
+
+HUGE = 1e30
+"""Weights saturate here, so that they stay finite; what encodes a prompt refuses far smaller ones."""
+
+_AND = re.compile(r"\bAND\b")
+_BREAK = re.compile(r"\bBREAK\b")
+_PART_WEIGHT = re.compile(r"[-+]?(?:\d+\.?|\d*\.\d+)")
+_ATTENTION = re.compile(r"\\[()\[\]\\]?|[()\[\]]|:\s*([+-]?[.\d]+)\s*\)|[^\\()\[\]:]+|:")
+_EDITING = re.compile(r"[()\[\]:|]|(?:[^\\()\[\]:|]++|\\.)++|\\")
+_WHEN = re.compile(r"\s*([+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?)\s*")
+_NETWORK = re.compile(r"<(\w+):(?=[^>])")
+
+_EXACT_DEPTH = 64
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Text of one emphasis, or `BREAK`."""
+
+    text: str
+    weight: float
+
+
+BREAK = Segment("BREAK", -1.0)
+"""Ends a chunk. Within brackets the marker's weight is multiplied like any other, so it is then the word BREAK: AUTOMATIC1111 does that too."""
+
+
+def split_and(prompt: str) -> tuple[Segment, ...]:
+    """The parts between `AND`s and their weights (`text :1.2`, 1 where none is given). A prompt without `AND` is one part, weight and all."""
+    return tuple(map(_part, _AND.split(prompt)))
+
+
+def _part(text: str) -> Segment:
+    text = text.rstrip()
+    before, colon, number = text.rpartition(":")
+    if colon and _PART_WEIGHT.fullmatch(number.strip()):
+        return Segment(before.rstrip(), _saturated(float(number)))
+    return Segment(text, 1.0)
+
+
+def network_tags(prompt: str) -> Iterator[tuple[str, str]]:
+    """Every `<kind:arguments>` of a prompt, as its kind and its whole text. In AUTOMATIC1111 they load adapters."""
+    start = 0
+    while match := _NETWORK.search(prompt, start):
+        end = prompt.find(">", match.end())
+        if end < 0:
+            return
+        start = end + 1
+        yield match.group(1), prompt[match.start() : start]
+
+
+# Emphasis
+
+
+class _Bracket:
+    """An open bracket: what it multiplies by and when it closed, both known later. `closed` orders the multiplications."""
+
+    def __init__(self, outer: _Bracket | None, factor: float) -> None:
+        self.outer = outer
+        self.depth: int = 1 if outer is None else outer.depth + 1
+        self.factor = factor
+        self.closed = math.inf
+        self.product = 1.0
+
+
+def parse_attention(prompt: str) -> tuple[Segment, ...]:
+    r"""Text by weight: `(a)` is 1.1, `[a]` 1/1.1, `(a:1.3)` 1.3, nested ones multiply, `\(` is a bracket; `BREAK` between them.
+
+    An unclosed bracket reaches to the end, a closing one without its partner is text. Neighbours of one weight are one segment. A
+    weight that is no number, as in `(a:1.2.3)`, is text in a plain bracket (AUTOMATIC1111 crashes there).
+    """
+    pieces: list[tuple[Segment, _Bracket | None, _Bracket | None]] = []
+    brackets: list[_Bracket] = []
+    round_: _Bracket | None = None
+    square: _Bracket | None = None
+
+    def add(text: str, weight: float = 1.0) -> None:
+        pieces.append((Segment(text, weight), round_, square))
+
+    for index, match in enumerate(_ATTENTION.finditer(prompt)):
+        token, number = match.group(), match.group(1)
+        if token[0] == "\\":
+            add(token[1:] or token)
+        elif token == "(":
+            round_ = _Bracket(round_, 1.1)
+            brackets.append(round_)
+        elif token == "[":
+            square = _Bracket(square, 1 / 1.1)
+            brackets.append(square)
+        elif token[-1] == ")" and round_ is not None:
+            weight = _number(number)
+            if weight is not None:
+                round_.factor = weight
+            elif number is not None:
+                add(token[:-1])
+            round_.closed, round_ = index, round_.outer
+        elif token == "]" and square is not None:
+            square.closed, square = index, square.outer
+        else:
+            texts = _BREAK.split(token)
+            for i, text in enumerate(texts):
+                if i > 0:
+                    add(BREAK.text, BREAK.weight)
+                    text = text.lstrip()
+                add(text.rstrip() if i + 1 < len(texts) else text)
+    for bracket in brackets:  # outer ones first
+        bracket.product = _saturated(bracket.factor * (1.0 if bracket.outer is None else bracket.outer.product))
+    weighed = [Segment(segment.text, _weight(segment.weight, opened, squared)) for segment, opened, squared in pieces]
+    merged = tuple(Segment("".join(segment.text for segment in run), weight) for weight, run in groupby(weighed, key=lambda segment: segment.weight))
+    return merged or (Segment("", 1.0),)
+
+
+def _weight(weight: float, round_: _Bracket | None, square: _Bracket | None) -> float:
+    """`weight` times the brackets around it, in the order in which they close: whether neighbours merge can hang on the last bit.
+
+    Where brackets are nested deeper than anyone writes, the outer ones come first, which needs no walk through all of them.
+    """
+    around = [bracket for bracket in (round_, square) if bracket is not None]
+    if sum(bracket.depth for bracket in around) > _EXACT_DEPTH:
+        for bracket in around:
+            weight = _saturated(weight * bracket.product)
+        return weight
+    chain = []
+    for bracket in around:
+        each: _Bracket | None = bracket
+        while each is not None:
+            chain.append(each)
+            each = each.outer
+    for each in sorted(chain, key=lambda bracket: bracket.closed):  # stable: unclosed round brackets before square ones
+        weight = _saturated(weight * each.factor)
+    return weight
+
+
+def _number(text: str | None) -> float | None:
+    try:
+        return None if text is None else _saturated(float(text))
+    except ValueError:
+        return None
+
+
+def _saturated(weight: float) -> float:
+    return max(-HUGE, min(HUGE, weight))
+
+
+# Prompt editing and alternation
+
+
+@dataclass(frozen=True)
+class _Group:
+    """What stands in brackets that change nothing from step to step, brackets included."""
+
+    items: list[_Item]
+
+
+@dataclass(frozen=True)
+class _Edit:
+    """`[before:after:when]`: `before` up to and including step `when`."""
+
+    before: list[_Item]
+    after: list[_Item]
+    when: int
+
+
+@dataclass(frozen=True)
+class _Alternation:
+    """`[a|b|c]`: each step the next one."""
+
+    options: list[list[_Item]]
+
+
+_Item = str | _Group | _Edit | _Alternation
+
+
+class _Open:
+    """A bracket whose end has not come: its parts and the separators between them. `start` is where its last part begins in the prompt."""
+
+    def __init__(self, bracket: str, start: int) -> None:
+        self.bracket = bracket
+        self.parts: list[list[_Item]] = [[]]
+        self.separators = ""
+        self.start = start
+
+
+def schedule_edits(prompt: str, steps: int) -> tuple[tuple[int, str], ...]:
+    """The texts a prompt goes through: (last step, text), steps counting from 1 to `steps`, as AUTOMATIC1111 writes them.
+
+    `[a:b:when]`, `[b:when]` and `[a::when]` change at a fraction of `steps` where `when` has a point, else at that step; `[a|b]`
+    changes with every step. They nest. Brackets of any other form are text, for `parse_attention` to read. A `|` outside of square
+    brackets, or a backslash with nothing to escape, leaves the whole prompt as text. Neighbouring texts may be equal.
+    """
+    items = _parse_edits(prompt, steps)
+    if items is None:
+        return ((steps, prompt),)
+    changes, alternates = _changes(items)
+    ends = set(range(1, steps + 1)) if alternates else {steps, *(when for when in changes if when >= 1)}
+    return tuple((end, _text_at(items, end)) for end in sorted(ends))
+
+
+def _parse_edits(prompt: str, steps: int) -> list[_Item] | None:
+    """Items at the top level, or None where AUTOMATIC1111's grammar has no reading.
+
+    A bracket is taken as such only if all brackets within it are; any other is text and so are those around it. So one pass with a
+    stack reads what the grammar does.
+    """
+    top: list[_Item] = []
+    stack: list[_Open] = []
+    for match in _EDITING.finditer(prompt):
+        token = match.group()
+        if token == "\\":
+            return None
+        if token in ("(", "["):
+            stack.append(_Open(token, match.end()))
+        elif token in (")", "]"):
+            closed = _closed(stack[-1], token, prompt[stack[-1].start : match.start()], steps) if stack else None
+            if closed is not None:
+                stack.pop()
+                (stack[-1].parts[-1] if stack else top).append(closed)
+            elif not _flatten(stack, top):
+                return None
+            else:
+                top.append(token)
+        elif token in (":", "|") and stack:
+            stack[-1].parts.append([])
+            stack[-1].separators += token
+            stack[-1].start = match.end()
+        elif token == "|":
+            return None
+        else:
+            (stack[-1].parts[-1] if stack else top).append(token)
+    return top if _flatten(stack, top) else None
+
+
+def _closed(opened: _Open, token: str, last: str, steps: int) -> _Item | None:
+    """What a bracket is, now that it closes; None if it is only text. `last` is the raw text of its last part."""
+    parts, separators = opened.parts, opened.separators
+    if opened.bracket == "(":
+        if token != ")" or separators not in ("", ":"):
+            return None
+        return _Group(["(", *parts[0], *([":", *parts[1]] if separators else []), ")"])
+    if token != "]":
+        return None
+    if not separators:
+        return _Group(["[", *parts[0], "]"])
+    if set(separators) == {"|"}:
+        return _Alternation(parts)
+    if separators in (":", "::") and (number := _WHEN.fullmatch(last)):
+        before = parts[0] if separators == "::" else []
+        return _Edit(before, parts[-2], _when(number.group(1), steps))
+    return None
+
+
+def _when(number: str, steps: int) -> int:
+    value = float(number) * (steps if "." in number else 1)
+    return int(max(-1.0, min(float(steps), value)))
+
+
+def _flatten(stack: list[_Open], top: list[_Item]) -> bool:
+    """Turn brackets that are only text into text at the top level, where alone such text may stand. False if one holds a `|`, which may not."""
+    for opened in stack:
+        if "|" in opened.separators:
+            return False
+        top.append(opened.bracket)
+        for i, part in enumerate(opened.parts):
+            if i > 0:
+                top.append(":")
+            top.extend(part)
+    stack.clear()
+    return True
+
+
+def _changes(items: list[_Item]) -> tuple[set[int], bool]:
+    """Steps at which an edit takes place, and whether anything alternates."""
+    changes: set[int] = set()
+    alternates = False
+    waiting: list[_Item] = list(items)
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, _Group):
+            waiting += item.items
+        elif isinstance(item, _Edit):
+            changes.add(item.when)
+            waiting += item.before
+            waiting += item.after
+        elif isinstance(item, _Alternation):
+            alternates = True
+            for option in item.options:
+                waiting += option
+    return changes, alternates
+
+
+def _text_at(items: list[_Item], step: int) -> str:
+    texts: list[str] = []
+    waiting: list[_Item] = items[::-1]
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, str):
+            texts.append(item)
+        elif isinstance(item, _Group):
+            waiting += reversed(item.items)
+        elif isinstance(item, _Edit):
+            waiting += reversed(item.before if step <= item.when else item.after)
+        else:
+            waiting += reversed(item.options[(step - 1) % len(item.options)])
+    return "".join(texts)
