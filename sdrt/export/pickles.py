@@ -60,9 +60,9 @@ def read_pickle(source: PickleBytes, where: str, storages: dict[str, StorageRefe
     """
     try:
         return _Interpreter(where, {} if storages is None else storages).run(source)
-    except (ValueError, IndexError, OverflowError) as error:
-        # genops and the stack raise these for bytes that are no pickle; every fault of ours is an assertion or another class.
-        message = str(error) if isinstance(error, ValueError) else "it takes more from its stack than is there"
+    except (ValueError, IndexError, OverflowError, DeprecationWarning) as error:
+        # genops and the stack raise these for bytes that are no pickle (the warning, where warnings are errors, for a bad escape in a text).
+        message = str(error) if not isinstance(error, IndexError) else "it takes more from its stack than is there"
         raise InputFileError(f"{where}: malformed pickle: {printable(message[:200])}", "Download the file again.") from error
 
 

@@ -20,7 +20,7 @@ from sdrt.export.pickles import MAX_DEPTH, MAX_PICKLE_BYTES, PickleBytes, read_p
 from sdrt.export.tensor_entry import ITEM_BYTES, MAX_RANK, MAX_TENSORS, TensorEntry
 from sdrt.export.zip_members import MAX_EXPANSION, Member, expansion_limit, members, read_member
 
-MAX_VALUES = 1_000_000
+MAX_VALUES = 200_000
 MAX_NESTED_STATE_DICTS = 8
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 LEGACY_PROTOCOL = 1001
