@@ -102,17 +102,19 @@ def build(
     ctx: typer.Context,
     checkpoint: Annotated[Path, typer.Option("--checkpoint", metavar="FILE", help="Stable Diffusion 1.x checkpoint, one .safetensors file in the layout of AUTOMATIC1111 (LDM).")],
     lora: Annotated[list[str] | None, typer.Option("--lora", metavar="FILE[:SCALE[:TE_SCALE]]", help="LoRA, LyCORIS or DoRA file to fuse; may be repeated, and they act in the order given, which matters only where one is a DoRA. SCALE (default 1) weighs its change of the UNet, TE_SCALE (default SCALE) that of the text encoder. AUTOMATIC1111's prompt syntax has the two in the other order.")] = None,
+    embedding: Annotated[list[str] | None, typer.Option("--embedding", metavar="FILE[:TRIGGER]", help="Textual-inversion embedding to put into the vocabulary; may be repeated. TRIGGER (default the file's stem) is what a prompt says to use it.")] = None,
+    hypernetwork: Annotated[list[str] | None, typer.Option("--hypernetwork", metavar="FILE[:SCALE]", help="Hypernetwork to build in, AUTOMATIC1111's .pt; may be repeated, they apply in the order given. SCALE (default 1) weighs it.")] = None,
     vae: Annotated[Path | None, typer.Option("--vae", metavar="FILE", help="VAE to use instead of the checkpoint's own.")] = None,
     target: Annotated[list[str] | None, typer.Option("--target", metavar="NAME", help="Engine to prepare; may be repeated: onnxruntime runs the bundle as it is, tensorrt-rtx and tensorrt compile it for the bundle's size once it is built. auto is tensorrt where it is installed and a GPU answers, else onnxruntime.")] = None,
     precision: Annotated[str, typer.Option("--precision", metavar="fp16|bf16|fp32", help="Storage type of the weights. On a CPU the arithmetic is float32 whatever it is.")] = "fp16",
     size: Annotated[str | None, typer.Option("--size", metavar="WxH", help="Default picture size in pixels, multiples of 8; the checkpoint's own if not given. `generate` may choose any other.")] = None,
     clip_skip: Annotated[int, typer.Option("--clip-skip", metavar="N", help="Text-encoder layer to use, counted from the end as AUTOMATIC1111 does: 1 is the last.")] = 1,
-    allow_unmatched: Annotated[bool, typer.Option("--allow-unmatched", help="Leave out LoRA keys that belong to no module of the model instead of failing.")] = False,
+    allow_unmatched: Annotated[bool, typer.Option("--allow-unmatched", help="Leave out LoRA keys that belong to no module of the model, and the part of a hypernetwork that belongs to no layer, instead of failing.")] = False,
     output: Annotated[Path | None, typer.Option("--output", "-o", metavar="NAME.sdrt", help="Folder to write; by default the stems of the checkpoint and LoRAs, in the working folder.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the output if it is a bundle. Nothing else is ever replaced.")] = False,
     as_json: Json = False,
 ) -> None:  # fmt: skip
-    """Turn a checkpoint and its LoRAs into a bundle.
+    """Turn a checkpoint and its adapters into a bundle.
 
     The first build of an architecture traces its networks, about a minute; later ones of any checkpoint or LoRA take the traces from the
     cache ($SDRT_CACHE_DIR, or ~/.cache/sdrt). Every build runs each graph against the network it came from before it calls itself done.
@@ -121,11 +123,14 @@ def build(
     from sdrt.export.adapters import parse_lora_option
     from sdrt.export.build import BuildOptions
     from sdrt.export.build import build as run_build
+    from sdrt.export.embeddings import parse_embedding_option
+    from sdrt.export.hypernetworks import parse_hypernetwork_option
 
     targets = cli_engines.checked_targets(target or ["auto"])
     options = BuildOptions(
-        checkpoint, tuple(parse_lora_option(text) for text in lora or []), vae, precision, _size(size), clip_skip, allow_unmatched, output, force
-    )
+        checkpoint, tuple(parse_lora_option(text) for text in lora or []), vae, precision, _size(size), clip_skip, allow_unmatched, output, force,
+        embeddings=tuple(parse_embedding_option(text) for text in embedding or []), hypernetworks=tuple(parse_hypernetwork_option(text) for text in hypernetwork or []),
+    )  # fmt: skip
     with StageProgress(BUILD_STAGES) as progress:
         report = run_build(options, progress)
     manifest = report.manifest
@@ -146,6 +151,10 @@ def build(
         if source.kind == "lora":
             changes = ", ".join(f"{source.applied[c]} modules of the {c} (change {source.relative_change[c]:.1%})" for c in source.applied) or "nothing"
             typer.echo(f"{printable(source.name)} at {source.scale:g}:{source.te_scale:g} applied to {changes}")
+        elif source.kind == "embedding":
+            typer.echo(f"{printable(source.name)}: {source.applied['text_encoder']} vectors; a prompt uses it by saying {printable(source.trigger or '')}")
+        elif source.kind == "hypernetwork":
+            typer.echo(f"{printable(source.name)} at {source.scale:g} applied to {source.applied.get('unet', 0)} attention layers")
     typer.echo(f"built {report.path} ({size_bytes / 1e6:.1f} MB) in {sum(report.stages_s.values()):.1f} s")
     for engine in engines:
         cli_engines.print_compiled(engine)

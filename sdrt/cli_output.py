@@ -45,7 +45,7 @@ def progress_bar() -> Any:
 
 # Rough seconds of each stage, for the estimate of what is left only.
 BUILD_STAGES = {
-    "read": 4.0, "fuse": 6.0, "tokenizer": 0.5, "trace text_encoder": 3.0, "trace step": 35.0, "trace vae_decoder": 5.0, "trace vae_encoder": 5.0,
+    "read": 4.0, "tokenizer": 0.5, "fuse": 6.0, "trace text_encoder": 3.0, "trace step": 35.0, "trace vae_decoder": 5.0, "trace vae_encoder": 5.0,
     "check text_encoder": 1.0, "check step": 8.0, "check vae_decoder": 1.0, "check vae_encoder": 1.0, "write": 3.0,
 }  # fmt: skip
 COMPILE_STAGES = {"read": 2.0, "compile text_encoder": 4.0, "compile step": 40.0, "compile vae_decoder": 8.0, "compile vae_encoder": 6.0, "write": 3.0}

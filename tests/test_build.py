@@ -48,7 +48,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 def instant(quick: None, flat_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The weights and the tokenizer are copied from a finished bundle of the emoji checkpoint, too."""
 
-    def write_weights(path: Path, tensors: dict[str, Tensor], loras: object, precision: str, progress: object) -> Any:
+    def write_weights(path: Path, tensors: dict[str, Tensor], loras: object, precision: str, progress: object, made: object) -> Any:
         shutil.copy(flat_bundle / names.WEIGHTS, path)
         return layout({name: tensor.entry.shape for name, tensor in tensors.items()}, precision)[1], []
 
@@ -250,7 +250,7 @@ def stages(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 def test_stages(stages: list[str]) -> None:
     traces, checks = ([f"{what} {graph}" for graph in names.GRAPHS] for what in ("trace", "check"))
-    assert stages == ["read", "fuse", "tokenizer", *traces, *checks, "write"]
+    assert stages == ["read", "tokenizer", "fuse", *traces, *checks, "write"]
 
 
 @pytest.mark.parametrize("exists", [False, True], ids=["new", "replacing"])

@@ -206,6 +206,7 @@ GOLDEN = """\
  },
  "latents": {
   "channels": 4,
+  "concat_channels": 0,
   "factor": 8,
   "size": [
    512,

@@ -385,7 +385,7 @@ def test_lora_given_as_the_checkpoint() -> None:
 @pytest.mark.parametrize("shapes", [{"emb_params": (4, 768)}, {"clip_l": (4, 768), "clip_g": (4, 1280)}])
 def test_embedding_given_as_the_checkpoint(tmp_path: Path, shapes: Shapes) -> None:
     error = refused(header_only(tmp_path / "x.safetensors", shapes), "found a textual-inversion embedding")
-    assert "not supported yet" in error.fix
+    assert "--embedding" in error.fix
 
 
 def test_file_of_nothing(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ Owns the size dataclasses and their inference. Imports no torch, so that `sdrt i
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,13 @@ INPAINTING_CHANNELS = 9
 
 MAX_BLOCKS = 100
 """Blocks of one kind in a row. Real models stay far below; the limit keeps a forged header from costing minutes."""
+
+HYPERNETWORK_KEY = re.compile(r"(\d{1,6})\.([01])\.(linear\d?\..+)")
+"""Width, 0 for keys or 1 for values, and the layer's own name."""
+OPTION_OF_KIND = {"a LoRA": "--lora", "a VAE": "--vae", "a textual-inversion embedding": "--embedding", "a hypernetwork": "--hypernetwork"}
+"""How `sdrt build` takes what `describe` calls by these names."""
+_MAX_TOKENS, _NARROWEST = 16, 64
+"""Embeddings that one file may hold before it is another kind of file, and their least width: text encoders are multiples of 64 wide."""
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -113,6 +121,10 @@ def describe(names: Shapes) -> str:
         return "an empty file"
     if has("lora_unet_", "lora_te", "lycoris_") or is_adapter(names):
         return "a LoRA"
+    if any(HYPERNETWORK_KEY.fullmatch(name) for name in names):
+        return "a hypernetwork"
+    if _are_embeddings(names):
+        return "a textual-inversion embedding"
     if has("model.diffusion_model.double_blocks.", "double_blocks."):
         return "a Flux model"
     if has("model.diffusion_model.joint_blocks.", "joint_blocks."):
@@ -129,8 +141,6 @@ def describe(names: Shapes) -> str:
         return "an SD2 model"
     if has("down_blocks.", "unet.down_blocks."):
         return "a UNet in diffusers naming"
-    if len(names) <= 2 and ({"emb_params", "clip_l", "clip_g"} & names.keys()):
-        return "a textual-inversion embedding"
     if has(UNET):
         conv_in = names.get(UNET + "input_blocks.0.0.weight", ())
         channels = conv_in[1] if len(conv_in) == 4 else 4
@@ -148,6 +158,13 @@ def describe(names: Shapes) -> str:
     if has(CLIP, "text_model."):
         return "a CLIP text encoder"
     return "tensors of no kind that sdrt knows"
+
+
+def _are_embeddings(names: Shapes) -> bool:
+    """AUTOMATIC1111's and SDXL's names, or a few tensors of vectors under names that are no layer's: tokens, as diffusers saves them."""
+    if any(name.startswith("string_to_param.") for name in names) or names.keys() <= {"emb_params", "clip_l", "clip_g"}:
+        return True
+    return len(names) <= _MAX_TOKENS and all(len(s) in (1, 2) and s[-1] >= _NARROWEST and not n.endswith((".weight", ".bias")) for n, s in names.items())
 
 
 def architecture(path: Path, shapes: Shapes, metadata: Mapping[str, str]) -> Architecture:
@@ -181,7 +198,8 @@ def _refuse_kind(path: Path, kind: str) -> None:
     fixes = {
         "a LoRA": "Pass it with --lora, and the checkpoint it was trained on with --checkpoint.",
         "a VAE": "Pass it with --vae, and a whole checkpoint with --checkpoint.",
-        "a textual-inversion embedding": "Embeddings are not supported yet; pass a whole checkpoint with --checkpoint.",
+        "a textual-inversion embedding": "Pass it with --embedding, and the checkpoint it was trained on with --checkpoint.",
+        "a hypernetwork": "Pass it with --hypernetwork, and the checkpoint it was trained on with --checkpoint.",
         "a Stable Diffusion UNet without its text encoder": "Give a whole checkpoint: no option supplies the text encoder.",
     }
     if "not supported yet" in fixes.get(kind, "") or kind in fixes or kind.startswith(("tensors", "an empty", "a CLIP")):

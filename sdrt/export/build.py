@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import shutil
@@ -20,9 +21,11 @@ from sdrt.errors import ResourceError, UsageError
 from sdrt.export.adapters import Lora, LoraOption, open_lora
 from sdrt.export.architecture import Architecture
 from sdrt.export.checkpoint import Checkpoint, open_checkpoint, select
+from sdrt.export.embeddings import TOKEN_TABLE, Embedding, EmbeddingOption, check_triggers, extended_table, open_embedding, table_rows
+from sdrt.export.hypernetworks import Hypernetwork, HypernetworkOption, open_hypernetwork
 from sdrt.export.tensor_file import open_tensor_file
-from sdrt.export.tokenizer import write_tokenizer
-from sdrt.export.weights import CODES, Change, write_weights
+from sdrt.export.tokenizer import trigger_encoder, write_tokenizer
+from sdrt.export.weights import CODES, Change, Made, write_weights
 from sdrt.publish import staged_folder
 
 if TYPE_CHECKING:
@@ -42,6 +45,8 @@ class BuildOptions:
     allow_unmatched: bool = False
     output: Path | None = None
     force: bool = False
+    embeddings: tuple[EmbeddingOption, ...] = ()
+    hypernetworks: tuple[HypernetworkOption, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -87,23 +92,40 @@ def build(options: BuildOptions, progress: Progress = lambda stage, done: None) 
             from sdrt.export.graph import bind, recipes, skeleton  # imports torch: only after the files are known to be good
             from sdrt.export.selfcheck import check
 
-            made = recipes(arch)
-            expected = {name: shape for recipe in made.values() for name, shape in recipe.weight_shapes().items()}
+            expected = {name: shape for recipe in recipes(arch).values() for name, shape in recipe.weight_shapes().items()}
             tensors, unknown = select(checkpoint, expected)
-            loras = []
+            loras, embeddings, hypernetworks = list[Lora](), list[Embedding](), list[Hypernetwork]()
             for option in options.loras:
                 loras.append(open_lora(option, expected, arch.unet, allow_unmatched=options.allow_unmatched))
                 files.callback(loras[-1].file.close)
+            for learned in options.embeddings:
+                embeddings.append(open_embedding(learned, arch.clip))
+                files.callback(embeddings[-1].file.close)
+            for chained in options.hypernetworks:
+                hypernetworks.append(open_hypernetwork(chained, arch.unet, allow_unmatched=options.allow_unmatched))
+                files.callback(hypernetworks[-1].file.close)
+            vocabulary, computed = arch.clip.vocabulary, dict[str, Made]()
+            if embeddings:
+                computed[TOKEN_TABLE] = extended_table(embeddings, arch.clip)
+                arch = replace(arch, clip=replace(arch.clip, vocabulary=computed[TOKEN_TABLE].shape[0]))
+            if hypernetworks:
+                from sdrt.export.hypernetwork_weights import attach, check_values
+
+                check_values(hypernetworks)
+                unet, attached = attach(hypernetworks, arch.unet, expected)
+                arch, computed = replace(arch, unet=unet), computed | attached
+            made = recipes(arch)
             sources = _sources(checkpoint)
         with staged_folder(output, replace=options.force) as folder:
             for part in ("graphs", "tokenizer", "reference"):
                 (folder / part).mkdir()
-            _check_space(folder, sum(tensor.entry.size_bytes for tensor in tensors.values()))
+            _check_space(folder, sum(tensor.entry.size_bytes for tensor in tensors.values()) + sum(4 * math.prod(c.shape) for c in computed.values()))
+            with stage("tokenizer"):
+                bos, eos = write_tokenizer(folder / names.TOKENIZER, vocabulary)
+                notes = check_triggers(embeddings, trigger_encoder(folder / names.TOKENIZER)) if embeddings else []
             with stage("fuse"):
                 weights_file = folder / names.WEIGHTS
-                placed, changes = write_weights(weights_file, tensors, loras, options.precision, lambda done: progress("fuse", done))
-            with stage("tokenizer"):
-                bos, eos = write_tokenizer(folder / names.TOKENIZER, arch.clip.vocabulary)
+                placed, changes = write_weights(weights_file, tensors, loras, options.precision, lambda done: progress("fuse", done), computed)
             cached = []
             # No bfloat16 graph yet: ONNX Runtime's CPU provider cannot run one, and a build ships nothing it has not checked.
             computes = ("fp32", "fp16") if options.precision == "fp16" else ("fp32",)
@@ -121,7 +143,8 @@ def build(options: BuildOptions, progress: Progress = lambda stage, done: None) 
                         errors = check(recipe, weights, paths, folder / "reference" / f"{graph}.npz")
                         graphs[graph] = {compute: _graph(recipe, options.precision, compute, error) for compute, error in errors.items()}
             with stage("write"):
-                for file in [checkpoint.file, checkpoint.vae_file, *(lora.file for lora in loras)]:
+                adapter_files = [*(a.file for a in loras), *(a.file for a in embeddings), *(a.file for a in hypernetworks)]
+                for file in [checkpoint.file, checkpoint.vae_file, *adapter_files]:
                     if file is not None:
                         file.check_unchanged()
                 manifest = Manifest(
@@ -131,21 +154,28 @@ def build(options: BuildOptions, progress: Progress = lambda stage, done: None) 
                     family=arch.family,
                     architecture={"unet": asdict(arch.unet), "vae": asdict(arch.vae), "clip": asdict(arch.clip)},
                     diffusion=Diffusion(prediction=arch.prediction),
-                    text=Text(arch.clip.width, arch.clip.tokens, bos, eos, eos, arch.clip.clip_skip),
+                    text=Text(arch.clip.width, arch.clip.tokens, bos, eos, eos, arch.clip.clip_skip, table_rows(embeddings, vocabulary)),
                     latents=Latents(arch.vae.latent_channels, 2 ** (len(arch.vae.channels) - 1), arch.size, arch.unet.in_channels - arch.vae.latent_channels),
                     precision=options.precision,
                     graphs=graphs,
-                    sources=(*sources, *(_lora_source(lora, change) for lora, change in zip(loras, changes, strict=True))),
+                    sources=(
+                        *sources,
+                        *(_lora_source(lora, change) for lora, change in zip(loras, changes, strict=True)),
+                        *(_embedding_source(embedding) for embedding in embeddings),
+                        *(_hypernetwork_source(hypernetwork) for hypernetwork in hypernetworks),
+                    ),
                     tools=_tools(),
                     files={p.relative_to(folder).as_posix(): file_record(p) for p in sorted(folder.rglob("*")) if p.is_file()},
                 )
                 write_manifest(folder, manifest)
-    return BuildReport(output, manifest, tuple(_notes(unknown, loras, changes)), stages, tuple(cached))
+    remarks = (*_notes(unknown, loras, changes), *notes, *_hypernetwork_notes(hypernetworks))
+    return BuildReport(output, manifest, remarks, stages, tuple(cached))
 
 
 def default_output(options: BuildOptions) -> Path:
-    """`emoji+blindbox.sdrt` in the working folder, from the stems of the checkpoint and the LoRAs."""
-    return Path("+".join([options.checkpoint.stem, *(lora.path.stem for lora in options.loras)]) + ".sdrt")
+    """`emoji+blindbox.sdrt` in the working folder, from the stems of the checkpoint and the adapters."""
+    adapters = [*(o.path for o in options.loras), *(o.path for o in options.embeddings), *(o.path for o in options.hypernetworks)]
+    return Path("+".join(path.stem for path in (options.checkpoint, *adapters)) + ".sdrt")
 
 
 def _check_output(output: Path, options: BuildOptions) -> None:
@@ -195,6 +225,16 @@ def _lora_source(lora: Lora, changes: Mapping[str, Change]) -> Source:
     )
 
 
+def _embedding_source(embedding: Embedding) -> Source:
+    option, applied = embedding.option, {"text_encoder": embedding.vectors}
+    return Source("embedding", option.path.name, embedding.sha256, applied=applied, trigger=option.trigger)
+
+
+def _hypernetwork_source(hypernetwork: Hypernetwork) -> Source:
+    option = hypernetwork.option
+    return Source("hypernetwork", option.path.name, hypernetwork.sha256, option.scale, applied={"unet": hypernetwork.layers} if option.scale != 0 else {})
+
+
 def _graph(recipe: Recipe, weights: str, compute: str, error: float) -> Graph:
     from sdrt.export.precision import ISLANDS
 
@@ -223,3 +263,13 @@ def _notes(unknown: Sequence[str], loras: Sequence[Lora], changes: Sequence[Mapp
         yield from (f"{lora.option.path.name}: {note}" for note in lora.notes)
         if lora.unmatched:
             yield f"{lora.option.path.name}: {len(lora.unmatched)} keys belong to no module and were left out, such as {lora.unmatched[0]}"
+
+
+def _hypernetwork_notes(hypernetworks: Sequence[Hypernetwork]) -> Iterator[str]:
+    for hypernetwork in hypernetworks:
+        name = hypernetwork.option.path.name
+        if hypernetwork.option.scale == 0:
+            yield f"{name}: scale 0, nothing changed"
+        if hypernetwork.unmatched:
+            widths = ", ".join(str(width) for width in hypernetwork.unmatched)
+            yield f"{name}: its networks for contexts {widths} wide belong to no attention layer of this model and were left out"

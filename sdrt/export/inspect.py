@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sdrt.errors import SdrtError
+from sdrt.export import embeddings, hypernetworks
 from sdrt.export.adapters import component
 from sdrt.export.architecture import VAE, architecture, describe
 from sdrt.export.checkpoint import canonical_name
@@ -36,6 +37,10 @@ def inspect_file(path: Path) -> dict[str, Any]:
         }
         if report["kind"] == "a LoRA":
             return report | _lora(shapes)
+        if report["kind"] == embeddings.KIND:
+            return report | embeddings.summary(file)
+        if report["kind"] == hypernetworks.KIND:
+            return report | hypernetworks.summary(file)
         components = Counter(_component(name) for name in shapes)
         report["components"] = {name: {"tensors": count, "parameters": _parameters(shapes, name)} for name, count in sorted(components.items())}
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
 
@@ -52,3 +53,16 @@ def write_tokenizer(path: Path, size: int) -> tuple[int, int]:
     tokenizer.add_special_tokens([BOS, EOS])
     path.write_text(tokenizer.to_str(), encoding="utf-8")
     return tokens[BOS], tokens[EOS]
+
+
+def trigger_encoder(path: Path) -> Callable[[str], list[int]]:
+    """A function from words to token ids, without start and end, by a tokenizer.json."""
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(path))
+
+    def encode(text: str) -> list[int]:
+        ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
+
+    return encode

@@ -37,13 +37,19 @@ class Residual(nn.Module):
         for i, (width, following) in enumerate(itertools.pairwise(widths), 1):
             layers.append(nn.Linear(width, following))
             if spec.activation is not None and (i < len(widths) - 1 or spec.activate_output):
-                layers.append(getattr(nn, spec.activation)())
+                layers.append(_activation(spec.activation))
             if spec.layer_norm:
                 layers.append(nn.LayerNorm(following))
         self.layers = nn.Sequential(*layers)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.scale * self.layers(x)
+
+
+def _activation(name: str) -> nn.Module:
+    """An activation of torch.nn at its defaults. RReLU's slope is random in training; at inference it is the mean."""
+    module: nn.Module = nn.LeakyReLU((1 / 8 + 1 / 3) / 2) if name == "RReLU" else getattr(nn, name)()
+    return module
 
 
 class Hypernetworks(nn.Module):

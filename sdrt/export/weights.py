@@ -1,10 +1,10 @@
-"""Writes a bundle's weights: the checkpoint's tensors with every adapter's change added in float32, rounded once, in one safetensors file."""
+"""Writes a bundle's weights: the checkpoint's tensors with every adapter's change made in float32, rounded once, in one safetensors file."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +41,19 @@ class Change:
     relative: float
 
 
+@dataclass(frozen=True)
+class Made:
+    """A tensor of the bundle that is computed, not copied, or one of the checkpoint's that more than LoRAs change.
+
+    `make` gives it in float32; it is handed a function that gives any of the checkpoint's tensors, LoRAs fused, in float32. `path` is the file
+    to name when the result is too large.
+    """
+
+    shape: tuple[int, ...]
+    path: Path
+    make: Callable[[Callable[[str], torch.Tensor]], torch.Tensor]
+
+
 def layout(shapes: Mapping[str, tuple[int, ...]], precision: str) -> tuple[bytes, dict[str, Placed]]:
     """Header of the weights file, and where each tensor goes. Tensors of whole cache lines come first, so that those stay aligned."""
     code = CODES[precision]
@@ -60,12 +73,18 @@ def layout(shapes: Mapping[str, tuple[int, ...]], precision: str) -> tuple[bytes
 
 
 def write_weights(
-    path: Path, tensors: Mapping[str, Tensor], loras: Sequence[Lora], precision: str, progress: Callable[[float], None]
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    loras: Sequence[Lora],
+    precision: str,
+    progress: Callable[[float], None],
+    made: Mapping[str, Made] | None = None,
 ) -> tuple[dict[str, Placed], list[dict[str, Change]]]:
     """Write the weights file, one tensor in memory at a time. Returns where each tensor lies and, per LoRA, its change of each component.
 
     Adapters act in the order given. A DoRA rescales what it meets, so its place matters; all others only add, and between two DoRAs they
     are added in the order of their files' hashes, so that their order does not matter to the last bit.
+    Tensors that are `made` replace or join `tensors`.
 
     Raises:
         CheckpointError: a stored value is not finite, or too large for the precision.
@@ -74,57 +93,73 @@ def write_weights(
     import torch
 
     kind = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
-    header, placed = layout({name: tensor.shape for name, tensor in tensors.items()}, precision)
-    norms: list[dict[str, list[float]]] = [defaultdict(lambda: [0.0, 0.0]) for _ in loras]
-    modules: list[set[str]] = [set() for _ in loras]
+    made = made or {}
+    shapes = {name: tensor.shape for name, tensor in tensors.items()} | {name: tensor.shape for name, tensor in made.items()}
+    header, placed = layout(shapes, precision)
+    norms: list[dict[str, tuple[float, float]]] = [{} for _ in loras]  # by weight: of the change, and of what it changed
     survived: set[int] = set()  # LoRAs that changed some weight by more than its rounding
     total = sum(p.size_bytes for p in placed.values())
     done = 0
+
+    def fused(name: str) -> torch.Tensor:
+        """A checkpoint's tensor with the LoRAs: float32 where one touches it, else as stored. May be asked for more than once."""
+        source = tensors[name]
+        stored = source.read()
+        _check_finite(stored, source)
+        touching = _order(name, loras)
+        if not touching:
+            return stored
+        pristine = stored.to(torch.float32)
+        value = pristine.clone()
+        for i in touching:
+            change = loras[i].change(name, value)
+            value += change
+            norms[i][name] = float(change.norm()), float(pristine.norm())
+        if not torch.equal(value.to(kind), stored.to(kind)):
+            survived.update(touching)
+        return value
+
     with path.open("wb") as stream:
         stream.write(header)
         for name, place in placed.items():
-            source = tensors[name]
-            stored = source.read()
-            _check_finite(stored, source)
-            touching = _order(name, loras)
-            fused = stored
-            if touching:
-                pristine = stored.to(torch.float32)
-                fused = pristine.clone()
-                for i in touching:
-                    change = loras[i].change(name, fused)
-                    fused += change
-                    size = float(change.norm())
-                    record = norms[i][component(name)]
-                    modules[i].add(name.rpartition(".")[0])
-                    record[0] += size**2
-                    record[1] += float(pristine.norm()) ** 2
-            rounded = fused.to(kind)
-            survived.update(i for i in touching if not torch.equal(rounded, stored.to(kind)))
+            value = made[name].make(lambda weight: fused(weight).to(torch.float32)) if name in made else fused(name)
+            assert tuple(value.shape) == place.shape, name
+            rounded = value.to(kind)
             if not _finite(rounded):
-                largest = float(fused.abs().nan_to_num(math.inf).max())
+                largest = float(value.abs().nan_to_num(math.inf).max())
                 what = f"{name}: {largest:.6g} is too large for {precision}"
-                if touching and _finite(stored.to(kind)):
-                    files = ", ".join(str(loras[i].file.path) for i in touching)
+                blamed = [made[name].path] if name in made else [loras[i].file.path for i in _order(name, loras)]
+                if blamed and (name in made or _finite(tensors[name].read().to(kind))):
+                    files = ", ".join(str(file) for file in blamed)
                     raise AdapterError(f"{files}: {what}", "Lower the scale, or build with --precision bf16 or fp32.")
-                raise CheckpointError(f"{source.file.path}: {what}", "Build with --precision bf16 or fp32.")
+                raise CheckpointError(f"{tensors[name].file.path}: {what}", "Build with --precision bf16 or fp32.")
             stream.write(rounded.contiguous().view(torch.uint8).numpy().data if rounded.dim() else rounded.reshape(1).view(torch.uint8).numpy().data)
             done += place.size_bytes
             progress(done / total)
     changes = []
-    for i, (lora, by_component) in enumerate(zip(loras, norms, strict=True)):
-        counts = Counter(component(module) for module in modules[i])
-        report = {c: Change(counts[c], math.sqrt(d / w) if w else 0.0) for c, (d, w) in sorted(by_component.items())}
+    for i, (lora, by_weight) in enumerate(zip(loras, norms, strict=True)):
         wanted = any(lora.scale(weight) != 0 for weight in lora.deltas)
-        if wanted and not any(squares for squares, _ in by_component.values()):
+        if wanted and not any(size for size, _ in by_weight.values()):
             raise AdapterError(f"{lora.file.path}: all its changes are zero: the LoRA does nothing", "Train it longer, or leave it out.")
         if wanted and i not in survived:
             raise AdapterError(
                 f"{lora.file.path}: its changes vanish when the weights are rounded to {precision}",
                 "Raise its scale, build with --precision fp32, or leave it out.",
             )
-        changes.append(report)
+        changes.append(_changes(by_weight))
     return placed, changes
+
+
+def _changes(norms: Mapping[str, tuple[float, float]]) -> dict[str, Change]:
+    """By component: how many modules changed, and by how much in all."""
+    by_component: dict[str, dict[str, tuple[float, float]]] = defaultdict(dict)
+    for weight, pair in norms.items():
+        by_component[component(weight)][weight] = pair
+    changes = {}
+    for name, pairs in sorted(by_component.items()):
+        change, whole = (math.hypot(*(pair[i] for pair in pairs.values())) for i in (0, 1))
+        changes[name] = Change(len({weight.rpartition(".")[0] for weight in pairs}), change / whole if whole else 0.0)
+    return changes
 
 
 def _order(weight: str, loras: Sequence[Lora]) -> list[int]:

@@ -1,0 +1,194 @@
+"""Reads learned embeddings (textual inversion, Gal et al. 2022): which tensor of the file holds the vectors, for whom, under which trigger.
+
+Layouts: AUTOMATIC1111's `string_to_param`, diffusers' one tensor under its token, `emb_params`, SDXL's `clip_l` and `clip_g`. Nothing is
+read but headers until `read_vectors`. The vectors become rows of the bundle's token table.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sdrt.errors import AdapterError, UsageError, printable
+from sdrt.export.architecture import CLIP, OPTION_OF_KIND, ClipSpec, describe
+from sdrt.export.tensor_entry import FLOATS, TensorEntry
+from sdrt.export.tensor_file import TensorFile, open_tensor_file
+from sdrt.export.weights import Made
+
+if TYPE_CHECKING:
+    import torch
+
+TOKEN_TABLE = CLIP + "text_model.embeddings.token_embedding.weight"
+KIND = "a textual-inversion embedding"
+FAMILIES = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 1280: "SDXL's second text encoder"}
+"""Who has token vectors of that width."""
+_RETRIEVE = "Get the embedding again, or train it again."
+
+
+@dataclass(frozen=True)
+class EmbeddingOption:
+    """An `--embedding` argument. `trigger` is what a prompt says to use it."""
+
+    path: Path
+    trigger: str
+
+
+@dataclass(frozen=True)
+class Embedding:
+    """An opened embedding that fits a model: `vectors` of them in `entry`, which is `[width]` or `[vectors, width]`."""
+
+    option: EmbeddingOption
+    file: TensorFile
+    sha256: str
+    entry: TensorEntry
+    vectors: int
+
+
+def parse_embedding_option(text: str) -> EmbeddingOption:
+    """`FILE[:TRIGGER]` as typed; the trigger is the file's stem if not given. A colon inside the path (`C:\\x`, an existing `a:b.pt`) is kept.
+
+    Raises:
+        UsageError: the trigger is empty or has characters that no prompt can.
+    """
+    path, trigger = text, None
+    match = re.fullmatch(r"(.+):([^:/\\]*)", text, re.DOTALL)
+    if match and not os.path.exists(text):
+        path, trigger = match[1], match[2]
+    chosen = Path(path).stem if trigger is None else trigger
+    if not chosen.strip() or not chosen.isprintable():
+        raise UsageError(f"--embedding {printable(text)}: trigger {printable(chosen)!r}: expected words", "Write it as --embedding style.pt:my-style.")
+    return EmbeddingOption(Path(path), chosen)
+
+
+def vector_entries(file: TensorFile) -> list[TensorEntry]:
+    """The tensors of an embedding file that hold vectors, whatever its layout; none if it is another kind of file."""
+    if describe({name: entry.shape for name, entry in file.entries.items()}) != KIND:
+        return []
+    entries = list(file.entries.values())
+    return [entry for entry in entries if entry.name.startswith("string_to_param.")] or entries
+
+
+def open_embedding(option: EmbeddingOption, clip: ClipSpec) -> Embedding:
+    """Open an embedding and check that it fits a text encoder.
+
+    Raises:
+        AdapterError: the file is no embedding, holds several or too many vectors, or its width is another model's, whose family is named.
+        InputFileError: the file is malformed.
+    """
+    file = open_tensor_file(option.path)
+    try:
+        entry = _only_entry(file)
+        where = f"{file.path}: {printable(entry.name)}"
+        if entry.dtype not in FLOATS:
+            raise AdapterError(f"{where}: expected one of {', '.join(FLOATS)}, found {entry.dtype}", _RETRIEVE)
+        width, vectors = entry.shape[-1], 1 if len(entry.shape) == 1 else entry.shape[0]
+        if width != clip.width:
+            made_for = f": it was made for {FAMILIES[width]}" if width in FAMILIES else ""
+            needed = f", as {FAMILIES[clip.width]} has" if clip.width in FAMILIES else ""
+            raise AdapterError(
+                f"{where}: expected vectors {clip.width} wide{needed}, found {width}{made_for}", "Use an embedding made for this checkpoint's family."
+            )
+        limit = clip.tokens - 2
+        if not 1 <= vectors <= limit:
+            raise AdapterError(f"{where}: {vectors} vectors, expected 1 to {limit}, what a chunk of a prompt holds", _RETRIEVE)
+        return Embedding(option, file, file.sha256(), entry, vectors)
+    except BaseException:
+        file.close()
+        raise
+
+
+def _only_entry(file: TensorFile) -> TensorEntry:
+    found = vector_entries(file)
+    names = {entry.name for entry in found}
+    if not found:
+        kind = describe({name: entry.shape for name, entry in file.entries.items()})
+        option = OPTION_OF_KIND.get(kind, "--checkpoint" if "model" in kind else "")
+        fix = f"Pass it with {option}." if option else "--embedding takes a textual-inversion embedding."
+        raise AdapterError(f"{file.path}: expected {KIND}, found {kind}", fix)
+    if names & {"clip_l", "clip_g"}:
+        raise AdapterError(f"{file.path}: {', '.join(sorted(names))}: an embedding made for SDXL", "Use an embedding made for this checkpoint's family.")
+    if len(found) > 1:
+        shown = ", ".join(printable(name) for name in sorted(names)[:5])
+        raise AdapterError(f"{file.path}: holds {len(found)} embeddings ({shown}), expected one", "Save each in a file of its own.")
+    return found[0]
+
+
+def read_vectors(embedding: Embedding) -> torch.Tensor:
+    """The vectors, float32 `[vectors, width]`.
+
+    Raises:
+        AdapterError: a value is NaN or infinite.
+    """
+    import torch
+
+    values = embedding.file.read(embedding.entry.name).to(torch.float32).reshape(embedding.vectors, -1)
+    if bad := int((~torch.isfinite(values)).sum()):
+        raise AdapterError(f"{embedding.file.path}: {printable(embedding.entry.name)}: {bad} of {values.numel()} values are NaN or infinite", _RETRIEVE)
+    return values
+
+
+def extended_table(embeddings: Sequence[Embedding], clip: ClipSpec) -> Made:
+    """The token table with every embedding's vectors appended, in order.
+
+    Raises:
+        AdapterError: a value is NaN or infinite.
+    """
+    rows = [read_vectors(embedding) for embedding in embeddings]
+
+    def make(fused: Callable[[str], torch.Tensor]) -> torch.Tensor:
+        import torch
+
+        return torch.cat([fused(TOKEN_TABLE), *rows])
+
+    return Made((clip.vocabulary + sum(len(r) for r in rows), clip.width), embeddings[-1].file.path, make)
+
+
+def table_rows(embeddings: Sequence[Embedding], vocabulary: int) -> dict[str, tuple[int, ...]]:
+    """The rows of the token table that each trigger stands for: appended after the `vocabulary` own ones, in order."""
+    rows, first = {}, vocabulary
+    for embedding in embeddings:
+        rows[embedding.option.trigger] = tuple(range(first, first + embedding.vectors))
+        first += embedding.vectors
+    return rows
+
+
+def check_triggers(embeddings: Sequence[Embedding], encode: Callable[[str], Sequence[int]]) -> list[str]:
+    """Check that each trigger is something of its own to the tokenizer. Returns remarks for the user.
+
+    Raises:
+        UsageError: two triggers have the same token ids (letter case and Unicode form do not tell them apart), or one has none.
+    """
+    known: dict[tuple[int, ...], Embedding] = {}
+    notes = []
+    for embedding in embeddings:
+        trigger, path = embedding.option.trigger, embedding.file.path
+        ids = tuple(encode(trigger))
+        if not ids:
+            raise UsageError(f"--embedding {path}: trigger {trigger!r}: the tokenizer sees nothing in it", "Choose a word: --embedding FILE:TRIGGER.")
+        if (other := known.setdefault(ids, embedding)) is not embedding:
+            raise UsageError(
+                f"--embedding {path}: trigger {trigger!r} is that of {other.file.path} too ({other.option.trigger!r}): one trigger cannot stand for two embeddings",
+                "Give one of them another trigger: --embedding FILE:TRIGGER.",
+            )
+        if len(ids) == 1:
+            notes.append(f"{path.name}: the trigger {trigger!r} is a word of the vocabulary: every prompt with that word uses the embedding")
+    return notes
+
+
+def summary(file: TensorFile) -> dict[str, Any]:
+    """What `inspect` says of an embedding: its trigger, vectors, width and family."""
+    found = vector_entries(file)
+    widths = sorted({entry.shape[-1] for entry in found})
+    sdxl = bool({"clip_l", "clip_g"} & {entry.name for entry in found})
+    families = ["SDXL"] if sdxl else [FAMILIES[width] for width in widths if width in FAMILIES]
+    return {
+        "use": "--embedding FILE[:TRIGGER]",
+        "trigger": file.path.stem,
+        "vectors": max((1 if len(entry.shape) == 1 else entry.shape[0] for entry in found), default=0),
+        "width": widths[0] if len(widths) == 1 else widths,
+        "base_family": ", ".join(families) or "unknown",
+    }
