@@ -274,7 +274,7 @@ def test_few_table_rows(gpu: Gpu, flat_bundle: Path, blank: Path, expected: Expe
 
 def job_of_contexts(bundle: Bundle, sets: tuple[int, ...], pictures: int = 1) -> Job:
     """A guided job of one row per entry of `sets`, over three context sets."""
-    rows = trace_rows("euler_a", "discrete", len(sets), bundle.manifest.diffusion)
+    rows = trace_rows("euler_a", "normal", len(sets), bundle.manifest.diffusion)
     random = np.random.RandomState(1)
 
     def draw(*shape: int) -> Any:
@@ -368,7 +368,7 @@ def test_more_chunks_than_the_text_engine_takes(pipe: Pipeline, flat_bundle: Pat
 
 def nan_job(pipe: Pipeline) -> Job:
     """A job that fills every register with NaN."""
-    rows = trace_rows("euler", "discrete", 3, pipe.bundle.manifest.diffusion)
+    rows = trace_rows("euler", "normal", 3, pipe.bundle.manifest.diffusion)
     latents = np.full((1, 4, 8, 8), np.nan, np.float32)
     noise = np.full((3, 1, 4, 8, 8), np.nan, np.float32)
     return Job(tables(rows, [[-2.0, 3.0]] * len(rows)), noise, (np.full((2, 77, 64), np.nan, np.float32),), (0,) * len(rows), latents, latents, latents[:, :1])

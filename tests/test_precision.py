@@ -83,8 +83,8 @@ class Networks:
         tokenizer = Tokenizer(self._bundle.file(names.TOKENIZER), manifest.text)
         tokens = np.concatenate([tokenizer.encode(text) for text in ("", prompt)])
         context = self.run(names.TEXT_ENCODER, tokens=tokens, emphasis=np.ones(tokens.shape, np.float32))["context_skip_1"]
-        rows = trace_rows(sampler, "discrete", steps, manifest.diffusion)
-        table = vars(tables(rows, [1 - cfg, cfg]))
+        rows = trace_rows(sampler, "normal", steps, manifest.diffusion)
+        table = vars(tables(rows, [[1 - cfg, cfg]] * len(rows)))
         stream = CpuNoise(seed)
         unit, zeros = stream.draw((1, 4, 8, 8)), np.zeros((1, 4, 8, 8), np.float32)
         noise = np.stack([stream.draw((1, 4, 8, 8)) if row.draws else zeros for row in rows])

@@ -104,7 +104,7 @@ def tables(rows: Sequence[Row], guidance: Sequence[Sequence[float]]) -> Tables:
         u=column([row.u for row in rows]),
         q=column([row.q for row in rows]),
         M=column([row.M for row in rows]),
-        inpaint=np.zeros((len(rows), 3), np.float32),
+        inpaint=column([row.inpaint for row in rows]),
     )
 
 

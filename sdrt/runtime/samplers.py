@@ -1,218 +1,208 @@
-"""Samplers as tables. Each sampler is the paper's code, written once over an algebra in which latents are coefficient vectors.
+"""The registry of samplers, their names, and the rows of a picture: sampler, schedule, steps and strength as numbers for the step graph.
 
-A `Trace` stands in for the network: a sampler calls `denoise` with its latents and gets the denoised estimate back, combines them with
-ordinary arithmetic, and names with `end_row` the latents it wants to keep. What comes out is one row of numbers per model call
-(docs/architecture.md, the linear machine). Nothing here touches pixels; everything is float64 on the host, once per picture.
+Samplers themselves are in `sigma_samplers.py` and `timestep_samplers.py`, what they pass through in `levels.py`.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 
-import numpy as np
-from numpy.typing import NDArray
-
-from sdrt.bundle import REGISTERS, Diffusion
+from sdrt.bundle import Diffusion
 from sdrt.errors import UsageError, nearest
-from sdrt.runtime.schedule import MAX_STEPS, SCHEDULES, Sigmas, timestep, training_sigmas
+from sdrt.runtime import levels as lv
+from sdrt.runtime import sigma_samplers as by_sigma
+from sdrt.runtime import timestep_samplers as by_timestep
+from sdrt.runtime.levels import Levels, Request
+from sdrt.runtime.schedule import ALIASES, MAX_STEPS, SCHEDULES, SPACINGS, training_sigmas
+from sdrt.runtime.trace import Noise, Row, Trace
 
-Latents = NDArray[np.float64]
-"""Coefficients `[REGISTERS + 2]` over the registers, the denoised estimate and fresh noise."""
+__all__ = ["COMPATS", "SAMPLERS", "Noise", "Recipe", "Row", "Sampler", "parse_sampler", "plan_rows", "trace_rows"]
+
+COMPATS = ("a1111", "diffusers")
+"""The tools whose numbers are reproduced."""
 
 
 @dataclass(frozen=True)
-class Row:
-    """The numbers of one model call. `draws` says whether it takes fresh noise; `step` counts the sampler's own steps from 0."""
+class Recipe:
+    """How one tool runs a sampler: the levels it passes through, and the schedules it takes, the first one being its default."""
 
-    timestep: float
-    a: Latents
-    u: Latents
-    q: float
-    M: NDArray[np.float64]
-    draws: bool
-    step: int
-    sigma: float
-
-
-class Trace:
-    """Records rows while a sampler runs. `pure_noise` says the picture starts from noise alone, not from init latents."""
-
-    def __init__(self, training: Sigmas, prediction: str, *, pure_noise: bool = True) -> None:
-        self.rows: list[Row] = []
-        self.pure_noise = pure_noise
-        self.noise = _unit(REGISTERS + 1)
-        self._training = training
-        self._prediction = prediction
-        self._call: tuple[float, Latents, Latents, float, float] | None = None
-        self._step = 0
-
-    def start(self, sigma: float) -> Latents:
-        """Init latents (zeros for a picture from text) plus noise at level `sigma`."""
-        return _unit(0) + sigma * _unit(1)
-
-    def start_scaled(self, sigma: float) -> Latents:
-        """The same divided by sqrt(1 + sigma^2), as variance-preserving samplers keep it; from text it is unit noise."""
-        alpha = 1 / math.hypot(1, sigma)
-        return alpha * _unit(0) + (1.0 if self.pure_noise else sigma * alpha) * _unit(1)
-
-    def denoise(self, x: Latents, sigma: float) -> Latents:
-        """The denoised estimate of latents `x` at level `sigma`: one model call.
-
-        eps: D = x - sigma eps(c_in x). v: D = c_in^2 x - sigma c_in v(c_in x), with c_in = 1 / sqrt(1 + sigma^2).
-        """
-        return self._denoise(x, sigma, 1 / math.hypot(1, sigma))
-
-    def denoise_scaled(self, x: Latents, sigma: float) -> Latents:
-        """The same for latents already divided by sqrt(1 + sigma^2)."""
-        return self._denoise(x * math.hypot(1, sigma), sigma, 1 / math.hypot(1, sigma))
-
-    def _denoise(self, x: Latents, sigma: float, c_in: float) -> Latents:
-        assert not x[REGISTERS:].any(), "a model call takes latents kept by end_row"
-        u, q = (x * c_in * c_in, -sigma * c_in) if self._prediction == "v" else (x, -sigma)
-        self._call = (timestep(sigma, self._training), x[:REGISTERS] * c_in, u[:REGISTERS], q, sigma)
-        return _unit(REGISTERS)
-
-    def end_row(self, *kept: Latents, end_step: bool = True) -> tuple[Latents, ...]:
-        """Close the row of the last model call: `kept` are carried on, the first one being the picture if the next row is the last."""
-        assert self._call is not None and len(kept) <= REGISTERS
-        M = np.zeros((REGISTERS, REGISTERS + 2))
-        M[: len(kept)] = kept
-        t, a, u, q, sigma = self._call
-        self.rows.append(Row(t, a, u, q, M, bool(M[:, REGISTERS + 1].any()), self._step, sigma))
-        self._call = None
-        self._step += end_step
-        return tuple(_unit(j) for j in range(len(kept)))
-
-
-def _unit(index: int) -> Latents:
-    vector = np.zeros(REGISTERS + 2)
-    vector[index] = 1.0
-    return vector
-
-
-def ancestral(sigma: float, sigma_next: float, eta: float = 1.0) -> tuple[float, float]:
-    """Split a step into a deterministic part down to the first level returned and fresh noise of the second (k-diffusion)."""
-    up = min(sigma_next, eta * math.sqrt(max(0.0, sigma_next**2 * (sigma**2 - sigma_next**2) / sigma**2)))
-    return math.sqrt(sigma_next**2 - up**2), up
-
-
-def euler(trace: Trace, sigmas: Sequence[float]) -> None:
-    """Karras et al. 2022, algorithm 2 without churn and correction."""
-    x = trace.start(sigmas[0])
-    for sigma, sigma_next in pairwise(sigmas):
-        denoised = trace.denoise(x, sigma)
-        d = (x - denoised) / sigma
-        (x,) = trace.end_row(x + d * (sigma_next - sigma))
-
-
-def euler_a(trace: Trace, sigmas: Sequence[float]) -> None:
-    """Euler with ancestral noise (k-diffusion's `sample_euler_ancestral`, eta 1)."""
-    x = trace.start(sigmas[0])
-    for sigma, sigma_next in pairwise(sigmas):
-        sigma_down, sigma_up = ancestral(sigma, sigma_next)
-        denoised = trace.denoise(x, sigma)
-        d = (x - denoised) / sigma
-        (x,) = trace.end_row(x + d * (sigma_down - sigma) + sigma_up * trace.noise)
-
-
-def heun(trace: Trace, sigmas: Sequence[float]) -> None:
-    """Karras et al. 2022, algorithm 2 without churn: two model calls a step, the last step one."""
-    x = trace.start(sigmas[0])
-    for sigma, sigma_next in pairwise(sigmas):
-        denoised = trace.denoise(x, sigma)
-        d = (x - denoised) / sigma
-        if sigma_next == 0:
-            (x,) = trace.end_row(x + d * (sigma_next - sigma))
-            continue
-        x_2, x, d = trace.end_row(x + d * (sigma_next - sigma), x, d, end_step=False)
-        d_2 = (x_2 - trace.denoise(x_2, sigma_next)) / sigma_next
-        (x,) = trace.end_row(x + (d + d_2) / 2 * (sigma_next - sigma))
-
-
-def ddim(trace: Trace, sigmas: Sequence[float]) -> None:
-    """Song et al. 2020, "Denoising Diffusion Implicit Models", equation 12 with eta 0, on latents of unit variance."""
-    x = trace.start_scaled(sigmas[0])
-    for sigma, sigma_next in pairwise(sigmas):
-        alpha, alpha_next = 1 / math.hypot(1, sigma), 1 / math.hypot(1, sigma_next)
-        denoised = trace.denoise_scaled(x, sigma)
-        eps = (x - alpha * denoised) / (sigma * alpha)
-        (x,) = trace.end_row(alpha_next * denoised + sigma_next * alpha_next * eps)
-
-
-def dpmpp_2m(trace: Trace, sigmas: Sequence[float]) -> None:
-    """Lu et al. 2022, "DPM-Solver++", algorithm 2 (multistep, second order), with t = -log sigma and h the step in it."""
-    x = trace.start(sigmas[0])
-    old: Latents | None = None
-    h_last = 0.0
-    for sigma, sigma_next in pairwise(sigmas):
-        denoised = trace.denoise(x, sigma)
-        if sigma_next == 0:
-            (x,) = trace.end_row(denoised)
-            continue
-        h = math.log(sigma / sigma_next)
-        D = denoised
-        if old is not None:
-            r = h_last / h
-            D = (1 + 1 / (2 * r)) * denoised - 1 / (2 * r) * old
-        x, old = trace.end_row((sigma_next / sigma) * x - math.expm1(-h) * D, denoised)
-        h_last = h
+    run: Callable[[Trace, Levels], None]
+    levels: Callable[[Request], Levels]
+    schedules: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Sampler:
-    """A sampler as users name it: `label` is AUTOMATIC1111's, the first of `schedules` is the default."""
+    """A sampler as users name it: `label` is AUTOMATIC1111's, `scheduler` the class of diffusers. `diffusers` is None where that has no such class."""
 
-    run: Callable[[Trace, Sequence[float]], None]
     label: str
-    schedules: tuple[str, ...] = ("discrete", "karras")
+    about: str
+    a1111: Recipe
+    diffusers: Recipe | None = None
+    scheduler: str | None = None
 
+    @property
+    def schedules(self) -> tuple[str, ...]:
+        """Those it takes as AUTOMATIC1111 runs it."""
+        return self.a1111.schedules
+
+
+Run = Callable[[Trace, Levels], None]
+
+_SIGMA_SCHEDULES = tuple(SCHEDULES)
+_SIGMA_SPACINGS = (*SPACINGS, "karras", "exponential")
+_LEADING = ("leading", "linspace", "trailing")
+
+
+def _a1111(run: Run, automatic: str = "normal", *, discard: bool = False) -> Recipe:
+    return Recipe(run, partial(lv.a1111_levels, discard=discard), (automatic, *(name for name in _SIGMA_SCHEDULES if name != automatic)))
+
+
+def _diffusers(run: Run, *, rounded: bool = False) -> Recipe:
+    return Recipe(run, partial(lv.diffusers_levels, rounded=rounded), _SIGMA_SPACINGS)
+
+
+def _multistep(run: Run) -> Recipe:
+    return Recipe(run, lv.diffusers_multistep_levels, _SIGMA_SPACINGS)
+
+
+def _distilled(run: Run) -> Recipe:
+    return Recipe(run, lv.diffusers_distilled_levels, ("leading",))
+
+
+_DDPM = Recipe(by_timestep.ddpm, partial(lv.diffusers_timestep_levels, strided=False, final="zero"), _LEADING)
+_TCD = _distilled(by_timestep.tcd)
+_DPM2_A = partial(by_sigma.dpm2, noisy=True)
 
 SAMPLERS: dict[str, Sampler] = {
-    "euler": Sampler(euler, "Euler"),
-    "euler_a": Sampler(euler_a, "Euler a"),
-    "heun": Sampler(heun, "Heun"),
-    "ddim": Sampler(ddim, "DDIM", ("leading", "discrete", "karras")),
-    "dpmpp_2m": Sampler(dpmpp_2m, "DPM++ 2M"),
-}
+    "euler": Sampler("Euler", "simple and fast", _a1111(by_sigma.euler), _diffusers(by_sigma.euler), "EulerDiscreteScheduler"),
+    "euler_a": Sampler("Euler a", "fresh noise every step", _a1111(by_sigma.euler_a), Recipe(by_sigma.euler_a, lv.diffusers_levels, SPACINGS), "EulerAncestralDiscreteScheduler"),
+    "heun": Sampler("Heun", "second order, two model calls a step", _a1111(by_sigma.heun), _diffusers(by_sigma.heun), "HeunDiscreteScheduler"),
+    "lms": Sampler("LMS", "linear multistep, fourth order", _a1111(by_sigma.lms), _diffusers(by_sigma.lms), "LMSDiscreteScheduler"),
+    "ddim": Sampler(
+        "DDIM", "deterministic, whole timesteps",
+        Recipe(by_timestep.ddim, lv.diffusers_timestep_levels, _LEADING),
+        Recipe(by_timestep.ddim, lv.diffusers_timestep_levels, _LEADING), "DDIMScheduler",
+    ),
+    "ddpm": Sampler("DDPM", "the original, for many steps; not in AUTOMATIC1111", _DDPM, _DDPM, "DDPMScheduler"),
+    "plms": Sampler(
+        "PLMS", "linear multistep on whole timesteps",
+        Recipe(by_timestep.plms, partial(lv.a1111_ddim_levels, improved=True), ("ddim_uniform",)),
+        Recipe(partial(by_timestep.plms, raw=True), partial(lv.diffusers_timestep_levels, improved=True), _LEADING), "PNDMScheduler",
+    ),
+    "dpm2": Sampler("DPM2", "midpoint, two model calls a step", _a1111(by_sigma.dpm2, "karras", discard=True), _diffusers(by_sigma.dpm2, rounded=True), "KDPM2DiscreteScheduler"),
+    "dpm2_a": Sampler("DPM2 a", "DPM2 with fresh noise", _a1111(_DPM2_A, "karras", discard=True), _diffusers(_DPM2_A, rounded=True), "KDPM2AncestralDiscreteScheduler"),
+    "dpmpp_2s_a": Sampler("DPM++ 2S a", "two model calls a step, fresh noise", _a1111(by_sigma.dpmpp_2s_a, "karras")),
+    "dpmpp_2m": Sampler("DPM++ 2M", "second order, one model call a step", _a1111(by_sigma.dpmpp_2m, "karras"), _multistep(by_sigma.dpmpp_2m), "DPMSolverMultistepScheduler"),
+    "dpmpp_sde": Sampler("DPM++ SDE", "stochastic, two model calls a step", _a1111(by_sigma.dpmpp_sde, "karras"), _diffusers(by_sigma.dpmpp_sde), "DPMSolverSDEScheduler"),
+    "dpmpp_2m_sde": Sampler(
+        "DPM++ 2M SDE", "stochastic, one model call a step", _a1111(by_sigma.dpmpp_2m_sde, "exponential"),
+        _multistep(partial(by_sigma.dpmpp_2m_sde, brownian=False)), "DPMSolverMultistepScheduler (sde-dpmsolver++)",
+    ),
+    "dpmpp_3m_sde": Sampler("DPM++ 3M SDE", "stochastic, third order", _a1111(by_sigma.dpmpp_3m_sde, "exponential", discard=True)),
+    "unipc": Sampler(
+        "UniPC", "predictor and corrector, few steps",
+        Recipe(partial(by_timestep.unipc, order=3, variant="bh1"), lv.a1111_unipc_levels, ("normal",)),
+        _multistep(by_timestep.unipc), "UniPCMultistepScheduler",
+    ),
+    "lcm": Sampler(
+        "LCM", "for LCM-distilled models, 4 to 8 steps", Recipe(by_sigma.lcm, lv.a1111_lcm_levels, _SIGMA_SCHEDULES),
+        _distilled(partial(by_sigma.lcm, scaled=True)), "LCMScheduler",
+    ),
+    "tcd": Sampler("TCD", "for TCD-distilled models, 4 to 8 steps; not in AUTOMATIC1111", _TCD, _TCD, "TCDScheduler"),
+}  # fmt: skip
 
 
-def parse_sampler(name: str, schedule: str | None = None) -> tuple[str, str]:
-    """Sampler and schedule from their names; AUTOMATIC1111's spelling ("DPM++ 2M Karras") is understood, and a schedule in it.
+def recipe(sampler: str, compat: str) -> Recipe:
+    """How a tool runs a sampler.
 
     Raises:
-        UsageError: either is unknown, or the sampler cannot take the schedule.
+        UsageError: no tool of this name, or it has no such sampler.
     """
-    labels = {sampler.label.lower(): key for key, sampler in SAMPLERS.items()}
+    if compat not in COMPATS:
+        raise UsageError(f"compat {compat!r}: unknown{nearest(compat, COMPATS)}", f"Choose one of: {', '.join(COMPATS)}.")
+    found = SAMPLERS[sampler].a1111 if compat == "a1111" else SAMPLERS[sampler].diffusers
+    if found is None:
+        raise UsageError(f"sampler {sampler}: diffusers has no scheduler that computes it", "Choose another sampler, or --compat a1111.")
+    return found
+
+
+def parse_sampler(name: str, schedule: str | None = None, compat: str = "a1111") -> tuple[str, str]:
+    """Sampler and schedule from their names.
+
+    AUTOMATIC1111's labels are understood, with a schedule after them or not ("DPM++ 2M Karras"), and the names of diffusers' classes.
+    No schedule, or "automatic", is the tool's own for the sampler.
+
+    Raises:
+        UsageError: either is unknown, the tool does not have the sampler, or the sampler cannot take the schedule.
+    """
+    names = {sampler.label.lower(): key for key, sampler in SAMPLERS.items()}
+    names |= {sampler.scheduler.lower(): key for key, sampler in reversed(SAMPLERS.items()) if sampler.scheduler is not None}
     plain = " ".join(name.lower().split())
-    for suffix in SCHEDULES:
+    schedules = {spelling: known for known in (*SCHEDULES, *SPACINGS) for spelling in (known, known.replace("_", " "))} | ALIASES
+    for suffix in sorted(schedules, key=len, reverse=True):
         if plain.endswith(" " + suffix):
-            if schedule is not None and schedule.lower() != suffix:
+            if schedule is not None and schedules.get(" ".join(schedule.lower().split())) != schedules[suffix]:
                 raise UsageError(f"sampler {name!r}: names schedule {suffix}, but schedule {schedule!r} was asked for", "Give the schedule once.")
             plain, schedule = plain.removesuffix(" " + suffix), suffix
-    key = labels.get(plain, plain)
+            break
+    key = names.get(plain, plain)
     if key not in SAMPLERS:
-        raise UsageError(f"sampler {name!r}: unknown{nearest(plain, [*SAMPLERS, *labels])}", f"Choose one of: {', '.join(SAMPLERS)}.")
-    allowed = SAMPLERS[key].schedules
-    chosen = allowed[0] if schedule is None else schedule.lower()
-    if chosen not in SCHEDULES:
-        raise UsageError(f"schedule {schedule!r}: unknown{nearest(chosen, SCHEDULES)}", f"Choose one of: {', '.join(allowed)}.")
+        raise UsageError(f"sampler {name!r}: unknown{nearest(plain, [*SAMPLERS, *names])}", f"Choose one of: {', '.join(SAMPLERS)}.")
+    allowed = recipe(key, compat).schedules
+    spelling = "automatic" if schedule is None else " ".join(schedule.lower().split())
+    if spelling not in schedules:
+        raise UsageError(f"schedule {schedule!r}: unknown{nearest(spelling, schedules)}", f"Choose one of: {', '.join(allowed)}.")
+    chosen = schedules[spelling] or allowed[0]
     if chosen not in allowed:
-        raise UsageError(f"schedule {chosen!r}: sampler {key} cannot take it", f"Choose one of: {', '.join(allowed)}.")
+        raise UsageError(f"schedule {chosen!r}: sampler {key} cannot take it with --compat {compat}", f"Choose one of: {', '.join(allowed)}.")
     return key, chosen
 
 
-def trace_rows(sampler: str, schedule: str, steps: int, diffusion: Diffusion, *, pure_noise: bool = True) -> list[Row]:
-    """The rows of a sampler over a schedule, one per model call.
+def plan_rows(
+    sampler: str,
+    schedule: str,
+    steps: int,
+    diffusion: Diffusion,
+    *,
+    compat: str = "a1111",
+    strength: float | None = None,
+    masked: bool = False,
+    fix_steps: bool = False,
+) -> list[Row]:
+    """The rows of a picture, one per model call. `sampler` and `schedule` are as `parse_sampler` gives them.
+
+    Args:
+        strength: None from text. From an image, how much of the schedule is left, more than 0 to 1, counted as the tool counts; register 0 starts
+            as the image's latents, register 1 as unit noise, and row 0 mixes them.
+        masked: fill `Row.inpaint`. AUTOMATIC1111 blends the denoised estimate (k = 1), and the finished latents (the last row: k, b, c = 0, 1, 0).
+            diffusers blends the latents with the image at their next noise level, and with strength 1 starts from noise alone.
+        fix_steps: `steps` are those left of an image's schedule, not those of the whole (AUTOMATIC1111's option).
 
     Raises:
-        UsageError: `steps` is out of range.
+        UsageError: steps or strength are out of range, or leave no model call.
     """
     if not 1 <= steps <= MAX_STEPS:
         raise UsageError(f"steps {steps}: expected 1 to {MAX_STEPS}", "20 to 30 suit most samplers.")
+    if strength is not None and not 0 < strength <= 1:
+        raise UsageError(f"strength {strength}: expected more than 0 and at most 1", "0.75 repaints most of an image, 0.3 keeps its composition.")
     training = training_sigmas(diffusion)
-    trace = Trace(training, diffusion.prediction, pure_noise=pure_noise)
-    SAMPLERS[sampler].run(trace, SCHEDULES[schedule](steps, training))
-    return trace.rows
+    how = recipe(sampler, compat)
+    levels = how.levels(Request(schedule, steps, training, strength, fix_steps))
+    from_noise = strength is None or (masked and strength == 1 and compat == "diffusers")
+    trace = Trace(levels, training, diffusion.prediction, from_image=not from_noise)
+    how.run(trace, levels)
+    return [replace(row, inpaint=_inpaint(row, i == len(trace.rows), compat) if masked else (0.0, 0.0, 0.0)) for i, row in enumerate(trace.rows, 1)]
+
+
+def _inpaint(row: Row, last: bool, compat: str) -> tuple[float, float, float]:
+    if last:  # both tools put the image's latents themselves into the finished ones
+        return (0.0, 1.0, 0.0)
+    return (1.0, 0.0, 0.0) if compat == "a1111" else row.inpaint
+
+
+def trace_rows(sampler: str, schedule: str, steps: int, diffusion: Diffusion) -> list[Row]:
+    """The rows of a picture from text as AUTOMATIC1111 makes it."""
+    return plan_rows(sampler, schedule, steps, diffusion)

@@ -1,11 +1,13 @@
 """Noise schedules: which noise levels sigma a picture passes through, in float64.
 
 sigma is the variance-exploding level of Karras et al. 2022, "Elucidating the Design Space of Diffusion-Based Generative Models":
-latents at timestep t are (image + sigma noise) / sqrt(1 + sigma^2).
+latents at timestep t are (image + sigma noise) / sqrt(1 + sigma^2). SCHEDULES are AUTOMATIC1111's, formulas over the levels of training;
+SPACINGS are diffusers', lists of timesteps. `levels.py` makes what a sampler passes through from them.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -17,10 +19,11 @@ from sdrt.errors import UsageError
 MAX_STEPS = 1000
 
 Sigmas = NDArray[np.float64]
+"""Noise levels of training by timestep, `[num_timesteps]`, rising."""
 
 
 def training_sigmas(diffusion: Diffusion) -> Sigmas:
-    """sigma at every training timestep, `[num_timesteps]`, rising. The betas are linear in their square roots (LDM's "scaled linear")."""
+    """sigma at every training timestep. The betas are linear in their square roots (LDM's "scaled linear")."""
     betas = np.linspace(diffusion.beta_start**0.5, diffusion.beta_end**0.5, diffusion.num_timesteps, dtype=np.float64) ** 2
     alphas_cumprod = np.cumprod(1.0 - betas)
     return np.sqrt((1.0 - alphas_cumprod) / alphas_cumprod)
@@ -31,10 +34,13 @@ def timestep(sigma: float, training: Sigmas) -> float:
     return float(np.interp(np.log(sigma), np.log(training), np.arange(len(training))))
 
 
-def discrete(steps: int, training: Sigmas) -> list[float]:
+def _at(t: NDArray[np.float64], training: Sigmas) -> list[float]:
+    return [float(sigma) for sigma in np.exp(np.interp(t, np.arange(len(training)), np.log(training)))]
+
+
+def normal(steps: int, training: Sigmas) -> list[float]:
     """Timesteps evenly spaced from the last to 0, log sigma interpolated between neighbours, then 0 (k-diffusion's `get_sigmas`)."""
-    t = np.linspace(len(training) - 1, 0, steps)
-    return [*np.exp(np.interp(t, np.arange(len(training)), np.log(training))).tolist(), 0.0]
+    return [*_at(np.linspace(len(training) - 1, 0, steps), training), 0.0]
 
 
 def karras(steps: int, training: Sigmas, rho: float = 7.0) -> list[float]:
@@ -43,16 +49,59 @@ def karras(steps: int, training: Sigmas, rho: float = 7.0) -> list[float]:
     return [*((high + np.linspace(0, 1, steps) * (low - high)) ** rho).tolist(), 0.0]
 
 
-def leading(steps: int, training: Sigmas) -> list[float]:
-    """diffusers' "leading" spacing with steps_offset 1, ending at the first training sigma instead of 0 (`set_alpha_to_one=False`).
+def exponential(steps: int, training: Sigmas) -> list[float]:
+    """Evenly spaced in log sigma between the model's largest and smallest, then 0 (k-diffusion's `get_sigmas_exponential`)."""
+    return [*np.exp(np.linspace(math.log(training[-1]), math.log(training[0]), steps)).tolist(), 0.0]
+
+
+def sgm_uniform(steps: int, training: Sigmas) -> list[float]:
+    """Timesteps evenly spaced as for one step more, whose last, timestep 0, gives way to sigma 0 (Stability's generative-models)."""
+    return [*_at(np.linspace(len(training) - 1, 0, steps + 1)[:-1], training), 0.0]
+
+
+def simple(steps: int, training: Sigmas) -> list[float]:
+    """Every (n / steps)-th training level counted from the largest, rounded down, then 0 (ComfyUI's "simple")."""
+    stride = len(training) / steps
+    return [*(float(training[-(1 + int(i * stride))]) for i in range(steps)), 0.0]
+
+
+def ddim_uniform(steps: int, training: Sigmas) -> list[float]:
+    """Every (n // steps)-th training level from timestep 1 up, reversed, then 0. Where n / steps is not whole, there are more than `steps`."""
+    return [*training[1 :: max(len(training) // steps, 1)][::-1].tolist(), 0.0]
+
+
+SCHEDULES: dict[str, Callable[[int, Sigmas], list[float]]] = {
+    "normal": normal,
+    "karras": karras,
+    "exponential": exponential,
+    "sgm_uniform": sgm_uniform,
+    "simple": simple,
+    "ddim_uniform": ddim_uniform,
+}
+
+SPACINGS = ("linspace", "leading", "trailing")
+"""diffusers' `timestep_spacing`, after table 2 of Lin et al. 2023, "Common Diffusion Noise Schedules and Sample Steps Are Flawed"."""
+
+ALIASES = {"automatic": None, "discrete": "normal", "uniform": "normal", "sgm uniform": "sgm_uniform", "ddim uniform": "ddim_uniform", "ddim": "ddim_uniform"}
+"""Other spellings of schedules; None is the sampler's own."""
+
+
+def spaced(spacing: str, steps: int, count: int, *, extra: int = 0) -> NDArray[np.float64]:
+    """Falling timesteps `[steps]` of `count` as diffusers spaces them, not rounded. `steps_offset` is 1, as Stable Diffusion's own configuration has it.
+
+    `extra` is 1 for the multistep solvers, which space as for one step more and leave the last away, 0 for all others; "trailing" never does.
 
     Raises:
         UsageError: so many steps that the offset leaves the training range.
     """
-    ratio = len(training) // steps
-    if (steps - 1) * ratio + 1 >= len(training):
-        raise UsageError(f"steps {steps}: schedule leading takes at most {len(training) - 1}")
-    return [*training[(np.arange(steps) * ratio)[::-1] + 1].tolist(), float(training[0])]
-
-
-SCHEDULES: dict[str, Callable[[int, Sigmas], list[float]]] = {"discrete": discrete, "karras": karras, "leading": leading}
+    timesteps: NDArray[np.float64]
+    if spacing == "linspace":
+        timesteps = np.linspace(0, count - 1, steps + extra)[::-1]
+    elif spacing == "trailing":
+        timesteps = np.asarray(np.arange(count, 0, -count / steps).round() - 1, np.float64)  # of 61 steps and some more, one too many
+    else:
+        ratio = count // (steps + extra)
+        timesteps = np.arange(steps + extra, dtype=np.float64)[::-1] * ratio + 1
+        if ratio == 0 or timesteps[0] >= count:
+            raise UsageError(f"steps {steps}: schedule leading takes at most {count - 1 - extra}", "Take fewer steps, or --schedule trailing.")
+    return timesteps[:steps]
