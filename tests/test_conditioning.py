@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import reference
+import torch
 from numpy.typing import NDArray
+from reference import relative
 
-from sdrt.bundle import open_bundle
-from sdrt.runtime.conditioning import TextConditioner
-from sdrt.runtime.engine import Float
+from sdrt.bundle import Source, open_bundle
+from sdrt.errors import UsageError
+from sdrt.runtime.conditioning import CACHED_CHUNKS, TextConditioner
+from sdrt.runtime.engine import Float, load_engine
 from sdrt.runtime.tokenizer import Tokenizer
 
-BOS, EOS, COMMA = 49406, 49407, 267
+BOS, EOS = 49406, 49407
 WIDTH = 5
 
 
@@ -97,3 +102,309 @@ def test_editing(conditioner: TextConditioner, tokenizer: Tokenizer, engine: Any
     assert engine.calls == [2, 2]  # never more rows than an engine for two branches of one chunk takes
     assert conditioner.encode(engine, "[red|green]", steps=6, cfg=1).set_of_step == (0, 0, 1, 0, 1, 0)
     assert conditioner.encode(engine, "[red::1] AND [a|red|b]", steps=5, cfg=1).set_of_step == (0, 0, 1, 2, 3)
+
+
+def test_syntax_plain(conditioner: TextConditioner, tokenizer: Tokenizer, engine: Any) -> None:
+    text = "(red:1.3) [a|b] AND [c:3] BREAK x:2"
+    for options in ({"syntax": "plain"}, {"compat": "diffusers"}):
+        found = conditioner.encode(engine, text, steps=3, cfg=1, **options)  # type: ignore[arg-type]
+        assert found.weights == ((1.0,),) * 3 and len(found.sets) == 1
+        np.testing.assert_array_equal(found.sets[0], [plain(tokenizer, text)])
+    assert len(conditioner.encode(engine, text, steps=3, cfg=1, compat="diffusers", syntax="a1111").weights[0]) == 3
+
+
+def test_clip_skip(conditioner: TextConditioner, tokenizer: Tokenizer, engine: Any) -> None:
+    first = conditioner.encode(engine, "a", steps=1, cfg=1)
+    second = conditioner.encode(engine, "a", steps=1, cfg=1, clip_skip=2)
+    np.testing.assert_array_equal(first.sets[0], conditioner.encode(engine, "a", steps=1, cfg=1, clip_skip=1).sets[0])
+    np.testing.assert_array_equal(second.sets[0][0], vectors(row(tokenizer, "a"), 2)[0])
+    assert engine.calls == [1, 1]
+
+
+# Lengths
+
+
+def test_long_prompts(conditioner: TextConditioner, tokenizer: Tokenizer, engine: Any) -> None:
+    """The shorter side of the guidance is filled up with empty chunks, whichever it is."""
+    long = "cat " * 75 + "dog"
+    expected = np.concatenate([plain(tokenizer, "cat " * 75), plain(tokenizer, "dog")])
+    filled = np.concatenate([plain(tokenizer, "red"), plain(tokenizer, "")])
+    found = conditioner.encode(engine, long, "red", steps=1, cfg=2)
+    np.testing.assert_array_equal(found.sets[0], [filled, expected])
+    assert engine.calls == [4]
+    np.testing.assert_array_equal(conditioner.encode(engine, "red", long, steps=1, cfg=2).sets[0], [expected, filled])
+
+
+def test_parts_of_different_lengths(conditioner: TextConditioner, tokenizer: Tokenizer, engine: Any) -> None:
+    """A shorter `AND` part repeats its last vector, and only then is the negative prompt filled up."""
+    dog, empty = plain(tokenizer, "dog"), plain(tokenizer, "")
+    found = conditioner.encode(engine, "a BREAK b AND dog", "n", steps=1, cfg=2).sets[0]
+    assert found.shape == (3, 154, WIDTH)
+    np.testing.assert_array_equal(found[0], np.concatenate([plain(tokenizer, "n"), empty]))
+    np.testing.assert_array_equal(found[1], np.concatenate([plain(tokenizer, "a"), plain(tokenizer, "b")]))
+    np.testing.assert_array_equal(found[2], np.concatenate([dog, np.repeat(dog[-1:], 77, axis=0)]))
+    found = conditioner.encode(engine, "a BREAK b AND dog", "n BREAK m BREAK o", steps=1, cfg=2).sets[0]
+    np.testing.assert_array_equal(found[2], np.concatenate([dog, np.repeat(dog[-1:], 77, axis=0), empty]))
+
+
+def test_edited_texts_of_different_lengths(conditioner: TextConditioner, tokenizer: Tokenizer, engine: Any) -> None:
+    found = conditioner.encode(engine, "[a: b BREAK c:1]", steps=4, cfg=1)
+    assert [z.shape for z in found.sets] == [(1, 154, WIDTH)] * 2 and found.set_of_step == (0, 0, 1, 1)
+    np.testing.assert_array_equal(found.sets[0][0], np.concatenate([plain(tokenizer, "a"), plain(tokenizer, "")]))
+    np.testing.assert_array_equal(found.sets[1][0], np.concatenate([plain(tokenizer, "b"), plain(tokenizer, "c")]))
+
+
+def test_diffusers_has_one_chunk(conditioner: TextConditioner, engine: Any) -> None:
+    conditioner.encode(engine, "cat " * 75, "dog " * 75, steps=1, cfg=2, compat="diffusers")
+    with pytest.raises(UsageError, match=r"^prompt: 76 tokens; diffusers drops all after the first 75") as caught:
+        conditioner.encode(engine, "cat " * 76, steps=1, cfg=2, compat="diffusers")
+    assert caught.value.exit_code == 2 and "a1111" in caught.value.fix
+    with pytest.raises(UsageError, match=r"^negative prompt: 100 tokens"):
+        conditioner.encode(engine, "", "cat " * 100, steps=1, cfg=2, compat="diffusers")
+    assert conditioner.encode(engine, "cat " * 76, steps=1, cfg=1, compat="diffusers", syntax="a1111").sets[0].shape == (1, 154, WIDTH)
+    assert conditioner.encode(engine, "cat " * 76, steps=1, cfg=1, syntax="plain").sets[0].shape == (1, 154, WIDTH)
+
+
+# Emphasis
+
+
+def weighed(tokenizer: Tokenizer, pieces: list[tuple[str, float]]) -> tuple[Float, Float]:
+    """Encoding and weights of one chunk that is written as (text, weight)."""
+    ids = [tokenizer.tokens(text) for text, _ in pieces]
+    tokens = [BOS, *(token for piece in ids for token in piece)]
+    weights = [1.0, *(weight for piece, (_, weight) in zip(ids, pieces, strict=True) for _ in piece)]
+    fill = 77 - len(tokens)
+    return vectors(np.array([[*tokens, *[EOS] * fill]]))[0].astype(np.float64), np.array([*weights, *[1.0] * fill])[:, None]
+
+
+def test_emphasis_modes(conditioner: TextConditioner, tokenizer: Tokenizer, engine: Any) -> None:
+    z, w = weighed(tokenizer, [("red", 1.0), ("shiny apple", 1.5), ("pear", 1 / 1.1)])
+
+    def encode(emphasis: str) -> Float:
+        return conditioner.encode(engine, "red (shiny apple:1.5) [pear]", steps=1, cfg=1, emphasis=emphasis).sets[0][0]
+
+    np.testing.assert_allclose(encode("original"), z * w * (z.mean() / (z * w).mean()), rtol=1e-6)
+    np.testing.assert_allclose(encode("no norm"), z * w, rtol=1e-6)
+    np.testing.assert_array_equal(encode("ignore"), z)
+    assert engine.calls == [1]  # one encoding serves them all
+    np.testing.assert_array_equal(encode("none"), plain(tokenizer, "red (shiny apple:1.5) [pear]"))
+
+
+def test_the_mean_is_restored_by_chunk(conditioner: TextConditioner, tokenizer: Tokenizer, engine: Any) -> None:
+    found = conditioner.encode(engine, "(a:2) BREAK b BREAK (c:-1)", steps=1, cfg=1).sets[0][0]
+    for i, (text, weight) in enumerate([("a", 2.0), ("b", 1.0), ("c", -1.0)]):
+        z, w = weighed(tokenizer, [(text, weight)])
+        np.testing.assert_allclose(found[i * 77 : (i + 1) * 77], z * w * (z.mean() / (z * w).mean()), rtol=1e-6)
+
+
+def test_the_mean_is_shared_under_editing(conditioner: TextConditioner, tokenizer: Tokenizer, engine: Any) -> None:
+    """Three texts, one of them twice: [1, a], [2, b], [3, (c)], [4, a]; one mean over all four."""
+    found = conditioner.encode(engine, "[a|b|(c:2)]", steps=4, cfg=1)
+    assert found.set_of_step == (0, 0, 1, 2)
+    chunks = [weighed(tokenizer, [piece]) for piece in (("a", 1.0), ("b", 1.0), ("c", 2.0), ("a", 1.0))]
+    old, new = (np.mean([each.mean() for each in column]) for column in ([z for z, _ in chunks], [z * w for z, w in chunks]))
+    assert abs(old / new - 1) > 1e-3
+    for i, (z, w) in enumerate(chunks[:3]):
+        np.testing.assert_allclose(found.sets[i][0], z * w * (old / new), rtol=1e-6)
+
+
+def test_a_mean_of_zero_cannot_be_restored(tokenizer: Tokenizer) -> None:
+    class Balanced(CountingEngine):
+        def encode_text(self, tokens: NDArray[np.int64], emphasis: Float, clip_skip: int) -> Float:
+            z = np.zeros((len(tokens), 77, 2), np.float32)
+            z[:, 1] = 1, 2
+            z[:, 0] = -3, -3
+            return z
+
+    found = TextConditioner(tokenizer).encode(Balanced(), "(a:2)", steps=1, cfg=1)  # type: ignore[arg-type]
+    np.testing.assert_array_equal(found.sets[0][0][:2], [[-3, -3], [2, 4]])
+
+
+# The cache
+
+
+def test_asking_again_costs_nothing(conditioner: TextConditioner, engine: Any) -> None:
+    prompt = "[red|green] (apple:1.2) AND pear BREAK tree"
+    first = conditioner.encode(engine, prompt, "blue", steps=5, cfg=7)
+    calls = list(engine.calls)
+    again = conditioner.encode(engine, prompt, "blue", steps=5, cfg=7)
+    assert engine.calls == calls
+    for a, b in zip(first.sets, again.sets, strict=True):
+        np.testing.assert_array_equal(a, b)
+    conditioner.encode(engine, "pear BREAK (tree:1.4)", "(blue:0.9)", steps=9, cfg=3)  # the same chunks, other weights
+    assert engine.calls == calls
+
+
+def test_the_cache_forgets_what_was_used_longest_ago(conditioner: TextConditioner, engine: Any) -> None:
+    def rows(prompt: str) -> int:
+        before = sum(engine.calls)
+        conditioner.encode(engine, prompt, steps=1, cfg=1)
+        return sum(engine.calls) - before
+
+    assert rows("first") == 1 and rows("second") == 1
+    for i in range(CACHED_CHUNKS - 2):
+        assert rows(f"a{i}") == 1
+    assert rows("first") == 0  # moved to the front
+    assert rows("one more") == 1
+    assert rows("first") == 0 and rows("second") == 1
+    many = " BREAK ".join(f"b{i}" for i in range(CACHED_CHUNKS + 10))
+    assert rows(many) == CACHED_CHUNKS + 10  # more than fits is still encoded whole
+
+
+def test_pipelines_do_not_share(tokenizer: Tokenizer, engine: Any) -> None:
+    for _ in range(2):
+        TextConditioner(tokenizer).encode(engine, "a", steps=1, cfg=1)
+    assert engine.calls == [1, 1]
+
+
+def test_a_failed_call_leaves_nothing(conditioner: TextConditioner, engine: Any) -> None:
+    class Failing(CountingEngine):
+        def encode_text(self, tokens: NDArray[np.int64], emphasis: Float, clip_skip: int) -> Float:
+            raise MemoryError
+
+    with pytest.raises(MemoryError):
+        conditioner.encode(Failing(), "a", steps=1, cfg=1)  # type: ignore[arg-type]
+    conditioner.encode(engine, "a", steps=1, cfg=1)
+    assert engine.calls == [1]
+
+
+def test_threads(tokenizer: Tokenizer) -> None:
+    """Many at once, in a cache too small for them: each gets its own prompt's context."""
+    conditioner, engine = TextConditioner(tokenizer), CountingEngine()
+    prompts = [f"{word} {i}" for word in ("red", "green") for i in range(100)]
+    expected = {prompt: plain(tokenizer, prompt) for prompt in prompts}
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda prompt: conditioner.encode(engine, prompt, steps=1, cfg=1), prompts * 3))  # type: ignore[arg-type]
+    for prompt, conditioning in zip(prompts * 3, found, strict=True):
+        np.testing.assert_array_equal(conditioning.sets[0][0], expected[prompt])
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("options", "message", "fix"),
+    [
+        ({"prompt": "\ud800"}, r"^prompt: not valid Unicode text", "surrogates"),
+        ({"negative": "a \udfff"}, r"^negative prompt: not valid Unicode text", "surrogates"),
+        ({"prompt": b"a"}, "^prompt: expected text, found bytes", ""),
+        ({"negative": None}, "^negative prompt: expected text, found NoneType", ""),
+        ({"clip_skip": 3}, "^clip skip 3: the bundle was built with 1, 2\n", "Choose one"),
+        ({"clip_skip": True}, "^clip skip True: ", ""),
+        ({"syntax": "plan"}, "^prompt syntax 'plan': unknown; did you mean 'plain'", "a1111, plain"),
+        ({"emphasis": "no-norm"}, "^emphasis 'no-norm': unknown; did you mean 'no norm'", "original, no norm, none, ignore"),
+        ({"compat": "difusers"}, "^compat 'difusers': unknown; did you mean 'diffusers'", "a1111, diffusers"),
+        ({"prompt": "(a:1001)"}, "^prompt: 'a' has weight 1e\\+03: expected at most 1000", "smaller"),
+        ({"prompt": "(" * 100_000 + "a"}, "^prompt: 'a' has weight 1e\\+30", "brackets"),
+        ({"negative": "(a:-9999)"}, "^negative prompt: 'a' has weight -1e\\+04", "smaller"),
+        ({"prompt": "cat AND dog:5000"}, "^prompt: ' dog' has weight 5e\\+03", "smaller"),
+        ({"prompt": "a <lora:x:0.6>"}, "^prompt: <lora:x:0.6>: adapters are baked in when a bundle is built; this one holds lora art.safetensors at 0.8:0.5, hypernetwork h.pt at 1\n", "Take it out"),
+        ({"negative": "<hypernet:\x1b[2J>"}, "^negative prompt: <hypernet:.x1b.2J>: adapters", "Take it out"),
+        ({"prompt": "<lyco:" + "y" * 500 + ">", "syntax": "plain"}, "^prompt: <lyco:y{34}…: adapters", "Take it out"),
+        ({"prompt": "<wild:x>"}, "^prompt: <wild:x>: ", "plain prompt syntax"),
+    ],
+)  # fmt: skip
+def test_bad_input(tokenizer: Tokenizer, engine: Any, options: dict[str, Any], message: str, fix: str) -> None:
+    sources = (Source("checkpoint", "m", ""), Source("lora", "art.safetensors", "", 0.8, 0.5), Source("hypernetwork", "h.pt", "", 1.0, 1.0))
+    arguments = {"prompt": "", "negative": "", "steps": 2, "cfg": 7, **options}
+    with pytest.raises(UsageError, match=message) as caught:
+        TextConditioner(tokenizer, sources).encode(engine, **arguments)
+    assert caught.value.exit_code == 2 and fix in caught.value.fix and str(caught.value).replace("\n", "").isprintable()
+    assert engine.calls == []
+
+
+def test_tags_that_are_text(conditioner: TextConditioner, tokenizer: Tokenizer, engine: Any) -> None:
+    """AUTOMATIC1111 reads tags in the prompt only; the plain syntax reads none."""
+    found = conditioner.encode(engine, "<wild:x>", "<wild:x>", steps=1, cfg=2, syntax="plain").sets[0]
+    np.testing.assert_array_equal(found, [plain(tokenizer, "<wild:x>")] * 2)
+    conditioner.encode(engine, "i <3 you", "<wild:x>", steps=1, cfg=2)
+    with pytest.raises(UsageError, match="this one holds none"):
+        conditioner.encode(engine, "<wild:x> <lora:y>", steps=1, cfg=2, syntax="plain")
+
+
+@pytest.mark.parametrize("prompt", ["\x00", "red\x00apple", "((((", "))]]", "[a:b", "[[[|", "\\", "(:1.3)", ":::", "BREAK", "AND", "\n", "|"])
+def test_odd_prompts_are_encoded(conditioner: TextConditioner, engine: Any, prompt: str) -> None:
+    found = conditioner.encode(engine, prompt, prompt, steps=3, cfg=7)
+    assert all(np.isfinite(z).all() and z.shape[1] % 77 == 0 for z in found.sets)
+
+
+def test_a_prompt_of_100000_characters(conditioner: TextConditioner, engine: Any) -> None:
+    found = conditioner.encode(engine, "red (apple:1.1), " * 5882, steps=20, cfg=1)
+    assert found.sets[0].shape[1] == 77 * -(-5882 * 3 // 75) and sum(engine.calls) <= 300
+
+
+# The real text encoder
+
+
+@pytest.fixture(scope="module")
+def real(flat_bundle: Path) -> Any:
+    return load_engine(open_bundle(flat_bundle), "onnxruntime", 1)
+
+
+@pytest.fixture(scope="module")
+def text_model(flat_bundle: Path) -> Any:
+    return reference.text_model(reference.stored_weights(flat_bundle), reference.sizes(flat_bundle)["clip"])
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return reference.clip_tokenizer(tmp_path_factory.mktemp("clip"))
+
+
+TREE = "tree, " * 32 + "tall oak "  # 66 tokens, the last comma at 64
+CHUNKS: dict[str, list[list[tuple[str, float]]]] = {
+    "red apple": [[("red apple", 1.0)]],
+    "": [[]],
+    "a (very (red:1.5)) apple, [on] a [[green] table": [[("a", 1), ("very", 1.1), ("red", 1.65), ("apple, ", 1), ("on", 1 / 1.1), ("a", 1), ("green", 1 / 1.21), ("table", 1 / 1.1)]],
+    "red apple BREAK (green pear:1.4)": [[("red apple", 1.0)], [("green pear", 1.4)]],
+    "BREAK red BREAK": [[], [("red", 1.0)]],
+    "cat " * 80: [[("cat " * 75, 1.0)], [("cat " * 5, 1.0)]],
+    TREE + "by (the wide and quiet river in the late evening:1.3)": [[("tree, " * 32, 1.0)], [("tall oak by", 1.0), ("the wide and quiet river in the late evening", 1.3)]],
+    "tree, " * 20 + "oak " * 50: [[("tree, " * 20 + "oak " * 35, 1.0)], [("oak " * 15, 1.0)]],
+    "(tree:1.2), " * 37 + "oak, pine": [[*[("tree", 1.2), (",", 1.0)] * 37, ("oak", 1.0)], [(", pine", 1.0)]],
+    "my-style apple": [[("my-style apple", 1.0)]],
+}  # fmt: skip
+"""Prompts, and their chunks as they must be cut: text and weight."""
+
+
+@pytest.mark.parametrize("prompt", CHUNKS, ids=range(len(CHUNKS)))
+@pytest.mark.parametrize("emphasis", ["original", "no norm"])
+def test_against_torch(tokenizer: Tokenizer, real: Any, text_model: Any, clip: Any, prompt: str, emphasis: str) -> None:
+    expected = []
+    for chunk in CHUNKS[prompt]:
+        pieces = [(clip(text, add_special_tokens=False).input_ids, weight) for text, weight in chunk]
+        tokens = [BOS, *(token for ids, _ in pieces for token in ids)]
+        weights = [1.0, *(weight for ids, weight in pieces for _ in ids)]
+        assert len(tokens) <= 76
+        with torch.inference_mode():
+            z = text_model(torch.tensor([tokens + [EOS] * (77 - len(tokens))])).last_hidden_state.double()
+        weighted = z * torch.tensor(weights + [1.0] * (77 - len(tokens))).double()[None, :, None]
+        expected.append(weighted * (z.mean() / weighted.mean()) if emphasis == "original" else weighted)
+    found = TextConditioner(tokenizer).encode(real, prompt, steps=1, cfg=1, emphasis=emphasis).sets[0]
+    assert relative(found, torch.cat(expected, dim=1).numpy()) < 1e-4
+
+
+def test_emphasis_equals_the_graphs(tokenizer: Tokenizer, real: Any) -> None:
+    """The graph weighs tokens and restores the mean too, for those who run it by itself; its mean is a float32 sum, and this model's is near 0."""
+    found = TextConditioner(tokenizer).encode(real, "red (apple:1.3)", steps=1, cfg=1).sets[0]
+    weights = np.ones((1, 77), np.float32)
+    weights[0, 2] = 1.3
+    assert relative(real.encode_text(row(tokenizer, "red apple"), weights, 1), found) < 1e-3
+
+
+def test_embeddings_against_torch(flat_bundle: Path, real: Any, text_model: Any, clip: Any) -> None:
+    """Rows of the token table, here ones that are there for other words, stand for a trigger, several vectors and all with its emphasis."""
+    bundle = open_bundle(flat_bundle)
+    text = replace(bundle.manifest.text, embeddings={"my-style": (320, 2368, 5000), "easy neg": (7000,)})
+    conditioner = TextConditioner(Tokenizer(bundle.file("tokenizer/tokenizer.json"), text))
+    found = conditioner.encode(real, "a (My-Style:1.4) cat", "easy neg, easy", steps=1, cfg=7).sets[0]
+    a, cat, comma, easy = (clip(word, add_special_tokens=False).input_ids for word in ("a", "cat", ",", "easy"))
+    rows = [[*a, 320, 2368, 5000, *cat], [7000, *comma, *easy]]
+    tokens = torch.tensor([[BOS, *ids, *[EOS] * (76 - len(ids))] for ids in rows])
+    with torch.inference_mode():
+        z = text_model(tokens).last_hidden_state.double()
+    weights = torch.ones(77).double()
+    weights[2:5] = 1.4
+    weighted = z[0] * weights[:, None]
+    assert relative(found[1], (weighted * (z[0].mean() / weighted.mean())).numpy()) < 1e-4
+    assert relative(found[0], z[1].numpy()) < 1e-4

@@ -309,7 +309,7 @@ def test_network_tags(prompt: str, expected: list[tuple[str, str]]) -> None:
 
 # Texts made to break a parser
 
-LONG = 100_000
+LONG = 20_000
 HOSTILE: dict[str, Callable[[int], str]] = {
     "round": lambda n: "(" * n,
     "round, text": lambda n: "(a" * (n // 2),
@@ -335,7 +335,7 @@ HOSTILE: dict[str, Callable[[int], str]] = {
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_prompts_end(name: str) -> None:
-    """No recursion and nothing quadratic: the work would not end within the test run."""
+    """No recursion, and nothing quadratic, which would show as minutes."""
     prompt = HOSTILE[name](LONG)
     parse_attention(prompt)
     split_and(prompt)

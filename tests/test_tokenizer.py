@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import random
 import unicodedata
+from dataclasses import replace
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -18,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sdrt.bundle import Text, open_bundle
-from sdrt.errors import CheckpointError, UsageError
+from sdrt.errors import BundleError, CheckpointError, UsageError
 from sdrt.export.tokenizer import vocabulary, write_tokenizer
 from sdrt.runtime.tokenizer import Tokenizer
 
@@ -174,3 +176,66 @@ def test_other_vocabularies_are_refused(tmp_path: Path) -> None:
 
 def test_manifest_names_the_special_tokens(flat_bundle: Path) -> None:
     assert open_bundle(flat_bundle).manifest.text == Text(64, 77, BOS, EOS, EOS, (1,))
+
+
+ALPHABETS = (
+    [chr(code) for code in range(32, 127)],
+    [chr(code) for code in (*range(32), *range(127, 160))],  # control characters
+    list("😀🍎👩‍🚀🏳️‍🌈👍🏽1️⃣🇺🇳🫠"),
+    [chr(code) for code in (*range(0x4E00, 0x4F00), *range(0x3040, 0x3100), *range(0xAC00, 0xAC80), *range(0x20000, 0x20020))],
+    ["a", "e", "n", "A", "é", "가", *(chr(code) for code in (*range(0x300, 0x340), 0x20D7, 0x0591, 0x093C, 0x1100, 0x1161, 0x11A8))],  # combining
+    [chr(code) for code in (*range(0xA0, 0x250), *range(0x370, 0x500), *range(0x5D0, 0x5EB), *range(0x620, 0x650), *range(0x900, 0x940))],
+    [" ", "\u00a0", "\u2003", "\u3000", "\u200b", "\u200d", "\u2028", "\ufeff", "\t", "\n", "\r", "\x0b", "\x0c", "\x1c", "\x85"],
+    ["red ", "apple, ", "'s", "'LL", "<|endoftext|>", "<|startoftext|>", "</w>", "masterpiece", "4k", "½", "ﬁ", "İ", "ß", "ẞ", "Σ", "ς"],
+    [chr(code) for code in (*range(0xE000, 0xE010), *range(0xFFF0, 0x10000), 0x10FFFF, 0x378, 0x1F9FF)],  # private, specials, unassigned
+)
+
+
+def test_ten_thousand_strings(ours: Tokenizer, clip: Any) -> None:
+    random_ = random.Random(20261123)
+    texts = []
+    for i in range(10_000):
+        alphabets = [ALPHABETS[i % len(ALPHABETS)], *random_.choices(ALPHABETS, k=random_.randint(0, 2))]
+        texts.append("".join(random_.choice(random_.choice(alphabets)) for _ in range(random_.randint(1, 30))))
+    expected = clip(texts, add_special_tokens=False).input_ids
+    differing = [(text, ids) for text, ids in zip(texts, expected, strict=True) if ours.tokens(text) != ids]
+    assert differing == []
+    assert sum(map(len, expected)) > 100_000
+
+
+# Learned embeddings
+
+
+def with_embeddings(bundle: Path, embeddings: dict[str, tuple[int, ...]]) -> Tokenizer:
+    opened = open_bundle(bundle)
+    return Tokenizer(opened.file("tokenizer/tokenizer.json"), replace(opened.manifest.text, embeddings=embeddings))
+
+
+def test_triggers(flat_bundle: Path) -> None:
+    tokenizer = with_embeddings(flat_bundle, {"cat": (7,), "Cat Dog": (8, 9), "日本": (10,), "bad-hand_v4": (11, 12)})
+
+    def found(text: str, position: int = 0) -> Any:
+        return tokenizer.embedding_at(tokenizer.tokens(text), position)
+
+    assert found("cat") == ((7,), 1) and found("CAT dog") == ((8, 9), 2)  # the longest; case is the tokenizer's business
+    assert found("cat, dog") == ((7,), 1) and found("dog") is None and found("a cat") is None and found("a cat", 1) == ((7,), 1)
+    assert found("日本") == ((10,), len(tokenizer.tokens("日本")))
+    assert found("bad-hand_v4 x") == ((11, 12), len(tokenizer.tokens("bad-hand_v4"))) and found("bad-hand_v5") is None
+    assert found("catdog") is None
+
+
+@pytest.mark.parametrize(
+    ("embeddings", "message"),
+    [
+        ({" ": (1,)}, "embedding ' ': its trigger has no tokens"),
+        ({"": (1,)}, "embedding '': its trigger has no tokens"),
+        ({"a": (1,), "A ": (2,)}, "embedding 'A ': another embedding's trigger has the same tokens"),
+        ({"a": ()}, "embedding 'a': expected 1 to 75 vectors, a chunk's worth, found 0"),
+        ({"a": (1,) * 76}, "embedding 'a': expected 1 to 75 vectors, a chunk's worth, found 76"),
+        ({"\x1b[2J": ()}, r"embedding '\\x1b[2J': expected 1 to 75"),
+    ],
+)
+def test_bad_triggers(flat_bundle: Path, embeddings: dict[str, tuple[int, ...]], message: str) -> None:
+    with pytest.raises(BundleError, match=message.replace("[", r"\[")) as caught:
+        with_embeddings(flat_bundle, embeddings)
+    assert caught.value.exit_code == 4

@@ -7,9 +7,11 @@ prompt, and one encoding then serves every emphasis. docs/prompts.md has the rul
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
+from bisect import bisect_left
+from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 
 import numpy as np
 
@@ -59,7 +61,7 @@ class _Part:
 
     def text_at(self, step: int) -> str:
         """The text of a step, counted from 0. AUTOMATIC1111 compares that count with steps that it has counted from 1; so do we."""
-        return next(text for end, text in self.schedule if step <= end)
+        return self.schedule[bisect_left(self.schedule, step, key=itemgetter(0))][1]
 
 
 class TextConditioner:
@@ -238,7 +240,8 @@ def _contexts(part: _Part, encoded: dict[tuple[int, ...], Float], emphasis: str)
     over the batch of modules/prompt_parser.py in AUTOMATIC1111); without prompt editing it is the chunk's own.
     """
     texts = list(part.chunks)
-    times = np.array([sum(text == each for _, text in part.schedule) for each in texts], np.float64)
+    counts = Counter(text for _, text in part.schedule)
+    times = np.array([counts[text] for text in texts], np.float64)
     columns = []
     for chunks in zip(*part.chunks.values(), strict=True):
         z = np.stack([encoded[chunk.tokens] for chunk in chunks])
@@ -254,7 +257,7 @@ def _contexts(part: _Part, encoded: dict[tuple[int, ...], Float], emphasis: str)
 def _check_weight(name: str, segment: Segment) -> None:
     if abs(segment.weight) > MAX_WEIGHT:
         raise UsageError(
-            f"{name}: {_short(segment.text)!r} has weight {segment.weight:.3g}: expected at most {MAX_WEIGHT:g}", "Use fewer brackets or a smaller number."
+            f"{name}: '{_short(segment.text)}' has weight {segment.weight:.3g}: expected at most {MAX_WEIGHT:g}", "Use fewer brackets or a smaller number."
         )
 
 

@@ -65,7 +65,7 @@ class Tokenizer:
         return np.array([row + [self.text.pad] * (self.text.tokens - len(row))], dtype=np.int64)
 
     def _add_trigger(self, trigger: str, rows: tuple[int, ...]) -> None:
-        where, again = f"embedding {printable(trigger)!r}", "Build the bundle again."
+        where, again = f"embedding '{printable(trigger)}'", "Build the bundle again."
         ids = self.tokens(trigger)
         if not ids:
             raise BundleError(f"{where}: its trigger has no tokens, so no prompt can name it", again)
