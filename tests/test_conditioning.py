@@ -305,7 +305,12 @@ def test_threads(tokenizer: Tokenizer) -> None:
     ],
 )  # fmt: skip
 def test_bad_input(tokenizer: Tokenizer, engine: Any, options: dict[str, Any], message: str, fix: str) -> None:
-    sources = (Source("checkpoint", "m", ""), Source("lora", "art.safetensors", "", 0.8, 0.5), Source("hypernetwork", "h.pt", "", 1.0, 1.0))
+    sources = (
+        Source("checkpoint", "m", ""),
+        Source("lora", "art.safetensors", "", 0.8, 0.5),
+        Source("hypernetwork", "h.pt", "", 1.0),
+        Source("embedding", "e.pt", "", trigger="e"),
+    )
     arguments = {"prompt": "", "negative": "", "steps": 2, "cfg": 7, **options}
     with pytest.raises(UsageError, match=message) as caught:
         TextConditioner(tokenizer, sources).encode(engine, **arguments)

@@ -228,7 +228,7 @@ class TextConditioner:
                 fix = "Take it out of the prompt, as AUTOMATIC1111 does unasked, or choose the plain prompt syntax, where it is text."
             else:
                 continue
-            adapters = [source for source in self._sources if source.kind not in ("checkpoint", "vae")]
+            adapters = [source for source in self._sources if source.kind in ("lora", "hypernetwork")]
             baked = ", ".join(f"{source.kind} {printable(source.name)} at {_scales(source)}" for source in adapters)
             raise UsageError(f"{name}: {_short(tag)}: adapters are baked in when a bundle is built; this one holds {baked or 'none'}", fix)
 
