@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from adapter_files import model, opened
 from conftest import CHECKPOINT, LORA, RawTensor, read_raw, write_raw
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load, load_file, save_file
 
 from sdrt.errors import AdapterError, CheckpointError, InputFileError, UsageError
-from sdrt.export.adapters import Lora, LoraOption, open_lora, parse_lora_option
-from sdrt.export.architecture import CLIP, UNET, Architecture, UNetSpec
-from sdrt.export.checkpoint import Tensor, open_checkpoint
-from sdrt.export.graph import recipes
+from sdrt.export.adapters import LoraOption, open_lora, parse_lora_option
+from sdrt.export.architecture import CLIP, UNET
+from sdrt.export.checkpoint import Tensor
 from sdrt.export.tensor_file import open_tensor_file
 from sdrt.export.weights import Change, write_weights
 
@@ -28,20 +27,6 @@ LINEAR = (UNET + "input_blocks.4.1.transformer_blocks.0.attn2.to_k.weight", "lor
 POINTWISE = (UNET + "input_blocks.4.1.proj_in.weight", "lora_unet_down_blocks_1_attentions_0_proj_in")
 KERNEL = (UNET + "input_blocks.4.0.in_layers.2.weight", "lora_unet_down_blocks_1_resnets_0_conv1")
 TEXT = (CLIP + "text_model.encoder.layers.0.mlp.fc1.weight", "lora_te_text_model_encoder_layers_0_mlp_fc1")
-
-
-@cache
-def model() -> tuple[dict[str, tuple[int, ...]], UNetSpec]:
-    """Names and shapes of the emoji model's weights, and its UNet's sizes."""
-    checkpoint = open_checkpoint(CHECKPOINT)
-    checkpoint.close()
-    arch: Architecture = checkpoint.architecture
-    return {name: shape for recipe in recipes(arch).values() for name, shape in recipe.weight_shapes().items()}, arch.unet
-
-
-def opened(path: Path, scale: float = 1.0, te_scale: float | None = None, *, allow_unmatched: bool = False) -> Lora:
-    shapes, spec = model()
-    return open_lora(LoraOption(path, scale, scale if te_scale is None else te_scale), shapes, spec, allow_unmatched=allow_unmatched)
 
 
 def refused(path: Path, *fragments: str, allow_unmatched: bool = False) -> AdapterError:
@@ -489,6 +474,49 @@ def test_order_of_loras_does_not_matter(tmp_path: Path, style: Path) -> None:
     results = [fused(tmp_path, order) for order in (options, options[::-1], [options[1], options[2], options[0]])]
     assert results[0][1] == results[1][1] == results[2][1]
     assert results[0][2] == results[1][2][::-1]
+
+
+def dora(path: Path, seed: int) -> Path:
+    """A DoRA of one weight, its magnitudes along the outputs."""
+    magnitude = torch.linspace(1, 3, 96).reshape(96, 1)
+    save_file(pair(LINEAR[1], (96, 4), (4, 64), 2.0, seed) | {f"{LINEAR[1]}.dora_scale": magnitude}, path)
+    return path
+
+
+def applied(weight: torch.Tensor, path: Path, scale: float) -> torch.Tensor:
+    """A weight after one adapter of it, by the formula in float64: W + scale (V m / |V| - W) with magnitudes, else W + scale (alpha / r) up @ down."""
+    tensors = {name.removeprefix(f"{LINEAR[1]}."): tensor.double() for name, tensor in load_file(path).items() if name.startswith(LINEAR[1])}
+    low = tensors["lora_up.weight"] @ tensors["lora_down.weight"] * tensors["alpha"] / 4
+    if "dora_scale" not in tensors:
+        return weight + scale * low
+    moved = weight + low
+    return weight + scale * (moved * tensors["dora_scale"] / moved.norm(dim=1, keepdim=True) - weight)
+
+
+def test_adapters_act_one_after_the_other(tmp_path: Path, style: Path) -> None:
+    """A DoRA rescales what those before it made; one after it is added whole. Two DoRAs the same way."""
+    one, two = dora(tmp_path / "one.safetensors", 5), dora(tmp_path / "two.safetensors", 6)
+    results = []
+    for stack in ([(style, 0.7), (one, 0.5)], [(one, 0.5), (style, 0.7)], [(one, 0.5), (two, 0.8)], [(two, 0.8), (style, 0.7), (one, 0.5)]):
+        expected = BASE[LINEAR[0]].double()
+        for path, scale in stack:
+            expected = applied(expected, path, scale)
+        found, _, changes = fused(tmp_path, [LoraOption(path, scale, scale) for path, scale in stack])
+        torch.testing.assert_close(found[LINEAR[0]].double(), expected, rtol=1e-5, atol=1e-5)
+        assert all(change["unet"].relative > 0.01 for change in changes)
+        results.append(found[LINEAR[0]])
+    assert (results[0] - results[1]).norm() > 0.01 * results[0].norm()
+
+
+def test_order_matters_only_across_a_dora(tmp_path: Path, style: Path) -> None:
+    save_file(pair(LINEAR[1], (96, 2), (2, 64), seed=8), tmp_path / "other.safetensors")
+    middle = LoraOption(dora(tmp_path / "one.safetensors", 5))
+    first, second = LoraOption(style, 0.3, 0.3), LoraOption(tmp_path / "other.safetensors")
+    both = [fused(tmp_path, order)[1] for order in ([first, second, middle], [second, first, middle])]
+    assert both[0] == both[1]
+    assert fused(tmp_path, [first, middle, second])[1] not in both
+    still = LoraOption(middle.path, 0.0, 0.0)  # a DoRA at scale 0 is not there
+    assert fused(tmp_path, [first, still, second])[1] == fused(tmp_path, [second, first])[1]
 
 
 def test_scale_zero_changes_no_bit(tmp_path: Path, style: Path) -> None:

@@ -126,6 +126,52 @@ def test_fused_weights_are_peft_s(
         assert max(reference.relative(found[name].numpy(), base[name].numpy()) for name in touched if name.startswith(prefix)) > 1e-2
 
 
+def attention_lora(base: Tensors, spelling: str) -> Tensors:
+    """A seeded LoRA of every attention projection of both networks under the names of one of the formats diffusers reads."""
+    from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
+
+    generator = torch.Generator().manual_seed(9)
+    names = {name: name for name in base if name.startswith(UNET)}
+    paths = {ldm: ("unet.", name) for name, ldm in convert_ldm_unet_checkpoint(names, {"layers_per_block": 2}).items()}
+    paths |= {name: ("text_encoder.", name.removeprefix(TEXT)) for name in base if name.startswith(TEXT)}
+    lora: Tensors = {}
+    for name, (network, path) in paths.items():
+        module = path.removesuffix(".weight")
+        if not path.endswith(".weight") or not re.search(r"attn\d\.to_|self_attn\.", module):
+            continue
+        up, down = 0.05 * torch.randn((len(base[name]), 3), generator=generator), 0.05 * torch.randn((3, base[name].shape[1]), generator=generator)
+        if spelling.startswith("peft"):
+            lora |= {f"{network}{module}.lora_B.weight": up, f"{network}{module}.lora_A.weight": down}
+            if spelling == "peft, DoRA":  # diffusers drops the magnitudes of a kohya file, so only its own names can be compared
+                lora[f"{network}{module}.lora_magnitude_vector.weight"] = base[name].norm(dim=1) * (1 + 0.1 * torch.rand(len(up), generator=generator))
+            continue
+        if spelling == "diffusers, old" and network == "unet.":
+            stem = network + module.replace(".to_", ".processor.to_").removesuffix(".0") + "_lora"
+        elif spelling == "diffusers, old":
+            stem = network + re.sub(r"(\w+)_proj$", r"to_\1", module) + "_lora"
+        else:
+            stem = f"{network}{module}.{'lora' if network == 'unet.' else 'lora_linear_layer'}"
+        lora |= {f"{stem}.up.weight": up, f"{stem}.down.weight": down}
+    assert len(lora) > 2 * 120
+    return lora
+
+
+@pytest.mark.parametrize("spelling", ["peft", "peft, DoRA", "diffusers", "diffusers, old"])
+def test_fused_weights_are_those_of_diffusers_loader(flat_bundle: Path, tmp_path: Path, base: Tensors, fused_file: Callable[..., Path], spelling: str) -> None:
+    lora = attention_lora(base, spelling)
+    save_file(lora, tmp_path / "lora.safetensors")
+    pipeline = reference.diffusers_pipeline(flat_bundle, reference.clip_tokenizer(tmp_path))
+    pipeline.load_lora_weights(dict(lora))
+    pipeline.fuse_lora(lora_scale=1.0)
+    pipeline.unload_lora_weights()
+    found, spec = load_file(fused_file(LoraOption(tmp_path / "lora.safetensors"))), reference.sizes(flat_bundle)
+    assert largest_error(reference.unet(found, spec["unet"]).state_dict(), pipeline.unet.state_dict()) < 1e-5
+    assert largest_error(reference.text_model(found, spec["clip"]).state_dict(), pipeline.text_encoder.state_dict()) < 1e-5
+    for prefix, count in ((UNET, 96), (TEXT, 8)):
+        touched = [name for name in changed(found, base) if name.startswith(prefix)]
+        assert len(touched) >= count and max(reference.relative(found[name].numpy(), base[name].numpy()) for name in touched) > 1e-2
+
+
 def test_the_bundle_holds_the_fused_weights_rounded_once(blindbox_bundle: Path, fused: Tensors) -> None:
     stored = load_file(blindbox_bundle / "graphs" / "weights.safetensors")
     assert stored.keys() == fused.keys()

@@ -72,10 +72,11 @@ def adapter_names(modules: Iterable[str], spec: UNetSpec) -> dict[str, str]:
                         table[prefix + dotted] = module
         elif module.startswith(CLIP):
             name = module[len(CLIP) :]
-            flat = name.replace(".", "_")
-            for prefix in ("lora_te_", "lora_te1_", "lycoris_", "lycoris_te_", "lycoris_text_encoder_"):
-                table[prefix + flat] = module
-            for dotted in (name, name.removeprefix("text_model."), *_old_text(name)):
+            inner = name.removeprefix("text_model.")  # transformers 5 has no outer `text_model`
+            for flat in (name.replace(".", "_"), inner.replace(".", "_")):
+                for prefix in ("lora_te_", "lora_te1_", "lycoris_", "lycoris_te_", "lycoris_text_encoder_"):
+                    table[prefix + flat] = module
+            for dotted in (name, inner, *_old_text(name)):
                 for prefix in ("", "text_encoder.", CLIP):
                     table[prefix + dotted] = module
     return table

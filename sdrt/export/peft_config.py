@@ -99,11 +99,14 @@ def config_beside(path: Path) -> PeftConfig | None:
         return None
     except (OSError, ValueError) as error:
         raise AdapterError(f"{config}: cannot open: {error.strerror if isinstance(error, OSError) else error}") from error
-    with os.fdopen(descriptor, "rb") as stream:
+    try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_CONFIG_BYTES:
             raise AdapterError(f"{config}: expected a file of at most {MAX_CONFIG_BYTES:,} bytes, found {status.st_size:,} bytes or no regular file")
-        data = stream.read(MAX_CONFIG_BYTES)
+        with os.fdopen(descriptor, "rb", closefd=False) as stream:
+            data = stream.read(MAX_CONFIG_BYTES)
+    finally:
+        os.close(descriptor)
     settings = _parse(str(config), data)
     _check_kind(str(config), settings)
     return PeftConfig(str(config), {"": settings}, hashlib.sha256(data).hexdigest())
