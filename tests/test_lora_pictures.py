@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import warnings
 from collections.abc import Iterator
@@ -13,10 +14,11 @@ import numpy as np
 import pytest
 import reference
 import torch
+from adapter_files import LINEAR
 from conftest import CHECKPOINT
 from numpy.typing import NDArray
 from reference import TRAINING, psnr
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from sdrt.export.adapters import LoraOption
 from sdrt.export.build import BuildOptions, build
@@ -96,3 +98,27 @@ def test_picture_is_that_of_the_layers_with_the_adapter(kind: str, theirs: Any, 
     assert report.manifest.sources[-1].applied == {"text_encoder": 12, "unet": 282}
     assert psnr(found, expected) >= 45
     assert psnr(found, without) < 30 and found.std() > 20
+
+
+def test_build_says_what_it_took(tmp_path: Path) -> None:
+    """peft's settings are a source of their own, a guessed alpha and a file given twice are remarks."""
+    ones = {f"base_model.model.{LINEAR[2]}.lora_B.weight": torch.ones(96, 2) / 100, f"base_model.model.{LINEAR[2]}.lora_A.weight": torch.ones(2, 64) / 100}
+    stack = []
+    for name in ("with", "guessed"):
+        (tmp_path / name).mkdir()
+        save_file(ones, tmp_path / name / f"{name}.safetensors")
+        stack.append(LoraOption(tmp_path / name / f"{name}.safetensors", 0.5, 0.5))
+    settings = b'{"peft_type": "LORA", "r": 2, "lora_alpha": 8}'
+    (tmp_path / "with" / "adapter_config.json").write_bytes(settings)
+    report = build(BuildOptions(CHECKPOINT, tuple(stack), precision="fp32", output=tmp_path / "a.sdrt"))
+    kinds = [(source.kind, source.name) for source in report.manifest.sources]
+    assert kinds[1:] == [("lora", "with.safetensors"), ("lora-config", "adapter_config.json"), ("lora", "guessed.safetensors")]
+    assert report.manifest.sources[2].sha256 == hashlib.sha256(settings).hexdigest()
+    assert report.notes == (
+        "with.safetensors: given more than once; its changes add up",
+        "guessed.safetensors: given more than once; its changes add up",
+        "guessed.safetensors: adapter_config.json is not beside it, so alpha is taken to be the rank",
+    )
+    name = f"{LINEAR[0]}.weight"
+    change = load_file(report.path / "graphs" / "weights.safetensors")[name] - load_file(CHECKPOINT)[name].float()
+    torch.testing.assert_close(change, torch.full((96, 64), 0.5 * (4 + 1) * 2e-4), rtol=1e-3, atol=1e-7)

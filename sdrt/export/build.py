@@ -23,6 +23,7 @@ from sdrt.export.architecture import Architecture
 from sdrt.export.checkpoint import Checkpoint, open_checkpoint, select
 from sdrt.export.embeddings import TOKEN_TABLE, Embedding, EmbeddingOption, check_triggers, extended_table, open_embedding, table_rows
 from sdrt.export.hypernetworks import Hypernetwork, HypernetworkOption, open_hypernetwork
+from sdrt.export.peft_config import FILE_NAME as CONFIG_NAME
 from sdrt.export.tensor_file import open_tensor_file
 from sdrt.export.tokenizer import trigger_encoder, write_tokenizer
 from sdrt.export.weights import CODES, Change, Made, write_weights
@@ -160,7 +161,7 @@ def build(options: BuildOptions, progress: Progress = lambda stage, done: None) 
                     graphs=graphs,
                     sources=(
                         *sources,
-                        *(_lora_source(lora, change) for lora, change in zip(loras, changes, strict=True)),
+                        *(source for lora, change in zip(loras, changes, strict=True) for source in _lora_sources(lora, change)),
                         *(_embedding_source(embedding) for embedding in embeddings),
                         *(_hypernetwork_source(hypernetwork) for hypernetwork in hypernetworks),
                     ),
@@ -213,8 +214,8 @@ def _sources(checkpoint: Checkpoint) -> list[Source]:
     return sources
 
 
-def _lora_source(lora: Lora, changes: Mapping[str, Change]) -> Source:
-    return Source(
+def _lora_sources(lora: Lora, changes: Mapping[str, Change]) -> Iterator[Source]:
+    yield Source(
         kind="lora",
         name=lora.option.path.name,
         sha256=lora.sha256,
@@ -223,6 +224,8 @@ def _lora_source(lora: Lora, changes: Mapping[str, Change]) -> Source:
         applied={component: change.modules for component, change in changes.items()},
         relative_change={component: float(f"{change.relative:.4g}") for component, change in changes.items()},
     )
+    if lora.config_sha256 is not None:
+        yield Source("lora-config", CONFIG_NAME, lora.config_sha256)
 
 
 def _embedding_source(embedding: Embedding) -> Source:
