@@ -38,16 +38,16 @@ class Levels:
 
     From text the first latents are unit noise times `noise_scale`; from an image they are the image plus noise of level `start`.
     `jumps` are the levels that each call of a timestep sampler goes from and to, where these are not its neighbours in `sigmas`.
-    `total` counts the steps of the whole schedule; `brownian` is the smallest and largest sigma of it.
+    `brownian` is the smallest and largest sigma of the whole schedule, `skipped` are those of its levels that an image leaves out.
     """
 
     sigmas: tuple[float, ...]
     timesteps: tuple[float, ...]
     start: float
     noise_scale: float
-    total: int
     brownian: tuple[float, float]
     jumps: tuple[tuple[float, float], ...] = ()
+    skipped: tuple[float, ...] = ()
 
     def steps(self) -> list[tuple[float, float]]:
         """The levels of each step, from and to."""
@@ -56,7 +56,7 @@ class Levels:
 
 def _levels(sigmas: list[float], timesteps: list[float], noise_scale: float) -> Levels:
     positive = [sigma for sigma in sigmas if sigma > 0]
-    return Levels(tuple(sigmas), tuple(timesteps), sigmas[0], noise_scale, len(timesteps), (min(positive), max(positive)))
+    return Levels(tuple(sigmas), tuple(timesteps), sigmas[0], noise_scale, (min(positive), max(positive)))
 
 
 def _without(levels: Levels, first: int) -> Levels:
@@ -67,7 +67,14 @@ def _without(levels: Levels, first: int) -> Levels:
     """
     if first >= len(levels.timesteps):
         raise UsageError(f"strength: leaves no step of {len(levels.timesteps)}", "Take more strength, or more steps.")
-    return replace(levels, sigmas=levels.sigmas[first:], timesteps=levels.timesteps[first:], start=levels.sigmas[first], jumps=levels.jumps[first:])
+    return replace(
+        levels,
+        sigmas=levels.sigmas[first:],
+        timesteps=levels.timesteps[first:],
+        start=levels.sigmas[first],
+        jumps=levels.jumps[first:],
+        skipped=levels.sigmas[:first],
+    )
 
 
 def a1111_count(request: Request) -> tuple[int, int | None]:
@@ -136,9 +143,7 @@ def a1111_ddim_levels(request: Request, *, improved: bool = False) -> Levels:
         calls.insert(1, (falling[1], jumps[0]))
     told = [t for t, _ in calls]
     at = [float(sigma) for sigma in request.training[told]]
-    return Levels(
-        (*at, sigmas[-1]), tuple(map(float, told)), start, math.hypot(1, start), len(jumps), (sigmas[-1], sigmas[0]), tuple(jump for _, jump in calls)
-    )
+    return Levels((*at, sigmas[-1]), tuple(map(float, told)), start, math.hypot(1, start), (sigmas[-1], sigmas[0]), tuple(jump for _, jump in calls))
 
 
 def a1111_unipc_levels(request: Request) -> Levels:
@@ -246,7 +251,7 @@ def diffusers_timestep_levels(request: Request, *, improved: bool = False, strid
     else:
         jumps = [(level(t + ratio), level(t)) if improved and i == 1 else (level(t), level(t - ratio)) for i, t in enumerate(whole)]
     last = jumps[-1][1]
-    return Levels((*sigmas, last), tuple(map(float, whole)), sigmas[0], math.hypot(1, sigmas[0]), steps, (sigmas[-1], sigmas[0]), tuple(jumps))
+    return Levels((*sigmas, last), tuple(map(float, whole)), sigmas[0], math.hypot(1, sigmas[0]), (sigmas[-1], sigmas[0]), tuple(jumps))
 
 
 LCM_STEPS = 50

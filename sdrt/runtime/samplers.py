@@ -80,7 +80,7 @@ SAMPLERS: dict[str, Sampler] = {
     "euler": Sampler("Euler", "simple and fast", _a1111(by_sigma.euler), _diffusers(by_sigma.euler), "EulerDiscreteScheduler"),
     "euler_a": Sampler("Euler a", "fresh noise every step", _a1111(by_sigma.euler_a), Recipe(by_sigma.euler_a, lv.diffusers_levels, SPACINGS), "EulerAncestralDiscreteScheduler"),
     "heun": Sampler("Heun", "second order, two model calls a step", _a1111(by_sigma.heun), _diffusers(by_sigma.heun), "HeunDiscreteScheduler"),
-    "lms": Sampler("LMS", "linear multistep, fourth order", _a1111(by_sigma.lms), _diffusers(by_sigma.lms), "LMSDiscreteScheduler"),
+    "lms": Sampler("LMS", "linear multistep, fourth order", _a1111(by_sigma.lms), _diffusers(partial(by_sigma.lms, counts_skipped=True)), "LMSDiscreteScheduler"),
     "ddim": Sampler(
         "DDIM", "deterministic, whole timesteps",
         Recipe(by_timestep.ddim, lv.diffusers_timestep_levels, _LEADING),

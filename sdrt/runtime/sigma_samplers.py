@@ -59,17 +59,21 @@ def _integral(nodes: Sequence[float], j: int, start: float, end: float) -> float
     return half * sum(math.prod((point - other) / (nodes[j] - other) for k, other in enumerate(nodes) if k != j) for point in points)
 
 
-def lms(trace: Trace, levels: Levels) -> None:
-    """Linear multistep of order four (Adams-Bashforth) in sigma: the polynomial through the last derivatives, integrated over the step (k-diffusion's `sample_lms`)."""
+def lms(trace: Trace, levels: Levels, *, counts_skipped: bool = False) -> None:
+    """Linear multistep of order four (Adams-Bashforth) in sigma: the polynomial through the last derivatives, integrated over the step (k-diffusion's `sample_lms`).
+
+    `counts_skipped` also counts the levels an image skips among its four nodes, though there are no derivatives there: so does diffusers.
+    """
     x = trace.start()
     ds: list[Latents] = []
     sigmas = levels.sigmas
     for i, (sigma, sigma_next) in enumerate(levels.steps()):
         ds = [(x - trace.denoise(x, sigma)) / sigma, *ds]
         x_next = x
-        last = sigmas[max(0, i - len(ds) + 1) : i + 1][::-1]
+        passed = (*levels.skipped, *sigmas[: i + 1]) if counts_skipped else sigmas[: i + 1]
+        nodes = passed[-4:][::-1]
         for j, d in enumerate(ds):
-            x_next = x_next + _integral(last, j, sigma, sigma_next) * d
+            x_next = x_next + _integral(nodes, j, sigma, sigma_next) * d
         x, *ds = trace.end_row(x_next, *ds[:3], to=sigma_next)
 
 
@@ -84,7 +88,7 @@ def dpm2(trace: Trace, levels: Levels, *, noisy: bool = False) -> None:
             continue
         sigma_mid = math.sqrt(sigma * sigma_down)
         x_2, x = trace.end_row(x + d * (sigma_mid - sigma), x, to=sigma_next, end_step=False)
-        d_2 = (x_2 - trace.denoise(x_2, sigma_mid)) / sigma_mid
+        d_2 = (x_2 - trace.denoise(x_2, sigma_mid, listed=False)) / sigma_mid
         (x,) = trace.end_row(x + d_2 * (sigma_down - sigma) + sigma_up * trace.noise, to=sigma_next)
 
 
@@ -100,7 +104,7 @@ def dpmpp_2s_a(trace: Trace, levels: Levels) -> None:
         h = math.log(sigma / sigma_down)
         sigma_mid = sigma * math.exp(-h / 2)
         x_2, x = trace.end_row((sigma_mid / sigma) * x - math.expm1(-h / 2) * denoised, x, to=sigma_next, end_step=False)
-        denoised_2 = trace.denoise(x_2, sigma_mid)
+        denoised_2 = trace.denoise(x_2, sigma_mid, listed=False)
         (x,) = trace.end_row((sigma_down / sigma) * x - math.expm1(-h) * denoised_2 + sigma_up * trace.noise, to=sigma_next)
 
 
@@ -119,7 +123,7 @@ def dpmpp_sde(trace: Trace, levels: Levels) -> None:
         down, up = ancestral(sigma, sigma_mid)
         x_2 = (down / sigma) * x + (1 - down / sigma) * denoised + up * trace.noise
         x_2, x = trace.end_row(x_2, x, to=sigma_next, noise=(sigma, sigma_mid), end_step=False)
-        denoised_2 = trace.denoise(x_2, sigma_mid)
+        denoised_2 = trace.denoise(x_2, sigma_mid, listed=False)
         down, up = ancestral(sigma, sigma_next)
         x_next = (down / sigma) * x + (1 - down / sigma) * denoised_2 + up * trace.noise
         (x,) = trace.end_row(x_next, to=sigma_next, noise=(sigma, sigma_next))

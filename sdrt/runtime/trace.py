@@ -74,15 +74,17 @@ class Trace:
         """The same divided by sqrt(1 + sigma^2), as variance-preserving samplers keep it; from text it is unit noise."""
         return self.start() / math.hypot(1, self._levels.start)
 
-    def denoise(self, x: Latents, sigma: float) -> Latents:
+    def denoise(self, x: Latents, sigma: float, *, listed: bool = True) -> Latents:
         """The denoised estimate of latents `x` at level `sigma`: one model call.
+
+        A level that is not `listed` in the schedule, a midpoint, has the timestep between its neighbours', whatever the tool rounds.
 
         eps: D = x - sigma eps(c_in x). v: D = c_in^2 x - sigma c_in v(c_in x), with c_in = 1 / sqrt(1 + sigma^2). sample: D is the output.
         """
         assert not x[REGISTERS:].any(), "a model call takes latents kept by end_row"
         c_in = 1 / math.hypot(1, sigma)
         u, q = {"epsilon": (x, -sigma), "v": (x * c_in * c_in, -sigma * c_in), "sample": (0 * x, 1.0)}[self._prediction]
-        told = self._told.get(sigma)
+        told = self._told.get(sigma) if listed else None
         t = timestep(sigma, self.training) if told is None else told
         self._call = (t, x[:REGISTERS] * c_in, u[:REGISTERS], q, sigma)
         return _unit(REGISTERS)
