@@ -100,11 +100,12 @@ def main(
 @app.command(epilog="Example: sdrt build --checkpoint model.safetensors --lora style.safetensors:0.8:0.5 --output styled.sdrt")
 def build(
     ctx: typer.Context,
-    checkpoint: Annotated[Path, typer.Option("--checkpoint", metavar="FILE", help="Stable Diffusion 1.x checkpoint, one .safetensors file in the layout of AUTOMATIC1111 (LDM).")],
+    checkpoint: Annotated[Path, typer.Option("--checkpoint", metavar="FILE|DIR", help="Stable Diffusion 1.x checkpoint: one .safetensors, .ckpt, .pt or .bin file in any tool's layout, or a folder that diffusers saved. Nothing in it is ever executed.")],
     lora: Annotated[list[str] | None, typer.Option("--lora", metavar="FILE[:SCALE[:TE_SCALE]]", help="LoRA, LyCORIS or DoRA file to fuse; may be repeated, and they act in the order given, which matters only where one is a DoRA. SCALE (default 1) weighs its change of the UNet, TE_SCALE (default SCALE) that of the text encoder. AUTOMATIC1111's prompt syntax has the two in the other order.")] = None,
     embedding: Annotated[list[str] | None, typer.Option("--embedding", metavar="FILE[:TRIGGER]", help="Textual-inversion embedding to put into the vocabulary; may be repeated. TRIGGER (default the file's stem) is what a prompt says to use it.")] = None,
     hypernetwork: Annotated[list[str] | None, typer.Option("--hypernetwork", metavar="FILE[:SCALE]", help="Hypernetwork to build in, AUTOMATIC1111's .pt; may be repeated, they apply in the order given. SCALE (default 1) weighs it.")] = None,
-    vae: Annotated[Path | None, typer.Option("--vae", metavar="FILE", help="VAE to use instead of the checkpoint's own.")] = None,
+    vae: Annotated[Path | None, typer.Option("--vae", metavar="FILE|DIR", help="VAE to use instead of the checkpoint's own: a file in any layout, a diffusers VAE's folder, or another checkpoint.")] = None,
+    ema: Annotated[bool, typer.Option("--ema", help="Take the UNet's averaged (EMA) weights, of a checkpoint that holds both.")] = False,
     target: Annotated[list[str] | None, typer.Option("--target", metavar="NAME", help="Engine to prepare; may be repeated: onnxruntime runs the bundle as it is, tensorrt-rtx and tensorrt compile it for the bundle's size once it is built. auto is tensorrt where it is installed and a GPU answers, else onnxruntime.")] = None,
     precision: Annotated[str, typer.Option("--precision", metavar="fp16|bf16|fp32", help="Storage type of the weights. On a CPU the arithmetic is float32 whatever it is.")] = "fp16",
     size: Annotated[str | None, typer.Option("--size", metavar="WxH", help="Default picture size in pixels, multiples of 8; the checkpoint's own if not given. `generate` may choose any other.")] = None,
@@ -129,7 +130,7 @@ def build(
     targets = cli_engines.checked_targets(target or ["auto"])
     options = BuildOptions(
         checkpoint, tuple(parse_lora_option(text) for text in lora or []), vae, precision, _size(size), clip_skip, allow_unmatched, output, force,
-        embeddings=tuple(parse_embedding_option(text) for text in embedding or []), hypernetworks=tuple(parse_hypernetwork_option(text) for text in hypernetwork or []),
+        embeddings=tuple(parse_embedding_option(text) for text in embedding or []), hypernetworks=tuple(parse_hypernetwork_option(text) for text in hypernetwork or []), ema=ema,
     )  # fmt: skip
     with StageProgress(BUILD_STAGES) as progress:
         report = run_build(options, progress)
@@ -229,7 +230,7 @@ def generate(
 @app.command(epilog="Example: sdrt inspect style.safetensors")
 def inspect(
     ctx: typer.Context,
-    path: Annotated[Path, typer.Argument(metavar="FILE|BUNDLE", help="A .safetensors file or a bundle.")],
+    path: Annotated[Path, typer.Argument(metavar="FILE|BUNDLE", help="A checkpoint, adapter or VAE in any format, a diffusers folder, or a bundle.")],
     as_json: Json = False,
 ) -> None:
     """Say what a file or bundle is: family, components, adapters, sizes. Reads headers only."""

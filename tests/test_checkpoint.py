@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import re
-from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +15,13 @@ from conftest import CHECKPOINT, LORA, RawTensor, write_raw
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load, save_file
+from tiny_model import TINY, Shapes, expected_shapes, header_only, seeded
 
 from sdrt.errors import CheckpointError, InputFileError
 from sdrt.export.architecture import CLIP, UNET, VAE, Architecture, ClipSpec, UNetSpec, VaeSpec, architecture
 from sdrt.export.checkpoint import Tensor, open_checkpoint, select
-from sdrt.export.graph import recipes
 from sdrt.export.tensor_file import open_tensor_file
 from sdrt.export.weights import write_weights
-
-Shapes = dict[str, tuple[int, ...]]
 
 EMOJI_SPEC = Architecture(
     "sd1",
@@ -44,40 +39,6 @@ SD15 = Architecture(
     UNetSpec(4, 4, (320, 640, 1280, 1280), (2, 2, 2, 2), (1, 1, 1, 0), 1, 768, False, 8, None),
     VaeSpec((128, 256, 512, 512), 2, 4, 0.18215),
 )
-TINY = Architecture(
-    "sd1",
-    "epsilon",
-    (512, 512),
-    ClipSpec(64, 1, 1, 96, 50, 77),
-    UNetSpec(4, 4, (32, 64), (1, 1), (1, 0), 1, 64, True, 8, None),
-    VaeSpec((32, 64), 1, 4, 0.18215),
-)
-
-
-@cache
-def expected_shapes(arch: Architecture) -> Shapes:
-    return {name: shape for recipe in recipes(arch).values() for name, shape in recipe.weight_shapes().items()}
-
-
-@cache
-def seeded(arch: Architecture, seed: int = 0) -> dict[str, torch.Tensor]:
-    """A checkpoint's tensors, normal at a small scale, float32."""
-    random = torch.Generator().manual_seed(seed)
-    return {name: torch.randn(shape, generator=random) * 0.05 for name, shape in sorted(expected_shapes(arch).items())}
-
-
-def header_only(path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: str = "F16", metadata: Mapping[str, str] | None = None) -> Path:
-    """A safetensors file of these shapes whose data is a hole in the file system."""
-    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
-    offset = 0
-    for name, shape in shapes.items():
-        end = offset + math.prod(shape) * {"F16": 2, "F32": 4, "I64": 8, "F8_E4M3": 1}[dtype]
-        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(header).encode()
-    path.write_bytes(len(text).to_bytes(8, "little") + text)
-    os.truncate(path, 8 + len(text) + offset)
-    return path
 
 
 def opened(path: Path, vae: Path | None = None) -> Architecture:
@@ -157,12 +118,12 @@ def test_names_without_text_model(tmp_path: Path) -> None:
     assert not any("text_model" in name for name in tensors)
     save_file(tensors, tmp_path / "old.safetensors")
     checkpoint = open_checkpoint(tmp_path / "old.safetensors")
-    with checkpoint.file:
+    with closing(checkpoint):
         assert checkpoint.architecture == TINY
         chosen, unknown = select(checkpoint, expected_shapes(TINY))
         assert not unknown
         name = CLIP + "text_model.encoder.layers.0.mlp.fc1.weight"
-        assert torch.equal(checkpoint.file.read(chosen[name].entry.name), seeded(TINY)[name])
+        assert torch.equal(chosen[name].read(), seeded(TINY)[name])
 
 
 def test_one_tensor_under_both_text_names(tmp_path: Path) -> None:
@@ -230,9 +191,124 @@ def test_sources_of_every_type_give_the_same_weights(tiny: Path, tmp_path: Path,
         assert bool((difference <= limit * reference[name].float().abs() + 2.0**-24).all()), name
 
 
+def as_torch_saves_it(path: Path, kind: torch.dtype, zipped: bool) -> Path:
+    """A checkpoint as training left it: nested, with baggage, some weights views of one storage."""
+    weights = {name: tensor.to(kind) for name, tensor in seeded(TINY).items()}
+    query = UNET + "middle_block.1.transformer_blocks.0.attn1.to_q.weight"
+    key = query.replace("to_q", "to_k")
+    both = torch.cat([weights[query], weights[key]]).t().contiguous()
+    weights |= {query: both[:, :64].t(), key: both[:, 64:].t()}
+    value = {"epoch": 1, "global_step": 2, "callbacks": {"a": 1}, "optimizer_states": [{"state": {0: {"exp_avg": torch.zeros(3)}}}], "state_dict": weights}
+    torch.save(value, path, _use_new_zipfile_serialization=zipped)
+    return path
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+@pytest.mark.parametrize(("kind", "limit"), [(torch.float32, 0.0), (torch.float16, 0.0), (torch.bfloat16, 2.0**-8)], ids=["fp32", "fp16", "bf16"])
+def test_checkpoints_of_torch_save_give_the_same_weights(tiny: Path, tmp_path: Path, zipped: bool, kind: torch.dtype, limit: float) -> None:
+    path = as_torch_saves_it(tmp_path / "model.ckpt", kind, zipped)
+    reference, found = written(tiny, tmp_path / "a.safetensors"), written(path, tmp_path / "b.safetensors")
+    assert found.keys() == reference.keys()
+    for name, tensor in found.items():
+        difference = (tensor.float() - reference[name].float()).abs()
+        assert bool((difference <= limit * reference[name].float().abs() + 2.0**-24).all()), name
+    checkpoint = open_checkpoint(path)
+    with closing(checkpoint):
+        assert checkpoint.notes == ("model.ckpt: what lies beside the weights was ignored: callbacks, epoch, global_step, optimizer_states",)
+        assert select(checkpoint, expected_shapes(TINY))[1] == []
+
+
+@pytest.mark.parametrize("suffix", [".scale_weight", ".weight_scale"])
+@pytest.mark.parametrize("kind", [torch.float8_e4m3fn, torch.float8_e5m2], ids=["e4m3", "e5m2"])
+def test_8_bit_weights_with_and_without_a_scale(tmp_path: Path, kind: torch.dtype, suffix: str) -> None:
+    """As ComfyUI saves them: a number beside each scaled weight, norms in another type, and a mark."""
+    stored: dict[str, torch.Tensor] = {"scaled_fp8": torch.zeros(0, dtype=kind)}
+    expected: dict[str, torch.Tensor] = {}
+    for name, tensor in seeded(TINY).items():
+        stored[name] = tensor.to(kind)
+        expected[name] = stored[name].float()
+        if name.startswith(UNET) and name.endswith(".to_q.weight"):
+            stored[name.removesuffix(".weight") + suffix] = torch.tensor(0.5)
+            stored[name.removesuffix(".weight") + ".scale_input"] = torch.tensor(1.0)
+            expected[name] = expected[name] * 0.5
+    save_file(stored, tmp_path / "fp8.safetensors")
+    found = written(tmp_path / "fp8.safetensors", tmp_path / "w.safetensors", "fp32")
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    checkpoint = open_checkpoint(tmp_path / "fp8.safetensors")
+    with closing(checkpoint):
+        assert select(checkpoint, expected_shapes(TINY))[1] == []
+
+
+@pytest.mark.parametrize("scale", [torch.tensor(math.nan), torch.ones(2)], ids=["NaN", "two numbers"])
+def test_bad_scale_of_an_8_bit_weight(tmp_path: Path, scale: torch.Tensor) -> None:
+    name = UNET + "time_embed.0"
+    tensors = seeded(TINY) | {name + ".weight": seeded(TINY)[name + ".weight"].to(torch.float8_e4m3fn), name + ".scale_weight": scale}
+    save_file(tensors, tmp_path / "fp8.safetensors")
+    with pytest.raises(CheckpointError, match=rf"{re.escape(name)}\.scale_weight: expected one finite number"):
+        written(tmp_path / "fp8.safetensors", tmp_path / "w.safetensors")
+
+
+def test_matrices_of_the_vaes_attention_become_convolutions(tiny: Path, tmp_path: Path) -> None:
+    tensors = {name: tensor[:, :, 0, 0] if ".mid.attn_1." in name and tensor.dim() == 4 else tensor for name, tensor in seeded(TINY).items()}
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, tmp_path / "x.safetensors")
+    found = written(tmp_path / "x.safetensors", tmp_path / "w.safetensors", "fp32")
+    assert all(torch.equal(found[name], tensor) for name, tensor in seeded(TINY).items())
+
+
+# Averaged weights
+
+
+def with_averages(path: Path, count: int | None = None) -> dict[str, torch.Tensor]:
+    """Write a checkpoint that holds the UNet twice, as CompVis' LDM saves it. Returns the averages by canonical name."""
+    averages = {name: tensor + 1 for name, tensor in seeded(TINY).items() if name.startswith(UNET)}
+    keys = {"model_ema." + "".join(name.split(".")[1:]): tensor for name, tensor in list(averages.items())[:count]}
+    save_file(seeded(TINY) | keys | {"model_ema.decay": torch.tensor(0.9999), "model_ema.num_updates": torch.tensor(3)}, path)
+    return averages
+
+
+def test_averaged_weights_are_taken_only_when_asked_for_and_the_decision_is_said(tmp_path: Path) -> None:
+    path = tmp_path / "ema.safetensors"
+    averages = with_averages(path)
+    for ema, words in ((False, "the plain weights were taken, --ema takes the averaged"), (True, "the averaged (EMA) weights were taken")):
+        checkpoint = open_checkpoint(path, ema=ema)
+        with closing(checkpoint):
+            assert checkpoint.notes == (f"ema.safetensors: holds the UNet twice; {words}",)
+            chosen, unknown = select(checkpoint, expected_shapes(TINY))
+            assert not unknown
+            expected = seeded(TINY) | (averages if ema else {})
+            assert all(torch.equal(tensor.read(), expected[name]) for name, tensor in chosen.items())
+
+
+def test_averaged_weights_that_are_not_there(tiny: Path, tmp_path: Path) -> None:
+    with_averages(tmp_path / "few.safetensors", 50)
+    for path in (tiny, tmp_path / "few.safetensors"):
+        with pytest.raises(CheckpointError, match="has no averaged weights") as caught:
+            open_checkpoint(path, ema=True)
+        assert "--ema" in caught.value.fix
+    with_averages(tmp_path / "most.safetensors", 101)
+    with pytest.raises(CheckpointError, match="has no averaged weight, 101 others have one"):
+        open_checkpoint(tmp_path / "most.safetensors", ema=True)
+
+
+# What keys say of the training
+
+
+def test_prediction_from_the_keys(tmp_path: Path) -> None:
+    path = header_only(tmp_path / "x.safetensors", expected_shapes(TINY) | {"v_pred": (0,)})
+    checkpoint = open_checkpoint(path)
+    with closing(checkpoint):
+        assert checkpoint.architecture.prediction == "v"
+        assert checkpoint.notes == ("x.safetensors: says that it predicts v",)
+        assert select(checkpoint, expected_shapes(TINY))[1] == []
+
+
+def test_zero_terminal_signal_is_refused(tmp_path: Path) -> None:
+    refused(header_only(tmp_path / "x.safetensors", expected_shapes(TINY) | {"v_pred": (0,), "ztsnr": (0,)}), "ztsnr", "not supported yet")
+
+
 def test_placed_offsets_point_at_the_data_from_a_page_on(tiny: Path, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(tiny)
-    with checkpoint.file:
+    with closing(checkpoint):
         chosen, _ = select(checkpoint, expected_shapes(TINY))
         progress: list[float] = []
         placed, changes = write_weights(tmp_path / "w.safetensors", chosen, [], "fp16", progress.append)
@@ -444,7 +520,7 @@ def test_unknown_tensors_are_reported_and_known_leftovers_are_not(tmp_path: Path
         CLIP + "text_model.embeddings.position_ids": (1, 77),
     }
     checkpoint = open_checkpoint(header_only(tmp_path / "x.safetensors", expected_shapes(TINY) | extra))
-    with checkpoint.file:
+    with closing(checkpoint):
         chosen, unknown = select(checkpoint, expected_shapes(TINY))
     assert unknown == ["my.notes"]
     assert chosen.keys() == expected_shapes(TINY).keys()
@@ -532,7 +608,7 @@ def test_damaged_headers_are_refused_or_complete(tmp_path_factory: pytest.TempPa
     except CheckpointError as error:
         assert str(path) in error.message
         return
-    with checkpoint.file:
+    with closing(checkpoint):
         expected = expected_shapes(checkpoint.architecture)
         try:
             chosen, _ = select(checkpoint, expected)

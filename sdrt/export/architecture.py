@@ -131,8 +131,8 @@ def describe(names: Shapes) -> str:
         return "an SD3 model"
     if "conditioner.embedders.1.model.ln_final.weight" in names:
         return "an SDXL model"
-    if "conditioner.embedders.0.model.ln_final.weight" in names:
-        return "an SDXL refiner"
+    if (width := names.get("conditioner.embedders.0.model.ln_final.weight")) is not None:
+        return "an SD2 model" if width == (1024,) else "an SDXL refiner"
     if has("depth_model."):
         return "an SD2 depth model"
     if has("embedder.model."):
@@ -187,7 +187,9 @@ def architecture(path: Path, shapes: Shapes, metadata: Mapping[str, str]) -> Arc
         raise CheckpointError(
             f"{path}: the UNet gives {unet.out_channels} channels, the VAE takes {vae.latent_channels}", "The components are of different models."
         )
-    stated = metadata.get("modelspec.prediction_type", "epsilon")
+    if "ztsnr" in shapes:
+        raise CheckpointError(f"{path}: ztsnr: trained to zero signal at the last step: not supported yet", "Use a checkpoint without it.")
+    stated = metadata.get("modelspec.prediction_type", "v" if "v_pred" in shapes else "epsilon")
     if stated not in PREDICTIONS:
         raise CheckpointError(f"{path}: modelspec.prediction_type: {stated!r}: not supported yet", f"This version of sdrt knows {', '.join(PREDICTIONS)}.")
     prediction = PREDICTIONS[stated]
@@ -218,7 +220,7 @@ def _shape(path: Path, shapes: Shapes, name: str, rank: int) -> tuple[int, ...]:
     return shape
 
 
-def _count(path: Path, shapes: Shapes, pattern: str) -> int:
+def block_count(path: Path, shapes: Shapes, pattern: str) -> int:
     """How many of `pattern`, which ends in `{}.`, with {} = 0, 1, 2, ... are prefixes of some name."""
     prefix = pattern.removesuffix("{}.")
     numbers = {name[len(prefix) :].partition(".")[0] for name in shapes if name.startswith(prefix)}
@@ -233,7 +235,7 @@ def unet_spec(path: Path, shapes: Shapes) -> UNetSpec:
     shapes = {name[len(UNET) :]: shape for name, shape in shapes.items() if name.startswith(UNET)}
     base, in_channels = _shape(path, shapes, "input_blocks.0.0.weight", 4)[:2]
     channels, res_blocks, depths, width, linear = [base], [0], [0], 0, False
-    for i in range(1, _count(path, shapes, "input_blocks.{}.")):
+    for i in range(1, block_count(path, shapes, "input_blocks.{}.")):
         block = f"input_blocks.{i}."
         if block + "0.op.weight" in shapes:
             channels.append(0)
@@ -242,11 +244,11 @@ def unet_spec(path: Path, shapes: Shapes) -> UNetSpec:
             continue
         channels[-1] = _shape(path, shapes, block + "0.in_layers.2.weight", 4)[0]
         res_blocks[-1] += 1
-        depths[-1] = _count(path, shapes, block + "1.transformer_blocks.{}.")
+        depths[-1] = block_count(path, shapes, block + "1.transformer_blocks.{}.")
         if depths[-1]:
             width = _shape(path, shapes, block + "1.transformer_blocks.0.attn2.to_k.weight", 2)[1]
             linear = len(shapes.get(block + "1.proj_in.weight", ())) == 2
-    middle = _count(path, shapes, "middle_block.1.transformer_blocks.{}.")
+    middle = block_count(path, shapes, "middle_block.1.transformer_blocks.{}.")
     if not width or not middle:
         raise CheckpointError(f"{path}: {UNET}*: no cross-attention found in the UNet", "This version of sdrt builds Stable Diffusion 1.x.")
     if 0 in res_blocks:
@@ -263,9 +265,9 @@ def vae_spec(path: Path, shapes: Shapes) -> VaeSpec:
     """Sizes of the VAE below `first_stage_model.`, from its decoder."""
     shapes = {name[len(VAE) :]: shape for name, shape in shapes.items() if name.startswith(VAE)}
     latent_channels = _shape(path, shapes, "decoder.conv_in.weight", 4)[1]
-    levels = _count(path, shapes, "decoder.up.{}.")
+    levels = block_count(path, shapes, "decoder.up.{}.")
     channels = tuple(_shape(path, shapes, f"decoder.up.{i}.block.0.conv1.weight", 4)[0] for i in range(levels))
-    res_blocks = _count(path, shapes, "decoder.up.0.block.{}.") - 1
+    res_blocks = block_count(path, shapes, "decoder.up.0.block.{}.") - 1
     if levels < 2 or res_blocks < 1 or any(c % NORM_GROUPS for c in channels):
         raise CheckpointError(f"{path}: {VAE}decoder: unexpected sizes: {levels} levels of {list(channels)} channels, {res_blocks + 1} blocks each")
     return VaeSpec(channels, res_blocks, latent_channels, 0.18215)
@@ -276,7 +278,7 @@ def clip_spec(path: Path, shapes: Shapes) -> ClipSpec:
     shapes = {name[len(CLIP + "text_model.") :]: shape for name, shape in shapes.items() if name.startswith(CLIP + "text_model.")}
     vocabulary, width = _shape(path, shapes, "embeddings.token_embedding.weight", 2)
     tokens = _shape(path, shapes, "embeddings.position_embedding.weight", 2)[0]
-    layers = _count(path, shapes, "encoder.layers.{}.")
+    layers = block_count(path, shapes, "encoder.layers.{}.")
     mlp_width = _shape(path, shapes, "encoder.layers.0.mlp.fc1.weight", 2)[0]
     if width % 64:
         raise CheckpointError(f"{path}: {CLIP}*: text width {width}, expected a multiple of 64 channels a head")

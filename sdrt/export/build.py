@@ -23,6 +23,7 @@ from sdrt.export.architecture import Architecture
 from sdrt.export.checkpoint import Checkpoint, open_checkpoint, select
 from sdrt.export.embeddings import TOKEN_TABLE, Embedding, EmbeddingOption, check_triggers, extended_table, open_embedding, table_rows
 from sdrt.export.hypernetworks import Hypernetwork, HypernetworkOption, open_hypernetwork
+from sdrt.export.model_files import is_folder
 from sdrt.export.peft_config import FILE_NAME as CONFIG_NAME
 from sdrt.export.tensor_file import open_tensor_file
 from sdrt.export.tokenizer import trigger_encoder, write_tokenizer
@@ -48,6 +49,7 @@ class BuildOptions:
     force: bool = False
     embeddings: tuple[EmbeddingOption, ...] = ()
     hypernetworks: tuple[HypernetworkOption, ...] = ()
+    ema: bool = False
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ def build(options: BuildOptions, progress: Progress = lambda stage, done: None) 
 
     with ExitStack() as files:
         with stage("read"):
-            checkpoint = open_checkpoint(options.checkpoint, options.vae)
+            checkpoint = open_checkpoint(options.checkpoint, options.vae, ema=options.ema)
             files.callback(checkpoint.close)
             arch = _with_options(checkpoint.architecture, options)
             from sdrt.export.graph import bind, recipes, skeleton  # imports torch: only after the files are known to be good
@@ -144,10 +146,9 @@ def build(options: BuildOptions, progress: Progress = lambda stage, done: None) 
                         errors = check(recipe, weights, paths, folder / "reference" / f"{graph}.npz")
                         graphs[graph] = {compute: _graph(recipe, options.precision, compute, error) for compute, error in errors.items()}
             with stage("write"):
-                adapter_files = [*(a.file for a in loras), *(a.file for a in embeddings), *(a.file for a in hypernetworks)]
-                for file in [checkpoint.file, checkpoint.vae_file, *adapter_files]:
-                    if file is not None:
-                        file.check_unchanged()
+                checkpoint.check_unchanged()
+                for file in [*(a.file for a in loras), *(a.file for a in embeddings), *(a.file for a in hypernetworks)]:
+                    file.check_unchanged()
                 manifest = Manifest(
                     format=names.FORMAT,
                     sdrt=__version__,
@@ -169,14 +170,15 @@ def build(options: BuildOptions, progress: Progress = lambda stage, done: None) 
                     files={p.relative_to(folder).as_posix(): file_record(p) for p in sorted(folder.rglob("*")) if p.is_file()},
                 )
                 write_manifest(folder, manifest)
-    remarks = (*_notes(unknown, loras, changes), *notes, *_hypernetwork_notes(hypernetworks))
+    remarks = (*checkpoint.notes, *_notes(unknown, loras, changes), *notes, *_hypernetwork_notes(hypernetworks))
     return BuildReport(output, manifest, remarks, stages, tuple(cached))
 
 
 def default_output(options: BuildOptions) -> Path:
     """`emoji+blindbox.sdrt` in the working folder, from the stems of the checkpoint and the adapters."""
+    checkpoint = options.checkpoint.absolute().name if is_folder(options.checkpoint) else options.checkpoint.stem  # a folder's name may hold a dot
     adapters = [*(o.path for o in options.loras), *(o.path for o in options.embeddings), *(o.path for o in options.hypernetworks)]
-    return Path("+".join(path.stem for path in (options.checkpoint, *adapters)) + ".sdrt")
+    return Path("+".join([checkpoint, *(path.stem for path in adapters)]) + ".sdrt")
 
 
 def _check_output(output: Path, options: BuildOptions) -> None:
@@ -208,9 +210,9 @@ def _check_space(folder: Path, weight_bytes: int) -> None:
 
 
 def _sources(checkpoint: Checkpoint) -> list[Source]:
-    sources = [Source("checkpoint", checkpoint.file.path.name, checkpoint.file.sha256())]
-    if checkpoint.vae_file is not None:
-        sources.append(Source("vae", checkpoint.vae_file.path.name, checkpoint.vae_file.sha256()))
+    sources = [Source("checkpoint", checkpoint.model.name, checkpoint.model.sha256())]
+    if checkpoint.vae is not None:
+        sources.append(Source("vae", checkpoint.vae.name, checkpoint.vae.sha256()))
     return sources
 
 

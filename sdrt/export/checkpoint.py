@@ -1,87 +1,161 @@
-"""A checkpoint file as tensors by canonical name: LDM names for UNet and VAE, Hugging Face CLIP names for the text encoder."""
+"""A checkpoint as tensors by canonical name, whatever files and spelling it came in, and the architecture they make. No tensor is read before it is used."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sdrt.errors import CheckpointError, nearest, printable
-from sdrt.export.architecture import CLIP, VAE, Architecture, architecture
+from sdrt.export.architecture import CLIP, UNET, VAE, Architecture, architecture, describe
+from sdrt.export.checkpoint_names import EMA, canonical_names, ema_name, has_ema, is_vae_attention
+from sdrt.export.model_files import ModelFiles, open_model, open_vae
 from sdrt.export.tensor_entry import FLOATS, TensorEntry
-from sdrt.export.tensor_file import TensorFile, open_tensor_file
+from sdrt.export.tensor_file import TensorFile
 
 if TYPE_CHECKING:
     import torch
 
 _IGNORED = (
     "alphas_cumprod", "betas", "log_one_minus_alphas_cumprod", "sqrt_", "posterior_", "lvlb_weights", "logvar", "scale_factor",
-    "model_ema.", CLIP + "text_model.embeddings.position_ids", "cond_stage_model.logit_scale", CLIP + "text_projection", VAE + "loss.",
+    EMA, CLIP + "text_model.embeddings.position_ids", "cond_stage_model.logit_scale", CLIP + "text_projection", CLIP + "logit_scale", VAE + "loss.",
+    "scaled_fp8", "v_pred", "global_step",
 )  # fmt: skip
+_IGNORED_ENDS = (".scale_input", ".input_scale")
+_FP8_SCALES = (".scale_weight", ".weight_scale")
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """Where a tensor of the model lies: its entry within its file."""
+    """Where a tensor of the model lies: its entry within its file, and how the model takes it.
+
+    `reshaped` is the model's shape where the file has another for the same values; `scale` is the entry of the number that an 8-bit weight is
+    to be multiplied by.
+    """
 
     file: TensorFile
     entry: TensorEntry
+    reshaped: tuple[int, ...] | None = None
+    scale: TensorEntry | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return self.entry.shape
+        return self.entry.shape if self.reshaped is None else self.reshaped
 
     def read(self) -> torch.Tensor:
-        """The stored values, in the stored type; 8-bit floats as float32, since hardly any operator takes them. Raises as `TensorFile.read` does."""
+        """The stored values in the model's shape, in the stored type; 8-bit floats as float32, scaled. Raises as `TensorFile.read` does.
+
+        Raises:
+            CheckpointError: the scale of an 8-bit weight is no finite number.
+        """
+        import torch
+
         stored = self.file.read(self.entry.name)
-        return stored.float() if self.entry.dtype.startswith("F8") else stored
+        if self.entry.dtype.startswith("F8"):
+            stored = stored.float()  # hardly any operator takes 8-bit floats
+        if self.scale is not None:
+            scale = self.file.read(self.scale.name).float()
+            if scale.numel() != 1 or not bool(torch.isfinite(scale).all()):
+                raise CheckpointError(f"{self.file.path}: {printable(self.scale.name)}: expected one finite number, found shape {list(scale.shape)}")
+            stored = stored * scale.reshape(())
+        return stored.reshape(self.shape)
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An opened checkpoint: every tensor by canonical name, and the architecture they make. No data has been read."""
+    """An opened checkpoint: every tensor by canonical name, and the architecture they make. `notes` are the decisions taken, for the user."""
 
-    file: TensorFile
-    vae_file: TensorFile | None
+    model: ModelFiles
+    vae: ModelFiles | None
     tensors: Mapping[str, Tensor]
     architecture: Architecture
+    notes: tuple[str, ...] = ()
+
+    def check_unchanged(self) -> None:
+        """Raise InputFileError if a file may have changed since it was opened."""
+        for files in (self.model, self.vae):
+            if files is not None:
+                files.check_unchanged()
 
     def close(self) -> None:
-        self.file.close()
-        if self.vae_file is not None:
-            self.vae_file.close()
+        for files in (self.model, self.vae):
+            if files is not None:
+                files.close()
 
 
-def open_checkpoint(path: Path, vae: Path | None = None) -> Checkpoint:
-    """Read the header of a single-file checkpoint, and of the file whose VAE replaces its own.
+def open_checkpoint(path: Path, vae: Path | None = None, *, ema: bool = False) -> Checkpoint:
+    """Read all but the tensors of a checkpoint, one file or a diffusers folder, and of the file or folder whose VAE replaces its own.
+
+    `ema` takes the UNet's averaged weights, which some checkpoints hold beside the plain ones.
 
     Raises:
-        CheckpointError: the file is of another kind or family, or a component is missing.
-        InputFileError: the file is malformed.
+        CheckpointError: the checkpoint is of another kind or family, a component is missing, or it has no averaged weights.
+        InputFileError: a file is malformed.
+        UnsafeError: a file holds something other than data.
     """
-    file = open_tensor_file(path)
-    vae_file = None
+    model = open_model(path)
+    vae_model = None
     try:
-        tensors = _by_canonical_name(file, {name: canonical_name(name) for name in file.entries})
+        tensors = canonical_tensors(model)
+        notes = [*model.notes]
+        if has_ema(tensors):
+            notes.append(
+                f"{model.name}: holds the UNet twice; "
+                + ("the averaged (EMA) weights were taken" if ema else "the plain weights were taken, --ema takes the averaged")
+            )
+        if ema:
+            tensors |= _averaged(model, tensors)
         if vae is not None:
-            vae_file = open_tensor_file(vae)
-            tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(VAE)} | _vae_tensors(vae_file)
-        shapes = {name: tensor.entry.shape for name, tensor in tensors.items()}
-        return Checkpoint(file, vae_file, tensors, architecture(path, shapes, file.metadata))
+            vae_model = open_vae(vae)
+            notes += vae_model.notes
+            tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(VAE)} | _vae_tensors(vae_model)
+        arch = model_architecture(model, tensors, vae_model)
+        if arch.prediction != "epsilon":
+            notes.append(f"{model.name}: says that it predicts {arch.prediction}")
+        return Checkpoint(model, vae_model, tensors, arch, tuple(notes))
     except BaseException:
-        file.close()
-        if vae_file is not None:
-            vae_file.close()
+        model.close()
+        if vae_model is not None:
+            vae_model.close()
         raise
 
 
-def canonical_name(name: str) -> str:
-    """The canonical name of a checkpoint tensor. Files of 2022 lack `text_model.` in the text encoder's names."""
-    for part in ("embeddings.", "encoder.", "final_layer_norm."):
-        if name.startswith(CLIP + part):
-            return CLIP + "text_model." + name[len(CLIP) :]
-    return name
+def model_architecture(model: ModelFiles, tensors: Mapping[str, Tensor], vae: ModelFiles | None = None) -> Architecture:
+    """The architecture that tensors by canonical name make, with what the model's and the VAE's own settings say. Raises as `architecture` does."""
+    arch = architecture(model.path, {name: tensor.shape for name, tensor in tensors.items()}, model.metadata)
+    stated, scale = model.settings, (vae or model).settings.vae_scale
+    if scale is not None:
+        arch = replace(arch, vae=replace(arch.vae, scale=scale))
+    if stated.prediction is not None:
+        arch = replace(arch, prediction=stated.prediction)
+    if stated.sample_size is not None:
+        side = stated.sample_size * 2 ** (len(arch.vae.channels) - 1)
+        arch = replace(arch, size=(side, side))
+    return arch
+
+
+def canonical_tensors(model: ModelFiles) -> dict[str, Tensor]:
+    """Every tensor of a model by its canonical name.
+
+    Raises:
+        CheckpointError: two names of the files stand for one tensor.
+    """
+    names = canonical_names(model.path, {name: stored.entry.shape for name, stored in model.tensors.items()})
+    tensors: dict[str, Tensor] = {}
+    for name, canonical in names.items():
+        stored = model.tensors[name]
+        if canonical in tensors:
+            raise CheckpointError(
+                f"{stored.file.path}: {printable(name)}: stands for {printable(canonical)}, as {printable(tensors[canonical].entry.name)} does"
+            )
+        matrix = is_vae_attention(canonical) and len(stored.entry.shape) == 2
+        tensors[canonical] = Tensor(stored.file, stored.entry, (*stored.entry.shape, 1, 1) if matrix else None)
+    for name in [name for name in tensors if name.endswith(_FP8_SCALES)]:
+        weight = name.rpartition(".")[0] + ".weight"
+        if weight in tensors and tensors[weight].entry.dtype.startswith("F8"):
+            tensors[weight] = replace(tensors[weight], scale=tensors.pop(name).entry)
+    return tensors
 
 
 def select(checkpoint: Checkpoint, expected: Mapping[str, tuple[int, ...]]) -> tuple[dict[str, Tensor], list[str]]:
@@ -94,34 +168,37 @@ def select(checkpoint: Checkpoint, expected: Mapping[str, tuple[int, ...]]) -> t
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         left_over = checkpoint.tensors.keys() - expected.keys()
-        path = checkpoint.vae_file.path if checkpoint.vae_file is not None and missing[0].startswith(VAE) else checkpoint.file.path
+        path = checkpoint.vae.path if checkpoint.vae is not None and missing[0].startswith(VAE) else checkpoint.model.path
         raise CheckpointError(
             f"{path}: {missing[0]}: missing{more}{nearest(missing[0], left_over)}",
             "The file is incomplete; download it again, or supply the VAE with --vae FILE.",
         )
     for name, shape in expected.items():
-        path, entry = checkpoint.tensors[name].file.path, checkpoint.tensors[name].entry
-        if entry.shape != shape:
+        tensor = checkpoint.tensors[name]
+        path, entry = tensor.file.path, tensor.entry
+        if tensor.shape != shape:
             raise CheckpointError(f"{path}: {name}: expected shape {list(shape)}, found {list(entry.shape)}")
         if entry.dtype not in FLOATS:
             raise CheckpointError(f"{path}: {name}: expected one of {', '.join(FLOATS)}, found {entry.dtype}")
-    unknown = [name for name in checkpoint.tensors if name not in expected and not name.startswith(_IGNORED)]
+    unknown = [name for name in checkpoint.tensors if name not in expected and not name.startswith(_IGNORED) and not name.endswith(_IGNORED_ENDS)]
     return {name: checkpoint.tensors[name] for name in expected}, unknown
 
 
-def _by_canonical_name(file: TensorFile, names: Mapping[str, str]) -> dict[str, Tensor]:
-    tensors: dict[str, Tensor] = {}
-    for name, canonical in names.items():
-        if canonical in tensors:
-            raise CheckpointError(f"{file.path}: {printable(name)}: stands for {printable(canonical)}, as {printable(tensors[canonical].entry.name)} does")
-        tensors[canonical] = Tensor(file, file.entries[name])
-    return tensors
+def _averaged(model: ModelFiles, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    if not has_ema(tensors):
+        raise CheckpointError(f"{model.path}: has no averaged weights ({EMA}*)", "Leave out --ema.")
+    unet = {name: ema_name(name) for name in tensors if name.startswith(UNET)}
+    if len(set(unet.values())) != len(unet):
+        raise CheckpointError(f"{model.path}: two weights of the UNet have one averaged weight", "Leave out --ema.")
+    averaged = {name: tensors[ema] for name, ema in unet.items() if ema in tensors}
+    if absent := [name for name in unet if name not in averaged]:
+        raise CheckpointError(f"{model.path}: {printable(absent[0])}: has no averaged weight, {len(averaged)} others have one", "Leave out --ema.")
+    return averaged
 
 
-def _vae_tensors(file: TensorFile) -> dict[str, Tensor]:
-    parts = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
-    names = {name: name if name.startswith(VAE) else VAE + name for name in file.entries if name.startswith((VAE, *parts))}
-    tensors = _by_canonical_name(file, names)
+def _vae_tensors(model: ModelFiles) -> dict[str, Tensor]:
+    tensors = canonical_tensors(model)
     if VAE + "decoder.conv_in.weight" not in tensors:
-        raise CheckpointError(f"{file.path}: expected a VAE with {VAE}* or decoder.* tensors in LDM naming, found none", "Give a VAE in LDM naming.")
-    return tensors
+        found = describe({name: tensor.shape for name, tensor in tensors.items()})
+        raise CheckpointError(f"{model.path}: expected a VAE, found {found}", "Give a VAE in LDM's or diffusers' naming, or a checkpoint that holds one.")
+    return {name: tensor for name, tensor in tensors.items() if name.startswith(VAE)}

@@ -11,10 +11,10 @@ from typing import Any
 from sdrt.errors import SdrtError
 from sdrt.export import embeddings, hypernetworks
 from sdrt.export.adapters import component
-from sdrt.export.architecture import VAE, architecture, describe
-from sdrt.export.checkpoint import canonical_name
+from sdrt.export.architecture import VAE, describe
+from sdrt.export.checkpoint import canonical_tensors, model_architecture
 from sdrt.export.lora_formats import family, kinds, ranks, refused_kind, split
-from sdrt.export.tensor_file import open_tensor_file
+from sdrt.export.model_files import open_model
 
 _TEXT_ENCODER = ("lora_te", "text_encoder", "text_model.", "lycoris_te", "cond_stage_model.")
 
@@ -25,26 +25,29 @@ def inspect_file(path: Path) -> dict[str, Any]:
     Raises:
         InputFileError: the file is malformed.
     """
-    with open_tensor_file(path) as file:
-        shapes = {canonical_name(name): entry.shape for name, entry in file.entries.items()}
+    with open_model(path) as model:
+        tensors = canonical_tensors(model)
+        shapes = {name: tensor.shape for name, tensor in tensors.items()}
         report: dict[str, Any] = {
             "path": str(path),
             "kind": describe(shapes),
-            "size_bytes": file.size_bytes,
+            "size_bytes": sum(file.size_bytes for file in model.files.values()),
             "tensors": len(shapes),
-            "types": dict(Counter(entry.dtype for entry in file.entries.values()).most_common()),
-            "metadata": {key: value[:200] for key, value in sorted(file.metadata.items())},
+            "types": dict(Counter(tensor.entry.dtype for tensor in tensors.values()).most_common()),
+            "metadata": {key: value[:200] for key, value in sorted(model.metadata.items())},
         }
+        if model.notes:
+            report["notes"] = list(model.notes)
         if report["kind"] == "a LoRA":
             return report | _lora(shapes)
         if report["kind"] == embeddings.KIND:
-            return report | embeddings.summary(file)
+            return report | embeddings.summary(next(iter(model.files.values())))
         if report["kind"] == hypernetworks.KIND:
-            return report | hypernetworks.summary(file)
+            return report | hypernetworks.summary(next(iter(model.files.values())))
         components = Counter(_component(name) for name in shapes)
         report["components"] = {name: {"tensors": count, "parameters": _parameters(shapes, name)} for name, count in sorted(components.items())}
         try:
-            arch = architecture(path, shapes, file.metadata)
+            arch = model_architecture(model, tensors)
         except SdrtError as error:
             return report | {"buildable": False, "why": error.message, "fix": error.fix}
         sizes = {"unet": asdict(arch.unet), "vae": asdict(arch.vae), "clip": asdict(arch.clip)}

@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Protocol
 
 from sdrt.export.architecture import CLIP, UNET, UNetSpec
 
-_RESNET = {
+RESNET = {
     "in_layers.0": "norm1", "in_layers.2": "conv1", "emb_layers.1": "time_emb_proj",
     "out_layers.0": "norm2", "out_layers.3": "conv2", "skip_connection": "conv_shortcut",
 }  # fmt: skip
-_OUTER = {
+OUTER = {
     "time_embed.0": "time_embedding.linear_1", "time_embed.2": "time_embedding.linear_2",
     "input_blocks.0.0": "conv_in", "out.0": "conv_norm_out", "out.2": "conv_out",
 }  # fmt: skip
 
 
-def diffusers_prefixes(spec: UNetSpec) -> dict[str, str]:
+class Levels(Protocol):
+    """As much of a `UNetSpec` as its blocks' names depend on: residual blocks and transformer depth of each level, finest first."""
+
+    @property
+    def res_blocks(self) -> tuple[int, ...]: ...
+    @property
+    def transformer_depth(self) -> tuple[int, ...]: ...
+
+
+def diffusers_prefixes(spec: Levels) -> dict[str, str]:
     """LDM prefixes of the UNet's blocks to diffusers', both with a trailing dot, e.g. `input_blocks.1.0.` to `down_blocks.0.resnets.0.`."""
     table: dict[str, str] = {}
     index = 1
@@ -43,12 +53,12 @@ def diffusers_prefixes(spec: UNetSpec) -> dict[str, str]:
 
 def diffusers_module(module: str, spec: UNetSpec) -> str:
     """The diffusers name of a UNet module, given its LDM name below `model.diffusion_model.`; KeyError if there is none."""
-    if module in _OUTER:
-        return _OUTER[module]
+    if module in OUTER:
+        return OUTER[module]
     for ldm, diffusers in diffusers_prefixes(spec).items():
         if (module + ".").startswith(ldm):
             rest = module[len(ldm) :]
-            return (diffusers + (_RESNET.get(rest, rest) if ".resnets." in diffusers else rest)).rstrip(".")
+            return (diffusers + (RESNET.get(rest, rest) if ".resnets." in diffusers else rest)).rstrip(".")
     raise KeyError(module)
 
 

@@ -1,0 +1,52 @@
+"""A tiny Stable Diffusion 1.x, seeded: its architecture, its tensors, and headers of any architecture without data."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from sdrt.export.architecture import Architecture, ClipSpec, UNetSpec, VaeSpec
+from sdrt.export.graph import recipes
+
+Shapes = dict[str, tuple[int, ...]]
+
+TINY = Architecture(
+    "sd1",
+    "epsilon",
+    (512, 512),
+    ClipSpec(64, 1, 1, 96, 50, 77),
+    UNetSpec(4, 4, (32, 64), (1, 1), (1, 0), 1, 64, True, 8, None),
+    VaeSpec((32, 64), 1, 4, 0.18215),
+)
+
+
+@cache
+def expected_shapes(arch: Architecture) -> Shapes:
+    return {name: shape for recipe in recipes(arch).values() for name, shape in recipe.weight_shapes().items()}
+
+
+@cache
+def seeded(arch: Architecture, seed: int = 0) -> dict[str, torch.Tensor]:
+    """A checkpoint's tensors, normal at a small scale, float32."""
+    random = torch.Generator().manual_seed(seed)
+    return {name: torch.randn(shape, generator=random) * 0.05 for name, shape in sorted(expected_shapes(arch).items())}
+
+
+def header_only(path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: str = "F16", metadata: Mapping[str, str] | None = None) -> Path:
+    """A safetensors file of these shapes whose data is a hole in the file system."""
+    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    offset = 0
+    for name, shape in shapes.items():
+        end = offset + math.prod(shape) * {"F16": 2, "F32": 4, "I64": 8, "F8_E4M3": 1}[dtype]
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text)
+    os.truncate(path, 8 + len(text) + offset)
+    return path
