@@ -416,7 +416,7 @@ def test_missing_checkpoint(here: Path) -> None:
         (["verify", "none.sdrt"], 3, "no such bundle"),
         (["inspect", "none.sdrt"], 3, "no such bundle"),
         (["inspect", "none.safetensors"], 3, "No such file"),
-        (["inspect", "."], 3, "found a folder"),
+        (["inspect", "."], 3, "model_index.json"),
         (["inspect", "x" * 300], 3, "File name too long"),
         (["verify", "x" * 300], 3, "no such bundle"),
         (["build", "--checkpoint", "x" * 300], 3, "File name too long"),

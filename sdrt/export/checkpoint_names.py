@@ -54,7 +54,7 @@ def canonical_names(path: Path, shapes: Shapes) -> dict[str, str]:
         CheckpointError: a forged number of blocks.
     """
     names = {name: name for name in shapes}
-    if describe(shapes) in ("a LoRA", "a textual-inversion embedding"):
+    if describe(shapes) in ("a LoRA", "a hypernetwork", "a textual-inversion embedding"):
         return names
     for component, prefixes in _PREFIXES.items():
         below = _below(shapes, component, prefixes)
