@@ -59,7 +59,7 @@ def pairs(prompt: str) -> list[tuple[str, float]]:
         ("(a:+2)(b:0)", [("a", 2.0), ("b", 0.0)]),
         ("([a)b]", [("a", 1.1 * (1 / 1.1)), ("b", 1 / 1.1)]),
         ("\\\\(a)", [("\\", 1.0), ("a", 1.1)]),
-        ("a\\b\\", [("a\\b\\", 1.0)]),
+        ("a\\b\\", [("ab", 1.0)]),
         ("(a\\)b)", [("a)b", 1.1)]),
         ("(a:b)", [("a:b", 1.1)]),
         ("(a:1.2.3) b", [("a:1.2.3", 1.1), (" b", 1.0)]),  # AUTOMATIC1111 raises ValueError
@@ -100,7 +100,7 @@ def plain_attention(prompt: str) -> list[tuple[str, float]]:
         size = 1
         if prompt[0] == "\\":
             size = 2 if prompt[1:2] in tuple("()[]\\") else 1
-            pieces.append((prompt[1:2] if size == 2 else "\\", 1.0))
+            pieces.append((prompt[1:size], 1.0))
         elif prompt[0] in "([":
             opened[prompt[0]].append(len(pieces))
         elif weight and opened["("]:
@@ -189,6 +189,8 @@ def test_deep_brackets() -> None:
         ("AND", [("", 1.0), ("", 1.0)]),
         ("", [("", 1.0)]),
         ("a:1e3", [("a:1e3", 1.0)]),
+        ("a\u00a0:\x1c.5\u2003", [("a", 0.5)]),  # whitespace that float() would not take
+        ("a:٣", [("a", 3.0)]),
     ],
 )
 def test_and(prompt: str, expected: list[tuple[str, float]]) -> None:

@@ -46,8 +46,9 @@ def split_and(prompt: str) -> tuple[Segment, ...]:
 
 def _part(text: str) -> Segment:
     text = text.rstrip()
-    before, colon, number = text.rpartition(":")
-    if colon and _PART_WEIGHT.fullmatch(number.strip()):
+    before, colon, after = text.rpartition(":")
+    number = after.strip()
+    if colon and _PART_WEIGHT.fullmatch(number):
         return Segment(before.rstrip(), _saturated(float(number)))
     return Segment(text, 1.0)
 
@@ -80,8 +81,9 @@ class _Bracket:
 def parse_attention(prompt: str) -> tuple[Segment, ...]:
     r"""Text by weight: `(a)` is 1.1, `[a]` 1/1.1, `(a:1.3)` 1.3, nested ones multiply, `\(` is a bracket; `BREAK` between them.
 
-    An unclosed bracket reaches to the end, a closing one without its partner is text. Neighbours of one weight are one segment. A
-    weight that is no number, as in `(a:1.2.3)`, is text in a plain bracket (AUTOMATIC1111 crashes there).
+    An unclosed bracket reaches to the end, a closing one without its partner is text, a backslash before anything else vanishes.
+    Neighbours of one weight are one segment. A weight that is no number, as in `(a:1.2.3)`, is text in a plain bracket
+    (AUTOMATIC1111 crashes there).
     """
     pieces: list[tuple[Segment, _Bracket | None, _Bracket | None]] = []
     brackets: list[_Bracket] = []
@@ -94,7 +96,7 @@ def parse_attention(prompt: str) -> tuple[Segment, ...]:
     for index, match in enumerate(_ATTENTION.finditer(prompt)):
         token, number = match.group(), match.group(1)
         if token[0] == "\\":
-            add(token[1:] or token)
+            add(token[1:])
         elif token == "(":
             round_ = _Bracket(round_, 1.1)
             brackets.append(round_)
