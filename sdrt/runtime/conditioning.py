@@ -32,6 +32,8 @@ MAX_WEIGHT = 1000.0
 """Largest emphasis, or weight of a part, either sign. Pictures fall apart beyond 2 or so."""
 CACHED_CHUNKS = 128
 """Encoded chunks a pipeline keeps: 30 MB for Stable Diffusion 1.5."""
+MOST_ROWS = 16
+"""Chunks encoded in one call at most, to bound its memory."""
 
 
 @dataclass(frozen=True)
@@ -147,7 +149,7 @@ class TextConditioner:
         wanted = [chunk.tokens for part in parts for own in part.chunks.values() for chunk in own]
         if guided and max(part.length for part in parts[1:]) != parts[0].length:
             wanted.append(self._empty.tokens)
-        encoded = self._encoded(engine, wanted, skip, at_once=len(parts) * longest)
+        encoded = self._encoded(engine, wanted, skip, at_once=min(len(parts) * longest, MOST_ROWS))
         contexts = [_contexts(part, encoded, emphasis) for part in parts]
         sets: list[Float] = []
         index_of: dict[tuple[str, ...], int] = {}
