@@ -17,6 +17,7 @@ from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
 from sdrt.errors import BundleError, InputFileError, MachineError, printable
+from sdrt.publish import write_file
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -181,7 +182,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write `manifest.json` into `folder`, the last file of a bundle. Keys are sorted, so equal manifests are equal bytes."""
     text = json.dumps(asdict(manifest), indent=1, sort_keys=True, ensure_ascii=False)
     # A lone surrogate, from a file name that is not Unicode, becomes the JSON escape it was.
-    (folder / MANIFEST).write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
+    write_file(folder / MANIFEST, (text + "\n").encode("utf-8", errors="backslashreplace"))
 
 
 def is_bundle(path: Path) -> bool:

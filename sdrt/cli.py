@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -21,6 +22,7 @@ from sdrt.cli_output import BUILD_STAGES, BundleArgument, Json, StageProgress, i
 from sdrt.errors import MachineError, SdrtError, UsageError, printable
 
 BUG, INTERRUPTED = 70, 130
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN)
 _PACKAGES = {"torch": "build", "onnx": "build", "onnxscript": "build", "onnx_ir": "build", "onnxruntime": "cpu"}
 
 
@@ -30,8 +32,10 @@ class ReportingGroup(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         if threading.current_thread() is threading.main_thread():
             interrupted.clear()
-            for number in (signal.SIGINT, signal.SIGTERM):  # a stopped build cleans up like an interrupted one
-                signal.signal(number, _interrupt)
+            for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # a stopped build, or one whose terminal went away, cleans up like an interrupted one
+                number = getattr(signal, name, None)
+                if number is not None and not (name == "SIGHUP" and signal.getsignal(number) is signal.SIG_IGN):  # as nohup leaves it
+                    signal.signal(number, _interrupt)
         try:
             return super().invoke(ctx)
         except SdrtError as error:
@@ -41,17 +45,27 @@ class ReportingGroup(TyperGroup):
         except ModuleNotFoundError as error:
             package = (error.name or "").partition(".")[0]
             if package not in _PACKAGES:
-                _fail(ctx, f"{type(error).__name__}: {error}", "This is a bug in sdrt; please report it with the output of --debug.", BUG)
+                _bug(ctx, error)
             _fail(ctx, f"{package} is not installed", f"Install it with: pip install 'sdrt[{_PACKAGES[package]}]'", MachineError.exit_code)
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader went away, as in `| head`
             raise typer.Exit(0) from None
+        except OSError as error:
+            if error.errno not in _NO_ROOM:
+                _bug(ctx, error)
+            _fail(
+                ctx, f"{error.filename or type(error).__name__}: {error.strerror}", "Free disk space, memory, or raise the limit on open files (ulimit -n).", 6
+            )
         except MemoryError:
             _fail(ctx, "out of memory", "Choose a smaller size or batch, or a machine with more memory.", 6)
         except Exception as error:
             if type(error).__module__.partition(".")[0] in ("typer", "click"):
                 raise
-            _fail(ctx, f"{type(error).__name__}: {printable(str(error))}", "This is a bug in sdrt; please report it with the output of --debug.", BUG)
+            _bug(ctx, error)
+
+
+def _bug(ctx: Any, error: Exception) -> NoReturn:
+    _fail(ctx, f"{type(error).__name__}: {error}", "This is a bug in sdrt; please report it with the output of --debug.", BUG)
 
 
 def _interrupt(*_: object) -> NoReturn:
@@ -156,10 +170,10 @@ def build(
             typer.echo(f"{printable(source.name)}: {source.applied['text_encoder']} vectors; a prompt uses it by saying {printable(source.trigger or '')}")
         elif source.kind == "hypernetwork":
             typer.echo(f"{printable(source.name)} at {source.scale:g} applied to {source.applied.get('unet', 0)} attention layers")
-    typer.echo(f"built {report.path} ({size_bytes / 1e6:.1f} MB) in {sum(report.stages_s.values()):.1f} s")
+    typer.echo(f"built {printable(str(report.path))} ({size_bytes / 1e6:.1f} MB) in {sum(report.stages_s.values()):.1f} s")
     for engine in engines:
         cli_engines.print_compiled(engine)
-    typer.echo(f'next: sdrt generate {os.path.relpath(report.path)} "your prompt" --output picture.png', err=True)
+    typer.echo(f'next: sdrt generate {printable(os.path.relpath(report.path))} "your prompt" --output picture.png', err=True)
 
 
 @app.command(epilog='Example: sdrt generate emoji.sdrt "red apple" --cfg 3 --seed 7 --count 4 --output apple.png')
@@ -223,7 +237,7 @@ def generate(
         )
         return
     for path, picture_seed in zip(paths, result.seeds, strict=True):
-        typer.echo(f"{path}  seed {picture_seed}")
+        typer.echo(f"{printable(str(path))}  seed {picture_seed}")
     typer.echo(f"{result.timings_ms['total'] / 1000:.2f} s on {result.engine['backend']}", err=True)
 
 
@@ -299,12 +313,12 @@ def _save_png(path: Path, image: Any, parameters: dict[str, Any]) -> None:
     from PIL import Image
     from PIL.PngImagePlugin import PngInfo
 
-    from sdrt.publish import staged_file
+    from sdrt.publish import new_file, staged_file
 
     info = PngInfo()
     info.add_itxt("sdrt", json.dumps(parameters, ensure_ascii=False))
-    with staged_file(path) as stage:
-        Image.fromarray(image).save(stage, "PNG", pnginfo=info)
+    with staged_file(path) as stage, new_file(stage) as stream:
+        Image.fromarray(image).save(stream, "PNG", pnginfo=info)
 
 
 if __name__ == "__main__":

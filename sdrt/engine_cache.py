@@ -11,16 +11,16 @@ import hashlib
 import json
 import os
 import platform
-import shutil
 import stat
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from sdrt.bundle import ENGINES, GRAPHS, REGISTERS, WEIGHTS, Bundle, Manifest
-from sdrt.errors import BundleError, MachineError, ResourceError, UsageError, printable
-from sdrt.publish import stage_name, staged_folder, sweep_stages
+from sdrt.errors import BundleError, MachineError, UsageError, printable
+from sdrt.publish import check_space, new_folder, remove_folder, staged_folder, sweep_stages, write_file
 
 FORMAT = 1
 RECORD = "engine.json"
@@ -130,18 +130,17 @@ def write_engine(bundle: Bundle, record: EngineRecord, plans: Mapping[str, bytes
     target = root / folder_name(record.key)
     if os.path.lexists(root) and (root.is_symlink() or not root.is_dir()):
         raise BundleError(f"{root}: expected a folder", "Remove it.")
-    needed, free = sum(len(plan) for plan in plans.values()) + (1 << 20), shutil.disk_usage(bundle.path).free
-    if free < needed:
-        raise ResourceError(f"{bundle.path}: the engine needs {needed:,} bytes, {free:,} are free", "Free some space, or pass --prune to drop stale engines.")
+    check_space(bundle.path, sum(len(plan) for plan in plans.values()) + (1 << 20), "the engine", "Free some space, or pass --prune to drop stale engines.")
     try:
-        root.mkdir(exist_ok=True)
+        with suppress(FileExistsError):
+            new_folder(root)
     except OSError as error:
         raise UsageError(f"{root}: cannot write there: {error.strerror}", "Compile a copy of the bundle in a folder that is writable.") from error
     with staged_folder(target, replace=True) as stage:
         for graph, plan in plans.items():
-            (stage / record.plans[graph].file).write_bytes(plan)
+            write_file(stage / record.plans[graph].file, plan)
         text = json.dumps(asdict(record), indent=1, sort_keys=True, ensure_ascii=True)
-        (stage / RECORD).write_text(text + "\n", encoding="utf-8")
+        write_file(stage / RECORD, text.encode() + b"\n")
     return target
 
 
@@ -268,9 +267,7 @@ def prune(bundle: Bundle, *, keep: Callable[[EngineRecord], bool]) -> list[Path]
             pass
         except MachineError:
             continue
-        aside = stage_name(folder)
-        folder.rename(aside)  # in one step: a reader sees a whole engine or none
-        shutil.rmtree(aside, ignore_errors=True)
+        remove_folder(folder)
         removed.append(folder)
     sweep_stages(bundle.path / ENGINES)
     return removed

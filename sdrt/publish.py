@@ -1,33 +1,46 @@
-"""How sdrt writes: into a stage folder or file beside the target, flushed to disk, then renamed into place.
+"""The one writer: whatever sdrt leaves on a disk is written here, into a stage beside the target, flushed, then renamed into place.
 
-A failed or killed write leaves the target as it was. Serves every part of sdrt; standard library only.
+A failed or killed write leaves the target as it was; what a killed process left is swept when the same target is next written. Every operation on
+the file system passes a numbered point of `sdrt.faults`. Serves every part of sdrt; standard library only.
 """
 
 from __future__ import annotations
 
 import ctypes
 import errno
+import io
+import logging
 import os
 import re
 import secrets
 import shutil
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any, BinaryIO, cast
 
-from sdrt.errors import ResourceError, UsageError
+from sdrt import faults
+from sdrt.errors import LockedError, ResourceError, UsageError
 
-_RENAME_EXCHANGE = 2
+if sys.platform != "win32":
+    import fcntl
+
+_RENAME_NOREPLACE, _RENAME_EXCHANGE = 1, 2
 _AT_FDCWD = -100
+_BUFFER_BYTES = 1 << 20
+_STALE_S = 24 * 3600
+_ATTEMPTS = 100
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EMFILE, errno.ENFILE)
 
 
 @contextmanager
 def staged_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
     """Yield a new empty folder that becomes `target` when the block ends without an exception.
 
-    With `replace`, an existing `target` is exchanged atomically and then removed; the caller has made sure it may be.
-    Stages that earlier, killed processes left beside the target are swept first.
+    Fill it with `new_folder`, `new_file` and `write_file`, the file that says what is in it last. With `replace`, an existing `target` is exchanged
+    atomically and then removed; the caller has made sure it may be. Stages that killed processes left beside the target are swept first.
 
     Raises:
         UsageError: `target` exists and `replace` is off, or its parent folder cannot be written.
@@ -35,117 +48,96 @@ def staged_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
     """
     target = target.absolute()
     stage = stage_name(target)
-    with _reported(target):
-        _sweep(target)
-        stage.mkdir()
+    held = None
     try:
         with _reported(target):
+            _sweep(target)
+            new_folder(stage)
+            held = _hold(stage)
             yield stage
             _flush_tree(stage)
-            if replace and target.exists():
-                _exchange(stage, target)
-            else:
-                _rename_to_new(stage, target)
-            _flush_folder(target.parent)
+            _put_in_place(stage, target, replace)
+            _flush(target.parent)
     finally:
         # After an exchange the stage holds the old folder; after an error, the unfinished one.
-        shutil.rmtree(stage, ignore_errors=True)
+        _remove_tree(stage)
+        if held is not None:
+            os.close(held)
 
 
 @contextmanager
 def staged_file(target: Path) -> Iterator[Path]:
-    """Yield a path beside `target`; what is written there replaces `target` atomically when the block ends without an exception."""
+    """Yield a path beside `target`; what `write_file` or `new_file` puts there replaces `target` when the block ends without an exception.
+
+    Raises:
+        UsageError: the folder cannot be written, or a folder is in the way.
+        ResourceError: the disk is full or a write failed.
+    """
     target = target.absolute()
     stage = stage_name(target)
+    with suppress(OSError):
+        _sweep(target)
     try:
         with _reported(target):
             yield stage
-            _flush_file(stage)
+            _flush(stage)
+            _point("rename", target)
             stage.replace(target)
+            _flush(target.parent)
     finally:
         with suppress(OSError):
             stage.unlink()
 
 
+@contextmanager
+def new_file(path: Path, size_bytes: int = 0) -> Iterator[BinaryIO]:
+    """Open a file of a stage for writing. Where its size is known, its room is taken at once, so that a full disk is found before the work.
+
+    Nothing is flushed to disk yet: the stage does that for all its files before it is published.
+    """
+    _point("open", path)
+    raw = (io.FileIO if faults.armed is None else _FaultyFile)(path, "wb")
+    with io.BufferedWriter(raw, _BUFFER_BYTES) as stream:
+        if size_bytes and sys.platform == "linux":
+            with _unsupported_is_fine():
+                os.posix_fallocate(raw.fileno(), 0, size_bytes)
+        yield cast(BinaryIO, stream)
+
+
+def write_file(path: Path, data: bytes | memoryview) -> None:
+    """Write a whole file of a stage."""
+    with new_file(path) as stream:
+        stream.write(data)
+
+
+def new_folder(path: Path) -> None:
+    """Make a folder of a stage."""
+    _point("mkdir", path)
+    path.mkdir()
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a published folder in one step for its readers: they see all of it or nothing."""
+    aside = stage_name(folder)
+    _point("rename", folder)
+    folder.rename(aside)
+    _remove_tree(aside)
+
+
+def check_space(folder: Path, needed_bytes: int, what: str, fix: str = "Free some space there, or write somewhere else.") -> None:
+    """Fail before the work rather than in it.
+
+    Raises:
+        ResourceError: fewer than `needed_bytes` are free where `folder` lies; it says both numbers.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < needed_bytes:
+        raise ResourceError(f"{folder}: {what} needs about {needed_bytes:,} bytes, {free:,} are free there", fix)
+
+
 def stage_name(target: Path) -> Path:
     """A new hidden name beside `target`, which a later sweep recognises once this process is gone."""
     return target.with_name(f".{target.name}-{os.getpid()}-{secrets.token_hex(4)}")
-
-
-@contextmanager
-def _reported(target: Path) -> Iterator[None]:
-    """Turn an operating-system error into one that names the place and the way out."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EMFILE):
-            free = shutil.disk_usage(target.parent).free if target.parent.exists() else 0
-            raise ResourceError(f"{target}: {error.strerror}, {free:,} bytes free there", "Free some space or choose another --output.") from error
-        if error.errno in (errno.ENOENT, errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG):
-            raise UsageError(f"{target}: cannot write there: {error.strerror}", "Choose another --output; its folder must exist and be writable.") from error
-        raise
-
-
-def _flush_file(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDWR if sys.platform == "win32" else os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _flush_folder(path: Path) -> None:
-    if sys.platform != "win32":
-        _flush_file(path)
-
-
-def _flush_tree(folder: Path) -> None:
-    for path in sorted(folder.rglob("*")):
-        if path.is_dir():
-            _flush_folder(path)
-        else:
-            _flush_file(path)
-    _flush_folder(folder)
-
-
-def _rename_to_new(stage: Path, target: Path) -> None:
-    if target.exists() or target.is_symlink():
-        raise UsageError(f"{target}: exists already", "Choose another --output, or pass --force to replace a bundle.")
-    stage.rename(target)
-
-
-def _exchange(stage: Path, target: Path) -> None:
-    """Swap the two folders in one step where the system can (Linux renameat2), else by renaming the old one aside."""
-    if sys.platform == "linux":
-        rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-        if rename is not None and rename(_AT_FDCWD, os.fsencode(stage), _AT_FDCWD, os.fsencode(target), _RENAME_EXCHANGE) == 0:
-            return
-    aside = stage.with_name(stage.name + ".old")
-    try:
-        target.rename(aside)
-        stage.rename(target)
-    except BaseException:
-        if not target.exists():
-            aside.rename(target)
-        raise
-    aside.rename(stage)
-
-
-def _sweep(target: Path) -> None:
-    """Remove stages of `target` whose process is gone. A folder set aside by a replacement that was cut short goes back in place."""
-    if not target.parent.is_dir():
-        return
-    pattern = re.compile(re.escape(f".{target.name}-") + r"(\d+)-[0-9a-f]{8}(\.old)?")
-    for path in sorted(target.parent.iterdir()):
-        match = pattern.fullmatch(path.name)
-        if match is None or path.is_symlink() or _alive(int(match[1])):
-            continue
-        if match[2] and not target.exists():
-            path.rename(target)
-        elif path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
 
 
 def sweep_stages(folder: Path) -> None:
@@ -163,6 +155,164 @@ def cache_folder() -> Path:
     if sys.platform == "win32":
         return Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local")) / "sdrt"
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sdrt"
+
+
+class _FaultyFile(io.FileIO):
+    """A file whose every write is a numbered point."""
+
+    def write(self, data: Any) -> int:
+        view = memoryview(data).cast("B")
+        if _point("write", Path(self.name)):
+            view = view[: -(-len(view) // 2)]
+        return super().write(view)
+
+
+def _point(operation: str, path: Path) -> bool:
+    return faults.armed is not None and faults.armed.point(operation, path)
+
+
+@contextmanager
+def _reported(target: Path) -> Iterator[None]:
+    """Turn an operating-system error into one that names the place and the way out."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _FULL:
+            free = shutil.disk_usage(target.parent).free if target.parent.exists() else 0
+            raise ResourceError(f"{target}: {error.strerror}, {free:,} bytes free there", "Free some space there, or write somewhere else.") from error
+        if error.errno in (errno.ENOENT, errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG):
+            raise UsageError(f"{target}: cannot write there: {error.strerror}", "Choose another --output; its folder must exist and be writable.") from error
+        raise
+
+
+@contextmanager
+def _unsupported_is_fine() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _FULL:
+            raise
+
+
+def _flush(path: Path) -> None:
+    if sys.platform == "win32" and path.is_dir():
+        return
+    _point("fsync", path)
+    descriptor = os.open(path, os.O_RDWR if sys.platform == "win32" else os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _flush_tree(folder: Path) -> None:
+    for path in sorted(folder.rglob("*")):
+        _flush(path)
+    _flush(folder)
+
+
+def _renameat2(old: Path, new: Path, flags: int) -> int:
+    """Linux's rename with flags: 0, or the error's number; ENOSYS where there is no such call."""
+    if sys.platform != "linux":
+        return errno.ENOSYS
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if rename is None:
+        return errno.ENOSYS
+    return ctypes.get_errno() or errno.EINVAL if rename(_AT_FDCWD, os.fsencode(old), _AT_FDCWD, os.fsencode(new), flags) else 0
+
+
+def _put_in_place(stage: Path, target: Path, replace: bool) -> None:
+    """Rename the stage to its target, or exchange the two. Others may do the same at the same time: whoever comes last stays."""
+    for _ in range(_ATTEMPTS):
+        if replace and target.exists():
+            with suppress(FileNotFoundError):
+                return _exchange(stage, target)
+        elif _rename_to_new(stage, target):
+            return None
+        elif not replace:
+            raise UsageError(f"{target}: exists already", "Choose another --output, or pass --force to replace a bundle.")
+    raise LockedError(f"{target}: other processes keep replacing it", "Run one build of an output at a time.")
+
+
+def _rename_to_new(stage: Path, target: Path) -> bool:
+    """Rename the stage to a name that nothing has; false if something has it."""
+    _point("rename", target)
+    code = _renameat2(stage, target, _RENAME_NOREPLACE)  # plain rename would replace an empty folder that appeared meanwhile
+    if code and code != errno.EEXIST and not os.path.lexists(target):
+        stage.rename(target)
+        return True
+    return not code
+
+
+def _exchange(stage: Path, target: Path) -> None:
+    """Swap the two folders in one step where the system can (Linux renameat2), else by renaming the old one aside."""
+    _point("exchange", target)
+    code = _renameat2(stage, target, _RENAME_EXCHANGE)
+    if code == 0:
+        return
+    if code == errno.ENOENT:
+        raise FileNotFoundError(code, os.strerror(code), str(target))
+    aside = stage.with_name(stage.name + ".old")
+    try:
+        target.rename(aside)
+        _point("rename", target)
+        stage.rename(target)
+    except BaseException:
+        if not target.exists():
+            aside.rename(target)
+        raise
+    aside.rename(stage)
+
+
+def _remove_tree(stage: Path) -> None:
+    """Remove a stage; what cannot be removed now is swept later."""
+    with suppress(OSError):
+        _point("remove", stage)
+        shutil.rmtree(stage, ignore_errors=True)
+
+
+def _sweep(target: Path) -> None:
+    """Remove abandoned stages of `target`. A folder set aside by a replacement that was cut short goes back in place."""
+    if not target.parent.is_dir():
+        return
+    pattern = re.compile(re.escape(f".{target.name}-") + r"(\d+)-[0-9a-f]{8}(\.old)?")
+    for path in sorted(target.parent.iterdir()):
+        match = pattern.fullmatch(path.name)
+        if match is None or path.is_symlink() or not _abandoned(path, int(match[1])):
+            continue
+        if match[2] and not target.exists():
+            path.rename(target)
+        elif path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+        logging.getLogger("sdrt").info("swept %s, which a killed process left", path)
+
+
+def _hold(stage: Path) -> int | None:
+    """Lock a stage for as long as the descriptor is open: a process in another container, where our number names nobody, must not sweep it."""
+    if sys.platform == "win32":
+        return None
+    descriptor = os.open(stage, os.O_RDONLY)
+    with suppress(OSError):
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return descriptor
+
+
+def _abandoned(stage: Path, pid: int) -> bool:
+    """Whether nobody works in a stage: its process is gone and so is its lock. After a day the lock alone tells: numbers of processes come again."""
+    if sys.platform == "win32" or not stage.is_dir():
+        return not _alive(pid)
+    descriptor = os.open(stage, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # no locks on this file system
+        return not _alive(pid)
+    finally:
+        os.close(descriptor)
+    return not _alive(pid) or (pid != os.getpid() and time.time() - stage.stat().st_mtime > _STALE_S)
 
 
 def _alive(pid: int) -> bool:

@@ -11,7 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pytest
@@ -380,8 +380,8 @@ def test_long_prompt(shared: Path, here: Path) -> None:
 
 
 def test_failed_picture_leaves_nothing(shared: Path, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(self: Image.Image, target: Path, *_: object, **__: object) -> None:
-        target.write_bytes(b"half")
+    def full(self: Image.Image, target: BinaryIO, *_: object, **__: object) -> None:
+        target.write(b"half")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Image.Image, "save", full)
@@ -448,6 +448,9 @@ def test_debug_shows_the_traceback(here: Path) -> None:
         (RuntimeError("odd \x1b[31mthing"), 70, ["RuntimeError: odd \\x1b[31mthing", "bug in sdrt"]),
         (SdrtError("odd thing"), 70, ["odd thing"]),
         (MemoryError(), 6, ["out of memory"]),
+        (OSError(24, "Too many open files", "x"), 6, ["x: Too many open files", "ulimit -n"]),
+        (OSError(11, "Resource temporarily unavailable"), 6, ["Resource temporarily unavailable"]),
+        (OSError(9, "Bad file descriptor"), 70, ["bug in sdrt"]),
         (KeyboardInterrupt(), 130, ["interrupted"]),
         (ModuleNotFoundError("No module named 'onnx'", name="onnx"), 5, ["onnx is not installed", "pip install 'sdrt[build]'"]),
         (ModuleNotFoundError("No module named 'onnxruntime.x'", name="onnxruntime.x"), 5, ["onnxruntime is not installed", "pip install 'sdrt["]),
@@ -547,7 +550,7 @@ def test_generate_without_an_engine(here: Path, flat_bundle: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
-@pytest.mark.parametrize(("number", "stage"), [(signal.SIGINT, "check step"), (signal.SIGTERM, "fuse")], ids=str)
+@pytest.mark.parametrize(("number", "stage"), [(signal.SIGINT, "check step"), (signal.SIGTERM, "fuse"), (signal.SIGHUP, "trace step")], ids=str)
 def test_stopped_build_leaves_nothing(here: Path, flat_bundle: Path, number: int, stage: str) -> None:
     command = [str(SCRIPT), "build", "--checkpoint", str(CHECKPOINT), "--output", "x.sdrt"]
     with subprocess.Popen(command, cwd=here, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8") as build:

@@ -168,7 +168,7 @@ def test_a_failed_write_leaves_nothing(bundle: Bundle) -> None:
 
 def test_a_full_disk(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 100))  # type: ignore[attr-defined]
-    with pytest.raises(ResourceError, match=r"the engine needs [\d,]+ bytes, 100 are free"):
+    with pytest.raises(ResourceError, match=r"the engine needs about [\d,]+ bytes, 100 are free there"):
         write_engine(bundle, record_for(bundle), PLANS)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import errno
 import os
 import signal
@@ -11,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
 from sdrt import publish
 from sdrt.errors import ResourceError, UsageError
@@ -157,18 +159,18 @@ def test_replacing_without_an_exchange_that_fails_half_way(target: Path, monkeyp
 
 def test_everything_is_flushed_before_it_is_published(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     events: list[str] = []
-    fsync, rename = os.fsync, os.rename
+    fsync, rename = os.fsync, publish._renameat2
 
     def seen_fsync(descriptor: int) -> None:
         events.append(Path(f"/proc/self/fd/{descriptor}").readlink().name)
         fsync(descriptor)
 
-    def seen_rename(old: str, new: str) -> None:
+    def seen_rename(old: Path, new: Path, flags: int) -> int:
         events.append("rename")
-        rename(old, new)
+        return rename(old, new, flags)
 
     monkeypatch.setattr(os, "fsync", seen_fsync)
-    monkeypatch.setattr(os, "rename", seen_rename)
+    monkeypatch.setattr(publish, "_renameat2", seen_rename)
     with staged_folder(target) as stage:
         (stage / "part").mkdir()
         (stage / "part" / "a").write_text("a")
@@ -419,3 +421,33 @@ def test_file_replaces_a_link_not_what_it_points_at(target: Path, tmp_path: Path
     assert (tmp_path / "other").read_text() == "other"
     assert not target.is_symlink()
     assert target.read_text() == "new"
+
+
+# The one writer
+
+
+WRITES = {"write_bytes", "write_text", "mkdir", "makedirs", "rename", "unlink", "rmtree", "rmdir", "touch", "symlink_to", "hardlink_to", "copy", "copyfile", "copytree", "savez", "mkdtemp"}  # fmt: skip
+ALLOWED = {
+    "publish.py": WRITES,
+    "lock.py": {"mkdir", "unlink"},  # locks only save work and hold no data
+    "export/graph.py": {"mkdir"},  # the cache's own folders
+    "compile/network.py": {"mkdir"},
+    "export/selfcheck.py": {"savez"},  # into a file that the writer opened
+}
+
+
+@pytest.mark.parametrize("file", sorted(path.relative_to(ROOT / "sdrt").as_posix() for path in (ROOT / "sdrt").rglob("*.py")))
+def test_nothing_else_writes(file: str) -> None:
+    """Every other file writes through this module. Looks for the names of what writes, and for modes of opening that do."""
+    found = set()
+    for node in ast.walk(ast.parse((ROOT / "sdrt" / file).read_text(encoding="utf-8"))):
+        if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute | ast.Name):
+            continue
+        name = node.func.attr if isinstance(node.func, ast.Attribute) else node.func.id
+        modes = [word.value for word in [*node.args, *(k.value for k in node.keywords)] if isinstance(word, ast.Constant) and isinstance(word.value, str)]
+        owner = ast.unparse(node.func.value) if isinstance(node.func, ast.Attribute) else ""
+        if name in WRITES and (name != "copy" or owner == "shutil"):
+            found.add(name)
+        if name == "open" and any(set(mode) & set("wax+") and set(mode) <= set("rwaxbt+") for mode in modes):
+            found.add("open")
+    assert found <= ALLOWED.get(file, set())

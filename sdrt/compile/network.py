@@ -18,7 +18,7 @@ from typing import Any
 from sdrt.compile.watch import Progress, make_log, make_monitor
 from sdrt.engine_cache import COMPILERS, Profile
 from sdrt.errors import MachineError, ResourceError, SdrtError, printable
-from sdrt.publish import cache_folder, staged_file
+from sdrt.publish import cache_folder, staged_file, write_file
 
 logger = logging.getLogger("sdrt")
 
@@ -264,7 +264,7 @@ def _timing_cache(compiler: Compiler, config: Any) -> Iterator[None]:
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with staged_file(file) as stage:
-            stage.write_bytes(memoryview(config.get_timing_cache().serialize()))
+            write_file(stage, memoryview(config.get_timing_cache().serialize()))
     except (OSError, SdrtError) as error:  # the cache only saves time
         logger.info("timing cache not written: %s", error)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import platform
-import shutil
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from sdrt import __version__
 from sdrt import bundle as names
 from sdrt.bundle import Diffusion, Graph, Latents, Manifest, Source, Text, file_record, graph_path, is_bundle, write_manifest
-from sdrt.errors import ResourceError, UsageError
+from sdrt.errors import ResourceError, SdrtError, UsageError
 from sdrt.export.adapters import Lora, LoraOption, open_lora
 from sdrt.export.architecture import Architecture
 from sdrt.export.checkpoint import Checkpoint, open_checkpoint, select
@@ -25,10 +25,12 @@ from sdrt.export.embeddings import TOKEN_TABLE, Embedding, EmbeddingOption, chec
 from sdrt.export.hypernetworks import Hypernetwork, HypernetworkOption, open_hypernetwork
 from sdrt.export.model_files import is_folder
 from sdrt.export.peft_config import FILE_NAME as CONFIG_NAME
+from sdrt.export.tensor_entry import ITEM_BYTES
 from sdrt.export.tensor_file import open_tensor_file
 from sdrt.export.tokenizer import trigger_encoder, write_tokenizer
 from sdrt.export.weights import CODES, Change, Made, write_weights
-from sdrt.publish import staged_folder
+from sdrt.lock import locked
+from sdrt.publish import check_space, new_folder, staged_folder
 
 if TYPE_CHECKING:
     from sdrt.export.graph import Recipe
@@ -63,6 +65,12 @@ class BuildReport:
     cached: tuple[str, ...]
 
 
+_GRAPH_BYTES, _REFERENCE_BYTES = 4 << 20, 4 << 20
+"""Room to find before a graph in all its precisions, and its reference, is written: more than any of Stable Diffusion 1.5 takes."""
+_REST_BYTES = 4 * (_GRAPH_BYTES + _REFERENCE_BYTES)
+"""Room for everything but the weights, the tokenizer included."""
+_NO_MEMORY = re.compile("allocate memory|not enough memory|bad.?alloc", re.IGNORECASE)
+
 Progress = Callable[[str, float | None], None]
 """Called with the stage's name and how much of it is done, 0 to 1, or None where that is not known."""
 
@@ -74,20 +82,30 @@ def build(options: BuildOptions, progress: Progress = lambda stage, done: None) 
         UsageError: the output exists, or an option is out of range.
         CheckpointError, AdapterError, InputFileError: an input is bad.
         CheckFailed: a graph does not compute what its network computes.
-        ResourceError: out of disk.
+        ResourceError: out of disk or memory; it names the stage.
+        LockedError: another build of the same output did not end in time.
     """
     output = (options.output or default_output(options)).absolute()
     _check_output(output, options)
     stages: dict[str, float] = {}
 
     @contextmanager
-    def stage(name: str) -> Iterator[None]:
+    def stage(name: str, needed_bytes: int = 0) -> Iterator[None]:
         progress(name, None)
+        if needed_bytes:
+            check_space(output.parent, needed_bytes, f"{output.name}: {name}")
         started = time.perf_counter()
-        yield
+        try:
+            yield
+        except Exception as error:  # torch and ONNX Runtime say it in their own errors' texts
+            if isinstance(error, SdrtError) or not (isinstance(error, MemoryError) or _NO_MEMORY.search(str(error))):
+                raise
+            raise ResourceError(f"{name}: out of memory", "Close other programs, or build on a machine with more memory.") from error
         stages[name] = stages.get(name, 0.0) + time.perf_counter() - started
 
     with ExitStack() as files:
+        files.enter_context(locked(output, lambda: progress("waiting for another build of the same output", None)))
+        _check_output(output, options)
         with stage("read"):
             checkpoint = open_checkpoint(options.checkpoint, options.vae, ema=options.ema)
             files.callback(checkpoint.close)
@@ -121,19 +139,20 @@ def build(options: BuildOptions, progress: Progress = lambda stage, done: None) 
             sources = _sources(checkpoint)
         with staged_folder(output, replace=options.force) as folder:
             for part in ("graphs", "tokenizer", "reference"):
-                (folder / part).mkdir()
-            _check_space(folder, sum(tensor.entry.size_bytes for tensor in tensors.values()) + sum(4 * math.prod(c.shape) for c in computed.values()))
-            with stage("tokenizer"):
+                new_folder(folder / part)
+            shapes = {name: tensor.entry.shape for name, tensor in tensors.items()} | {name: value.shape for name, value in computed.items()}
+            weight_bytes = sum(map(math.prod, shapes.values())) * ITEM_BYTES[CODES[options.precision]]
+            with stage("tokenizer", weight_bytes + _REST_BYTES):
                 bos, eos = write_tokenizer(folder / names.TOKENIZER, vocabulary)
                 notes = check_triggers(embeddings, trigger_encoder(folder / names.TOKENIZER)) if embeddings else []
-            with stage("fuse"):
+            with stage("fuse", weight_bytes):
                 weights_file = folder / names.WEIGHTS
                 placed, changes = write_weights(weights_file, tensors, loras, options.precision, lambda done: progress("fuse", done), computed)
             cached = []
             # No bfloat16 graph yet: ONNX Runtime's CPU provider cannot run one, and a build ships nothing it has not checked.
             computes = ("fp32", "fp16") if options.precision == "fp16" else ("fp32",)
             for graph, recipe in made.items():
-                with stage(f"trace {graph}"):
+                with stage(f"trace {graph}", _GRAPH_BYTES):
                     for compute in computes:
                         model, hit = skeleton(recipe)
                         bind(model, weights_file, placed, options.precision, compute, folder / graph_path(graph, compute))
@@ -141,7 +160,7 @@ def build(options: BuildOptions, progress: Progress = lambda stage, done: None) 
             graphs = {}
             with open_tensor_file(weights_file) as weights:
                 for graph, recipe in made.items():
-                    with stage(f"check {graph}"):
+                    with stage(f"check {graph}", _REFERENCE_BYTES):
                         paths = {compute: folder / graph_path(graph, compute) for compute in computes}
                         errors = check(recipe, weights, paths, folder / "reference" / f"{graph}.npz")
                         graphs[graph] = {compute: _graph(recipe, options.precision, compute, error) for compute, error in errors.items()}
@@ -201,12 +220,6 @@ def _with_options(arch: Architecture, options: BuildOptions) -> Architecture:
     if not 1 <= options.clip_skip <= arch.clip.layers:
         raise UsageError(f"clip skip {options.clip_skip}: this text encoder has {arch.clip.layers} layers", f"Choose 1 to {arch.clip.layers}.")
     return replace(arch, size=(width, height), clip=replace(arch.clip, clip_skip=(options.clip_skip,)))
-
-
-def _check_space(folder: Path, weight_bytes: int) -> None:
-    needed, free = int(weight_bytes * 1.1) + (64 << 20), shutil.disk_usage(folder).free
-    if free < needed:
-        raise ResourceError(f"{folder.parent}: the bundle needs about {needed:,} bytes, {free:,} are free", "Free some space or choose another --output.")
 
 
 def _sources(checkpoint: Checkpoint) -> list[Source]:

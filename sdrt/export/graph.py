@@ -9,10 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
-import sys
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -25,13 +24,15 @@ from torch import nn
 from torch.export import Dim
 
 from sdrt import bundle as names
+from sdrt.errors import LockedError
 from sdrt.export.architecture import NORM_GROUPS, Architecture
 from sdrt.export.clip import TextEncoder
 from sdrt.export.precision import HALF, to_half
 from sdrt.export.step import Step
 from sdrt.export.vae import VaeDecoder, VaeEncoder
 from sdrt.export.weights import Placed
-from sdrt.publish import staged_folder
+from sdrt.lock import locked
+from sdrt.publish import cache_folder, staged_folder, write_file
 
 OPSET = 23
 _SOURCES = {
@@ -187,23 +188,32 @@ def _skeleton(model: ir.Model, recipe: Recipe, weights: set[str]) -> ir.Model:
 def skeleton(recipe: Recipe) -> tuple[ir.Model, bool]:
     """The skeleton of a graph, from the cache or traced and put there. The flag says whether it came from the cache."""
     folder = cache_folder() / "graphs" / _cache_key(recipe)
-    file, digest = folder / "graph.onnx", folder / "sha256"
-    try:
-        data = file.read_bytes()
-        if hashlib.sha256(data).hexdigest() == digest.read_text().strip():
+    if (data := _cached(folder)) is not None:
+        return ir.from_proto(_parse(data)), True
+    with ExitStack() as stack:
+        with suppress(LockedError):  # somebody has been tracing it for very long: trace it here too
+            stack.enter_context(locked(folder))
+        if (data := _cached(folder)) is not None:
             return ir.from_proto(_parse(data)), True
-    except (OSError, ValueError):  # not there, or damaged: trace it again
-        pass
-    model = trace(recipe)
-    data = ir.to_proto(model).SerializeToString(deterministic=True)
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with staged_folder(folder, replace=folder.exists()) as stage:
-            (stage / "graph.onnx").write_bytes(data)
-            (stage / "sha256").write_text(hashlib.sha256(data).hexdigest() + "\n")
-    except Exception as error:  # the cache only saves time: a full disk there, or another build winning the race, must not fail this build
-        logging.getLogger("sdrt").info("trace cache not written: %s", error)
+        data = ir.to_proto(trace(recipe)).SerializeToString(deterministic=True)
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with staged_folder(folder, replace=folder.exists()) as stage:
+                write_file(stage / "graph.onnx", data)
+                write_file(stage / "sha256", hashlib.sha256(data).hexdigest().encode() + b"\n")
+        except Exception as error:  # the cache only saves time: a full disk there, or another build winning the race, must not fail this build
+            logging.getLogger("sdrt").info("trace cache not written: %s", error)
     return ir.from_proto(_parse(data)), False
+
+
+def _cached(folder: Path) -> bytes | None:
+    """A cache entry's graph; None if it is missing or damaged, so that it is traced again."""
+    try:
+        data = (folder / "graph.onnx").read_bytes()
+        intact = hashlib.sha256(data).hexdigest() == (folder / "sha256").read_text().strip()
+    except (OSError, ValueError):
+        return None
+    return data if intact else None
 
 
 def _parse(data: bytes) -> Any:
@@ -225,15 +235,6 @@ def _cache_key(recipe: Recipe) -> str:
         "sources": {name: hashlib.sha256((here / name).read_bytes()).hexdigest() for name in _SOURCES[recipe.graph]},
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
-
-
-def cache_folder() -> Path:
-    """Where sdrt keeps what it can make again: $SDRT_CACHE_DIR, else the user's cache folder."""
-    if chosen := os.environ.get("SDRT_CACHE_DIR"):
-        return Path(chosen)
-    if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local")) / "sdrt"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sdrt"
 
 
 def bind(model: ir.Model, weights_file: Path, placed: Mapping[str, Placed], precision: str, compute: str, path: Path) -> None:
@@ -270,7 +271,7 @@ def bind(model: ir.Model, weights_file: Path, placed: Mapping[str, Placed], prec
         for value in node.outputs:
             if value not in graph.outputs:
                 value.type = None
-    path.write_bytes(ir.to_proto(model).SerializeToString(deterministic=True))
+    write_file(path, ir.to_proto(model).SerializeToString(deterministic=True))
 
 
 def run_unoptimised(path: Path, inputs: Mapping[str, np.ndarray[Any, Any]]) -> dict[str, np.ndarray[Any, Any]]:

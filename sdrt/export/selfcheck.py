@@ -18,6 +18,7 @@ from sdrt.errors import CheckFailed, NonFiniteError
 from sdrt.export.graph import Recipe, run_unoptimised
 from sdrt.export.tensor_file import TensorFile
 from sdrt.parity import compare
+from sdrt.publish import new_file
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -89,6 +90,6 @@ def check(recipe: Recipe, weights: TensorFile, graphs: Mapping[str, Path], refer
             raise CheckFailed(message, fix if compute == "fp32" else "The model may overflow in half precision: build with --precision bf16 or fp32.")
         errors[compute] = worst.error
     arrays: dict[str, Any] = {f"in.{name}": array for name, array in inputs.items()} | {f"out.{name}": array for name, array in expected.items()}
-    with reference.open("wb") as stream:
+    with new_file(reference) as stream:
         np.savez(stream, **arrays)
     return errors

@@ -46,6 +46,7 @@ class TensorFile:
         self.notes = notes
         self._stream = stream
         self._opened = _identity(os.fstat(stream.fileno()))
+        self._sha256: str | None = None
         self._checked: set[Member] = set()
         self._inflated: tuple[Member, bytearray] | None = None
         self.size_bytes = self._opened[2]
@@ -112,15 +113,28 @@ class TensorFile:
         Raises:
             InputFileError: the file was replaced or written to since it was opened.
         """
-        self._stream.seek(0)
-        digest = hashlib.file_digest(self._stream, "sha256").hexdigest()  # type: ignore[arg-type]
-        self.check_unchanged()
-        return digest
+        self._sha256 = self._hash()
+        return self._sha256
 
     def check_unchanged(self) -> None:
-        """Raise InputFileError if the file's content may have changed since it was opened."""
+        """Raise InputFileError if the file has changed: in size or time since it was opened, in content since `sha256` was taken."""
+        if self._sha256 is None:
+            self._check_identity()
+        elif self._hash() != self._sha256:
+            raise self._changed()
+
+    def _hash(self) -> str:
+        self._stream.seek(0)
+        digest = hashlib.file_digest(self._stream, "sha256").hexdigest()  # type: ignore[arg-type]
+        self._check_identity()
+        return digest
+
+    def _check_identity(self) -> None:
         if _identity(os.fstat(self._stream.fileno())) != self._opened:
-            raise InputFileError(f"{self.path}: changed during the build", "Run the build again when nothing writes to the file.")
+            raise self._changed()
+
+    def _changed(self) -> InputFileError:
+        return InputFileError(f"{self.path}: changed during the build", "Run the build again when nothing writes to the file.")
 
 
 def open_tensor_file(path: Path) -> TensorFile:

@@ -8,6 +8,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from sdrt.errors import CheckpointError
+from sdrt.publish import write_file
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 _MERGES = 49152 - 256 - 2  # CLIP's vocabulary: bytes, bytes ending a word, merges, two specials
@@ -51,7 +52,7 @@ def write_tokenizer(path: Path, size: int) -> tuple[int, int]:
         [pre_tokenizers.Split(Regex(_WORDS), behavior="removed", invert=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     tokenizer.add_special_tokens([BOS, EOS])
-    path.write_text(tokenizer.to_str(), encoding="utf-8")
+    write_file(path, tokenizer.to_str().encode())
     return tokens[BOS], tokens[EOS]
 
 

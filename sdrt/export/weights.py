@@ -14,6 +14,7 @@ from sdrt.errors import AdapterError, CheckpointError
 from sdrt.export.adapters import Lora, component
 from sdrt.export.checkpoint import Tensor
 from sdrt.export.tensor_entry import ITEM_BYTES
+from sdrt.publish import new_file
 
 if TYPE_CHECKING:
     import torch
@@ -119,7 +120,7 @@ def write_weights(
             survived.update(touching)
         return value
 
-    with path.open("wb") as stream:
+    with new_file(path, len(header) + total) as stream:
         stream.write(header)
         for name, place in placed.items():
             value = made[name].make(lambda weight: fused(weight).to(torch.float32)) if name in made else fused(name)
