@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
@@ -117,7 +119,8 @@ def test_one_lora_in_every_spelling(file: Path, spelling: Callable[[tuple[str, s
         for weight, change in expected.items():
             torch.testing.assert_close(adapter.change(weight, torch.zeros(change.shape)), change, rtol=1e-5, atol=1e-5)
     report = inspect_file(file)
-    assert report["kind"] == "a LoRA" and report["kinds"] == {"LoRA": 7} and report["ranks"] == {"4": 7} and sum(report["modules"].values()) == 7
+    assert report["kind"] == "a LoRA" and report["kinds"] == {"LoRA": 7} and report["ranks"] == {"4": 7}
+    assert report["modules"] == {"unet": 5, "text_encoder": 2}
 
 
 def test_lora_saved_by_torch(tmp_path: Path) -> None:
@@ -228,6 +231,22 @@ def test_family_is_named_by_its_modules(file: Path, module: str, name: str) -> N
 
 def test_family_of_a_lora_for_this_model_is_unknown() -> None:
     assert family({kohya(LINEAR, "down"): (4, 64), kohya(LINEAR, "up"): (96, 4)}) == ""
+
+
+def test_family_of_the_model_itself_is_not_blamed(file: Path) -> None:
+    """A misspelt key in a LoRA for 1.x, given to a model of 1.x: the names are wrong, not the family."""
+    shapes, spec = model()
+    save_file(pair_for(LINEAR[1], 96, 768) | pair_for(LINEAR[1] + "2", 96, 768), file)
+    with pytest.raises(AdapterError) as caught:
+        open_lora(LoraOption(file), shapes | {f"{LINEAR[0]}.weight": (96, 768)}, replace(spec, context_width=768))
+    assert "2 of 4 keys" in caught.value.message and "made for" not in caught.value.message
+
+
+def test_lora_for_inpainting_on_another_model(file: Path) -> None:
+    up, down = seeded((64, 4, 1, 1), (4, 9, 3, 3))
+    tensors = {"lora_unet_conv_in.lora_up.weight": up, "lora_unet_conv_in.lora_down.weight": down}
+    refused(file, tensors, "[64, 4, 3, 3]", "made for a model for inpainting")
+    refused(file, tensors | pair_for(LINEAR[1], 320, 768), "made for Stable Diffusion 1.x for inpainting")
 
 
 def test_sdxl_lora_under_ldm_names_is_told_from_its_extra_blocks(file: Path) -> None:
@@ -421,3 +440,35 @@ def test_kinds_and_ranks() -> None:
 def test_missing_file(tmp_path: Path) -> None:
     with pytest.raises(InputFileError):
         opened(tmp_path / "none.safetensors")
+
+
+def test_two_changes_of_one_bias(file: Path) -> None:
+    tensors = pair_for(TEXT[1], 256, 64) | {f"{TEXT[1]}.diff_b": torch.ones(256), f"{TEXT[1]}.lora_B.bias": torch.ones(256)}
+    refused(file, tensors, TEXT[1], "holds both diff_b and lora_B.bias")
+
+
+def test_any_set_of_parts_is_fused_or_refused(file: Path) -> None:
+    """Seeded sets of parts with sizes of 0 to 3 dimensions, most of them wrong: a named error or a change of the weight's shape, nothing else."""
+    random = Random(0)
+    parts = sorted(
+        {name.rpartition(f"{whole(kind)[0]}.")[2] for kind in WHOLE for name in whole(kind)[1]} | {"alpha", "dora_scale", "diff", "diff_b", "w_norm"}
+    )
+    outcomes = Counter[bool]()
+    for _ in range(100):
+        base = whole(random.choice(WHOLE))[1] if random.random() < 0.7 else {}
+        name = next(iter(base), f"{LINEAR[1]}.x").partition(".")[0]
+        tensors = dict(base) if name.startswith("lora_unet") else {}
+        for part in random.sample(parts, random.randrange(1, 3)):
+            shape = tuple(random.choice((0, 1, 2, 4, 64, 96)) for _ in range(random.randrange(5)))
+            tensors[f"{name if name.startswith('lora_unet') else LINEAR[1]}.{part}"] = torch.zeros(shape)
+        save_file(tensors, file)
+        try:
+            adapter = opened(file)
+            with adapter.file:
+                for weight in adapter.deltas:
+                    assert adapter.change(weight, torch.ones(model()[0][weight])).shape == model()[0][weight]
+            outcomes[True] += 1
+        except AdapterError as error:
+            assert error.exit_code == 3 and error.message.startswith(str(file))
+            outcomes[False] += 1
+    assert outcomes[False] > 40 and outcomes[True] > 0

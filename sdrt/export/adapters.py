@@ -17,7 +17,7 @@ from sdrt.errors import AdapterError, UsageError, nearest, printable
 from sdrt.export.architecture import CLIP, UNET, UNetSpec, describe
 from sdrt.export.keys import adapter_names
 from sdrt.export.lora import Delta, MisfitError, additive, decomposed, fitting_shape, kinds_of, missing_parts, norm_axis, rank_of
-from sdrt.export.lora_formats import MAGNITUDE, UP_BIAS, family, grouped, refused_kind, split
+from sdrt.export.lora_formats import FAMILY_OF_CONTEXT, MAGNITUDE, UP_BIAS, family, grouped, refused_kind, split
 from sdrt.export.peft_config import FILE_NAME, PeftConfig, config_beside, config_in_header
 from sdrt.export.tensor_file import TensorFile, open_tensor_file
 
@@ -140,7 +140,8 @@ def open_lora(option: LoraOption, shapes: Mapping[str, tuple[int, ...]], spec: U
     file = open_tensor_file(option.path)
     try:
         _check_kind(file)
-        modules, unmatched = _modules(file, adapter_names([name.removesuffix(".weight") for name in shapes if name.endswith(".weight")], spec), allow_unmatched)
+        table = adapter_names([name.removesuffix(".weight") for name in shapes if name.endswith(".weight")], spec)
+        modules, unmatched = _modules(file, table, spec, allow_unmatched)
         config = config_in_header(file.path, file.metadata)
         notes = []
         if config is None and any(module.below_base_model for module in modules.values()):
@@ -182,7 +183,7 @@ class _Module:
     keys: dict[str, str]
 
 
-def _modules(file: TensorFile, table: Mapping[str, str], allow_unmatched: bool) -> tuple[dict[str, _Module], list[str]]:
+def _modules(file: TensorFile, table: Mapping[str, str], spec: UNetSpec, allow_unmatched: bool) -> tuple[dict[str, _Module], list[str]]:
     """The file's keys by canonical module, and those that belong to none."""
     modules: dict[str, _Module] = {}
     unmatched = []
@@ -198,7 +199,7 @@ def _modules(file: TensorFile, table: Mapping[str, str], allow_unmatched: bool) 
             raise AdapterError(f"{file.path}: {printable(key)}: changes {canonical}.weight, which another key of the file changes too")
         module.keys[part] = key
     if unmatched and (not modules or not allow_unmatched):
-        _refuse_unmatched(file, unmatched, modules, table)
+        _refuse_unmatched(file, unmatched, modules, table, spec)
     if not modules:
         raise AdapterError(
             f"{file.path}: no key of this LoRA belongs to this model: 0 modules would change", "Check which model it was trained for: sdrt inspect FILE"
@@ -206,9 +207,9 @@ def _modules(file: TensorFile, table: Mapping[str, str], allow_unmatched: bool) 
     return modules, unmatched
 
 
-def _refuse_unmatched(file: TensorFile, unmatched: Sequence[str], modules: Mapping[str, object], table: Mapping[str, str]) -> None:
+def _refuse_unmatched(file: TensorFile, unmatched: Sequence[str], modules: Mapping[str, object], table: Mapping[str, str], spec: UNetSpec) -> None:
     base = file.metadata.get("ss_base_model_version", "")
-    made_for = _made_for(file) or (f"; it was made for {printable(base)}" if base and not modules else "")
+    made_for = _made_for(file, spec) or (f"; it was made for {printable(base)}" if base and not modules else "")
     shown = ", ".join(printable(k) for k in unmatched[:_SHOWN_KEYS])
     inner = unmatched[0].removeprefix(_PEFT_PREFIX)
     name = parsed[0] if (parsed := split(inner)) else inner
@@ -221,9 +222,10 @@ def _refuse_unmatched(file: TensorFile, unmatched: Sequence[str], modules: Mappi
     raise AdapterError(message, fix)
 
 
-def _made_for(file: TensorFile) -> str:
+def _made_for(file: TensorFile, spec: UNetSpec) -> str:
+    """What family the adapter is for, where that is not the model's own."""
     made_for = family({name: entry.shape for name, entry in file.entries.items()})
-    return f"; it was made for {made_for}" if made_for else ""
+    return f"; it was made for {made_for}" if made_for and made_for != FAMILY_OF_CONTEXT.get(spec.context_width) else ""
 
 
 def _add_deltas(
@@ -250,24 +252,27 @@ def _add_deltas(
                 raise MisfitError(f"DoRA for {shape[1]} input channels")
         except MisfitError as error:
             raise AdapterError(
-                f"{where}: {error} do not make a change of a weight of shape {list(weight)}{_made_for(file)}",
+                f"{where}: {error} do not make a change of a weight of shape {list(weight)}{_made_for(file, spec)}",
                 "The LoRA was made for a model of other sizes; use one made for this checkpoint's family.",
             ) from error
         factor = _factor(file, module, rank_of(entries), config)
         used = {part: key for part, key in keys.items() if part not in ("alpha", "lokr_t1")}
         deltas[f"{module.canonical}.weight"] = Delta(used, shape, 1.0 if "diff" in used else factor, axis)
-    for part in module.keys.keys() & set(_BIAS_PARTS):
+    biases = [part for part in _BIAS_PARTS if part in module.keys]
+    if len(biases) > 1:
+        raise AdapterError(f"{where}: holds both {biases[0]} and {biases[1]}, expected one of them", "Get the adapter again.")
+    for part in biases:
         key, bias = module.keys[part], shapes.get(f"{module.canonical}.bias")
         found = file.entries[key].shape
         if bias is None and allow_unmatched:
             unmatched.append(key)
         elif bias is None:
             raise AdapterError(
-                f"{file.path}: {printable(key)}: changes a bias, and {module.canonical} has none in this model{_made_for(file)}",
+                f"{file.path}: {printable(key)}: changes a bias, and {module.canonical} has none in this model{_made_for(file, spec)}",
                 "Use an adapter made for this checkpoint's family, or pass --allow-unmatched to leave such biases out.",
             )
         elif math.prod(found) != bias[0]:
-            raise AdapterError(f"{file.path}: {printable(key)}: expected a bias of shape {list(bias)}, found {list(found)}{_made_for(file)}")
+            raise AdapterError(f"{file.path}: {printable(key)}: expected a bias of shape {list(bias)}, found {list(found)}{_made_for(file, spec)}")
         else:
             deltas[f"{module.canonical}.bias"] = Delta({"diff" if part == "diff_b" else part: key}, bias, 1.0 if part == "diff_b" else factor)
 

@@ -13,10 +13,8 @@ from sdrt.export import embeddings, hypernetworks
 from sdrt.export.adapters import component
 from sdrt.export.architecture import VAE, describe
 from sdrt.export.checkpoint import canonical_tensors, model_architecture
-from sdrt.export.lora_formats import family, kinds, ranks, refused_kind, split
+from sdrt.export.lora_formats import family, is_text_encoder, kinds, ranks, refused_kind, split
 from sdrt.export.model_files import open_model
-
-_TEXT_ENCODER = ("lora_te", "text_encoder", "text_model.", "lycoris_te", "cond_stage_model.")
 
 
 def inspect_file(path: Path) -> dict[str, Any]:
@@ -65,7 +63,7 @@ def _parameters(shapes: dict[str, tuple[int, ...]], wanted: str) -> int:
 
 def _lora(shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
     modules = {parsed[0] for name in shapes if (parsed := split(name.removeprefix("base_model.model.")))}
-    components = Counter("text_encoder" if name.startswith(_TEXT_ENCODER) else "unet" for name in modules)
+    components = Counter("text_encoder" if is_text_encoder(name) else "unet" for name in modules)
     report: dict[str, Any] = {"modules": dict(components), "kinds": kinds(shapes), "ranks": {str(rank): count for rank, count in ranks(shapes).items()}}
     if made_for := family(shapes):
         report["made_for"] = made_for

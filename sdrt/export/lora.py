@@ -102,7 +102,7 @@ def _described(shapes: Mapping[str, Shape]) -> str:
     names = {DOWN: "down", UP: "up", MID: "mid"}
     order = (UP, DOWN, MID)
     shown = sorted(
-        (part for part in shapes if part not in ("alpha", "dora_scale", MAGNITUDE)), key=lambda part: (order.index(part) if part in order else 9, part)
+        (part for part in shapes if part not in ("alpha", "dora_scale", MAGNITUDE)), key=lambda part: (order.index(part) if part in order else len(order), part)
     )
     return " and ".join(f"{names.get(part, part)} {list(shapes[part])}" for part in shown)
 

@@ -51,8 +51,11 @@ _FAMILY_OF_PREFIX = {
     "lora_unet_joint_blocks": "SD3", "joint_blocks.": "SD3", "diffusion_model.joint_blocks.": "SD3",
     "lora_transformer_": "SD3 or Flux", "transformer.transformer_blocks.": "SD3 or Flux", "lycoris_transformer_blocks": "SD3 or Flux",
 }  # fmt: skip
-_FAMILY_OF_CONTEXT = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 2048: "SDXL"}
+FAMILY_OF_CONTEXT = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 2048: "SDXL"}
 _FAMILY_OF_TEXT = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 1280: "SDXL"}
+_TEXT_ENCODER = (
+    "lora_te", "lycoris_te", "lycoris_text", "lycoris_encoder_layers", "text_encoder", "text_model.", "encoder.layers.", "cond_stage_model.", "conditioner.",
+)  # fmt: skip
 
 
 def split(key: str) -> tuple[str, str] | None:
@@ -91,11 +94,17 @@ def family(shapes: Shapes) -> str:
         if any(module.startswith(prefix) for module in modules):
             return name
     context, text = ("attn2_to_k", "attn2.to_k", "attn2.processor.to_k"), ("self_attn_q_proj", "self_attn.q_proj", "self_attn.to_q")
-    for endings, table in ((context, _FAMILY_OF_CONTEXT), (text, _FAMILY_OF_TEXT)):
-        for module, parts in modules.items():
-            if module.endswith(endings) and (name := table.get(_inputs(parts), "")):
-                return name
-    return ""
+    found = ""
+    for endings, table in ((context, FAMILY_OF_CONTEXT), (text, _FAMILY_OF_TEXT)):
+        widths = (_inputs(parts) for module, parts in modules.items() if module.endswith(endings))
+        found = found or next((table[width] for width in widths if width in table), "")
+    nine = any(_inputs(parts) == 9 for module, parts in modules.items() if module.endswith(("conv_in", "input_blocks_0_0", "input_blocks.0.0")))
+    return f"{found or 'a model'} for inpainting" if nine else found
+
+
+def is_text_encoder(module: str) -> bool:
+    """Whether a module's name in a file's spelling is one of a text encoder."""
+    return module.startswith(_TEXT_ENCODER)
 
 
 def _inputs(parts: Shapes) -> int:

@@ -172,7 +172,9 @@ def _order(weight: str, loras: Sequence[Lora]) -> list[int]:
                 runs += [[i], []]
             else:
                 runs[-1].append(i)
-    return [i for run in runs for i in sorted(run, key=lambda i: (loras[i].sha256, loras[i].option.scale, loras[i].option.te_scale))]
+    return [
+        i for run in runs for i in sorted(run, key=lambda i: (loras[i].sha256, loras[i].config_sha256 or "", loras[i].option.scale, loras[i].option.te_scale))
+    ]
 
 
 def _finite(tensor: torch.Tensor) -> bool:
