@@ -17,7 +17,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
-from sdrt import __version__, cli_engines
+from sdrt import __version__, cli_engines, cli_signature
 from sdrt.cli_output import BUILD_STAGES, BundleArgument, Json, StageProgress, interrupted, print_json, print_report, progress_bar
 from sdrt.errors import MachineError, SdrtError, UsageError, printable
 
@@ -265,20 +265,30 @@ def inspect(
 
 
 @app.command(epilog="Example: sdrt verify emoji.sdrt")
-def verify(ctx: typer.Context, bundle: BundleArgument, as_json: Json = False) -> None:
+def verify(
+    ctx: typer.Context,
+    bundle: BundleArgument,
+    key: Annotated[Path | None, typer.Option("--key", metavar="PUBLIC.pem", help="Also check that this ed25519 key signed the bundle and every engine in it, before anything else.")] = None,
+    signature: Annotated[Path | None, typer.Option("--signature", metavar="FILE", help="Where the signature is; NAME.sdrt.sig beside the bundle if not given.")] = None,
+    as_json: Json = False,
+) -> None:  # fmt: skip
     """Check a bundle's hashes, and each graph against the reference outputs kept in it. Exit code 1 if anything differs."""
     ctx.find_root().obj = "json" if as_json else None
     from sdrt.runtime.verify import verify as run_verify
 
+    signed_by = cli_signature.check_signed(bundle, key, signature)
     checks = run_verify(bundle)
     if as_json:
-        print_json({"bundle": str(bundle), "ok": True, "checks": [asdict(check) for check in checks]})
+        print_json({"bundle": str(bundle), "ok": True, "signed_by": signed_by, "checks": [asdict(check) for check in checks]})
         return
+    if signed_by is not None:
+        typer.echo(f"ok  signed with the key {signed_by[:16]}…")
     for check in checks:
         typer.echo(f"ok  {check.graph:13} {check.compute:5} {check.output:16} {check.backend}  error {check.error:.1e}, limit {check.limit:.0e}")
 
 
 app.command("compile", epilog="Example: sdrt compile model.sdrt --target tensorrt-rtx --sm 89 --size 512x512:768x768 --batch 1:4")(cli_engines.compile_bundle)
+app.command("sign", epilog="Example: sdrt sign model.sdrt --key private.pem")(cli_signature.sign)
 app.command("doctor", epilog="Example: sdrt doctor --json")(cli_engines.doctor)
 
 
