@@ -15,6 +15,7 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime
 import pytest
+import reference
 import torch
 from conftest import CHECKPOINT, LORA, ROOT, read_raw, write_raw
 from safetensors.torch import load_file, save_file
@@ -402,6 +403,47 @@ def test_input_that_is_truncated_during_the_build(out: Path, tmp_path: Path, qui
     with pytest.raises(InputFileError, match="changed during the build"):
         build(BuildOptions(tmp_path / "c.safetensors", output=out / "x.sdrt"), progress)
     assert not list(out.iterdir())
+
+
+def as_ckpt(path: Path, zipped: bool) -> Path:
+    """The emoji checkpoint as torch saves it, with a little of what training leaves beside."""
+    torch.save({"global_step": 5, "state_dict": load_file(CHECKPOINT)}, path, _use_new_zipfile_serialization=zipped)
+    return path
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+def test_a_ckpt_that_changes_during_the_build(out: Path, tmp_path: Path, instant: None, zipped: bool) -> None:
+    path = as_ckpt(tmp_path / "c.ckpt", zipped)
+    with pytest.raises(InputFileError, match=r"c\.ckpt: changed during the build"):
+        build(BuildOptions(path, output=out / "x.sdrt"), lambda stage, done: rewritten(path) if stage == "write" else None)
+    assert not list(out.iterdir())
+
+
+@pytest.mark.parametrize("which", ["zip", "legacy", "folder"])
+def test_the_same_model_in_another_form_gives_the_same_bundle(out: Path, tmp_path: Path, quick: None, no_trace: None, flat_bundle: Path, which: str) -> None:
+    path = tmp_path / "emoji.v1"
+    if which == "folder":
+        weights, spec = reference.stored_weights(flat_bundle), reference.sizes(flat_bundle)
+        reference.unet(weights, spec["unet"]).save_pretrained(path / "unet")
+        reference.vae(weights, spec["vae"]).save_pretrained(path / "vae")
+        reference.text_model(weights, spec["clip"]).save_pretrained(path / "text_encoder")
+        (path / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline"}))
+    else:
+        path = as_ckpt(tmp_path / "emoji.ckpt", which == "zip")
+    report = build(BuildOptions(path, output=out / "x.sdrt"))
+    assert (report.path / names.WEIGHTS).read_bytes() == (flat_bundle / names.WEIGHTS).read_bytes()
+    assert [(source.kind, source.name) for source in report.manifest.sources] == [("checkpoint", path.name)]
+    if which != "folder":
+        assert report.notes[0] == "emoji.ckpt: what lies beside the weights was ignored: global_step"
+        assert report.manifest.sources[0].sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_the_output_is_named_after_the_whole_name_of_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "tiny.v1.5").mkdir()
+    assert default_output(BuildOptions(tmp_path / "tiny.v1.5")) == Path("tiny.v1.5.sdrt")
+    assert default_output(BuildOptions(tmp_path / "tiny.v1.5.ckpt")) == Path("tiny.v1.5.sdrt")
+    monkeypatch.chdir(tmp_path / "tiny.v1.5")
+    assert default_output(BuildOptions(Path())) == Path("tiny.v1.5.sdrt")
 
 
 # The self-check

@@ -435,6 +435,20 @@ def test_errors_with_and_without_json(here: Path, args: list[object], code: int,
     assert not names_in(here)
 
 
+@pytest.mark.parametrize("option", ["--checkpoint", "--vae", "--lora", "--embedding", "--hypernetwork"])
+def test_a_pickle_with_code_in_it_is_refused_wherever_it_is_given(here: Path, option: str) -> None:
+    Path("evil.pt").write_bytes(b"\x80\x02cposix\nsystem\nX\x0c\x00\x00\x00touch canary\x85R.")
+    others = [] if option == "--checkpoint" else ["--checkpoint", CHECKPOINT]
+    stderr = failed(run("build", *others, option, "evil.pt"), 4, "evil.pt", "the name posix.system", "nothing of it was run")
+    assert "weights_only" not in stderr
+    failed(run("inspect", "evil.pt"), 4, "posix.system")
+    assert names_in(here) == ["evil.pt"]
+
+
+def test_averaged_weights_that_the_checkpoint_lacks(here: Path) -> None:
+    failed(run("build", "--checkpoint", CHECKPOINT, "--ema"), 3, "has no averaged weights", "Leave out --ema.")
+
+
 def test_debug_shows_the_traceback(here: Path) -> None:
     result = run("--debug", "build", "--checkpoint", "none.safetensors")
     assert result.exit_code == 3

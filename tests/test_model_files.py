@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from sdrt.export.architecture import VAE
 from sdrt.export.checkpoint import open_checkpoint, select
 from sdrt.export.inspect import inspect_file
 from sdrt.export.model_files import open_model, open_vae
+from sdrt.export.weights import write_weights
 
 
 @pytest.fixture(scope="module")
@@ -150,6 +152,15 @@ def test_every_form_of_a_folder_holds_the_same_weights(folder: Path, form: str) 
     with open_model(folder) as model:
         assert len(model.notes) == (3 if form == "fp16 variant" else 0)
         assert all("is the fp16 variant" in note for note in model.notes)
+
+
+def test_a_folder_gives_the_bundle_weights_that_a_file_gives(folder: Path, tmp_path: Path) -> None:
+    save_file(seeded(PLAIN), tmp_path / "file.safetensors")
+    for path, target in ((folder, "a"), (tmp_path / "file.safetensors", "b")):
+        checkpoint = open_checkpoint(path)
+        with closing(checkpoint):
+            write_weights(tmp_path / target, select(checkpoint, expected_shapes(PLAIN))[0], [], "fp16", lambda done: None)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
 def test_diffusers_own_shards_and_variants(folder: Path) -> None:
