@@ -1,0 +1,109 @@
+"""Is the picture still right? The engine that is measured, on the bundle's reference inputs, and a sketch of the fixed-seed picture.
+
+A faster wrong picture is no improvement, so a run that fails here is no measurement.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sdrt import bundle as names
+from sdrt.bundle import Bundle
+from sdrt.errors import SdrtError
+from sdrt.parity import Parity, compare
+from sdrt.runtime.engine import Engine, Job, Tables
+
+SKETCH = 256
+"""Numbers in a sketch; it estimates relative differences to within about 9 % of themselves."""
+
+
+def check_references(engine: Engine, bundle: Bundle) -> tuple[list[dict[str, Any]], list[str], list[str]]:
+    """Run text encoder, one denoising step and decoder of `engine` on the bundle's reference inputs, 64x64 pixels.
+
+    Returns the checks (graph, output, error, limit), what is wrong, and what this engine could not be asked (it takes other shapes).
+    """
+    checks: list[dict[str, Any]] = []
+    problems: list[str] = []
+    skipped: list[str] = []
+    compute = str(engine.describe()["compute"])
+    for graph, run in ((names.TEXT_ENCODER, _text_encoder), (names.STEP, _step), (names.VAE_DECODER, _decoder)):
+        with np.load(bundle.file(f"reference/{graph}.npz"), allow_pickle=False) as stored:
+            reference = {name: stored[name] for name in stored.files}
+        try:
+            found = run(engine, bundle, reference)
+        except SdrtError as error:
+            skipped.append(f"fidelity of {graph} not checked: {error.message}")
+            continue
+        for parity in found(compute):
+            checks.append({"graph": graph, **asdict(parity)} | {"error": float(np.nan_to_num(parity.error, nan=1e30, posinf=1e30))})
+            if not parity.ok:
+                problems.append(f"{graph}: {parity.output}: differs from the bundle's reference by {parity.error:.2e}, expected at most {parity.limit:.0e}")
+    return checks, problems, skipped
+
+
+def _text_encoder(engine: Engine, bundle: Bundle, reference: Mapping[str, NDArray[Any]]) -> Any:
+    name = names.context_output(bundle.manifest.text.clip_skip[0])
+    context = engine.encode_text(reference["in.tokens"], reference["in.emphasis"], bundle.manifest.text.clip_skip[0])
+    return lambda compute: compare({name: reference[f"out.{name}"]}, {name: context}, compute)
+
+
+def _decoder(engine: Engine, bundle: Bundle, reference: Mapping[str, NDArray[Any]]) -> Any:
+    pixels, _ = engine.decode(reference["in.latents"], float(reference["in.rounding"][0]))
+    return lambda compute: compare({"pixels": reference["out.pixels"]}, {"pixels": pixels}, compute)
+
+
+def _step(engine: Engine, bundle: Bundle, reference: Mapping[str, NDArray[Any]]) -> Any:
+    """What the network adds to the denoised estimate, q · out, from a job that gives the network the reference's input.
+
+    A job starts from two registers only, the reference uses all; but the step is linear around the network. So the network's input
+    Σ a_j r_j is given as register 0 with a = (1, 0, 0, 0), and the expectation is the reference's estimate with its other terms taken off.
+    """
+    inputs = {name[3:]: array.astype(np.float64) for name, array in reference.items() if name.startswith("in.")}
+    registers, mask, init = inputs["registers"], inputs["mask"], inputs["init"]
+    blend = inputs["inpaint"][0, 0] * mask
+    estimate = (reference["out.denoised"].astype(np.float64) - blend * init) / (1 - blend)
+    expected = estimate - np.tensordot(inputs["u"][0], registers, 1)
+    start = np.tensordot(inputs["a"][0], registers, 1).astype(np.float32)
+    zeros = np.zeros_like(start)
+    only_first = np.eye(1, names.REGISTERS, dtype=np.float32)
+    keep_estimate = np.zeros((1, names.REGISTERS, names.REGISTERS + 2), np.float32)
+    keep_estimate[0, 0, names.REGISTERS] = 1
+    tables = Tables(
+        timestep=reference["in.timestep"], a=only_first, w=reference["in.w"], u=np.zeros_like(only_first), q=reference["in.q"], M=keep_estimate,
+        inpaint=np.zeros((1, 3), np.float32),
+    )  # fmt: skip
+    denoising = engine.denoise(Job(tables, zeros[None], reference["in.context"], start, zeros, zeros[:, :1]))
+    try:
+        denoising.step()
+        latents = denoising.latents()
+    finally:
+        denoising.close()
+    return lambda compute: _relative(expected, latents, compute)
+
+
+def _relative(expected: NDArray[np.float64], found: NDArray[np.float32], compute: str) -> list[Parity]:
+    return compare({"latents": expected.astype(np.float32)}, {"latents": found}, compute)
+
+
+def sketch(array: NDArray[Any]) -> list[float]:
+    """256 sums of values with random signs, the same for every array of that size.
+
+    A count sketch (Charikar, Chen, Farach-Colton, 2002): the distance of two sketches estimates that of the arrays, so two runs can be
+    compared without keeping their pictures.
+    """
+    random = np.random.default_rng(array.size)
+    bucket, sign = random.integers(0, SKETCH, array.size), random.choice([-1.0, 1.0], array.size)
+    return [float(value) for value in np.bincount(bucket, sign * array.astype(np.float64).ravel(), SKETCH)]
+
+
+def picture_record(seed: int, latents: NDArray[np.float32], pixels: NDArray[np.uint8]) -> tuple[dict[str, Any] | None, list[str]]:
+    """The fixed-seed picture as a result keeps it, and what is wrong with it: latents `[N, 4, h, w]`, pixels `[N, H, W, 3]`."""
+    if not np.isfinite(latents).all():
+        return None, [f"latents of seed {seed} are NaN or infinite"]
+    record = {"seed": seed, "values": int(pixels.size), "latents_sketch": sketch(latents), "pixels_sketch": sketch(pixels)}
+    return record, [f"the picture of seed {seed} is one flat colour"] if pixels.min() == pixels.max() else []

@@ -1,0 +1,254 @@
+"""One process that measures one bundle: it loads, makes pictures, and writes what it saw as JSON.
+
+Started fresh for every set of samples, because processes differ more than pictures do. It reads its request from a file and writes its answer to
+another, so nothing that a library prints can mix with it. Until the first picture is there it imports what the runtime needs and little more.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sdrt.errors import SdrtError
+
+if TYPE_CHECKING:
+    from sdrt.bench.instruments import Readings
+    from sdrt.bundle import Bundle
+    from sdrt.runtime import Pipeline
+
+_FIT_SHARES = (0.25, 0.5)
+"""Shares of the steps at which further pictures are made, for the fit of fixed and per-call cost."""
+_FIT_PICTURES = 3
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to measure. Times are limits in seconds; `python` is the interpreter to measure in, None for this one; `spawned_ns` is `time.monotonic_ns()` of the caller just before it started this process."""
+
+    bundle: str
+    scenario: str = "single"
+    backend: str = "auto"
+    device: int = 0
+    threads: int | None = None
+    size: tuple[int, int] | None = None
+    steps: int = 20
+    cfg: float = 7.0
+    sampler: str = "euler"
+    schedule: str | None = None
+    prompt: str = "a red apple on a wooden table"
+    negative: str = ""
+    seed: int = 0
+    batch: int = 1
+    pictures: int = 20
+    limit_s: float = 30.0
+    warm_up_s: float = 30.0
+    rate: float = 1.0
+    duration_s: float = 30.0
+    queue: int = 8
+    process: int = 0
+    layers: bool = False
+    python: str | None = None
+    spawned_ns: int = 0
+
+
+class _Sampler:
+    """Makes pictures and keeps what each cost, in ms."""
+
+    def __init__(self, pipe: Pipeline, readings: Readings, request: Request) -> None:
+        self._pipe, self._readings, self._request = pipe, readings, request
+        self._made = 0
+        self.samples: dict[str, list[float]] = {}
+        self.points: list[tuple[int, float]] = []
+        self.last: Any = None
+
+    def picture(self, *, steps: int | None = None, keep: bool = False, same: bool = False) -> float:
+        """Make one call's pictures; `keep` its samples. Each call has a prompt of its own, unless it is to be the `same` as in other runs."""
+        request, readings = self._request, self._readings
+        self._made += 1
+        prompt = request.prompt if same else f"{request.prompt}, {self._made}"
+        readings.reset()
+        started = readings.clock()
+        self.last = self._pipe(
+            prompt, negative=request.negative, steps=steps or request.steps, cfg=request.cfg, seed=request.seed, sampler=request.sampler,
+            schedule=request.schedule, size=request.size, batch=request.batch, count=request.batch,
+        )  # fmt: skip
+        total = (readings.clock() - started) / 1e6
+        if keep:
+            self._keep(total)
+        self.points.append((len(readings.steps), total))
+        return total
+
+    def _keep(self, total: float) -> None:
+        readings = self._readings
+        found = {"total_ms": [total], "step_ms": [ns / 1e6 for ns in readings.steps], "host_ms": [total - readings.inside / 1e6]}
+        tokenise = self.last.timings_ms.get("tokenise", readings.tokenise / 1e6)
+        for name, value in (("tokenise_ms", tokenise), ("text_encoder_ms", readings.text_encoder / 1e6), ("decode_ms", readings.decode / 1e6)):
+            if value:  # nothing was done, as where prompts are cached: no sample, rather than a fast one
+                found[name] = [value]
+        found["copies_ms"] = [readings.copies / 1e6]
+        if self._request.batch > 1:
+            found["picture_ms"] = [total / self._request.batch]
+        for name, values in found.items():
+            self.samples.setdefault(name, []).extend(values)
+
+
+def measure(request: Request) -> dict[str, Any]:
+    """Measure in this process.
+
+    Raises:
+        SdrtError: whatever loading and making pictures raise.
+    """
+    from sdrt.runtime import Pipeline  # first: what it takes is measured
+
+    imported_ns = time.monotonic_ns()
+    from sdrt.bench.instruments import Readings, instrumented
+
+    readings = Readings()
+    with instrumented(readings):
+        started = time.monotonic_ns()
+        pipe = Pipeline.load(request.bundle, backend=request.backend, device=request.device, threads=request.threads)
+        loaded_ns = time.monotonic_ns()
+        sampler = _Sampler(pipe, readings, request)
+        first_ms = sampler.picture()
+        cold_ns = time.monotonic_ns()
+        imported = [name for name in sys.modules if not name.startswith("sdrt.bench")]
+        once = {
+            "import_ms": (imported_ns - request.spawned_ns) / 1e6, "load_ms": (loaded_ns - started) / 1e6, "compile_ms": readings.engine_load / 1e6,
+            "first_picture_ms": first_ms, "cold_ms": (cold_ns - request.spawned_ns) / 1e6,
+        }  # fmt: skip
+        return _sustained(request, pipe, readings, sampler, {name: [value] for name, value in once.items()}, imported)
+
+
+def _sustained(request: Request, pipe: Pipeline, readings: Readings, sampler: _Sampler, samples: dict[str, list[float]], imported: list[str]) -> dict[str, Any]:
+    """Everything after the first picture. Imports of its own start here."""
+    from sdrt.bench.fidelity import check_references, picture_record
+    from sdrt.bench.scenarios import repeat, warm_up
+
+    readings.keep = True
+    sampler.picture(same=True)
+    readings.keep = False
+    counters = dict(sorted(readings.calls.items())) | {
+        "model_calls": len(readings.steps), "modules_imported": len(imported), "packages_imported": len(_packages(imported)),
+    }  # fmt: skip
+    pixels, latents = sampler.last.images, readings.kept["latents"]
+    sampler.points.clear()
+    server: dict[str, Any] | None = None
+    warm = warm_up(sampler.picture, limit_s=request.warm_up_s, now=time.monotonic)
+    sampler.points.clear()
+    if request.scenario == "server":
+        server = _serve(request, sampler)
+    else:
+        for _ in repeat(request.pictures, limit_s=request.limit_s, now=time.monotonic):
+            sampler.picture(keep=True)
+    for _ in repeat(_FIT_PICTURES, limit_s=request.limit_s / 4, now=time.monotonic):
+        for share in _FIT_SHARES:
+            sampler.picture(steps=max(1, round(request.steps * share)))
+    samples |= sampler.samples
+    if (peak := _peak_rss_bytes()) is not None:
+        samples["peak_rss_bytes"] = [float(peak)]
+    if (device := _device_bytes(sampler.last.engine)) is not None:
+        samples["device_bytes"] = [float(device)]
+    engine = sampler.last.engine
+    checks, problems, skipped = check_references(pipe._engine, pipe.bundle)  # type: ignore[arg-type]
+    record, wrong = picture_record(request.seed, latents, pixels)
+    answer: dict[str, Any] = {
+        "samples": samples,
+        "counters": counters | {"bundle_bytes": sum(file.size_bytes for file in pipe.bundle.manifest.files.values())} | _engine_bytes(pipe.bundle, engine),
+        "packages": sorted(_packages(imported)),
+        "engine": engine,
+        "parameters": sampler.last.parameters,
+        "fit": sampler.points,
+        "warm_up": asdict(warm),
+        "warnings": skipped + ([] if warm.stable else [f"warm-up: pictures still varied by more than 2 % after {warm.seconds:.0f} s"]),
+        "fidelity": {"ok": not problems and not wrong, "checks": checks, "problems": problems + wrong, "picture": record},
+    }
+    if server is not None:
+        answer["samples"] |= server.pop("samples")
+        answer["server"] = server
+    if request.layers:
+        from statistics import median
+
+        from sdrt.bench.layers import profile
+        from sdrt.bundle import STEP, TEXT_ENCODER, VAE_DECODER
+
+        parts = ((TEXT_ENCODER, "text_encoder_ms"), (STEP, "step_ms"), (VAE_DECODER, "decode_ms"))
+        wall_ms = {graph: median(samples[name]) for graph, name in parts if samples.get(name)}
+        answer["layers"] = profile(pipe, readings.kept, request.threads, wall_ms)
+    return answer
+
+
+def _serve(request: Request, sampler: _Sampler) -> dict[str, Any]:
+    from sdrt.bench.scenarios import attained_rate, poisson_arrivals, serve
+
+    arrivals = poisson_arrivals(request.rate, request.duration_s, request.seed + request.process)
+    requests = serve(arrivals, lambda: sampler.picture(keep=True), queue=request.queue, now=time.monotonic, sleep=time.sleep)
+    done = [(one.arrived, one.started, one.ended) for one in requests if one.started is not None and one.ended is not None]
+    return {
+        "samples": {"latency_ms": [(ended - arrived) * 1e3 for arrived, _, ended in done], "queue_ms": [(began - arrived) * 1e3 for arrived, began, _ in done]},
+        "offered_per_s": request.rate, "attained_per_s": attained_rate(requests), "arrivals": len(requests), "completed": len(done),
+        "rejected": len(requests) - len(done),
+    }  # fmt: skip
+
+
+def _packages(modules: list[str]) -> set[str]:
+    """Top-level packages that are not Python's own."""
+    own = {*sys.stdlib_module_names, "cython_runtime"}
+    return {name for name in (module.partition(".")[0] for module in modules) if name not in own and not name.startswith("_")}
+
+
+def _engine_bytes(bundle: Bundle, engine: dict[str, Any]) -> dict[str, int]:
+    """What the engine that ran reads: a compiled engine's plans, or the graphs of its precision with the weights."""
+    from sdrt.bundle import ENGINES, WEIGHTS
+
+    files = bundle.manifest.files
+    if "engine" in engine:
+        folder = bundle.path / ENGINES / str(engine["engine"])
+        return {"engine_bytes": sum(path.stat().st_size for path in folder.iterdir() if path.is_file())} if folder.is_dir() else {}
+    graphs = {by_precision[engine["compute"]].path for by_precision in bundle.manifest.graphs.values() if engine.get("compute") in by_precision}
+    return {"engine_bytes": files[WEIGHTS].size_bytes + sum(files[path].size_bytes for path in graphs)} if graphs else {}
+
+
+def _peak_rss_bytes() -> int | None:
+    """Largest resident memory of this process. Linux's own count for the program; `getrusage` starts from what the parent had."""
+    try:
+        for line in Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    try:
+        import resource
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _device_bytes(engine: dict[str, Any]) -> int | None:
+    """Memory in use on the GPU, by other programs too; None on a CPU."""
+    if engine.get("device") == "cpu":
+        return None
+    try:
+        from cuda.bindings import driver
+    except ImportError:
+        return None
+    status, free, total = driver.cuMemGetInfo()
+    return int(total) - int(free) if status == driver.CUresult.CUDA_SUCCESS else None
+
+
+def serve() -> None:
+    """Be the process: `sys.argv` holds the request's file and the answer's."""
+    asked = json.loads(Path(sys.argv[1]).read_bytes())
+    known = {field.name for field in fields(Request)}  # another version of sdrt may ask, with fields of its own
+    request = Request(**{name: value for name, value in asked.items() if name in known})
+    if request.size is not None:
+        request = replace(request, size=(request.size[0], request.size[1]))
+    try:
+        answer = measure(request)
+    except SdrtError as error:
+        answer = {"error": {"kind": type(error).__name__, "message": error.message, "fix": error.fix}}
+    Path(sys.argv[2]).write_text(json.dumps(answer), encoding="utf-8")

@@ -1,0 +1,117 @@
+"""What is measured: each metric's unit, meaning, and whether and how tightly it is gated, with `bench.toml`'s changes to that.
+
+Counters are not in the table: any counter may appear in a result, and each is gated exactly unless `bench.toml` says otherwise.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sdrt.errors import InputFileError, nearest, printable
+
+UNPAIRED_FACTOR = 2.0
+"""Two separate runs saw two moments of the machine: their margins are this many times those of interleaved ones."""
+DEFAULT_PAIRS = 10
+
+
+@dataclass(frozen=True)
+class Metric:
+    """Smaller is better, for all of them."""
+
+    unit: str
+    meaning: str
+    gated: bool = False
+    margin: float = 0.05
+
+
+METRICS: Mapping[str, Metric] = {
+    "total_ms": Metric("ms", "one call, prompt to pixels", gated=True),
+    "picture_ms": Metric("ms", "one picture of a batch: the call's time over the batch"),
+    "tokenise_ms": Metric("ms", "prompts to token ids"),
+    "text_encoder_ms": Metric("ms", "text encoder"),
+    "step_ms": Metric("ms", "one model call of the denoising loop, as the host sees it", gated=True),
+    "decode_ms": Metric("ms", "VAE decoder"),
+    "host_ms": Metric("ms", "the call less all time inside the engine"),
+    "copies_ms": Metric("ms", "giving the engine its inputs, and latents back"),
+    "latency_ms": Metric("ms", "server: arrival to pixels"),
+    "queue_ms": Metric("ms", "server: arrival to start"),
+    "cold_ms": Metric("ms", "process start to the first picture"),
+    "import_ms": Metric("ms", "process start to the runtime imported"),
+    "load_ms": Metric("ms", "Pipeline.load", gated=True),
+    "compile_ms": Metric("ms", "making or loading the engine, within load_ms"),
+    "first_picture_ms": Metric("ms", "the first call after loading"),
+    "peak_rss_bytes": Metric("bytes", "largest resident memory of the process"),
+    "device_bytes": Metric("bytes", "memory taken on the device", gated=True, margin=0.02),
+}
+
+
+@dataclass(frozen=True)
+class Gate:
+    """How one metric is judged: relative margin, and whether crossing it fails the run."""
+
+    margin: float
+    gated: bool
+
+
+@dataclass(frozen=True)
+class Gates:
+    """The gates of a comparison. Names that `bench.toml` does not mention keep their defaults."""
+
+    pairs: int = DEFAULT_PAIRS
+    chosen: Mapping[str, Gate] = field(default_factory=dict)
+
+    def metric(self, name: str) -> Gate:
+        default = METRICS.get(name, Metric("", ""))
+        return self.chosen.get(name, Gate(default.margin, default.gated))
+
+    def counter(self, name: str) -> Gate:
+        return self.chosen.get(name, Gate(0.0, True))
+
+
+def read_gates(path: Path) -> Gates:
+    """Read a `bench.toml`: `pairs = N`, and tables `[metrics.NAME]` and `[counters.NAME]` with `margin` and `gate`.
+
+    Raises:
+        InputFileError: it cannot be read, or holds a key, name or value that means nothing here.
+    """
+    try:
+        document = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputFileError(f"{path}: not readable as TOML: {printable(str(error))}", "docs/ci.md shows one.") from error
+    _known(path, "", document, ("pairs", "metrics", "counters"))
+    pairs = document.get("pairs", DEFAULT_PAIRS)
+    if type(pairs) is not int or not 1 <= pairs <= 1000:
+        raise InputFileError(f"{path}: pairs: expected 1 to 1000, found {pairs!r}")
+    metrics, counters = (_table(path, name, document.get(name, {})) for name in ("metrics", "counters"))
+    _known(path, "metrics.", metrics, tuple(METRICS))
+    chosen = {}
+    for section, tables in (("metrics", metrics), ("counters", counters)):
+        for name, value in tables.items():
+            where = f"{section}.{name}"
+            table = _table(path, where, value)
+            _known(path, f"{where}.", table, ("margin", "gate"))
+            default = Gates().metric(name) if section == "metrics" else Gates().counter(name)
+            margin, gated = table.get("margin", default.margin), table.get("gate", default.gated)
+            if type(margin) not in (int, float) or not 0 <= margin <= 10 or (section == "metrics" and margin == 0):
+                least = "above 0" if section == "metrics" else "0"
+                raise InputFileError(f"{path}: {where}.margin: expected a share from {least} to 10, such as 0.05, found {margin!r}")
+            if type(gated) is not bool:
+                raise InputFileError(f"{path}: {where}.gate: expected true or false, found {gated!r}")
+            chosen[name] = Gate(float(margin), gated)
+    return Gates(pairs, chosen)
+
+
+def _table(path: Path, name: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise InputFileError(f"{path}: {name}: expected a table, found {value!r}")
+    return value
+
+
+def _known(path: Path, prefix: str, table: Mapping[str, Any], names: tuple[str, ...]) -> None:
+    for name in table:
+        if name not in names:
+            raise InputFileError(f"{path}: {printable(prefix + name)}: unknown{nearest(name, names)}", f"Known here: {', '.join(names)}.")
