@@ -1,7 +1,8 @@
 """Make a random-weight checkpoint in the exact layout and size of Stable Diffusion 1.5, and a LoRA for it.
 
 Latency and memory do not depend on the values, so this stands in for a real model where none may be shipped: 2.1 GB of float16, written
-in a stream, the same bytes for the same seed. Usage: python benchmarks/make_checkpoint.py OUTPUT.safetensors [--seed N] [--lora FILE --rank R]
+in a stream, the same bytes for the same seed. `--tiny` makes the same topology small enough for CI: 30 MB, 64x64 pixels.
+Usage: python benchmarks/make_checkpoint.py OUTPUT.safetensors [--tiny] [--seed N] [--lora FILE --rank R]
 """
 
 from __future__ import annotations
@@ -26,12 +27,20 @@ SD15 = Architecture(
     UNetSpec(4, 4, (320, 640, 1280, 1280), (2, 2, 2, 2), (1, 1, 1, 0), 1, 768, False, 8, None),
     VaeSpec((128, 256, 512, 512), 2, 4, 0.18215),
 )
+TINY = Architecture(
+    "sd1",
+    "epsilon",
+    (64, 64),
+    ClipSpec(width=64, layers=2, heads=1, mlp_width=256, vocabulary=49408, tokens=77),
+    UNetSpec(4, 4, (64, 96, 128, 128), (2, 2, 2, 2), (1, 1, 1, 0), 1, 64, False, 8, None),
+    VaeSpec((32, 32, 64, 64), 2, 4, 0.18215),
+)
 POSITION_IDS = CLIP + "text_model.embeddings.position_ids"
 
 
-def weight_shapes() -> dict[str, tuple[int, ...]]:
-    """Every weight of SD 1.5 by its checkpoint name."""
-    return {name: shape for recipe in recipes(SD15).values() for name, shape in recipe.weight_shapes().items()}
+def weight_shapes(architecture: Architecture = SD15) -> dict[str, tuple[int, ...]]:
+    """Every weight of an architecture by its checkpoint name."""
+    return {name: shape for recipe in recipes(architecture).values() for name, shape in recipe.weight_shapes().items()}
 
 
 def random_weight(name: str, shape: tuple[int, ...], generator: np.random.Generator) -> np.ndarray:
@@ -56,25 +65,26 @@ def write_stream(path: Path, shapes: Mapping[str, tuple[int, ...]], tensors: Ite
             stream.write(tensor.tobytes())
 
 
-def write_checkpoint(path: Path, seed: int = 0) -> None:
+def write_checkpoint(path: Path, seed: int = 0, architecture: Architecture = SD15) -> None:
     """A checkpoint in the layout of v1-5-pruned-emaonly.safetensors."""
-    shapes = {POSITION_IDS: (1, 77), **weight_shapes()}
+    shapes = {POSITION_IDS: (1, 77), **weight_shapes(architecture)}
     generator = np.random.default_rng(seed)
 
     def tensors() -> Iterator[np.ndarray]:
         for name, shape in shapes.items():
             yield np.arange(77, dtype=np.int64)[None] if name == POSITION_IDS else random_weight(name, shape, generator)
 
-    write_stream(path, shapes, tensors(), {"modelspec.resolution": "512x512", "modelspec.title": "random weights, SD 1.5 layout"})
+    resolution = "{}x{}".format(*architecture.size)
+    write_stream(path, shapes, tensors(), {"modelspec.resolution": resolution, "modelspec.title": "random weights, SD 1.5 layout"})
 
 
-def write_lora(path: Path, rank: int = 32, seed: int = 1) -> None:
+def write_lora(path: Path, rank: int = 32, seed: int = 1, architecture: Architecture = SD15) -> None:
     """A kohya LoRA over every attention and feed-forward layer of the UNet and the text encoder, as trainers make by default."""
     shapes: dict[str, tuple[int, ...]] = {}
-    for name, shape in weight_shapes().items():
+    for name, shape in weight_shapes(architecture).items():
         module = name.removesuffix(".weight")
         if len(shape) == 2 and name.startswith(UNET) and "transformer_blocks" in name:
-            key = "lora_unet_" + diffusers_module(module[len(UNET) :], SD15.unet).replace(".", "_")
+            key = "lora_unet_" + diffusers_module(module[len(UNET) :], architecture.unet).replace(".", "_")
         elif len(shape) == 2 and name.startswith(CLIP) and "encoder.layers" in name:
             key = "lora_te_" + module[len(CLIP) :].replace(".", "_")
         else:
@@ -92,14 +102,16 @@ def write_lora(path: Path, rank: int = 32, seed: int = 1) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path)
+    parser.add_argument("--tiny", action="store_true", help="the topology of SD 1.5 at a hundredth of its size")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--lora", type=Path, help="also write a LoRA here")
     parser.add_argument("--rank", type=int, default=32)
     arguments = parser.parse_args()
-    write_checkpoint(arguments.output, arguments.seed)
+    architecture = TINY if arguments.tiny else SD15
+    write_checkpoint(arguments.output, arguments.seed, architecture)
     print(f"{arguments.output}: {arguments.output.stat().st_size:,} bytes")
     if arguments.lora:
-        write_lora(arguments.lora, arguments.rank)
+        write_lora(arguments.lora, arguments.rank, architecture=architecture)
         print(f"{arguments.lora}: {arguments.lora.stat().st_size:,} bytes")
 
 

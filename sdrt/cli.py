@@ -17,13 +17,13 @@ from typing import Annotated, Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
-from sdrt import __version__, cli_engines, cli_signature
+from sdrt import __version__, cli_bench, cli_engines, cli_signature
 from sdrt.cli_output import BUILD_STAGES, BundleArgument, Json, StageProgress, interrupted, print_json, print_report, progress_bar
 from sdrt.errors import MachineError, SdrtError, UsageError, printable
 
 BUG, INTERRUPTED = 70, 130
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN)
-_PACKAGES = {"torch": "build", "onnx": "build", "onnxscript": "build", "onnx_ir": "build", "onnxruntime": "cpu"}
+_PACKAGES = {"torch": "build", "onnx": "build", "onnxscript": "build", "onnx_ir": "build", "onnxruntime": "cpu", "matplotlib": "bench"}
 
 
 class ReportingGroup(TyperGroup):
@@ -289,6 +289,7 @@ def verify(
 
 app.command("compile", epilog="Example: sdrt compile model.sdrt --target tensorrt-rtx --sm 89 --size 512x512:768x768 --batch 1:4")(cli_engines.compile_bundle)
 app.command("sign", epilog="Example: sdrt sign model.sdrt --key private.pem")(cli_signature.sign)
+app.add_typer(cli_bench.app, name="bench")
 app.command("doctor", epilog="Example: sdrt doctor --json")(cli_engines.doctor)
 
 

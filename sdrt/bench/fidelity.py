@@ -77,7 +77,7 @@ def _step(engine: Engine, bundle: Bundle, reference: Mapping[str, NDArray[Any]])
         timestep=reference["in.timestep"], a=only_first, w=reference["in.w"], u=np.zeros_like(only_first), q=reference["in.q"], M=keep_estimate,
         inpaint=np.zeros((1, 3), np.float32),
     )  # fmt: skip
-    denoising = engine.denoise(Job(tables, zeros[None], reference["in.context"], start, zeros, zeros[:, :1]))
+    denoising = engine.denoise(Job(tables, zeros[None], (reference["in.context"],), (0,), start, zeros, zeros[:, :1], reference.get("in.concat")))
     try:
         denoising.step()
         latents = denoising.latents()

@@ -81,7 +81,7 @@ def _whole_bytes(descriptor: int, end: int) -> int:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Hold a lock that the system takes back when this process dies."""
+    """Hold a lock beside the file. Those of `sdrt.lock` only save work and may be gone without; here two writers would tear lines."""
     with path.open("a+b") as stream:
         deadline = time.monotonic() + _LOCK_S
         while not _try_lock(stream.fileno()):

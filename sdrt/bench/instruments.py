@@ -27,6 +27,7 @@ class Readings:
     clock: Clock = time.perf_counter_ns
     tokenise: int = 0
     text_encoder: int = 0
+    image_encoder: int = 0
     copies: int = 0
     decode: int = 0
     inside: int = 0
@@ -38,7 +39,7 @@ class Readings:
     _depth: int = 0
 
     def reset(self) -> None:
-        self.tokenise = self.text_encoder = self.copies = self.decode = self.inside = 0
+        self.tokenise = self.text_encoder = self.image_encoder = self.copies = self.decode = self.inside = 0
         self.steps = []
         self.calls = Counter()
 
@@ -87,6 +88,9 @@ class TimedEngine:
         if self._readings.keep:
             self._readings.kept["text"] = arguments
         return _timed(self._readings, "text_encoder", "text_encoder_calls", self._engine.encode_text, *arguments)
+
+    def encode_image(self, *arguments: Any) -> Any:
+        return _timed(self._readings, "image_encoder", "image_encoder_calls", self._engine.encode_image, *arguments)
 
     def denoise(self, job: Any) -> TimedDenoising:
         if self._readings.keep:

@@ -58,8 +58,8 @@ def _feeds(bundle: Bundle, kept: Mapping[str, Any]) -> dict[str, dict[str, Any]]
     registers = np.zeros((names.REGISTERS, *job.init.shape), np.float32)
     registers[0], registers[1] = job.init, job.unit_noise
     step = {name: getattr(job.tables, name) for name in names.STEP_TABLES if name != "noise"}
-    step |= {"row": np.zeros(1, np.int64), "registers": registers, "noise": job.noise, "context": job.context, "mask": job.mask}
-    step |= {"init": job.init, "init_noise": job.unit_noise}
+    step |= {"row": np.zeros(1, np.int64), "registers": registers, "noise": job.noise, "mask": job.mask}
+    step |= {"context": job.contexts[job.context_of_row[0]], "init": job.init, "init_noise": job.unit_noise, "concat": job.concat}
     return {
         names.TEXT_ENCODER: {"tokens": tokens, "emphasis": emphasis},
         names.STEP: step,

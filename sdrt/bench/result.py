@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 from sdrt.bench.metrics import METRICS
 from sdrt.bench.statistics import detectable, fit_cost, summarise, usable
 from sdrt.errors import InputFileError, MachineError, printable
-from sdrt.publish import staged_file
+from sdrt.publish import staged_file, write_file
 
 SCHEMA = 1
 
@@ -127,7 +127,7 @@ def write_json(path: Path, document: Mapping[str, Any]) -> None:
         UsageError: the folder is missing or not writable.
     """
     with staged_file(path) as stage:
-        stage.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        write_file(stage, (json.dumps(document, indent=1, allow_nan=False) + "\n").encode())
 
 
 def read_result(path: Path) -> tuple[Document, str]:

@@ -1,0 +1,375 @@
+"""`sdrt bench`: run, compare, ab and trend."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from sdrt.cli_output import BundleArgument, Json, print_json
+from sdrt.errors import UsageError, nearest, printable
+
+if TYPE_CHECKING:
+    from sdrt.bench.compare import Comparison
+    from sdrt.bench.history import Trend
+    from sdrt.bench.measure import Request
+    from sdrt.bench.metrics import Gates
+
+FORMATS = ("markdown", "junit", "bencher", "github", "csv", "html")
+SCENARIOS = ("single", "batch", "server")
+_STEP_SUMMARY = "GITHUB_STEP_SUMMARY"
+
+Scenario = Annotated[str, typer.Option("--scenario", metavar="NAME", help="single: one picture after the other; batch: --batch at a time; server: requests arrive at random, --rate per second.")]  # fmt: skip
+Size = Annotated[str | None, typer.Option("--size", metavar="WxH", help="Picture size in pixels; the bundle's own if not given.")]
+Steps = Annotated[int, typer.Option("--steps", metavar="N", help="Steps of the sampler.")]
+Cfg = Annotated[float, typer.Option("--cfg", metavar="X", help="Guidance scale; 1 turns guidance off.")]
+Sampler = Annotated[str, typer.Option("--sampler", metavar="NAME", help="Sampler, as for generate.")]
+Schedule = Annotated[str | None, typer.Option("--schedule", metavar="NAME", help="Schedule, as for generate.")]
+Prompt = Annotated[str, typer.Option("--prompt", metavar="TEXT", help="What to show. Every picture gets a number after it, so that no cache of prompts hides the text encoder.")]  # fmt: skip
+Seed = Annotated[int, typer.Option("--seed", metavar="N", help="Seed of every call, and of the arrivals of a server.")]
+Batch = Annotated[int | None, typer.Option("--batch", metavar="N", help="Pictures per model call; 1, or 4 for the batch scenario.")]
+Pictures = Annotated[int, typer.Option("--pictures", metavar="N", help="Calls measured per process.")]
+MaxPictures = Annotated[float, typer.Option("--max-picture-time", metavar="S", help="Stop a process's measured calls after this many seconds.")]
+WarmUp = Annotated[float, typer.Option("--warm-up", metavar="S", help="Longest warm-up; it ends sooner once three medians agree within 2 %.")]
+Rate = Annotated[float, typer.Option("--rate", metavar="X", help="server: requests per second.")]
+Duration = Annotated[float, typer.Option("--duration", metavar="S", help="server: seconds during which requests arrive.")]
+Queue = Annotated[int, typer.Option("--queue", metavar="N", help="server: requests that may wait; further ones are rejected.")]
+Backend = Annotated[str, typer.Option("--backend", metavar="NAME", help="Engine to measure, as for generate.")]
+Device = Annotated[int, typer.Option("--device", metavar="N", help="GPU to use, counted from 0.")]
+Threads = Annotated[int | None, typer.Option("--threads", metavar="N", help="CPU threads; the engine's own choice if not given.")]
+Emit = Annotated[list[str] | None, typer.Option("--emit", metavar="FORMAT=FILE", help=f"Also write a file for a CI system; may be repeated. Formats: {', '.join(FORMATS)}.")]  # fmt: skip
+Config = Annotated[
+    Path | None, typer.Option("--config", metavar="bench.toml", help="Margins and gates; bench.toml beside the new bundle or file if it is there.")
+]
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="markdown", epilog="Example: sdrt bench run model.sdrt --output result.json")
+
+
+@app.callback()
+def bench() -> None:
+    """Measure a bundle's latency, and tell whether a change made it slower.
+
+    Exit codes: 0 nothing gated is worse; 1 slower, a counter up, or wrong pictures; 8 cannot tell, or not comparable.
+    """
+
+
+@app.command("run", epilog="Example: sdrt bench run model.sdrt --steps 20 --output result.json --emit html=report.html --history runs")
+def run_command(
+    ctx: typer.Context, bundle: BundleArgument, scenario: Scenario = "single", size: Size = None, steps: Steps = 20, cfg: Cfg = 7.0, sampler: Sampler = "euler",
+    schedule: Schedule = None, prompt: Prompt = "a red apple on a wooden table", seed: Seed = 0, batch: Batch = None,
+    processes: Annotated[int, typer.Option("--processes", metavar="N", help="Fresh processes, one after the other.")] = 5,
+    pictures: Pictures = 20, max_pictures: MaxPictures = 30.0, warm_up: WarmUp = 30.0, rate: Rate = 1.0, duration: Duration = 30.0, queue: Queue = 8,
+    backend: Backend = "auto", device: Device = 0, threads: Threads = None,
+    layers: Annotated[bool, typer.Option("--layers", help="Also profile each graph: slowest operators, arithmetic, share of the machine's measured peak. ONNX Runtime only, for now.")] = False,
+    output: Annotated[Path | None, typer.Option("--output", "-o", metavar="FILE.json", help="Write the result, raw samples included.")] = None,
+    history: Annotated[Path | None, typer.Option("--history", metavar="DIR", help="Add this run to the history in a folder.")] = None,
+    emit: Emit = None, as_json: Json = False,
+) -> None:  # fmt: skip
+    """Measure a bundle in fresh processes, and check that its pictures are right. Exit code 1 if they are not."""
+    ctx.find_root().obj = "json" if as_json else None
+    from sdrt.bench import history as runs
+    from sdrt.bench.compare import fidelity_problems
+    from sdrt.bench.formats import RESULT_FORMATS, result_markdown
+    from sdrt.bench.result import write_json
+    from sdrt.bench.run import run
+    from sdrt.bundle import open_bundle
+
+    targets = _targets(emit)
+    request = _request(
+        bundle, scenario, size, steps, cfg, sampler, schedule, prompt, seed, batch, pictures, max_pictures, warm_up, rate, duration, queue, backend, device, threads
+    )  # fmt: skip
+    _at_least("--processes", processes, 1)
+    opened = open_bundle(bundle)
+    document = run(opened, _with_layers(request, layers), processes, _say)
+    if output is not None:
+        write_json(output, document)
+    if history is not None:
+        runs.append(history, document)
+
+    def page() -> str:
+        from sdrt.bench.report import result_html
+
+        return result_html(document, runs.trends(runs.read(history)) if history is not None else ())
+
+    _write_all(targets, {name: (lambda make=make: make(document)) for name, make in RESULT_FORMATS.items()} | {"html": page})
+    _step_summary(lambda: result_markdown(document))
+    if as_json:
+        print_json(document)
+    else:
+        _print_result(document)
+    if problems := fidelity_problems(document):
+        typer.echo(f"error: {printable(str(bundle))}: the pictures are wrong: {printable('; '.join(problems))}", err=True)
+        typer.echo("  fix: Run: sdrt verify BUNDLE, and build or compile it again.", err=True)
+        raise typer.Exit(1)
+
+
+@app.command("compare", epilog="Example: sdrt bench compare base.json new.json --emit markdown=summary.md")
+def compare_command(
+    ctx: typer.Context,
+    base: Annotated[Path, typer.Argument(metavar="BASE.json", help="Result of the base.")],
+    new: Annotated[Path, typer.Argument(metavar="NEW.json", help="Result of the change.")],
+    config: Config = None,
+    emit: Emit = None,
+    as_json: Json = False,
+) -> None:
+    """Judge one result against another. Two separate runs saw two moments of a machine, so margins are doubled; `ab` is the better gate."""
+    ctx.find_root().obj = "json" if as_json else None
+    from sdrt.bench.compare import compare
+    from sdrt.bench.result import read_result
+
+    targets, gates = _targets(emit), _gates(config, new)
+    (old, old_hash), (now, new_hash) = read_result(base), read_result(new)
+    _conclude(compare(old, now, gates, interleaved=False, identical=old_hash == new_hash), targets, as_json)
+
+
+@app.command("ab", epilog="Example: sdrt bench ab old.sdrt new.sdrt --pairs 10 --emit junit=bench.xml")
+def ab_command(
+    ctx: typer.Context,
+    old: Annotated[Path, typer.Argument(metavar="OLD.sdrt", help="Bundle of the base.")],
+    new: Annotated[Path, typer.Argument(metavar="NEW.sdrt", help="Bundle of the change.")],
+    scenario: Scenario = "single", size: Size = None, steps: Steps = 20, cfg: Cfg = 7.0, sampler: Sampler = "euler", schedule: Schedule = None,
+    prompt: Prompt = "a red apple on a wooden table", seed: Seed = 0, batch: Batch = None,
+    pairs: Annotated[int | None, typer.Option("--pairs", metavar="N", help="Pairs of processes; as bench.toml says, or 10.")] = None,
+    max_time: Annotated[float, typer.Option("--max-time", metavar="S", help="Where it stays ambiguous, make further pairs if all it needs fit into this many seconds.")] = 1800.0,
+    old_python: Annotated[Path | None, typer.Option("--old-python", metavar="FILE", help="Interpreter to run OLD.sdrt with, where another version of sdrt is installed; this one if not given. Compares runtimes too.")] = None,
+    pictures: Pictures = 10, max_pictures: MaxPictures = 15.0, warm_up: WarmUp = 10.0, rate: Rate = 1.0, duration: Duration = 30.0, queue: Queue = 8,
+    backend: Backend = "auto", device: Device = 0, threads: Threads = None, config: Config = None, emit: Emit = None, as_json: Json = False,
+) -> None:  # fmt: skip
+    """Measure two bundles in turn, A B B A, in fresh processes, and judge. The gate for machines that others use too."""
+    ctx.find_root().obj = "json" if as_json else None
+    from dataclasses import replace
+
+    from sdrt.bench.run import interleave
+    from sdrt.bundle import open_bundle
+
+    targets, gates = _targets(emit), _gates(config, new)
+    if pairs is not None:
+        _at_least("--pairs", pairs, 1)
+        gates = replace(gates, pairs=pairs)
+    request = _request(
+        old, scenario, size, steps, cfg, sampler, schedule, prompt, seed, batch, pictures, max_pictures, warm_up, rate, duration, queue, backend, device, threads
+    )  # fmt: skip
+    first, second = open_bundle(old), open_bundle(new)
+    if old_python is not None and not os.access(old_python, os.X_OK):
+        raise UsageError(f"--old-python {old_python}: expected a Python interpreter", "Write it as --old-python venv-base/bin/python.")
+    interpreter = str(old_python.absolute()) if old_python is not None else None
+    sides = ((first, replace(request, bundle=str(first.path), python=interpreter)), (second, replace(request, bundle=str(second.path))))
+    _conclude(interleave(*sides, gates, _say, max_s=max_time), targets, as_json)
+
+
+@app.command("trend", epilog="Example: sdrt bench trend runs --html trend.html")
+def trend_command(
+    ctx: typer.Context,
+    history: Annotated[Path, typer.Argument(metavar="DIR", help="Folder given to `sdrt bench run --history`.")],
+    page: Annotated[Path | None, typer.Option("--html", metavar="FILE.html", help="Write plots of all metrics.")] = None,
+    check: Annotated[bool, typer.Option("--check", help="Exit code 1 if the newest run of any metric lies beyond its fence.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Show each metric over past runs, and whether the newest lies beyond Q3 + 3 IQR of those before it, ten at least."""
+    ctx.find_root().obj = "json" if as_json else None
+    from sdrt.bench import history as runs
+
+    found = runs.trends(runs.read(history))
+    if page is not None:
+        from sdrt.bench.report import trend_html
+
+        _write(page, trend_html(found))
+    if as_json:
+        print_json({"trends": [asdict(trend) | {"outside": trend.outside} for trend in found]})
+    else:
+        _print_trends(found)
+    if check and any(trend.outside for trend in found):
+        raise typer.Exit(1)
+
+
+def _request(
+    bundle: Path, scenario: str, size: str | None, steps: int, cfg: float, sampler: str, schedule: str | None, prompt: str, seed: int, batch: int | None,
+    pictures: int, max_pictures: float, warm_up: float, rate: float, duration: float, queue: int, backend: str, device: int, threads: int | None,
+) -> Request:  # fmt: skip
+    from sdrt.bench.measure import Request
+
+    if scenario not in SCENARIOS:
+        raise UsageError(f"--scenario {scenario}: unknown{nearest(scenario, SCENARIOS)}", f"Choose one of: {', '.join(SCENARIOS)}.")
+    if scenario == "single" and batch not in (None, 1):
+        raise UsageError(f"--batch {batch}: the single scenario makes one picture at a time", "Choose --scenario batch.")
+    _at_least("--pictures", pictures, 1)
+    _at_least("--queue", queue, 0)
+    for option, value, most in (
+        ("--rate", rate, 1000.0), ("--duration", duration, 86_400.0), ("--max-picture-time", max_pictures, 86_400.0), ("--warm-up", warm_up, 86_400.0),
+    ):  # fmt: skip
+        if not 0 < value <= most:
+            raise UsageError(f"{option} {value:g}: expected above 0, at most {most:g}")
+    if rate * duration > 100_000:
+        raise UsageError(f"--rate {rate:g} for {duration:g} s: {rate * duration:,.0f} requests, the limit is 100,000")
+    match = re.fullmatch(r"(\d{1,6})[xX](\d{1,6})", size) if size is not None else None
+    if size is not None and match is None:
+        raise UsageError(f"--size {size}: expected WIDTHxHEIGHT", "Write it as --size 512x768.")
+    return Request(
+        bundle=str(bundle.absolute()), scenario=scenario, backend=backend, device=device, threads=threads, size=(int(match[1]), int(match[2])) if match else None,
+        steps=steps, cfg=cfg, sampler=sampler, schedule=schedule, prompt=prompt, seed=seed, batch=batch or (4 if scenario == "batch" else 1), pictures=pictures,
+        limit_s=max_pictures, warm_up_s=warm_up, rate=rate, duration_s=duration, queue=queue,
+    )  # fmt: skip
+
+
+def _with_layers(request: Request, layers: bool) -> Request:
+    from dataclasses import replace
+
+    return replace(request, layers=layers)
+
+
+def _at_least(option: str, value: int, least: int) -> None:
+    if value < least:
+        raise UsageError(f"{option} {value}: expected at least {least}")
+
+
+def _gates(config: Path | None, new: Path) -> Gates:
+    from sdrt.bench.metrics import Gates, read_gates
+
+    if config is not None:
+        return read_gates(config)
+    beside = new.absolute().parent / "bench.toml"
+    return read_gates(beside) if beside.is_file() else Gates()
+
+
+def _targets(emit: Sequence[str] | None) -> list[tuple[str, Path]]:
+    """`FORMAT=FILE` options taken apart, before anything is measured."""
+    targets = []
+    for text in emit or []:
+        name, equals, file = text.partition("=")
+        if name not in FORMATS:
+            raise UsageError(f"--emit {text}: format {name!r} is unknown{nearest(name, FORMATS)}", f"Choose one of: {', '.join(FORMATS)}.")
+        if not equals or not file:
+            raise UsageError(f"--emit {text}: expected FORMAT=FILE", f"Write it as --emit {name}=FILE.")
+        if not Path(file).absolute().parent.is_dir():
+            raise UsageError(f"--emit {text}: no folder {Path(file).parent}", "Make the folder first.")
+        if name == "html":
+            import matplotlib  # noqa: F401  missing, it should be missed before the benchmark, not after
+        targets.append((name, Path(file)))
+    return targets
+
+
+def _write_all(targets: Sequence[tuple[str, Path]], makers: Mapping[str, Callable[[], str]]) -> None:
+    for name, path in targets:
+        _write(path, makers[name]())
+
+
+def _write(path: Path, text: str) -> None:
+    from sdrt.publish import staged_file, write_file
+
+    with staged_file(path) as stage:
+        write_file(stage, text.encode())
+
+
+def _step_summary(make: Callable[[], str]) -> None:
+    """Add to the summary page of a GitHub Actions step, where one is asked for."""
+    if path := os.environ.get(_STEP_SUMMARY):
+        with open(path, "a", encoding="utf-8") as stream:
+            stream.write(make() + "\n")
+
+
+def _say(text: str) -> None:
+    typer.echo(text, err=True)
+
+
+def _conclude(comparison: Comparison, targets: Sequence[tuple[str, Path]], as_json: bool) -> None:
+    """Write what was asked for, print the table, and end with the verdict's exit code."""
+    from sdrt.bench.formats import COMPARISON_FORMATS, comparison_markdown
+
+    def page() -> str:
+        from sdrt.bench.report import comparison_html
+
+        return comparison_html(comparison)
+
+    _write_all(targets, {name: (lambda make=make: make(comparison)) for name, make in COMPARISON_FORMATS.items()} | {"html": page})
+    _step_summary(lambda: comparison_markdown(comparison))
+    if as_json:
+        print_json(
+            {
+                "verdict": comparison.headline, "exit_code": comparison.exit_code, "ran": comparison.ran, "interleaved": comparison.interleaved,
+                "metrics": [asdict(row) | {"failed": row.failed} for row in comparison.rows], "problems": list(comparison.problems), "notes": list(comparison.notes),
+                "base": dict(comparison.base), "new": dict(comparison.new),
+            }
+        )  # fmt: skip
+    else:
+        _print_comparison(comparison)
+    if comparison.exit_code:
+        raise typer.Exit(comparison.exit_code)
+
+
+def _print_table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int]) -> None:
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=Text(printable(title)), box=SIMPLE_HEAD, title_justify="left", pad_edge=False)
+    for index, name in enumerate(head):
+        table.add_column(name, justify="right" if index in right else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(printable(cell)) for cell in row))
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=180)
+    console.print(table)
+
+
+def _print_result(document: Mapping[str, Any]) -> None:
+    from sdrt.bench.formats import median, number
+    from sdrt.bench.metrics import METRICS
+    from sdrt.bench.result import ran
+
+    rows = []
+    for name, stats in document["stats"].items():
+        unit = METRICS[name].unit
+        rows.append(
+            (name, median(stats, unit), number(stats["p90"], unit), number(stats["p99"], unit), f"{stats['n']} in {stats['processes']}", METRICS[name].meaning)
+        )
+    rows += [(name, f"{value:,}", "", "", "", "counter") for name, value in document["counters"].items()]
+    _print_table(ran(document), ("metric", "median [95 % interval]", "p90", "p99", "n", "what it is"), rows, right=(2, 3, 4))
+    if fit := document["fit"]:
+        typer.echo(f"time = {fit['fixed_ms']:.2f} ms + model calls x {fit['per_call_ms']:.3f} ms")
+    if server := document.get("server"):
+        attained = ", ".join(f"{rate:.3g}" for rate in server["attained_per_s"])
+        typer.echo(f"offered {server['offered_per_s']:g} per second, attained {attained}; {server['rejected']} of {server['arrivals']} rejected")
+    for graph, found in document.get("layers", {}).get("graphs", {}).items():
+        shares = f"{found['share_of_peak']:.0%} of the machine's peak, {found['share_of_roofline']:.0%} of its roofline"
+        typer.echo(
+            f"{graph}: {found['ms']:.2f} ms, {found['flops'] / 1e9:.3f} GFLOP, {found['bytes'] / 1e6:.1f} MB, {found['intensity'] or 0:.1f} FLOP/byte, {shares}"
+        )
+        for one in found["slowest"][:5]:
+            typer.echo(f"  {one['share']:6.1%}  {one['ms']:8.3f} ms  {one['op']:20} {printable(one['name'])}")
+    seen = document["noise"]["detectable"]
+    if seen is not None:
+        typer.echo(f"two runs like this one could tell changes of {seen:.1%} or more", err=True)
+    for warning in document["warnings"]:
+        typer.echo(f"note: {printable(str(warning))}", err=True)
+
+
+def _print_comparison(comparison: Comparison) -> None:
+    from sdrt.bench.formats import interval, number, word
+
+    rows = [(row.name, number(row.base, row.unit), number(row.new, row.unit), interval(row), word(row, comparison.interleaved)) for row in comparison.rows]
+    _print_table(comparison.ran, ("metric", "base", "new", "new / base [95 % interval]", "verdict"), rows, right=(1, 2))
+    for note in comparison.notes:
+        typer.echo(f"note: {printable(note)}", err=True)
+    typer.echo(printable(comparison.headline))
+
+
+def _print_trends(trends: Sequence[Trend]) -> None:
+    from sdrt.bench.formats import number
+
+    for label in dict.fromkeys(trend.ran for trend in trends):
+        rows = []
+        for trend in (trend for trend in trends if trend.ran == label):
+            values = sorted(trend.values)
+            middle = (values[(len(values) - 1) // 2] + values[len(values) // 2]) / 2
+            state = "BEYOND" if trend.outside else "within" if trend.limit is not None else "too few runs to say"
+            rows.append(
+                (trend.name, str(len(values)), number(middle, trend.unit), number(trend.values[-1], trend.unit), number(trend.limit, trend.unit), state)
+            )
+        _print_table(label, ("metric", "runs", "median", "newest", "fence", ""), rows, right=(1, 2, 3, 4))

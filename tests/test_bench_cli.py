@@ -1,0 +1,258 @@
+"""`sdrt bench` from the outside: exit codes, files, JSON, and one real run of the emoji model."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+from bench_documents import answer, document, synthetic_measure
+from click.testing import Result
+from conftest import ROOT
+from typer.testing import CliRunner
+
+from sdrt.bench import run as bench_run
+from sdrt.bench.measure import Request
+from sdrt.bench.result import write_json
+from sdrt.cli import app
+
+
+def bench(*args: object) -> Result:
+    return CliRunner().invoke(app, ["bench", *(str(arg) for arg in args)])  # type: ignore[return-value]
+
+
+def refused(result: Result, code: int, *fragments: str) -> None:
+    assert result.exit_code == code, (result.exit_code, result.stdout, result.stderr)
+    assert "Traceback" not in result.stderr and result.stdout == ""
+    for fragment in fragments:
+        assert fragment in result.stderr
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Callable[..., Path]:
+    def written(name: str, seed: int, **changes: Any) -> Path:
+        made = document(seed, 10, **{key: changes.pop(key) for key in ("slower", "noise") if key in changes})
+        for part, value in changes.items():
+            made[part] = made[part] | value if isinstance(value, dict) else value
+        write_json(tmp_path / name, made)
+        return tmp_path / name
+
+    return written
+
+
+@pytest.fixture
+def synthetic(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Processes that answer at once with known costs."""
+
+    def install(**slower: float) -> None:
+        made = synthetic_measure(1, {f"{name}.sdrt": value for name, value in slower.items()})
+        for function in (bench_run.run, bench_run.interleave):
+            defaults = function.__kwdefaults__
+            if defaults is not None and "measure" in defaults:
+                monkeypatch.setitem(defaults, "measure", made)
+            else:
+                monkeypatch.setattr(function, "__defaults__", (made,))
+
+    return install
+
+
+@pytest.fixture
+def pair(flat_bundle: Path, tmp_path: Path) -> tuple[Path, Path]:
+    """Two names of one bundle."""
+    for name in ("old.sdrt", "new.sdrt"):
+        (tmp_path / name).symlink_to(flat_bundle)
+    return tmp_path / "old.sdrt", tmp_path / "new.sdrt"
+
+
+# One real run
+
+
+def test_a_real_run(flat_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(tmp_path / "summary.md"))
+    done = bench(
+        "run", flat_bundle, "--processes", 1, "--pictures", 2, "--warm-up", 0.1, "--steps", 4, "--cfg", 3, "--threads", 1, "--layers", "--scenario", "batch", "--batch", 2,
+        "--output", tmp_path / "a.json", "--history", tmp_path / "runs", "--json", *(f"--emit={name}={tmp_path / name}" for name in ("html", "junit", "csv")),
+    )  # fmt: skip
+    assert done.exit_code == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result == json.loads((tmp_path / "a.json").read_text())
+    jsonschema.validate(result, json.loads((ROOT / "docs" / "bench-schema.json").read_text()))
+    assert {"total_ms", "picture_ms", "tokenise_ms", "text_encoder_ms", "step_ms", "decode_ms", "host_ms", "copies_ms", "cold_ms", "load_ms", "compile_ms",
+            "peak_rss_bytes"} <= result["samples"].keys()  # fmt: skip
+    assert len(result["samples"]["step_ms"][0]) == 2 * 4
+    assert {name: result["counters"][name] for name in ("model_calls", "text_encoder_calls", "decode_calls", "jobs")} == {
+        "model_calls": 4, "text_encoder_calls": 1, "decode_calls": 1, "jobs": 1,
+    }  # fmt: skip
+    assert result["packages"] == ["numpy", "onnxruntime", "sdrt", "tokenizers"]
+    checks = {check["graph"]: check["error"] / check["limit"] for check in result["fidelity"]["checks"]}
+    assert set(checks) == {"text_encoder", "step", "vae_decoder"} and max(checks.values()) < 0.5
+    assert len(result["fidelity"]["picture"]["latents_sketch"]) == 256
+    assert result["config"]["size"] == [64, 64] and result["engine"]["backend"] == "onnxruntime"
+    step = result["layers"]["graphs"]["step"]
+    assert step["matrix_flops"] > 0.9 * step["flops"] > 0 and step["slowest"][0]["ms"] > 0 and step["share_of_roofline"] > 0
+    for name in ("html", "junit", "csv", "summary.md", "runs/history.jsonl"):
+        assert "onnxruntime fp32 cpu, batch, 64x64, batch 2, 4 steps of euler" in (tmp_path / name).read_text() or name == "csv"
+    same = bench("compare", tmp_path / "a.json", tmp_path / "a.json")
+    assert same.exit_code == 0 and "PASSED" in same.stdout and "identical" in same.stderr
+
+
+def test_flops_of_the_decoder_are_those_torch_counts(flat_bundle: Path) -> None:
+    """An independent count: torch's own, of the module the graph was traced from."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from sdrt.bench.instruments import Readings, instrumented
+    from sdrt.bench.layers import profile
+    from sdrt.export.checkpoint import open_checkpoint
+    from sdrt.export.graph import recipes
+    from sdrt.runtime import Pipeline
+
+    readings = Readings(keep=True)
+    with instrumented(readings), Pipeline.load(flat_bundle, threads=1) as pipe:
+        pipe("sun", steps=1, cfg=3, seed=0)
+        found = profile(pipe, readings.kept, 1, {})["graphs"]
+    checkpoint = open_checkpoint(ROOT / "examples" / "emoji" / "emoji.safetensors")
+    checkpoint.close()
+    module = recipes(checkpoint.architecture)["vae_decoder"].module().to_empty(device="cpu")
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        module(latents=torch.zeros(1, 4, 8, 8), rounding=torch.zeros(1))
+    # Plain multiply-adds; ONNX Runtime pads the last convolution's 3 channels to a block of 8 or 16.
+    assert found["vae_decoder"]["matrix_flops"] == pytest.approx(counter.get_total_flops(), rel=0.15)
+
+
+# compare
+
+
+def test_compare_passes_fails_and_cannot_tell(files: Callable[..., Path]) -> None:
+    base = files("base.json", 1)
+    assert bench("compare", base, files("same.json", 2)).exit_code == 0
+    done = bench("compare", base, files("slow.json", 2, slower=0.2))
+    assert done.exit_code == 1 and "FAILED: total_ms SLOWER" in done.stdout
+    done = bench("compare", files("loud.json", 3, noise=0.5), files("louder.json", 4, noise=0.5))
+    assert done.exit_code == 8 and "AMBIGUOUS: " in done.stdout and "can see changes of" in done.stdout
+    found = json.loads(bench("compare", base, files("slow.json", 2, slower=0.2), "--json").stdout)
+    assert found["exit_code"] == 1 and found["metrics"][0]["verdict"] == "SLOWER" and found["new"]["samples"]
+
+
+def test_compare_refuses_what_is_not_comparable(files: Callable[..., Path]) -> None:
+    refused(bench("compare", files("a.json", 1), files("b.json", 2, config={"steps": 5})), 8, "not comparable: config.steps: 4 and 5", "bench ab")
+
+
+def test_a_metric_missing_in_one_file(files: Callable[..., Path], tmp_path: Path) -> None:
+    base, new = files("a.json", 1), files("b.json", 2)
+    found = json.loads(new.read_text())
+    del found["samples"]["cold_ms"]
+    new.write_text(json.dumps(found))
+    done = bench("compare", base, new)
+    assert done.exit_code == 1 and "cold_ms MISSING" in done.stdout
+    assert bench("compare", new, base).exit_code == 0
+
+
+def test_bad_files(files: Callable[..., Path], tmp_path: Path) -> None:
+    good = files("a.json", 1)
+    refused(bench("compare", good, tmp_path / "none.json"), 3, "none.json: cannot be read")
+    refused(bench("compare", files("new.json", 1, schema=2), good), 5, "benchmark schema 2; this sdrt reads schema 1", "Upgrade")
+    refused(bench("compare", files("old.json", 1, schema=0), good), 3, "schema: expected 1, found 0")
+    (tmp_path / "bench.toml").write_text("[metrics.total]\n")
+    refused(bench("compare", good, good), 3, "metrics.total: unknown; did you mean 'total_ms'")
+    refused(bench("compare", good, good, "--config", tmp_path / "none.toml"), 3, "none.toml")
+
+
+def test_emit_writes_files_and_refuses_what_it_cannot(files: Callable[..., Path], tmp_path: Path) -> None:
+    good = files("a.json", 1)
+    names = ("markdown", "junit", "bencher", "github", "csv", "html")
+    assert bench("compare", good, good, *(f"--emit={name}={tmp_path / name}" for name in names)).exit_code == 0
+    assert all((tmp_path / name).stat().st_size > 200 for name in names)
+    refused(bench("compare", good, good, "--emit", "junitt=x"), 2, "did you mean 'junit'")
+    refused(bench("compare", good, good, "--emit", "junit"), 2, "expected FORMAT=FILE")
+    refused(bench("compare", good, good, "--emit", f"csv={tmp_path}/none/x"), 2, "no folder")
+
+
+# run and ab on synthetic processes
+
+
+def test_run_prints_a_table_with_the_engine(pair: tuple[Path, Path], synthetic: Callable[..., None]) -> None:
+    synthetic(old=0.0)
+    done = bench("run", pair[0])
+    assert done.exit_code == 0, done.stderr
+    assert "onnxruntime fp32 cpu, 64x64, batch 1, 20 steps of euler" in done.stdout and "total_ms" in done.stdout and "time = " in done.stdout
+    assert "process 5 of 5" in done.stderr
+
+
+def test_run_fails_for_wrong_pictures(pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import numpy as np
+
+    def wrong(_: Request) -> dict[str, Any]:
+        made = answer(np.random.default_rng(0))
+        made["fidelity"] |= {"ok": False, "problems": ["vae_decoder: pixels: differs"]}
+        return made
+
+    monkeypatch.setattr(bench_run.run, "__defaults__", (wrong,))
+    done = bench("run", pair[0], "--output", tmp_path / "a.json", "--json")
+    assert done.exit_code == 1 and "the pictures are wrong: vae_decoder: pixels: differs" in done.stderr
+    assert json.loads(done.stdout)["fidelity"]["ok"] is False and (tmp_path / "a.json").exists()
+
+
+def test_ab_fails_for_ten_per_cent_and_passes_for_the_same(pair: tuple[Path, Path], synthetic: Callable[..., None], tmp_path: Path) -> None:
+    synthetic(old=0.0, new=0.1)
+    done = bench("ab", *pair, "--emit", f"junit={tmp_path / 'x.xml'}")
+    assert done.exit_code == 1 and "total_ms SLOWER" in done.stdout, done.stderr
+    assert "<failure" in (tmp_path / "x.xml").read_text()
+    synthetic(old=0.0, new=0.0)
+    assert bench("ab", *pair).exit_code == 0
+    done = bench("ab", *pair, "--pairs", 2, "--max-time", 0.001)
+    assert done.exit_code == 8 and "about 8 pairs would" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "fragment"),
+    [(["--scenario", "batches"], "did you mean 'batch'"), (["--processes", 0], "--processes 0: expected at least 1"), (["--pictures", 0], "at least 1"),
+     (["--rate", 0], "--rate 0: expected above 0"), (["--rate", "nan"], "--rate nan"), (["--duration", -1], "--duration"), (["--queue", -1], "--queue -1"),
+     (["--rate", 900, "--duration", 9000], "the limit is 100,000"), (["--size", "64"], "--size 64: expected WIDTHxHEIGHT"), (["--batch", 2], "choose --scenario batch"),
+     (["--warm-up", "inf"], "--warm-up")],
+)  # fmt: skip
+def test_bad_options(flat_bundle: Path, options: list[object], fragment: str) -> None:
+    done = bench("run", flat_bundle, *options)
+    refused(done, 2)
+    assert fragment.lower() in done.stderr.lower()
+
+
+def test_bundles_that_are_not_there(tmp_path: Path) -> None:
+    refused(bench("run", tmp_path / "none.sdrt"), 3, "no such bundle")
+    refused(bench("ab", tmp_path / "none.sdrt", tmp_path / "none.sdrt"), 3, "no such bundle")
+
+
+def test_an_interpreter_that_is_not_there(pair: tuple[Path, Path]) -> None:
+    refused(bench("ab", *pair, "--old-python", "none/python"), 2, "--old-python none/python: expected a Python interpreter")
+
+
+# trend
+
+
+def test_trend(pair: tuple[Path, Path], synthetic: Callable[..., None], tmp_path: Path) -> None:
+    synthetic(old=0.0, new=0.5)
+    for _ in range(11):
+        assert bench("run", pair[0], "--history", tmp_path / "runs", "--processes", 2).exit_code == 0
+    done = bench("trend", tmp_path / "runs", "--html", tmp_path / "t.html", "--check")
+    assert done.exit_code == 0 and "within" in done.stdout and "<svg" in (tmp_path / "t.html").read_text()
+    assert bench("run", pair[1], "--history", tmp_path / "runs", "--processes", 2).exit_code == 0
+    assert bench("trend", tmp_path / "runs").exit_code == 0
+    done = bench("trend", tmp_path / "runs", "--check", "--json")
+    found = {trend["name"]: trend["outside"] for trend in json.loads(done.stdout)["trends"]}
+    assert done.exit_code == 1 and found["total_ms"] and not found["jobs"]
+    refused(bench("trend", tmp_path / "none"), 3, "cannot be read")
+
+
+def test_measuring_imports_no_torch_and_no_plotting_library() -> None:
+    script = (
+        "import sys, pkgutil, importlib, sdrt.bench\n"
+        "for m in pkgutil.iter_modules(sdrt.bench.__path__):\n    m.name == 'report' or importlib.import_module('sdrt.bench.' + m.name)\n"
+        "bad = {'torch', 'onnx', 'matplotlib', 'onnxruntime', 'openvino'} & set(sys.modules)\nsys.exit(str(bad) if bad else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
