@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch_files import FORM_NAMES, FORMS, refused, saved, tensors, text, zipped_pickle
+from torch_files import FORM_NAMES, FORMS, peak_bytes, refused, saved, tensors, text, zipped_pickle
 
 from sdrt.errors import UnsafeError
 from sdrt.export.tensor_file import open_tensor_file
@@ -202,6 +202,33 @@ def test_p8_keys_that_take_forever_to_hash(tmp_path: Path) -> None:
     path = zipped_pickle(tmp_path / "y.ckpt", b"\x80\x02}" + key + b"Ns.")
     with open_tensor_file(path) as file:
         assert file.tree == {}
+
+
+LONG_LIST = b"](" + b"N" * 1000 + b"e"
+PAIRS = b"](" + b"".join(b"K%cN\x86" % i for i in range(256)) * 4 + b"e"
+P8_COPIES = {
+    "dictionaries of one list": b"ccollections\nOrderedDict\nq\x00" + PAIRS + b"q\x010" + b"h\x00h\x01\x85R0" * 2000,
+    "sizes of one list": b"ctorch\nSize\nq\x00" + LONG_LIST + b"q\x010" + b"h\x00h\x01\x85R0" * 2000,
+    "bytes of one text": b"c_codecs\nencode\nq\x00" + text("x" * 1_000_000) + b"q\x010" + text("latin1") + b"q\x020" + b"h\x00h\x01h\x02\x86R" * 200,
+    "parameters of one dictionary": b"ctorch.nn.modules.container\nParameterDict\nq\x00}" + text("_parameters") + b"}(" + b"".join(b"M%c%cN" % (i % 256, i // 256) for i in range(1000)) + b"usq\x01" + b"0h\x00)\x81h\x01b" * 2000,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", P8_COPIES)
+def test_p8_one_value_copied_many_times(tmp_path: Path, name: str) -> None:
+    path = zipped_pickle(tmp_path / "x.ckpt", b"\x80\x02" + P8_COPIES[name] + b"N.")
+    peak = peak_bytes(lambda: refused(path, "it repeats itself beyond the limit of 1,000,000 values"))
+    assert peak < 120_000_000
+
+
+def test_p8_names_and_numbers_too_long_to_print(tmp_path: Path) -> None:
+    nested = b"\x80\x02" + text("k" * 400) + b"q\x000" + b"}h\x00" * 4 + b"N" + b"s" * 4 + b"."
+    refused(zipped_pickle(tmp_path / "x.ckpt", nested), "a name longer than the limit of 1,000 characters")
+    with open_tensor_file(zipped_pickle(tmp_path / "x.ckpt", pickle.dumps({1 << 100_000: 1, "a": 1 << 100_000}, 2))) as file:
+        assert file.tree == {"a": 1 << 100_000}
+        assert file.notes == ("x.ckpt: ignored, as no tensor: the key int",)
+    error = refused(zipped_pickle(tmp_path / "x.ckpt", b"\x80\x04" + text("m" * 1_000_000) + text("n") + b"\x93."), "the name mmm", kind=UnsafeError)
+    assert len(error.message) < 1000
 
 
 def test_p8_a_pickle_longer_than_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -74,6 +74,13 @@ def kind(value: object) -> str:
     return value.text.replace(" ", ".") if isinstance(value, Name) else value.name if isinstance(value, Baggage) else type(value).__name__
 
 
+def shown(value: object) -> str:
+    """A value in a few characters. Never its repr: that of a huge number is refused by Python, that of shared lists may be endless."""
+    if isinstance(value, tuple | list):
+        return "[" + ", ".join(shown(item) if not isinstance(item, tuple | list) else kind(item) for item in value[:9]) + (", ...]" if len(value) > 9 else "]")
+    return str(value) if isinstance(value, bool | float) or (type(value) is int and abs(value) < 1 << 64) else kind(value)
+
+
 def is_count(value: object) -> bool:
     return type(value) is int and 0 <= value < 1 << 63
 

@@ -18,6 +18,9 @@ MAX_OPCODES = 1_000_000
 MAX_MEMO = 1_000_000
 MAX_DEPTH = 200
 MAX_LINE_BYTES = 1 << 20
+MAX_KEY_LENGTH = 100
+MAX_COPIED = 100_000_000
+"""What builders may copy in all: characters, with a value counted as 100. A pickle can refer to one long list as often as it has opcodes."""
 
 
 class PickleBytes:
@@ -75,6 +78,7 @@ class _Interpreter:
         self.stack: list[Any] = []
         self.below: list[list[Any]] = []
         self.memo: dict[int, Any] = {}
+        self.copied = 0
 
     def run(self, source: PickleBytes) -> Any:
         for count, (opcode, argument, position) in enumerate(genops(source)):  # type: ignore[arg-type]
@@ -145,8 +149,8 @@ class _Interpreter:
 
     def name(self, text: Any) -> None:
         if not isinstance(text, str) or text not in NAMES:
-            shown = printable(text.replace(" ", ".", 1)) if isinstance(text, str) else kind(text)
-            raise self._unsafe(f"the name {shown}, which is not tensor data and could be code")
+            found = printable(text[:200].replace(" ", ".", 1)) if isinstance(text, str) else kind(text)
+            raise self._unsafe(f"the name {found}, which is not tensor data and could be code")
         self.stack.append(Name(text))
 
     def stack_name(self, _: object) -> None:
@@ -163,7 +167,15 @@ class _Interpreter:
         builder = NAMES[target.text]
         if builder is None:
             raise self._unsafe(f"a call of {target.text.replace(' ', '.')}, expected a mere reference to it")
+        self.count_copies(*arguments)
         self.stack.append(builder(target.text, arguments))
+
+    def count_copies(self, *values: Any) -> None:
+        self.copied += sum(
+            len(value) * (1 if isinstance(value, str | bytes) else 100) for value in values if isinstance(value, str | bytes | list | tuple | dict)
+        )
+        if self.copied > MAX_COPIED:
+            raise MalformedPickle(f"it repeats itself beyond the limit of {MAX_COPIED // 100:,} values")
 
     def reduce(self, _: object) -> None:
         arguments, target = self.stack.pop(), self.stack.pop()
@@ -189,6 +201,7 @@ class _Interpreter:
         state, target = self.stack.pop(), self.stack[-1]
         if isinstance(target, Parameters):
             if isinstance(state, dict) and isinstance(state.get("_parameters"), dict):
+                self.count_copies(state["_parameters"])
                 target.update(state["_parameters"])
         elif isinstance(target, NumpyType):
             if isinstance(state, tuple) and len(state) > 1 and state[1] == ">":
@@ -200,9 +213,9 @@ class _Interpreter:
         """Storages are the one thing torch keeps outside the pickle: ("storage", type, key, device, items[, view])."""
         key = self.stack.pop()
         if not isinstance(key, tuple) or not key or key[0] != "storage":
-            what = printable(repr(key[0])[:80]) if isinstance(key, tuple) and key and isinstance(key[0], str) else kind(key)
+            what = printable(repr(key[0][:80])) if isinstance(key, tuple) and key and isinstance(key[0], str) else kind(key)
             raise self._unsafe(f"a reference to {what} outside the pickle, expected a storage")
-        if len(key) not in (5, 6) or not isinstance(key[1], Name) or not isinstance(key[2], str) or not is_count(key[4]):
+        if len(key) not in (5, 6) or not isinstance(key[1], Name) or not isinstance(key[2], str) or len(key[2]) > MAX_KEY_LENGTH or not is_count(key[4]):
             raise MalformedPickle("a storage without its type, key and size")
         dtype = STORAGE_TYPES.get(key[1].text.rpartition(" ")[2])
         if dtype is None:
@@ -215,7 +228,7 @@ class _Interpreter:
             first = view[1]
         storage = self.storages.setdefault(key[2], StorageReference(key[2], dtype, key[4]))
         if (storage.dtype, storage.items) != (dtype, key[4]):
-            raise MalformedPickle(f"two sizes or types for one storage, {key[2][:40]!r}")
+            raise MalformedPickle(f"two sizes or types for one storage, {key[2]!r}")
         self.stack.append(StorageReference(key[2], dtype, key[4], first))
 
 

@@ -15,18 +15,20 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from sdrt.errors import InputFileError, UnsafeError, printable
-from sdrt.export.pickle_names import Baggage, Name, StorageReference, TensorReference, kind
+from sdrt.export.pickle_names import Baggage, Name, StorageReference, TensorReference, kind, shown
 from sdrt.export.pickles import MAX_DEPTH, MAX_PICKLE_BYTES, PickleBytes, read_pickle
 from sdrt.export.tensor_entry import ITEM_BYTES, MAX_RANK, MAX_TENSORS, TensorEntry
 from sdrt.export.zip_members import MAX_EXPANSION, Member, expansion_limit, members, read_member
 
 MAX_VALUES = 200_000
+MAX_NAME_LENGTH = 1000
 MAX_NESTED_STATE_DICTS = 8
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 LEGACY_PROTOCOL = 1001
 
 _ITEM_BYTES = ITEM_BYTES | {"C64": 8, "C128": 16}
 _MEMBER = re.compile(r"(version|byteorder|\.format_version|\.storage_alignment|\.data/[^/]+|data/[^/]+)")
+_SHOWN_DROPPED = 5
 _AGAIN = "Download the file again."
 _SOURCE = "Get the file from its source again, as .safetensors if there is one."
 
@@ -77,7 +79,7 @@ def read_legacy_archive(path: Path, stream: BinaryIO, size: int) -> TorchArchive
             raise InputFileError(f"{path}: a Python pickle that torch.save did not write", "Save it with torch.save, or as .safetensors.")
         protocol, system = (read_pickle(PickleBytes(buffered, size), str(path)) for _ in range(2))
         if protocol != LEGACY_PROTOCOL or not isinstance(system, dict):
-            raise InputFileError(f"{path}: legacy torch protocol {printable(repr(protocol)[:40])}, expected {LEGACY_PROTOCOL}", "Save it with torch.save.")
+            raise InputFileError(f"{path}: legacy torch protocol {shown(protocol)}, expected {LEGACY_PROTOCOL}", "Save it with torch.save.")
         if system.get("little_endian") is not True:
             raise InputFileError(f"{path}: big-endian data", "Save it on a little-endian machine.")
         storages: dict[str, StorageReference] = {}
@@ -156,7 +158,7 @@ def _archive(path: Path, size: int, root: Any, storage: Callable[[StorageReferen
             f"{path}: its tensors unpack to {logical:,} bytes, more than the limit of {expansion_limit(size):,} ({MAX_EXPANSION} times the file)", _SOURCE
         )
     if walk.dropped:
-        notes.append(f"{path.name}: ignored, as no tensor: {printable(', '.join(walk.dropped[:5])[:200])}")
+        notes.append(f"{path.name}: ignored, as no tensor: {printable(', '.join(walk.dropped[:_SHOWN_DROPPED])[:200])}")
     return TorchArchive(walk.entries, tree, tuple(notes))
 
 
@@ -177,14 +179,18 @@ class _Walk:
             raise InputFileError(f"{self.path}: more values than the limit of {MAX_VALUES:,}", _SOURCE)
         if len(at) > MAX_DEPTH:
             raise InputFileError(f"{self.path}: nested deeper than the limit of {MAX_DEPTH}", _SOURCE)
+        if sum(map(len, at)) > MAX_NAME_LENGTH:
+            raise InputFileError(f"{self.path}: a name longer than the limit of {MAX_NAME_LENGTH:,} characters: {printable(at[0][:40])}...", _SOURCE)
         if isinstance(value, TensorReference):
             return self._tensor(value, ".".join(at) or "tensor")
         if isinstance(value, dict):
-            for key in value:
-                if not isinstance(key, str | int) or isinstance(key, bool):
+            kept: dict[str | int, Any] = {}
+            for key, item in value.items():
+                if isinstance(key, str) or (type(key) is int and abs(key) < 1 << 64):
+                    kept[key] = item
+                else:
                     self._drop(key, (*at, f"the key {kind(key)}"))
-            kept = [(key, item) for key, item in value.items() if isinstance(key, str | int) and not isinstance(key, bool)]
-            return {key: self.value(item, (*at, str(key))) for key, item in kept if not self._baggage(item, (*at, str(key)))}
+            return {key: self.value(item, (*at, str(key))) for key, item in kept.items() if not self._baggage(item, (*at, str(key)))}
         if isinstance(value, list | tuple):
             return [self.value(item, (*at, str(i))) for i, item in enumerate(value) if not self._baggage(item, (*at, str(i)))]
         if isinstance(value, Name):
@@ -202,7 +208,8 @@ class _Walk:
     def _drop(self, value: Any, at: tuple[str, ...]) -> None:
         if self.strict or not at:
             raise InputFileError(f"{self.path}: {printable('.'.join(at)[:200])}: expected a tensor or a plain value, found {printable(kind(value))}", _SOURCE)
-        self.dropped.append(".".join(at))
+        if len(self.dropped) <= _SHOWN_DROPPED:
+            self.dropped.append(".".join(at)[:MAX_NAME_LENGTH])
 
     def _tensor(self, view: TensorReference, name: str) -> TensorEntry:
         where = f"{self.path}: {printable(name[:200])}"
@@ -215,7 +222,7 @@ class _Walk:
             raise InputFileError(f"{where}: a type that sdrt does not know")
         if len(view.shape) > MAX_RANK or len(view.strides) != len(view.shape) or not all(_is_size(n) for n in (*view.shape, *view.strides)):
             raise InputFileError(
-                f"{where}: shape {printable(repr(view.shape)[:80])} with strides {printable(repr(view.strides)[:80])}: expected up to {MAX_RANK} sizes, none negative",
+                f"{where}: shape {shown(view.shape)} with strides {shown(view.strides)}: expected up to {MAX_RANK} sizes, none negative",
                 _SOURCE,
             )
         member = self.storage(view.storage)
