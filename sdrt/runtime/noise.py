@@ -58,11 +58,22 @@ def _box_muller(uniforms: Array) -> Array:
     return np.stack([radius * np.cos(theta), radius * np.sin(theta)], axis=1).reshape(-1)
 
 
-class NvNoise:
-    """The stream AUTOMATIC1111 calls "NV": Philox 4x32-10, as CUDA's generator has it, for every value a counter of its own.
+def philox(counter: list[NDArray[np.uint64]], key: tuple[int, int]) -> list[NDArray[np.uint64]]:
+    """Philox 4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"): four words of 32 bits per counter, in uint64."""
+    low, half = np.uint64(0xFFFFFFFF), np.uint64(32)
+    words, (key_0, key_1) = counter, key
+    for _ in range(10):
+        first, second = words[0] * np.uint64(0xD2511F53), words[2] * np.uint64(0xCD9E8D57)
+        words = [(second >> half) ^ words[1] ^ np.uint64(key_0), second & low, (first >> half) ^ words[3] ^ np.uint64(key_1), first & low]
+        key_0, key_1 = (key_0 + 0x9E3779B9) & 0xFFFFFFFF, (key_1 + 0xBB67AE85) & 0xFFFFFFFF
+    return words
 
-    Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3". The key is the seed, the counter (draw, 0, index of the value, 0); of the
-    four words the first two make one normal, by Box-Muller's sine. A GPU's own torch.randn has these values only for small tensors.
+
+class NvNoise:
+    """The stream AUTOMATIC1111 calls "NV", after CUDA's generator: every value has a Philox counter of its own.
+
+    The key is the seed, the counter (draw, 0, index of the value, 0); of the four words the first two make one normal, by Box-Muller's sine.
+    A GPU's own torch.randn has these values only for tensors small enough for one pass of its grid.
     """
 
     def __init__(self, seed: int) -> None:
@@ -72,15 +83,9 @@ class NvNoise:
     def draw(self, shape: tuple[int, ...]) -> Array:
         """The next unit normals, float32."""
         index = np.arange(int(np.prod(shape)), dtype=np.uint64)
-        words = [np.full_like(index, self._draws), np.zeros_like(index), index, np.zeros_like(index)]
+        zero = np.zeros_like(index)
+        words = philox([np.full_like(index, self._draws), zero, index, zero], self._key)
         self._draws += 1
-        key = list(self._key)
-        low = np.uint64(0xFFFFFFFF)
-        for _ in range(10):
-            first, second = words[0] * np.uint64(0xD2511F53), words[2] * np.uint64(0xCD9E8D57)
-            high_first, high_second = first >> np.uint64(32), second >> np.uint64(32)
-            words = [high_second ^ words[1] ^ np.uint64(key[0]), second & low, high_first ^ words[3] ^ np.uint64(key[1]), first & low]
-            key = [(key[0] + 0x9E3779B9) & 0xFFFFFFFF, (key[1] + 0xBB67AE85) & 0xFFFFFFFF]
         u = words[0] * 2.0**-32 + 2.0**-33
         v = (words[1] * 2.0**-32 + 2.0**-33) * (2 * np.pi)
         return np.asarray(np.sqrt(-2.0 * np.log(u)) * np.sin(v), np.float32).reshape(shape)

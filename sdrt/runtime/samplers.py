@@ -83,7 +83,7 @@ SAMPLERS: dict[str, Sampler] = {
     "lms": Sampler("LMS", "linear multistep, fourth order", _a1111(by_sigma.lms), _diffusers(partial(by_sigma.lms, counts_skipped=True)), "LMSDiscreteScheduler"),
     "ddim": Sampler(
         "DDIM", "deterministic, whole timesteps",
-        Recipe(by_timestep.ddim, lv.diffusers_timestep_levels, _LEADING),
+        Recipe(by_timestep.ddim, lv.a1111_ddim_levels, ("ddim_uniform",)),
         Recipe(by_timestep.ddim, lv.diffusers_timestep_levels, _LEADING), "DDIMScheduler",
     ),
     "ddpm": Sampler("DDPM", "the original, for many steps; not in AUTOMATIC1111", _DDPM, _DDPM, "DDPMScheduler"),
