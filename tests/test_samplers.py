@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
 
 from sdrt.bundle import Diffusion
-from sdrt.errors import UsageError
+from sdrt.errors import BundleError, UsageError
 from sdrt.runtime.samplers import COMPATS, SAMPLERS, parse_sampler, plan_rows
 from sdrt.runtime.schedule import MAX_STEPS
 
@@ -140,3 +141,40 @@ def test_no_number_is_ever_bad(sampler: str, compat: str) -> None:
 def test_strength_out_of_range(strength: float, compat: str) -> None:
     with pytest.raises(UsageError, match=f"strength {strength}: expected more than 0 and at most 1"):
         plan_rows("ddpm", "leading", 20, Diffusion(), strength=strength, compat=compat)
+
+
+def test_more_steps_than_timesteps_in_all() -> None:
+    with pytest.raises(UsageError, match=r"steps 600, strength 0\.5: are 1200 steps in all, at most 1000"):
+        plan_rows("ddim", "ddim_uniform", 600, Diffusion(), strength=0.5, fix_steps=True)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"prediction": "flow"},
+        {"prediction": ""},
+        {"beta_start": 0.0},
+        {"beta_end": 1.0},
+        {"beta_start": 0.5},
+        {"beta_end": math.nan},
+        {"num_timesteps": 10_001},
+    ],
+)
+def test_manifest_that_makes_no_sense(wrong: dict[str, Any]) -> None:
+    with pytest.raises(BundleError, match=r"manifest\.json, diffusion") as caught:
+        plan_rows("euler", "normal", 3, Diffusion(**wrong))
+    assert caught.value.exit_code == 4
+
+
+def test_networks_of_few_timesteps() -> None:
+    """Every sampler plans or refuses in words for any length of training."""
+    for timesteps in (2, 30, 51, 100):
+        for key, sampler in SAMPLERS.items():
+            for compat, how in (("a1111", sampler.a1111), ("diffusers", sampler.diffusers)):
+                for steps in (1, 2, 30):
+                    try:
+                        rows = plan_rows(key, how.schedules[0], steps, Diffusion(num_timesteps=timesteps), compat=compat) if how else []
+                    except UsageError as error:
+                        assert "steps" in error.message
+                        continue
+                    assert all(np.isfinite(row.M).all() for row in rows)

@@ -20,6 +20,9 @@ from sdrt.runtime.schedule import SCHEDULES, SPACINGS, Sigmas, exponential, karr
 ALMOST_ONE = 0.999
 """AUTOMATIC1111 caps strength here."""
 
+LCM_STEPS = 50
+"""Levels that consistency models are distilled at (`original_inference_steps`)."""
+
 
 @dataclass(frozen=True)
 class Request:
@@ -78,12 +81,22 @@ def _without(levels: Levels, first: int) -> Levels:
 
 
 def a1111_count(request: Request) -> tuple[int, int | None]:
-    """Steps of the whole schedule, and AUTOMATIC1111's t_enc: an image is left t_enc + 1 of them (`setup_img2img_steps`). None from text."""
+    """Steps of the whole schedule, and AUTOMATIC1111's t_enc: an image is left t_enc + 1 of them (`setup_img2img_steps`). None from text.
+
+    Raises:
+        UsageError: the whole has more steps than the network has timesteps.
+    """
     if request.strength is None:
         return request.steps, None
     strength = min(request.strength, ALMOST_ONE)
     if request.fix_steps:
-        return int(request.steps / strength), request.steps - 1
+        whole = int(request.steps / strength)
+        if whole > len(request.training):
+            raise UsageError(
+                f"steps {request.steps}, strength {request.strength}: are {whole} steps in all, at most {len(request.training)}",
+                "Take fewer steps, or more strength.",
+            )
+        return whole, request.steps - 1
     return request.steps, int(strength * request.steps)
 
 
@@ -94,7 +107,7 @@ def a1111_levels(request: Request, *, discard: bool = False) -> Levels:
 
 def a1111_lcm_levels(request: Request) -> Levels:
     """Levels of AUTOMATIC1111's LCM: schedules over the 50 levels of distillation, the timestep being that of the nearest one."""
-    k = len(request.training) // LCM_STEPS
+    k = max(1, len(request.training) // LCM_STEPS)
     trained = request.training[k - 1 :: k]
     return _a1111(request, trained, False, lambda sigma: float(np.abs(math.log(sigma) - np.log(trained)).argmin() * k + k - 1))
 
@@ -254,10 +267,6 @@ def diffusers_timestep_levels(request: Request, *, improved: bool = False, strid
     return Levels((*sigmas, last), tuple(map(float, whole)), sigmas[0], math.hypot(1, sigmas[0]), (sigmas[-1], sigmas[0]), tuple(jumps))
 
 
-LCM_STEPS = 50
-"""Levels that consistency models are distilled at (`original_inference_steps`)."""
-
-
 def diffusers_distilled_levels(request: Request) -> Levels:
     """Levels of diffusers' LCM and TCD: some of the 50 whole timesteps of distillation, ending at the level of timestep 0.
 
@@ -265,8 +274,10 @@ def diffusers_distilled_levels(request: Request) -> Levels:
         UsageError: more steps than that.
     """
     training, steps = request.training, request.steps
-    if steps > LCM_STEPS:
-        raise UsageError(f"steps {steps}: a distilled model's sampler takes at most {LCM_STEPS}", "4 to 8 suit most.")
+    if steps > LCM_STEPS or len(training) < LCM_STEPS:
+        raise UsageError(
+            f"steps {steps}: a distilled model's sampler takes at most {LCM_STEPS}, and {LCM_STEPS} timesteps or more to train", "4 to 8 suit most."
+        )
     k = len(training) // LCM_STEPS
     trained = (np.arange(1, LCM_STEPS + 1) * k - 1)[::-1]
     t = trained[np.floor(np.linspace(0, LCM_STEPS, steps, endpoint=False)).astype(int)]
