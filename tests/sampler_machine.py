@@ -1,4 +1,4 @@
-"""The step graph's arithmetic in float64, and the toy network and noise that samplers are tested with."""
+"""The step graph's arithmetic in float64 and on an engine, and the toy network and noise that samplers are tested with."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
+from reference import Graphs
 
-from sdrt.runtime.engine import Tables
+from sdrt.runtime.engine import Engine, Job, Tables, tables
+from sdrt.runtime.noise import CpuNoise
 from sdrt.runtime.samplers import Row
 
 Array = NDArray[np.float64]
@@ -60,3 +62,34 @@ def run_machine(
         r = np.tensordot(M.astype(np.float64), np.stack([*r, denoised, noise]), 1)
         r[0] += (1 - k) * mask * (b * kept + c * unit_noise - r[0])
     return np.asarray(r[0])
+
+
+def run_engine(engine: Engine, graphs: Graphs, rows: Sequence[Row]) -> tuple[Array, Callable[[Array, float], Array], Array, Iterator[Array]]:
+    """Two small pictures, guided, through an engine.
+
+    Gives the finished latents, and what a reference loop needs to make them again: the network (the same graph, asked for its raw prediction only),
+    unit noise, and the fresh noise in the order that it was used.
+    """
+    shape, guidance = (2, 4, 8, 8), 3.0
+    stream = CpuNoise(11)
+    unit_noise = stream.draw(shape)
+    tokens = np.full((4, 77), 49407, np.int64)
+    tokens[:, :4] = np.random.RandomState(12).randint(300, 40_000, (4, 4))
+    context = engine.encode_text(tokens, np.ones(tokens.shape, np.float32), 1)
+
+    def network(x: Array, t: float) -> Array:
+        out = graphs.unet(np.concatenate([x, x]).astype(np.float32), t, context).astype(np.float64)
+        return (1 - guidance) * out[:2] + guidance * out[2:]
+
+    noise = np.zeros((len(rows), *shape), np.float32)
+    path = interval_noise(shape)
+    for i, row in enumerate(rows):
+        if row.noise is not None:
+            noise[i] = stream.draw(shape) if row.noise == "draw" else path(*row.noise)
+    zeros = np.zeros(shape, np.float32)
+    job = Job(tables(rows, [[1 - guidance, guidance]] * len(rows)), noise, (context,), (0,) * len(rows), zeros, unit_noise, zeros[:, :1])
+    denoising = engine.denoise(job)
+    for _ in rows:
+        denoising.step()
+    drawn = (noise[i].astype(np.float64) for i, row in enumerate(rows) if row.noise is not None)
+    return denoising.latents().astype(np.float64), network, unit_noise.astype(np.float64), drawn

@@ -11,11 +11,10 @@ import numpy as np
 import pytest
 from k_diffusion import BROWNIAN, REFERENCES, Array, Denoiser, noise_of, reference_sigmas, sigmas_of, t_to_sigma
 from reference import Graphs, relative
-from sampler_machine import interval_noise, normals, run_machine, toy_network
+from sampler_machine import normals, run_engine, run_machine, toy_network
 
 from sdrt.bundle import Diffusion, open_bundle
-from sdrt.runtime.engine import Engine, Job, load_engine, tables
-from sdrt.runtime.noise import CpuNoise
+from sdrt.runtime.engine import Engine, load_engine, tables
 from sdrt.runtime.samplers import SAMPLERS, plan_rows
 from sdrt.runtime.schedule import SCHEDULES
 
@@ -136,34 +135,13 @@ def graphs(flat_bundle: Path) -> Graphs:
 
 @pytest.mark.parametrize("sampler", REFERENCES)
 def test_whole_loop(engine: Engine, graphs: Graphs, sampler: str) -> None:
-    """The engine over the tables, with the sampler's own schedule, against the formulas calling the same graph for its raw prediction only; two pictures, guided."""
-    steps, shape, guidance, schedule = 8, (2, 4, 8, 8), 3.0, SAMPLERS[sampler].schedules[0]
-    stream = CpuNoise(11)
-    unit_noise = stream.draw(shape)
-    random = np.random.RandomState(12)
-    tokens = np.full((4, 77), 49407, np.int64)
-    tokens[:, :4] = random.randint(300, 40_000, (4, 4))
-    context = engine.encode_text(tokens, np.ones(tokens.shape, np.float32), 1)
-
-    def network(x: Array, t: float) -> Array:
-        out = graphs.unet(np.concatenate([x, x]).astype(np.float32), t, context).astype(np.float64)
-        return (1 - guidance) * out[:2] + guidance * out[2:]
-
-    rows = plan_rows(sampler, schedule, steps, Diffusion())
-    noise = np.zeros((len(rows), *shape), np.float32)
-    path = interval_noise(shape)
-    for i, row in enumerate(rows):
-        if row.noise is not None:
-            noise[i] = stream.draw(shape) if row.noise == "draw" else path(*row.noise)
-    zeros = np.zeros(shape, np.float32)
-    denoising = engine.denoise(Job(tables(rows, [[1 - guidance, guidance]] * len(rows)), noise, (context,), (0,) * len(rows), zeros, unit_noise, zeros[:, :1]))
-    for _ in rows:
-        denoising.step()
-    drawn = (noise[i].astype(np.float64) for i, row in enumerate(rows) if row.noise is not None)
-    sigmas = sigmas_of(sampler, schedule, steps)
-    start = unit_noise.astype(np.float64) * sigmas[0]
-    expected = REFERENCES[sampler](Denoiser(network, "epsilon"), start, sigmas, lambda sigma, sigma_next: next(drawn))
-    assert relative(denoising.latents(), expected) < 1e-4
+    """The engine over the tables, with the sampler's own schedule, against the formulas calling the same graph for its raw prediction only."""
+    schedule = SAMPLERS[sampler].schedules[0]
+    rows = plan_rows(sampler, schedule, 5, Diffusion())
+    found, network, unit, drawn = run_engine(engine, graphs, rows)
+    sigmas = sigmas_of(sampler, schedule, 5)
+    expected = REFERENCES[sampler](Denoiser(network, "epsilon"), unit * sigmas[0], sigmas, lambda sigma, sigma_next: next(drawn))
+    assert relative(found, expected) < 1e-4
 
 
 def test_prediction_of_the_manifest_is_used() -> None:

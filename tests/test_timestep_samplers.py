@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from k_diffusion import ALPHAS, LOG_SIGMAS, SIGMAS, Array, Denoiser, ramp, reference_sigmas
-from reference import TRAINING, relative
-from sampler_machine import normals, run_machine, toy_network
+from k_diffusion import ALPHAS, LOG_SIGMAS, SIGMAS, Array, Denoiser, Network, ramp, reference_sigmas
+from reference import TRAINING, Graphs, relative
+from sampler_machine import normals, run_engine, run_machine, toy_network
 
-from sdrt.bundle import Diffusion
+from sdrt.bundle import Diffusion, open_bundle
 from sdrt.errors import UsageError
-from sdrt.runtime.engine import tables
-from sdrt.runtime.samplers import plan_rows
+from sdrt.runtime.engine import Engine, load_engine, tables
+from sdrt.runtime.samplers import SAMPLERS, plan_rows
 
 EXACT = 1e-9
 PREDICTIONS = ["epsilon", "v", "sample"]
@@ -109,19 +110,19 @@ def unipc_levels(first: float, steps: int) -> tuple[list[float], list[float]]:
     return [math.sqrt(1 - math.exp(2 * log)) / math.exp(log) for log in log_alpha], t[:-1]
 
 
-def diffusers_unipc(x: Array, sigmas: list[float], timesteps: list[float], prediction: str, order: int, variant: str) -> Array:
-    """diffusers' solver on levels of ours, in float64."""
+def diffusers_unipc(x: Array, sigmas: list[float], timesteps: list[float], prediction: str = "epsilon", network: Network = toy_network) -> Array:
+    """diffusers' solver, of order 3 in its bh1 variant, on AUTOMATIC1111's levels, in float64."""
     import torch
     from diffusers import UniPCMultistepScheduler
 
     kind: Any = {"epsilon": "epsilon", "v": "v_prediction", "sample": "sample"}[prediction]
-    scheduler: Any = UniPCMultistepScheduler(**TRAINING, solver_order=order, solver_type=variant, prediction_type=kind)
+    scheduler: Any = UniPCMultistepScheduler(**TRAINING, solver_order=3, solver_type="bh1", prediction_type=kind)
     scheduler.set_timesteps(len(timesteps))
     scheduler.sigmas, scheduler.timesteps = torch.tensor(sigmas, dtype=torch.float64), torch.tensor(timesteps, dtype=torch.float64)
     scheduler.set_begin_index(0)
     latents = torch.from_numpy(x)[None]
     for t in timesteps:
-        latents = scheduler.step(torch.from_numpy(toy_network(latents.numpy(), t)), t, latents, return_dict=False)[0]
+        latents = scheduler.step(torch.from_numpy(network(latents[0].numpy(), t))[None], t, latents, return_dict=False)[0]
     return np.asarray(latents[0].numpy())
 
 
@@ -132,7 +133,7 @@ def test_unipc(prediction: str) -> None:
         count = len(timesteps_of(steps))
         sigmas, ts = unipc_levels(999.0, count)
         unit = next(normals(1))
-        expected = diffusers_unipc(unit, sigmas, ts, prediction, 3, "bh1")
+        expected = diffusers_unipc(unit, sigmas, ts, prediction)
         rows = plan_rows("unipc", "normal", steps, Diffusion(prediction=prediction))
         assert [row.timestep for row in rows] == pytest.approx(ts)
         assert relative(run_machine(rows, toy_network, unit, normals(2)), expected) < 1e-8
@@ -146,16 +147,16 @@ def test_unipc_image(strength: float) -> None:
     sigmas, told = unipc_levels(ts[t_enc - 1], t_enc)
     unit, init = next(normals(1)), next(normals(3))
     noisy = math.sqrt(ALPHAS[ts[t_enc]]) * init + math.sqrt(1 - ALPHAS[ts[t_enc]]) * unit
-    expected = diffusers_unipc(noisy, sigmas, told, "epsilon", 3, "bh1")
+    expected = diffusers_unipc(noisy, sigmas, told)
     rows = plan_rows("unipc", "normal", 20, Diffusion(), strength=strength)
     assert relative(run_machine(rows, toy_network, unit, normals(2), init=init), expected) < 1e-8
 
 
-def lcm(x: Array, sigmas: list[float], fresh: Any) -> Array:
+def lcm(x: Array, sigmas: list[float], fresh: Any, network: Network = toy_network) -> Array:
     """`sample_lcm` over `LCMCompVisDenoiser`: 50 levels, the nearest one's timestep, the boundary condition on latents not divided."""
     for i in range(len(sigmas) - 1):
         t = int(np.abs(math.log(sigmas[i]) - LOG_SIGMAS[19::20]).argmin()) * 20 + 19
-        out = toy_network(x / math.sqrt(1 + sigmas[i] ** 2), t)
+        out = network(x / math.sqrt(1 + sigmas[i] ** 2), t)
         scaled = t * 10.0
         x = scaled / math.sqrt(scaled**2 + 0.25) * (x - sigmas[i] * out) + 0.25 / (scaled**2 + 0.25) * x
         if sigmas[i + 1] > 0:
@@ -163,11 +164,13 @@ def lcm(x: Array, sigmas: list[float], fresh: Any) -> Array:
     return x
 
 
+def lcm_sigmas(steps: int) -> list[float]:
+    return [*(math.exp(log) for log in np.interp(ramp(steps, 0.0, 49.0), np.arange(50), LOG_SIGMAS[19::20])), 0.0]
+
+
 @pytest.mark.parametrize("steps", [1, 2, 4, 8, 50])
 def test_lcm(steps: int) -> None:
-    logs = np.interp(ramp(steps, 0.0, 49.0), np.arange(50), LOG_SIGMAS[19::20])
-    unit = next(normals(1))
-    sigmas = [*(math.exp(log) for log in logs), 0.0]
+    unit, sigmas = next(normals(1)), lcm_sigmas(steps)
     rows = plan_rows("lcm", "normal", steps, Diffusion())
     assert relative(run_machine(rows, toy_network, unit, normals(2)), lcm(unit * sigmas[0], sigmas, normals(2))) < EXACT
 
@@ -188,3 +191,29 @@ def test_samplers_that_automatic1111_lacks_are_those_of_diffusers() -> None:
 
 def test_ddim_uniform_of_k_diffusion_samplers_goes_on_to_zero() -> None:
     assert [row.sigma for row in plan_rows("euler", "ddim_uniform", 20, Diffusion())] == pytest.approx(reference_sigmas("ddim_uniform", 20)[:-1])
+
+
+@pytest.fixture(scope="module")
+def engine(flat_bundle: Path) -> Engine:
+    return load_engine(open_bundle(flat_bundle), "onnxruntime", None)
+
+
+@pytest.fixture(scope="module")
+def graphs(flat_bundle: Path) -> Graphs:
+    return Graphs(flat_bundle)
+
+
+@pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")
+@pytest.mark.parametrize("sampler", ["ddim", "plms", "unipc", "lcm"])
+def test_on_the_emoji_model(engine: Engine, graphs: Graphs, sampler: str) -> None:
+    """The engine over the tables against the same loops, calling the same graph for its raw prediction only."""
+    rows = plan_rows(sampler, SAMPLERS[sampler].schedules[0], 5, Diffusion())
+    found, network, unit, drawn = run_engine(engine, graphs, rows)
+    match sampler:
+        case "unipc":
+            expected = diffusers_unipc(unit, *unipc_levels(999.0, 5), network=network)
+        case "lcm":
+            expected = lcm(unit * lcm_sigmas(5)[0], lcm_sigmas(5), drawn, network)
+        case _:
+            expected = {"ddim": ddim, "plms": plms}[sampler](Denoiser(network, "epsilon"), unit, timesteps_of(5))
+    assert relative(found, expected) < 1e-4
