@@ -72,6 +72,11 @@ def _distilled(run: Run) -> Recipe:
     return Recipe(run, lv.diffusers_distilled_levels, ("leading",))
 
 
+def _ddim_levels(request: Request) -> Levels:
+    # Until the pipeline asks for a tool, "leading" stays what DDIM means without one.
+    return lv.a1111_ddim_levels(request) if request.schedule == "ddim_uniform" else lv.diffusers_timestep_levels(request)
+
+
 _DDPM = Recipe(by_timestep.ddpm, partial(lv.diffusers_timestep_levels, strided=False, final="zero"), _LEADING)
 _TCD = _distilled(by_timestep.tcd)
 _DPM2_A = partial(by_sigma.dpm2, noisy=True)
@@ -83,7 +88,7 @@ SAMPLERS: dict[str, Sampler] = {
     "lms": Sampler("LMS", "linear multistep, fourth order", _a1111(by_sigma.lms), _diffusers(partial(by_sigma.lms, counts_skipped=True)), "LMSDiscreteScheduler"),
     "ddim": Sampler(
         "DDIM", "deterministic, whole timesteps",
-        Recipe(by_timestep.ddim, lv.a1111_ddim_levels, ("ddim_uniform",)),
+        Recipe(by_timestep.ddim, _ddim_levels, ("leading", "ddim_uniform")),
         Recipe(by_timestep.ddim, lv.diffusers_timestep_levels, _LEADING), "DDIMScheduler",
     ),
     "ddpm": Sampler("DDPM", "the original, for many steps; not in AUTOMATIC1111", _DDPM, _DDPM, "DDPMScheduler"),
