@@ -15,22 +15,24 @@ from sdrt.errors import MachineError, SdrtError, UsageError, nearest, printable
 
 if TYPE_CHECKING:
     from sdrt.bundle import Bundle
-    from sdrt.compile.tensorrt import CompileOptions, CompileReport
+    from sdrt.compile.report import CompileOptions, CompileReport
     from sdrt.engine_cache import EngineRecord
 
 TARGETS = ("auto", "onnxruntime", "openvino", "tensorrt-rtx", "tensorrt")
-_COMPILED = ("tensorrt-rtx", "tensorrt")
+_COMPILED = ("openvino", "tensorrt-rtx", "tensorrt")
+_CHOICES = "openvino, tensorrt-rtx or tensorrt"
 
 
 def compile_bundle(
     ctx: typer.Context,
     bundle: BundleArgument,
-    target: Annotated[list[str] | None, typer.Option("--target", metavar="NAME", help="What to compile for; may be repeated: tensorrt-rtx (GeForce and RTX, ahead of time, needs no GPU) or tensorrt (on the GPU that will run it).")] = None,
+    target: Annotated[list[str] | None, typer.Option("--target", metavar="NAME", help="What to compile for; may be repeated: openvino (this CPU), tensorrt-rtx (GeForce and RTX, ahead of time, needs no GPU) or tensorrt (on the GPU that will run it).")] = None,
     sm: Annotated[str | None, typer.Option("--sm", metavar="86,89,120", help="GPU generations of tensorrt-rtx: 75, 80, 86, 89, 120, 121. Each adds kernels to the engine. Default 86,89,120.")] = None,
     size: Annotated[str | None, typer.Option("--size", metavar="WxH[:WxH]", help="Picture size in pixels, or the smallest and the largest; the bundle's own if not given.")] = None,
     batch: Annotated[str, typer.Option("--batch", metavar="N[:M]", help="Pictures per model call, or a range.")] = "1",
     tokens: Annotated[str | None, typer.Option("--tokens", metavar="N[:M]", help="Prompt tokens, multiples of 77, or a range; 77 if not given.")] = None,
     branches: Annotated[str, typer.Option("--branches", metavar="1,2", help="Numbers of guidance branches: 1 is guidance off, 2 a prompt and a negative one.")] = "1,2",
+    precision: Annotated[str | None, typer.Option("--precision", metavar="NAME", help="Arithmetic: bf16 or fp32 for openvino, which takes bf16 where the CPU has it; a precision of the bundle's graphs for a GPU.")] = None,
     device: Annotated[int, typer.Option("--device", metavar="N", help="GPU that tensorrt compiles on, counted from 0.")] = 0,
     force: Annotated[bool, typer.Option("--force", help="Compile again even if the same engine is there.")] = False,
     prune: Annotated[bool, typer.Option("--prune", help="Remove engines that can never run again: of other graphs or weights, of another version of the compiler, damaged.")] = False,
@@ -38,26 +40,27 @@ def compile_bundle(
 ) -> None:  # fmt: skip
     """Compile a bundle into engines for a target. Needs no PyTorch.
 
-    One size costs least. A range of sizes, batches or tokens costs memory, speed and time to compile. Engines lie in the bundle under
+    One size costs least. A range of sizes, batches or tokens costs memory, speed and time to compile on a GPU; openvino takes one value of
+    each, and several engines serve several sizes. Engines lie in the bundle under
     `engines/`; `sdrt inspect` lists them. An engine is native code: run those you made, or got from someone you trust.
     """
     ctx.find_root().obj = "json" if as_json else None
     from sdrt.bundle import open_bundle
-    from sdrt.compile.tensorrt import CompileOptions
+    from sdrt.compile.report import CompileOptions
 
     if not target and not prune:
-        raise UsageError("--target: missing", "Choose tensorrt-rtx or tensorrt, or pass --prune alone.")
+        raise UsageError("--target: missing", f"Choose {_CHOICES}, or pass --prune alone.")
     chosen = compiled_targets(target or [], must_compile=True)
     asked = [
         CompileOptions(
             name, sms=_numbers("--sm", sm) if sm is not None else None, size=_sizes(size), batch=_range("--batch", batch),
-            tokens=_range("--tokens", tokens) if tokens is not None else None, branches=_numbers("--branches", branches), device=device, force=force,
+            tokens=_range("--tokens", tokens) if tokens is not None else None, branches=_numbers("--branches", branches), precision=precision, device=device, force=force,
         )
         for name in chosen
     ]  # fmt: skip
     opened = open_bundle(bundle)
     pruned = _prune(opened) if prune else []
-    reports = [run(opened, options) for options in asked]
+    reports = [report for options in asked for report in run(opened, options)]
     if as_json:
         print_json({"bundle": str(opened.path), "engines": [as_fields(report) for report in reports], "pruned": [str(path) for path in pruned]})
         return
@@ -70,61 +73,72 @@ def compile_bundle(
 
 
 def compiled_targets(names: Sequence[str], *, must_compile: bool) -> list[str]:
-    """The targets among `names` that have an engine to compile; `auto` is tensorrt where a GPU answers and it is installed.
+    """The targets among `names` that have an engine to compile; `auto` is what is installed and fastest here.
 
     Raises:
         UsageError: a name is unknown, or has nothing to compile although `must_compile` is set.
-        MachineError: a target is not supported yet.
     """
     found = []
     for name in names:
         if name not in TARGETS:
             raise UsageError(f"--target {name}: unknown{nearest(name, TARGETS)}", f"Choose one of: {', '.join(TARGETS)}.")
-        if name == "openvino":
-            raise MachineError(f"--target {name}: not supported yet by this version of sdrt", "Choose onnxruntime, tensorrt-rtx or tensorrt.")
         chosen = _automatic() if name == "auto" else name
         if chosen in _COMPILED:
             found.append(chosen)
         elif must_compile:
-            raise UsageError(f"--target {name}: onnxruntime runs the bundle as it is; there is nothing to compile", "Choose tensorrt-rtx or tensorrt.")
+            raise UsageError(f"--target {name}: onnxruntime runs the bundle as it is; there is nothing to compile", f"Choose {_CHOICES}.")
     return list(dict.fromkeys(found))
 
 
 def checked_targets(names: Sequence[str]) -> list[str]:
     """`compiled_targets` for a build, which should not run for a minute to find that the compiler is missing."""
     found = compiled_targets(names, must_compile=False)
-    if found:
-        from sdrt.compile.tensorrt import open_compiler
+    for name in found:
+        if name == "openvino":
+            from sdrt.runtime.openvino_model import import_openvino
 
-        for name in found:
+            import_openvino(f"target {name}")
+        else:
+            from sdrt.compile.tensorrt import open_compiler
+
             open_compiler(name)
     return found
 
 
 def _automatic() -> str:
+    """TensorRT where it is installed and a GPU answers, else OpenVINO where it is installed and new enough, else ONNX Runtime."""
     from sdrt.doctor import compiler_version, probe_gpus
+    from sdrt.runtime.openvino_model import import_openvino
 
-    return "tensorrt" if compiler_version("tensorrt") is not None and probe_gpus().found else "onnxruntime"
+    if compiler_version("tensorrt") is not None and probe_gpus().found:
+        return "tensorrt"
+    try:
+        import_openvino("target auto")
+    except MachineError:
+        return "onnxruntime"
+    return "openvino"
 
 
-def run(bundle: Bundle, options: CompileOptions) -> CompileReport:
+def run(bundle: Bundle, options: CompileOptions) -> list[CompileReport]:
     """Compile with progress on stderr."""
-    from sdrt.compile.tensorrt import compile_bundle
+    from sdrt.compile import openvino, tensorrt
 
     with StageProgress(COMPILE_STAGES) as progress:
-        return compile_bundle(bundle, options, progress)
+        if options.target == "openvino":
+            return openvino.compile_bundle(bundle, options, progress)
+        return [tensorrt.compile_bundle(bundle, options, progress)]
 
 
 def compile_after_build(path: Path, targets: Sequence[str]) -> list[CompileReport]:
     """What `sdrt build --target` does once the bundle is there; a failure leaves the bundle as it is and says so."""
     from sdrt.bundle import open_bundle
-    from sdrt.compile.tensorrt import CompileOptions
+    from sdrt.compile.report import CompileOptions
 
     bundle = open_bundle(path)
     reports = []
     for name in targets:
         try:
-            reports.append(run(bundle, CompileOptions(name)))
+            reports += run(bundle, CompileOptions(name))
         except SdrtError as error:
             raise type(error)(f"the bundle {path} is built and works; compiling it failed: {error.message}", error.fix) from error
     return reports
@@ -137,7 +151,10 @@ def print_compiled(report: CompileReport) -> None:
         peak = f"  {made.peak_bytes / 1e9:5.2f} GB peak" if made.peak_bytes is not None else ""
         typer.echo(f"{graph:13} {made.build_s:7.1f} s  {made.plan_bytes / 1e6:8.1f} MB  {made.layers:5} layers{peak}")
         if made.unfused:
-            typer.echo(f"note: {graph}: {len(made.unfused)} attention layers may have no fused kernel and then run as several", err=True)
+            typer.echo(
+                f"note: {graph}: {len(made.unfused)} attention layers {'' if report.record.key.target == 'openvino' else 'may have no fused kernel and then '}run as several",
+                err=True,
+            )
     for line in engine_lines(report.record):
         typer.echo(line)
     typer.echo(f"engine {report.path}")
@@ -146,6 +163,12 @@ def print_compiled(report: CompileReport) -> None:
 def engine_lines(record: EngineRecord) -> list[str]:
     """What an engine is for and what it takes on the device, in words."""
     key = record.key
+    if key.target == "openvino":
+        blobs = sum(plan.size_bytes for plan in record.plans.values())
+        return [
+            f"{key.target} {key.compiler} for {key.device}, {key.precision}, {_shapes(record)}",
+            f"on disk: {blobs / 1e6:.1f} MB without weights; those are read from the bundle's own file, {record.weight_bytes / 1e6:.1f} MB",
+        ]
     activations = [plan.device_memory_bytes for plan in record.plans.values()]
     known = [size for size in activations if size is not None]
     largest = f"activations {max(known) / 1e6:.1f} MB" if len(known) == len(activations) else "activations known once a GPU has loaded it"
@@ -196,6 +219,7 @@ def engines_of(bundle: Bundle) -> list[dict[str, Any]]:
     """The engines of a bundle for `inspect`: what each is for, what it takes, whether it would not run here, and why."""
     from sdrt.doctor import compiler_version, probe_gpus
     from sdrt.engine_cache import engine_folders, mismatch, platform_name, read_engine
+    from sdrt.runtime.cpu import cpu_identity
 
     folders = engine_folders(bundle)
     gpus = probe_gpus().found if folders else ()
@@ -208,7 +232,10 @@ def engines_of(bundle: Bundle) -> list[dict[str, Any]]:
             continue
         compiler = compiler_version(record.key.target)
         sms: list[str | None] = [gpu.sm for gpu in gpus] or [None]
-        reasons = [mismatch(record, bundle, compiler=compiler, device_sm=sm, platform=platform_name()) for sm in sms]
+        if record.key.target == "openvino":
+            reasons = [mismatch(record, bundle, compiler=compiler, cpu=cpu_identity(), platform=platform_name())]
+        else:
+            reasons = [mismatch(record, bundle, compiler=compiler, device_sm=sm, platform=platform_name()) for sm in sms]
         memory = [plan.device_memory_bytes for plan in record.plans.values()]
         known = [size for size in memory if size is not None]
         listed.append(

@@ -22,10 +22,11 @@ from sdrt.engine_cache import RTX_SMS, platform_name
 WORKS, MISSING, MISMATCHED = "works", "missing", "mismatched"
 BACKENDS = ("onnxruntime", "onnxruntime-cuda", "openvino", "tensorrt-rtx", "tensorrt")
 
-_OLDEST = {"tensorrt-rtx": (1, 7), "tensorrt": (11, 0), "cuda-core": (1, 2), "cuda-bindings": (13, 0)}
+_OLDEST = {"tensorrt-rtx": (1, 7), "tensorrt": (11, 0), "cuda-core": (1, 2), "cuda-bindings": (13, 0), "openvino": (2026, 4)}
 _COMPILER_PACKAGES = {
     "tensorrt-rtx": ("tensorrt-rtx", "tensorrt-rtx-cu12", "tensorrt-rtx-cu13"),
     "tensorrt": ("tensorrt", "tensorrt-cu13", "tensorrt-cu12"),
+    "openvino": ("openvino",),
 }
 _ORT_PACKAGES = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino", "onnxruntime-directml", "onnxruntime-qnn")
 _LIBRARY = re.compile(r"(?:lib)?[\w.+-]+\.(?:so(?:\.\d+)*|dll|dylib)")
@@ -231,8 +232,21 @@ def _loads(library: str) -> bool:
 
 
 def probe_openvino() -> Backend:
-    found = _versions("openvino")
-    return Backend("openvino", MISSING, "this version of sdrt has no backend for it yet", f"pip install {_extra('onnxruntime')}", found)
+    """Whether OpenVINO is installed, new enough, and runs a model on this CPU."""
+    name = "openvino"
+    found = compiler_version(name)
+    if found is None:
+        return Backend(name, MISSING, f"{name} is not installed", f"pip install {_extra(name)}")
+    if _numbers(found) < _OLDEST[name]:
+        wanted = ".".join(map(str, _OLDEST[name]))
+        return Backend(name, MISMATCHED, f"{name} {found}, at least {wanted} is needed", f"pip install --upgrade {_extra(name)}", _versions(name))
+    import numpy as np
+    import openvino
+
+    core = openvino.Core()
+    core.compile_model(core.read_model(_IDENTITY), "CPU").create_infer_request().infer({"x": np.ones(1, np.float32)})
+    precision = "bfloat16" if "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES") else "float32"
+    return Backend(name, WORKS, f"ran a model on {core.get_property('CPU', 'FULL_DEVICE_NAME').strip()}, which computes in {precision}", "", _versions(name))
 
 
 def probe_tensorrt(name: str, gpus: Gpus) -> Backend:

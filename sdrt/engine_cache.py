@@ -27,7 +27,7 @@ RECORD = "engine.json"
 MAX_RECORD_BYTES = 1 << 20
 ALIGNMENT = 256
 """TensorRT asks for device buffers that begin on this many bytes."""
-COMPILERS = {"tensorrt-rtx": "TensorRT-RTX", "tensorrt": "TensorRT"}
+COMPILERS = {"tensorrt-rtx": "TensorRT-RTX", "tensorrt": "TensorRT", "openvino": "OpenVINO"}
 RTX_SMS = (75, 80, 86, 89, 120, 121)
 """GPU generations TensorRT-RTX has kernels for: Turing, A100, other Ampere, Ada, Blackwell. Data-centre Hopper and Blackwell need `tensorrt`."""
 
@@ -45,8 +45,9 @@ class Profile:
 class EngineKey:
     """Everything an engine depends on: equal keys, interchangeable engines.
 
-    `target` is tensorrt-rtx or tensorrt, `compiler` its full version. `device` is "sm_86,sm_89" for an engine built ahead of time, or
-    "NVIDIA H100 80GB HBM3, sm_90" for one built on its GPU. `graphs` holds the SHA-256 of each ONNX file, `weights` that of the weights.
+    `target` is tensorrt-rtx, tensorrt or openvino, `compiler` its full version. `device` is "sm_86,sm_89" for an engine built ahead of time,
+    "NVIDIA H100 80GB HBM3, sm_90" for one built on its GPU, or a CPU's model and instruction sets. `precision` is that of the graphs, for
+    openvino that of the arithmetic: its engines are made from the fp32 graphs. `graphs` holds the SHA-256 of each ONNX file, `weights` that of the weights.
     `profiles` come in the order the engine has them; the step's are one per number of guidance branches.
     """
 
@@ -230,16 +231,24 @@ def read_intact(folder: Path) -> EngineRecord:
 
 
 def mismatch(
-    record: EngineRecord, bundle: Bundle, *, target: str | None = None, compiler: str | None = None, device_sm: str | None = None, platform: str | None = None
+    record: EngineRecord,
+    bundle: Bundle,
+    *,
+    target: str | None = None,
+    compiler: str | None = None,
+    device_sm: str | None = None,
+    cpu: str | None = None,
+    platform: str | None = None,
 ) -> str:
     """Why an engine must not run: what it was built for and what there is, in words; empty if it fits. What is None is not compared.
 
-    `compiler` is a full version, `device_sm` such as "sm_89".
+    `compiler` is a full version, `device_sm` such as "sm_89", `cpu` a model with its instruction sets.
     """
     key, manifest, reasons = record.key, bundle.manifest, []
     if target is not None and key.target != target:
         reasons.append(f"built for {key.target}, not {target}")
-    found = {graph: by_precision.get(key.precision) for graph, by_precision in manifest.graphs.items()}
+    source = _SOURCES.get(key.target, key.precision)
+    found = {graph: by_precision.get(source) for graph, by_precision in manifest.graphs.items()}
     if any(found.get(graph) is None or manifest.files[found[graph].path].sha256 != digest for graph, digest in key.graphs.items()):  # type: ignore[union-attr]
         reasons.append("built for graphs that have changed")
     if key.weights != manifest.files[WEIGHTS].sha256:
@@ -248,6 +257,8 @@ def mismatch(
         reasons.append(f"built for {COMPILERS.get(key.target, key.target)} {key.compiler}, this machine has {compiler}")
     if device_sm is not None and device_sm not in key.device.replace(", ", ",").split(","):
         reasons.append(f"built for {key.device}, this GPU is {device_sm}")
+    if cpu is not None and key.device != cpu:
+        reasons.append(f"built for {key.device}, this machine is {cpu}")
     if platform is not None and key.platform != platform:
         reasons.append(f"built for {key.platform}, this machine is {platform}")
     return "; ".join(reasons)
@@ -273,6 +284,8 @@ def prune(bundle: Bundle, *, keep: Callable[[EngineRecord], bool]) -> list[Path]
     return removed
 
 
+_SOURCES = {"openvino": "fp32"}
+"""Targets whose engines are always made from the graphs of one precision."""
 _AGAIN = "Compile it again with the same options, or remove it with: sdrt compile BUNDLE --prune"
 
 

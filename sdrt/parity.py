@@ -16,6 +16,9 @@ PIXEL_LIMIT = 0.01
 HALF_LIMIT = 2e-2
 """Largest relative L2 error of a half-precision graph, pixels included: float16 keeps 11 bits, and a deep network loses a few of them."""
 
+BFLOAT16_LIMIT = 8 * HALF_LIMIT
+"""The same for bfloat16, which keeps three bits fewer."""
+
 
 @dataclass(frozen=True)
 class Parity:
@@ -33,9 +36,10 @@ class Parity:
 def compare(expected: Mapping[str, NDArray[Any]], found: Mapping[str, NDArray[Any]], compute: str) -> list[Parity]:
     """Compare every expected output of a graph whose arithmetic is `compute` (fp32, fp16, bf16), worst first."""
     exact = compute == "fp32"
+    loose = BFLOAT16_LIMIT if compute == "bf16" else HALF_LIMIT
     results = []
     for name, array in expected.items():
-        limit = HALF_LIMIT if not exact else PIXEL_LIMIT if array.dtype == np.uint8 else FLOAT32_LIMIT
+        limit = loose if not exact else PIXEL_LIMIT if array.dtype == np.uint8 else FLOAT32_LIMIT
         results.append(Parity(name, _error(array, found[name], exact), limit))
     return sorted(results, key=lambda parity: (parity.ok, -parity.error / parity.limit))  # failures first, NaN among them
 

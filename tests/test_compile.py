@@ -420,7 +420,11 @@ def test_the_compiler_lacks_a_library(flat_bundle: Path, monkeypatch: pytest.Mon
         (["--target", "tensorrt-rtx", "--branches", "0"], 2, "from 1 to 8"),
         (["--target", "tensorrtx"], 2, "did you mean"),
         (["--target", "onnxruntime"], 2, "nothing to compile"),
-        (["--target", "openvino"], 5, "not supported yet"),
+        (["--target", "openvino", "--sm", "89"], 2, "Leave --sm out"),
+        (["--target", "openvino", "--batch", "1:2"], 2, "Give --batch one value"),
+        (["--target", "openvino", "--size", "64x64:96x96"], 2, "Give --size one value"),
+        (["--target", "openvino", "--tokens", "77:154"], 2, "Give --tokens one value"),
+        (["--target", "openvino", "--precision", "fp16"], 2, "bf16 or fp32"),
         ([], 2, "--target: missing"),
     ],
 )

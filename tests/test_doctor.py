@@ -67,6 +67,7 @@ def test_the_command() -> None:
 
 def test_no_backend_works(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    monkeypatch.setitem(sys.modules, "openvino", None)
     result = run()
     assert result.exit_code == 5
     assert "onnxruntime       mismatched  does not load: ModuleNotFoundError" in result.stdout
@@ -309,6 +310,15 @@ def test_tensorrt(packages: dict[str, str], monkeypatch: pytest.MonkeyPatch, tmp
     assert backend.state == state and fragment in backend.detail
 
 
-def test_openvino_is_not_there_yet() -> None:
+def test_openvino() -> None:
     backend = doctor.probe_openvino()
-    assert backend.state == MISSING and "no backend for it yet" in backend.detail and backend.fix == "pip install 'sdrt[cpu]'"
+    assert backend.state == WORKS and "ran a model on" in backend.detail and backend.versions["openvino"]
+
+
+@pytest.mark.parametrize(
+    ("version", "state", "fix"), [(None, MISSING, "pip install 'sdrt[openvino]'"), ("2025.4.1", MISMATCHED, "pip install --upgrade 'sdrt[openvino]'")]
+)
+def test_openvino_missing_or_old(monkeypatch: pytest.MonkeyPatch, version: str | None, state: str, fix: str) -> None:
+    monkeypatch.setattr(doctor, "compiler_version", lambda target: version)
+    backend = doctor.probe_openvino()
+    assert (backend.state, backend.fix) == (state, fix)

@@ -354,7 +354,8 @@ def test_bad_arguments(flat: Pipeline, kwargs: dict[str, Any], message: str) -> 
         ({"device": -1}, UsageError, "device -1: expected 0 or more"),
         ({"backend": "onnxrutime"}, UsageError, "unknown; did you mean 'onnxruntime'"),
         ({"backend": ""}, UsageError, "backend ''"),
-        ({"backend": "openvino"}, MachineError, "openvino: not supported yet"),
+        ({"backend": "openvino"}, MachineError, "no openvino engine fits: there is none"),
+        ({"threads": 4096}, UsageError, "threads 4096: this process may use"),
     ],
 )
 def test_bad_load_arguments(flat_bundle: Path, kwargs: dict[str, Any], error: type[Exception], message: str) -> None:

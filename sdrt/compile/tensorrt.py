@@ -7,66 +7,20 @@ the engine. Precision is in the graph: networks are strongly typed. Refitting st
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
-from pathlib import Path
 
 from sdrt import engine_cache
 from sdrt.bundle import ENGINES, GRAPHS, WEIGHTS, Bundle, check_files
 from sdrt.compile import worker
 from sdrt.compile.network import Compiler, Demand, build_flags, import_compiler, library
-from sdrt.compile.shapes import Size, largest_demand, profiles_of, resolve_shapes
+from sdrt.compile.report import CompileOptions, CompileReport, GraphReport
+from sdrt.compile.shapes import largest_demand, profiles_of, resolve_shapes
 from sdrt.compile.watch import Progress
-from sdrt.engine_cache import COMPILERS, RTX_SMS, EngineKey, EngineRecord, Plan, folder_name, platform_name, read_intact, state_bytes, write_engine
+from sdrt.engine_cache import RTX_SMS, EngineKey, EngineRecord, Plan, folder_name, platform_name, read_intact, state_bytes, write_engine
 from sdrt.errors import BundleError, MachineError, UsageError
 
-TARGETS = tuple(COMPILERS)
+TARGETS = ("tensorrt-rtx", "tensorrt")
 DEFAULT_SMS = (86, 89, 120)
-
-
-@dataclass(frozen=True)
-class CompileOptions:
-    """What to compile. Ranges are (smallest, largest); `size` None takes the bundle's, `tokens` None one chunk, `precision` None the bundle's.
-
-    `sms` are GPU generations for tensorrt-rtx, None for the default; `device` is the GPU for tensorrt, counted from 0.
-    """
-
-    target: str
-    sms: tuple[int, ...] | None = None
-    size: tuple[Size, Size] | None = None
-    batch: tuple[int, int] = (1, 1)
-    tokens: tuple[int, int] | None = None
-    branches: tuple[int, ...] = (1, 2)
-    rows: int = 128
-    precision: str | None = None
-    device: int = 0
-    force: bool = False
-
-
-@dataclass(frozen=True)
-class GraphReport:
-    """How one graph was compiled: seconds, layers of the network, bytes of the plan, attention layers allowed to run without a fused kernel.
-
-    `peak_bytes` is the most memory the compiling process took, None where the system does not say.
-    """
-
-    parse_s: float
-    build_s: float
-    layers: int
-    plan_bytes: int
-    unfused: tuple[str, ...]
-    peak_bytes: int | None
-
-
-@dataclass(frozen=True)
-class CompileReport:
-    """An engine in its folder. `cached` says that it was there already; `graphs` is empty then."""
-
-    path: Path
-    record: EngineRecord
-    cached: bool
-    graphs: Mapping[str, GraphReport]
 
 
 def compile_bundle(bundle: Bundle, options: CompileOptions, progress: Progress = lambda stage, done: None) -> CompileReport:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any, Protocol
 
 import numpy as np
@@ -11,13 +13,16 @@ from numpy.typing import NDArray
 
 from sdrt.bundle import ENGINES, Bundle
 from sdrt.errors import MachineError, UsageError, nearest
+from sdrt.runtime.cpu import check_threads
 from sdrt.runtime.samplers import Row
+
+log = logging.getLogger("sdrt")
 
 Float = NDArray[np.float32]
 Pixels = NDArray[np.uint8]
 
 BACKENDS = ("onnxruntime", "onnxruntime-cuda", "openvino", "tensorrt-rtx", "tensorrt")
-READY = ("onnxruntime", "tensorrt-rtx", "tensorrt")
+READY = ("onnxruntime", "openvino", "tensorrt-rtx", "tensorrt")
 
 
 @dataclass(frozen=True)
@@ -111,11 +116,12 @@ def tables(rows: Sequence[Row], guidance: Sequence[Sequence[float]]) -> Tables:
 def load_engine(bundle: Bundle, backend: str, threads: int | None = None, device: int = 0) -> Engine:
     """The engine of a backend by name. What it took is in every result.
 
-    `auto` takes TensorRT where a GPU answers and the bundle holds an engine for it, else ONNX Runtime. An engine that does not
-    fit this GPU is an error with the command to compile it again, never a silent step down to the CPU.
+    `auto` takes the fastest engine the bundle holds: TensorRT's where a GPU answers, else OpenVINO's where it is installed, else ONNX Runtime,
+    which needs none. A GPU's engine that does not fit this GPU, or a shape that no engine was compiled for, is an error with the command to
+    compile it, never a silent step down.
 
     Raises:
-        UsageError: no backend has this name.
+        UsageError: no backend has this name, or there are more threads than cores.
         MachineError: it cannot run here.
     """
     if backend != "auto" and backend not in BACKENDS:
@@ -123,10 +129,16 @@ def load_engine(bundle: Bundle, backend: str, threads: int | None = None, device
     if backend not in ("auto", *READY):
         raise MachineError(f"backend {backend}: not supported yet by this version of sdrt", f"Choose one of: auto, {', '.join(READY)}.")
     chosen = _best(bundle) if backend == "auto" else backend
+    if chosen in ("onnxruntime", "openvino"):
+        check_threads(threads)
     if chosen == "onnxruntime":
         from sdrt.runtime.onnxruntime import OnnxRuntimeEngine
 
         return OnnxRuntimeEngine(bundle, threads)
+    if chosen == "openvino":
+        from sdrt.runtime.openvino import OpenVinoEngine
+
+        return OpenVinoEngine(bundle, threads)
     from sdrt.runtime.tensorrt import TensorRtEngine
 
     return TensorRtEngine(bundle, chosen, device)
@@ -139,7 +151,14 @@ def _best(bundle: Bundle) -> str:
 
     targets = {record.key.target for _, record in list_engines(bundle)}
     compiled = next((target for target in ("tensorrt", "tensorrt-rtx") if target in targets), None)
-    return compiled if compiled is not None and gpu_count() else "onnxruntime"
+    if compiled is not None and gpu_count():
+        return compiled
+    if "openvino" not in targets:
+        return "onnxruntime"
+    if find_spec("openvino") is None:
+        log.warning("%s: has OpenVINO engines, but openvino is not installed; ONNX Runtime runs it. pip install 'sdrt[openvino]'", bundle.path)
+        return "onnxruntime"
+    return "openvino"
 
 
 def gpu_count() -> int:

@@ -1,16 +1,26 @@
-"""`sdrt verify`: is a bundle what its manifest says, and does each of its graphs still compute what the build measured?"""
+"""`sdrt verify`: is a bundle what its manifest says, and do its graphs and engines still compute what the build measured?"""
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from sdrt.bundle import check_files, open_bundle
+from sdrt.bundle import STEP_TABLES, WEIGHTS, Bundle, check_files, open_bundle
+from sdrt.engine_cache import EngineRecord, engine_folders, mismatch, platform_name, read_intact, read_plan
 from sdrt.errors import BundleError, CheckFailed
 from sdrt.parity import compare
+from sdrt.runtime.cpu import cpu_identity
 from sdrt.runtime.onnxruntime import run_graph
+
+log = logging.getLogger("sdrt")
+
+Arrays = dict[str, NDArray[Any]]
 
 
 @dataclass(frozen=True)
@@ -24,7 +34,9 @@ class GraphCheck:
 
 
 def verify(path: Path) -> list[GraphCheck]:
-    """Check every file's hash, then run every graph on its reference inputs.
+    """Check every file's hash, engines' too, then run every graph on its reference inputs, through ONNX Runtime and each OpenVINO engine.
+
+    Engines for GPUs are not run.
 
     Raises:
         CheckFailed: a file is missing or changed, or an output is not what the build recorded.
@@ -34,22 +46,67 @@ def verify(path: Path) -> list[GraphCheck]:
     try:
         bundle = open_bundle(path)
         check_files(bundle)
+        engines = [(folder, read_intact(folder)) for folder in engine_folders(bundle)]
     except BundleError as error:
         raise CheckFailed(error.message, error.fix) from error
-    checks = []
+    checks: list[GraphCheck] = []
     for graph, by_precision in bundle.manifest.graphs.items():
-        for precision in by_precision:
-            with np.load(bundle.file(f"reference/{graph}.npz"), allow_pickle=False) as stored:
-                inputs = {name[3:]: stored[name] for name in stored.files if name.startswith("in.")}
-                expected = {name[4:]: stored[name] for name in stored.files if name.startswith("out.")}
+        inputs, expected = _reference(bundle, graph)
+        for precision, record in by_precision.items():
             found = run_graph(bundle, graph, precision, inputs)
-            checks += [
-                GraphCheck(graph, precision, "onnxruntime", parity.output, parity.error, parity.limit)
-                for parity in compare(expected, found, by_precision[precision].compute)
-            ]
+            checks += _compared(graph, record.compute, "onnxruntime", expected, found)
+    for folder, engine in engines:
+        if engine.key.target == "openvino":
+            checks += _openvino_checks(bundle, folder, engine)
     if bad := [check for check in checks if not check.error <= check.limit]:
-        where = f"{bundle.path}: {bad[0].graph}: {bad[0].output}"
+        where = f"{bundle.path}: {bad[0].graph}: {bad[0].output}: {bad[0].backend}"
         raise CheckFailed(
             f"{where}: differs from the reference by {bad[0].error:.2e}, expected at most {bad[0].limit:.0e}", "Build the bundle again on this machine."
         )
     return checks
+
+
+def _reference(bundle: Bundle, graph: str) -> tuple[Arrays, Arrays]:
+    """The small inputs and the traced network's outputs that the build left."""
+    with np.load(bundle.file(f"reference/{graph}.npz"), allow_pickle=False) as stored:
+        inputs = {name[3:]: stored[name] for name in stored.files if name.startswith("in.")}
+        expected = {name[4:]: stored[name] for name in stored.files if name.startswith("out.")}
+    return inputs, expected
+
+
+def _compared(graph: str, compute: str, backend: str, expected: Arrays, found: Arrays) -> Iterator[GraphCheck]:
+    for parity in compare(expected, found, compute):
+        yield GraphCheck(graph, compute, backend, parity.output, parity.error, parity.limit)
+
+
+def _openvino_checks(bundle: Bundle, folder: Path, record: EngineRecord) -> Iterator[GraphCheck]:
+    """Every graph of an engine against the reference: its blob where that was made for this machine and the reference's shapes, else the
+    same graph compiled the same way for those shapes."""
+    from sdrt.runtime import openvino_model
+
+    if mismatch(record, bundle, target="openvino"):
+        return  # of other graphs or weights: never used
+    if openvino_model.openvino_version() is None:
+        log.warning("%s: only its hashes are checked: openvino is not installed", folder)
+        return
+    ov = openvino_model.import_openvino("backend openvino")
+    core = ov.Core()
+    precision = record.key.precision
+    here = not mismatch(record, bundle, compiler=openvino_model.openvino_version(), cpu=cpu_identity(), platform=platform_name())
+    for graph in record.plans:
+        inputs, expected = _reference(bundle, graph)
+        made_for = {name: largest for name, (_, _, largest) in record.key.profiles[graph][0].shapes.items()}
+        padded = {name: _more_rows(array, record.rows) if name in STEP_TABLES else array for name, array in inputs.items()}
+        if here and {name: array.shape for name, array in padded.items()} == made_for:
+            inputs, blob = padded, read_plan(folder, record, graph)
+            compiled = openvino_model.import_blob(ov, core, f"{folder}: {graph}", blob, bundle.file(WEIGHTS), precision, None)
+        else:
+            shapes = {name: array.shape for name, array in inputs.items()}
+            compiled, _ = openvino_model.compile_graph(ov, core, bundle.graph(graph, "fp32"), shapes, precision, None)
+        found = compiled.create_infer_request().infer(inputs)
+        outputs = {name: np.asarray(found[name]).astype(array.dtype, copy=False) for name, array in expected.items()}
+        yield from _compared(graph, precision, f"openvino {folder.name}", expected, outputs)
+
+
+def _more_rows(table: NDArray[Any], rows: int) -> NDArray[Any]:
+    return np.concatenate([table, np.zeros((rows - len(table), *table.shape[1:]), table.dtype)])

@@ -1,0 +1,142 @@
+"""Engines for CPUs through OpenVINO. No torch.
+
+Shapes are static: an engine is one size, one number of pictures, one prompt length and one number of guidance branches. A bundle holds as many as
+it needs; they cost a few megabytes each, since all read the bundle's own weights file. The work is done in this process and takes seconds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+from sdrt import engine_cache
+from sdrt.bundle import ENGINES, GRAPHS, WEIGHTS, Bundle, check_files
+from sdrt.compile.report import CompileOptions, CompileReport, GraphReport
+from sdrt.compile.shapes import resolve_shapes
+from sdrt.compile.watch import Progress
+from sdrt.engine_cache import EngineKey, EngineRecord, Plan, Profile, folder_name, platform_name, read_intact, state_bytes, write_engine
+from sdrt.errors import BundleError, MachineError, UsageError
+from sdrt.runtime.cpu import cpu_identity
+from sdrt.runtime.openvino_model import (
+    FLAGS,
+    StepShape,
+    choose_precision,
+    compile_graph,
+    export_blob,
+    import_openvino,
+    layer_count,
+    openvino_version,
+    unfused_attention,
+)
+
+TARGET = "openvino"
+_SOURCE = "fp32"
+"""The graphs engines are made from. Their weights are stored as the bundle has them; OpenVINO rounds the arithmetic."""
+
+
+@dataclass(frozen=True)
+class _Blob:
+    data: bytes
+    report: GraphReport
+
+
+def compile_bundle(bundle: Bundle, options: CompileOptions, progress: Progress = lambda stage, done: None) -> list[CompileReport]:
+    """Compile every graph of a bundle: one engine for each number of guidance branches. An intact engine of the same key is left as it is.
+
+    Raises:
+        UsageError: an option is out of range, a range where one value is needed, or does not belong to the target.
+        BundleError: a graph or the weights are missing or changed.
+        MachineError: OpenVINO is not installed, too old, or refuses a graph.
+        ResourceError: out of memory or disk.
+        KeyboardInterrupt: interrupted; nothing was left behind.
+    """
+    manifest = bundle.manifest
+    shapes = _static_shapes(bundle, options)
+    ov = import_openvino(f"target {TARGET}")
+    core = ov.Core()
+    precision = choose_precision(core, options.precision, manifest.precision)
+    files = {graph: manifest.graphs[graph][_SOURCE].path for graph in GRAPHS}
+    progress("read", None)
+    check_files(bundle, [WEIGHTS, *files.values()])
+    made: dict[Any, _Blob] = {}  # graphs that two engines have in common are compiled once
+    reports = []
+    for shape in shapes:
+        inputs = {graph: shape.inputs(graph, manifest) for graph in GRAPHS}
+        key = _key(bundle, files, precision, inputs)
+        folder = bundle.path / ENGINES / folder_name(key)
+        if not options.force:
+            with suppress(BundleError, MachineError):  # missing or damaged: compiled again
+                reports.append(CompileReport(folder, read_intact(folder), True, {}))
+                continue
+        blobs = {}
+        for graph in GRAPHS:
+            known = (graph, tuple(sorted(inputs[graph].items())))
+            if known not in made:
+                progress(f"compile {graph}", None)
+                made[known] = _compile(ov, core, bundle, graph, inputs[graph], precision)
+            blobs[graph] = made[known]
+        progress("write", None)
+        record = _record(bundle, shape, key, blobs)
+        written = write_engine(bundle, record, {graph: blob.data for graph, blob in blobs.items()})
+        reports.append(CompileReport(written, record, False, {graph: blob.report for graph, blob in blobs.items()}))
+    return reports
+
+
+def _static_shapes(bundle: Bundle, options: CompileOptions) -> list[StepShape]:
+    if options.sms is not None:
+        raise UsageError("sm: OpenVINO compiles for the CPU of this machine", "Leave --sm out, or choose --target tensorrt-rtx.")
+    manifest = bundle.manifest
+    shapes = resolve_shapes(manifest, size=options.size, batch=options.batch, tokens=options.tokens, branches=options.branches, rows=options.rows)
+    for option, (low, _, high) in (("size", shapes.width), ("size", shapes.height), ("batch", shapes.batch), ("tokens", shapes.tokens)):
+        if low != high:
+            fix = f"Give --{option} one value, and compile once for each you need: an engine takes a few megabytes."
+            raise UsageError(f"{option}: from {low} to {high}: OpenVINO engines have static shapes", fix)
+    factor = manifest.latents.factor
+    height, width = shapes.height[0] // factor, shapes.width[0] // factor
+    return [StepShape(shapes.batch[0], height, width, shapes.tokens[0], branches, shapes.rows) for branches in shapes.branches]
+
+
+def _key(bundle: Bundle, files: Mapping[str, str], precision: str, inputs: Mapping[str, Mapping[str, tuple[int, ...]]]) -> EngineKey:
+    records = bundle.manifest.files
+    version = openvino_version()
+    assert version is not None  # it has been imported
+    return EngineKey(
+        target=TARGET,
+        compiler=version,
+        device=cpu_identity(),
+        platform=platform_name(),
+        precision=precision,
+        graphs={graph: records[file].sha256 for graph, file in files.items()},
+        weights=records[WEIGHTS].sha256,
+        profiles={graph: (Profile({name: (shape,) * 3 for name, shape in shapes.items()}),) for graph, shapes in inputs.items()},
+        flags=FLAGS,
+    )
+
+
+def _compile(ov: Any, core: Any, bundle: Bundle, graph: str, shapes: Mapping[str, tuple[int, ...]], precision: str) -> _Blob:
+    started = time.perf_counter()
+    compiled, attention = compile_graph(ov, core, bundle.graph(graph, _SOURCE), shapes, precision, None)
+    build_s = time.perf_counter() - started
+    data = export_blob(compiled)
+    return _Blob(data, GraphReport(0.0, build_s, layer_count(compiled), len(data), unfused_attention(compiled, attention), None))
+
+
+def _record(bundle: Bundle, shape: StepShape, key: EngineKey, blobs: Mapping[str, _Blob]) -> EngineRecord:
+    factor = bundle.manifest.latents.factor
+    size = (shape.width * factor, shape.height * factor)
+    return EngineRecord(
+        format=engine_cache.FORMAT,
+        key=key,
+        size=size,
+        batch=shape.batch,
+        tokens=shape.tokens,
+        rows=shape.rows,
+        branches=(shape.branches,),
+        state_bytes=state_bytes(bundle.manifest, size=size, batch=shape.batch, tokens=shape.tokens, rows=shape.rows, branches=shape.branches),
+        weight_bytes=bundle.manifest.files[WEIGHTS].size_bytes,
+        plans={graph: Plan(f"{graph}.blob", len(blob.data), hashlib.sha256(blob.data).hexdigest(), None) for graph, blob in blobs.items()},
+    )

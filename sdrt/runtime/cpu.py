@@ -1,0 +1,56 @@
+"""What the processor of this machine is, and how many of its cores this process may use. Standard library only."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+from functools import cache
+from pathlib import Path
+
+from sdrt.errors import UsageError, printable
+
+_CPUINFO = Path("/proc/cpuinfo")
+_CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")
+# What the kernels of an inference library are chosen by; other flags change nothing that an engine depends on.
+_KERNEL_FLAGS = re.compile(r"sse4_2|avx|avx2|fma|f16c|avx_\w+|avx512\w*|amx_\w+|asimd\w*|sve\w*|bf16|i8mm")
+
+
+@cache
+def cpu_identity() -> str:
+    """Model and the instruction sets kernels are chosen by, such as "AMD EPYC 9B45 (avx avx2 avx512_bf16 avx512f)"; without commas."""
+    name, flags = "", set[str]()
+    try:
+        for line in _CPUINFO.read_text(encoding="utf-8", errors="replace").splitlines():
+            field, _, value = line.partition(":")
+            if field.strip() == "model name":
+                name = name or value.strip()
+            elif field.strip() in ("flags", "Features"):
+                flags |= {flag for flag in value.split() if _KERNEL_FLAGS.fullmatch(flag)}
+    except OSError:  # not Linux
+        pass
+    name = printable(name or platform.processor() or platform.machine()).replace(",", "")
+    return f"{name} ({' '.join(sorted(flags))})" if flags else name
+
+
+def usable_cores() -> int:
+    """Cores this process may run on: its affinity, and the quota of its container where there is one; at least 1."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = _quota()
+    return max(1, cores if quota is None else min(cores, quota))
+
+
+def _quota() -> int | None:
+    """Whole cores that the container's quota pays for, rounded up; None without a quota."""
+    try:
+        limit, period = _CGROUP_QUOTA.read_text().split()
+        return None if limit == "max" else -(-int(limit) // int(period))
+    except (OSError, ValueError, ZeroDivisionError):
+        return None
+
+
+def check_threads(threads: int | None) -> None:
+    """Raise UsageError for more threads than cores: they would take turns and be slower than fewer."""
+    cores = usable_cores()
+    if threads is not None and threads > cores:
+        raise UsageError(f"threads {threads}: this process may use {cores} core{'s' * (cores > 1)}", f"Choose 1 to {cores}, or leave the choice to the engine.")

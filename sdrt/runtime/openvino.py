@@ -1,0 +1,294 @@
+"""The OpenVINO backend: engines of static shapes on the CPU, in bfloat16 where it has it.
+
+An engine serves one size, number of pictures, prompt length and number of guidance branches; a bundle may hold several, and each job takes the
+one that fits. Graphs with equal shapes are loaded once, whatever engines they lie in.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sdrt import bundle as names
+from sdrt.bundle import WEIGHTS, Bundle
+from sdrt.engine_cache import EngineRecord, list_engines, mismatch, platform_name, read_plan
+from sdrt.errors import MachineError, UsageError
+from sdrt.runtime.cpu import cpu_identity
+from sdrt.runtime.engine import Float, Job, Pixels
+from sdrt.runtime.openvino_model import StepShape, compile_graph, compile_properties, explained, import_blob, import_openvino, openvino_version
+
+log = logging.getLogger("sdrt")
+
+_LOADED_STEPS = 2
+"""Step graphs kept in memory, least recently used dropped first: each holds the network's weights in the layout its kernels read."""
+
+
+class OpenVinoEngine:
+    """Thread-safe: each job and each call has infer requests of its own. A request that two threads shared would silently mix their pictures."""
+
+    backend = "openvino"
+
+    def __init__(self, bundle: Bundle, threads: int | None) -> None:
+        self._ov = import_openvino("backend openvino")
+        self._bundle, self._threads = bundle, threads
+        self._engines = _usable(bundle)
+        self._core = self._ov.Core()
+        self._lock = Lock()
+        self._loading: dict[Any, Lock] = {}
+        self._graphs: OrderedDict[Any, Any] = OrderedDict()
+        self.compiled = 0
+        """Graphs that had to be compiled because no blob fits; the others were imported."""
+        first = min(self._engines, key=lambda engine: engine.shape.size != _own_size(bundle))  # the newest of the bundle's own size, else the newest
+        self._default = first
+        # In parallel: unpacking weights runs on one core each.
+        with ThreadPoolExecutor(3) as pool:
+            list(pool.map(lambda graph: self._load(first, graph), (names.STEP, names.VAE_DECODER, names.TEXT_ENCODER)))
+
+    def encode_text(self, tokens: NDArray[np.int64], emphasis: Float, clip_skip: int) -> Float:
+        output = names.context_output(clip_skip)
+        runner = self._runner(self._default, names.TEXT_ENCODER)
+        return np.stack([runner({"tokens": tokens[i : i + 1], "emphasis": emphasis[i : i + 1]})[output][0] for i in range(len(tokens))])
+
+    def encode_image(self, pixels: Pixels, noise: Float) -> Float:
+        runner = self._runner(self._of_size(*noise.shape[2:]), names.VAE_ENCODER)
+        return np.stack([runner({"pixels": pixels[i : i + 1], "noise": noise[i : i + 1]})["latents"][0] for i in range(len(pixels))])
+
+    def denoise(self, job: Job) -> OpenVinoDenoising:
+        engine = self._of_job(job)
+        return OpenVinoDenoising(self, self._load(engine, names.STEP), engine.shape, job)
+
+    def decode(self, latents: Float, rounding: float) -> tuple[Pixels, NDArray[np.bool_]]:
+        runner = self._runner(self._of_size(*latents.shape[2:]), names.VAE_DECODER)
+        offset = np.array([rounding], np.float32)
+        decoded = [runner({"latents": latents[i : i + 1], "rounding": offset}) for i in range(len(latents))]
+        return np.concatenate([d["pixels"] for d in decoded]), np.concatenate([d["finite"] for d in decoded]).astype(np.bool_)
+
+    def describe(self) -> dict[str, Any]:
+        engine = self._default
+        return {
+            "backend": self.backend, "version": openvino_version(), "device": "cpu", "compute": engine.record.key.precision,
+            "threads": compile_properties(engine.record.key.precision, self._threads)["INFERENCE_NUM_THREADS"], "engine": engine.folder.name,
+        }  # fmt: skip
+
+    # What jobs use
+
+    def request(self, compiled: Any, inputs: Mapping[str, NDArray[Any]], outputs: Mapping[str, NDArray[Any]]) -> Any:
+        """A new infer request that reads and writes these arrays where they are."""
+        request = compiled.create_infer_request()
+        for name, array in (*inputs.items(), *outputs.items()):
+            request.set_tensor(name, self.tensor(array))
+        return request
+
+    def tensor(self, array: NDArray[Any]) -> Any:
+        """An array as OpenVINO's tensor, sharing its memory."""
+        assert array.flags.c_contiguous
+        return self._ov.Tensor(array, shared_memory=True)
+
+    def infer(self, request: Any, graph: str) -> None:
+        try:
+            request.start_async()
+            request.wait()
+        except Exception as error:
+            raise explained(self._ov, graph, error) from error
+
+    def _runner(self, engine: _Loadable, graph: str) -> Any:
+        """A function from inputs by name to outputs by name, copied; it has one infer request for as long as it lives."""
+        compiled = self._load(engine, graph)
+        request = compiled.create_infer_request()
+        outputs = [output.get_any_name() for output in compiled.outputs]
+
+        def run(inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+            for name, array in inputs.items():
+                request.set_tensor(name, self.tensor(np.ascontiguousarray(array)))
+            self.infer(request, graph)
+            return {name: np.array(request.get_tensor(name).data) for name in outputs}
+
+        return run
+
+    def _load(self, engine: _Loadable, graph: str) -> Any:
+        """A graph of an engine, loaded once for all engines in which it has the same shapes and precision."""
+        key = engine.key(graph)
+        with self._lock:
+            loading = self._loading.setdefault(key, Lock())
+        with loading:
+            with self._lock:
+                if key in self._graphs:
+                    self._graphs.move_to_end(key)
+                    return self._graphs[key]
+            found = self._read(engine, graph)
+            with self._lock:
+                self._graphs[key] = found
+                steps = [other for other in self._graphs if other[0] == names.STEP]
+                for other in steps[:-_LOADED_STEPS]:  # jobs that still run one keep it alive
+                    del self._graphs[other]
+        return found
+
+    def _read(self, engine: _Loadable, graph: str) -> Any:
+        precision = engine.record.key.precision
+        if engine.stale:
+            with self._lock:
+                self.compiled += 1
+            path = self._bundle.graph(graph, "fp32")
+            return compile_graph(self._ov, self._core, path, engine.shapes(graph), precision, self._threads)[0]
+        blob = read_plan(engine.folder, engine.record, graph)  # hashed before OpenVINO sees it
+        where = str(engine.folder / engine.record.plans[graph].file)
+        return import_blob(self._ov, self._core, where, blob, self._bundle.file(WEIGHTS), precision, self._threads)
+
+    def _of_job(self, job: Job) -> _Loadable:
+        """The engine for a job: shapes as they are, pictures as many or as few more as there are."""
+        pictures, _, height, width = job.init.shape
+        tokens, branches = job.contexts[0].shape[1], job.tables.w.shape[1]
+        fits = [
+            engine for engine in self._engines
+            if (engine.shape.height, engine.shape.width, engine.shape.tokens, engine.shape.branches) == (height, width, tokens, branches)
+            and engine.shape.batch >= pictures
+        ]  # fmt: skip
+        if not fits:
+            raise self._no_engine(width, height, f"--batch {pictures} --tokens {tokens} --branches {branches}")
+        return min(fits, key=lambda engine: engine.shape.batch)
+
+    def _of_size(self, height: int, width: int) -> _Loadable:
+        for engine in self._engines:
+            if engine.shape.size == (height, width):
+                return engine
+        raise self._no_engine(width, height, "")
+
+    def _no_engine(self, width: int, height: int, rest: str) -> UsageError:
+        factor = self._bundle.manifest.latents.factor
+        have = "; ".join(dict.fromkeys(engine.shape.words(factor) for engine in self._engines))
+        wanted = f"--size {width * factor}x{height * factor} {rest}".rstrip()
+        return UsageError(
+            f"{self._bundle.path}: no OpenVINO engine for {wanted}; there is: {have}",
+            f"Compile one with: sdrt compile {self._bundle.path} --target openvino {wanted}; or choose --backend onnxruntime, which takes any shape.",
+        )
+
+
+class OpenVinoDenoising:
+    """Two infer requests in turn, over two sets of registers: what one row writes the next reads, where it lies."""
+
+    def __init__(self, engine: OpenVinoEngine, compiled: Any, shape: StepShape, job: Job) -> None:
+        self._engine, self._job, self._shape = engine, job, shape
+        self._pictures = len(job.init)
+        self._row = 0
+        rows, batch = shape.rows, shape.batch
+        self._tables = {name: np.zeros((rows, *table.shape[1:]), np.float32) for name, table in vars(job.tables).items()}
+        self._tables["noise"] = np.zeros((rows, batch, *job.noise.shape[2:]), np.float32)
+        self._rows = [np.zeros(1, np.int64), np.zeros(1, np.int64)]
+        self._fill_tables()
+        init, unit_noise = _padded(job.init, batch), _padded(job.unit_noise, batch)
+        self._registers = [np.zeros((names.REGISTERS, *init.shape), np.float32) for _ in range(2)]
+        self._registers[0][0], self._registers[0][1] = init, unit_noise
+        self._denoised = np.zeros_like(init)
+        constant: dict[str, NDArray[Any]] = {**self._tables, "mask": _padded(job.mask, batch), "init": init, "init_noise": unit_noise}
+        if job.concat is not None:
+            constant["concat"] = _padded(job.concat, batch, shape.branches)
+        # The arrays stay alive with their tensors: OpenVINO only has their addresses.
+        self._contexts = [engine.tensor(_padded(context, batch, shape.branches)) for context in job.contexts]
+        self._requests = []
+        for here, there in ((0, 1), (1, 0)):
+            inputs = constant | {"registers": self._registers[here], "row": self._rows[here]}
+            outputs = dict(zip(names.STEP_OUTPUTS, (self._registers[there], self._rows[there], self._denoised), strict=True))
+            request = engine.request(compiled, inputs, outputs)
+            request.set_tensor("context", self._contexts[job.context_of_row[0]])
+            self._requests.append(request)
+
+    def step(self) -> None:
+        if self._row and self._row % self._shape.rows == 0:
+            self._fill_tables()
+        contexts = self._job.context_of_row
+        if self._row and contexts[self._row] != contexts[self._row - 1]:
+            for request in self._requests:
+                request.set_tensor("context", self._contexts[contexts[self._row]])
+        self._engine.infer(self._requests[self._row % 2], names.STEP)
+        self._row += 1
+
+    def latents(self) -> Float:
+        return self._registers[self._row % 2][0, : self._pictures].copy()
+
+    def denoised(self) -> Float:
+        return self._denoised[: self._pictures].copy()
+
+    def decode(self, rounding: float) -> tuple[Pixels, NDArray[np.bool_]]:
+        return self._engine.decode(self.latents(), rounding)
+
+    def close(self) -> None:
+        self._requests.clear()
+
+    def _fill_tables(self) -> None:
+        """Write the rows from the current one on, as many as the engine's tables hold, and start them at 0."""
+        for name, table in (*vars(self._job.tables).items(), ("noise", self._job.noise)):
+            part = table[self._row : self._row + self._shape.rows]
+            if name == "noise":
+                part = _padded(part, self._shape.batch, axis=1)
+            self._tables[name][: len(part)] = part
+        self._rows[self._row % 2][0] = 0
+
+
+class _Loadable:
+    """An engine of the bundle and what it is made for. `stale` says why its blobs do not fit this machine; it is compiled again then, in memory."""
+
+    def __init__(self, folder: Path, record: EngineRecord, stale: str) -> None:
+        self.folder, self.record, self.stale = folder, record, stale
+        step = self.shapes(names.STEP)
+        (rows, branches), (batch, _, height, width) = step["w"], step["init"]
+        self.shape = StepShape(batch, height, width, step["context"][1], branches, rows)
+
+    def shapes(self, graph: str) -> dict[str, tuple[int, ...]]:
+        return {name: largest for name, (_, _, largest) in self.record.key.profiles[graph][0].shapes.items()}
+
+    def key(self, graph: str) -> Any:
+        """Equal for graphs that are the same once loaded."""
+        return graph, self.record.key.precision, bool(self.stale), tuple(sorted(self.shapes(graph).items()))
+
+
+def _usable(bundle: Bundle) -> list[_Loadable]:
+    """The bundle's OpenVINO engines, newest first; those of another CPU or version only where none of this machine's has their shapes.
+
+    Raises:
+        MachineError: there is none for these graphs and weights.
+        BundleError: one is not what it should be.
+    """
+    fitting: list[_Loadable] = []
+    stale: list[_Loadable] = []
+    reasons = []
+    for folder, record in list_engines(bundle):
+        if record.key.target != OpenVinoEngine.backend:
+            continue
+        if other := mismatch(record, bundle, target=OpenVinoEngine.backend):
+            reasons.append(f"{folder.name}: {other}")
+            continue
+        machine = mismatch(record, bundle, compiler=openvino_version(), cpu=cpu_identity(), platform=platform_name())
+        (stale if machine else fitting).append(_Loadable(folder, record, machine))
+    have = {engine.shape for engine in fitting}
+    again = [engine for engine in stale if engine.shape not in have]
+    if again:
+        log.warning("%s: %s; compiling again in memory. Keep it with: sdrt compile %s --target openvino", again[0].folder, again[0].stale, bundle.path)
+    if not fitting and not again:
+        found = "; ".join(reasons) or "there is none"
+        raise MachineError(f"{bundle.path}: no openvino engine fits: {found}", f"Make one here with: sdrt compile {bundle.path} --target openvino")
+    return [*fitting, *again]
+
+
+def _own_size(bundle: Bundle) -> tuple[int, int]:
+    latents = bundle.manifest.latents
+    return latents.size[1] // latents.factor, latents.size[0] // latents.factor
+
+
+def _padded(array: Float, batch: int, branches: int = 1, *, axis: int = 0) -> Float:
+    """`array` with as many pictures as the engine takes, the last one repeated; its first axis holds `branches` groups of them.
+
+    The pictures of a batch do not see each other, so the last, smaller batch of a run takes the same engine.
+    """
+    pictures = array.shape[axis] // branches
+    if pictures == batch:
+        return np.ascontiguousarray(array)
+    chosen = [branch * pictures + min(i, pictures - 1) for branch in range(branches) for i in range(batch)]
+    return np.ascontiguousarray(array.take(chosen, axis=axis))

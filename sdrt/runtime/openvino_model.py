@@ -1,0 +1,231 @@
+"""One graph inside OpenVINO: read with static shapes, compiled for this CPU, exported as a blob without weights, and imported again.
+
+Serves the backend and the compiler, so that both make the same engine. A blob is OpenVINO's model after its optimisations; the weights stay in
+the bundle's weights file, which the import maps: engines of several sizes share it, and none stores a copy.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+from sdrt import bundle as names
+from sdrt.bundle import Manifest
+from sdrt.errors import MachineError, ResourceError, SdrtError, UsageError, printable
+from sdrt.runtime.cpu import usable_cores
+
+OLDEST = (2026, 4)
+"""The first version whose ONNX reader keeps Attention as one operator and whose CPU blobs can leave the weights out, as far as tested."""
+PRECISIONS = ("bf16", "fp32")
+FLAGS = ("weightless", "float32_boundary", "latency")
+"""What every engine is built with beside its shapes, as its key names it."""
+
+_HINTS = {"bf16": "bf16", "fp32": "f32"}
+_SIGNIFICANT = ("Convolution", "MatMul", "ScaledDotProductAttention")
+_ATTENTION = "ScaledDotProductAttention"
+_FUSED_LAYERS = ("Subgraph", "ScaledDotProductAttention")
+_NOT_RUN = ("Const", "Input", "Output")
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True, order=True)
+class StepShape:
+    """What a step engine is made for: pictures, latent rows and columns, prompt tokens, guidance branches, table rows."""
+
+    batch: int
+    height: int
+    width: int
+    tokens: int
+    branches: int
+    rows: int
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Latent rows and columns."""
+        return self.height, self.width
+
+    def words(self, factor: int) -> str:
+        """The shape as the options that compile for it; `factor` pixels a side per latent."""
+        size = f"--size {self.width * factor}x{self.height * factor}"
+        return f"{size} --batch {self.batch} --tokens {self.tokens} --branches {self.branches}"
+
+    def inputs(self, graph: str, manifest: Manifest) -> dict[str, Shape]:
+        """Static shapes of a graph's inputs. The text encoder takes one chunk at a time, the VAE one picture."""
+        latent = (manifest.latents.channels, self.height, self.width)
+        pictures, registers, rows = (self.batch, *latent), names.REGISTERS, self.rows
+        factor = manifest.latents.factor
+        if graph == names.TEXT_ENCODER:
+            return {"tokens": (1, manifest.text.tokens), "emphasis": (1, manifest.text.tokens)}
+        if graph == names.VAE_DECODER:
+            return {"latents": (1, *latent), "rounding": (1,)}
+        if graph == names.VAE_ENCODER:
+            return {"pixels": (1, factor * self.height, factor * self.width, 3), "noise": (1, *latent)}
+        rest = self.size
+        concat = {"concat": (self.branches * self.batch, manifest.latents.concat_channels, *rest)} if manifest.latents.concat_channels else {}
+        return {
+            "row": (1,), "timestep": (rows,), "a": (rows, registers), "w": (rows, self.branches), "u": (rows, registers), "q": (rows,),
+            "M": (rows, registers, registers + 2), "inpaint": (rows, 3), "noise": (rows, *pictures), "registers": (registers, *pictures),
+            "context": (self.branches * self.batch, self.tokens, manifest.text.width), "mask": (self.batch, 1, *rest),
+            "init": pictures, "init_noise": pictures, **concat,
+        }  # fmt: skip
+
+
+def import_openvino(where: str) -> Any:
+    """The openvino module. `where` begins the message, such as "backend openvino".
+
+    Raises:
+        MachineError: it is not installed, does not load, or is older than what was tested.
+    """
+    try:
+        import openvino
+    except (ImportError, OSError) as error:
+        raise MachineError(f"{where}: cannot import openvino: {error}", "Install it with: pip install 'sdrt[openvino]'") from error
+    found = openvino_version() or str(openvino.__version__)
+    if tuple(int(part) for part in re.findall(r"\d+", found)[:2]) < OLDEST:
+        raise MachineError(
+            f"{where}: openvino {found}, at least {'.'.join(map(str, OLDEST))} is needed", "Upgrade it with: pip install --upgrade 'sdrt[openvino]'"
+        )
+    return openvino
+
+
+def openvino_version() -> str | None:
+    """Version of the installed package, without loading it; None if it is not installed."""
+    try:
+        return version("openvino")
+    except PackageNotFoundError:
+        return None
+
+
+def choose_precision(core: Any, asked: str | None, stored: str) -> str:
+    """bf16 where the CPU computes in it and the bundle is not stored in float32, else fp32; or what was asked for.
+
+    Raises:
+        UsageError: not a precision OpenVINO's CPU engines have.
+        MachineError: bf16, and this CPU has none.
+    """
+    able = "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    if asked is None:
+        return "bf16" if able and stored != "fp32" else "fp32"
+    if asked not in PRECISIONS:
+        raise UsageError(f"precision {asked!r}: an OpenVINO engine computes in {' or '.join(PRECISIONS)}", "Leave --precision out to take the fastest.")
+    if asked == "bf16" and not able:
+        raise MachineError("precision bf16: this CPU has no bfloat16 arithmetic", "Leave --precision out, or choose fp32.")
+    return asked
+
+
+def compile_properties(precision: str, threads: int | None) -> dict[str, Any]:
+    """Settings for one caller at a time. Threads are pinned to cores only when all of them are used: processes that share a
+    machine would be pinned to the same ones."""
+    cores = usable_cores()
+    return {
+        "INFERENCE_PRECISION_HINT": _HINTS[precision],
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_NUM_THREADS": threads or cores,
+        "ENABLE_CPU_PINNING": threads is None or threads == cores,
+    }
+
+
+def compile_graph(ov: Any, core: Any, path: Path, shapes: Mapping[str, Shape], precision: str, threads: int | None) -> tuple[Any, tuple[str, ...]]:
+    """Read an ONNX graph, fix its shapes, and compile it for this CPU. Also returns the names of its attention operators.
+
+    Raises:
+        MachineError: OpenVINO cannot read or compile it.
+        ResourceError: out of memory.
+    """
+    try:
+        model = core.read_model(str(path))
+        inputs = {parameter.get_any_name() for parameter in model.inputs}
+        if inputs != shapes.keys():
+            other = printable(", ".join(sorted(inputs ^ shapes.keys())))
+            raise MachineError(f"{path}: inputs {other}: unknown to this version of sdrt, or missing", "Upgrade sdrt, or build the bundle again with it.")
+        model.reshape({name: list(shape) for name, shape in shapes.items()})
+        attention = tuple(op.get_friendly_name() for op in model.get_ordered_ops() if op.get_type_name() == _ATTENTION)
+        if precision != "fp32":
+            _keep_boundary(ov, model)
+        return core.compile_model(model, "CPU", compile_properties(precision, threads) | {"CACHE_MODE": "OPTIMIZE_SIZE"}), attention
+    except Exception as error:
+        raise explained(ov, str(path), error) from error
+
+
+def export_blob(compiled: Any) -> bytes:
+    """A compiled graph as bytes: everything but the weights, which come from the file its ONNX graph points into."""
+    stream = BytesIO()
+    compiled.export_model(stream)
+    return stream.getvalue()
+
+
+def import_blob(ov: Any, core: Any, where: str, blob: bytes, weights: Path, precision: str, threads: int | None) -> Any:
+    """The compiled graph of `export_blob`, ready to run. `blob` has been compared with its record: importing is running native code.
+
+    Raises:
+        MachineError: OpenVINO refuses it.
+        ResourceError: out of memory.
+    """
+    settings = compile_properties(precision, threads) | {"ENABLE_WEIGHTLESS": True, "WEIGHTS_PATH": str(weights)}
+    try:
+        return core.import_model(blob, "CPU", settings)
+    except Exception as error:
+        raise explained(ov, where, error) from error
+
+
+def unfused_attention(compiled: Any, attention: tuple[str, ...]) -> tuple[str, ...]:
+    """Attention operators of a graph that do not run as one operator.
+
+    With static shapes the CPU plugin runs one as a single Subgraph: both products and the softmax, block by block, no score matrix in memory.
+    """
+    kinds: dict[str, str] = {}
+    for op in compiled.get_runtime_model().get_ops():
+        info = op.get_rt_info()
+        kind = info["layerType"].astype(str)
+        if "originalLayersNames" in info:
+            kinds |= dict.fromkeys(info["originalLayersNames"].astype(str).split(","), kind)
+    return tuple(name for name in attention if kinds.get(name) not in _FUSED_LAYERS)
+
+
+def layer_count(compiled: Any) -> int:
+    """Operators that run, reorders among them."""
+    kinds = [op.get_rt_info()["layerType"].astype(str) for op in compiled.get_runtime_model().get_ops()]
+    return sum(kind not in _NOT_RUN for kind in kinds)
+
+
+def explained(ov: Any, where: str, error: Exception) -> SdrtError:
+    """An OpenVINO failure as one of ours; out of memory is told from the rest by its text, the only place it says so."""
+    if isinstance(error, SdrtError):
+        return error
+    text = printable(" ".join(str(error).split())[-300:])
+    if isinstance(error, MemoryError) or re.search(r"bad_alloc|allocate|out of memory", text, re.IGNORECASE):
+        return ResourceError(f"{where}: out of memory: {text}", "Choose a smaller --size or --batch.")
+    return MachineError(f"{where}: OpenVINO {openvino_version()} failed: {text}", "Run: sdrt verify BUNDLE")
+
+
+def _keep_boundary(ov: Any, model: Any) -> None:
+    """Keep everything before the first product in float32: the mix of latents, the timestep and its sinusoid (961.733 is 960 in bfloat16).
+
+    The CPU plugin turns all arithmetic into bfloat16 except what lies between an output and the last product before it. So what enters the
+    first products becomes an output too; nobody reads it, and it costs a few kilobytes.
+    """
+    live: set[str] = set()  # depends on an input's values
+    after: set[str] = set()  # a product, or behind one
+    entering: dict[str, Any] = {}
+    for op in model.get_ordered_ops():
+        name, kind = op.get_friendly_name(), op.get_type_name()
+        sources = op.input_values()
+        parents = [source.get_node().get_friendly_name() for source in sources]
+        if kind == "Parameter":
+            live.add(name)
+        if kind in ("Parameter", "ShapeOf") or not live.intersection(parents):
+            continue
+        live.add(name)
+        if kind in _SIGNIFICANT:
+            for source, parent in zip(sources, parents, strict=True):
+                if parent in live and parent not in after and source.get_node().get_type_name() != "Parameter":
+                    entering[parent] = source
+        if kind in _SIGNIFICANT or after.intersection(parents):
+            after.add(name)
+    model.add_results([ov.opset13.result(source) for source in entering.values()])

@@ -1,0 +1,466 @@
+"""OpenVINO: pictures against ONNX Runtime's float32 ones, engines found again without compiling, and everything a bundle or machine can get wrong.
+
+bfloat16 engines are held to 30 dB, float32 ones to 45 dB.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from test_boundaries import LOCKED_DOWN, run_python
+from typer.testing import CliRunner
+
+from sdrt import cli_engines
+from sdrt.bundle import ENGINES, GRAPHS, STEP, TEXT_ENCODER, VAE_DECODER, Bundle, open_bundle
+from sdrt.cli import app
+from sdrt.compile import openvino as compiling
+from sdrt.compile.openvino import compile_bundle
+from sdrt.compile.report import CompileOptions, CompileReport, GraphReport
+from sdrt.engine_cache import list_engines, read_engine, read_plan, write_engine
+from sdrt.errors import BundleError, MachineError, ResourceError, UsageError
+from sdrt.runtime import Pipeline, cpu, engine, openvino_model
+from sdrt.runtime import openvino as backend
+from sdrt.runtime.engine import Job, Tables
+from sdrt.runtime.openvino import OpenVinoEngine
+from sdrt.runtime.openvino_model import StepShape, choose_precision, compile_graph, explained, import_blob, import_openvino
+from sdrt.runtime.verify import verify
+
+ov = import_openvino("tests")
+HAS_BF16 = "BF16" in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+PSNR_DB = {"bf16": 30.0, "fp32": 45.0}
+APPLE: dict[str, Any] = {"steps": 6, "cfg": 3.0, "seed": 11}
+
+
+def run(*args: object) -> Any:
+    return CliRunner().invoke(app, [str(arg) for arg in args])
+
+
+def psnr(found: Any, expected: Any) -> float:
+    error = float(((found.astype(float) - expected.astype(float)) ** 2).mean())
+    return float("inf") if error == 0 else 10 * np.log10(255**2 / error)
+
+
+def copied(source: Path, to: Path) -> Path:
+    return Path(shutil.copytree(source, to))
+
+
+@pytest.fixture(scope="module")
+def reports(flat_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> list[CompileReport]:
+    """Engines for 64x64 with one and two guidance branches, as this CPU computes fastest, from the bundle of `bundle`."""
+    path = copied(flat_bundle, tmp_path_factory.mktemp("openvino") / "flat.sdrt")
+    return compile_bundle(open_bundle(path), CompileOptions("openvino"))
+
+
+@pytest.fixture(scope="module")
+def bundle(reports: list[CompileReport]) -> Path:
+    return reports[0].path.parents[1]
+
+
+@pytest.fixture(scope="module")
+def exact(flat_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A float32 engine for two pictures of 96x64, with tables of four rows."""
+    path = copied(flat_bundle, tmp_path_factory.mktemp("exact") / "exact.sdrt")
+    size = (96, 64)
+    compile_bundle(open_bundle(path), CompileOptions("openvino", size=(size, size), batch=(2, 2), branches=(2,), rows=4, precision="fp32"))
+    return path
+
+
+@pytest.fixture(scope="module")
+def pipe(bundle: Path) -> Iterator[Pipeline]:
+    with Pipeline.load(bundle) as loaded:
+        yield loaded
+
+
+@pytest.fixture(scope="module")
+def exact_pipe(exact: Path) -> Iterator[Pipeline]:
+    with Pipeline.load(exact) as loaded:
+        yield loaded
+
+
+@pytest.fixture(scope="module")
+def reference(flat_bundle: Path) -> Iterator[Pipeline]:
+    with Pipeline.load(flat_bundle, backend="onnxruntime") as loaded:
+        yield loaded
+
+
+# Pictures
+
+
+@pytest.mark.parametrize("arguments", [{"sampler": "euler"}, {"cfg": 1.0, "sampler": "euler_a"}, {"sampler": "heun", "steps": 4}])
+def test_pictures(pipe: Pipeline, reference: Pipeline, arguments: dict[str, Any]) -> None:
+    found, expected = pipe("red apple", **APPLE | arguments), reference("red apple", **APPLE | arguments)
+    compute = found.engine["compute"]
+    assert found.engine["backend"] == "openvino" and compute == ("bf16" if HAS_BF16 else "fp32")
+    assert expected.engine["backend"] == "onnxruntime"
+    assert psnr(found.images, expected.images) >= PSNR_DB[compute]
+
+
+def test_batches_and_refilled_tables(exact_pipe: Pipeline, reference: Pipeline) -> None:
+    """Seven rows on tables of four, and a second batch of one picture."""
+    arguments: dict[str, Any] = {"steps": 7, "cfg": 3.0, "seed": 4, "size": (96, 64), "count": 3, "sampler": "euler_a"}
+    found = exact_pipe("red apple", batch=2, **arguments)
+    expected = reference("red apple", **arguments)
+    assert found.engine["compute"] == "fp32" and found.seeds == (4, 5, 6)
+    for one, other in zip(found.images, expected.images, strict=True):
+        assert psnr(one, other) >= PSNR_DB["fp32"]
+
+
+def job(rows: int, *, tokens: int = 77, branches: int = 2, width: int = 12) -> Job:
+    """One picture, seeded numbers for tables, and contexts that change at every third row."""
+    rng = np.random.default_rng(5)
+
+    def drawn(*shape: int) -> Any:
+        return rng.standard_normal(shape, np.float32)
+
+    mixed = 0.3 * drawn(rows, 4, 6)
+    a, u, q, w = 0.5 * drawn(rows, 4), 0.3 * drawn(rows, 4), 0.3 * drawn(rows), drawn(rows, branches)
+    made = Tables(np.linspace(999, 1, rows, dtype=np.float32), a, w, u, q, mixed, np.zeros((rows, 3), np.float32))
+    sets = tuple(drawn(branches, tokens, 64) for _ in range(2))
+    changing = tuple(row // 3 % 2 for row in range(rows))
+    shape = (4, 8, width)
+    noise = np.zeros((rows, 1, *shape), np.float32)
+    return Job(made, noise, sets, changing, np.zeros((1, *shape), np.float32), drawn(1, *shape), np.zeros((1, 1, *shape[1:]), np.float32))
+
+
+def test_contexts_change_between_rows(exact_pipe: Pipeline, reference: Pipeline) -> None:
+    latents = []
+    for pipeline in (exact_pipe, reference):
+        assert pipeline._engine is not None
+        denoising = pipeline._engine.denoise(job(7))
+        for _ in range(7):
+            denoising.step()
+        latents.append(denoising.latents())
+        denoising.close()
+        denoising.close()
+    assert np.linalg.norm(latents[0] - latents[1]) <= 1e-4 * np.linalg.norm(latents[1])
+
+
+def test_images_are_encoded(exact_pipe: Pipeline, reference: Pipeline) -> None:
+    rng = np.random.default_rng(0)
+    pixels, noise = rng.integers(0, 256, (3, 64, 96, 3), np.uint8), rng.standard_normal((3, 4, 8, 12)).astype(np.float32)
+    engines = [p._engine for p in (exact_pipe, reference)]
+    found, expected = (e.encode_image(pixels, noise) for e in engines if e is not None)
+    assert np.linalg.norm(found - expected) <= 1e-4 * np.linalg.norm(expected)
+
+
+def test_eight_threads_give_eight_single_threaded_pictures(pipe: Pipeline) -> None:
+    def picture(seed: int) -> Any:
+        return pipe("red apple", steps=2, cfg=3.0 if seed % 2 else 1.0, seed=seed).images
+
+    alone = [picture(seed) for seed in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        together = list(pool.map(picture, range(8)))
+    assert all(np.array_equal(a, b) for a, b in zip(alone, together, strict=True))
+
+
+def test_a_cancelled_picture_leaves_the_pipeline_usable(pipe: Pipeline) -> None:
+    expected = pipe("red apple", **APPLE).images
+    stream = pipe.stream("teddy bear", **APPLE | {"seed": 1})
+    assert np.isfinite(next(stream).denoised()).all()
+    stream.close()
+    assert np.array_equal(pipe("red apple", **APPLE).images, expected)
+
+
+def test_generating_needs_neither_torch_nor_a_socket(bundle: Path, tmp_path: Path) -> None:
+    script = LOCKED_DOWN + "from sdrt.cli import app\napp()"
+    said = run_python(
+        script, "generate", str(bundle), "red apple", "--steps", "2", "--seed", "1", "--threads", "1", "--output", "a.png", "--json", cwd=tmp_path
+    )
+    assert json.loads(said)["engine"] | {"version": "", "compute": "", "engine": ""} == {
+        "backend": "openvino", "version": "", "device": "cpu", "compute": "", "threads": 1, "engine": "",
+    }  # fmt: skip
+
+
+# What is compiled
+
+
+def test_attention_is_one_operator(reports: list[CompileReport], bundle: Path) -> None:
+    opened = open_bundle(bundle)
+    for report in reports:
+        assert report.graphs[STEP].unfused == () and report.graphs[VAE_DECODER].unfused == ()
+        assert len(report.graphs[TEXT_ENCODER].unfused) == 2  # causal: a small part of the work
+    nodes = onnx.load(str(opened.graph(STEP, "fp32")), load_external_data=False).graph.node
+    read = ov.Core().read_model(str(opened.graph(STEP, "fp32"))).get_ordered_ops()
+    assert sum(op.get_type_name() == "ScaledDotProductAttention" for op in read) == sum(node.op_type == "Attention" for node in nodes) == 32
+    inputs = StepShape(1, 8, 8, 77, 2, 2).inputs(VAE_DECODER, opened.manifest)
+    compiled, attention = compile_graph(ov, ov.Core(), opened.graph(VAE_DECODER, "fp32"), inputs, "fp32", 1)
+    assert len(attention) == 1 and openvino_model.unfused_attention(compiled, (*attention, "another")) == ("another",)
+
+
+@pytest.mark.skipif(not HAS_BF16, reason="this CPU has no bfloat16")
+def test_latents_and_timesteps_stay_float32(bundle: Path) -> None:
+    """Nothing before the first products or after the last one is bfloat16, in the blob as it is imported."""
+    opened = open_bundle(bundle)
+    folder, record = list_engines(opened)[0]
+    compiled = import_blob(ov, ov.Core(), "step", read_plan(folder, record, STEP), opened.file("graphs/weights.safetensors"), "bf16", 1)
+    ops = compiled.get_runtime_model().get_ordered_ops()
+
+    def said(op: Any, key: str) -> str:
+        return str(op.get_rt_info()[key].astype(str))
+
+    products = [op for op in ops if said(op, "layerType") in ("Convolution", "FullyConnected")]
+    assert sum(said(op, "runtimePrecision") == "bf16" for op in products) == len(products) > 250
+    after: set[str] = set()
+    edges = {"before": 0, "behind": 0}
+    for op in ops:
+        parents = {value.get_node().get_friendly_name() for value in op.input_values()}
+        if op in products or after & parents:
+            after.add(op.get_friendly_name())
+        elif said(op, "layerType") not in ("Const", "Input", "Reorder"):
+            edges["before"] += 1
+            assert said(op, "runtimePrecision") != "bf16", op.get_friendly_name()
+    last = max(i for i, op in enumerate(ops) if op in products)
+    for op in ops[last + 1 :]:
+        if said(op, "layerType") != "Reorder":
+            edges["behind"] += 1
+            assert said(op, "runtimePrecision") != "bf16", op.get_friendly_name()
+    assert edges["before"] > 10 and edges["behind"] > 10
+
+
+def test_blobs_hold_no_weights(reports: list[CompileReport]) -> None:
+    for report in reports:
+        assert sum(plan.size_bytes for plan in report.record.plans.values()) < report.record.weight_bytes / 5
+        assert (report.record.branches, report.record.batch, report.record.size) == ((report.record.branches[0],), 1, (64, 64))
+    assert [report.record.branches for report in reports] == [(1,), (2,)]
+    one, two = (report.record.plans for report in reports)
+    assert all(one[graph] == two[graph] for graph in GRAPHS if graph != STEP)  # compiled once for both
+
+
+def test_a_second_start_compiles_nothing(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: Any) -> None:
+        pytest.fail("compiled again")
+
+    monkeypatch.setattr(backend, "compile_graph", refused)
+    monkeypatch.setattr(compiling, "compile_graph", refused)
+    with Pipeline.load(bundle, threads=1) as loaded:
+        assert loaded("red apple", steps=1, seed=1).engine["threads"] == 1
+        assert isinstance(loaded._engine, OpenVinoEngine) and loaded._engine.compiled == 0
+    result = run("compile", bundle, "--target", "openvino")
+    assert result.exit_code == 0 and result.stderr.count("already there") == 2
+    assert "without weights" in result.stdout
+
+
+def test_several_sizes_share_what_is_equal_and_memory_is_bounded(bundle: Path, tmp_path: Path, reference: Pipeline) -> None:
+    copy = copied(bundle, tmp_path / "two.sdrt")
+    compile_bundle(open_bundle(copy), CompileOptions("openvino", size=((64, 96), (64, 96)), branches=(2,)))
+    with Pipeline.load(copy) as loaded:
+        assert isinstance(loaded._engine, OpenVinoEngine)
+        for size, cfg in (((64, 96), 3.0), ((64, 64), 3.0), ((64, 64), 1.0), ((64, 96), 3.0)):
+            found, expected = (p("red apple", **APPLE | {"size": size, "cfg": cfg}) for p in (loaded, reference))
+            assert psnr(found.images, expected.images) >= PSNR_DB[found.engine["compute"]]
+        kept = [key[0] for key in loaded._engine._graphs]
+        assert kept.count(STEP) == 2 and kept.count(TEXT_ENCODER) == 1 and kept.count(VAE_DECODER) == 2
+
+
+# The backend is chosen
+
+
+def test_auto_takes_the_fastest_that_runs(bundle: Path, flat_bundle: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    assert engine._best(open_bundle(bundle)) == "openvino"
+    assert engine._best(open_bundle(flat_bundle)) == "onnxruntime"
+    monkeypatch.setattr(engine, "find_spec", lambda name: None)
+    assert engine._best(open_bundle(bundle)) == "onnxruntime"
+    assert "pip install 'sdrt[openvino]'" in caplog.text
+
+
+def test_build_prepares_what_auto_would_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert cli_engines.compiled_targets(["auto"], must_compile=False) == ["openvino"]
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    assert cli_engines.compiled_targets(["auto"], must_compile=False) == []
+
+
+def test_verify_and_inspect(bundle: Path) -> None:
+    checks = [check for check in verify(bundle) if check.backend.startswith("openvino")]
+    assert {check.graph for check in checks} == set(GRAPHS) and all(check.error <= check.limit for check in checks)
+    assert len({check.backend for check in checks}) == 2
+    engines = json.loads(run("inspect", bundle, "--json").stdout)["engines"]
+    assert [(e["target"], e["stale"]) for e in engines] == [("openvino", False)] * 2
+
+
+def test_verify_runs_engines_of_other_shapes_too(exact: Path) -> None:
+    checks = [check for check in verify(exact) if check.backend.startswith("openvino")]
+    assert {check.graph for check in checks} == set(GRAPHS) and {check.compute for check in checks} == {"fp32"}
+
+
+# What can be wrong
+
+
+def altered(source: Path, to: Path, **changes: Any) -> Path:
+    """A copy of a bundle whose two-branch engine says it was made under another key."""
+    copy = copied(source, to)
+    opened = open_bundle(copy)
+    engines = list_engines(opened)
+    folder, record = next((f, r) for f, r in engines if r.branches == (2,))
+    plans = {graph: read_plan(folder, record, graph) for graph in record.plans}
+    write_engine(opened, replace(record, key=replace(record.key, **changes)), plans)
+    for old, _ in engines:
+        shutil.rmtree(old)
+    return copy
+
+
+def test_an_engine_of_another_cpu_is_compiled_again(bundle: Path, tmp_path: Path, pipe: Pipeline, caplog: pytest.LogCaptureFixture) -> None:
+    copy = altered(bundle, tmp_path / "other.sdrt", device="Another CPU (avx2)")
+    with caplog.at_level(logging.WARNING), Pipeline.load(copy) as loaded:
+        found = loaded("red apple", **APPLE)
+        assert isinstance(loaded._engine, OpenVinoEngine) and loaded._engine.compiled == 3
+    assert np.array_equal(found.images, pipe("red apple", **APPLE).images)
+    (said,) = [record.message for record in caplog.records if "compiling again" in record.message]
+    assert "Another CPU" in said and f"sdrt compile {copy} --target openvino" in said
+    assert json.loads(run("inspect", copy, "--json").stdout)["engines"][0]["stale"] is True
+
+
+def test_an_engine_of_another_version_is_compiled_again(bundle: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    copy = altered(bundle, tmp_path / "other.sdrt", compiler="2026.3.0")
+    (engine,) = backend._usable(open_bundle(copy))
+    assert "built for OpenVINO 2026.3.0" in engine.stale and caplog.text.count("compiling again") == 1
+    assert run("compile", copy, "--prune").exit_code == 0 and list_engines(open_bundle(copy)) == []
+
+
+def test_an_engine_of_other_weights_is_never_used(bundle: Path, tmp_path: Path) -> None:
+    copy = altered(bundle, tmp_path / "other.sdrt", weights="0" * 64)
+    with pytest.raises(MachineError, match="built for weights that have changed") as raised:
+        Pipeline.load(copy, backend="openvino")
+    assert f"sdrt compile {copy} --target openvino" in raised.value.fix
+
+
+def test_a_changed_byte(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    copy = copied(bundle, tmp_path / "changed.sdrt")
+    for folder, _ in list_engines(open_bundle(copy)):
+        data = bytearray((folder / "step.blob").read_bytes())
+        data[len(data) // 2] ^= 1
+        (folder / "step.blob").write_bytes(data)
+    result = run("generate", copy, "red apple", "--steps", "1", "--output", tmp_path / "a.png")
+    assert result.exit_code == 4 and "step.blob: changed since it was compiled" in result.stderr
+    result = run("verify", copy)
+    assert result.exit_code == 1 and "step.blob: changed since it was compiled" in result.stderr
+    assert not (tmp_path / "a.png").exists()
+    intact = next((f, r) for f, r in list_engines(open_bundle(bundle)) if r.branches == (1,))
+    report = GraphReport(0.0, 0.0, 1, 1, (), None)
+    monkeypatch.setattr(compiling, "_compile", lambda *args: compiling._Blob(read_plan(*intact, args[3]), report))
+    (mended,) = compile_bundle(open_bundle(copy), CompileOptions("openvino", branches=(1,)))
+    assert not mended.cached and read_engine(mended.path) == mended.record
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wanted"),
+    [
+        ({"size": (128, 64)}, "--size 128x64 --batch 1 --tokens 77 --branches 2"),
+        ({"batch": 2, "count": 2}, "--size 64x64 --batch 2 --tokens 77 --branches 2"),
+    ],
+    ids=["size", "batch"],
+)
+def test_a_shape_without_an_engine(pipe: Pipeline, bundle: Path, arguments: dict[str, Any], wanted: str) -> None:
+    with pytest.raises(UsageError, match=f"no OpenVINO engine for {wanted}; there is: --size 64x64") as raised:
+        pipe(**{"prompt": "apple", "steps": 1, "cfg": 3.0} | arguments)
+    assert f"sdrt compile {bundle} --target openvino {wanted};" in raised.value.fix and "--backend onnxruntime" in raised.value.fix
+
+
+def test_a_prompt_without_an_engine(pipe: Pipeline) -> None:
+    assert pipe._engine is not None
+    for tokens, branches in ((154, 2), (77, 3)):
+        with pytest.raises(UsageError, match=f"no OpenVINO engine for --size 64x64 --batch 1 --tokens {tokens} --branches {branches};"):
+            pipe._engine.denoise(job(2, tokens=tokens, branches=branches, width=8))
+
+
+def test_no_engine(flat_bundle: Path, tmp_path: Path) -> None:
+    result = run("generate", flat_bundle, "apple", "--backend", "openvino", "--output", tmp_path / "a.png")
+    assert result.exit_code == 5 and f"sdrt compile {flat_bundle} --target openvino" in result.stderr
+
+
+def test_openvino_is_missing(flat_bundle: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    for command in (["compile", flat_bundle, "--target", "openvino"], ["generate", bundle, "apple", "--backend", "openvino"]):
+        result = run(*command)
+        assert result.exit_code == 5 and "pip install 'sdrt[openvino]'" in result.stderr
+
+
+def test_openvino_is_too_old(flat_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(openvino_model, "openvino_version", lambda: "2025.4.1")
+    result = run("compile", flat_bundle, "--target", "openvino")
+    assert result.exit_code == 5 and "openvino 2025.4.1, at least 2026.4 is needed" in result.stderr and "--upgrade" in result.stderr
+    result = run("build", "--checkpoint", "missing.safetensors", "--target", "openvino")  # before anything is read
+    assert result.exit_code == 5 and "at least 2026.4" in result.stderr
+
+
+class Core:
+    """A CPU of few abilities."""
+
+    def get_property(self, device: str, name: str) -> list[str]:
+        return ["FP32"]
+
+
+def test_precision() -> None:
+    assert choose_precision(Core(), None, "fp16") == "fp32"
+    assert choose_precision(ov.Core(), None, "fp32") == "fp32"  # stored in float32: that was asked for
+    with pytest.raises(MachineError, match="no bfloat16"):
+        choose_precision(Core(), "bf16", "fp16")
+    with pytest.raises(UsageError, match="bf16 or fp32"):
+        choose_precision(Core(), "int8", "fp16")
+
+
+def test_threads(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "usable_cores", lambda: 3)
+    result = run("generate", bundle, "apple", "--threads", "4")
+    assert result.exit_code == 2 and "threads 4: this process may use 3 cores" in result.stderr and "1 to 3" in result.stderr
+    monkeypatch.setattr(openvino_model, "usable_cores", lambda: 3)
+    assert [openvino_model.compile_properties("fp32", n)["ENABLE_CPU_PINNING"] for n in (None, 3, 2)] == [True, True, False]
+    assert openvino_model.compile_properties("fp32", None)["INFERENCE_NUM_THREADS"] == 3
+
+
+@pytest.mark.parametrize(("text", "cores"), [("max 100000\n", 8), ("150000 100000\n", 2), ("10000 100000", 1), ("nonsense", 8), (None, 8)])
+def test_a_container_may_have_fewer_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str | None, cores: int) -> None:
+    quota = tmp_path / "cpu.max"
+    if text is not None:
+        quota.write_text(text)
+    monkeypatch.setattr(cpu, "_CGROUP_QUOTA", quota)
+    monkeypatch.setattr(cpu.os, "sched_getaffinity", lambda process: set(range(8)), raising=False)
+    assert cpu.usable_cores() == cores
+    assert "," not in cpu.cpu_identity() and cpu.cpu_identity().isprintable()
+
+
+def test_failures_are_explained(bundle: Path, tmp_path: Path) -> None:
+    assert isinstance(explained(ov, "step", RuntimeError("std::bad_alloc")), ResourceError)
+    assert isinstance(explained(ov, "step", MemoryError()), ResourceError)
+    with pytest.raises(MachineError, match=r"step.blob: OpenVINO .* failed"):
+        import_blob(ov, ov.Core(), "step.blob", b"not a blob", bundle / "graphs/weights.safetensors", "fp32", 1)
+    shape = StepShape(1, 8, 8, 77, 1, 2)
+    inputs = shape.inputs(STEP, open_bundle(bundle).manifest) | {"tau": (1,)}
+    with pytest.raises(MachineError, match="inputs tau: unknown"):
+        compile_graph(ov, ov.Core(), bundle / "graphs/step.fp32.onnx", inputs, "fp32", 1)
+    empty = tmp_path / "empty.onnx"
+    empty.touch()
+    with pytest.raises(MachineError, match=r"empty\.onnx"):
+        compile_graph(ov, ov.Core(), empty, inputs, "fp32", 1)
+
+
+def test_an_interrupted_compilation_leaves_nothing(flat_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    copy = copied(flat_bundle, tmp_path / "flat.sdrt")
+
+    def interrupted(bundle: Bundle, record: Any, plans: Any) -> Path:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(compiling, "write_engine", interrupted)
+    monkeypatch.setattr(compiling, "GRAPHS", (TEXT_ENCODER,))
+    assert run("compile", copy, "--target", "openvino").exit_code == 130
+    assert not (copy / ENGINES).exists()
+
+
+def test_a_bundle_that_changed_is_not_compiled(flat_bundle: Path, tmp_path: Path) -> None:
+    copy = copied(flat_bundle, tmp_path / "flat.sdrt")
+    weights = copy / "graphs/weights.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    with pytest.raises(BundleError, match=r"weights.safetensors: changed"):
+        compile_bundle(open_bundle(copy), CompileOptions("openvino"))
