@@ -49,7 +49,7 @@ def main() -> None:
             write_checkpoint(checkpoint)
         write_lora(lora)
         sdrt = [sys.executable, "-m", "sdrt.cli"]
-        build = [*sdrt, "build", "--checkpoint", str(checkpoint), "--lora", str(lora), "--output", str(bundle), "--force", "--json"]
+        build = [*sdrt, "build", "--checkpoint", str(checkpoint), "--lora", str(lora), "--target", "onnxruntime", "--output", str(bundle), "--force", "--json"]
         picture = folder / "picture.png"
         rows: dict[str, dict[str, object]] = {}
         first, rows["build"] = measured(build, cache)

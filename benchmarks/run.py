@@ -57,7 +57,11 @@ def main() -> None:
         sdrt = [sys.executable, "-m", "sdrt.cli"]
         with tempfile.TemporaryDirectory() as temporary:
             bundle = Path(temporary) / "emoji.sdrt"
-            subprocess.run([*sdrt, "build", "--checkpoint", str(EMOJI / "emoji.safetensors"), "--output", str(bundle)], check=True, stdout=subprocess.DEVNULL)
+            subprocess.run(
+                [*sdrt, "build", "--checkpoint", str(EMOJI / "emoji.safetensors"), "--target", "onnxruntime", "--output", str(bundle)],
+                check=True,
+                stdout=subprocess.DEVNULL,
+            )
             settings = ["--cfg", "3", "--prompt", "red apple", "--processes", str(arguments.processes), "--pictures", str(arguments.pictures)]
             run = [*sdrt, "bench", "run", str(bundle), *settings, "--history", str(arguments.history), "--json"]
             result = json.loads(subprocess.run(run, check=True, stdout=subprocess.PIPE).stdout)

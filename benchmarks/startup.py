@@ -105,7 +105,11 @@ def main() -> None:
         folder = Path(temporary)
         bundle = folder / "emoji.sdrt"
         sdrt = [sys.executable, "-m", "sdrt.cli"]
-        subprocess.run([*sdrt, "build", "--checkpoint", str(EMOJI / "emoji.safetensors"), "--output", str(bundle)], check=True, stdout=subprocess.DEVNULL)
+        subprocess.run(
+            [*sdrt, "build", "--checkpoint", str(EMOJI / "emoji.safetensors"), "--target", "onnxruntime", "--output", str(bundle)],
+            check=True,
+            stdout=subprocess.DEVNULL,
+        )
         save_for_diffusers(bundle, folder / "diffusers")
         numpy_s, runtime_s = alternating([sys.executable, "-c", "import numpy"], [sys.executable, "-c", "import numpy, sdrt.runtime"], arguments.runs * 2)
         ours = [*sdrt, "generate", str(bundle), "red apple", "--cfg", "3", "--seed", "0", "--output", str(folder / "ours.png")]
