@@ -59,10 +59,10 @@ def staged_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
             _put_in_place(stage, target, replace)
             _flush(target.parent)
     finally:
-        # After an exchange the stage holds the old folder; after an error, the unfinished one.
-        _remove_tree(stage)
         if held is not None:
             os.close(held)
+        # After an exchange the stage holds the old folder; after an error, the unfinished one.
+        _remove_tree(stage)
 
 
 @contextmanager
