@@ -534,7 +534,7 @@ def test_a_profile_without_its_first_run() -> None:
 
 
 def test_the_machines_peak_is_positive() -> None:
-    assert all(value > 0 for value in machine_peak(64, 1 << 16).values())
+    assert all(value > 0 for value in machine_peak((64,), 1 << 16).values())
 
 
 def test_requests_and_answers_travel_as_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -215,16 +215,16 @@ def test_pairs_needed_settle_it() -> None:
 
 
 def test_a_ratio_on_the_margin_cannot_be_settled() -> None:
-    on_it = Estimate(1.05, 0.99, 1.11, 0.3, 10, 0.1, True)
+    on_it = Estimate(1.05, 0.99, 1.11, 0.3, 10, True)
     assert judge({"x": on_it}, {"x": MARGIN})["x"].needed is not None  # it must leave 1 behind
-    below = Estimate(1.0499, 0.99, 1.11, 0.3, 10, 0.1, True)
+    below = Estimate(1.0499, 0.99, 1.11, 0.3, 10, True)
     assert judge({"x": below}, {"x": MARGIN})["x"].needed is None
 
 
 def test_holm_asks_more_of_many_metrics() -> None:
     """A p-value of 0.03 alone is significant; among ten metrics it is not."""
-    weak = Estimate(1.08, 1.01, 1.2, 0.03, 10, 0.05, True)
-    none = Estimate(1.0, 0.99, 1.01, 0.9, 10, 0.01, True)
+    weak = Estimate(1.08, 1.01, 1.2, 0.03, 10, True)
+    none = Estimate(1.0, 0.99, 1.01, 0.9, 10, True)
     assert judge({"x": weak}, {"x": MARGIN})["x"].word == SLOWER
     many = {"x": weak} | {f"y{i}": none for i in range(9)}
     assert judge(many, dict.fromkeys(many, MARGIN))["x"].word == AMBIGUOUS

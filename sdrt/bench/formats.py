@@ -41,8 +41,9 @@ def interval(row: Row) -> str:
 
 def word(row: Row, interleaved: bool) -> str:
     """A row's verdict with what would settle it, and whether it counts."""
-    text = f"{row.verdict}: {what_settles(row, interleaved)}" if row.verdict == AMBIGUOUS else row.verdict
-    return text if row.gated else f"{text} (not gated)"
+    if not row.gated:
+        return f"{row.verdict} (not gated)"
+    return f"{row.verdict}: {what_settles(row, interleaved)}" if row.verdict == AMBIGUOUS else row.verdict
 
 
 def comparison_markdown(comparison: Comparison) -> str:

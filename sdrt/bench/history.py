@@ -32,6 +32,7 @@ def append(folder: Path, document: Mapping[str, Any]) -> Path:
     record = {
         "schema": SCHEMA, "id": document["id"], "time": document["time"], "tool": document["tool"], "key": environment_key(document), "ran": ran(document),
         "engine": document["engine"], "stats": document["stats"], "counters": document["counters"], "fidelity": document["fidelity"]["ok"],
+        "env": document["env"], "warnings": document["warnings"],
     }  # fmt: skip
     line = json.dumps(record, allow_nan=False).encode() + b"\n"
     file = folder / FILE

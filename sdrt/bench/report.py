@@ -23,7 +23,7 @@ body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto
 h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
 table { border-collapse: collapse; width: 100%; font-size: 0.88rem; } th, td { padding: 0.25rem 0.6rem; border-bottom: 1px solid #d8dee4; text-align: left; }
 td.n { text-align: right; font-variant-numeric: tabular-nums; } th.n { text-align: right; }
-svg { max-width: 100%; height: auto; } .bad { color: #b3261e; font-weight: 600; } .good { color: #1a7f37; font-weight: 600; } .note { color: #57606a; }
+svg { max-width: 100%; height: auto; } .bad { color: #b3261e; font-weight: 600; } .good { color: #1a7f37; font-weight: 600; } .unsure { color: #9a6700; font-weight: 600; } .note { color: #57606a; }
 """
 _COLOURS = ("#1f6feb", "#d1570c", "#1a7f37", "#8250df", "#9a6700", "#57606a")
 _WIDTH_IN = 8.6
@@ -32,7 +32,7 @@ _WIDTH_IN = 8.6
 def result_html(document: Mapping[str, Any], history: Sequence[Trend] = ()) -> str:
     """One run: its table, per-step times, distributions, the trend of earlier runs and the profile, as far as each is there."""
     problems = fidelity_problems(document)
-    verdict = _verdict("fidelity ok", bad=False) if not problems else _verdict("FAILED: " + "; ".join(problems), bad=True)
+    verdict = _verdict("FAILED: " + "; ".join(problems), "bad") if problems else _verdict("fidelity ok", "good")
     parts = [verdict, _paragraph(ran(document)), _notes(document["warnings"]), _stats_table(document)]
     if steps := _per_step(document):
         parts += ["<h2>Time per model call</h2>", steps]
@@ -49,7 +49,8 @@ def result_html(document: Mapping[str, Any], history: Sequence[Trend] = ()) -> s
 
 def comparison_html(comparison: Comparison) -> str:
     """Two runs side by side."""
-    parts = [_verdict(comparison.headline, bad=bool(comparison.failures)), _paragraph(comparison.ran), _notes(comparison.notes)]
+    kind = "bad" if comparison.failures else "unsure" if comparison.undecided else "good"
+    parts = [_verdict(comparison.headline, kind), _paragraph(comparison.ran), _notes(comparison.notes)]
     rows = [(row.name, number(row.base, row.unit), number(row.new, row.unit), interval(row), word(row, comparison.interleaved)) for row in comparison.rows]
     parts.append(_table(("metric", "base", "new", "new / base [95 % interval]", "verdict"), rows, numbers=(1, 2)))
     parts += ["<h2>Distribution over processes</h2>", _distributions({"base": comparison.base, "new": comparison.new})]
@@ -84,8 +85,9 @@ def _per_step(document: Mapping[str, Any]) -> str:
     low, middle, high = np.percentile(table, [10, 50, 90], axis=0)
     axes.fill_between(x, low, high, color=_COLOURS[0], alpha=0.2, linewidth=0, label="10 to 90 %")
     axes.plot(x, middle, color=_COLOURS[0], marker="o", markersize=3, label=f"median of {len(table)} pictures")
-    axes.set(xlabel="model call", ylabel="ms", ylim=(0, None))
-    axes.legend(frameon=False)
+    axes.set(xlabel="model call", ylabel="ms", ylim=(0, 1.2 * float(high.max()) or 1.0))
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.legend(frameon=False, ncols=2)
     return _svg(figure)
 
 
@@ -99,7 +101,7 @@ def _distributions(documents: Mapping[str, Mapping[str, Any]]) -> str:
             random = np.random.default_rng(0)
             for process, values in enumerate(document["samples"].get(name, [])):
                 place = process + 1 + (side - (len(documents) - 1) / 2) * 0.3
-                axes.scatter(place + random.uniform(-0.08, 0.08, len(values)), values, s=6, alpha=0.35, color=_COLOURS[side], linewidths=0)
+                axes.scatter(place + random.uniform(-0.08, 0.08, len(values)), values, s=16, alpha=0.5, color=_COLOURS[side], linewidths=0)
                 if values:
                     bar = label if process == 0 else ""
                     axes.hlines(float(np.median(values)), place - 0.14, place + 0.14, color=_COLOURS[side], linewidth=2, label=bar)
@@ -125,7 +127,8 @@ def _trend_plots(trends: Sequence[Trend]) -> list[str]:
                 axes.legend(frameon=False)
             if trend.outside:
                 axes.plot(x[-1:], trend.values[-1:], color=_COLOURS[1], marker="o", markersize=8)
-            axes.set(ylabel=trend.name, xlabel=f"run, {trend.times[0][:10]} to {trend.times[-1][:10]}", ylim=(0, None))
+            top = 1.2 * max(*trend.values, trend.limit or 0.0, 0.0) or 1.0
+            axes.set(ylabel=trend.name, xlabel=f"run, {trend.times[0][:10]} to {trend.times[-1][:10]}", ylim=(0, top))
             axes.xaxis.get_major_locator().set_params(integer=True)
             parts.append(_svg(figure))
     return parts
@@ -137,7 +140,7 @@ def _layers(layers: Mapping[str, Any]) -> list[str]:
         "<h2>Profile</h2>",
         _paragraph(
             f"{layers['backend']}; this machine at best: {peak['flops_per_s'] / 1e9:.1f} GFLOP/s in a float32 matrix product, "
-            f"{peak['bytes_per_s'] / 1e9:.1f} GB/s in a copy. Bytes are what operators would move if nothing stayed in a cache."
+            f"{peak['bytes_per_s'] / 1e9:.1f} GB/s in a copy, by numpy; a better library may pass 100 %. Bytes are what operators would move if nothing stayed in a cache."
         ),
     ]
     rows = [
@@ -180,8 +183,8 @@ def _svg(figure: Figure) -> str:
     return text[text.index("<svg") :]
 
 
-def _verdict(text: str, *, bad: bool) -> str:
-    return f'<p class="{"bad" if bad else "good"}">{_escape(text)}</p>'
+def _verdict(text: str, kind: str) -> str:
+    return f'<p class="{kind}">{_escape(text)}</p>'
 
 
 def _paragraph(text: str) -> str:

@@ -29,12 +29,11 @@ MIN_PROCESSES = 4
 _EXACT = 60
 """Pairs, or processes of both sides, up to which ranks are counted exactly; beyond, their sum is taken as normal."""
 _FIT_POINTS = 500
-_MEDIAN = math.sqrt(math.pi / 2)
-"""Deviation of a median of n, in deviations of one over the square root of n."""
-_SEEN = (1.959964 + 0.841621) * _MEDIAN
-"""A change of this many (deviations over root n) is told from none in four cases of five."""
-_SETTLED = (1.959964 + 1.281552) * _MEDIAN
-"""With this much room to either side, the 95 % interval stays inside in four cases of five."""
+_Z95, _Z90, _Z80 = 1.959964, 1.281552, 0.841621
+_SEEN = _Z95 + _Z80
+"""A change of this many standard errors is told from none in four cases of five."""
+_SETTLED = _Z95 + _Z90
+"""With this many standard errors of room to either side, the 95 % interval stays inside in four cases of five."""
 
 SLOWER, FASTER, SAME, AMBIGUOUS = "SLOWER", "FASTER", "SAME", "AMBIGUOUS"
 
@@ -91,7 +90,7 @@ def bootstrap_medians(values: Doubles, resamples: int = RESAMPLES, seed: int = S
 
 @dataclass(frozen=True)
 class Estimate:
-    """A ratio new / base with its 95 % interval. `p_value` is the two-sided rank test's; `spread` the deviation of one pair's log ratio.
+    """A ratio new / base with its 95 % interval. `p_value` is the two-sided rank test's.
 
     `enough` is whether n pairs (or processes a side) can give a 95 % interval at all.
     """
@@ -101,8 +100,12 @@ class Estimate:
     high: float
     p_value: float
     n: int
-    spread: float
     enough: bool
+
+    @property
+    def error(self) -> float:
+        """Standard error of the ratio's logarithm, from the width of its interval: a stray pair widens it little. Infinite for n = 1."""
+        return math.log(self.high / self.low) / (2 * _Z95) if self.n > 1 else math.inf
 
 
 def paired(base: Sequence[Sequence[float]], new: Sequence[Sequence[float]]) -> Estimate | None:
@@ -117,9 +120,7 @@ def paired(base: Sequence[Sequence[float]], new: Sequence[Sequence[float]]) -> E
 
 def from_logs(logs: Doubles) -> Estimate:
     """Estimate from the log ratios of pairs, `[n]`."""
-    n = len(logs)
-    spread = float(logs.std(ddof=1)) if n > 1 else math.inf
-    return _estimate(float(np.median(logs)), bootstrap_medians(logs), signed_rank(logs), n, spread, n >= MIN_PAIRS)
+    return _estimate(float(np.median(logs)), bootstrap_medians(logs), signed_rank(logs), len(logs), len(logs) >= MIN_PAIRS)
 
 
 def unpaired(base: Sequence[Sequence[float]], new: Sequence[Sequence[float]]) -> Estimate | None:
@@ -137,13 +138,12 @@ def unpaired(base: Sequence[Sequence[float]], new: Sequence[Sequence[float]]) ->
         sides.append((medians, np.log(np.maximum(np.median(inner[process, draw], axis=1), np.finfo(float).tiny))))
     (old, old_draws), (now, new_draws) = sides
     n = min(len(old), len(now))
-    spread = math.sqrt(np.log(old).var(ddof=1) + np.log(now).var(ddof=1)) if n > 1 else math.inf
-    return _estimate(math.log(np.median(now) / np.median(old)), new_draws - old_draws, rank_sum(old, now), n, spread, n >= MIN_PROCESSES)
+    return _estimate(math.log(np.median(now) / np.median(old)), new_draws - old_draws, rank_sum(old, now), n, n >= MIN_PROCESSES)
 
 
-def _estimate(centre: float, draws: Doubles, p_value: float, n: int, spread: float, enough: bool) -> Estimate:
+def _estimate(centre: float, draws: Doubles, p_value: float, n: int, enough: bool) -> Estimate:
     low, high = (float(value) for value in np.percentile(draws, [2.5, 97.5]))
-    return Estimate(math.exp(centre), math.exp(low), math.exp(high), p_value, n, spread, enough)
+    return Estimate(math.exp(centre), math.exp(low), math.exp(high), p_value, n, enough)
 
 
 def signed_rank(values: Doubles) -> float:
@@ -216,7 +216,7 @@ def judge(estimates: Mapping[str, Estimate], margins: Mapping[str, float]) -> di
 
 def _verdict(estimate: Estimate, margin: float, significant: bool, metrics: int) -> Verdict:
     bound = 1 + margin
-    visible = math.expm1(_SEEN * estimate.spread / math.sqrt(estimate.n)) if math.isfinite(estimate.spread) else math.nan
+    visible = math.expm1(min(_SEEN * estimate.error, 100.0)) if estimate.n > 1 else math.nan
     if estimate.enough:
         if estimate.ratio >= bound and estimate.low > 1 and significant:
             return Verdict(SLOWER, None, visible)
@@ -230,13 +230,13 @@ def _verdict(estimate: Estimate, margin: float, significant: bool, metrics: int)
 def _needed(estimate: Estimate, bound: float, metrics: int) -> int | None:
     """Pairs until the interval fits between the ratio and what it must not hold: the margin, or 1. None where that is out of reach."""
     least = max(MIN_PAIRS, math.ceil(math.log2(2 * metrics / ALPHA)))  # that many can be significant beside the other metrics
-    if not math.isfinite(estimate.spread):
+    if estimate.n < 2:
         return least
     size = abs(math.log(estimate.ratio))
     room = bound - size if size < bound else size
     if room <= 0.02 * bound:  # a ratio on the margin itself: every number of pairs leaves it there
         return None
-    return max(least, estimate.n + 1, math.ceil((_SETTLED * estimate.spread / room) ** 2))
+    return max(least, estimate.n + 1, math.ceil(estimate.n * (_SETTLED * estimate.error / room) ** 2))
 
 
 @dataclass(frozen=True)
@@ -274,7 +274,8 @@ def detectable(processes: Sequence[Sequence[float]]) -> float | None:
     medians = [median for median in medians if median > 0]
     if len(medians) < 2:
         return None
-    return math.expm1(_SEEN * math.sqrt(2 / len(medians)) * float(np.log(medians).std(ddof=1)))
+    low, high = np.percentile(bootstrap_medians(np.log(medians)), [2.5, 97.5])
+    return math.expm1(min(_SEEN * math.sqrt(2) * float(high - low) / (2 * _Z95), 100.0))
 
 
 def fence(history: Sequence[float]) -> float | None:
