@@ -26,12 +26,13 @@ KIND = "a hypernetwork"
 FAMILIES = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 2048: "SDXL"}
 """Whose text context is that wide."""
 ACTIVATIONS = {
-    "relu": "ReLU", "leakyrelu": "LeakyReLU", "elu": "ELU", "swish": "Hardswish", "tanh": "Tanh", "sigmoid": "Sigmoid", "celu": "CELU", "gelu": "GELU",
+    "relu": "ReLU", "leakyrelu": "LeakyReLU", "elu": "ELU", "swish": "Hardswish", "tanh": "Tanh", "sigmoid": "Sigmoid", "celu": "ELU", "gelu": "GELU",
     "hardshrink": "Hardshrink", "hardsigmoid": "Hardsigmoid", "hardswish": "Hardswish", "hardtanh": "Hardtanh", "logsigmoid": "LogSigmoid", "mish": "Mish",
     "relu6": "ReLU6", "rrelu": "RReLU", "selu": "SELU", "silu": "SiLU", "softplus": "Softplus", "softshrink": "Softshrink", "softsign": "Softsign",
     "tanhshrink": "Tanhshrink",
 }  # fmt: skip
-"""AUTOMATIC1111's names to classes of torch.nn: every activation that works elementwise and learns nothing. Its swish is Hardswish."""
+"""AUTOMATIC1111's names to classes of torch.nn: every activation that works elementwise and learns nothing. Its swish is
+Hardswish; CELU and ELU differ in a parameter that it leaves at 1."""
 SMALLEST, LARGEST = 0.001, 100.0
 _LEGACY = {"linear1": "linear.0", "linear2": "linear.1"}
 PARTS = ("k", "v")
@@ -232,7 +233,7 @@ def _check_settings(file: TensorFile, width: int, widths: Sequence[int], activat
     stated = settings.get("layer_structure")
     if stated is None:
         return
-    good = isinstance(stated, (list, tuple)) and all(isinstance(n, (int, float)) and math.isfinite(n) for n in stated)
+    good = isinstance(stated, (list, tuple)) and all(isinstance(n, (int, float)) and 0 < n <= 1000 for n in stated)
     if not good or [int(width * n) for n in stated] != list(widths):
         found = _words([n / width for n in widths])
         raise AdapterError(f"{file.path}: layer_structure: {printable(str(stated)[:80])}, but the tensors of {width} are {found} times as wide", AGAIN)
@@ -253,7 +254,7 @@ def summary(file: TensorFile) -> dict[str, Any]:
     return {
         "use": "--hypernetwork FILE[:SCALE]",
         "widths": widths,
-        "layer_structure": sorted({tuple(n / layers[0] for n in layers) for layers in spec.layers}),
+        "layer_structure": _settings(file).get("layer_structure") or [n / widths[0] for n in spec.layers[0]],
         "activation": spec.activation or "none",
         "layer_norm": spec.layer_norm,
         "activate_output": spec.activate_output,

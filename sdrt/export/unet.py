@@ -46,9 +46,17 @@ class Residual(nn.Module):
         return x + self.scale * self.layers(x)
 
 
+class LogSigmoid(nn.Module):
+    """torch.nn's, which would be traced as the logarithm of a sigmoid, and that is 0 for large negative inputs."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return -F.softplus(-x)
+
+
 def _activation(name: str) -> nn.Module:
     """An activation of torch.nn at its defaults. RReLU's slope is random in training; at inference it is the mean."""
-    module: nn.Module = nn.LeakyReLU((1 / 8 + 1 / 3) / 2) if name == "RReLU" else getattr(nn, name)()
+    special = {"RReLU": nn.LeakyReLU((1 / 8 + 1 / 3) / 2), "LogSigmoid": LogSigmoid()}
+    module: nn.Module = special[name] if name in special else getattr(nn, name)()
     return module
 
 

@@ -50,14 +50,18 @@ class Tokenizer:
         return None
 
     def encode(self, prompt: str) -> NDArray[np.int64]:
-        """Token ids `[1, tokens]` of a prompt, with start, end and padding.
+        """Token ids `[1, tokens]` of a prompt, with start, end and padding; rows of a learned embedding where its trigger stands.
 
         Raises:
             UsageError: the prompt is longer than one chunk, or is not valid text.
         """
         if not isinstance(prompt, str):
             raise UsageError(f"prompt: expected text, found {type(prompt).__name__}")
-        ids = self.tokens(prompt)
+        tokens, ids, position = self.tokens(prompt), list[int](), 0
+        while position < len(tokens):
+            rows, length = self.embedding_at(tokens, position) or ((tokens[position],), 1)
+            ids += rows
+            position += length
         limit = self.text.tokens - 2
         if len(ids) > limit:
             raise UsageError(f"prompt: {len(ids):,} tokens, the limit is {limit} for now", f"Shorten it; about {limit * 3 // 4} English words fit.")

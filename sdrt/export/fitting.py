@@ -1,0 +1,56 @@
+"""Whether a file fits a checkpoint: `sdrt inspect FILE --for CHECKPOINT`. The checks are those of a build; of values only a LoRA's alphas are read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from sdrt.errors import SdrtError, UsageError
+from sdrt.export import embeddings, hypernetworks
+from sdrt.export.adapters import LoraOption, open_lora
+from sdrt.export.adapters import component as component_of
+from sdrt.export.architecture import OPTION_OF_KIND
+from sdrt.export.checkpoint import open_checkpoint, select
+
+
+def fit(path: Path, kind: str, checkpoint_path: Path) -> dict[str, Any]:
+    """Whether the file at `path`, which `describe` calls `kind`, can be built into a checkpoint: `fits`, and what it touches or why not.
+
+    Raises:
+        UsageError: files of that kind go into no checkpoint.
+        CheckpointError, InputFileError: the checkpoint cannot be built.
+    """
+    if kind not in OPTION_OF_KIND:
+        raise UsageError(f"--for {checkpoint_path}: {path} is {kind}, which goes into no checkpoint", f"--for takes {', '.join(OPTION_OF_KIND)}.")
+    open_checkpoint(checkpoint_path).close()
+    report: dict[str, Any] = {"for": str(checkpoint_path), "fits": True}
+    try:
+        return report | _touched(path, kind, checkpoint_path)
+    except SdrtError as error:
+        return report | {"fits": False, "why": error.message, "fix": error.fix}
+
+
+def _touched(path: Path, kind: str, checkpoint_path: Path) -> dict[str, Any]:
+    checkpoint = open_checkpoint(checkpoint_path, path if kind == "a VAE" else None)
+    try:
+        arch = checkpoint.architecture
+        if kind == embeddings.KIND:
+            embedding = embeddings.open_embedding(embeddings.EmbeddingOption(path, path.stem), arch.clip)
+            embedding.file.close()
+            return {"touches": {"text_encoder": embedding.vectors}}
+        if kind == hypernetworks.KIND:
+            hypernetwork = hypernetworks.open_hypernetwork(hypernetworks.HypernetworkOption(path), arch.unet)
+            hypernetwork.file.close()
+            return {"touches": {"unet": hypernetwork.layers}}
+        from sdrt.export.graph import recipes  # imports torch, whose modules know every weight's name
+
+        shapes = {graph: recipe.weight_shapes() for graph, recipe in recipes(arch).items()}
+        if kind == "a VAE":
+            expected = {name: shape for graph in ("vae_decoder", "vae_encoder") for name, shape in shapes[graph].items()}
+            return {"touches": {"vae": len(select(checkpoint, expected)[0])}}
+        lora = open_lora(LoraOption(path), {name: shape for graph in shapes.values() for name, shape in graph.items()}, arch.unet)
+        lora.file.close()
+        components = [component_of(weight) for weight in lora.deltas]
+        return {"touches": {component: components.count(component) for component in sorted(set(components))}}
+    finally:
+        checkpoint.close()
