@@ -316,7 +316,7 @@ def test_a_run_of_one_process(bundle: Bundle) -> None:
     assert made["bundle"]["sha256"] != made["bundle"]["weights"] and "hostname" not in json.dumps(made)
 
 
-def test_layers_are_profiled_in_the_last_process_only(bundle: Bundle) -> None:
+def test_layers_are_profiled_in_the_first_process_only(bundle: Bundle) -> None:
     asked: list[Request] = []
 
     def made(request: Request) -> Mapping[str, Any]:
@@ -324,7 +324,19 @@ def test_layers_are_profiled_in_the_last_process_only(bundle: Bundle) -> None:
         return answer(np.random.default_rng(0))
 
     run(bundle, Request("x", layers=True), 3, lambda _: None, made)
-    assert [(request.process, request.layers) for request in asked] == [(0, False), (1, False), (2, True)]
+    assert [(request.process, request.layers) for request in asked] == [(0, True), (1, False), (2, False)]
+
+
+def test_layers_of_a_backend_without_a_profile_are_refused_after_the_first_picture() -> None:
+    time = FakeTime()
+    readings = Readings(clock=time)
+    pipe: Any = FakePipe(TimedEngine(FakeEngine(time, 1.0), readings), time)
+    request = Request("fake", layers=True)
+    sampler = measure._Sampler(pipe, readings, request)
+    sampler.picture()
+    with pytest.raises(MachineError, match="--layers: not available yet for fake"):
+        measure._sustained(request, pipe, readings, sampler, {}, [])
+    assert len(pipe.prompts) == 1
 
 
 def test_samples_that_are_no_durations_are_dropped_and_counted() -> None:

@@ -40,8 +40,7 @@ def profile(pipe: Any, kept: Mapping[str, Any], threads: int | None, wall_ms: Ma
         MachineError: the backend that runs has no profile here yet.
     """
     engine = pipe._engine
-    if engine.backend != "onnxruntime":
-        raise MachineError(f"--layers: not available yet for {engine.backend}", "Use --backend onnxruntime, or leave --layers out.")
+    check_backend(engine.backend)
     feeds = _feeds(pipe.bundle, kept)
     peaks = [machine_peak()]
     events = {}
@@ -51,6 +50,12 @@ def profile(pipe: Any, kept: Mapping[str, Any], threads: int | None, wall_ms: Ma
             peaks.append(machine_peak())  # several moments: others may have been at work in one of them
     peak = {name: max(found[name] for found in peaks) for name in peaks[0]}
     return {"backend": engine.backend, "peak": peak, "graphs": {graph: analyse(found, wall_ms.get(graph), peak) for graph, found in events.items()}}
+
+
+def check_backend(backend: str) -> None:
+    """Raise MachineError if a backend has no profile here yet."""
+    if backend != "onnxruntime":
+        raise MachineError(f"--layers: not available yet for {backend}", "Use --backend onnxruntime, or leave --layers out.")
 
 
 def _feeds(bundle: Bundle, kept: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

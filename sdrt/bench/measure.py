@@ -128,6 +128,10 @@ def _sustained(request: Request, pipe: Pipeline, readings: Readings, sampler: _S
     from sdrt.bench.fidelity import check_references, picture_record
     from sdrt.bench.scenarios import repeat, warm_up
 
+    if request.layers:
+        from sdrt.bench.layers import check_backend
+
+        check_backend(sampler.last.engine["backend"])  # before the long part
     readings.keep = True
     sampler.picture(same=True)
     readings.keep = False

@@ -76,7 +76,7 @@ def _death(bundle: str, code: int, lines: Sequence[str]) -> errors.SdrtError:
 
 
 def run(bundle: Bundle, request: Request, processes: int, progress: Progress, measure: Measure = in_fresh_process) -> Document:
-    """Measure a bundle in `processes` fresh processes, one after the other. Layers are profiled in the last.
+    """Measure a bundle in `processes` fresh processes, one after the other. Layers are profiled in the first.
 
     Raises:
         SdrtError: what a process raised.
@@ -85,7 +85,7 @@ def run(bundle: Bundle, request: Request, processes: int, progress: Progress, me
     answers = []
     for index in range(processes):
         progress(f"process {index + 1} of {processes}")
-        answers.append(measure(replace(request, process=index, layers=request.layers and index == processes - 1)))
+        answers.append(measure(replace(request, process=index, layers=request.layers and index == 0)))
     return document_of(bundle, request, answers, before)
 
 
