@@ -1,6 +1,6 @@
 """Compile a bundle for TensorRT-RTX and report, per graph, seconds, layers, plan size and peak memory. Needs no GPU.
 
-Usage: python benchmarks/compile.py BUNDLE.sdrt [--sm 86,89,120] [--json]; `benchmarks/full_size.py --folder DIR` leaves a bundle of full size.
+Usage: python benchmarks/compile.py BUNDLE.sdrt [--sm 86,89,120] [--json]; `benchmarks/build.py --folder DIR` leaves a bundle of full size.
 """
 
 from __future__ import annotations

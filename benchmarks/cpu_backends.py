@@ -3,7 +3,7 @@
 Every run is a fresh process, and the backends take turns, so the ratios hold on a machine whose speed drifts. The bundle is copied: engines are
 compiled into the copy, one in float32 and, where the CPU has it, one in bfloat16.
 Usage: python benchmarks/cpu_backends.py BUNDLE.sdrt [--size WxH] [--steps N] [--runs N] [--json]
-For the full size: python benchmarks/full_size.py --folder DIR, then python benchmarks/cpu_backends.py DIR/sd15.sdrt --steps 3 --runs 3
+For the full size: python benchmarks/build.py --folder DIR, then python benchmarks/cpu_backends.py DIR/sd15.sdrt --steps 3 --runs 3
 """
 
 from __future__ import annotations
