@@ -172,6 +172,12 @@ class Bundle:
         return self.file(record.path)
 
 
+def bundle_id(manifest: Manifest) -> str:
+    """16 hex digits that equal bundles share whatever their names: a hash of their files' hashes."""
+    text = "\n".join(f"{name} {record.sha256}" for name, record in sorted(manifest.files.items()))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
 def file_record(path: Path) -> FileRecord:
     with path.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import re
 import signal
 import sys
 import threading
@@ -17,8 +16,8 @@ from typing import Annotated, Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
-from sdrt import __version__, cli_bench, cli_engines, cli_signature
-from sdrt.cli_output import BUILD_STAGES, BundleArgument, Json, StageProgress, interrupted, print_json, print_report, progress_bar
+from sdrt import __version__, cli_bench, cli_engines, cli_generate, cli_signature
+from sdrt.cli_output import BUILD_STAGES, BundleArgument, Json, StageProgress, interrupted, print_json, print_report, size_option
 from sdrt.errors import MachineError, SdrtError, UsageError, printable
 
 BUG, INTERRUPTED = 70, 130
@@ -143,7 +142,7 @@ def build(
 
     targets = cli_engines.checked_targets(target or ["auto"])
     options = BuildOptions(
-        checkpoint, tuple(parse_lora_option(text) for text in lora or []), vae, precision, _size(size), clip_skip, allow_unmatched, output, force,
+        checkpoint, tuple(parse_lora_option(text) for text in lora or []), vae, precision, size_option(size), clip_skip, allow_unmatched, output, force,
         embeddings=tuple(parse_embedding_option(text) for text in embedding or []), hypernetworks=tuple(parse_hypernetwork_option(text) for text in hypernetwork or []), ema=ema,
     )  # fmt: skip
     with StageProgress(BUILD_STAGES) as progress:
@@ -176,69 +175,7 @@ def build(
     typer.echo(f'next: sdrt generate {printable(os.path.relpath(report.path))} "your prompt" --output picture.png', err=True)
 
 
-@app.command(epilog='Example: sdrt generate emoji.sdrt "red apple" --cfg 3 --seed 7 --count 4 --output apple.png')
-def generate(
-    ctx: typer.Context,
-    bundle: BundleArgument,
-    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What to show.")],
-    negative: Annotated[str, typer.Option("--negative", metavar="TEXT", help="What to steer away from.")] = "",
-    steps: Annotated[int, typer.Option("--steps", metavar="N", help="Steps of the sampler, 1 to 1000.")] = 20,
-    cfg: Annotated[float, typer.Option("--cfg", metavar="X", help="Guidance scale; 1 turns guidance off.")] = 7.0,
-    sampler: Annotated[str, typer.Option("--sampler", metavar="NAME", help='euler, euler_a, heun, ddim or dpmpp_2m; AUTOMATIC1111\'s spelling works too ("DPM++ 2M Karras").')] = "euler",
-    schedule: Annotated[str | None, typer.Option("--schedule", metavar="NAME", help="discrete, karras, or leading (ddim only, its default).")] = None,
-    seed: Annotated[int | None, typer.Option("--seed", metavar="N", help="Seed of the first picture; picture i has seed + i. Drawn and reported if not given.")] = None,
-    size: Annotated[str | None, typer.Option("--size", metavar="WxH", help="Picture size in pixels, multiples of 8; the bundle's own if not given.")] = None,
-    batch: Annotated[int, typer.Option("--batch", metavar="N", help="Pictures per model call, 1 to 64.")] = 1,
-    count: Annotated[int, typer.Option("--count", metavar="N", help="Pictures in total.")] = 1,
-    backend: Annotated[str, typer.Option("--backend", metavar="NAME", help="auto, onnxruntime, openvino, tensorrt-rtx or tensorrt. auto takes the fastest engine in the bundle that can run here.")] = "auto",
-    device: Annotated[int, typer.Option("--device", metavar="N", help="GPU to use, counted from 0; ignored on a CPU.")] = 0,
-    threads: Annotated[int | None, typer.Option("--threads", metavar="N", help="CPU threads; the engine's own choice if not given.")] = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", metavar="F.png", help="PNG to write; several pictures become F-SEED.png. By default BUNDLE-SEED.png in the working folder. A picture sdrt made is replaced; any other file needs --force.")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace whatever file is in the way.")] = False,
-    as_json: Json = False,
-) -> None:  # fmt: skip
-    """Make pictures from a prompt. Needs no PyTorch."""
-    ctx.find_root().obj = "json" if as_json else None
-    from sdrt.runtime import Pipeline
-    from sdrt.runtime.pipeline import draw_seed
-
-    first = draw_seed() if seed is None else seed
-    if output is not None and output.suffix.lower() != ".png":
-        raise UsageError(f"--output {output}: expected a name ending in .png")
-    target = output if output is not None else Path(f"{bundle.name.removesuffix('.sdrt')}-{first}.png")
-    paths = [target if count == 1 else target.with_name(f"{target.stem}-{first + i}{target.suffix}") for i in range(max(count, 0))]
-    with Pipeline.load(bundle, backend=backend, device=device, threads=threads) as pipe:
-        stream = pipe.stream(
-            prompt, negative=negative, steps=steps, cfg=cfg, seed=first, sampler=sampler, schedule=schedule, size=_size(size), batch=batch, count=count
-        )
-        _check_pictures(paths, force)
-        with progress_bar() as bar:
-            task = bar.add_task("denoising", total=None)
-            for step in stream:
-                batches = -(-count // batch)
-                bar.update(
-                    task,
-                    total=step.count * batches,
-                    completed=step.picture // batch * step.count + step.index,
-                    description=f"denoising, picture {step.picture + 1} of {step.pictures}",
-                )
-    assert step.result is not None
-    result = step.result
-    for path, image, picture_seed in zip(paths, result.images, result.seeds, strict=True):
-        _save_png(path, image, result.parameters | {"seed": picture_seed, "engine": result.engine})
-    if as_json:
-        print_json(
-            {
-                "pictures": [{"path": str(p), "seed": s} for p, s in zip(paths, result.seeds, strict=True)],
-                "engine": result.engine,
-                "parameters": result.parameters,
-                "timings_ms": result.timings_ms,
-            }
-        )
-        return
-    for path, picture_seed in zip(paths, result.seeds, strict=True):
-        typer.echo(f"{printable(str(path))}  seed {picture_seed}")
-    typer.echo(f"{result.timings_ms['total'] / 1000:.2f} s on {result.engine['backend']}", err=True)
+app.command("generate", epilog='Example: sdrt generate emoji.sdrt "red apple" --cfg 3 --seed 7 --count 4 --output apple.png')(cli_generate.generate)
 
 
 @app.command(epilog="Example: sdrt inspect style.safetensors --for model.safetensors")
@@ -300,45 +237,6 @@ app.command("compile", epilog="Example: sdrt compile model.sdrt --target tensorr
 app.command("sign", epilog="Example: sdrt sign model.sdrt --key private.pem")(cli_signature.sign)
 app.add_typer(cli_bench.app, name="bench")
 app.command("doctor", epilog="Example: sdrt doctor --json")(cli_engines.doctor)
-
-
-def _size(text: str | None) -> tuple[int, int] | None:
-    if text is None:
-        return None
-    match = re.fullmatch(r"(\d{1,6})[xX](\d{1,6})", text)
-    if match is None:
-        raise UsageError(f"--size {text}: expected WIDTHxHEIGHT in pixels", "Write it as --size 512x768.")
-    return int(match[1]), int(match[2])
-
-
-def _check_pictures(paths: list[Path], force: bool) -> None:
-    """Fail before the work, not after it, if a picture could not be written or would replace a file that is not ours."""
-    from PIL import Image
-
-    for path in paths:
-        if not path.absolute().parent.is_dir():
-            raise UsageError(f"--output {path}: its folder does not exist", "Create the folder first.")
-        if force or not os.path.exists(path):  # Path.exists raises for a name too long for the file system
-            continue
-        try:
-            with Image.open(path, formats=["PNG"]) as image:
-                ours = "sdrt" in image.info
-        except (OSError, SyntaxError, ValueError):
-            ours = False
-        if not ours:
-            raise UsageError(f"--output {path}: exists and is not a picture sdrt made", "Choose another name, or pass --force.")
-
-
-def _save_png(path: Path, image: Any, parameters: dict[str, Any]) -> None:
-    from PIL import Image
-    from PIL.PngImagePlugin import PngInfo
-
-    from sdrt.publish import new_file, staged_file
-
-    info = PngInfo()
-    info.add_itxt("sdrt", json.dumps(parameters, ensure_ascii=False))
-    with staged_file(path) as stage, new_file(stage) as stream:
-        Image.fromarray(image).save(stream, "PNG", pnginfo=info)
 
 
 if __name__ == "__main__":

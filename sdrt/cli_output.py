@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from threading import Event
@@ -10,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from sdrt.errors import printable
+from sdrt.errors import UsageError, printable
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout; words and progress stay on stderr.")]
 BundleArgument = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A folder made by `sdrt build`, such as model.sdrt.")]
@@ -32,6 +33,16 @@ def print_report(report: dict[str, Any], indent: str = "") -> None:
         else:
             shown = f"{value:,}" if key.endswith(("bytes", "parameters")) and isinstance(value, int) else value
             typer.echo(f"{indent}{printable(key)}: {printable(str(shown))}")
+
+
+def size_option(text: str | None) -> tuple[int, int] | None:
+    """A `--size` argument, WxH, as numbers."""
+    if text is None:
+        return None
+    match = re.fullmatch(r"(\d{1,6})[xX](\d{1,6})", text)
+    if match is None:
+        raise UsageError(f"--size {text}: expected WIDTHxHEIGHT in pixels", "Write it as --size 512x768.")
+    return int(match[1]), int(match[2])
 
 
 def progress_bar() -> Any:

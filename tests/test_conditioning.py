@@ -16,7 +16,7 @@ from reference import relative
 
 from sdrt.bundle import Source, open_bundle
 from sdrt.errors import UsageError
-from sdrt.runtime.conditioning import CACHED_CHUNKS, TextConditioner
+from sdrt.runtime.conditioning import CACHED_CHUNKS, Conditioning, TextConditioner
 from sdrt.runtime.engine import Float, load_engine
 from sdrt.runtime.tokenizer import Tokenizer
 
@@ -58,6 +58,10 @@ def conditioner(tokenizer: Tokenizer) -> TextConditioner:
     return TextConditioner(tokenizer)
 
 
+def encode(conditioner: TextConditioner, engine: Any, prompt: str, negative: str = "", **options: Any) -> Conditioning:
+    return conditioner.encode(engine, conditioner.read(prompt, negative, **options))
+
+
 def row(tokenizer: Tokenizer, text: str) -> NDArray[np.int64]:
     ids = tokenizer.tokens(text)
     return np.array([[BOS, *ids, *[EOS] * (76 - len(ids))]])
@@ -71,7 +75,7 @@ def plain(tokenizer: Tokenizer, text: str) -> Float:
 
 
 def test_guided(conditioner: TextConditioner, tokenizer: Tokenizer, engine: Any) -> None:
-    found = conditioner.encode(engine, "red apple", "blue", steps=3, cfg=7)
+    found = encode(conditioner, engine, "red apple", "blue", steps=3, cfg=7)
     assert len(found.sets) == 1 and found.set_of_step == (0, 0, 0) and found.weights == ((-6.0, 7.0),) * 3
     assert found.sets[0].dtype == np.float32 and not found.sets[0].flags.writeable
     np.testing.assert_array_equal(found.sets[0], [plain(tokenizer, "blue"), plain(tokenizer, "red apple")])
@@ -80,43 +84,43 @@ def test_guided(conditioner: TextConditioner, tokenizer: Tokenizer, engine: Any)
 
 def test_unguided(conditioner: TextConditioner, tokenizer: Tokenizer, engine: Any) -> None:
     """At guidance scale 1 the negative prompt has no weight, so it is not even read."""
-    found = conditioner.encode(engine, "red apple", "\ud800", steps=2, cfg=1)
+    found = encode(conditioner, engine, "red apple", "\ud800", steps=2, cfg=1)
     assert found.weights == ((1.0,),) * 2 and engine.calls == [1]
     np.testing.assert_array_equal(found.sets[0], [plain(tokenizer, "red apple")])
 
 
 def test_and(conditioner: TextConditioner, tokenizer: Tokenizer, engine: Any) -> None:
-    found = conditioner.encode(engine, "red apple :0.5 AND green pear:1.5", "blue", steps=1, cfg=3)
+    found = encode(conditioner, engine, "red apple :0.5 AND green pear:1.5", "blue", steps=1, cfg=3)
     assert found.weights == ((-5.0, 1.5, 4.5),)
     np.testing.assert_array_equal(found.sets[0], [plain(tokenizer, text) for text in ("blue", "red apple", "green pear")])
-    assert conditioner.encode(engine, "a AND b", steps=1, cfg=1).weights == ((-1.0, 1.0, 1.0),)
-    assert conditioner.encode(engine, "a AND b:-0.5", steps=1, cfg=2).weights == ((2.0, -1.0),)  # these sum to 1 without a negative
+    assert encode(conditioner, engine, "a AND b", steps=1, cfg=1).weights == ((-1.0, 1.0, 1.0),)
+    assert encode(conditioner, engine, "a AND b:-0.5", steps=1, cfg=2).weights == ((2.0, -1.0),)  # these sum to 1 without a negative
 
 
 def test_editing(conditioner: TextConditioner, tokenizer: Tokenizer, engine: Any) -> None:
     """Steps are counted from 0 and compared with what the prompt counts from 1, as AUTOMATIC1111 does."""
-    found = conditioner.encode(engine, "[red:green:2] apple", "[x:0.5]", steps=4, cfg=2)
+    found = encode(conditioner, engine, "[red:green:2] apple", "[x:0.5]", steps=4, cfg=2)
     assert found.set_of_step == (0, 0, 0, 1)
     np.testing.assert_array_equal(found.sets[0], [plain(tokenizer, ""), plain(tokenizer, "red apple")])
     np.testing.assert_array_equal(found.sets[1], [plain(tokenizer, "x"), plain(tokenizer, "green apple")])
     assert engine.calls == [2, 2]  # never more rows than an engine for two branches of one chunk takes
-    assert conditioner.encode(engine, "[red|green]", steps=6, cfg=1).set_of_step == (0, 0, 1, 0, 1, 0)
-    assert conditioner.encode(engine, "[red::1] AND [a|red|b]", steps=5, cfg=1).set_of_step == (0, 0, 1, 2, 3)
+    assert encode(conditioner, engine, "[red|green]", steps=6, cfg=1).set_of_step == (0, 0, 1, 0, 1, 0)
+    assert encode(conditioner, engine, "[red::1] AND [a|red|b]", steps=5, cfg=1).set_of_step == (0, 0, 1, 2, 3)
 
 
 def test_syntax_plain(conditioner: TextConditioner, tokenizer: Tokenizer, engine: Any) -> None:
     text = "(red:1.3) [a|b] AND [c:3] BREAK x:2"
     for options in ({"syntax": "plain"}, {"compat": "diffusers"}):
-        found = conditioner.encode(engine, text, steps=3, cfg=1, **options)  # type: ignore[arg-type]
+        found = encode(conditioner, engine, text, steps=3, cfg=1, **options)  # type: ignore[arg-type]
         assert found.weights == ((1.0,),) * 3 and len(found.sets) == 1
         np.testing.assert_array_equal(found.sets[0], [plain(tokenizer, text)])
-    assert len(conditioner.encode(engine, text, steps=3, cfg=1, compat="diffusers", syntax="a1111").weights[0]) == 3
+    assert len(encode(conditioner, engine, text, steps=3, cfg=1, compat="diffusers", syntax="a1111").weights[0]) == 3
 
 
 def test_clip_skip(conditioner: TextConditioner, tokenizer: Tokenizer, engine: Any) -> None:
-    first = conditioner.encode(engine, "a", steps=1, cfg=1)
-    second = conditioner.encode(engine, "a", steps=1, cfg=1, clip_skip=2)
-    np.testing.assert_array_equal(first.sets[0], conditioner.encode(engine, "a", steps=1, cfg=1, clip_skip=1).sets[0])
+    first = encode(conditioner, engine, "a", steps=1, cfg=1)
+    second = encode(conditioner, engine, "a", steps=1, cfg=1, clip_skip=2)
+    np.testing.assert_array_equal(first.sets[0], encode(conditioner, engine, "a", steps=1, cfg=1, clip_skip=1).sets[0])
     np.testing.assert_array_equal(second.sets[0][0], vectors(row(tokenizer, "a"), 2)[0])
     assert engine.calls == [1, 1]
 
@@ -129,40 +133,40 @@ def test_long_prompts(conditioner: TextConditioner, tokenizer: Tokenizer, engine
     long = "cat " * 75 + "dog"
     expected = np.concatenate([plain(tokenizer, "cat " * 75), plain(tokenizer, "dog")])
     filled = np.concatenate([plain(tokenizer, "red"), plain(tokenizer, "")])
-    found = conditioner.encode(engine, long, "red", steps=1, cfg=2)
+    found = encode(conditioner, engine, long, "red", steps=1, cfg=2)
     np.testing.assert_array_equal(found.sets[0], [filled, expected])
     assert engine.calls == [4]
-    np.testing.assert_array_equal(conditioner.encode(engine, "red", long, steps=1, cfg=2).sets[0], [expected, filled])
+    np.testing.assert_array_equal(encode(conditioner, engine, "red", long, steps=1, cfg=2).sets[0], [expected, filled])
 
 
 def test_parts_of_different_lengths(conditioner: TextConditioner, tokenizer: Tokenizer, engine: Any) -> None:
     """A shorter `AND` part repeats its last vector, and only then is the negative prompt filled up."""
     dog, empty = plain(tokenizer, "dog"), plain(tokenizer, "")
-    found = conditioner.encode(engine, "a BREAK b AND dog", "n", steps=1, cfg=2).sets[0]
+    found = encode(conditioner, engine, "a BREAK b AND dog", "n", steps=1, cfg=2).sets[0]
     assert found.shape == (3, 154, WIDTH)
     np.testing.assert_array_equal(found[0], np.concatenate([plain(tokenizer, "n"), empty]))
     np.testing.assert_array_equal(found[1], np.concatenate([plain(tokenizer, "a"), plain(tokenizer, "b")]))
     np.testing.assert_array_equal(found[2], np.concatenate([dog, np.repeat(dog[-1:], 77, axis=0)]))
-    found = conditioner.encode(engine, "a BREAK b AND dog", "n BREAK m BREAK o", steps=1, cfg=2).sets[0]
+    found = encode(conditioner, engine, "a BREAK b AND dog", "n BREAK m BREAK o", steps=1, cfg=2).sets[0]
     np.testing.assert_array_equal(found[2], np.concatenate([dog, np.repeat(dog[-1:], 77, axis=0), empty]))
 
 
 def test_edited_texts_of_different_lengths(conditioner: TextConditioner, tokenizer: Tokenizer, engine: Any) -> None:
-    found = conditioner.encode(engine, "[a: b BREAK c:1]", steps=4, cfg=1)
+    found = encode(conditioner, engine, "[a: b BREAK c:1]", steps=4, cfg=1)
     assert [z.shape for z in found.sets] == [(1, 154, WIDTH)] * 2 and found.set_of_step == (0, 0, 1, 1)
     np.testing.assert_array_equal(found.sets[0][0], np.concatenate([plain(tokenizer, "a"), plain(tokenizer, "")]))
     np.testing.assert_array_equal(found.sets[1][0], np.concatenate([plain(tokenizer, "b"), plain(tokenizer, "c")]))
 
 
 def test_diffusers_has_one_chunk(conditioner: TextConditioner, engine: Any) -> None:
-    conditioner.encode(engine, "cat " * 75, "dog " * 75, steps=1, cfg=2, compat="diffusers")
+    encode(conditioner, engine, "cat " * 75, "dog " * 75, steps=1, cfg=2, compat="diffusers")
     with pytest.raises(UsageError, match=r"^prompt: 76 tokens; diffusers drops all after the first 75") as caught:
-        conditioner.encode(engine, "cat " * 76, steps=1, cfg=2, compat="diffusers")
+        encode(conditioner, engine, "cat " * 76, steps=1, cfg=2, compat="diffusers")
     assert caught.value.exit_code == 2 and "a1111" in caught.value.fix
     with pytest.raises(UsageError, match=r"^negative prompt: 100 tokens"):
-        conditioner.encode(engine, "", "cat " * 100, steps=1, cfg=2, compat="diffusers")
-    assert conditioner.encode(engine, "cat " * 76, steps=1, cfg=1, compat="diffusers", syntax="a1111").sets[0].shape == (1, 154, WIDTH)
-    assert conditioner.encode(engine, "cat " * 76, steps=1, cfg=1, syntax="plain").sets[0].shape == (1, 154, WIDTH)
+        encode(conditioner, engine, "", "cat " * 100, steps=1, cfg=2, compat="diffusers")
+    assert encode(conditioner, engine, "cat " * 76, steps=1, cfg=1, compat="diffusers", syntax="a1111").sets[0].shape == (1, 154, WIDTH)
+    assert encode(conditioner, engine, "cat " * 76, steps=1, cfg=1, syntax="plain").sets[0].shape == (1, 154, WIDTH)
 
 
 # Emphasis
@@ -180,18 +184,18 @@ def weighed(tokenizer: Tokenizer, pieces: list[tuple[str, float]]) -> tuple[Floa
 def test_emphasis_modes(conditioner: TextConditioner, tokenizer: Tokenizer, engine: Any) -> None:
     z, w = weighed(tokenizer, [("red", 1.0), ("shiny apple", 1.5), ("pear", 1 / 1.1)])
 
-    def encode(emphasis: str) -> Float:
-        return conditioner.encode(engine, "red (shiny apple:1.5) [pear]", steps=1, cfg=1, emphasis=emphasis).sets[0][0]
+    def weighted(emphasis: str) -> Float:
+        return encode(conditioner, engine, "red (shiny apple:1.5) [pear]", steps=1, cfg=1, emphasis=emphasis).sets[0][0]
 
-    np.testing.assert_allclose(encode("original"), z * w * (z.mean() / (z * w).mean()), rtol=1e-6)
-    np.testing.assert_allclose(encode("no norm"), z * w, rtol=1e-6)
-    np.testing.assert_array_equal(encode("ignore"), z)
+    np.testing.assert_allclose(weighted("original"), z * w * (z.mean() / (z * w).mean()), rtol=1e-6)
+    np.testing.assert_allclose(weighted("no norm"), z * w, rtol=1e-6)
+    np.testing.assert_array_equal(weighted("ignore"), z)
     assert engine.calls == [1]  # one encoding serves them all
-    np.testing.assert_array_equal(encode("none"), plain(tokenizer, "red (shiny apple:1.5) [pear]"))
+    np.testing.assert_array_equal(weighted("none"), plain(tokenizer, "red (shiny apple:1.5) [pear]"))
 
 
 def test_the_mean_is_restored_by_chunk(conditioner: TextConditioner, tokenizer: Tokenizer, engine: Any) -> None:
-    found = conditioner.encode(engine, "(a:2) BREAK b BREAK (c:-1)", steps=1, cfg=1).sets[0][0]
+    found = encode(conditioner, engine, "(a:2) BREAK b BREAK (c:-1)", steps=1, cfg=1).sets[0][0]
     for i, (text, weight) in enumerate([("a", 2.0), ("b", 1.0), ("c", -1.0)]):
         z, w = weighed(tokenizer, [(text, weight)])
         np.testing.assert_allclose(found[i * 77 : (i + 1) * 77], z * w * (z.mean() / (z * w).mean()), rtol=1e-6)
@@ -199,7 +203,7 @@ def test_the_mean_is_restored_by_chunk(conditioner: TextConditioner, tokenizer: 
 
 def test_the_mean_is_shared_under_editing(conditioner: TextConditioner, tokenizer: Tokenizer, engine: Any) -> None:
     """Three texts, one of them twice: [1, a], [2, b], [3, (c)], [4, a]; one mean over all four."""
-    found = conditioner.encode(engine, "[a|b|(c:2)]", steps=4, cfg=1)
+    found = encode(conditioner, engine, "[a|b|(c:2)]", steps=4, cfg=1)
     assert found.set_of_step == (0, 0, 1, 2)
     chunks = [weighed(tokenizer, [piece]) for piece in (("a", 1.0), ("b", 1.0), ("c", 2.0), ("a", 1.0))]
     old, new = (np.mean([each.mean() for each in column]) for column in ([z for z, _ in chunks], [z * w for z, w in chunks]))
@@ -216,7 +220,7 @@ def test_a_mean_of_zero_cannot_be_restored(tokenizer: Tokenizer) -> None:
             z[:, 0] = -3, -3
             return z
 
-    found = TextConditioner(tokenizer).encode(Balanced(), "(a:2)", steps=1, cfg=1)  # type: ignore[arg-type]
+    found = encode(TextConditioner(tokenizer), Balanced(), "(a:2)", steps=1, cfg=1)  # type: ignore[arg-type]
     np.testing.assert_array_equal(found.sets[0][0][:2], [[-3, -3], [2, 4]])
 
 
@@ -225,20 +229,20 @@ def test_a_mean_of_zero_cannot_be_restored(tokenizer: Tokenizer) -> None:
 
 def test_asking_again_costs_nothing(conditioner: TextConditioner, engine: Any) -> None:
     prompt = "[red|green] (apple:1.2) AND pear BREAK tree"
-    first = conditioner.encode(engine, prompt, "blue", steps=5, cfg=7)
+    first = encode(conditioner, engine, prompt, "blue", steps=5, cfg=7)
     calls = list(engine.calls)
-    again = conditioner.encode(engine, prompt, "blue", steps=5, cfg=7)
+    again = encode(conditioner, engine, prompt, "blue", steps=5, cfg=7)
     assert engine.calls == calls
     for a, b in zip(first.sets, again.sets, strict=True):
         np.testing.assert_array_equal(a, b)
-    conditioner.encode(engine, "pear BREAK (tree:1.4)", "(blue:0.9)", steps=9, cfg=3)  # the same chunks, other weights
+    encode(conditioner, engine, "pear BREAK (tree:1.4)", "(blue:0.9)", steps=9, cfg=3)  # the same chunks, other weights
     assert engine.calls == calls
 
 
 def test_the_cache_forgets_what_was_used_longest_ago(conditioner: TextConditioner, engine: Any) -> None:
     def rows(prompt: str) -> int:
         before = sum(engine.calls)
-        conditioner.encode(engine, prompt, steps=1, cfg=1)
+        encode(conditioner, engine, prompt, steps=1, cfg=1)
         return sum(engine.calls) - before
 
     assert rows("first") == 1 and rows("second") == 1
@@ -253,7 +257,7 @@ def test_the_cache_forgets_what_was_used_longest_ago(conditioner: TextConditione
 
 def test_pipelines_do_not_share(tokenizer: Tokenizer, engine: Any) -> None:
     for _ in range(2):
-        TextConditioner(tokenizer).encode(engine, "a", steps=1, cfg=1)
+        encode(TextConditioner(tokenizer), engine, "a", steps=1, cfg=1)
     assert engine.calls == [1, 1]
 
 
@@ -263,8 +267,8 @@ def test_a_failed_call_leaves_nothing(conditioner: TextConditioner, engine: Any)
             raise MemoryError
 
     with pytest.raises(MemoryError):
-        conditioner.encode(Failing(), "a", steps=1, cfg=1)  # type: ignore[arg-type]
-    conditioner.encode(engine, "a", steps=1, cfg=1)
+        encode(conditioner, Failing(), "a", steps=1, cfg=1)  # type: ignore[arg-type]
+    encode(conditioner, engine, "a", steps=1, cfg=1)
     assert engine.calls == [1]
 
 
@@ -274,7 +278,7 @@ def test_threads(tokenizer: Tokenizer) -> None:
     prompts = [f"{word} {i}" for word in ("red", "green") for i in range(100)]
     expected = {prompt: plain(tokenizer, prompt) for prompt in prompts}
     with ThreadPoolExecutor(8) as pool:
-        found = list(pool.map(lambda prompt: conditioner.encode(engine, prompt, steps=1, cfg=1), prompts * 3))  # type: ignore[arg-type]
+        found = list(pool.map(lambda prompt: encode(conditioner, engine, prompt, steps=1, cfg=1), prompts * 3))  # type: ignore[arg-type]
     for prompt, conditioning in zip(prompts * 3, found, strict=True):
         np.testing.assert_array_equal(conditioning.sets[0][0], expected[prompt])
 
@@ -313,30 +317,30 @@ def test_bad_input(tokenizer: Tokenizer, engine: Any, options: dict[str, Any], m
     )
     arguments = {"prompt": "", "negative": "", "steps": 2, "cfg": 7, **options}
     with pytest.raises(UsageError, match=message) as caught:
-        TextConditioner(tokenizer, sources).encode(engine, **arguments)
+        encode(TextConditioner(tokenizer, sources), engine, **arguments)
     assert caught.value.exit_code == 2 and fix in caught.value.fix and str(caught.value).replace("\n", "").isprintable()
     assert engine.calls == []
 
 
 def test_tags_that_are_text(conditioner: TextConditioner, tokenizer: Tokenizer, engine: Any) -> None:
     """AUTOMATIC1111 reads tags in the prompt only; the plain syntax reads none."""
-    found = conditioner.encode(engine, "<wild:x>", "<wild:x>", steps=1, cfg=2, syntax="plain").sets[0]
+    found = encode(conditioner, engine, "<wild:x>", "<wild:x>", steps=1, cfg=2, syntax="plain").sets[0]
     np.testing.assert_array_equal(found, [plain(tokenizer, "<wild:x>")] * 2)
-    conditioner.encode(engine, "i <3 you", "<wild:x>", steps=1, cfg=2)
+    encode(conditioner, engine, "i <3 you", "<wild:x>", steps=1, cfg=2)
     with pytest.raises(UsageError, match="this one holds none"):
-        conditioner.encode(engine, "<wild:x> <lora:y>", steps=1, cfg=2, syntax="plain")
+        encode(conditioner, engine, "<wild:x> <lora:y>", steps=1, cfg=2, syntax="plain")
 
 
 @pytest.mark.parametrize("prompt", ["\x00", "red\x00apple", "((((", "))]]", "[a:b", "[[[|", "\\", "(:1.3)", ":::", "BREAK", "AND", "\n", "|"])
 def test_odd_prompts_are_encoded(conditioner: TextConditioner, engine: Any, prompt: str) -> None:
-    found = conditioner.encode(engine, prompt, prompt, steps=3, cfg=7)
+    found = encode(conditioner, engine, prompt, prompt, steps=3, cfg=7)
     assert all(np.isfinite(z).all() and z.shape[1] % 77 == 0 for z in found.sets)
 
 
 def test_a_prompt_of_100000_characters(conditioner: TextConditioner, engine: Any) -> None:
     prompt = "".join(f"red ({i}:1.1), " for i in range(7000))
     assert len(prompt) > 100_000
-    found = conditioner.encode(engine, prompt, steps=20, cfg=1)
+    found = encode(conditioner, engine, prompt, steps=20, cfg=1)
     chunks = found.sets[0].shape[1] // 77
     assert found.sets[0].shape == (1, 77 * chunks, WIDTH) and chunks > 400
     assert sum(engine.calls) == chunks and max(engine.calls) == 16  # every chunk differs, and no call takes them all
@@ -389,13 +393,13 @@ def test_against_torch(tokenizer: Tokenizer, real: Any, text_model: Any, clip: A
             z = text_model(torch.tensor([tokens + [EOS] * (77 - len(tokens))])).last_hidden_state.double()
         weighted = z * torch.tensor(weights + [1.0] * (77 - len(tokens))).double()[None, :, None]
         expected.append(weighted * (z.mean() / weighted.mean()) if emphasis == "original" else weighted)
-    found = TextConditioner(tokenizer).encode(real, prompt, steps=1, cfg=1, emphasis=emphasis).sets[0]
+    found = encode(TextConditioner(tokenizer), real, prompt, steps=1, cfg=1, emphasis=emphasis).sets[0]
     assert relative(found, torch.cat(expected, dim=1).numpy()) < 1e-4
 
 
 def test_emphasis_equals_the_graphs(tokenizer: Tokenizer, real: Any) -> None:
     """The graph weighs tokens and restores the mean too, for those who run it by itself; its mean is a float32 sum, and this model's is near 0."""
-    found = TextConditioner(tokenizer).encode(real, "red (apple:1.3)", steps=1, cfg=1).sets[0]
+    found = encode(TextConditioner(tokenizer), real, "red (apple:1.3)", steps=1, cfg=1).sets[0]
     weights = np.ones((1, 77), np.float32)
     weights[0, 2] = 1.3
     assert relative(real.encode_text(row(tokenizer, "red apple"), weights, 1), found) < 1e-3
@@ -406,7 +410,7 @@ def test_embeddings_against_torch(flat_bundle: Path, real: Any, text_model: Any,
     bundle = open_bundle(flat_bundle)
     text = replace(bundle.manifest.text, embeddings={"my-style": (320, 2368, 5000), "easy neg": (7000,)})
     conditioner = TextConditioner(Tokenizer(bundle.file("tokenizer/tokenizer.json"), text))
-    found = conditioner.encode(real, "a (My-Style:1.4) cat", "easy neg, easy", steps=1, cfg=7).sets[0]
+    found = encode(conditioner, real, "a (My-Style:1.4) cat", "easy neg, easy", steps=1, cfg=7).sets[0]
     a, cat, comma, easy = (clip(word, add_special_tokens=False).input_ids for word in ("a", "cat", ",", "easy"))
     rows = [[*a, 320, 2368, 5000, *cat], [7000, *comma, *easy]]
     tokens = torch.tensor([[BOS, *ids, *[EOS] * (76 - len(ids))] for ids in rows])

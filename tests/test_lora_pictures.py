@@ -47,7 +47,7 @@ def theirs(flat_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
 @pytest.fixture(scope="module")
 def without(flat_bundle: Path) -> NDArray[np.uint8]:
     with Pipeline.load(flat_bundle) as pipeline:
-        return pipeline(PROMPT, **SETTINGS).images
+        return pipeline(PROMPT, compat="diffusers", **SETTINGS).images
 
 
 def draw(pipeline: Any) -> NDArray[np.uint8]:
@@ -94,7 +94,7 @@ def test_picture_is_that_of_the_layers_with_the_adapter(kind: str, theirs: Any, 
         expected = draw(theirs)
     report = build(BuildOptions(CHECKPOINT, (LoraOption(path),), precision="fp32", output=tmp_path / "style.sdrt"))
     with Pipeline.load(report.path) as pipeline:
-        found = pipeline(PROMPT, **SETTINGS).images
+        found = pipeline(PROMPT, compat="diffusers", **SETTINGS).images
     assert report.manifest.sources[-1].applied == {"text_encoder": 12, "unet": 282}
     assert psnr(found, expected) >= 45
     assert psnr(found, without) < 30 and found.std() > 20

@@ -95,7 +95,7 @@ def test_prompts_are_the_example_s() -> None:
 @pytest.mark.parametrize("sampler", ["euler", "ddim"])
 @pytest.mark.parametrize("bundle", ["flat", "blindbox"])
 def test_pictures_are_diffusers_pictures(request: pytest.FixtureRequest, diffusers_picture: Draw, bundle: str, sampler: str, prompt: str, seed: int) -> None:
-    result = request.getfixturevalue(bundle)(prompt, cfg=3, steps=20, seed=seed, sampler=sampler)
+    result = request.getfixturevalue(bundle)(prompt, cfg=3, steps=20, seed=seed, sampler=sampler, compat="diffusers")
     expected = diffusers_picture(bundle, prompt, sampler=sampler, seed=seed)
     assert result.images.dtype == np.uint8 and result.images.std() > 20
     assert psnr(result.images, expected) >= LIKE_DIFFUSERS_DB
@@ -120,7 +120,7 @@ def test_one_pipeline_takes_any_settings(flat_bundle: Path, diffusers_picture: D
     ]
     with Pipeline.load(flat_bundle) as pipeline:
         monkeypatch.setattr(onnxruntime, "InferenceSession", None)
-        results = [pipeline("red apple", seed=5, **kwargs) for kwargs in settings]
+        results = [pipeline("red apple", seed=5, compat="diffusers", **kwargs) for kwargs in settings]
     assert np.array_equal(results[0].images, results[-1].images)
     for result, kwargs in zip(results, settings, strict=True):
         assert result.images.shape == (1, kwargs["size"][1], kwargs["size"][0], 3)
@@ -289,7 +289,7 @@ def test_nothing_is_left_of_a_run_gone_wrong(flat: Pipeline, flat_bundle: Path, 
     real = flat._engine
     assert real is not None
     engine = Poisoned(real)
-    pipeline = Pipeline(open_bundle(flat_bundle), engine, flat._tokenizer)
+    pipeline = Pipeline(open_bundle(flat_bundle), engine, flat._conditioner._tokenizer)
     with pytest.raises(NonFiniteError, match=r"seeds \[1\]"):
         pipeline("fox", seed=1, sampler=sampler, **QUICK)
     engine.armed = False
@@ -333,9 +333,23 @@ def test_guidance_so_large_that_it_overflows(flat: Pipeline) -> None:
         ({"seed": 2**64 - 1, "count": 2}, "seed 18446744073709551615: expected 0 to 18446744073709551614"),
         ({"sampler": "eulr"}, "sampler 'eulr': unknown; did you mean 'euler'"),
         ({"schedule": "leading"}, "schedule 'leading': sampler euler cannot take it"),
-        ({"prompt": "word " * 10_000}, "prompt: 10,000 tokens, the limit is 75"),
-        ({"negative": "word " * 76}, "76 tokens, the limit is 75"),
+        ({"prompt": "word " * 76, "compat": "diffusers"}, "76 tokens"),
+        ({"negative": "word " * 76, "compat": "diffusers"}, "76 tokens"),
         ({"prompt": "a \ud83d b"}, "not valid Unicode"),
+        ({"prompt": b"fox"}, "prompt: expected text, found bytes"),
+        ({"negative": None}, "negative prompt: expected text, found NoneType"),
+        ({"compat": "a1112"}, "compat 'a1112': unknown; did you mean 'a1111'"),
+        ({"noise": "gpu"}, "noise 'gpu': unknown"),
+        ({"emphasis": "orignal"}, "emphasis 'orignal': unknown; did you mean 'original'"),
+        ({"prompt_syntax": "compel"}, "prompt syntax 'compel': unknown"),
+        ({"clip_skip": 2}, "clip skip 2: this bundle was built for 1"),
+        ({"strength": 0.5}, "strength: given without an init image"),
+        ({"mask": np.zeros((64, 64), np.uint8)}, "mask: given without an init image"),
+        ({"init_image": np.zeros((64, 64, 3), np.uint8), "strength": 0}, "strength 0: expected more than 0 and at most 1"),
+        ({"init_image": np.zeros((64, 64, 3), np.uint8), "strength": 1.5}, "strength 1.5: expected more than 0 and at most 1"),
+        ({"init_image": np.zeros((64, 64, 3), np.uint8), "mask_blur": 65}, "mask blur 65: expected 0 to 64"),
+        ({"init_image": np.zeros((64, 64, 3), np.uint8), "resize": "squash"}, "resize 'squash': unknown"),
+        ({"sampler": "dpmpp_2s_a", "compat": "diffusers"}, "sampler dpmpp_2s_a: diffusers has no scheduler"),
     ],
 )
 def test_bad_arguments(flat: Pipeline, kwargs: dict[str, Any], message: str) -> None:
@@ -459,6 +473,11 @@ def over_fake(fake: FakeEngine, flat_bundle: Path) -> Pipeline:
     return Pipeline(bundle, fake, Tokenizer(bundle.file("tokenizer/tokenizer.json"), bundle.manifest.text))
 
 
+def clip_ids(word: str) -> list[int]:
+    """A word of one token, between start and padding."""
+    return [49406, {"fox": 3240, "sun": 2176}[word], *[49407] * 75]
+
+
 def randn(seed: int, draws: int, shape: tuple[int, ...] = (4, 8, 8)) -> list[Float]:
     generator = torch.Generator("cpu").manual_seed(seed)
     return [torch.randn(shape, generator=generator).numpy() for _ in range(draws)]
@@ -467,7 +486,7 @@ def randn(seed: int, draws: int, shape: tuple[int, ...] = (4, 8, 8)) -> list[Flo
 @pytest.mark.parametrize("batch", [1, 2, 3])
 def test_noise_of_an_ancestral_sampler(fake: FakeEngine, over_fake: Pipeline, batch: int) -> None:
     """One stream per picture: first the unit noise, then one draw per row in order; the last row takes none."""
-    over_fake("fox", seed=2**33 + 7, sampler="euler_a", steps=4, batch=batch, count=3)
+    over_fake("fox", noise="cpu", seed=2**33 + 7, sampler="euler_a", steps=4, batch=batch, count=3)
     assert [len(job.unit_noise) for job in fake.jobs] == {1: [1, 1, 1], 2: [2, 1], 3: [3]}[batch]
     unit_noise = np.concatenate([job.unit_noise for job in fake.jobs])
     noise = np.concatenate([job.noise for job in fake.jobs], axis=1)
@@ -482,7 +501,7 @@ def test_noise_of_an_ancestral_sampler(fake: FakeEngine, over_fake: Pipeline, ba
 
 @pytest.mark.parametrize("sampler", ["euler", "heun", "ddim", "dpmpp_2m"])
 def test_noise_of_other_samplers(fake: FakeEngine, over_fake: Pipeline, sampler: str) -> None:
-    over_fake("fox", seed=8, sampler=sampler, steps=3, size=(96, 64))
+    over_fake("fox", noise="cpu", seed=8, sampler=sampler, steps=3, size=(96, 64))
     (job,) = fake.jobs
     assert np.abs(job.unit_noise[0] - randn(8, 1, (4, 8, 12))[0]).max() < 1e-6
     assert not job.noise.any() and not job.init.any() and not job.mask.any()
@@ -491,23 +510,23 @@ def test_noise_of_other_samplers(fake: FakeEngine, over_fake: Pipeline, sampler:
 def test_jobs_with_guidance(fake: FakeEngine, over_fake: Pipeline) -> None:
     over_fake("fox", negative="sun", cfg=2.5, seed=1, steps=3, batch=2, count=2, size=(72, 104))
     ((tokens, emphasis, clip_skip),) = fake.texts
-    fox, sun = over_fake._tokenizer.encode("fox")[0], over_fake._tokenizer.encode("sun")[0]
-    assert tokens.tolist() == [sun.tolist(), fox.tolist()] and tokens.dtype == np.int64
+    fox, sun = clip_ids("fox"), clip_ids("sun")
+    assert tokens.tolist() == [sun, fox] and tokens.dtype == np.int64
     assert emphasis.dtype == np.float32 and emphasis.shape == (2, 77) and (emphasis == 1).all() and clip_skip == 1
     (job,) = fake.jobs
-    assert job.contexts[0][:, :, 0].tolist() == [sun.tolist(), sun.tolist(), fox.tolist(), fox.tolist()]  # branch-major
+    assert job.contexts[0][:, :, 0].tolist() == [sun, sun, fox, fox]  # branch-major
     assert job.tables.w.tolist() == [[-1.5, 2.5]] * 3
     shapes = {"noise": (3, 2, 4, 13, 9), "init": (2, 4, 13, 9), "unit_noise": (2, 4, 13, 9), "mask": (2, 1, 13, 9)}
     assert job.contexts[0].shape == (4, 77, 64) and job.context_of_row == (0, 0, 0) and job.concat is None
     assert {name: getattr(job, name).shape for name in shapes} == shapes
     assert {getattr(job, name).dtype for name in shapes} == {np.dtype(np.float32)}
-    assert [denoising.rows for denoising in fake.denoisings] == [3] and fake.roundings == [0.5]
+    assert [denoising.rows for denoising in fake.denoisings] == [3] and fake.roundings == [0.0]
 
 
 def test_jobs_without_guidance(fake: FakeEngine, over_fake: Pipeline) -> None:
     over_fake("fox", negative="sun", cfg=1, seed=1, steps=3, batch=2, count=3)
     ((tokens, *_),) = fake.texts  # encoded once for all batches
-    assert tokens.tolist() == over_fake._tokenizer.encode("fox").tolist()
+    assert tokens.tolist() == [clip_ids("fox")]
     assert [job.contexts[0].shape for job in fake.jobs] == [(2, 77, 64), (1, 77, 64)]
     assert all(job.tables.w.tolist() == [[1.0]] * 3 for job in fake.jobs)
 
@@ -520,7 +539,7 @@ def test_what_a_result_says(over_fake: Pipeline) -> None:
         "prompt": "fox", "negative": "sun", "steps": 3, "cfg": 2, "sampler": "dpmpp_2m", "schedule": "karras", "size": [64, 64], "batch": 2, "clip_skip": 1,
     }  # fmt: skip
     assert {name: result.parameters[name] for name in expected} == expected
-    assert set(result.timings_ms) == {"total", "text_encoder", "denoise", "decode", "steps"} and len(result.timings_ms["steps"]) == 6
+    assert set(result.timings_ms) == {"total", "text_encoder", "image_encoder", "denoise", "decode", "steps"} and len(result.timings_ms["steps"]) == 6
 
 
 def test_default_size_is_the_bundle_s(fake: FakeEngine, flat_bundle: Path) -> None:

@@ -20,11 +20,11 @@ from sdrt.errors import UsageError, nearest, printable
 from sdrt.runtime.chunks import Chunk, chunk_segments, empty_chunk
 from sdrt.runtime.engine import Engine, Float
 from sdrt.runtime.prompt import Segment, network_tags, parse_attention, schedule_edits, split_and
+from sdrt.runtime.samplers import COMPATS
 from sdrt.runtime.tokenizer import Tokenizer
 
 SYNTAXES = ("a1111", "plain")
 EMPHASES = ("original", "no norm", "none", "ignore")
-COMPATS = ("a1111", "diffusers")
 
 _NETWORKS = ("lora", "lyco", "hypernet")
 
@@ -66,6 +66,18 @@ class _Part:
         return self.schedule[bisect_left(self.schedule, step, key=itemgetter(0))][1]
 
 
+@dataclass(frozen=True)
+class Prompts:
+    """A prompt and its negative as they were read: nothing of them has been encoded. `weights` are those of the branches, the negative's first if `guided`."""
+
+    parts: tuple[_Part, ...]
+    weights: tuple[float, ...]
+    guided: bool
+    clip_skip: int
+    emphasis: str
+    steps: int
+
+
 class TextConditioner:
     """Prompts of one bundle to contexts. Thread-safe; keeps the chunks it encoded last."""
 
@@ -77,9 +89,8 @@ class TextConditioner:
         self._lock = threading.Lock()
         self._cache: OrderedDict[tuple[int, tuple[int, ...]], Float] = OrderedDict()
 
-    def encode(
+    def read(
         self,
-        engine: Engine,
         prompt: str,
         negative: str = "",
         *,
@@ -89,11 +100,10 @@ class TextConditioner:
         syntax: str | None = None,
         emphasis: str = "original",
         compat: str = "a1111",
-    ) -> Conditioning:
-        """Encode a prompt and, if it is guided, a negative prompt. A chunk that is still cached costs no call of the engine.
+    ) -> Prompts:
+        """Read a prompt and, if it is guided, a negative prompt.
 
         Args:
-            engine: its `encode_text` is all that is used.
             prompt: may be empty; of any length.
             negative: the same; not read where the guidance weight of its branch is 0, as at `cfg` 1.
             steps: how many steps prompt editing counts. AUTOMATIC1111 counts model calls: twice the steps for samplers of second order.
@@ -123,8 +133,12 @@ class TextConditioner:
             self._check_text("negative prompt", negative, syntax)
             parts.insert(0, self._part("negative prompt", negative, steps, syntax, emphasis, limited))
             guidance = (rest, *guidance)
-        sets, set_of_step = self._sets(engine, parts, skip, steps, emphasis, guided=rest != 0)
-        return Conditioning(sets, set_of_step, (guidance,) * steps)
+        return Prompts(tuple(parts), guidance, rest != 0, skip, emphasis, steps)
+
+    def encode(self, engine: Engine, prompts: Prompts) -> Conditioning:
+        """Encode what was read; `encode_text` is all that is used of the engine. A chunk that is still cached costs no call of it."""
+        sets, set_of_step = self._sets(engine, prompts.parts, prompts.clip_skip, prompts.steps, prompts.emphasis, guided=prompts.guided)
+        return Conditioning(sets, set_of_step, (prompts.weights,) * prompts.steps)
 
     def _part(self, name: str, text: str, steps: int, syntax: str, emphasis: str, limited: bool) -> _Part:
         schedule = schedule_edits(text, steps) if syntax == "a1111" else ((steps, text),)
@@ -144,7 +158,7 @@ class TextConditioner:
             )
         return _Part(schedule, {each: [*own, *[self._empty] * (longest - len(own))] for each, own in chunks.items()})
 
-    def _sets(self, engine: Engine, parts: list[_Part], skip: int, steps: int, emphasis: str, *, guided: bool) -> tuple[tuple[Float, ...], tuple[int, ...]]:
+    def _sets(self, engine: Engine, parts: Sequence[_Part], skip: int, steps: int, emphasis: str, *, guided: bool) -> tuple[tuple[Float, ...], tuple[int, ...]]:
         longest = max(part.length for part in parts)
         wanted = [chunk.tokens for part in parts for own in part.chunks.values() for chunk in own]
         if guided and max(part.length for part in parts[1:]) != parts[0].length:

@@ -194,8 +194,8 @@ class OpenVinoDenoising:
         self._contexts = [engine.tensor(_padded(context, batch, shape.branches)) for context in job.contexts]
         self._requests = []
         for here, there in ((0, 1), (1, 0)):
-            inputs = constant | {"registers": self._registers[here], "row": self._rows[here]}
-            outputs = dict(zip(names.STEP_OUTPUTS, (self._registers[there], self._rows[there], self._denoised), strict=True))
+            inputs = {**constant, "registers": self._registers[here], "row": self._rows[here]}
+            outputs: dict[str, NDArray[Any]] = dict(zip(names.STEP_OUTPUTS, (self._registers[there], self._rows[there], self._denoised), strict=True))
             request = engine.request(compiled, inputs, outputs)
             request.set_tensor("context", self._contexts[job.context_of_row[0]])
             self._requests.append(request)

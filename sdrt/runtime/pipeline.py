@@ -1,36 +1,38 @@
-"""From prompt to pixels: the class users meet. Owns argument checks, seeds, batches and timings; the arithmetic is the engine's."""
+"""From prompt to pixels: the class users meet. Owns batches, timings and what a result says; the arithmetic is the engine's."""
 
 from __future__ import annotations
 
-import math
-import secrets
 import time
 from collections import deque
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 
-from sdrt.bundle import MAX_SIDE, MIN_SIDE, SIZE_STEP, WEIGHTS, Bundle, check_files, open_bundle
+from sdrt.bundle import WEIGHTS, Bundle, bundle_id, check_files, open_bundle
 from sdrt.errors import NonFiniteError, UsageError
-from sdrt.runtime.engine import Denoising, Engine, Float, Job, Pixels, load_engine, tables
-from sdrt.runtime.noise import MAX_SEED, CpuNoise
-from sdrt.runtime.samplers import Row, parse_sampler, trace_rows
-from sdrt.runtime.schedule import MAX_STEPS
+from sdrt.runtime.conditioning import Prompts, TextConditioner
+from sdrt.runtime.engine import Denoising, Engine, Float, Job, Pixels, Tables, load_engine, tables
+from sdrt.runtime.images import Canvas, blank_canvas, canvas, laid_over
+from sdrt.runtime.noise import Draws, draw_noise
+from sdrt.runtime.request import Request, Settings, resolved
+from sdrt.runtime.samplers import Row, plan_rows
 from sdrt.runtime.tokenizer import Tokenizer
 
-_ROUND_TO_NEAREST = 0.5
+ROUNDING = {"a1111": 0.0, "diffusers": 0.5}
+"""Added before pixels become whole numbers: AUTOMATIC1111 truncates, diffusers rounds."""
 
 
 @dataclass(frozen=True)
 class Result:
     """Finished pictures: `images` uint8 `[N, H, W, 3]`, the seed of each, and how they came to be.
 
-    `timings_ms` holds `total`, `text_encoder`, `denoise`, `decode` and the list `steps`, one entry per model call of every batch.
+    `timings_ms` holds `total`, `text_encoder`, `image_encoder` (0 without an init image), `denoise`, `decode` and the list `steps`, one entry per
+    model call of every batch. `parameters` are the request's, every open choice made, and the bundle's name and id.
     """
 
     images: Pixels
@@ -54,6 +56,7 @@ class Step:
     sigma: float
     _denoising: Denoising = field(repr=False)
     _engine: Engine = field(repr=False)
+    _rounding: float = field(repr=False)
     result: Result | None = None
 
     def denoised(self) -> Float:
@@ -62,22 +65,13 @@ class Step:
 
     def preview(self) -> Pixels:
         """The denoised estimate decoded, uint8 `[N, H, W, 3]`; costs one decode. Read it before asking for the next step."""
-        return self._engine.decode(self._denoising.denoised(), _ROUND_TO_NEAREST)[0]
+        return self._engine.decode(self._denoising.denoised(), self._rounding)[0]
 
-
-@dataclass(frozen=True)
-class _Request:
-    """Checked arguments of one call."""
-
-    prompt: str
-    negative: str
-    steps: int
-    cfg: float
-    sampler: str
-    schedule: str
-    size: tuple[int, int]
-    seeds: tuple[int, ...]
-    batch: int
+    def noisy_preview(self) -> Pixels:
+        """The latents as they are, noise and all, brought to unit variance and decoded, uint8 `[N, H, W, 3]`; costs one decode."""
+        latents = self._denoising.latents()
+        spread = latents.std(axis=(1, 2, 3), keepdims=True)
+        return self._engine.decode(latents / np.maximum(1, spread), self._rounding)[0]
 
 
 class Pipeline:
@@ -86,7 +80,7 @@ class Pipeline:
     def __init__(self, bundle: Bundle, engine: Engine, tokenizer: Tokenizer) -> None:
         self.bundle = bundle
         self._engine: Engine | None = engine
-        self._tokenizer = tokenizer
+        self._conditioner = TextConditioner(tokenizer, bundle.manifest.sources)
 
     @classmethod
     def load(cls, path: str | Path, *, backend: str = "auto", device: int = 0, threads: int | None = None) -> Pipeline:
@@ -125,186 +119,158 @@ class Pipeline:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
-    def __call__(
-        self,
-        prompt: str,
-        *,
-        negative: str = "",
-        steps: int = 20,
-        cfg: float = 7.0,
-        seed: int | None = None,
-        sampler: str = "euler",
-        schedule: str | None = None,
-        size: tuple[int, int] | None = None,
-        batch: int = 1,
-        count: int = 1,
-    ) -> Result:
-        """Make `count` pictures of a prompt, `batch` at a time. Picture i has seed + i and its own noise.
-
-        Args:
-            prompt: what to show; may be empty. At most 75 tokens for now.
-            negative: what to steer away from; unused at guidance scale 1.
-            steps: 1 to 1000. Samplers of two model calls a step (heun) take nearly twice as many calls.
-            cfg: guidance scale, 1 or more usually; 1 turns guidance off and halves the work.
-            seed: 0 to 2**64 - 1; None draws one, which the result names.
-            sampler: a key or label of `sdrt.runtime.samplers.SAMPLERS`.
-            schedule: discrete, karras or leading; None takes the sampler's own.
-            size: (width, height) in pixels, multiples of 8 from 64 to 8192; None takes the bundle's.
+    def __call__(self, prompt: str, **settings: Unpack[Settings]) -> Result:
+        """Make `count` pictures of a prompt, `batch` at a time. `sdrt.runtime.request.Request` documents the settings.
 
         Raises:
-            UsageError: an argument is out of range, or the pipeline is closed.
+            UsageError: a setting is out of range, or the pipeline is closed.
+            InputFileError: an init image or mask cannot be read.
             NonFiniteError: latents or pixels came out NaN or infinite. The pipeline stays usable.
             ResourceError: out of memory. The pipeline stays usable.
         """
-        stream = self.stream(
-            prompt, negative=negative, steps=steps, cfg=cfg, seed=seed, sampler=sampler, schedule=schedule, size=size, batch=batch, count=count
-        )
-        (last,) = deque(stream, maxlen=1)
+        (last,) = deque(self.stream(prompt, **settings), maxlen=1)
         assert last.result is not None
         return last.result
 
-    def stream(
-        self,
-        prompt: str,
-        *,
-        negative: str = "",
-        steps: int = 20,
-        cfg: float = 7.0,
-        seed: int | None = None,
-        sampler: str = "euler",
-        schedule: str | None = None,
-        size: tuple[int, int] | None = None,
-        batch: int = 1,
-        count: int = 1,
-    ) -> Generator[Step, None, None]:
+    def stream(self, prompt: str, **settings: Unpack[Settings]) -> Generator[Step, None, None]:
         """The same as a generator over model calls: for progress, previews, and cancelling by leaving the loop.
 
-        Arguments and errors are those of a call; they are checked here, before the first step is asked for.
+        Settings and errors are those of a call; settings are checked here, before the first step is asked for.
         """
-        engine = self._engine
-        if engine is None:
+        if self._engine is None:
             raise UsageError("pipeline: closed", "Load it again with Pipeline.load.")
-        key, chosen = parse_sampler(sampler, schedule)
-        request = _Request(
-            prompt,
-            negative,
-            _range("steps", steps, 1, MAX_STEPS),
-            _number("cfg", cfg),
-            key,
-            chosen,
-            self._size(size),
-            _seeds(seed, count),
-            _range("batch", batch, 1, 64),
-        )
-        rows = trace_rows(key, chosen, steps, self.bundle.manifest.diffusion)
-        tokens = [self._tokenizer.encode(text) for text in ((negative, prompt) if request.cfg != 1 else (prompt,))]
-        return self._run(engine, request, rows, np.concatenate(tokens))
+        request = resolved(Request(prompt, **settings), self.bundle.manifest)
+        rows = self._plan(request)
+        return self._run(self._engine, request, rows, self._read_prompts(request, rows), self._canvas(request))
 
-    def _run(self, engine: Engine, request: _Request, rows: list[Row], tokens: Any) -> Generator[Step, None, None]:
+    def _plan(self, request: Request) -> list[Row]:
+        # An inpainting model is told what to keep through its own inputs; diffusers blends nothing for it.
+        return plan_rows(
+            request.sampler,
+            request.schedule or "",
+            request.steps,
+            self.bundle.manifest.diffusion,
+            compat=request.compat,
+            strength=request.strength,
+            masked=request.mask is not None,
+        )
+
+    def _canvas(self, request: Request) -> Canvas | None:
+        factor = self.bundle.manifest.latents.factor
+        assert request.size is not None and request.mask_blur is not None
+        if request.init_image is None:
+            return blank_canvas(request.size, factor) if self.bundle.manifest.latents.concat_channels else None
+        return canvas(request.init_image, request.mask, request.size, resize=request.resize, blur=request.mask_blur, compat=request.compat, factor=factor)
+
+    def _run(self, engine: Engine, request: Request, rows: list[Row], prompts: Prompts, start: Canvas | None) -> Generator[Step, None, None]:
         started = time.perf_counter()
-        clip_skip = self.bundle.manifest.text.clip_skip[0]
-        context = engine.encode_text(tokens, np.ones(tokens.shape, np.float32), clip_skip)
-        timings: dict[str, Any] = {"text_encoder": _since(started), "denoise": 0.0, "decode": 0.0, "steps": []}
-        guidance = [1 - request.cfg, request.cfg] if request.cfg != 1 else [1.0]
-        step_tables = tables(rows, [guidance] * len(rows))
+        timings: dict[str, Any] = {"image_encoder": 0.0, "denoise": 0.0, "decode": 0.0, "steps": []}
+        conditioning = self._conditioner.encode(engine, prompts)
+        timings["text_encoder"] = _since(started)
+        # AUTOMATIC1111 counts a prompt's steps in model calls; an image's schedule ends before the count does.
+        of_row = [min(row, len(conditioning.set_of_step) - 1) for row in range(len(rows))]
+        sets = [conditioning.set_of_step[step] for step in of_row]
+        step_tables = tables(rows, [conditioning.weights[step] for step in of_row])
+        rounding = ROUNDING[request.compat]
         images: list[Pixels] = []
-        for first in range(0, len(request.seeds), request.batch):
+        for first in range(0, request.count, request.batch):
             seeds = request.seeds[first : first + request.batch]
-            denoising = engine.denoise(self._job(request, rows, step_tables, context, seeds))
+            denoising = engine.denoise(self._job(engine, request, rows, step_tables, conditioning.sets, sets, start, seeds, timings))
             try:
                 for index, row in enumerate(rows, 1):
                     step_started = time.perf_counter()
                     denoising.step()
                     timings["steps"].append(_since(step_started))
-                    step = Step(index, len(rows), first, len(request.seeds), row.sigma, denoising, engine)
+                    step = Step(index, len(rows), first, request.count, row.sigma, denoising, engine, rounding)
                     if index < len(rows):
                         yield step
-                images.append(self._decode(denoising, seeds, timings))
-                if first + request.batch >= len(request.seeds):
+                images.append(_decode(denoising, seeds, rounding, timings))
+                if start is not None:
+                    images[-1] = np.stack([laid_over(picture, start) for picture in images[-1]])
+                if first + request.batch >= request.count:
                     timings["denoise"] = sum(timings["steps"])
                     timings["total"] = _since(started)
-                    step = replace(step, result=self._result(engine, request, images, timings, clip_skip))
+                    step = replace(step, result=Result(np.concatenate(images), request.seeds, timings, engine.describe(), self._parameters(request)))
                 yield step
             finally:
                 denoising.close()
 
-    def _result(self, engine: Engine, request: _Request, images: list[Pixels], timings: dict[str, Any], clip_skip: int) -> Result:
-        parameters = {
-            "prompt": request.prompt, "negative": request.negative, "steps": request.steps, "cfg": request.cfg, "sampler": request.sampler,
-            "schedule": request.schedule, "size": list(request.size), "batch": request.batch, "noise": "cpu", "clip_skip": clip_skip,
-            "bundle": self.bundle.manifest.name, "sdrt": self.bundle.manifest.sdrt,
-        }  # fmt: skip
-        return Result(np.concatenate(images), request.seeds, timings, engine.describe(), parameters)
+    def _read_prompts(self, request: Request, rows: Sequence[Row]) -> Prompts:
+        calls_a_step = 2 if len(rows) > len({row.step for row in rows}) else 1
+        return self._conditioner.read(
+            request.prompt,
+            request.negative,
+            steps=request.steps * calls_a_step,
+            cfg=request.cfg,
+            clip_skip=request.clip_skip,
+            syntax=request.prompt_syntax,
+            emphasis=request.emphasis,
+            compat=request.compat,
+        )
 
-    def _job(self, request: _Request, rows: list[Row], step_tables: Any, context: Float, seeds: tuple[int, ...]) -> Job:
-        latents = self.bundle.manifest.latents
-        shape = (latents.channels, request.size[1] // latents.factor, request.size[0] // latents.factor)
-        noise = np.zeros((len(rows), len(seeds), *shape), np.float32)
-        unit_noise = np.empty((len(seeds), *shape), np.float32)
-        for i, seed in enumerate(seeds):
-            stream = CpuNoise(seed)
-            unit_noise[i] = stream.draw(shape)
-            for j, row in enumerate(rows):
-                if row.draws:
-                    noise[j, i] = stream.draw(shape)
-        zeros = np.zeros_like(unit_noise)
-        return Job(step_tables, noise, (np.repeat(context, len(seeds), axis=0),), (0,) * len(rows), zeros, unit_noise, zeros[:, :1])
+    def _parameters(self, request: Request) -> dict[str, Any]:
+        images = {name: str(value) if isinstance(value := getattr(request, name), (str, Path)) else None for name in ("init_image", "mask")}
+        fields = asdict(replace(request, init_image=None, mask=None)) | images | {"size": list(request.size or ())}
+        return fields | {"bundle": self.bundle.manifest.name, "bundle_id": bundle_id(self.bundle.manifest), "sdrt": self.bundle.manifest.sdrt}
 
-    def _decode(self, denoising: Denoising, seeds: tuple[int, ...], timings: dict[str, Any]) -> Pixels:
+    def _job(
+        self,
+        engine: Engine,
+        request: Request,
+        rows: list[Row],
+        step_tables: Tables,
+        contexts: tuple[Float, ...],
+        sets: list[int],
+        start: Canvas | None,
+        seeds: tuple[int, ...],
+        timings: dict[str, Any],
+    ) -> Job:
+        draws, latents = self._draws(request, rows, seeds), self.bundle.manifest.latents
+        unit_noise = np.stack([draw.unit for draw in draws])
+        noise = np.stack([draw.steps for draw in draws], axis=1)
+        init, concat, keep = np.zeros_like(unit_noise), None, np.zeros_like(unit_noise[:, :1])
         started = time.perf_counter()
-        pixels, finite = denoising.decode(_ROUND_TO_NEAREST)
-        if not finite.all():
-            if not np.isfinite(denoising.latents()).all():
-                raise NonFiniteError(f"denoising: latents of seeds {list(seeds)} are NaN or infinite", "Check the bundle with: sdrt verify BUNDLE")
-            bad = [seed for seed, ok in zip(seeds, finite, strict=True) if not ok]
-            raise NonFiniteError(
-                f"VAE decoder: pixels of seeds {bad} are NaN or infinite", "Build the bundle with --precision bf16 or fp32, or with another --vae."
-            )
-        timings["decode"] += _since(started)
-        return pixels
+        count, branches = len(seeds), step_tables.w.shape[1]
 
-    def _size(self, size: tuple[int, int] | None) -> tuple[int, int]:
-        chosen = self.bundle.manifest.latents.size if size is None else size
-        if len(chosen) != 2 or not all(isinstance(side, int) for side in chosen):
-            raise UsageError(f"size {chosen!r}: expected (width, height) in pixels")
-        width, height = chosen
-        for side in (width, height):
-            if side % SIZE_STEP or not MIN_SIDE <= side <= MAX_SIDE:
-                raise UsageError(f"size {width}x{height}: expected multiples of {SIZE_STEP} from {MIN_SIDE} to {MAX_SIDE}", _nearest_size(width, height))
-        return width, height
+        def encoded(pixels: Pixels, posterior: list[Float | None]) -> Float:
+            noise = np.stack([np.zeros_like(unit_noise[0]) if draw is None else draw for draw in posterior])
+            return engine.encode_image(np.repeat(pixels[None], count, axis=0), noise)
 
+        if start is not None:
+            if request.init_image is not None:
+                init = encoded(start.pixels, [draw.encode for draw in draws])
+            if latents.concat_channels:
+                masked = encoded(start.pixels if start.masked_pixels is None else start.masked_pixels, [draw.masked for draw in draws])
+                repaint = np.repeat(1 - start.keep[None] if request.mask is not None else np.ones_like(keep[:1]), count, axis=0)
+                concat = np.tile(np.concatenate([repaint, masked], axis=1), (branches, 1, 1, 1)).astype(np.float32)
+            if request.mask is not None and not (latents.concat_channels and request.compat == "diffusers"):
+                keep = np.repeat(start.keep[None], count, axis=0)  # diffusers leaves an inpainting model to itself
+            timings["image_encoder"] += _since(started)
+        batches = tuple(np.repeat(context, count, axis=0) for context in contexts)
+        return Job(step_tables, noise, batches, tuple(sets), init, unit_noise, keep, concat)
 
-def _nearest_size(width: int, height: int) -> str:
-    sides = (min(MAX_SIDE, max(MIN_SIDE, round(side / SIZE_STEP) * SIZE_STEP)) for side in (width, height))
-    return "The nearest is {}x{}.".format(*sides)
-
-
-def draw_seed() -> int:
-    """A random seed, 0 to 2**32 - 1."""
-    return secrets.randbelow(2**32)
+    def _draws(self, request: Request, rows: list[Row], seeds: tuple[int, ...]) -> list[Draws]:
+        latents = self.bundle.manifest.latents
+        assert request.size is not None and request.noise is not None
+        shape = (latents.channels, request.size[1] // latents.factor, request.size[0] // latents.factor)
+        # diffusers' inpainting encodes the image itself only where it starts from it, or blends with it.
+        encode = request.init_image is not None and (request.mask is None or not latents.concat_channels or request.strength != 1)
+        masked = request.mask is not None or bool(latents.concat_channels)
+        return [draw_noise(seed, request.noise, shape, rows, compat=request.compat, encode=encode, masked=masked) for seed in seeds]
 
 
-def _seeds(seed: int | None, count: int) -> tuple[int, ...]:
-    _range("count", count, 1, 10_000)
-    first = draw_seed() if seed is None else seed
-    _range("seed", first, 0, MAX_SEED - (count - 1))
-    return tuple(range(first, first + count))
-
-
-def _range(name: str, value: int, low: int, high: int) -> int:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise UsageError(f"{name} {value!r}: expected a whole number")
-    if not low <= value <= high:
-        raise UsageError(f"{name} {value}: expected {low} to {high}")
-    return value
-
-
-def _number(name: str, value: float) -> float:
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        raise UsageError(f"{name} {value!r}: expected a number")
-    if not math.isfinite(value) or abs(value) > 1e4:
-        raise UsageError(f"{name} {value}: expected a finite number, 1 to 30 usually")
-    return value
+def _decode(denoising: Denoising, seeds: tuple[int, ...], rounding: float, timings: dict[str, Any]) -> Pixels:
+    started = time.perf_counter()
+    pixels, finite = denoising.decode(rounding)
+    if not finite.all():
+        if not np.isfinite(denoising.latents()).all():
+            raise NonFiniteError(f"denoising: latents of seeds {list(seeds)} are NaN or infinite", "Check the bundle with: sdrt verify BUNDLE")
+        bad = [seed for seed, ok in zip(seeds, finite, strict=True) if not ok]
+        raise NonFiniteError(
+            f"VAE decoder: pixels of seeds {bad} are NaN or infinite", "Build the bundle with --precision bf16 or fp32, or with another --vae."
+        )
+    timings["decode"] += _since(started)
+    return pixels
 
 
 def _since(started: float) -> float:

@@ -1,0 +1,235 @@
+"""Pictures as input: opened safely, fitted to the size asked for, and masks brought to the latents. Owns no arithmetic of the denoising.
+
+Formulas: AUTOMATIC1111's modules/processing.py and modules/images.py, diffusers' image_processor.py, in our own words.
+"""
+
+from __future__ import annotations
+
+import math
+import stat
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from struct import error as struct_error
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sdrt.bundle import MAX_SIDE
+from sdrt.errors import InputFileError, UsageError, printable
+from sdrt.runtime.engine import Float, Pixels
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from sdrt.runtime.request import ImageInput
+
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
+MAX_PIXELS = MAX_SIDE * MAX_SIDE
+
+
+@dataclass(frozen=True)
+class Canvas:
+    """What a picture starts from, W x H pixels.
+
+    pixels: uint8 `[H, W, 3]`.
+    keep: float32 `[1, h, w]`, where the latents stay the image's (1) and where they are repainted (0); all 0 without a mask.
+    masked_pixels: uint8 `[H, W, 3]`, the image with grey where it is repainted, as inpainting models see it; None without a mask.
+    overlay: float32 `[H, W, 1]`, how much of the image is laid over the finished picture, 0 to 1; None where the tool lays nothing over it.
+    """
+
+    pixels: Pixels
+    keep: Float
+    masked_pixels: Pixels | None = None
+    overlay: Float | None = None
+
+
+def blank_canvas(size: tuple[int, int], factor: int) -> Canvas:
+    """Nothing to start from: grey, all of it repainted. Inpainting models see it when they draw from text."""
+    width, height = size
+    grey = np.full((height, width, 3), 128, np.uint8)
+    return Canvas(grey, np.zeros((1, height // factor, width // factor), np.float32), grey)
+
+
+def canvas(init: ImageInput, mask: ImageInput | None, size: tuple[int, int], *, resize: str, blur: int, compat: str, factor: int) -> Canvas:
+    """Bring an init image, and the mask that says what to repaint of it (white), to `size` and to the latents.
+
+    Raises:
+        InputFileError: a file cannot be read as a picture, or is larger than the limit.
+        UsageError: the mask is of another size than the image, or an array is no picture.
+    """
+    image = _flattened(_opened("init image", init))
+    fitted = RESIZES[resize](image, size)
+    pixels = np.asarray(fitted, np.uint8)
+    shape = (1, size[1] // factor, size[0] // factor)
+    if mask is None:
+        return Canvas(pixels, np.zeros(shape, np.float32))
+    opened = _opened("mask", mask)
+    if opened.size != image.size:
+        raise UsageError(
+            f"mask: {opened.width}x{opened.height} pixels, the init image has {image.width}x{image.height}", "Draw the mask on a copy of the image."
+        )
+    if compat == "diffusers":
+        return _diffusers_mask(pixels, opened, size, resize, blur, factor)
+    return _a1111_mask(pixels, opened, size, resize, blur, factor)
+
+
+def _diffusers_mask(pixels: Pixels, mask: Image.Image, size: tuple[int, int], resize: str, blur: int, factor: int) -> Canvas:
+    """Repainted where at least half white, at the resolution of pixels; the nearest pixel decides for a latent. Nothing is laid over the result."""
+    from PIL import ImageFilter
+
+    if blur:
+        mask = mask.filter(ImageFilter.GaussianBlur(blur))
+    repaint = np.asarray(RESIZES[resize](mask, size).convert("L"), np.float32) / 255 >= 0.5
+    keep = 1 - repaint[None, ::factor, ::factor].astype(np.float32)
+    return Canvas(pixels, keep, _greyed(pixels, repaint))
+
+
+def _a1111_mask(pixels: Pixels, mask: Image.Image, size: tuple[int, int], resize: str, blur: int, factor: int) -> Canvas:
+    """Blurred before it is fitted; a latent is repainted or kept whole, while the image is laid over the result along the soft edge."""
+    from PIL import Image
+
+    grey = _binary_alpha(mask) if mask.mode == "RGBA" and mask.getextrema()[-1] != (255, 255) else mask.convert("L")
+    if blur:
+        grey = Image.fromarray(gaussian_blur(np.asarray(grey, np.uint8), blur))
+    fitted = RESIZES[resize](grey, size)
+    repaint = np.asarray(fitted, np.float32)
+    latent = np.asarray(fitted.convert("RGB").resize((size[0] // factor, size[1] // factor)), np.float32)[..., 0] / 255
+    keep = 1 - np.around(latent)[None]
+    overlay = 1 - np.clip(repaint * 2, 0, 255)[..., None] / 255
+    return Canvas(pixels, keep.astype(np.float32), _greyed(pixels, np.around(repaint / 255) > 0), overlay.astype(np.float32))
+
+
+def _binary_alpha(mask: Image.Image) -> Image.Image:
+    return mask.split()[-1].convert("L").point(lambda value: 255 if value > 128 else 0)
+
+
+def _greyed(pixels: Pixels, repaint: NDArray[np.bool_]) -> Pixels:
+    return np.where(repaint[..., None], np.uint8(128), pixels)
+
+
+def laid_over(picture: Pixels, canvas: Canvas) -> Pixels:
+    """The finished picture `[H, W, 3]` under the parts of the image that were kept."""
+    if canvas.overlay is None:
+        return picture
+    blended = canvas.pixels * canvas.overlay + picture * (1 - canvas.overlay)
+    return np.around(blended).astype(np.uint8)
+
+
+def gaussian_blur(grey: NDArray[np.uint8], sigma: int) -> NDArray[np.uint8]:
+    """A mask `[H, W]` softened as AUTOMATIC1111 does: OpenCV's Gaussian of 2 int(2.5 sigma + 0.5) + 1 taps, rows and then columns, edges reflected."""
+    reach = int(2.5 * sigma + 0.5)
+    taps = np.exp(-(np.arange(-reach, reach + 1, dtype=np.float64) ** 2) / (2 * sigma**2))
+    taps /= taps.sum()
+    result = grey
+    for axis in (1, 0):
+        pad = [(0, 0), (0, 0)]
+        pad[axis] = (reach, reach)
+        mode = "reflect" if result.shape[axis] > 1 else "edge"
+        padded = np.pad(result.astype(np.float64), pad, mode=mode)  # type: ignore[call-overload]
+        windows = np.lib.stride_tricks.sliding_window_view(padded, 2 * reach + 1, axis=axis)
+        result = np.around(windows @ taps).clip(0, 255).astype(np.uint8)
+    return result
+
+
+def stretch(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """To the size, whatever its shape."""
+    from PIL import Image
+
+    return image.resize(size, Image.Resampling.LANCZOS)
+
+
+def crop(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """Cover the size, and cut off what stands out on both sides."""
+    return _centred(_scaled(image, size, cover=True), size)
+
+
+def fill(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """Fit within the size, and draw the outermost pixels out to its edges."""
+    scaled = _scaled(image, size, cover=False)
+    result = _centred(scaled, size)
+    (width, height), left, top = size, (size[0] - scaled.width) // 2, (size[1] - scaled.height) // 2
+    right, bottom = left + scaled.width, top + scaled.height
+    for target, source in (
+        ((0, 0, left, height), (left, 0, left + 1, height)),
+        ((right, 0, width, height), (right - 1, 0, right, height)),
+        ((0, 0, width, top), (0, top, width, top + 1)),
+        ((0, bottom, width, height), (0, bottom - 1, width, bottom)),
+    ):
+        wide, high = target[2] - target[0], target[3] - target[1]
+        if wide and high:
+            result.paste(result.crop(source).resize((wide, high)), target[:2])
+    return result
+
+
+def _scaled(image: Image.Image, size: tuple[int, int], *, cover: bool) -> Image.Image:
+    (width, height), wider = size, size[0] * image.height > size[1] * image.width
+    scaled = (width, image.height * width // image.width) if wider == cover else (image.width * height // image.height, height)
+    return stretch(image, (max(1, scaled[0]), max(1, scaled[1])))
+
+
+def _centred(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    from PIL import Image
+
+    result = Image.new(image.mode, size)
+    result.paste(image, ((size[0] - image.width) // 2, (size[1] - image.height) // 2))
+    return result
+
+
+RESIZES: dict[str, Callable[[Image.Image, tuple[int, int]], Image.Image]] = {"stretch": stretch, "crop": crop, "fill": fill}
+
+
+def _flattened(image: Image.Image) -> Image.Image:
+    """As RGB, what is transparent on white."""
+    from PIL import Image
+
+    if image.mode in ("RGBA", "LA", "PA") or (image.mode == "P" and "transparency" in image.info):
+        rgba = image.convert("RGBA")
+        white = Image.new("RGBA", rgba.size, "white")
+        return Image.alpha_composite(white, rgba).convert("RGB")
+    return image.convert("RGB")
+
+
+def _opened(name: str, source: ImageInput) -> Image.Image:
+    from PIL import Image
+
+    if isinstance(source, (str, Path)):
+        return _read(name, Path(source))
+    if isinstance(source, np.ndarray):
+        good = source.dtype == np.uint8 and (source.ndim == 2 or (source.ndim == 3 and source.shape[2] in (3, 4))) and 0 not in source.shape
+        if not good:
+            raise UsageError(f"{name}: array of shape {list(source.shape)} and {source.dtype}, expected uint8 [H, W], [H, W, 3] or [H, W, 4]")
+        image = Image.fromarray(source)
+    elif isinstance(source, Image.Image):
+        image = source
+    else:
+        raise UsageError(f"{name}: expected a path, a Pillow image or an array, found {type(source).__name__}")
+    _check_pixels(name, image)
+    return image
+
+
+def _read(name: str, path: Path) -> Image.Image:
+    from PIL import Image, ImageOps
+
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise InputFileError(f"{name} {path}: expected a regular file")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path, formats=FORMATS) as image:
+                _check_pixels(f"{name} {path}", image)
+                image.load()
+                return ImageOps.exif_transpose(image)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise InputFileError(f"{name} {path}: {printable(str(error))}", f"The limit is {MAX_PIXELS:,} pixels: make it smaller.") from error
+    except FileNotFoundError as error:
+        raise InputFileError(f"{name} {path}: no such file") from error
+    except (OSError, SyntaxError, ValueError, EOFError, struct_error) as error:
+        raise InputFileError(f"{name} {path}: cannot be read as a picture: {printable(str(error))}", f"Give a {', '.join(FORMATS)} file.") from error
+
+
+def _check_pixels(name: str, image: Image.Image) -> None:
+    if math.prod(image.size) > MAX_PIXELS:
+        raise InputFileError(f"{name}: {image.width}x{image.height} pixels, the limit is {MAX_PIXELS:,}", "Make it smaller first.")

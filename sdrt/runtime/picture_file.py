@@ -1,0 +1,130 @@
+"""A finished picture as a PNG that says how it was made: AUTOMATIC1111's `parameters` text, which other tools read, and all of it as JSON.
+
+The JSON (in the text chunk `sdrt`) is what `request_of` reads back, so that a picture can be made again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from sdrt.bundle import Manifest, bundle_id
+from sdrt.errors import InputFileError, UsageError, printable
+from sdrt.publish import new_file, staged_file
+from sdrt.runtime.engine import Pixels
+from sdrt.runtime.request import Request
+from sdrt.runtime.samplers import SAMPLERS
+
+JSON_CHUNK, TEXT_CHUNK = "sdrt", "parameters"
+_MAX_CHUNK = 1 << 20
+_SCHEDULES = {"sgm_uniform": "SGM Uniform", "ddim_uniform": "DDIM"}
+"""AUTOMATIC1111's labels where they are not the name with a capital."""
+
+
+def save_png(path: Path, image: Pixels, parameters: Mapping[str, Any], manifest: Manifest) -> None:
+    """Write one picture, uint8 `[H, W, 3]`, with what `parameters` (a result's, with `seed` the picture's own and `engine`) say of it.
+
+    Raises:
+        ResourceError: the disk is full.
+    """
+    from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
+
+    info = PngInfo()
+    info.add_text(TEXT_CHUNK, automatic1111_text(parameters, manifest))
+    info.add_itxt(JSON_CHUNK, json.dumps(dict(parameters), ensure_ascii=False))
+    with staged_file(path) as stage, new_file(stage) as stream:
+        Image.fromarray(image).save(stream, "PNG", pnginfo=info)
+
+
+def automatic1111_text(parameters: Mapping[str, Any], manifest: Manifest) -> str:
+    """The settings as AUTOMATIC1111 writes them under its pictures: prompt, negative prompt, and a line of `Name: value` pairs."""
+    width, height = parameters["size"]
+    checkpoint = next((source for source in manifest.sources if source.kind == "checkpoint"), None)
+    pairs: dict[str, Any] = {
+        "Steps": parameters["steps"],
+        "Sampler": SAMPLERS[parameters["sampler"]].label,
+        "Schedule type": _SCHEDULES.get(parameters["schedule"], parameters["schedule"].capitalize()),
+        "CFG scale": f"{parameters['cfg']:g}",
+        "Seed": parameters["seed"],
+        "Size": f"{width}x{height}",
+    }
+    if checkpoint is not None:
+        pairs |= {"Model hash": checkpoint.sha256[:10], "Model": Path(checkpoint.name).stem}
+    if parameters["strength"] is not None:
+        pairs["Denoising strength"] = f"{parameters['strength']:g}"
+    if parameters["clip_skip"] != 1:
+        pairs["Clip skip"] = parameters["clip_skip"]
+    if parameters["mask"] is not None and parameters["mask_blur"]:
+        pairs["Mask blur"] = parameters["mask_blur"]
+    if parameters["noise"] == "cpu":
+        pairs["RNG"] = "CPU"
+    elif parameters["noise"] == "nv":
+        pairs["RNG"] = "NV"
+    if parameters["emphasis"] != "original":
+        pairs["Emphasis"] = parameters["emphasis"].capitalize()
+    adapters = [source for source in manifest.sources if source.kind in ("lora", "embedding", "hypernetwork")]
+    if hashes := ", ".join(f"{Path(source.name).stem}: {source.sha256[:12]}" for source in adapters if source.kind == "lora"):
+        pairs["Lora hashes"] = hashes
+    pairs["Version"] = f"sdrt {parameters['sdrt']}"
+    lines = [parameters["prompt"]]
+    if parameters["negative"]:
+        lines.append(f"Negative prompt: {parameters['negative']}")
+    return "\n".join([*lines, ", ".join(f"{name}: {_quoted(str(value))}" for name, value in pairs.items())])
+
+
+def _quoted(value: str) -> str:
+    """As AUTOMATIC1111 quotes a value that would end its pair."""
+    return json.dumps(value, ensure_ascii=False) if any(mark in value for mark in ",:\n") else value
+
+
+def request_of(path: Path, manifest: Manifest) -> Request:
+    """The request that made a picture of ours, for this bundle.
+
+    Raises:
+        InputFileError: it is no picture that sdrt wrote.
+        UsageError: another bundle made it; the message says what differs.
+    """
+    parameters = read_parameters(path)
+    if parameters.get("bundle_id") != bundle_id(manifest):
+        raise UsageError(
+            f"{path}: made by bundle {printable(str(parameters.get('bundle')))} ({printable(str(parameters.get('bundle_id')))}), "
+            f"this one is {manifest.name} ({bundle_id(manifest)})",
+            "Name the bundle that made it, or give the prompt and settings yourself.",
+        )
+    known = {f.name for f in fields(Request)}
+    values = {name: value for name, value in parameters.items() if name in known}
+    if missing := known - values.keys():
+        raise InputFileError(f"{path}: its settings lack {', '.join(sorted(missing))}", "Another version of sdrt wrote it; give the settings yourself.")
+    values |= {"size": tuple(values["size"]), "count": 1, "batch": 1}
+    return Request(**values)
+
+
+def read_parameters(path: Path) -> dict[str, Any]:
+    """What `save_png` wrote, as it was.
+
+    Raises:
+        InputFileError: there is no such file, or it is no picture that sdrt wrote.
+    """
+    from PIL import Image
+
+    fix = "Give a PNG written by sdrt generate."
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            text = image.info.get(JSON_CHUNK)
+    except FileNotFoundError as error:
+        raise InputFileError(f"{path}: no such file", fix) from error
+    except (OSError, SyntaxError, ValueError) as error:
+        raise InputFileError(f"{path}: cannot be read as a PNG: {printable(str(error))}", fix) from error
+    if not isinstance(text, str):
+        raise InputFileError(f"{path}: does not say how it was made", fix)
+    try:
+        parameters = json.loads(text[:_MAX_CHUNK])
+    except (ValueError, RecursionError) as error:
+        raise InputFileError(f"{path}: its settings are damaged: {printable(str(error))}", fix) from error
+    if not isinstance(parameters, dict):
+        raise InputFileError(f"{path}: its settings are damaged", fix)
+    return parameters

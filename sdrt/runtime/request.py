@@ -1,0 +1,202 @@
+"""What a call asks for: every setting with its default, checked against a bundle before any work. No arithmetic and no engine."""
+
+from __future__ import annotations
+
+import math
+import secrets
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypedDict
+
+from sdrt.bundle import MAX_SIDE, MIN_SIDE, SIZE_STEP, Manifest
+from sdrt.errors import UsageError, nearest
+from sdrt.runtime.conditioning import EMPHASES, SYNTAXES
+from sdrt.runtime.noise import MAX_SEED, NOISES
+from sdrt.runtime.samplers import COMPATS, parse_sampler
+from sdrt.runtime.schedule import MAX_STEPS
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from PIL import Image
+
+    ImageInput = str | Path | Image.Image | NDArray[Any]
+
+RESIZES = ("stretch", "crop", "fill")
+MAX_BATCH, MAX_COUNT, MAX_BLUR = 64, 10_000, 64
+
+
+class Settings(TypedDict, total=False):
+    """The keyword arguments of `Pipeline.__call__` and `Pipeline.stream`; `Request` documents them."""
+
+    negative: str
+    steps: int
+    cfg: float
+    seed: int | None
+    sampler: str
+    schedule: str | None
+    size: tuple[int, int] | None
+    batch: int
+    count: int
+    compat: str
+    noise: str | None
+    clip_skip: int | None
+    prompt_syntax: str | None
+    emphasis: str
+    init_image: ImageInput | None
+    strength: float | None
+    mask: ImageInput | None
+    mask_blur: int | None
+    resize: str
+
+
+@dataclass(frozen=True)
+class Request:
+    """One call's settings.
+
+    prompt: what to show; may be empty. docs/prompts.md has the syntax.
+    negative: what to steer away from; unused at guidance scale 1.
+    steps: 1 to 1000. Samplers of two model calls a step (heun) take nearly twice as many calls.
+    cfg: guidance scale, 1 or more usually; 1 turns guidance off and halves the work.
+    seed: 0 to 2**64 - 1; None draws one, which the result names. Picture i of a call has seed + i and its own noise.
+    sampler: a key or label of `sdrt.runtime.samplers.SAMPLERS`, or diffusers' class name.
+    schedule: which noise levels it passes through; None takes the sampler's own.
+    size: (width, height) in pixels, multiples of 8 from 64 to 8192; None takes the bundle's.
+    batch: pictures per model call, 1 to 64.
+    count: pictures in total, 1 to 10,000.
+    compat: a1111 or diffusers: whose picture to make where the two differ. docs/compatibility.md lists where.
+    noise: nv (AUTOMATIC1111's default, NVIDIA's generator) or cpu (PyTorch's); None is nv for a1111 and cpu for diffusers.
+    clip_skip: text-encoder layer counted from the end, 1 the last, among those the bundle was built with; None takes the first of them.
+    prompt_syntax: a1111 or plain; None is plain for diffusers, else a1111.
+    emphasis: what `(word:1.2)` does: one of `sdrt.runtime.conditioning.EMPHASES`.
+    init_image: start from this picture instead of noise alone: a path, a Pillow image, or uint8 `[H, W, 3]`.
+    strength: how much of the schedule an init image goes through, more than 0 to 1; None is 0.75 for a1111; 0.8, or 1 under a mask, for diffusers.
+    mask: what to repaint of the init image: white is repainted, black kept. A path, a Pillow image, or uint8 `[H, W]`.
+    mask_blur: radius in pixels by which the mask's edge is softened, 0 to 64; None is 4 for a1111, 0 for diffusers.
+    resize: how an init image of another size is fitted: stretch, crop, or fill (its edges are drawn out).
+    """
+
+    prompt: str
+    negative: str = ""
+    steps: int = 20
+    cfg: float = 7.0
+    seed: int | None = None
+    sampler: str = "euler"
+    schedule: str | None = None
+    size: tuple[int, int] | None = None
+    batch: int = 1
+    count: int = 1
+    compat: str = "a1111"
+    noise: str | None = None
+    clip_skip: int | None = None
+    prompt_syntax: str | None = None
+    emphasis: str = "original"
+    init_image: ImageInput | None = None
+    strength: float | None = None
+    mask: ImageInput | None = None
+    mask_blur: int | None = None
+    resize: str = "stretch"
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        assert self.seed is not None
+        return tuple(range(self.seed, self.seed + self.count))
+
+
+def resolved(request: Request, manifest: Manifest) -> Request:
+    """The request with every open choice made.
+
+    Raises:
+        UsageError: a setting is out of range, of the wrong type, or does not go with another.
+    """
+    compat = _one_of("compat", request.compat, COMPATS)
+    diffusers = compat == "diffusers"
+    sampler, schedule = parse_sampler(request.sampler, request.schedule, compat)
+    count = _range("count", request.count, 1, MAX_COUNT)
+    layers = manifest.text.clip_skip
+    clip_skip = layers[0] if request.clip_skip is None else request.clip_skip
+    if clip_skip not in layers or isinstance(clip_skip, bool):
+        built = ", ".join(map(str, layers))
+        raise UsageError(f"clip skip {clip_skip!r}: this bundle was built for {built}", f"Choose one of them, or build again with --clip-skip {clip_skip}.")
+    blur = (0 if diffusers else 4) if request.mask_blur is None else request.mask_blur
+    return replace(
+        request,
+        prompt=_text("prompt", request.prompt),
+        negative=_text("negative prompt", request.negative),
+        steps=_range("steps", request.steps, 1, MAX_STEPS),
+        cfg=_number("cfg", request.cfg),
+        seed=_range("seed", draw_seed() if request.seed is None else request.seed, 0, MAX_SEED - (count - 1)),
+        sampler=sampler,
+        schedule=schedule,
+        size=_size(request.size, manifest),
+        batch=_range("batch", request.batch, 1, MAX_BATCH),
+        noise=_one_of("noise", request.noise or ("cpu" if diffusers else "nv"), NOISES),
+        clip_skip=clip_skip,
+        prompt_syntax=_one_of("prompt syntax", request.prompt_syntax or ("plain" if diffusers else "a1111"), SYNTAXES),
+        emphasis=_one_of("emphasis", request.emphasis, EMPHASES),
+        strength=_strength(request, diffusers),
+        mask_blur=_range("mask blur", blur, 0, MAX_BLUR),
+        resize=_one_of("resize", request.resize, RESIZES),
+    )
+
+
+def draw_seed() -> int:
+    """A random seed, 0 to 2**32 - 1."""
+    return secrets.randbelow(2**32)
+
+
+def _strength(request: Request, diffusers: bool) -> float | None:
+    if request.init_image is None:
+        for name, value in (("strength", request.strength), ("mask", request.mask)):
+            if value is not None:
+                raise UsageError(f"{name}: given without an init image", "Give the picture to start from, with --init-image.")
+        return None
+    if request.strength is None:
+        return (0.8 if request.mask is None else 1.0) if diffusers else 0.75
+    strength = _number("strength", request.strength)
+    if not 0 < strength <= 1:
+        raise UsageError(f"strength {strength}: expected more than 0 and at most 1", "0.75 repaints most of an image, 0.3 keeps its composition.")
+    return strength
+
+
+def _size(size: tuple[int, int] | None, manifest: Manifest) -> tuple[int, int]:
+    chosen = manifest.latents.size if size is None else size
+    if len(chosen) != 2 or not all(isinstance(side, int) for side in chosen):
+        raise UsageError(f"size {chosen!r}: expected (width, height) in pixels")
+    width, height = chosen
+    for side in (width, height):
+        if side % SIZE_STEP or not MIN_SIDE <= side <= MAX_SIDE:
+            raise UsageError(f"size {width}x{height}: expected multiples of {SIZE_STEP} from {MIN_SIDE} to {MAX_SIDE}", _nearest_size(width, height))
+    return width, height
+
+
+def _nearest_size(width: int, height: int) -> str:
+    sides = (min(MAX_SIDE, max(MIN_SIDE, round(side / SIZE_STEP) * SIZE_STEP)) for side in (width, height))
+    return "The nearest is {}x{}.".format(*sides)
+
+
+def _text(name: str, value: str) -> str:
+    if not isinstance(value, str):
+        raise UsageError(f"{name}: expected text, found {type(value).__name__}")
+    return value
+
+
+def _one_of(name: str, value: str, choices: tuple[str, ...]) -> str:
+    if value not in choices:
+        raise UsageError(f"{name} {value!r}: unknown{nearest(str(value), choices)}", f"Choose one of: {', '.join(choices)}.")
+    return value
+
+
+def _range(name: str, value: int, low: int, high: int) -> int:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise UsageError(f"{name} {value!r}: expected a whole number")
+    if not low <= value <= high:
+        raise UsageError(f"{name} {value}: expected {low} to {high}")
+    return value
+
+
+def _number(name: str, value: float) -> float:
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise UsageError(f"{name} {value!r}: expected a number")
+    if not math.isfinite(value) or abs(value) > 1e4:
+        raise UsageError(f"{name} {value}: expected a finite number, 1 to 30 usually")
+    return value
