@@ -28,7 +28,7 @@ from sdrt.engine_cache import read_engine, read_plan, write_engine
 from sdrt.errors import BundleError, MachineError, NonFiniteError, ResourceError, UsageError
 from sdrt.runtime import Pipeline
 from sdrt.runtime.engine import Denoising, Job, Pixels, tables
-from sdrt.runtime.samplers import SAMPLERS, trace_rows
+from sdrt.runtime.samplers import SAMPLERS, plan_rows
 
 Expected = Callable[..., Pixels]
 QUICK: dict[str, Any] = {"steps": 3, "cfg": 3.0, "seed": 5}
@@ -284,7 +284,7 @@ def test_few_table_rows(gpu: Gpu, flat_bundle: Path, blank: Path, expected: Expe
 
 def job_of_contexts(bundle: Bundle, sets: tuple[int, ...], pictures: int = 1) -> Job:
     """A guided job of one row per entry of `sets`, over three context sets."""
-    rows = trace_rows("euler_a", "normal", len(sets), bundle.manifest.diffusion)
+    rows = plan_rows("euler_a", "normal", len(sets), bundle.manifest.diffusion)
     random = np.random.RandomState(1)
 
     def draw(*shape: int) -> Any:
@@ -400,7 +400,7 @@ def test_more_chunks_than_the_text_engine_takes(pipe: Pipeline, flat_bundle: Pat
 
 def nan_job(pipe: Pipeline) -> Job:
     """A job that fills every register with NaN."""
-    rows = trace_rows("euler", "normal", 3, pipe.bundle.manifest.diffusion)
+    rows = plan_rows("euler", "normal", 3, pipe.bundle.manifest.diffusion)
     latents = np.full((1, 4, 8, 8), np.nan, np.float32)
     noise = np.full((3, 1, 4, 8, 8), np.nan, np.float32)
     return Job(tables(rows, [[-2.0, 3.0]] * len(rows)), noise, (np.full((2, 77, 64), np.nan, np.float32),), (0,) * len(rows), latents, latents, latents[:, :1])

@@ -19,7 +19,7 @@ from sdrt.bundle import open_bundle
 from sdrt.export.precision import ISLANDS, to_half
 from sdrt.runtime.engine import tables
 from sdrt.runtime.noise import CpuNoise
-from sdrt.runtime.samplers import trace_rows
+from sdrt.runtime.samplers import plan_rows
 from sdrt.runtime.tokenizer import Tokenizer
 
 Array = NDArray[Any]
@@ -83,11 +83,11 @@ class Networks:
         tokenizer = Tokenizer(self._bundle.file(names.TOKENIZER), manifest.text)
         tokens = np.concatenate([tokenizer.encode(text) for text in ("", prompt)])
         context = self.run(names.TEXT_ENCODER, tokens=tokens, emphasis=np.ones(tokens.shape, np.float32))["context_skip_1"]
-        rows = trace_rows(sampler, "normal", steps, manifest.diffusion)
+        rows = plan_rows(sampler, "normal", steps, manifest.diffusion)
         table = vars(tables(rows, [[1 - cfg, cfg]] * len(rows)))
         stream = CpuNoise(seed)
         unit, zeros = stream.draw((1, 4, 8, 8)), np.zeros((1, 4, 8, 8), np.float32)
-        noise = np.stack([stream.draw((1, 4, 8, 8)) if row.draws else zeros for row in rows])
+        noise = np.stack([stream.draw((1, 4, 8, 8)) if row.noise is not None else zeros for row in rows])
         state = {"registers": np.stack([zeros, unit, zeros, zeros]), "row": np.zeros(1, np.int64)}
         still = {"noise": noise, "context": context, "mask": zeros[:, :1], "init": zeros, "init_noise": unit}
         for _ in rows:

@@ -18,7 +18,7 @@ from sdrt.runtime.levels import Levels, Request
 from sdrt.runtime.schedule import ALIASES, MAX_STEPS, SCHEDULES, SPACINGS, training_sigmas
 from sdrt.runtime.trace import PREDICTIONS, Noise, Row, Trace
 
-__all__ = ["COMPATS", "SAMPLERS", "Noise", "Recipe", "Row", "Sampler", "parse_sampler", "plan_rows", "trace_rows"]
+__all__ = ["COMPATS", "SAMPLERS", "Noise", "Recipe", "Row", "Sampler", "parse_sampler", "plan_rows"]
 
 COMPATS = ("a1111", "diffusers")
 """The tools whose numbers are reproduced."""
@@ -72,11 +72,6 @@ def _distilled(run: Run) -> Recipe:
     return Recipe(run, lv.diffusers_distilled_levels, ("leading",))
 
 
-def _ddim_levels(request: Request) -> Levels:
-    # Until the pipeline asks for a tool, "leading" stays what DDIM means without one.
-    return lv.a1111_ddim_levels(request) if request.schedule == "ddim_uniform" else lv.diffusers_timestep_levels(request)
-
-
 _DDPM = Recipe(by_timestep.ddpm, partial(lv.diffusers_timestep_levels, strided=False, final="zero"), _LEADING)
 _TCD = _distilled(by_timestep.tcd)
 _DPM2_A = partial(by_sigma.dpm2, noisy=True)
@@ -88,7 +83,7 @@ SAMPLERS: dict[str, Sampler] = {
     "lms": Sampler("LMS", "linear multistep, fourth order", _a1111(by_sigma.lms), _diffusers(partial(by_sigma.lms, counts_skipped=True)), "LMSDiscreteScheduler"),
     "ddim": Sampler(
         "DDIM", "deterministic, whole timesteps",
-        Recipe(by_timestep.ddim, _ddim_levels, ("leading", "ddim_uniform")),
+        Recipe(by_timestep.ddim, lv.a1111_ddim_levels, ("ddim_uniform",)),
         Recipe(by_timestep.ddim, lv.diffusers_timestep_levels, _LEADING), "DDIMScheduler",
     ),
     "ddpm": Sampler("DDPM", "the original, for many steps; not in AUTOMATIC1111", _DDPM, _DDPM, "DDPMScheduler"),
@@ -210,8 +205,3 @@ def _inpaint(row: Row, last: bool, compat: str) -> tuple[float, float, float]:
     if last:  # both tools put the image's latents themselves into the finished ones
         return (0.0, 1.0, 0.0)
     return (1.0, 0.0, 0.0) if compat == "a1111" else row.inpaint
-
-
-def trace_rows(sampler: str, schedule: str, steps: int, diffusion: Diffusion) -> list[Row]:
-    """The rows of a picture from text as AUTOMATIC1111 makes it."""
-    return plan_rows(sampler, schedule, steps, diffusion)

@@ -47,11 +47,6 @@ class Row:
     inpaint: tuple[float, float, float] = (0.0, 0.0, 0.0)
     brownian: tuple[float, float] | None = None
 
-    @property
-    def draws(self) -> bool:
-        """Whether it takes fresh noise."""
-        return self.noise is not None
-
 
 class Trace:
     """Records rows while a sampler runs. `prediction` is one of PREDICTIONS; `from_image` says the picture starts from init latents, not noise alone."""
