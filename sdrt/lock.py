@@ -1,4 +1,4 @@
-"""Locks between processes that only save double work: two builds of one output, two traces of one architecture, two compilations of one engine.
+"""Locks between processes that only save double work: two builds of one output, two traces of one architecture.
 
 Nothing depends on them for being right, since everything is published by rename. So where a lock cannot be had at all (a read-only cache folder, a
 file system without locks, Windows) the work goes on without it. Standard library only.

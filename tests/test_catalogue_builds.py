@@ -72,6 +72,8 @@ def test_the_same_bundle_from_another_place_process_and_time(blindbox_bundle: Pa
         "../somewhere else/blindbox.safetensors",
         "--output",
         "../out/blindbox.sdrt",
+        "--target",
+        "onnxruntime",
     ]
     done = subprocess.run(
         [sys.executable, "-c", "import os; os.umask(0o077); from sdrt.cli import app; app()", *arguments],
@@ -193,7 +195,7 @@ app()
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux's limits")
 @pytest.mark.parametrize("what", ["files", "memory"])
 def test_d3_d4_too_few_descriptors_and_too_little_memory(tmp_path: Path, what: str) -> None:
-    arguments = ["build", "--checkpoint", CHECKPOINT, "--output", tmp_path / "x.sdrt"]
+    arguments = ["build", "--checkpoint", CHECKPOINT, "--target", "onnxruntime", "--output", tmp_path / "x.sdrt"]
     done = subprocess.run([sys.executable, "-c", LIMITED, what, *map(str, arguments)], env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 6, done.stderr
     assert "Too many open files" in done.stderr if what == "files" else "out of memory" in done.stderr
@@ -229,7 +231,18 @@ def test_other_errors_of_torch_are_not_memory(tmp_path: Path, monkeypatch: pytes
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
 def test_i2_stopped_twice(tmp_path: Path) -> None:
     """An impatient second signal may leave the stage; nothing else, and the next build sweeps it."""
-    command = [sys.executable, "-c", "from sdrt.cli import app; app()", "build", "--checkpoint", str(CHECKPOINT), "--output", str(tmp_path / "x.sdrt")]
+    command = [
+        sys.executable,
+        "-c",
+        "from sdrt.cli import app; app()",
+        "build",
+        "--checkpoint",
+        str(CHECKPOINT),
+        "--target",
+        "onnxruntime",
+        "--output",
+        str(tmp_path / "x.sdrt"),
+    ]
     with subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         for line in process.stderr:
@@ -246,7 +259,7 @@ def test_i2_stopped_twice(tmp_path: Path) -> None:
 def test_i6_two_builds_of_one_output(tmp_path: Path, flat_bundle: Path) -> None:
     """The second waits for the first, then finds its output; with --force it builds again."""
     script = "import sys; from sdrt.cli import app; app()"
-    command = [sys.executable, "-c", script, "build", "--checkpoint", str(CHECKPOINT), "--output", str(tmp_path / "flat.sdrt")]
+    command = [sys.executable, "-c", script, "build", "--checkpoint", str(CHECKPOINT), "--target", "onnxruntime", "--output", str(tmp_path / "flat.sdrt")]
     running = [
         subprocess.Popen([*command, *extra], env=ENVIRONMENT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) for extra in ([], ["--force"])
     ]
