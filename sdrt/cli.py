@@ -122,7 +122,7 @@ def build(
     target: Annotated[list[str] | None, typer.Option("--target", metavar="NAME", help="Engine to prepare; may be repeated: onnxruntime runs the bundle as it is; openvino, tensorrt-rtx and tensorrt compile it for the bundle's size once it is built. auto is tensorrt where it is installed and a GPU answers, else openvino where it is installed, else onnxruntime.")] = None,
     precision: Annotated[str, typer.Option("--precision", metavar="fp16|bf16|fp32", help="Storage type of the weights. ONNX Runtime computes in float32 whatever it is, OpenVINO in bfloat16 where the CPU has it and this is not fp32.")] = "fp16",
     size: Annotated[str | None, typer.Option("--size", metavar="WxH", help="Default picture size in pixels, multiples of 8; the checkpoint's own if not given. `generate` may choose any other.")] = None,
-    clip_skip: Annotated[int, typer.Option("--clip-skip", metavar="N", help="Text-encoder layer to use, counted from the end as AUTOMATIC1111 does: 1 is the last.")] = 1,
+    clip_skip: Annotated[list[int] | None, typer.Option("--clip-skip", metavar="N", help="Text-encoder layer to use, counted from the end as AUTOMATIC1111 does: 1, the last, if not given. Repeat it to build several; `generate --clip-skip` then chooses, the first being its default.")] = None,
     allow_unmatched: Annotated[bool, typer.Option("--allow-unmatched", help="Leave out LoRA keys that belong to no module of the model, and the part of a hypernetwork that belongs to no layer, instead of failing.")] = False,
     output: Annotated[Path | None, typer.Option("--output", "-o", metavar="NAME.sdrt", help="Folder to write; by default the stems of the checkpoint and LoRAs, in the working folder.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the output if it is a bundle. Nothing else is ever replaced.")] = False,
@@ -142,7 +142,7 @@ def build(
 
     targets = cli_engines.checked_targets(target or ["auto"])
     options = BuildOptions(
-        checkpoint, tuple(parse_lora_option(text) for text in lora or []), vae, precision, size_option(size), clip_skip, allow_unmatched, output, force,
+        checkpoint, tuple(parse_lora_option(text) for text in lora or []), vae, precision, size_option(size), tuple(clip_skip or [1]), allow_unmatched, output, force,
         embeddings=tuple(parse_embedding_option(text) for text in embedding or []), hypernetworks=tuple(parse_hypernetwork_option(text) for text in hypernetwork or []), ema=ema,
     )  # fmt: skip
     with StageProgress(BUILD_STAGES) as progress:

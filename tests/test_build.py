@@ -343,9 +343,10 @@ def test_output_that_cannot_be(out: Path, name: str) -> None:
         ({"size": (56, 64)}, "size 56x64"),
         ({"size": (64, 8200)}, "size 64x8200"),
         ({"size": (-64, 64)}, "size -64x64"),
-        ({"clip_skip": 0}, "clip skip 0"),
-        ({"clip_skip": 3}, "clip skip 3"),
-        ({"clip_skip": -1}, "clip skip -1"),
+        ({"clip_skip": (2, 2)}, "clip skip 2, 2: expected each layer once"),
+        ({"clip_skip": (0,)}, "clip skip 0"),
+        ({"clip_skip": (3,)}, "clip skip 3"),
+        ({"clip_skip": (-1,)}, "clip skip -1"),
     ],
 )
 def test_options_out_of_range(out: Path, options: dict[str, Any], fragment: str) -> None:

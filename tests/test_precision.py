@@ -17,8 +17,10 @@ from reference import identity_step, psnr, relative
 from sdrt import bundle as names
 from sdrt.bundle import open_bundle
 from sdrt.export.precision import ISLANDS, to_half
+from sdrt.runtime.chunks import chunk_segments
 from sdrt.runtime.engine import tables
 from sdrt.runtime.noise import CpuNoise
+from sdrt.runtime.prompt import Segment
 from sdrt.runtime.samplers import plan_rows
 from sdrt.runtime.tokenizer import Tokenizer
 
@@ -81,7 +83,7 @@ class Networks:
         """Latents and pixels; the loop is written out here."""
         manifest = self._bundle.manifest
         tokenizer = Tokenizer(self._bundle.file(names.TOKENIZER), manifest.text)
-        tokens = np.concatenate([tokenizer.encode(text) for text in ("", prompt)])
+        tokens = np.array([chunk.tokens for text in ("", prompt) for chunk in chunk_segments(tokenizer, [Segment(text, 1.0)])])
         context = self.run(names.TEXT_ENCODER, tokens=tokens, emphasis=np.ones(tokens.shape, np.float32))["context_skip_1"]
         rows = plan_rows(sampler, "normal", steps, manifest.diffusion)
         table = vars(tables(rows, [[1 - cfg, cfg]] * len(rows)))

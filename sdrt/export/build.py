@@ -38,14 +38,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """What to build. `size` is the default picture as (width, height); None takes the checkpoint's. `output` None names it after the inputs."""
+    """What to build. `size` is the default picture as (width, height); None takes the checkpoint's. `clip_skip` names the text-encoder layers to build, the first one being the default. `output` None names it after the inputs."""
 
     checkpoint: Path
     loras: tuple[LoraOption, ...] = ()
     vae: Path | None = None
     precision: str = "fp16"
     size: tuple[int, int] | None = None
-    clip_skip: int = 1
+    clip_skip: tuple[int, ...] = (1,)
     allow_unmatched: bool = False
     output: Path | None = None
     force: bool = False
@@ -217,9 +217,12 @@ def _with_options(arch: Architecture, options: BuildOptions) -> Architecture:
     for side in (width, height):
         if side % names.SIZE_STEP or not names.MIN_SIDE <= side <= names.MAX_SIDE:
             raise UsageError(f"size {width}x{height}: expected multiples of {names.SIZE_STEP} from {names.MIN_SIDE} to {names.MAX_SIDE}")
-    if not 1 <= options.clip_skip <= arch.clip.layers:
-        raise UsageError(f"clip skip {options.clip_skip}: this text encoder has {arch.clip.layers} layers", f"Choose 1 to {arch.clip.layers}.")
-    return replace(arch, size=(width, height), clip=replace(arch.clip, clip_skip=(options.clip_skip,)))
+    for layer in options.clip_skip:
+        if not 1 <= layer <= arch.clip.layers:
+            raise UsageError(f"clip skip {layer}: this text encoder has {arch.clip.layers} layers", f"Choose 1 to {arch.clip.layers}.")
+    if not options.clip_skip or len(set(options.clip_skip)) != len(options.clip_skip):
+        raise UsageError(f"clip skip {', '.join(map(str, options.clip_skip))}: expected each layer once", "Leave out the repeated one.")
+    return replace(arch, size=(width, height), clip=replace(arch.clip, clip_skip=options.clip_skip))
 
 
 def _sources(checkpoint: Checkpoint) -> list[Source]:

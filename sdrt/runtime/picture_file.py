@@ -5,6 +5,7 @@ The JSON (in the text chunk `sdrt`) is what `request_of` reads back, so that a p
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import fields
@@ -97,10 +98,28 @@ def request_of(path: Path, manifest: Manifest) -> Request:
         )
     known = {f.name for f in fields(Request)}
     values = {name: value for name, value in parameters.items() if name in known}
-    if missing := known - values.keys():
-        raise InputFileError(f"{path}: its settings lack {', '.join(sorted(missing))}", "Another version of sdrt wrote it; give the settings yourself.")
-    values |= {"size": tuple(values["size"]), "count": 1, "batch": 1}
-    return Request(**values)
+    damaged = InputFileError(f"{path}: its settings are not of the expected form", "Another version of sdrt wrote it; give the settings yourself.")
+    if known - values.keys():
+        raise damaged
+    size = values["size"]
+    if not isinstance(size, list) or not all(type(value) in (str, int, float, type(None)) for name, value in values.items() if name != "size"):
+        raise damaged
+    if not all(isinstance(values[name], str) for name in ("prompt", "negative", "sampler", "schedule", "compat", "resize", "emphasis")):
+        raise damaged
+    for name in ("init_image", "mask"):
+        _check_unchanged(path, values[name], parameters.get(f"{name}_sha256"))
+    return Request(**values | {"size": tuple(size), "count": 1, "batch": 1})
+
+
+def _check_unchanged(path: Path, image: str | None, sha256: object) -> None:
+    if image is None:
+        return
+    try:
+        found = hashlib.sha256(Path(image).read_bytes()).hexdigest()
+    except (OSError, ValueError) as error:
+        raise InputFileError(f"{path}: made from {printable(image)}, which cannot be read", "Put it there again, or give another with --init-image.") from error
+    if found != sha256:
+        raise UsageError(f"{path}: made from {printable(image)}, which has changed since", "Put the old one there again, or give the settings yourself.")
 
 
 def read_parameters(path: Path) -> dict[str, Any]:

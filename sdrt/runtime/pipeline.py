@@ -13,7 +13,7 @@ from typing import Any, Unpack
 
 import numpy as np
 
-from sdrt.bundle import WEIGHTS, Bundle, bundle_id, check_files, open_bundle
+from sdrt.bundle import WEIGHTS, Bundle, bundle_id, check_files, file_record, open_bundle
 from sdrt.errors import NonFiniteError, UsageError
 from sdrt.runtime.conditioning import Prompts, TextConditioner
 from sdrt.runtime.engine import Denoising, Engine, Float, Job, Pixels, Tables, load_engine, tables
@@ -68,10 +68,11 @@ class Step:
         return self._engine.decode(self._denoising.denoised(), self._rounding)[0]
 
     def noisy_preview(self) -> Pixels:
-        """The latents as they are, noise and all, brought to unit variance and decoded, uint8 `[N, H, W, 3]`; costs one decode."""
+        """The latents as they are, noise and all, decoded, uint8 `[N, H, W, 3]`; costs one decode. Until the last call they are brought to unit variance."""
         latents = self._denoising.latents()
-        spread = latents.std(axis=(1, 2, 3), keepdims=True)
-        return self._engine.decode(latents / np.maximum(1, spread), self._rounding)[0]
+        if self.index < self.count:
+            latents = latents / np.maximum(1, latents.std(axis=(1, 2, 3), keepdims=True))
+        return self._engine.decode(latents, self._rounding)[0]
 
 
 class Pipeline:
@@ -209,7 +210,11 @@ class Pipeline:
         )
 
     def _parameters(self, request: Request) -> dict[str, Any]:
-        images = {name: str(value) if isinstance(value := getattr(request, name), (str, Path)) else None for name in ("init_image", "mask")}
+        images: dict[str, Any] = {}
+        for name in ("init_image", "mask"):
+            given = getattr(request, name)
+            path = Path(given) if isinstance(given, (str, Path)) else None
+            images |= {name: None if path is None else str(path), f"{name}_sha256": None if path is None else file_record(path).sha256}
         fields = asdict(replace(request, init_image=None, mask=None)) | images | {"size": list(request.size or ())}
         return fields | {"bundle": self.bundle.manifest.name, "bundle_id": bundle_id(self.bundle.manifest), "sdrt": self.bundle.manifest.sdrt}
 

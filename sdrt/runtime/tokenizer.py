@@ -5,9 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
-
 from sdrt.bundle import Text
 from sdrt.errors import BundleError, UsageError, printable
 
@@ -48,25 +45,6 @@ class Tokenizer:
             if tokens[position : position + len(trigger)] == trigger:
                 return rows, len(trigger)
         return None
-
-    def encode(self, prompt: str) -> NDArray[np.int64]:
-        """Token ids `[1, tokens]` of a prompt, with start, end and padding; rows of a learned embedding where its trigger stands.
-
-        Raises:
-            UsageError: the prompt is longer than one chunk, or is not valid text.
-        """
-        if not isinstance(prompt, str):
-            raise UsageError(f"prompt: expected text, found {type(prompt).__name__}")
-        tokens, ids, position = self.tokens(prompt), list[int](), 0
-        while position < len(tokens):
-            rows, length = self.embedding_at(tokens, position) or ((tokens[position],), 1)
-            ids += rows
-            position += length
-        limit = self.text.tokens - 2
-        if len(ids) > limit:
-            raise UsageError(f"prompt: {len(ids):,} tokens, the limit is {limit} for now", f"Shorten it; about {limit * 3 // 4} English words fit.")
-        row = [self.text.bos, *ids, self.text.eos]
-        return np.array([row + [self.text.pad] * (self.text.tokens - len(row))], dtype=np.int64)
 
     def _add_trigger(self, trigger: str, rows: tuple[int, ...]) -> None:
         where, again = f"embedding '{printable(trigger)}'", "Build the bundle again."

@@ -1,0 +1,265 @@
+"""What a PNG says of itself: read by an independent parser, replayed to the same pixels, and every picture that cannot be replayed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from sd_parsers import ParserManager
+from test_cli import failed, run
+
+from sdrt.bundle import bundle_id
+from sdrt.errors import InputFileError, UsageError
+from sdrt.runtime import Pipeline
+from sdrt.runtime.picture_file import automatic1111_text, read_parameters, request_of, save_png
+
+
+@pytest.fixture(scope="module")
+def loaded(flat_bundle: Path) -> Iterator[Pipeline]:
+    with Pipeline.load(flat_bundle, backend="onnxruntime", threads=1) as pipe:
+        yield pipe
+
+
+@pytest.fixture
+def shared(loaded: Pipeline, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """The emoji bundle, loaded once for many commands, and an empty working folder."""
+    monkeypatch.setattr(Pipeline, "load", lambda path, **_: Pipeline(loaded.bundle, loaded._engine, loaded._conditioner._tokenizer))  # type: ignore[arg-type]
+    monkeypatch.chdir(tmp_path)
+    return loaded.bundle.path
+
+
+def made(pipe: Pipeline, path: Path, prompt: str = "red apple", **settings: Any) -> Path:
+    result = pipe(prompt, **{"steps": 2, "cfg": 3.0, "seed": 5} | settings)
+    save_png(path, result.images[0], result.parameters | {"seed": result.seeds[0], "engine": result.engine}, pipe.bundle.manifest)
+    return path
+
+
+# AUTOMATIC1111's text
+
+
+@pytest.mark.parametrize(
+    ("prompt", "negative", "settings"),
+    [
+        ("red apple", "", {}),
+        ("a (red:1.2) apple, [cat|dog]", "blue, ugly", {"sampler": "DPM++ 2M Karras", "seed": 2**40, "cfg": 7.5}),
+        ("röd äpple 🍎", "日本", {"sampler": "euler_a", "noise": "cpu"}),
+        ("two\nlines", "and\ntwo: more", {"sampler": "ddim", "steps": 3}),
+        ("Steps: 20, Sampler: none", "", {}),
+    ],
+)
+def test_an_independent_parser_reads_it(loaded: Pipeline, tmp_path: Path, prompt: str, negative: str, settings: dict[str, Any]) -> None:
+    path = made(loaded, tmp_path / "x.png", prompt, negative=negative, **settings)
+    info = ParserManager().parse(path)
+    assert info is not None and info.generator.value == "AUTOMATIC1111"
+    (sampler,) = info.samplers
+    asked = json.loads(json.dumps(read_parameters(path)))
+    assert [text.value for text in sampler.prompts] == [prompt] and [text.value for text in sampler.negative_prompts] == ([negative] if negative else [])
+    assert sampler.parameters["steps"] == str(asked["steps"]) and sampler.parameters["seed"] == str(asked["seed"])
+    assert float(sampler.parameters["cfg_scale"]) == asked["cfg"]
+    assert info.metadata["Size"] == "64x64"
+    assert sampler.model is not None and sampler.model.name == "emoji" and loaded.bundle.manifest.sources[0].sha256.startswith(sampler.model.hash or "-")
+    if asked["sampler"] == "dpmpp_2m":
+        assert (sampler.name, sampler.parameters["scheduler"]) == ("DPM++ 2M", "Karras")
+
+
+def test_what_the_text_says_of_images_and_options(loaded: Pipeline) -> None:
+    parameters = loaded("sun", steps=1, seed=1).parameters | {
+        "strength": 0.6, "mask": "m.png", "mask_blur": 4, "clip_skip": 2, "noise": "cpu", "emphasis": "no norm", "schedule": "sgm_uniform",
+    }  # fmt: skip
+    line = automatic1111_text(parameters, loaded.bundle.manifest).splitlines()[-1]
+    for part in ("Denoising strength: 0.6", "Mask blur: 4", "Clip skip: 2", "RNG: CPU", "Emphasis: No norm", "Schedule type: SGM Uniform", "Version: sdrt "):
+        assert part in line.split(", ") or part in line
+
+
+def test_adapters_are_named(blindbox_bundle: Path) -> None:
+    with Pipeline.load(blindbox_bundle, backend="onnxruntime", threads=1) as pipe:
+        text = automatic1111_text(pipe("sun", steps=1, seed=1).parameters, pipe.bundle.manifest)
+        sha256 = pipe.bundle.manifest.sources[1].sha256
+    assert f'Lora hashes: "blindbox: {sha256[:12]}"' in text
+
+
+# Replay
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        [],
+        ["--sampler", "euler_a", "--negative", "blue", "--size", "72x96"],
+        ["--sampler", "DPM++ SDE Karras", "--compat", "a1111"],
+        ["--sampler", "ddim", "--compat", "diffusers"],
+        ["--noise", "cpu", "--prompt-syntax", "plain", "--cfg", "1"],
+    ],
+)
+def test_replay(shared: Path, options: list[str]) -> None:
+    assert run("generate", shared, "a [red:green:0.5] (apple:1.2)", "--steps", 4, "--seed", 9, "-o", "a.png", *options).exit_code == 0
+    again = run("generate", shared, "--from-png", "a.png", "-o", "b.png")
+    assert again.exit_code == 0, again.stderr
+    with Image.open("a.png") as a, Image.open("b.png") as b:
+        assert np.array_equal(np.asarray(a), np.asarray(b)) and a.info == b.info
+
+
+def test_replay_of_one_of_several(shared: Path) -> None:
+    run("generate", shared, "sun", "--steps", 2, "--seed", 30, "--count", 3, "-o", "x.png")
+    assert run("generate", shared, "--from-png", "x-32.png", "-o", "y.png").exit_code == 0
+    with Image.open("x-32.png") as a, Image.open("y.png") as b:
+        assert np.array_equal(np.asarray(a), np.asarray(b))
+
+
+def test_replay_with_another_seed(shared: Path) -> None:
+    """What the command line names stands in the picture's place."""
+    run("generate", shared, "sun", "--steps", 3, "--seed", 30, "--cfg", "2.5", "-o", "x.png")
+    run("generate", shared, "--from-png", "x.png", "--seed", 31, "-o", "y.png")
+    old, new = read_parameters(Path("x.png")), read_parameters(Path("y.png"))
+    assert new == old | {"seed": 31}
+    run("generate", shared, "moon", "--from-png", "x.png", "-o", "z.png")
+    assert read_parameters(Path("z.png")) == old | {"prompt": "moon"}
+
+
+def test_replay_from_an_image(shared: Path) -> None:
+    Image.effect_noise((64, 64), 90).save("init.png")
+    Image.new("L", (64, 64), 255).save("mask.png")
+    done = run("generate", shared, "sun", "--steps", 3, "--init-image", "init.png", "--mask", "mask.png", "--strength", "0.8", "-o", "x.png")
+    assert done.exit_code == 0, done.stderr
+    run("generate", shared, "--from-png", "x.png", "-o", "y.png")
+    with Image.open("x.png") as a, Image.open("y.png") as b:
+        assert np.array_equal(np.asarray(a), np.asarray(b))
+    Image.effect_noise((64, 64), 91).save("init.png")
+    failed(run("generate", shared, "--from-png", "x.png", "-o", "y.png"), 2, "init.png, which has changed since")
+    Path("init.png").unlink()
+    failed(run("generate", shared, "--from-png", "x.png", "-o", "y.png"), 3, "init.png, which cannot be read")
+
+
+def test_replay_with_another_bundle(loaded: Pipeline, blindbox_bundle: Path, tmp_path: Path) -> None:
+    path = made(loaded, tmp_path / "x.png")
+    with Pipeline.load(blindbox_bundle, backend="onnxruntime", threads=1) as other, pytest.raises(UsageError) as raised:
+        request_of(path, other.bundle.manifest)
+    for name in ("flat", "blindbox", bundle_id(loaded.bundle.manifest), bundle_id(other.bundle.manifest)):
+        assert name in raised.value.message
+
+
+def test_a_copy_under_another_name_is_the_same_bundle(loaded: Pipeline, flat_bundle: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(flat_bundle, tmp_path / "other.sdrt"))
+    path = made(loaded, tmp_path / "x.png")
+    with Pipeline.load(copy, backend="onnxruntime", threads=1) as other:
+        assert request_of(path, other.bundle.manifest).seed == 5
+
+
+def tampered(loaded: Pipeline, path: Path, **changes: Any) -> Path:
+    parameters = read_parameters(made(loaded, path)) | changes
+    parameters = {name: value for name, value in parameters.items() if value != "LEFT OUT"}
+    info = PngInfo()
+    info.add_itxt("sdrt", json.dumps(parameters))
+    Image.new("RGB", (64, 64)).save(path, pnginfo=info)
+    return path
+
+
+@pytest.mark.parametrize(
+    "changes", [{"steps": "LEFT OUT"}, {"size": 64}, {"size": {}}, {"sampler": 5}, {"schedule": None}, {"prompt": None}, {"steps": [1]}, {"seed": {}}]
+)
+def test_settings_that_are_not_ours(loaded: Pipeline, tmp_path: Path, changes: dict[str, Any]) -> None:
+    with pytest.raises(InputFileError, match=r"x\.png: its settings are not of the expected form"):
+        request_of(tampered(loaded, tmp_path / "x.png", **changes), loaded.bundle.manifest)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"steps": 0}, {"steps": "many"}, {"size": [1, 2]}, {"size": ["a", "b"]}, {"size": []}, {"sampler": "eulr"}, {"seed": -1}, {"cfg": "x"}]
+)
+def test_settings_out_of_range(loaded: Pipeline, shared: Path, changes: dict[str, Any]) -> None:
+    failed(run("generate", shared, "--from-png", tampered(loaded, Path("x.png"), **changes), "-o", "y.png"), 2)
+
+
+def test_pictures_that_say_nothing(shared: Path) -> None:
+    Image.new("RGB", (8, 8)).save("plain.png")
+    Path("text.png").write_text("no picture")
+    info = PngInfo()
+    info.add_itxt("sdrt", "{")
+    Image.new("RGB", (8, 8)).save("broken.png", pnginfo=info)
+    info = PngInfo()
+    info.add_itxt("sdrt", "[1]")
+    Image.new("RGB", (8, 8)).save("list.png", pnginfo=info)
+    for name, message in (
+        ("plain.png", "does not say how it was made"),
+        ("text.png", "cannot be read as a PNG"),
+        ("none.png", "no such file"),
+        ("broken.png", "its settings are damaged"),
+        ("list.png", "its settings are damaged"),
+    ):
+        failed(run("generate", shared, "--from-png", name), 3, name, message)
+
+
+# Previews and the contact sheet
+
+
+def test_previews(shared: Path) -> None:
+    assert run("generate", shared, "sun", "--steps", 3, "--seed", 4, "--count", 2, "--batch", 2, "--preview", "p", "-o", "x.png").exit_code == 0
+    assert sorted(path.name for path in Path("p").iterdir()) == [f"{seed}-{call:03}.png" for seed in (4, 5) for call in (1, 2, 3)]
+    with Image.open("p/5-003.png") as last, Image.open("x-5.png") as picture:
+        assert np.abs(np.asarray(last).astype(int) - np.asarray(picture)).mean() < 4  # the last estimate is the picture
+    Path("file").write_text("")
+    failed(run("generate", shared, "sun", "--steps", 1, "--preview", "file"), 2, "--preview file")
+
+
+@pytest.mark.parametrize(("steps", "columns"), [(1, 1), (5, 5), (20, 8)])
+def test_contact_sheet(shared: Path, steps: int, columns: int) -> None:
+    assert run("generate", shared, "sun", "--steps", steps, "--seed", 4, "-o", "x.png", "--contact-sheet", "s.png").exit_code == 0
+    with Image.open("s.png") as sheet, Image.open("x.png") as picture:
+        cell = 128
+        assert sheet.size == (20 + columns * (cell + 6) - 6, 20 + 2 * cell + 6 + 18)
+        last = np.asarray(sheet)[10 : 10 + cell, sheet.width - 10 - cell : sheet.width - 10 : 1]
+        assert np.abs(last[::2, ::2].astype(int) - np.asarray(picture)).mean() < 4  # the last column is the picture, enlarged twice
+        first = np.asarray(sheet)[10 : 10 + cell, 10 : 10 + cell]
+        assert steps == 1 or np.abs(first[::2, ::2].astype(int) - np.asarray(picture)).mean() > 20
+    assert run("generate", shared, "sun", "--steps", steps, "--seed", 4, "-o", "x.png", "--contact-sheet", "s.png").exit_code == 0  # its own is replaced
+    failed(run("generate", shared, "sun", "--steps", 1, "-o", "x.png", "--contact-sheet", "s.jpg"), 2, "--contact-sheet s.jpg")
+    Image.new("RGB", (8, 8)).save("mine.png")
+    failed(run("generate", shared, "sun", "--steps", 1, "-o", "x.png", "--contact-sheet", "mine.png"), 2, "mine.png")
+
+
+# Options of generate
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "fragments"),
+    [
+        ([], 2, ["PROMPT: missing"]),
+        (["sun", "--strength", "0.5"], 2, ["strength: given without an init image"]),
+        (["sun", "--mask", "m.png"], 2, ["mask: given without an init image"]),
+        (["sun", "--init-image", "none.png"], 3, ["init image none.png: no such file"]),
+        (["sun", "--init-image", "i.png", "--strength", "0"], 2, ["strength 0", "0.75"]),
+        (["sun", "--init-image", "i.png", "--strength", "1.5"], 2, ["strength 1.5"]),
+        (["sun", "--init-image", "i.png", "--mask", "m.png"], 2, ["mask: 32x32", "64x64"]),
+        (["sun", "--compat", "a111"], 2, ["compat 'a111'", "a1111"]),
+        (["sun", "--noise", "gpu"], 2, ["noise 'gpu'"]),
+        (["sun", "--clip-skip", "2"], 2, ["clip skip 2", "--clip-skip 2"]),
+        (["sun <lora:x:1>"], 2, ["<lora:x:1>", "baked"]),
+    ],
+)
+def test_bad_options(shared: Path, options: list[str], code: int, fragments: list[str]) -> None:
+    Image.new("RGB", (64, 64)).save("i.png")
+    Image.new("L", (32, 32)).save("m.png")
+    failed(run("generate", shared, *options), code, *fragments)
+
+
+def test_unbalanced_brackets_are_text(shared: Path) -> None:
+    assert run("generate", shared, "((a [cat", "--steps", 1, "-o", "x.png").exit_code == 0
+
+
+def test_a_layer_that_was_built(tmp_path: Path) -> None:
+    """Two layers in one bundle; which is used is chosen at run time."""
+    from conftest import CHECKPOINT
+
+    from sdrt.export.build import BuildOptions, build
+
+    bundle = build(BuildOptions(CHECKPOINT, clip_skip=(1, 2), output=tmp_path / "two.sdrt")).path
+    with Pipeline.load(bundle, backend="onnxruntime", threads=1) as pipe:
+        first, second, default = (pipe("red apple", steps=3, cfg=3, seed=1, clip_skip=layer) for layer in (1, 2, None))
+    assert np.array_equal(first.images, default.images) and not np.array_equal(first.images, second.images)
+    assert second.parameters["clip_skip"] == 2
