@@ -75,6 +75,18 @@ class Step:
         return self._engine.decode(latents, self._rounding)[0]
 
 
+@dataclass(frozen=True)
+class _Plan:
+    """What all batches of a request share."""
+
+    request: Request
+    rows: list[Row]
+    tables: Tables
+    contexts: tuple[Float, ...]
+    context_of_row: tuple[int, ...]
+    start: Canvas | None
+
+
 class Pipeline:
     """A bundle, loaded. Thread-safe: calls may run at the same time and do not see each other."""
 
@@ -141,11 +153,10 @@ class Pipeline:
         if self._engine is None:
             raise UsageError("pipeline: closed", "Load it again with Pipeline.load.")
         request = resolved(Request(prompt, **settings), self.bundle.manifest)
-        rows = self._plan(request)
+        rows = self._rows(request)
         return self._run(self._engine, request, rows, self._read_prompts(request, rows), self._canvas(request))
 
-    def _plan(self, request: Request) -> list[Row]:
-        # An inpainting model is told what to keep through its own inputs; diffusers blends nothing for it.
+    def _rows(self, request: Request) -> list[Row]:
         return plan_rows(
             request.sampler,
             request.schedule or "",
@@ -166,17 +177,17 @@ class Pipeline:
     def _run(self, engine: Engine, request: Request, rows: list[Row], prompts: Prompts, start: Canvas | None) -> Generator[Step, None, None]:
         started = time.perf_counter()
         timings: dict[str, Any] = {"image_encoder": 0.0, "denoise": 0.0, "decode": 0.0, "steps": []}
-        conditioning = self._conditioner.encode(engine, prompts)
+        said = self._conditioner.encode(engine, prompts)
         timings["text_encoder"] = _since(started)
         # AUTOMATIC1111 counts a prompt's steps in model calls; an image's schedule ends before the count does.
-        of_row = [min(row, len(conditioning.set_of_step) - 1) for row in range(len(rows))]
-        sets = [conditioning.set_of_step[step] for step in of_row]
-        step_tables = tables(rows, [conditioning.weights[step] for step in of_row])
+        of_row = [min(row, len(said.set_of_step) - 1) for row in range(len(rows))]
+        weights = [said.weights[step] for step in of_row]
+        plan = _Plan(request, rows, tables(rows, weights), said.sets, tuple(said.set_of_step[step] for step in of_row), start)
         rounding = ROUNDING[request.compat]
         images: list[Pixels] = []
         for first in range(0, request.count, request.batch):
             seeds = request.seeds[first : first + request.batch]
-            denoising = engine.denoise(self._job(engine, request, rows, step_tables, conditioning.sets, sets, start, seeds, timings))
+            denoising = engine.denoise(self._job(engine, plan, seeds, timings))
             try:
                 for index, row in enumerate(rows, 1):
                     step_started = time.perf_counter()
@@ -218,50 +229,46 @@ class Pipeline:
         fields = asdict(replace(request, init_image=None, mask=None)) | images | {"size": list(request.size or ())}
         return fields | {"bundle": self.bundle.manifest.name, "bundle_id": bundle_id(self.bundle.manifest), "sdrt": self.bundle.manifest.sdrt}
 
-    def _job(
-        self,
-        engine: Engine,
-        request: Request,
-        rows: list[Row],
-        step_tables: Tables,
-        contexts: tuple[Float, ...],
-        sets: list[int],
-        start: Canvas | None,
-        seeds: tuple[int, ...],
-        timings: dict[str, Any],
-    ) -> Job:
-        draws, latents = self._draws(request, rows, seeds), self.bundle.manifest.latents
+    def _job(self, engine: Engine, plan: _Plan, seeds: tuple[int, ...], timings: dict[str, Any]) -> Job:
+        draws, count = self._draws(plan, seeds), len(seeds)
         unit_noise = np.stack([draw.unit for draw in draws])
         noise = np.stack([draw.steps for draw in draws], axis=1)
-        init, concat, keep = np.zeros_like(unit_noise), None, np.zeros_like(unit_noise[:, :1])
         started = time.perf_counter()
-        count, branches = len(seeds), step_tables.w.shape[1]
+        init = np.zeros_like(unit_noise)
+        if plan.start is not None and draws[0].encode is not None:
+            init = _encoded(engine, plan.start.pixels, [draw.encode for draw in draws])
+        concat = self._concat(engine, plan, draws) if self.bundle.manifest.latents.concat_channels else None
+        timings["image_encoder"] += _since(started) if plan.start is not None else 0.0
+        keep = np.zeros_like(unit_noise[:, :1])
+        # diffusers leaves an inpainting model to itself: what it keeps comes through its own inputs.
+        if plan.start is not None and not (concat is not None and plan.request.compat == "diffusers"):
+            keep = np.repeat(plan.start.keep[None], count, axis=0)
+        contexts = tuple(np.repeat(context, count, axis=0) for context in plan.contexts)
+        return Job(plan.tables, noise, contexts, plan.context_of_row, init, unit_noise, keep, concat)
 
-        def encoded(pixels: Pixels, posterior: list[Float | None]) -> Float:
-            noise = np.stack([np.zeros_like(unit_noise[0]) if draw is None else draw for draw in posterior])
-            return engine.encode_image(np.repeat(pixels[None], count, axis=0), noise)
+    def _concat(self, engine: Engine, plan: _Plan, draws: Sequence[Draws]) -> Float:
+        """What an inpainting model sees beside the latents: the mask (1 repaints), and the image with grey under it."""
+        assert plan.start is not None
+        start = plan.start
+        masked = _encoded(engine, start.pixels if start.masked_pixels is None else start.masked_pixels, [draw.masked for draw in draws])
+        repaint = np.ones_like(start.keep) if plan.request.mask is None else 1 - start.keep
+        both = np.concatenate([np.repeat(repaint[None], len(draws), axis=0), masked], axis=1)
+        return np.tile(both, (plan.tables.w.shape[1], 1, 1, 1)).astype(np.float32)
 
-        if start is not None:
-            if request.init_image is not None:
-                init = encoded(start.pixels, [draw.encode for draw in draws])
-            if latents.concat_channels:
-                masked = encoded(start.pixels if start.masked_pixels is None else start.masked_pixels, [draw.masked for draw in draws])
-                repaint = np.repeat(1 - start.keep[None] if request.mask is not None else np.ones_like(keep[:1]), count, axis=0)
-                concat = np.tile(np.concatenate([repaint, masked], axis=1), (branches, 1, 1, 1)).astype(np.float32)
-            if request.mask is not None and not (latents.concat_channels and request.compat == "diffusers"):
-                keep = np.repeat(start.keep[None], count, axis=0)  # diffusers leaves an inpainting model to itself
-            timings["image_encoder"] += _since(started)
-        batches = tuple(np.repeat(context, count, axis=0) for context in contexts)
-        return Job(step_tables, noise, batches, tuple(sets), init, unit_noise, keep, concat)
-
-    def _draws(self, request: Request, rows: list[Row], seeds: tuple[int, ...]) -> list[Draws]:
-        latents = self.bundle.manifest.latents
+    def _draws(self, plan: _Plan, seeds: tuple[int, ...]) -> list[Draws]:
+        request, latents = plan.request, self.bundle.manifest.latents
         assert request.size is not None and request.noise is not None
         shape = (latents.channels, request.size[1] // latents.factor, request.size[0] // latents.factor)
         # diffusers' inpainting encodes the image itself only where it starts from it, or blends with it.
         encode = request.init_image is not None and (request.mask is None or not latents.concat_channels or request.strength != 1)
         masked = request.mask is not None or bool(latents.concat_channels)
-        return [draw_noise(seed, request.noise, shape, rows, compat=request.compat, encode=encode, masked=masked) for seed in seeds]
+        return [draw_noise(seed, request.noise, shape, plan.rows, compat=request.compat, encode=encode, masked=masked) for seed in seeds]
+
+
+def _encoded(engine: Engine, pixels: Pixels, posterior: Sequence[Float | None]) -> Float:
+    """One image to the latents of each picture, sampled with the noise given, or the posterior's mean."""
+    noise = np.stack([np.zeros_like(posterior[0]) if draw is None else draw for draw in posterior])
+    return engine.encode_image(np.repeat(pixels[None], len(posterior), axis=0), noise)
 
 
 def _decode(denoising: Denoising, seeds: tuple[int, ...], rounding: float, timings: dict[str, Any]) -> Pixels:
