@@ -25,7 +25,7 @@ import pytest
 from onnx import TensorProto, helper
 from typer.testing import CliRunner
 
-from sdrt.bundle import ENGINES, GRAPHS, STEP, STEP_INPUTS, TEXT_ENCODER, VAE_DECODER, VAE_ENCODER, Bundle, open_bundle
+from sdrt.bundle import DECODER_OUTPUTS, ENGINES, GRAPHS, STEP, STEP_INPUTS, STEP_OUTPUTS, TEXT_ENCODER, VAE_DECODER, VAE_ENCODER, Bundle, open_bundle
 from sdrt.cli import app
 from sdrt.compile import network, tensorrt, worker
 from sdrt.compile.network import Built, Compiler, Demand, build_error, build_graph, input_shapes
@@ -86,6 +86,30 @@ def test_every_graph_compiles_to_the_same_bytes_twice(compiled: Twice) -> None:
     for graph in GRAPHS:
         assert read_plan(folder, record, graph) == read_plan(report.path, report.record, graph), graph
     assert (folder / "engine.json").read_bytes() == (report.path / "engine.json").read_bytes()
+
+
+def test_outputs_come_in_the_graphs_order(compiled: Twice) -> None:
+    """TensorRT orders them by address; a plan in which chance has swapped two is built again."""
+    ((folder, record),) = list_engines(open_bundle(compiled.bundle))
+    for graph, outputs in ((STEP, STEP_OUTPUTS), (VAE_DECODER, DECODER_OUTPUTS)):
+        assert worker.in_order(bytes(read_plan(folder, record, graph)), outputs)
+
+
+def test_a_plan_out_of_order_is_built_again(flat_bundle: Path, rtx: Compiler, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, asked = worker._ask, list[dict[str, Any]]()
+
+    def swapped_at_first(compiler: Compiler, request: dict[str, Any], *rest: Any) -> worker.Answer:
+        answer = real(compiler, request, *rest)
+        asked.append(request)
+        if len(asked) > 1:
+            return answer
+        data = answer.data.replace(b"pixels", b"\0\0\0\0\0\0").replace(b"finite", b"pixels").replace(b"\0\0\0\0\0\0", b"finite", 1)
+        return worker.Answer(answer.fields, b"finite" + data, answer.peak_bytes)
+
+    monkeypatch.setattr(worker, "_ask", swapped_at_first)
+    built, _ = worker.build(rtx, VAE_DECODER, *decoder(flat_bundle), DEMAND, lambda *_: None)
+    assert len(asked) >= 2 and asked[0] != asked[1]  # another heap, or chance would have to help
+    assert worker.in_order(bytes(built.plan), DECODER_OUTPUTS)
 
 
 def test_what_is_recorded(compiled: Twice) -> None:

@@ -57,7 +57,8 @@ class Demand:
 
 @dataclass(frozen=True)
 class Built:
-    """A compiled graph: its plan, seconds, layers of the network, attention layers allowed to run without a fused kernel, activation bytes if known."""
+    """A compiled graph: its plan, seconds, layers of the network, attention layers allowed to run without a fused kernel, activation bytes if known,
+    and the network's outputs in its own order."""
 
     plan: memoryview
     parse_s: float
@@ -65,6 +66,7 @@ class Built:
     layers: int
     unfused: tuple[str, ...]
     device_memory_bytes: int | None
+    outputs: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -142,7 +144,8 @@ def build_graph(compiler: Compiler, graph: str, path: Path, profiles: Sequence[P
         if monitor.error is not None:
             raise monitor.error
         if plan is not None:
-            return Built(memoryview(plan), parse_s, build_s, parsed.network.num_layers, unfused, _device_memory(compiler, log, plan))
+            outputs = tuple(str(parsed.network.get_output(i).name) for i in range(parsed.network.num_outputs))
+            return Built(memoryview(plan), parse_s, build_s, parsed.network.num_layers, unfused, _device_memory(compiler, log, plan), outputs)
         if stop.is_set():
             raise KeyboardInterrupt
         if decompose_all or not any(_NOT_FUSED in line for line in parsed.log.lines):

@@ -3,7 +3,8 @@
 Native code that runs for minutes and takes gigabytes is better off alone: Ctrl-C ends it at once, its memory goes back to the system, a
 crash or the kernel's out-of-memory killer ends the worker instead of the caller, and what it prints is caught. It also makes builds
 repeatable: TensorRT orders a plan's outputs by their addresses, so equal plans take equal heaps. That is why a worker runs in the folder of
-its graphs and is told their names only: the length of a path would move everything after it.
+its graphs and is told their names only: the length of a path would move everything after it. What is left to chance (TensorRT formats times and
+memory it measured) still swaps two outputs now and then; such a plan is built again, so that outputs come in the graph's own order.
 
 The worker reads one request, a line of JSON, from its standard input, and answers in lines of JSON on its standard output; a plan follows
 its line as it is. It stops when its standard input ends, so it never outlives its caller.
@@ -34,6 +35,7 @@ _GRACE_S = 1.0
 _STDERR_BYTES = 1 << 16
 
 # Python's hashes and glibc's caches of freed memory per thread would make addresses differ from run to run.
+_ATTEMPTS = 6
 _EQUAL_HEAP = {"PYTHONHASHSEED": "0", "GLIBC_TUNABLES": "glibc.malloc.tcache_count=0"}
 
 
@@ -66,11 +68,26 @@ def build(compiler: Compiler, graph: str, path: Path, profiles: Sequence[Profile
         KeyboardInterrupt: interrupted; the worker is gone.
     """
     request = {"graph": graph, "name": path.name, "profiles": [profile.shapes for profile in profiles], "demand": asdict(demand)}
-    answer = _ask(compiler, request, path.parent, demand, graph, progress)
+    for attempt in range(_ATTEMPTS):
+        answer = _ask(compiler, request | {"padding": " " * 64 * attempt}, path.parent, demand, graph, progress)
+        if in_order(answer.data, answer.fields["outputs"]):
+            break
     fields = answer.fields
     return Built(
-        memoryview(answer.data), fields["parse_s"], fields["build_s"], fields["layers"], tuple(fields["unfused"]), fields["device_memory_bytes"]
+        memoryview(answer.data),
+        fields["parse_s"],
+        fields["build_s"],
+        fields["layers"],
+        tuple(fields["unfused"]),
+        fields["device_memory_bytes"],
+        tuple(fields["outputs"]),
     ), answer.peak_bytes
+
+
+def in_order(plan: bytes, outputs: Sequence[str]) -> bool:
+    """Whether a plan names its outputs first in this order."""
+    places = [plan.find(name.encode()) for name in outputs]
+    return places == sorted(places)
 
 
 def _ask(compiler: Compiler, request: dict[str, Any], folder: Path, demand: Demand, graph: str, progress: Progress) -> Answer:
@@ -173,7 +190,7 @@ def _answer(request: dict[str, Any], answers: BinaryIO, stop: Event) -> tuple[di
         lambda _, done: _say(answers, {"progress": done}),
         stop,
     )
-    fields = {"parse_s": built.parse_s, "build_s": built.build_s, "layers": built.layers, "unfused": built.unfused}
+    fields: dict[str, Any] = {"outputs": built.outputs, "parse_s": built.parse_s, "build_s": built.build_s, "layers": built.layers, "unfused": built.unfused}
     return fields | {"device_memory_bytes": built.device_memory_bytes}, built.plan
 
 
