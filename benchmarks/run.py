@@ -1,6 +1,6 @@
 """Bench the emoji model, keep the project's own history, and time the instruments alone.
 
-Adds a line to benchmarks/history/history.jsonl and says whether the newest run lies beyond the fence of earlier ones on the same machine. Lines are
+Adds a line to benchmarks/history/history.jsonl and ends with exit code 1 if the newest run lies beyond the fence of earlier ones on the same machine. Lines are
 comparable only within one machine and engine; `sdrt bench trend benchmarks/history` shows them.
 Usage: python benchmarks/run.py [--history DIR] [--processes N] [--pictures N] [--instruments-only] [--json]
 """
@@ -66,8 +66,8 @@ def main() -> None:
             run = [*sdrt, "bench", "run", str(bundle), *settings, "--history", str(arguments.history), "--json"]
             result = json.loads(subprocess.run(run, check=True, stdout=subprocess.PIPE).stdout)
         report |= {"stats": result["stats"], "counters": result["counters"], "warnings": result["warnings"]}
-        if not arguments.json:
-            subprocess.run([*sdrt, "bench", "trend", str(arguments.history)], check=True)
+        if not arguments.json and subprocess.run([*sdrt, "bench", "trend", str(arguments.history), "--check"], check=False).returncode:
+            sys.exit(1)
     if arguments.json:
         print(json.dumps(report, indent=1))
 

@@ -7,22 +7,23 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from sdrt.cli_bench_tables import print_comparison, print_result, print_trends
 from sdrt.cli_output import BundleArgument, Json, print_json
-from sdrt.errors import UsageError, nearest, printable
+from sdrt.errors import InputFileError, UsageError, nearest, printable
 
 if TYPE_CHECKING:
     from sdrt.bench.compare import Comparison
-    from sdrt.bench.history import Trend
     from sdrt.bench.measure import Request
     from sdrt.bench.metrics import Gates
 
 FORMATS = ("markdown", "junit", "bencher", "github", "csv", "html")
 SCENARIOS = ("single", "batch", "server")
 _STEP_SUMMARY = "GITHUB_STEP_SUMMARY"
+_PROMPTS_BYTES = 1 << 20
 
 Scenario = Annotated[str, typer.Option("--scenario", metavar="NAME", help="single: one picture after the other; batch: --batch at a time; server: requests arrive at random, --rate per second.")]  # fmt: skip
 Size = Annotated[str | None, typer.Option("--size", metavar="WxH", help="Picture size in pixels; the bundle's own if not given.")]
@@ -31,6 +32,7 @@ Cfg = Annotated[float, typer.Option("--cfg", metavar="X", help="Guidance scale; 
 Sampler = Annotated[str, typer.Option("--sampler", metavar="NAME", help="Sampler, as for generate.")]
 Schedule = Annotated[str | None, typer.Option("--schedule", metavar="NAME", help="Schedule, as for generate.")]
 Prompt = Annotated[str, typer.Option("--prompt", metavar="TEXT", help="What to show. Every picture gets a number after it, so that no cache of prompts hides the text encoder.")]  # fmt: skip
+Prompts = Annotated[Path | None, typer.Option("--prompts", metavar="FILE", help="Prompts that take turns, one a line, in place of --prompt.")]
 Seed = Annotated[int, typer.Option("--seed", metavar="N", help="Seed of every call, and of the arrivals of a server.")]
 Batch = Annotated[int | None, typer.Option("--batch", metavar="N", help="Pictures per model call; 1, or 4 for the batch scenario.")]
 Pictures = Annotated[int, typer.Option("--pictures", metavar="N", help="Calls measured per process.")]
@@ -61,11 +63,11 @@ def bench() -> None:
 @app.command("run", epilog="Example: sdrt bench run model.sdrt --steps 20 --output result.json --emit html=report.html --history runs")
 def run_command(
     ctx: typer.Context, bundle: BundleArgument, scenario: Scenario = "single", size: Size = None, steps: Steps = 20, cfg: Cfg = 7.0, sampler: Sampler = "euler",
-    schedule: Schedule = None, prompt: Prompt = "a red apple on a wooden table", seed: Seed = 0, batch: Batch = None,
+    schedule: Schedule = None, prompt: Prompt = "a red apple on a wooden table", prompts: Prompts = None, seed: Seed = 0, batch: Batch = None,
     processes: Annotated[int, typer.Option("--processes", metavar="N", help="Fresh processes, one after the other.")] = 5,
     pictures: Pictures = 20, max_pictures: MaxPictures = 30.0, warm_up: WarmUp = 30.0, rate: Rate = 1.0, duration: Duration = 30.0, queue: Queue = 8,
     backend: Backend = "auto", device: Device = 0, threads: Threads = None,
-    layers: Annotated[bool, typer.Option("--layers", help="Also profile each graph: slowest operators, arithmetic, share of the machine's measured peak. ONNX Runtime only, for now.")] = False,
+    layers: Annotated[bool, typer.Option("--layers", help="Also profile each graph: slowest operators, arithmetic, share of the machine's measured peak. ONNX Runtime and OpenVINO only.")] = False,
     output: Annotated[Path | None, typer.Option("--output", "-o", metavar="FILE.json", help="Write the result, raw samples included.")] = None,
     history: Annotated[Path | None, typer.Option("--history", metavar="DIR", help="Add this run to the history in a folder.")] = None,
     emit: Emit = None, as_json: Json = False,
@@ -81,7 +83,7 @@ def run_command(
 
     targets = _targets(emit)
     request = _request(
-        bundle, scenario, size, steps, cfg, sampler, schedule, prompt, seed, batch, pictures, max_pictures, warm_up, rate, duration, queue, backend, device, threads
+        bundle, scenario, size, steps, cfg, sampler, schedule, prompt, prompts, seed, batch, pictures, max_pictures, warm_up, rate, duration, queue, backend, device, threads
     )  # fmt: skip
     _at_least("--processes", processes, 1)
     opened = open_bundle(bundle)
@@ -101,7 +103,7 @@ def run_command(
     if as_json:
         print_json(document)
     else:
-        _print_result(document)
+        print_result(document)
     if problems := fidelity_problems(document):
         typer.echo(f"error: {printable(str(bundle))}: the pictures are wrong: {printable('; '.join(problems))}", err=True)
         typer.echo("  fix: Run: sdrt verify BUNDLE, and build or compile it again.", err=True)
@@ -113,10 +115,9 @@ def compare_command(
     ctx: typer.Context,
     base: Annotated[Path, typer.Argument(metavar="BASE.json", help="Result of the base.")],
     new: Annotated[Path, typer.Argument(metavar="NEW.json", help="Result of the change.")],
-    config: Config = None,
-    emit: Emit = None,
-    as_json: Json = False,
-) -> None:
+    force: Annotated[bool, typer.Option("--force", help="Show two results that are not comparable side by side all the same. There is no verdict then, and the exit code stays 8.")] = False,
+    config: Config = None, emit: Emit = None, as_json: Json = False,
+) -> None:  # fmt: skip
     """Judge one result against another. Two separate runs saw two moments of a machine, so margins are doubled; `ab` is the better gate."""
     ctx.find_root().obj = "json" if as_json else None
     from sdrt.bench.compare import compare
@@ -124,7 +125,7 @@ def compare_command(
 
     targets, gates = _targets(emit), _gates(config, new)
     (old, old_hash), (now, new_hash) = read_result(base), read_result(new)
-    _conclude(compare(old, now, gates, interleaved=False, identical=old_hash == new_hash), targets, as_json)
+    _conclude(compare(old, now, gates, interleaved=False, identical=old_hash == new_hash, force=force), targets, as_json)
 
 
 @app.command("ab", epilog="Example: sdrt bench ab old.sdrt new.sdrt --pairs 10 --emit junit=bench.xml")
@@ -133,7 +134,7 @@ def ab_command(
     old: Annotated[Path, typer.Argument(metavar="OLD.sdrt", help="Bundle of the base.")],
     new: Annotated[Path, typer.Argument(metavar="NEW.sdrt", help="Bundle of the change.")],
     scenario: Scenario = "single", size: Size = None, steps: Steps = 20, cfg: Cfg = 7.0, sampler: Sampler = "euler", schedule: Schedule = None,
-    prompt: Prompt = "a red apple on a wooden table", seed: Seed = 0, batch: Batch = None,
+    prompt: Prompt = "a red apple on a wooden table", prompts: Prompts = None, seed: Seed = 0, batch: Batch = None,
     pairs: Annotated[int | None, typer.Option("--pairs", metavar="N", help="Pairs of processes; as bench.toml says, or 10.")] = None,
     max_time: Annotated[float, typer.Option("--max-time", metavar="S", help="Where it stays ambiguous, make further pairs if all it needs fit into this many seconds.")] = 1800.0,
     old_python: Annotated[Path | None, typer.Option("--old-python", metavar="FILE", help="Interpreter to run OLD.sdrt with, where another version of sdrt is installed; this one if not given. Compares runtimes too.")] = None,
@@ -152,7 +153,7 @@ def ab_command(
         _at_least("--pairs", pairs, 1)
         gates = replace(gates, pairs=pairs)
     request = _request(
-        old, scenario, size, steps, cfg, sampler, schedule, prompt, seed, batch, pictures, max_pictures, warm_up, rate, duration, queue, backend, device, threads
+        old, scenario, size, steps, cfg, sampler, schedule, prompt, prompts, seed, batch, pictures, max_pictures, warm_up, rate, duration, queue, backend, device, threads
     )  # fmt: skip
     first, second = open_bundle(old), open_bundle(new)
     if old_python is not None and not os.access(old_python, os.X_OK):
@@ -182,13 +183,13 @@ def trend_command(
     if as_json:
         print_json({"trends": [asdict(trend) | {"outside": trend.outside} for trend in found]})
     else:
-        _print_trends(found)
+        print_trends(found)
     if check and any(trend.outside for trend in found):
         raise typer.Exit(1)
 
 
 def _request(
-    bundle: Path, scenario: str, size: str | None, steps: int, cfg: float, sampler: str, schedule: str | None, prompt: str, seed: int, batch: int | None,
+    bundle: Path, scenario: str, size: str | None, steps: int, cfg: float, sampler: str, schedule: str | None, prompt: str, prompts: Path | None, seed: int, batch: int | None,
     pictures: int, max_pictures: float, warm_up: float, rate: float, duration: float, queue: int, backend: str, device: int, threads: int | None,
 ) -> Request:  # fmt: skip
     from sdrt.bench.measure import Request
@@ -211,9 +212,30 @@ def _request(
         raise UsageError(f"--size {size}: expected WIDTHxHEIGHT", "Write it as --size 512x768.")
     return Request(
         bundle=str(bundle.absolute()), scenario=scenario, backend=backend, device=device, threads=threads, size=(int(match[1]), int(match[2])) if match else None,
-        steps=steps, cfg=cfg, sampler=sampler, schedule=schedule, prompt=prompt, seed=seed, batch=batch or (4 if scenario == "batch" else 1), pictures=pictures,
+        steps=steps, cfg=cfg, sampler=sampler, schedule=schedule, prompt=prompt, prompts=_prompts(prompts), seed=seed, batch=batch or (4 if scenario == "batch" else 1), pictures=pictures,
         limit_s=max_pictures, warm_up_s=warm_up, rate=rate, duration_s=duration, queue=queue,
     )  # fmt: skip
+
+
+def _prompts(path: Path | None) -> tuple[str, ...]:
+    """The lines of a file of prompts that hold anything."""
+    if path is None:
+        return ()
+    try:
+        with path.open("rb") as stream:
+            data = stream.read(_PROMPTS_BYTES + 1)
+    except OSError as error:
+        raise InputFileError(f"{path}: cannot be read: {error.strerror}", "--prompts takes a text file, one prompt a line.") from error
+    if len(data) > _PROMPTS_BYTES:
+        raise InputFileError(f"{path}: more than the limit of {_PROMPTS_BYTES:,} bytes", "Measure with fewer prompts.")
+    try:
+        text = data.decode()
+    except UnicodeDecodeError as error:
+        raise InputFileError(f"{path}: not UTF-8 at byte {error.start}", "--prompts takes a text file, one prompt a line.") from error
+    prompts = tuple(line.strip() for line in text.splitlines() if line.strip())
+    if not prompts:
+        raise InputFileError(f"{path}: no prompt in it", "--prompts takes a text file, one prompt a line.")
+    return prompts
 
 
 def _with_layers(request: Request, layers: bool) -> Request:
@@ -296,80 +318,6 @@ def _conclude(comparison: Comparison, targets: Sequence[tuple[str, Path]], as_js
             }
         )  # fmt: skip
     else:
-        _print_comparison(comparison)
+        print_comparison(comparison)
     if comparison.exit_code:
         raise typer.Exit(comparison.exit_code)
-
-
-def _print_table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int]) -> None:
-    from rich.box import SIMPLE_HEAD
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(title=Text(printable(title)), box=SIMPLE_HEAD, title_justify="left", pad_edge=False)
-    for index, name in enumerate(head):
-        table.add_column(name, justify="right" if index in right else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*(Text(printable(cell)) for cell in row))
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=180)
-    console.print(table)
-
-
-def _print_result(document: Mapping[str, Any]) -> None:
-    from sdrt.bench.formats import median, number
-    from sdrt.bench.metrics import METRICS
-    from sdrt.bench.result import ran
-
-    rows = []
-    for name, stats in document["stats"].items():
-        unit = METRICS[name].unit
-        rows.append(
-            (name, median(stats, unit), number(stats["p90"], unit), number(stats["p99"], unit), f"{stats['n']} in {stats['processes']}", METRICS[name].meaning)
-        )
-    rows += [(name, f"{value:,}", "", "", "", "counter") for name, value in document["counters"].items()]
-    _print_table(ran(document), ("metric", "median [95 % interval]", "p90", "p99", "n", "what it is"), rows, right=(2, 3, 4))
-    if fit := document["fit"]:
-        typer.echo(f"time = {fit['fixed_ms']:.2f} ms + model calls x {fit['per_call_ms']:.3f} ms")
-    if server := document.get("server"):
-        attained = ", ".join(f"{rate:.3g}" for rate in server["attained_per_s"])
-        typer.echo(f"offered {server['offered_per_s']:g} per second, attained {attained}; {server['rejected']} of {server['arrivals']} rejected")
-    for graph, found in document.get("layers", {}).get("graphs", {}).items():
-        shares = f"{found['share_of_peak']:.0%} of the machine's peak, {found['share_of_roofline']:.0%} of its roofline"
-        typer.echo(
-            f"{graph}: {found['ms']:.2f} ms, {found['flops'] / 1e9:.3f} GFLOP, {found['bytes'] / 1e6:.1f} MB, {found['intensity'] or 0:.1f} FLOP/byte, {shares}"
-        )
-        for one in found["slowest"][:5]:
-            typer.echo(f"  {one['share']:6.1%}  {one['ms']:8.3f} ms  {one['op']:20} {printable(one['name'])}")
-    seen = document["noise"]["detectable"]
-    if seen is not None:
-        typer.echo(f"two runs like this one could tell changes of {seen:.1%} or more", err=True)
-    for warning in document["warnings"]:
-        typer.echo(f"note: {printable(str(warning))}", err=True)
-
-
-def _print_comparison(comparison: Comparison) -> None:
-    from sdrt.bench.formats import interval, number, word
-
-    rows = [(row.name, number(row.base, row.unit), number(row.new, row.unit), interval(row), word(row, comparison.interleaved)) for row in comparison.rows]
-    _print_table(comparison.ran, ("metric", "base", "new", "new / base [95 % interval]", "verdict"), rows, right=(1, 2))
-    for note in comparison.notes:
-        typer.echo(f"note: {printable(note)}", err=True)
-    typer.echo(printable(comparison.headline))
-
-
-def _print_trends(trends: Sequence[Trend]) -> None:
-    from sdrt.bench.formats import number
-
-    for label in dict.fromkeys(trend.ran for trend in trends):
-        rows = []
-        for trend in (trend for trend in trends if trend.ran == label):
-            values = sorted(trend.values)
-            middle = (values[(len(values) - 1) // 2] + values[len(values) // 2]) / 2
-            state = "BEYOND" if trend.outside else "within" if trend.limit is not None else "too few runs to say"
-            rows.append(
-                (trend.name, str(len(values)), number(middle, trend.unit), number(trend.values[-1], trend.unit), number(trend.limit, trend.unit), state)
-            )
-        _print_table(label, ("metric", "runs", "median", "newest", "fence", ""), rows, right=(1, 2, 3, 4))

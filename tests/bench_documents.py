@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from sdrt.bench.measure import Request
+from sdrt.bench.operators import Operator
 from sdrt.bench.result import Document, assemble
 
 IDENTITY: dict[str, Any] = {
@@ -65,3 +66,23 @@ def synthetic_measure(seed: int, slower: Mapping[str, float], noise: float = 0.0
         return answer(random, slower=next(value for end, value in slower.items() if request.bundle.endswith(end)), noise=noise)
 
     return measure
+
+
+def _event(op: str, name: str, dur: int, inputs: list[list[int]], output: list[int], **sizes: int) -> dict[str, Any]:
+    arguments = {"op_name": op, "node_index": name, "input_type_shape": [{"float": shape} for shape in inputs], "output_type_shape": [{"float": output}]}
+    return {"cat": "Node", "name": f"{name}_kernel_time", "dur": dur, "args": arguments | {size: str(value) for size, value in sizes.items()}}
+
+
+ORT_EVENTS = [
+    {"cat": "Session", "name": "model_run", "dur": 9, "args": {}},
+    *(_event("Conv", "conv", dur, [[2, 4, 8, 8], [64, 4, 3, 3], [64]], [2, 64, 8, 8], activation_size=2048, parameter_size=9472, output_size=32768) for dur in (500, 40, 60)),
+    *(_event("MatMul", "mm", dur, [[2, 77, 64]], [2, 77, 128], activation_size=39424, output_size=78848) for dur in (90, 10, 10)),
+    *(_event("Add", "add", dur, [[2, 64, 8, 8], [64]], [2, 64, 8, 8], activation_size=33024, output_size=32768) for dur in (9, 2, 4)),
+]  # fmt: skip
+"""Events of three runs of three operators, the first of each to warm up."""
+ORT_OPERATORS = [
+    Operator("conv", "Conv", 0.05, 589_824, 589_824, 44_288, "2x64x8x8"),
+    Operator("mm", "MatMul", 0.01, 2_523_136, 2_523_136, 151_040, "2x77x128"),
+    Operator("add", "Add", 0.003, 8_192, 0, 65_792, "2x64x8x8"),
+]
+"""The same operators, by hand."""

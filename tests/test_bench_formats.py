@@ -11,11 +11,10 @@ import json
 import os
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 
 import jsonschema
 import pytest
-from bench_documents import document
+from bench_documents import ORT_OPERATORS, document
 from conftest import ROOT
 from junitparser import JUnitXml, TestSuite
 from markdown_it import MarkdownIt
@@ -207,7 +206,7 @@ def test_the_report_needs_nothing_else(result: Document, comparison: Comparison)
     layers = {
         "backend": "onnxruntime",
         "peak": {"flops_per_s": 1e11, "bytes_per_s": 1e10},
-        "graphs": {"step": analyse(EVENTS, 1.0, {"flops_per_s": 1e11, "bytes_per_s": 1e10})},
+        "graphs": {"step": analyse(ORT_OPERATORS, 1.0, {"flops_per_s": 1e11, "bytes_per_s": 1e10})},
     }
     history = [Trend("k", ran(result), "total_ms", "ms", ("2026-11-01", "2026-11-23"), (80.0, 90.0), None)]
     page = checked(result_html(result | {"layers": layers}, history))
@@ -219,19 +218,6 @@ def test_the_report_needs_nothing_else(result: Document, comparison: Comparison)
     assert page.tags.count("svg") == 1
     assert "FAILED" in comparison_html(comparison)
     assert checked(trend_html(history)).tags.count("svg") == 1
-
-
-def event(op: str, name: str, dur: int, inputs: list[list[int]], output: list[int], **sizes: int) -> dict[str, Any]:
-    arguments = {"op_name": op, "node_index": name, "input_type_shape": [{"float": shape} for shape in inputs], "output_type_shape": [{"float": output}]}
-    return {"cat": "Node", "name": f"{name}_kernel_time", "dur": dur, "args": arguments | {size: str(value) for size, value in sizes.items()}}
-
-
-EVENTS = [
-    {"cat": "Session", "name": "model_run", "dur": 9, "args": {}},
-    *(event("Conv", "conv", dur, [[2, 4, 8, 8], [64, 4, 3, 3], [64]], [2, 64, 8, 8], activation_size=2048, parameter_size=9472, output_size=32768) for dur in (500, 40, 60)),
-    *(event("MatMul", "mm", dur, [[2, 77, 64]], [2, 77, 128], activation_size=39424, output_size=78848) for dur in (90, 10, 10)),
-    *(event("Add", "add", dur, [[2, 64, 8, 8], [64]], [2, 64, 8, 8], activation_size=33024, output_size=32768) for dur in (9, 2, 4)),
-]  # fmt: skip
 
 
 def test_golden_files_hold_nothing_of_this_machine() -> None:

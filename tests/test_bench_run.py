@@ -1,13 +1,10 @@
-"""Measuring: instruments on a fake engine with a clock of its own, scenarios, interleaved runs of known costs, history, and what a process may die of."""
+"""Measuring: instruments on a fake engine with a clock of its own, scenarios, interleaved runs of known costs, and what a process may die of."""
 
 from __future__ import annotations
 
-import errno
 import json
-import os
-import threading
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,21 +12,20 @@ from typing import Any
 
 import numpy as np
 import pytest
-from bench_documents import COUNTERS, IDENTITY, answer, document, synthetic_measure
+from bench_documents import IDENTITY, answer, synthetic_measure
 
-from sdrt.bench import history, measure
+from sdrt.bench import measure
 from sdrt.bench import run as bench_run
 from sdrt.bench.compare import Comparison
 from sdrt.bench.instruments import Readings, TimedEngine, instrumented
-from sdrt.bench.layers import analyse, machine_peak, matrix_flops
 from sdrt.bench.measure import Request
 from sdrt.bench.metrics import Gates
-from sdrt.bench.result import SCHEMA, assemble, read_result, write_json
+from sdrt.bench.result import assemble
 from sdrt.bench.run import in_fresh_process, interleave, run
 from sdrt.bench.scenarios import attained_rate, poisson_arrivals, repeat, serve, warm_up
 from sdrt.bench.statistics import SAME, SLOWER
 from sdrt.bundle import Bundle, open_bundle
-from sdrt.errors import BundleError, InputFileError, LockedError, MachineError, ResourceError, UsageError
+from sdrt.errors import BundleError, InputFileError, MachineError, ResourceError, UsageError
 
 MS = 1_000_000
 
@@ -139,7 +135,10 @@ def test_every_call_has_a_prompt_of_its_own_unless_it_must_not() -> None:
     sampler = measure._Sampler(pipe, readings, Request("fake", prompt="fox"))
     for same in (False, True, False, True):
         sampler.picture(same=same)
-    assert pipe.prompts == ["fox, 1", "fox", "fox, 3", "fox"]
+    sampler._request = Request("fake", prompt="fox", prompts=("sun", "cat"))  # several take turns
+    for same in (False, False, True):
+        sampler.picture(same=same)
+    assert pipe.prompts == ["fox, 1", "fox", "fox, 3", "fox", "sun, 5", "cat, 6", "sun"]
 
 
 def test_the_fit_of_a_fake_engine() -> None:
@@ -339,20 +338,6 @@ def test_layers_of_a_backend_without_a_profile_are_refused_after_the_first_pictu
     assert len(pipe.prompts) == 1
 
 
-def test_samples_that_are_no_durations_are_dropped_and_counted() -> None:
-    made = answer(np.random.default_rng(0))
-    made["samples"]["total_ms"] += [float("nan"), -1.0]
-    document = assemble([made, answer(np.random.default_rng(1))], IDENTITY, [])
-    assert document["warnings"] == ["total_ms: 2 samples dropped: not a number, or negative because a clock went back"]
-    assert document["stats"]["total_ms"]["n"] == 10
-
-
-def test_a_counter_that_differs_between_processes_is_left_out_aloud() -> None:
-    answers = [answer(np.random.default_rng(0)) | {"counters": COUNTERS | {"jobs": jobs}} for jobs in (1, 2)]
-    document = assemble(answers, IDENTITY, [])
-    assert "jobs" not in document["counters"] and "counter jobs: differs" in document["warnings"][0]
-
-
 # The measuring process
 
 
@@ -386,169 +371,6 @@ def test_a_changed_bundle_is_not_measured(flat_bundle: Path, tmp_path: Path) -> 
         in_fresh_process(Request(str(copy)))
 
 
-# Results and history
-
-
-def test_results_are_read_back_and_unknown_fields_kept(tmp_path: Path) -> None:
-    write_json(tmp_path / "a.json", document(1) | {"of the future": [1]})
-    found, digest = read_result(tmp_path / "a.json")
-    assert found["of the future"] == [1] and found["samples"] == document(1)["samples"] and found["stats"] == document(1)["stats"] and len(digest) == 64
-
-
-@pytest.mark.parametrize(
-    ("change", "kind", "fragment"),
-    [({"schema": SCHEMA + 1}, MachineError, "this sdrt reads schema 1"), ({"schema": 0}, InputFileError, "schema: expected 1, found 0"),
-     ({"schema": True}, InputFileError, "found True"), ({"samples": []}, InputFileError, "samples: expected an object, found list"),
-     ({"samples": {"total_ms": [1.0]}}, InputFileError, "samples.total_ms: expected a list of numbers per process"),
-     ({"samples": {"total_ms": [[]]}}, InputFileError, "no sample in it"), ({"samples": {"total_ms": [["1"]]}}, InputFileError, "samples.total_ms"),
-     ({"counters": {"jobs": 1.5}}, InputFileError, "counters.jobs: expected a whole number"), ({"config": {}}, InputFileError, "config.scenario: missing"),
-     ({"fidelity": {}}, InputFileError, "fidelity.ok"), ({"id": 5}, InputFileError, "id: expected text, found int"),
-     ({"fidelity": {"ok": True, "picture": {"values": 1}}}, InputFileError, "fidelity.picture")],
-)  # fmt: skip
-def test_bad_results(tmp_path: Path, change: dict[str, Any], kind: type[Exception], fragment: str) -> None:
-    path = tmp_path / "a.json"
-    path.write_text(json.dumps(document(1) | change), encoding="utf-8")
-    with pytest.raises(kind) as caught:
-        read_result(path)
-    assert fragment in str(caught.value) and str(path) in str(caught.value)
-
-
-@pytest.mark.parametrize("text", ["", "[]", '{"schema": NaN}', "{", "\x00", "[" * 100_000, '"text"'])
-def test_results_that_are_no_json_object(tmp_path: Path, text: str) -> None:
-    path = tmp_path / "a.json"
-    path.write_text(text, encoding="utf-8")
-    with pytest.raises(InputFileError, match=r"a\.json"):
-        read_result(path)
-    with pytest.raises(InputFileError, match="cannot be read"):
-        read_result(tmp_path / "none.json")
-
-
-def test_history_keeps_runs_and_draws_a_fence_after_ten(tmp_path: Path) -> None:
-    for seed in range(11):
-        history.append(tmp_path / "runs", document(seed, 3))
-    (trend,) = (trend for trend in history.trends(history.read(tmp_path / "runs")) if trend.name == "total_ms")
-    assert len(trend.values) == 11 and trend.limit is not None and not trend.outside
-    history.append(tmp_path / "runs", document(20, 3, slower=0.5))
-    other = document(21, 3)
-    other["config"]["steps"] = 30  # another line: never compared with the others
-    history.append(tmp_path / "runs", other)
-    found = [trend for trend in history.trends(history.read(tmp_path / "runs")) if trend.name == "total_ms"]
-    assert [(len(trend.values), trend.outside) for trend in found] == [(12, True), (1, False)]
-
-
-def test_two_writers_at_once_lose_nothing(tmp_path: Path) -> None:
-    def write(first: int) -> None:
-        for index in range(20):
-            history.append(tmp_path, document(0, 1) | {"id": f"{first + index:032x}"})
-
-    threads = [threading.Thread(target=write, args=(100 * n,)) for n in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    runs = history.read(tmp_path)
-    assert len(runs) == 80 and len({record["id"] for record in runs}) == 80
-
-
-def test_a_lock_that_is_held_ends_with_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(history, "_LOCK_S", 0.05)
-    with history._locked(tmp_path / history._LOCK), pytest.raises(LockedError, match="held by another process"):
-        history.append(tmp_path, document(0, 1))
-
-
-@pytest.fixture
-def full_disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Writing stops half-way through a line."""
-    real = os.write
-    left = [100]
-
-    def write(descriptor: int, data: bytes) -> int:
-        if left[0] <= 0:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        part = data[: left[0]]
-        left[0] -= len(part)
-        return real(descriptor, part)
-
-    monkeypatch.setattr("sdrt.bench.history.os.write", write)
-    yield
-    monkeypatch.undo()
-
-
-def test_a_full_disk_leaves_the_history_as_it_was(tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    file = history.append(tmp_path, document(0, 1))
-    before = file.read_bytes()
-    request.getfixturevalue("full_disk")
-    with pytest.raises(ResourceError, match="No space left") as caught:
-        history.append(tmp_path, document(1, 1))
-    assert caught.value.exit_code == 6 and file.read_bytes() == before
-
-
-def test_a_torn_last_line_is_left_out_and_mended(tmp_path: Path) -> None:
-    file = history.append(tmp_path, document(0, 1))
-    whole = file.read_bytes()
-    file.write_bytes(whole + whole[:50])
-    assert len(history.read(tmp_path)) == 1
-    history.append(tmp_path, document(1, 1))
-    assert len(history.read(tmp_path)) == 2
-    file.write_bytes(b"torn")
-    history.append(tmp_path, document(1, 1))
-    assert len(history.read(tmp_path)) == 1
-
-
-@pytest.mark.parametrize(
-    ("text", "kind", "fragment"),
-    [("", InputFileError, "no runs"), ("{}\n", InputFileError, "schema"), ('{"schema": 2}\n', MachineError, "Upgrade"), ("x\n", InputFileError, ":1: not valid JSON"),
-     ('{"schema": 1}\n', InputFileError, ":1: not a run"),
-     ('{"schema": 1, "id": "", "time": "", "key": "", "ran": "", "stats": {"x": {}}, "counters": {}}\n', InputFileError, "x: expected a number, found None")],
-)  # fmt: skip
-def test_bad_histories(tmp_path: Path, text: str, kind: type[Exception], fragment: str) -> None:
-    (tmp_path / history.FILE).write_text(text, encoding="utf-8")
-    with pytest.raises(kind) as caught:
-        history.read(tmp_path)
-    assert fragment in str(caught.value)
-
-
-def test_history_folders_that_cannot_be(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UsageError, match="file"):
-        history.append(tmp_path / "file", document(0, 1))
-    with pytest.raises(InputFileError, match="cannot be read"):
-        history.read(tmp_path / "none")
-
-
-# Profile
-
-
-def test_arithmetic_of_operators_by_hand() -> None:
-    def flops(op: str, inputs: list[list[int]], output: list[int]) -> int | None:
-        return matrix_flops({"op_name": op, "input_type_shape": [{"float": shape} for shape in inputs], "output_type_shape": [{"float": output}]})
-
-    assert flops("Conv", [[2, 4, 8, 8], [64, 4, 3, 3], [64]], [2, 64, 8, 8]) == 2 * 2 * 64 * 8 * 8 * 4 * 9
-    assert flops("Conv", [[1, 32, 8, 8], [32, 1, 3, 3]], [1, 32, 8, 8]) == 2 * 32 * 64 * 9  # depthwise
-    assert flops("MatMul", [[2, 77, 64]], [2, 77, 128]) == 2 * 2 * 77 * 128 * 64  # the weight was packed away
-    assert flops("Gemm", [[1, 64], [256, 64], [256]], [1, 256]) == 2 * 256 * 64
-    assert flops("Attention", [[1, 2, 10, 8], [1, 2, 20, 8], [1, 2, 20, 8]], [1, 2, 10, 8]) == 2 * 2 * 10 * 20 * 16
-    assert flops("Add", [[4], [4]], [4]) is None
-    assert flops("MatMul", [], []) is None
-
-
-def test_a_profile_without_its_first_run() -> None:
-    from test_bench_formats import EVENTS
-
-    found = analyse(EVENTS, 1.0, {"flops_per_s": 1e9, "bytes_per_s": 1e9})
-    assert [(one["name"], one["ms"]) for one in found["slowest"]] == [("conv", 0.05), ("mm", 0.01), ("add", 0.003)]
-    assert found["kernels"] == 3 and sum(one["share"] for one in found["slowest"]) == pytest.approx(1)
-    conv, mm, add = 2 * 2 * 64 * 64 * 36, 2 * 2 * 77 * 128 * 64, 2 * 64 * 64
-    assert (found["flops"], found["matrix_flops"]) == (conv + mm + add, conv + mm)
-    assert found["bytes"] == 2048 + 9472 + 32768 + 39424 + 78848 + 64 * 128 * 4 + 33024 + 32768
-    assert found["share_of_peak"] == pytest.approx(found["flops"] / 1e-3 / 1e9)
-    assert analyse(EVENTS, None, {"flops_per_s": 1e9, "bytes_per_s": 1e9})["ms"] == pytest.approx(0.063)
-
-
-def test_the_machines_peak_is_positive() -> None:
-    assert all(value > 0 for value in machine_peak((64,), 1 << 16).values())
-
-
 def test_requests_and_answers_travel_as_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another version's fields are ignored; errors become part of the answer."""
     asked: list[Request] = []
@@ -559,9 +381,9 @@ def test_requests_and_answers_travel_as_files(tmp_path: Path, monkeypatch: pytes
 
     monkeypatch.setattr(measure, "measure", fail)
     monkeypatch.setattr("sys.argv", ["-c", str(tmp_path / "request"), str(tmp_path / "answer")])
-    (tmp_path / "request").write_text(json.dumps(asdict(Request("x", size=(64, 72))) | {"of the future": 1}))
+    (tmp_path / "request").write_text(json.dumps(asdict(Request("x", size=(64, 72), prompts=("sun", "cat"))) | {"of the future": 1}))
     measure.serve()
-    assert asked == [Request("x", size=(64, 72))]
+    assert asked == [Request("x", size=(64, 72), prompts=("sun", "cat"))]
     assert json.loads((tmp_path / "answer").read_text()) == {"error": {"kind": "UsageError", "message": "steps 0: expected 1 to 1000", "fix": "Choose more."}}
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,7 @@ class Row:
     """One metric or counter of both sides. `base` and `new` are medians; `low` and `high` the 95 % interval of `ratio`.
 
     `needed` is how many pairs (or processes a side) would settle an AMBIGUOUS verdict, None if none would; `visible` the change this run can see.
+    A row that is not `judged` never fails: it compares what is not comparable.
     """
 
     name: str
@@ -41,15 +42,17 @@ class Row:
     n: int = 0
     needed: int | None = None
     visible: float | None = None
+    judged: bool = True
 
     @property
     def failed(self) -> bool:
-        return self.verdict == MISSING or (self.gated and self.verdict in (SLOWER, UP))
+        return self.judged and (self.verdict == MISSING or (self.gated and self.verdict in (SLOWER, UP)))
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """`problems` are reasons to fail beside the rows: lost fidelity. `ran` says which engine and shapes."""
+    """`problems` are reasons to fail beside the rows: lost fidelity. `different` are fields that make the two not comparable, where that was
+    asked for all the same. `ran` says which engine and shapes."""
 
     base: Mapping[str, Any]
     new: Mapping[str, Any]
@@ -57,6 +60,7 @@ class Comparison:
     problems: tuple[str, ...]
     notes: tuple[str, ...]
     interleaved: bool
+    different: tuple[str, ...] = ()
 
     @property
     def ran(self) -> str:
@@ -72,10 +76,14 @@ class Comparison:
 
     @property
     def exit_code(self) -> int:
+        if self.different:
+            return InconclusiveError.exit_code
         return 1 if self.failures else InconclusiveError.exit_code if self.undecided else 0
 
     @property
     def headline(self) -> str:
+        if self.different:
+            return f"NOT COMPARABLE, no verdict: {_listed(self.different)}"
         if self.failures:
             return "FAILED: " + "; ".join(self.failures)
         if self.undecided:
@@ -104,19 +112,26 @@ def different_fields(base: Mapping[str, Any], new: Mapping[str, Any]) -> list[st
     return found
 
 
-def compare(base: Mapping[str, Any], new: Mapping[str, Any], gates: Gates, *, interleaved: bool, identical: bool = False) -> Comparison:
+def _listed(different: Sequence[str]) -> str:
+    return "; ".join(different[:5]) + (f" and {len(different) - 5} more" if len(different) > 5 else "")
+
+
+def compare(base: Mapping[str, Any], new: Mapping[str, Any], gates: Gates, *, interleaved: bool, identical: bool = False, force: bool = False) -> Comparison:
     """Judge `new` against `base`. `interleaved` says that process i of both ran beside each other; `identical` that they are one file.
+
+    With `force`, two that measured different things are set side by side, without any verdict on the whole.
 
     Raises:
         InconclusiveError: the two measured different things; the message names the fields.
     """
-    if different := different_fields(base, new):
-        message = "; ".join(different[:5]) + (f" and {len(different) - 5} more" if len(different) > 5 else "")
+    different = different_fields(base, new)
+    if different and not force:
         raise InconclusiveError(
-            f"not comparable: {message}", "Measure both on the same machine with the same settings, or use: sdrt bench ab OLD.sdrt NEW.sdrt"
+            f"not comparable: {_listed(different)}",
+            "Measure both on the same machine with the same settings, or use: sdrt bench ab OLD.sdrt NEW.sdrt; or look at them with: sdrt bench compare --force",
         )
     problems = [f"fidelity of {side}: {problem}" for side, document in (("base", base), ("new", new)) for problem in fidelity_problems(document)]
-    if not identical:
+    if not identical and not different:
         problems += drift(base, new)
     rows = [*_metric_rows(base, new, gates, interleaved, identical), *_counter_rows(base["counters"], new["counters"], gates)]
     notes = []
@@ -124,7 +139,10 @@ def compare(base: Mapping[str, Any], new: Mapping[str, Any], gates: Gates, *, in
         notes.append("the two files are identical, so everything is SAME")
     elif not interleaved:
         notes.append(f"two separate runs: margins of timings are {UNPAIRED_FACTOR:g} times those of interleaved runs (sdrt bench ab)")
-    return Comparison(base, new, tuple(rows), tuple(problems), tuple(notes), interleaved)
+    if different:
+        notes += [*(f"not comparable: {field}" for field in different), *problems]
+        rows = [replace(row, gated=False, judged=False) for row in rows]
+    return Comparison(base, new, tuple(rows), tuple(problems), tuple(notes), interleaved, tuple(different))
 
 
 def _metric_rows(base: Mapping[str, Any], new: Mapping[str, Any], gates: Gates, interleaved: bool, identical: bool) -> list[Row]:

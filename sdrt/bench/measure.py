@@ -27,7 +27,7 @@ _FIT_PICTURES = 3
 
 @dataclass(frozen=True)
 class Request:
-    """What to measure. Times are limits in seconds; `python` is the interpreter to measure in, None for this one; `spawned_ns` is `time.monotonic_ns()` of the caller just before it started this process."""
+    """What to measure. Times are limits in seconds; `prompts` take turns, in place of `prompt` where there are any; `python` is the interpreter to measure in, None for this one; `spawned_ns` is `time.monotonic_ns()` of the caller just before it started this process."""
 
     bundle: str
     scenario: str = "single"
@@ -40,6 +40,7 @@ class Request:
     sampler: str = "euler"
     schedule: str | None = None
     prompt: str = "a red apple on a wooden table"
+    prompts: tuple[str, ...] = ()
     negative: str = ""
     seed: int = 0
     batch: int = 1
@@ -69,7 +70,8 @@ class _Sampler:
         """Make one call's pictures; `keep` its samples. Each call has a prompt of its own, unless it is to be the `same` as in other runs."""
         request, readings = self._request, self._readings
         self._made += 1
-        prompt = request.prompt if same else f"{request.prompt}, {self._made}"
+        prompts = request.prompts or (request.prompt,)
+        prompt = prompts[0] if same else f"{prompts[(self._made - 1) % len(prompts)]}, {self._made}"
         readings.reset()
         started = readings.clock()
         self.last = self._pipe(
@@ -117,7 +119,7 @@ def measure(request: Request) -> dict[str, Any]:
         cold_ns = time.monotonic_ns()
         imported = [name for name in sys.modules if not name.startswith("sdrt.bench")]
         once = {
-            "import_ms": (imported_ns - request.spawned_ns) / 1e6, "load_ms": (loaded_ns - started) / 1e6, "compile_ms": readings.engine_load / 1e6,
+            "import_ms": (imported_ns - request.spawned_ns) / 1e6, "load_ms": (loaded_ns - started) / 1e6, "engine_load_ms": readings.engine_load / 1e6,
             "first_picture_ms": first_ms, "cold_ms": (cold_ns - request.spawned_ns) / 1e6,
         }  # fmt: skip
         return _sustained(request, pipe, readings, sampler, {name: [value] for name, value in once.items()}, imported)
@@ -249,6 +251,7 @@ def serve() -> None:
     asked = json.loads(Path(sys.argv[1]).read_bytes())
     known = {field.name for field in fields(Request)}  # another version of sdrt may ask, with fields of its own
     request = Request(**{name: value for name, value in asked.items() if name in known})
+    request = replace(request, prompts=tuple(request.prompts))  # JSON has lists
     if request.size is not None:
         request = replace(request, size=(request.size[0], request.size[1]))
     try:

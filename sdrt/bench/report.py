@@ -128,7 +128,7 @@ def _trend_plots(trends: Sequence[Trend]) -> list[str]:
             if trend.outside:
                 axes.plot(x[-1:], trend.values[-1:], color=_COLOURS[1], marker="o", markersize=8)
             top = 1.2 * max(*trend.values, trend.limit or 0.0, 0.0) or 1.0
-            axes.set(ylabel=trend.name, xlabel=f"run, {trend.times[0][:10]} to {trend.times[-1][:10]}", ylim=(0, top))
+            axes.set(ylabel=trend.name, xlabel=f"run, {trend.times[0][:10]} to {trend.times[-1][:10]}", xlim=(0.5, len(trend.values) + 0.5), ylim=(0, top))
             axes.xaxis.get_major_locator().set_params(integer=True)
             parts.append(_svg(figure))
     return parts

@@ -27,7 +27,7 @@ _PARTS: Mapping[str, type] = {
     "fidelity": dict, "warnings": list,
 }  # fmt: skip
 
-FIXED_BY_CALLER = ("scenario", "size", "batch", "steps", "sampler", "schedule", "cfg", "prompt", "negative", "seed", "rate", "duration_s", "queue")
+FIXED_BY_CALLER = ("scenario", "size", "batch", "steps", "sampler", "schedule", "cfg", "prompt", "prompts", "negative", "seed", "rate", "duration_s", "queue")
 """What of `config` changes what is measured; numbers of pictures and processes only change how well."""
 COMPARABLE: Mapping[str, tuple[str, ...]] = {
     "config": FIXED_BY_CALLER,

@@ -134,6 +134,11 @@ def document_of(bundle: Bundle, request: Request, answers: Sequence[Mapping[str,
     }
     if request.scenario == "server":
         settings |= {name: getattr(request, name) for name in ("rate", "duration_s", "queue")}
+    if request.prompts:
+        settings |= {
+            "prompt": request.prompts[0],
+            "prompts": {"count": len(request.prompts), "sha256": hashlib.sha256("\n".join(request.prompts).encode()).hexdigest()},
+        }
     config = settings | {"size": list(parameters["size"]), "sampler": parameters["sampler"], "schedule": parameters["schedule"], "processes": len(answers)}
     after = load()
     env = environment() | {

@@ -131,16 +131,21 @@ class OpenVinoEngine:
                     del self._graphs[other]
         return found
 
-    def _read(self, engine: _Loadable, graph: str) -> Any:
+    def load_counting(self, graph: str, job: Job) -> tuple[Any, Mapping[str, tuple[int, ...]]]:
+        """A graph of the engine that `job` takes, loaded once more with a counter on every operator, and its input shapes. For profiles only."""
+        engine = self._of_job(job)
+        return self._read(engine, graph, counting=True), engine.shapes(graph)
+
+    def _read(self, engine: _Loadable, graph: str, *, counting: bool = False) -> Any:
         precision = engine.record.key.precision
         if engine.stale:
             with self._lock:
                 self.compiled += 1
             path = self._bundle.graph(graph, "fp32")
-            return compile_graph(self._ov, self._core, path, engine.shapes(graph), precision, self._threads)[0]
+            return compile_graph(self._ov, self._core, path, engine.shapes(graph), precision, self._threads, counting=counting)[0]
         blob = read_plan(engine.folder, engine.record, graph)  # hashed before OpenVINO sees it
         where = str(engine.folder / engine.record.plans[graph].file)
-        return import_blob(self._ov, self._core, where, blob, self._bundle.file(WEIGHTS), precision, self._threads)
+        return import_blob(self._ov, self._core, where, blob, self._bundle.file(WEIGHTS), precision, self._threads, counting=counting)
 
     def _of_job(self, job: Job) -> _Loadable:
         """The engine for a job: shapes as they are, pictures as many or as few more as there are."""

@@ -119,19 +119,22 @@ def choose_precision(core: Any, asked: str | None, stored: str) -> str:
     return asked
 
 
-def compile_properties(precision: str, threads: int | None) -> dict[str, Any]:
+def compile_properties(precision: str, threads: int | None, *, counting: bool = False) -> dict[str, Any]:
     """Settings for one caller at a time. Threads are pinned to cores only when all of them are used: processes that share a
-    machine would be pinned to the same ones."""
+    machine would be pinned to the same ones. With `counting` every operator is timed, which costs time."""
     cores = usable_cores()
     return {
         "INFERENCE_PRECISION_HINT": _HINTS[precision],
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_NUM_THREADS": threads or cores,
         "ENABLE_CPU_PINNING": threads is None or threads == cores,
+        **({"PERF_COUNT": True} if counting else {}),
     }
 
 
-def compile_graph(ov: Any, core: Any, path: Path, shapes: Mapping[str, Shape], precision: str, threads: int | None) -> tuple[Any, tuple[str, ...]]:
+def compile_graph(
+    ov: Any, core: Any, path: Path, shapes: Mapping[str, Shape], precision: str, threads: int | None, *, counting: bool = False
+) -> tuple[Any, tuple[str, ...]]:
     """Read an ONNX graph, fix its shapes, and compile it for this CPU. Also returns the names of its attention operators.
 
     Raises:
@@ -148,7 +151,7 @@ def compile_graph(ov: Any, core: Any, path: Path, shapes: Mapping[str, Shape], p
         attention = tuple(op.get_friendly_name() for op in model.get_ordered_ops() if op.get_type_name() == _ATTENTION)
         if precision != "fp32":
             _keep_boundary(ov, model)
-        return core.compile_model(model, "CPU", compile_properties(precision, threads) | {"CACHE_MODE": "OPTIMIZE_SIZE"}), attention
+        return core.compile_model(model, "CPU", compile_properties(precision, threads, counting=counting) | {"CACHE_MODE": "OPTIMIZE_SIZE"}), attention
     except Exception as error:
         raise explained(ov, str(path), error) from error
 
@@ -160,14 +163,14 @@ def export_blob(compiled: Any) -> bytes:
     return stream.getvalue()
 
 
-def import_blob(ov: Any, core: Any, where: str, blob: bytes, weights: Path, precision: str, threads: int | None) -> Any:
+def import_blob(ov: Any, core: Any, where: str, blob: bytes, weights: Path, precision: str, threads: int | None, *, counting: bool = False) -> Any:
     """The compiled graph of `export_blob`, ready to run. `blob` has been compared with its record: importing is running native code.
 
     Raises:
         MachineError: OpenVINO refuses it.
         ResourceError: out of memory.
     """
-    settings = compile_properties(precision, threads) | {"ENABLE_WEIGHTLESS": True, "WEIGHTS_PATH": str(weights)}
+    settings = compile_properties(precision, threads, counting=counting) | {"ENABLE_WEIGHTLESS": True, "WEIGHTS_PATH": str(weights)}
     try:
         return core.import_model(blob, "CPU", settings)
     except Exception as error:

@@ -1,0 +1,88 @@
+"""What `sdrt bench` prints: tables on stdout, notes on stderr."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from sdrt.errors import printable
+
+if TYPE_CHECKING:
+    from sdrt.bench.compare import Comparison
+    from sdrt.bench.history import Trend
+
+
+def _print_table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int]) -> None:
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=Text(printable(title)), box=SIMPLE_HEAD, title_justify="left", pad_edge=False)
+    for index, name in enumerate(head):
+        table.add_column(name, justify="right" if index in right else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(printable(cell)) for cell in row))
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=180)
+    console.print(table)
+
+
+def print_result(document: Mapping[str, Any]) -> None:
+    from sdrt.bench.formats import median, number
+    from sdrt.bench.metrics import METRICS
+    from sdrt.bench.result import ran
+
+    rows = []
+    for name, stats in document["stats"].items():
+        unit = METRICS[name].unit
+        rows.append(
+            (name, median(stats, unit), number(stats["p90"], unit), number(stats["p99"], unit), f"{stats['n']} in {stats['processes']}", METRICS[name].meaning)
+        )
+    rows += [(name, f"{value:,}", "", "", "", "counter") for name, value in document["counters"].items()]
+    _print_table(ran(document), ("metric", "median [95 % interval]", "p90", "p99", "n", "what it is"), rows, right=(2, 3, 4))
+    if fit := document["fit"]:
+        typer.echo(f"time = {fit['fixed_ms']:.2f} ms + model calls x {fit['per_call_ms']:.3f} ms")
+    if server := document.get("server"):
+        attained = ", ".join(f"{rate:.3g}" for rate in server["attained_per_s"])
+        typer.echo(f"offered {server['offered_per_s']:g} per second, attained {attained}; {server['rejected']} of {server['arrivals']} rejected")
+    for graph, found in document.get("layers", {}).get("graphs", {}).items():
+        shares = f"{found['share_of_peak']:.0%} of the machine's peak, {found['share_of_roofline']:.0%} of its roofline"
+        typer.echo(
+            f"{graph}: {found['ms']:.2f} ms, {found['flops'] / 1e9:.3f} GFLOP, {found['bytes'] / 1e6:.1f} MB, {found['intensity'] or 0:.1f} FLOP/byte, {shares}"
+        )
+        for one in found["slowest"][:5]:
+            typer.echo(f"  {one['share']:6.1%}  {one['ms']:8.3f} ms  {one['op']:20} {printable(one['name'])}")
+    seen = document["noise"]["detectable"]
+    if seen is not None:
+        typer.echo(f"two runs like this one could tell changes of {seen:.1%} or more", err=True)
+    for warning in document["warnings"]:
+        typer.echo(f"note: {printable(str(warning))}", err=True)
+
+
+def print_comparison(comparison: Comparison) -> None:
+    from sdrt.bench.formats import interval, number, word
+
+    rows = [(row.name, number(row.base, row.unit), number(row.new, row.unit), interval(row), word(row, comparison.interleaved)) for row in comparison.rows]
+    _print_table(comparison.ran, ("metric", "base", "new", "new / base [95 % interval]", "verdict"), rows, right=(1, 2))
+    for note in comparison.notes:
+        typer.echo(f"note: {printable(note)}", err=True)
+    typer.echo(printable(comparison.headline))
+
+
+def print_trends(trends: Sequence[Trend]) -> None:
+    from sdrt.bench.formats import number
+
+    for label in dict.fromkeys(trend.ran for trend in trends):
+        rows = []
+        for trend in (trend for trend in trends if trend.ran == label):
+            values = sorted(trend.values)
+            middle = (values[(len(values) - 1) // 2] + values[len(values) // 2]) / 2
+            state = "BEYOND" if trend.outside else "within" if trend.limit is not None else "too few runs to say"
+            rows.append(
+                (trend.name, str(len(values)), number(middle, trend.unit), number(trend.values[-1], trend.unit), number(trend.limit, trend.unit), state)
+            )
+        _print_table(label, ("metric", "runs", "median", "newest", "fence", ""), rows, right=(1, 2, 3, 4))
