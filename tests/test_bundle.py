@@ -643,7 +643,7 @@ def test_verify_runs_the_graphs_against_the_reference(copy: Path) -> None:
     arrays["out.pixels"] = 255 - arrays["out.pixels"]
     np.savez(reference, **arrays)
     edit(copy, lambda document: document["files"].update({"reference/vae_decoder.npz": asdict(file_record(reference))}))
-    with pytest.raises(CheckFailed, match="vae_decoder: pixels: differs from the reference"):
+    with pytest.raises(CheckFailed, match="vae_decoder: pixels: onnxruntime: differs from the reference"):
         verify(copy)
 
 
