@@ -7,6 +7,7 @@ the pairs of processes; and the picture's PSNR to diffusers' in float32. A peer 
 
 Caches that a peer documents (compiled code, compiled models, a bundle's engines) are filled by one uncounted process each.
 Every sample is a file under --folder: a run that was stopped goes on where it was, and more --runs add to it.
+Pairs share a moment on the machine only where all rows ran together: take a new --folder for figures to quote, not one that rows were added to.
 Usage: python benchmarks/peers.py --folder DIR [--venvs DIR] [--size emoji|sd15] [--runs N] [--steps N] [--peer NAME]... [--threads N]
 Writes DIR/peers.json and DIR/peers.md. sd15 is Stable Diffusion 1.5's layout with random weights at 512x512: 20 GB of disk, 12 GB of memory, hours.
 It needs an installation for development (see CONTRIBUTING.md) and a package index.
@@ -207,7 +208,7 @@ def main() -> None:
     if steps < 2:
         parser.error("--steps: at least 2, since a warm step is counted from the end of the one before it")
     asked = arguments.peer or list(ROWS)
-    names = [name for name in ROWS if name in asked or name == REFERENCE or any(ROWS[other].base == name for other in asked)]
+    names = [name for name in ROWS if name in asked or name in (REFERENCE, ROWS[REFERENCE].base) or any(ROWS[other].base == name for other in asked)]
     race = Race(arguments.folder.absolute(), (arguments.venvs or arguments.folder / "venvs").absolute(), arguments.size, steps, arguments.threads)
     race.run(names, runs)
     report = race.report(names, runs) | {"note": arguments.note}
