@@ -249,7 +249,7 @@ def test_stage_file_of_a_dead_process_is_swept(target: Path, dead_pid: int) -> N
     assert tree(target.parent) == NEW
 
 
-@pytest.mark.parametrize("pid", [os.getpid(), os.getppid(), 1])
+@pytest.mark.parametrize("pid", [os.getpid(), os.getppid(), 1], ids=["ours", "our parent's", "the first"])
 def test_stage_of_a_live_process_is_kept(target: Path, pid: int) -> None:
     stage = stage_of(target, pid)
     write_new(target)
