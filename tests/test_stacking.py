@@ -1,4 +1,4 @@
-"""Every kind of adapter in one build, against diffusers with each of them applied there."""
+"""Every kind of adapter in one build, those that examples/emoji/train.py made, against diffusers with each of them applied there."""
 
 from __future__ import annotations
 
@@ -13,10 +13,9 @@ import numpy as np
 import pytest
 import reference
 import torch
-from conftest import CHECKPOINT, LORA
+from conftest import CHECKPOINT, EMOJI, LORA
 from hypernetwork_files import Settings
 from reference import TRAINING, Graphs, psnr, relative
-from safetensors.torch import save_file
 
 from sdrt.bundle import open_bundle
 from sdrt.errors import AdapterError
@@ -27,7 +26,9 @@ from sdrt.export.embeddings import EmbeddingOption
 from sdrt.export.hypernetworks import HypernetworkOption
 from sdrt.runtime import Pipeline
 
-NONLINEAR, LINEAR = Settings((64, 96, 128), (1, 2, 1), "mish", layer_norm=True), Settings((64, 128), (1, 2, 1))
+FROST, VIOLET, GOLD = EMOJI / "frost.safetensors", EMOJI / "violet.safetensors", EMOJI / "gold.pt"
+TRAINED, LINEAR = Settings((64, 96, 128), (1, 1, 1), "swish", activate_output=False), Settings((64, 128), (1, 2, 1))
+LORAS = ((LORA, 1.0), (FROST, 0.5))
 SCALES = (0.4, 0.8)
 PROMPT = "red apple, toy"
 
@@ -43,7 +44,7 @@ class Adapters:
     def options(self, output: Path, precision: str) -> BuildOptions:
         return BuildOptions(
             CHECKPOINT,
-            (LoraOption(LORA),),
+            tuple(LoraOption(path, scale, scale) for path, scale in LORAS),
             precision=precision,
             output=output,
             embeddings=(EmbeddingOption(self.embedding, "toy"),),
@@ -59,16 +60,14 @@ def no_gradients() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def adapters(tmp_path_factory: pytest.TempPathFactory) -> Adapters:
-    folder = tmp_path_factory.mktemp("adapters")
-    save_file({"emb_params": 0.5 * torch.randn(2, 64, generator=torch.Generator().manual_seed(5))}, folder / "toy.safetensors")
-    paths = [files.save(folder / f"{i}.pt", settings, i) for i, settings in enumerate((NONLINEAR, LINEAR))]
-    chain = [(settings, files.content(settings, i), SCALES[i]) for i, settings in enumerate((NONLINEAR, LINEAR))]
-    return Adapters(folder / "toy.safetensors", tuple(HypernetworkOption(p, s) for p, s in zip(paths, SCALES, strict=True)), chain)
+    linear = files.save(tmp_path_factory.mktemp("adapters") / "linear.pt", LINEAR, 1)
+    chain = [(TRAINED, torch.load(GOLD, weights_only=True), SCALES[0]), (LINEAR, files.content(LINEAR, 1), SCALES[1])]
+    return Adapters(VIOLET, tuple(HypernetworkOption(p, s) for p, s in zip((GOLD, linear), SCALES, strict=True)), chain)
 
 
 @pytest.fixture(scope="module")
 def stacked(adapters: Adapters, flat_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> BuildReport:
-    """The emoji checkpoint with its LoRA, an embedding and two hypernetworks, the second of which is folded; weights in float32."""
+    """The emoji checkpoint with two LoRAs, an embedding and two hypernetworks, the second of which is random and folded; weights in float32."""
     return build(adapters.options(tmp_path_factory.mktemp("stacked") / "stacked.sdrt", "fp32"))
 
 
@@ -82,13 +81,14 @@ def half(adapters: Adapters, stacked: BuildReport, tmp_path_factory: pytest.Temp
 
 @pytest.fixture(scope="module")
 def diffusers_pipeline(flat_bundle: Path, adapters: Adapters, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A pipeline of diffusers over the checkpoint's own weights, to which it adds the LoRA and the embedding by itself."""
+    """A pipeline of diffusers over the checkpoint's own weights, to which it adds the LoRAs and the embedding by itself."""
     from diffusers import EulerDiscreteScheduler
 
     pipeline = reference.diffusers_pipeline(flat_bundle, reference.clip_tokenizer(tmp_path_factory.mktemp("tokenizer")))
-    pipeline.load_lora_weights(str(LORA.parent), weight_name=LORA.name, local_files_only=True)
-    pipeline.fuse_lora()
-    pipeline.unload_lora_weights()
+    for path, scale in LORAS:
+        pipeline.load_lora_weights(str(path.parent), weight_name=path.name, local_files_only=True)
+        pipeline.fuse_lora(lora_scale=scale)
+        pipeline.unload_lora_weights()
     pipeline.load_textual_inversion(str(adapters.embedding), token="<toy>", local_files_only=True)  # it refuses a word of the vocabulary
     pipeline.unet.set_attn_processor(files.Processor(adapters.chain))
     pipeline.scheduler = EulerDiscreteScheduler(**TRAINING, timestep_spacing="linspace")
@@ -128,21 +128,21 @@ def test_picture_is_that_of_diffusers_with_everything_applied(flat_bundle: Path,
 
 def test_manifest_records_what_went_in_and_what_it_touched(stacked: BuildReport) -> None:
     manifest = open_bundle(stacked.path).manifest
-    found = {source.name: (source.kind, source.scale, source.trigger, source.applied) for source in manifest.sources[2:]}
+    found = {source.name: (source.kind, source.scale, source.trigger, source.applied) for source in manifest.sources[3:]}
     assert found == {
-        "toy.safetensors": ("embedding", None, "toy", {"text_encoder": 2}),
-        "0.pt": ("hypernetwork", 0.4, None, {"unet": 32}),
-        "1.pt": ("hypernetwork", 0.8, None, {"unet": 27}),
+        "violet.safetensors": ("embedding", None, "toy", {"text_encoder": 2}),
+        "gold.pt": ("hypernetwork", 0.4, None, {"unet": 32}),
+        "linear.pt": ("hypernetwork", 0.8, None, {"unet": 27}),
     }
     assert all(len(source.sha256) == 64 for source in manifest.sources)
     unet = manifest.architecture["unet"]
-    assert unet["biased"] == [64, 128] and [h["activation"] for h in unet["hypernetworks"]] == ["Mish"]
+    assert unet["biased"] == [64, 128] and [h["activation"] for h in unet["hypernetworks"]] == ["Hardswish"]
 
 
 def test_scale_zero_is_the_plain_bundle(flat_bundle: Path, adapters: Adapters, tmp_path: Path) -> None:
     options = BuildOptions(CHECKPOINT, output=tmp_path / "flat.sdrt", hypernetworks=(HypernetworkOption(adapters.hypernetworks[0].path, 0.0),))
     report = build(options)
-    assert report.notes == ("0.pt: scale 0, nothing changed",)
+    assert report.notes == ("gold.pt: scale 0, nothing changed",)
     for name in ("graphs/weights.safetensors", "graphs/step.fp32.onnx"):
         assert (report.path / name).read_bytes() == (flat_bundle / name).read_bytes()
 
