@@ -52,7 +52,8 @@ def print_result(document: Mapping[str, Any]) -> None:
     for graph, found in document.get("layers", {}).get("graphs", {}).items():
         shares = f"{found['share_of_peak']:.0%} of the machine's peak, {found['share_of_roofline']:.0%} of its roofline"
         typer.echo(
-            f"{graph}: {found['ms']:.2f} ms, {found['flops'] / 1e9:.3f} GFLOP, {found['bytes'] / 1e6:.1f} MB, {found['intensity'] or 0:.1f} FLOP/byte, {shares}"
+            f"{graph}: {found['ms']:.2f} ms, profiled {found['operators_ms']:.2f} ms, "
+            f"{found['flops'] / 1e9:.3f} GFLOP, {found['bytes'] / 1e6:.1f} MB, {found['intensity'] or 0:.1f} FLOP/byte, {shares}"
         )
         for one in found["slowest"][:5]:
             typer.echo(f"  {one['share']:6.1%}  {one['ms']:8.3f} ms  {one['op']:20} {printable(one['name'])}")

@@ -90,7 +90,10 @@ def read_attention(path: Path, shapes: Mapping[str, Sequence[int]]) -> list[Atte
 
 
 def _moved_bytes(node: Any, matrix: bool) -> int:
-    """Bytes a node reads and writes if nothing stays in a cache between nodes. The model lists weights as stored; kernels hold them in the type they compute in."""
+    """Bytes a node reads and writes if nothing stays in a cache between nodes.
+
+    The model lists weights as they are stored; kernels hold them in the type they compute in.
+    """
     sizes = [(math.prod(port.get_shape()), port.get_element_type().size) for port in (*node.inputs(), *node.outputs())]
     if matrix and len(node.inputs()) > 1:
         sizes[1] = (sizes[1][0], min(sizes[0][1], sizes[1][1]))

@@ -146,7 +146,7 @@ def document_of(bundle: Bundle, request: Request, answers: Sequence[Mapping[str,
         "load_before": before["load_1min"],
         "load_after": after["load_1min"],
     }
-    env["steal_s"] = None if before["steal_s"] is None or after["steal_s"] is None else after["steal_s"] - before["steal_s"]
+    env["steal_s"] = None if before["steal_s"] is None or after["steal_s"] is None else round(after["steal_s"] - before["steal_s"], 3)
     identity = {
         "id": uuid.uuid4().hex,
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
