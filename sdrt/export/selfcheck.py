@@ -62,8 +62,13 @@ def module_outputs(recipe: Recipe, weights: TensorFile, inputs: Arrays) -> Array
         owner = module.get_submodule(name.rpartition(".")[0])
         value = weights.read(name).to(torch.float32).reshape(parameter.shape)
         setattr(owner, name.rpartition(".")[2], torch.nn.Parameter(value, requires_grad=False))
-    with torch.inference_mode():
-        outputs = module(**{name: torch.from_numpy(array) for name, array in inputs.items()})
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # how a sum is split over threads shows in its last bits, and references are to be equal bytes on any number of cores
+    try:
+        with torch.inference_mode():
+            outputs = module(**{name: torch.from_numpy(array) for name, array in inputs.items()})
+    finally:
+        torch.set_num_threads(threads)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     return {name: output.numpy() for name, output in zip(recipe.outputs, outputs, strict=True)}
 
