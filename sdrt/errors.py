@@ -20,7 +20,7 @@ The library raises; only `sdrt.cli` prints and exits. Standard library only.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class SdrtError(Exception):
@@ -94,3 +94,14 @@ def nearest(name: str, choices: Iterable[str]) -> str:
     """`"; did you mean 'x'?"` for the choice most like `name`, or an empty string."""
     match = difflib.get_close_matches(name, list(choices), n=1)
     return f"; did you mean {match[0]!r}?" if match else ""
+
+
+def one_of(name: str, value: str, choices: Sequence[str]) -> str:
+    """`value` if it is one of the choices.
+
+    Raises:
+        UsageError: it is not; the message names the nearest.
+    """
+    if value not in choices:
+        raise UsageError(f"{name} {value!r}: unknown{nearest(str(value), choices)}", f"Choose one of: {', '.join(choices)}.")
+    return value

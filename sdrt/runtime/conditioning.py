@@ -16,7 +16,7 @@ from operator import itemgetter
 import numpy as np
 
 from sdrt.bundle import Source
-from sdrt.errors import UsageError, nearest, printable
+from sdrt.errors import UsageError, one_of, printable
 from sdrt.runtime.chunks import Chunk, chunk_segments, empty_chunk
 from sdrt.runtime.engine import Engine, Float
 from sdrt.runtime.prompt import Segment, network_tags, parse_attention, schedule_edits, split_and
@@ -118,9 +118,9 @@ class TextConditioner:
                 text that is not valid Unicode or longer than `compat` takes.
         """
         skip = self._clip_skip(clip_skip)
-        _one_of("compat", compat, COMPATS)
-        _one_of("emphasis", emphasis, EMPHASES)
-        syntax = _one_of("prompt syntax", syntax if syntax is not None else "plain" if compat == "diffusers" else "a1111", SYNTAXES)
+        one_of("compat", compat, COMPATS)
+        one_of("emphasis", emphasis, EMPHASES)
+        syntax = one_of("prompt syntax", syntax if syntax is not None else "plain" if compat == "diffusers" else "a1111", SYNTAXES)
         limited = compat == "diffusers" and syntax == "plain"
         self._check_text("prompt", prompt, syntax)
         positive = split_and(prompt) if syntax == "a1111" else (Segment(prompt, 1.0),)
@@ -275,12 +275,6 @@ def _check_weight(name: str, segment: Segment) -> None:
         raise UsageError(
             f"{name}: '{_short(segment.text)}' has weight {segment.weight:.3g}: expected at most {MAX_WEIGHT:g}", "Use fewer brackets or a smaller number."
         )
-
-
-def _one_of(name: str, value: str, choices: tuple[str, ...]) -> str:
-    if value not in choices:
-        raise UsageError(f"{name} {value!r}: unknown{nearest(str(value), choices)}", f"Choose one of: {', '.join(choices)}.")
-    return value
 
 
 def _scales(source: Source) -> str:

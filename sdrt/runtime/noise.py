@@ -12,7 +12,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from sdrt.errors import UsageError, nearest
+from sdrt.errors import one_of
 from sdrt.runtime.brownian import BrownianPath
 from sdrt.runtime.trace import Row
 
@@ -103,8 +103,7 @@ def noise_stream(source: str, seed: int) -> Stream:
     Raises:
         UsageError: no source has this name.
     """
-    if source not in NOISES:
-        raise UsageError(f"noise {source!r}: unknown{nearest(source, NOISES)}", f"Choose one of: {', '.join(NOISES)}.")
+    one_of("noise", source, NOISES)
     return CpuNoise(seed) if source == "cpu" else NvNoise(seed)
 
 

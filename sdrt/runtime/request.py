@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from sdrt.bundle import MAX_SIDE, MIN_SIDE, SIZE_STEP, Manifest
-from sdrt.errors import UsageError, nearest
+from sdrt.errors import UsageError, one_of
 from sdrt.runtime.conditioning import EMPHASES, SYNTAXES
 from sdrt.runtime.noise import MAX_SEED, NOISES
 from sdrt.runtime.samplers import COMPATS, parse_sampler
@@ -108,7 +108,7 @@ def resolved(request: Request, manifest: Manifest) -> Request:
     Raises:
         UsageError: a setting is out of range, of the wrong type, or does not go with another.
     """
-    compat = _one_of("compat", request.compat, COMPATS)
+    compat = one_of("compat", request.compat, COMPATS)
     diffusers = compat == "diffusers"
     sampler, schedule = parse_sampler(request.sampler, request.schedule, compat)
     count = _range("count", request.count, 1, MAX_COUNT)
@@ -129,13 +129,13 @@ def resolved(request: Request, manifest: Manifest) -> Request:
         schedule=schedule,
         size=_size(request.size, manifest),
         batch=_range("batch", request.batch, 1, MAX_BATCH),
-        noise=_one_of("noise", request.noise or ("cpu" if diffusers else "nv"), NOISES),
+        noise=one_of("noise", request.noise or ("cpu" if diffusers else "nv"), NOISES),
         clip_skip=clip_skip,
-        prompt_syntax=_one_of("prompt syntax", request.prompt_syntax or ("plain" if diffusers else "a1111"), SYNTAXES),
-        emphasis=_one_of("emphasis", request.emphasis, EMPHASES),
+        prompt_syntax=one_of("prompt syntax", request.prompt_syntax or ("plain" if diffusers else "a1111"), SYNTAXES),
+        emphasis=one_of("emphasis", request.emphasis, EMPHASES),
         strength=_strength(request, diffusers),
         mask_blur=_range("mask blur", blur, 0, MAX_BLUR),
-        resize=_one_of("resize", request.resize, RESIZES),
+        resize=one_of("resize", request.resize, RESIZES),
     )
 
 
@@ -177,12 +177,6 @@ def _nearest_size(width: int, height: int) -> str:
 def _text(name: str, value: str) -> str:
     if not isinstance(value, str):
         raise UsageError(f"{name}: expected text, found {type(value).__name__}")
-    return value
-
-
-def _one_of(name: str, value: str, choices: tuple[str, ...]) -> str:
-    if value not in choices:
-        raise UsageError(f"{name} {value!r}: unknown{nearest(str(value), choices)}", f"Choose one of: {', '.join(choices)}.")
     return value
 
 

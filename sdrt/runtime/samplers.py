@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from sdrt.bundle import Diffusion
-from sdrt.errors import BundleError, UsageError, nearest
+from sdrt.errors import BundleError, UsageError, nearest, one_of
 from sdrt.runtime import levels as lv
 from sdrt.runtime import sigma_samplers as by_sigma
 from sdrt.runtime import timestep_samplers as by_timestep
@@ -121,8 +121,7 @@ def recipe(sampler: str, compat: str) -> Recipe:
     Raises:
         UsageError: no tool of this name, or it has no such sampler.
     """
-    if compat not in COMPATS:
-        raise UsageError(f"compat {compat!r}: unknown{nearest(compat, COMPATS)}", f"Choose one of: {', '.join(COMPATS)}.")
+    one_of("compat", compat, COMPATS)
     found = SAMPLERS[sampler].a1111 if compat == "a1111" else SAMPLERS[sampler].diffusers
     if found is None:
         raise UsageError(f"sampler {sampler}: diffusers has no scheduler that computes it", "Choose another sampler, or --compat a1111.")
