@@ -49,19 +49,28 @@ def print_result(document: Mapping[str, Any]) -> None:
     if server := document.get("server"):
         attained = ", ".join(f"{rate:.3g}" for rate in server["attained_per_s"])
         typer.echo(f"offered {server['offered_per_s']:g} per second, attained {attained}; {server['rejected']} of {server['arrivals']} rejected")
-    for graph, found in document.get("layers", {}).get("graphs", {}).items():
-        shares = f"{found['share_of_peak']:.0%} of the machine's peak, {found['share_of_roofline']:.0%} of its roofline"
-        typer.echo(
-            f"{graph}: {found['ms']:.2f} ms, profiled {found['operators_ms']:.2f} ms, "
-            f"{found['flops'] / 1e9:.3f} GFLOP, {found['bytes'] / 1e6:.1f} MB, {found['intensity'] or 0:.1f} FLOP/byte, {shares}"
-        )
-        for one in found["slowest"][:5]:
-            typer.echo(f"  {one['share']:6.1%}  {one['ms']:8.3f} ms  {one['op']:20} {printable(one['name'])}")
+    if layers := document.get("layers"):
+        _print_layers(layers)
     seen = document["noise"]["detectable"]
     if seen is not None:
         typer.echo(f"two runs like this one could tell changes of {seen:.1%} or more", err=True)
     for warning in document["warnings"]:
         typer.echo(f"note: {printable(str(warning))}", err=True)
+
+
+def _print_layers(layers: Mapping[str, Any]) -> None:
+    from sdrt.bench.formats import share
+
+    for graph, found in layers["graphs"].items():
+        done = "operations unknown"
+        if found["flops"] is not None:
+            done = f"{found['flops'] / 1e9:.3f} GFLOP, {found['bytes'] / 1e6:.1f} MB, {found['intensity'] or 0:.1f} FLOP/byte"
+        reached = f"{share(found['share_of_peak'])} of the machine's peak, {share(found['share_of_roofline'])} of its roofline"
+        typer.echo(f"{graph}: {found['ms']:.2f} ms, profiled {found['operators_ms']:.2f} ms, {done}, {reached}")
+        for one in found["slowest"][:5]:
+            typer.echo(f"  {one['share']:6.1%}  {one['ms']:8.3f} ms  {printable(one['op']):20} {printable(one['name'])}")
+    for note in layers["notes"]:
+        typer.echo(f"note: {printable(note)}", err=True)
 
 
 def print_comparison(comparison: Comparison) -> None:

@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -48,7 +49,7 @@ class Stream:
         with self._gpu.call("records"):
             if event is None:
                 self._gpu.counts["events"] += 1
-                event = Event._make(self._gpu)
+                event = Event._make(self._gpu, timing=options is not None and bool(options.timing_enabled))
             event._record(self._queue)
             return event
 
@@ -56,14 +57,21 @@ class Stream:
         return GraphBuilder._make(self._gpu, self)
 
 
+@dataclass
+class EventOptions:
+    timing_enabled: bool | None = False
+    blocking_sync: bool | None = False
+    ipc_enabled: bool | None = False
+
+
 class Event:
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         raise RuntimeError("Event objects cannot be instantiated directly. Please use Stream APIs (record).")
 
     @classmethod
-    def _make(cls, gpu: Gpu) -> Event:
+    def _make(cls, gpu: Gpu, *, timing: bool) -> Event:
         self = object.__new__(cls)
-        self._gpu, self._recorded, self._passed = gpu, 0, 0
+        self._gpu, self._recorded, self._passed, self._timing, self._passed_ms = gpu, 0, 0, timing, 0.0
         return self
 
     def _record(self, queue: Queue) -> None:
@@ -73,7 +81,26 @@ class Event:
             queue.work.append(Work(self._pass_by(self._recorded), marker=True))
 
     def _pass_by(self, recorded: int) -> Any:
-        return lambda: setattr(self, "_passed", recorded)
+        def passed() -> None:
+            self._passed, self._passed_ms = recorded, self._gpu.clock_ms
+
+        return passed
+
+    @property
+    def is_timing_enabled(self) -> bool:
+        return self._timing
+
+    def __sub__(self, other: Event) -> float:
+        """Milliseconds on the device's clock from the other event to this one."""
+        with self._gpu.call(current=False, unsafe=True):
+            for event in (self, other):
+                if not event._timing:
+                    raise Refused("a time between events that were not made for timing")
+                if event._captured:
+                    raise Refused("an event recorded into a capture says nothing")
+                if event._passed != event._recorded:
+                    raise Refused("a time between events that have not passed: wait for the stream first")
+            return self._passed_ms - other._passed_ms
 
     @property
     def is_done(self) -> bool:
@@ -336,7 +363,7 @@ def module(name: str, **contents: Any) -> ModuleType:
 def modules() -> dict[str, ModuleType]:
     graph = module("cuda.core.graph", Graph=Graph, GraphBuilder=GraphBuilder)
     core = module("cuda.core", graph=graph, LEGACY_DEFAULT_STREAM=LEGACY_DEFAULT_STREAM, PER_THREAD_DEFAULT_STREAM=PER_THREAD_DEFAULT_STREAM)
-    vars(core).update({kind.__name__: kind for kind in (Device, Stream, Event, Buffer, LegacyPinnedMemoryResource)})
+    vars(core).update({kind.__name__: kind for kind in (Device, Stream, Event, EventOptions, Buffer, LegacyPinnedMemoryResource)})
     driver = module("cuda.bindings.driver", cuMemGetInfo=cuMemGetInfo, CUresult=CUresult)
     runtime = module("cuda.bindings.runtime", cudaGetDeviceCount=cudaGetDeviceCount, cudaError_t=cudaError_t)
     bindings = module("cuda.bindings", driver=driver, runtime=runtime)

@@ -8,27 +8,19 @@ from __future__ import annotations
 
 import enum
 import functools
-import hashlib
 import json
 import math
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import numpy as np
 from cuda_simulator import _installed, module
 from gpu_simulator import ALIGNMENT, STALE, Bytes, Gpu, Node, Queue, Refused, Work, overlap
+from simulated_plans import MAGIC, VERSION, evaluate, layers, session, tensors
 
-from sdrt import bundle as names
-from sdrt.bundle import WEIGHTS, open_bundle
-from sdrt.engine_cache import FORMAT, EngineKey, EngineRecord, Plan, Profile, platform_name, state_bytes, write_engine
-
-__version__ = "1.7.1.116"
-MAGIC = b"a plan of the simulator\n"
-ACTIVATION_BYTES = {names.TEXT_ENCODER: 1000, names.STEP: 5000, names.VAE_DECODER: 9000, names.VAE_ENCODER: 9000}
+__version__ = VERSION
 
 Shape = tuple[int, ...]
 
@@ -76,15 +68,6 @@ class Runtime:
             return ICudaEngine._make(self._gpu, plan) if plan["version"] == __version__ else None
 
 
-@dataclass(frozen=True)
-class Tensor:
-    """An input or output of a network, its free axes named."""
-
-    shape: tuple[int | str, ...]
-    dtype: np.dtype[Any]
-    is_input: bool
-
-
 class ICudaEngine:
     def __init__(self) -> None:
         raise TypeError("tensorrt_rtx.ICudaEngine: No constructor defined!")
@@ -97,7 +80,15 @@ class ICudaEngine:
         self.device_memory_size_v2: int = plan["activation_bytes"]
         self._profiles = [{name: tuple(map(tuple, three)) for name, three in profile.items()} for profile in plan["profiles"]]
         self._tensors = tensors(self._session)
+        self._layers = layers(plan["graph"])
         return self
+
+    @property
+    def _cost_ms(self) -> float:
+        return self._gpu.costs_ms.get(self.name, 1.0)
+
+    def create_engine_inspector(self) -> EngineInspector:
+        return EngineInspector._make(self)
 
     def create_runtime_config(self) -> IRuntimeConfig:
         return IRuntimeConfig()
@@ -115,6 +106,40 @@ class ICudaEngine:
             if config._allocation != ExecutionContextAllocationStrategy.USER_MANAGED:
                 raise Refused(f"{self.name}: a context with an activation block of its own: all share one")
             return IExecutionContext._make(self, config)
+
+
+class LayerInformationFormat(enum.IntEnum):
+    ONELINE = 0
+    JSON = 1
+
+
+class EngineInspector:
+    """Plans keep names of layers, and their kinds too where they were made with details."""
+
+    def __init__(self) -> None:
+        raise TypeError("tensorrt_rtx.EngineInspector: No constructor defined!")
+
+    @classmethod
+    def _make(cls, engine: ICudaEngine) -> EngineInspector:
+        self = object.__new__(cls)
+        self._engine = engine
+        return self
+
+    def get_engine_information(self, format: LayerInformationFormat) -> str:
+        if format != LayerInformationFormat.JSON:
+            raise NotImplementedError("only JSON is simulated")
+        detailed = self._engine._gpu.detailed_plans
+        return json.dumps({"Layers": [{"Name": name, "LayerType": kind} if detailed else name for name, kind in self._engine._layers], "Bindings": []})
+
+
+class IProfiler:
+    """As in the real bindings, a subclass that does not call this constructor cannot be given to a context."""
+
+    def __init__(self) -> None:
+        self._made = True
+
+    def report_layer_time(self, layer_name: str, ms: float) -> None:
+        raise NotImplementedError("report_layer_time is for a subclass to define")
 
 
 @dataclass(frozen=True)
@@ -154,6 +179,7 @@ class Run:
             bind(name, "cpu", 0, tensor.dtype.type, self.shapes[name], self.addresses[name])
         self.engine._session.run_with_iobinding(io)
         gpu.view(*self.memory)[...] = STALE
+        gpu.clock_ms += self.engine._cost_ms
 
     def float_outputs(self) -> list[Bytes]:
         floats = [name for name, tensor in self.engine._tensors.items() if not tensor.is_input and tensor.dtype.kind == "f"]
@@ -174,7 +200,42 @@ class IExecutionContext:
         self._memory: tuple[int, int] | None = None
         self._profile_queue: Queue | None = None
         self._warm: object = None
+        self._profiler: IProfiler | None = None
+        self._timed = 0
+        self.enqueue_emits_profile = True
         return self
+
+    @property
+    def profiler(self) -> IProfiler | None:
+        return self._profiler
+
+    @profiler.setter
+    def profiler(self, value: IProfiler) -> None:
+        if not isinstance(value, IProfiler) or not hasattr(value, "_made"):
+            raise TypeError("profiler: an IProfiler whose constructor has run is expected")
+        self._profiler = value
+
+    def get_tensor_shape(self, name: str) -> Shape:
+        run = self._run(addresses=False)
+        return run.shapes[name] if run is not None else (-1,) * len(self.engine._tensors[name].shape)
+
+    def report_to_profiler(self) -> bool:
+        """Report the run before, whose work must have ended. It waits for it in the real library; here a caller that has not waited is refused."""
+        with self._gpu.call(unsafe=True):
+            if self._profiler is None:
+                return self._no("report_to_profiler without a profiler")
+            if self.enqueue_emits_profile:
+                raise Refused(f"{self.engine.name}: report_to_profiler where enqueueing reports by itself: every layer would be told twice")
+            if self._timed != 1:
+                raise Refused(f"{self.engine.name}: {self._timed} finished runs since the last report, 1 is expected: wait for the stream first")
+            self._report()
+            return True
+
+    def _report(self) -> None:
+        assert self._profiler is not None
+        self._timed = 0
+        for position, (name, _) in enumerate(self.engine._layers, 1):  # the n-th layer takes n shares of the run
+            self._profiler.report_layer_time(name, self.engine._cost_ms * 2 * position / (len(self.engine._layers) * (len(self.engine._layers) + 1)))
 
     def set_device_memory(self, memory: int, size: int) -> None:
         if size < self.engine.device_memory_size_v2:
@@ -222,7 +283,12 @@ class IExecutionContext:
                 raise Refused(f"{name}: the profile was set on another stream")
             if capture is None:
                 queue.work.append(Work(lambda: gpu.compute(lambda: self._compute(run, state))))
+                if self._profiler is not None and self.enqueue_emits_profile:
+                    gpu.synchronise(queue)  # enqueueing with a profiler waits, and tells it
+                    self._report()
                 return True
+            if self._profiler is not None:
+                raise Refused(f"{name}: captured with a profiler set: every replay would record its events")
             if gpu.faults.capture in ("refused", "invalidated"):
                 capture.invalidated = gpu.faults.capture == "invalidated"
                 return self._no("a fault on purpose")
@@ -239,19 +305,19 @@ class IExecutionContext:
 
     def _compute(self, run: Run, state: object) -> None:
         run.compute()
-        self._warm = state
+        self._warm, self._timed = state, self._timed + 1
 
     def _state(self) -> object:
         """What a captured graph holds fixed."""
         return self.active_optimization_profile, self._memory, tuple(sorted(self._addresses.items())), tuple(sorted(self._shapes.items()))
 
-    def _run(self) -> Run | None:
+    def _run(self, *, addresses: bool = True) -> Run | None:
         """What would run now; None where TensorRT returns False: something is not set, or shapes contradict each other."""
         if self._memory is None:
             raise Refused(f"{self.engine.name}: no activation block is set")
         shapes, sizes = {}, dict[str, int]()
         for name, tensor in self.engine._tensors.items():
-            if name not in self._addresses or (tensor.is_input and name not in self._shapes):
+            if (addresses and name not in self._addresses) or (tensor.is_input and name not in self._shapes):
                 self._no(f"{name}: its {'shape' if name in self._addresses else 'address'} is not set")
                 return None
             if tensor.is_input:
@@ -274,100 +340,9 @@ def _still_bound(context: weakref.ref[IExecutionContext], run: Run, state: objec
     run.check()
 
 
-# Networks and plans
-
-_DTYPES = {"tensor(float)": np.float32, "tensor(int64)": np.int64, "tensor(uint8)": np.uint8, "tensor(bool)": np.bool_}
-
-
-@functools.cache
-def session(graph: str) -> Any:
-    """ONNX Runtime on a graph file, made once per file, on one thread: the networks are small and cores are shared."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    options.intra_op_num_threads = 1
-    return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
-
-
-def tensors(network: Any) -> dict[str, Tensor]:
-    both = [(tensor, True) for tensor in network.get_inputs()] + [(tensor, False) for tensor in network.get_outputs()]
-    return {tensor.name: Tensor(tuple(tensor.shape), np.dtype(_DTYPES[tensor.type]), is_input) for tensor, is_input in both}
-
-
-def evaluate(axis: int | str, sizes: Mapping[str, int]) -> int:
-    """The size of an axis: a number, a name, or a product of them such as `8*h`."""
-    if isinstance(axis, int):
-        return axis
-    return math.prod(int(factor) if factor.isdigit() else sizes[factor] for factor in axis.split("*"))
-
-
-def plan(graph: Path, name: str, profiles: Sequence[Mapping[str, Any]], *, activation_bytes: int, version: str = __version__) -> bytes:
-    """A plan file for a graph file."""
-    document = {"graph": str(graph), "name": name, "profiles": list(profiles), "activation_bytes": activation_bytes, "version": version}
-    return MAGIC + json.dumps(document).encode()
-
-
-def compile_engine(
-    bundle: Path,
-    *,
-    graphs: Path | None = None,
-    heights: tuple[int, int] = (64, 64),
-    widths: tuple[int, int] = (64, 64),
-    batch: int = 1,
-    rows: int = 128,
-    branches: tuple[int, ...] = (1, 2),
-    sm: str = "sm_89",
-    target: str = "tensorrt-rtx",
-    compiler: str = __version__,
-) -> Path:
-    """Put an engine of the simulator into a bundle, over its float32 graphs. Plans name those of `graphs`, a bundle of equal ones.
-
-    `heights` and `widths` are the smallest and largest picture in pixels.
-    """
-    opened = open_bundle(bundle)
-    manifest = opened.manifest
-    factor = manifest.latents.factor
-    profiles: dict[str, tuple[Profile, ...]] = {}
-    plans, blobs = {}, {}
-    for graph in names.GRAPHS:
-        network = tensors(session(str(open_bundle(graphs or bundle).graph(graph, "fp32"))))
-        free = {"N": (1, batch), "h": tuple(side // factor for side in heights), "w": tuple(side // factor for side in widths)}
-        free |= {"S": (rows, rows), "T": (manifest.text.tokens,) * 2, "n": (1, 2)}
-        profiles[graph] = tuple(_profile(network, free | {"G": (count, count)}) for count in (branches if graph == names.STEP else (1,)))
-        blobs[graph] = plan(
-            open_bundle(graphs or bundle).graph(graph, "fp32"), graph, [p.shapes for p in profiles[graph]], activation_bytes=ACTIVATION_BYTES[graph]
-        )
-        digest = hashlib.sha256(blobs[graph]).hexdigest()
-        plans[graph] = Plan(f"{graph}.plan", len(blobs[graph]), digest, ACTIVATION_BYTES[graph])
-    key = EngineKey(
-        target=target,
-        compiler=compiler,
-        device=sm,
-        platform=platform_name(),
-        precision="fp32",
-        graphs={graph: manifest.files[manifest.graphs[graph]["fp32"].path].sha256 for graph in names.GRAPHS},
-        weights=manifest.files[WEIGHTS].sha256,
-        profiles=profiles,
-        flags=(),
-    )
-    size, tokens = (widths[1], heights[1]), manifest.text.tokens
-    state = state_bytes(manifest, size=size, batch=batch, tokens=tokens, rows=rows, branches=max(branches))
-    record = EngineRecord(FORMAT, key, size, batch, tokens, rows, branches, state, manifest.files[WEIGHTS].size_bytes, plans)
-    return write_engine(opened, record, blobs)
-
-
-def _profile(network: Mapping[str, Tensor], free: Mapping[str, tuple[int, ...]]) -> Profile:
-    low, high = ({axis: sizes[end] for axis, sizes in free.items()} for end in (0, -1))
-    return Profile(
-        {
-            name: tuple(tuple(evaluate(axis, sizes) for axis in tensor.shape) for sizes in (low, low, high))  # type: ignore[misc]
-            for name, tensor in network.items()
-            if tensor.is_input
-        }
-    )
-
-
 def modules() -> dict[str, ModuleType]:
-    kinds = (Logger, ExecutionContextAllocationStrategy, DynamicShapesKernelSpecializationStrategy, Runtime, ICudaEngine, IExecutionContext, IRuntimeConfig)
+    kinds = (
+        Logger, ExecutionContextAllocationStrategy, DynamicShapesKernelSpecializationStrategy, Runtime, ICudaEngine, IExecutionContext, IRuntimeConfig,
+        IProfiler, EngineInspector, LayerInformationFormat,
+    )  # fmt: skip
     return {"tensorrt_rtx": module("tensorrt_rtx", __version__=__version__, **{kind.__name__: kind for kind in kinds})}

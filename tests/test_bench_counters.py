@@ -19,7 +19,7 @@ from bench_documents import IDENTITY, answer
 from conftest import ROOT
 from cuda_simulator import installed
 from gpu_simulator import Gpu
-from tensorrt_simulator import compile_engine
+from simulated_plans import compile_engine
 
 from sdrt.bench.compare import compare
 from sdrt.bench.fidelity import check_references, picture_record, sketch

@@ -24,6 +24,7 @@ from sdrt.bench.formats import COMPARISON_FORMATS, RESULT_FORMATS, STEP_SUMMARY_
 from sdrt.bench.history import Trend
 from sdrt.bench.layers import analyse
 from sdrt.bench.metrics import Gates
+from sdrt.bench.operators import Layer, total
 from sdrt.bench.report import comparison_html, result_html, trend_html
 from sdrt.bench.result import Document, ran
 
@@ -206,11 +207,16 @@ def test_the_report_needs_nothing_else(result: Document, comparison: Comparison)
     layers = {
         "backend": "onnxruntime",
         "peak": {"flops_per_s": 1e11, "bytes_per_s": 1e10},
-        "graphs": {"step": analyse(ORT_OPERATORS, 1.0, {"flops_per_s": 1e11, "bytes_per_s": 1e10})},
+        "peak_of": "numpy on this machine",
+        "notes": ["a note"],
+        "graphs": {
+            "step": analyse(ORT_OPERATORS, total(ORT_OPERATORS), 1.0, {"flops_per_s": 1e11, "bytes_per_s": 1e10}),
+            "vae_decoder": analyse([Layer("a", "a", 1.0)], None, 1.0, {"flops_per_s": None, "bytes_per_s": None}),
+        },
     }
     history = [Trend("k", ran(result), "total_ms", "ms", ("2026-11-01", "2026-11-23"), (80.0, 90.0), None)]
     page = checked(result_html(result | {"layers": layers}, history))
-    assert page.tags.count("svg") == 4  # per step, distribution, trend, operators
+    assert page.tags.count("svg") == 5  # per step, distribution, trend, operators of two graphs
     text = result_html(result)
     assert "A &lt;fast&gt; CPU" in text and "<fast>" not in text
     assert result_html(result) == text  # no date, no random names

@@ -56,6 +56,13 @@ TENSORRT = {
         "context": "IExecutionContext",
     },
     "runtime/captured_step.py": {"context": "IExecutionContext"},
+    "bench/layers_tensorrt.py": {
+        "trt": "trt",
+        "engine.library": "trt",
+        "context": "IExecutionContext",
+        "context.engine": "ICudaEngine",
+        "inspector": "EngineInspector",
+    },
 }
 CUDA_CORE = {
     "compile/network.py": {"Device(gpu)": "Device"},
@@ -71,6 +78,8 @@ CUDA_CORE = {
         "self.graphs[row % 2]": "Graph",
         "self._events[0]": "Event",
     },
+    "bench/device_times.py": {"cuda": "cuda", "stream": "Stream"},
+    "bench/layers_tensorrt.py": {"engine.stream": "Stream"},
     "runtime/device_memory.py": {
         "cuda": "cuda",
         "self._cuda": "cuda",
@@ -215,7 +224,10 @@ def test_the_code_is_read() -> None:
     assert names >= RTX_ONLY
     assert {"trt.DataType.FLOAT", "IExecutionContext.execute_async_v3", "ICudaEngine.device_memory_size_v2", "IBuilderConfig.progress_monitor"} <= names
     assert len(names) > 50
-    assert {"GraphBuilder.begin_building", "Stream.sync", "Buffer.from_handle", "Event.is_done"} <= {use.name for use in all_uses(CUDA_CORE)}
+    assert {"IExecutionContext.report_to_profiler", "IExecutionContext.enqueue_emits_profile", "EngineInspector.get_engine_information"} <= names
+    assert {"GraphBuilder.begin_building", "Stream.sync", "Buffer.from_handle", "Event.is_done", "cuda.EventOptions"} <= {
+        use.name for use in all_uses(CUDA_CORE)
+    }
 
 
 @pytest.mark.parametrize(
@@ -225,6 +237,8 @@ def test_the_code_is_read() -> None:
         "compile/watch.py",
         "compile/tensorrt.py",
         "compile/worker.py",
+        "bench/device_times.py",
+        "bench/layers_tensorrt.py",
         *(f"runtime/{n}.py" for n in ("tensorrt", "captured_step", "device_memory")),
     ],
 )
@@ -347,7 +361,26 @@ def test_callbacks_have_the_libraries_parameters(enterprise: Surface, rtx: Surfa
         assert len(signatures(surface["IProgressMonitor"]["step_complete"])[0]) == 2
         assert len(signatures(surface["IProgressMonitor"]["phase_finish"])[0]) == 1
         assert len(signatures(surface["ILogger"]["log"])[0]) == 2
-        assert {"phase_start", "step_complete", "phase_finish"} <= surface["IProgressMonitor"].keys()
+        assert [name for name, _ in signatures(surface["IProfiler"]["report_layer_time"])[0]] == ["layer_name", "ms"]
+
+
+def test_a_profiler_can_be_derived() -> None:
+    """As the code does it, on the real class; a context to give it to needs a GPU."""
+    import tensorrt_rtx
+
+    class Profiler(tensorrt_rtx.IProfiler):  # type: ignore[misc]
+        def __init__(self) -> None:
+            tensorrt_rtx.IProfiler.__init__(self)
+            self.told: list[tuple[str, float]] = []
+
+        def report_layer_time(self, layer_name: str, ms: float) -> None:
+            self.told.append((layer_name, ms))
+
+    profiler = Profiler()
+    profiler.report_layer_time("a", 1.0)
+    assert profiler.told == [("a", 1.0)]
+    properties = vars(tensorrt_rtx.IExecutionContext)
+    assert properties["profiler"].fset is not None and properties["enqueue_emits_profile"].fset is not None
 
 
 # cuda.core and cuda.bindings

@@ -20,7 +20,7 @@ import pytest
 import tensorrt_simulator
 from cuda_simulator import installed
 from gpu_simulator import Gpu
-from tensorrt_simulator import compile_engine
+from simulated_plans import compile_engine
 
 from sdrt import bundle as names
 from sdrt.bundle import Bundle, open_bundle

@@ -8,6 +8,7 @@ import re
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import tensorrt_simulator as trt
 from cuda_simulator import installed
 from gpu_simulator import CUDAError, Gpu, Refused
 from numpy.typing import NDArray
+from simulated_plans import plan
 
 SIDE = 4
 WIDE = trt.DynamicShapesKernelSpecializationStrategy.EAGER
@@ -54,8 +56,8 @@ class Bench:
         self.activations, self.x, self.y = (self.device.allocate(size, stream=self.stream) for size in (512, 1024, 1024))
         self.host = cuda.LegacyPinnedMemoryResource().allocate(1024, stream=self.stream)
         profiles = [{"x": ((1, SIDE), (1, SIDE), (top, SIDE))} for top in (2, 8)]
-        plan = trt.plan(network, "double", profiles, activation_bytes=300)
-        self.engine: Any = trt.Runtime(trt.Logger()).deserialize_cuda_engine(plan)
+        made = plan(network, "double", profiles, activation_bytes=300)
+        self.engine: Any = trt.Runtime(trt.Logger()).deserialize_cuda_engine(made)
         config = self.engine.create_runtime_config()
         config.set_execution_context_allocation_strategy(MANAGED)
         config.dynamic_shapes_kernel_specialization_strategy = kernels
@@ -734,12 +736,96 @@ def test_fault_context_and_engine(bench: Bench, network: Path) -> None:
     assert bench.engine.create_execution_context(MANAGED) is None
     assert bench.engine.create_execution_context(MANAGED) is not None
     runtime = trt.Runtime(trt.Logger())
-    plan = trt.plan(network, "double", [], activation_bytes=1)
-    assert runtime.deserialize_cuda_engine(plan) is not None
-    assert runtime.deserialize_cuda_engine(plan[3:]) is None
-    assert runtime.deserialize_cuda_engine(trt.plan(network, "double", [], activation_bytes=1, version="1.6.0.1")) is None
+    made = plan(network, "double", [], activation_bytes=1)
+    assert runtime.deserialize_cuda_engine(made) is not None
+    assert runtime.deserialize_cuda_engine(made[3:]) is None
+    assert runtime.deserialize_cuda_engine(plan(network, "double", [], activation_bytes=1, version="1.6.0.1")) is None
     bench.gpu.faults.no_engine = True
-    assert runtime.deserialize_cuda_engine(plan) is None
+    assert runtime.deserialize_cuda_engine(made) is None
+
+
+# Times and profiles
+
+
+TIMED = cuda.EventOptions(timing_enabled=True)
+
+
+def test_events_tell_the_devices_time(bench: Bench) -> None:
+    bench.gpu.costs_ms["double"] = 2.5
+    began = bench.stream.record(options=TIMED)
+    assert bench.run() and bench.run()
+    ended = bench.stream.record(options=TIMED)
+    bench.stream.sync()
+    assert ended - began == 5.0 and began.is_timing_enabled
+    bench.stream.record(began)  # used again, it tells its new place
+    bench.stream.sync()
+    assert ended - began == 0.0
+
+
+def test_times_between_events_that_tell_none(bench: Bench) -> None:
+    plain, timed = bench.stream.record(), bench.stream.record(options=TIMED)
+    bench.stream.sync()
+    with refuses("not made for timing"):
+        _ = timed - plain
+    with refuses("have not passed"):
+        _ = bench.stream.record(options=TIMED) - timed
+    builder = bench.begin()
+    captured = bench.stream.record(options=TIMED)
+    builder.end_building()
+    builder.close()
+    with refuses("recorded into a capture"):
+        _ = captured - timed
+
+
+class Layers(trt.IProfiler):
+    def __init__(self) -> None:
+        trt.IProfiler.__init__(self)
+        self.told: list[tuple[str, float]] = []
+
+    def report_layer_time(self, layer_name: str, ms: float) -> None:
+        self.told.append((layer_name, ms))
+
+
+def test_a_profiler_is_told_each_layer_once_a_run(bench: Bench) -> None:
+    profiler = Layers()
+    bench.context.profiler = profiler
+    assert bench.run() and profiler.told == [("layer 0", 1.0)], "enqueueing waits and reports, unless it is told not to"
+    bench.context.enqueue_emits_profile = False
+    assert bench.run() and len(profiler.told) == 1
+    with refuses("0 finished runs since the last report"):
+        bench.context.report_to_profiler()
+    bench.stream.sync()
+    assert bench.context.report_to_profiler() and len(profiler.told) == 2
+    bench.warm()
+    bench.warm()
+    with refuses("2 finished runs since the last report"):
+        bench.context.report_to_profiler()
+
+
+def test_profilers_that_cannot_be(bench: Bench) -> None:
+    assert not bench.context.report_to_profiler() and "without a profiler" in bench.gpu.log[-1]
+
+    class Unmade(trt.IProfiler):
+        def __init__(self) -> None:
+            """Forgets the constructor of its base."""
+
+    for wrong in (object(), Unmade()):
+        with pytest.raises(TypeError, match="IProfiler whose constructor"):
+            bench.context.profiler = wrong
+    bench.context.profiler = Layers()
+    with refuses("every layer would be told twice"):
+        bench.context.report_to_profiler()
+    bench.warm()
+    builder = bench.begin()
+    with refuses("captured with a profiler set"):
+        bench.run(builder.stream)
+    builder.end_building()
+    builder.close()
+
+
+def test_shapes_of_outputs_follow_the_inputs(bench: Bench, network: Path) -> None:
+    assert bench.context.get_tensor_shape("y") == (2, SIDE)
+    assert Bench(bench.gpu, network, bound=False).context.get_tensor_shape("y") == (-1, -1)
 
 
 # The same surface as the real libraries
@@ -760,7 +846,7 @@ CUDA_METHODS = {
     "Graph": ("upload", "launch", "close"),
 }
 CUDA_PROPERTIES = {
-    "Device": ("name", "compute_capability"), "Stream": ("handle",), "Event": ("is_done",), "Buffer": ("handle", "size"), "GraphBuilder": ("stream", "is_building"),
+    "Device": ("name", "compute_capability"), "Stream": ("handle",), "Event": ("is_done", "is_timing_enabled"), "Buffer": ("handle", "size"), "GraphBuilder": ("stream", "is_building"),
 }  # fmt: skip
 
 
@@ -776,6 +862,13 @@ def test_surface_of_cuda_core(kind: str) -> None:
     assert public == {*CUDA_METHODS[kind], *CUDA_PROPERTIES.get(kind, ())} - {"__new__"}
 
 
+def test_options_of_events() -> None:
+    core = pytest.importorskip("cuda.core", exc_type=ImportError)
+    assert [field.name for field in fields(cuda.EventOptions)] == [field.name for field in fields(core.EventOptions)]
+    assert core.EventOptions(timing_enabled=True).timing_enabled and not core.EventOptions().timing_enabled
+    assert callable(core.Event.__sub__)
+
+
 def test_surface_of_cuda_bindings() -> None:
     driver, runtime = (pytest.importorskip(f"cuda.bindings.{name}", exc_type=ImportError) for name in ("driver", "runtime"))
     assert callable(driver.cuMemGetInfo) and callable(runtime.cudaGetDeviceCount)
@@ -787,14 +880,24 @@ def test_surface_of_cuda_bindings() -> None:
 TENSORRT_METHODS = {
     "Logger": ("__init__",),
     "Runtime": ("__init__", "deserialize_cuda_engine"),
-    "ICudaEngine": ("create_execution_context", "create_runtime_config"),
+    "ICudaEngine": ("create_execution_context", "create_runtime_config", "create_engine_inspector"),
+    "EngineInspector": ("get_engine_information",),
+    "IProfiler": ("__init__", "report_layer_time"),
     "IRuntimeConfig": ("set_execution_context_allocation_strategy",),
-    "IExecutionContext": ("set_device_memory", "set_optimization_profile_async", "set_input_shape", "set_tensor_address", "execute_async_v3"),
+    "IExecutionContext": (
+        "set_device_memory",
+        "set_optimization_profile_async",
+        "set_input_shape",
+        "set_tensor_address",
+        "execute_async_v3",
+        "get_tensor_shape",
+        "report_to_profiler",
+    ),
 }
 TENSORRT_PROPERTIES = {
     "ICudaEngine": ("device_memory_size_v2", "name"),
     "IRuntimeConfig": ("dynamic_shapes_kernel_specialization_strategy",),
-    "IExecutionContext": ("active_optimization_profile", "engine"),
+    "IExecutionContext": ("active_optimization_profile", "engine", "profiler", "enqueue_emits_profile"),
 }
 
 
@@ -815,7 +918,7 @@ def test_surface_of_tensorrt(kind: str) -> None:
 
 def test_enumerations_of_tensorrt() -> None:
     real = pytest.importorskip("tensorrt_rtx", exc_type=ImportError)
-    for ours in (trt.ExecutionContextAllocationStrategy, trt.DynamicShapesKernelSpecializationStrategy):
+    for ours in (trt.ExecutionContextAllocationStrategy, trt.DynamicShapesKernelSpecializationStrategy, trt.LayerInformationFormat):
         members = getattr(real, ours.__name__).__members__
         assert {name: int(member) for name, member in members.items()} == {member.name: member.value for member in ours}
     assert int(real.Logger.WARNING) == trt.Logger.WARNING

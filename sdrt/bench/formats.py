@@ -33,6 +33,11 @@ def number(value: float | None, unit: str) -> str:
     return f"{value:,.1f} {unit}" if value >= 100 else f"{value:.3g} {unit}"
 
 
+def share(value: float | None) -> str:
+    """A share in per cent, or a dash where it is unknown."""
+    return "–" if value is None else f"{value:.0%}"
+
+
 def interval(row: Row) -> str:
     if row.ratio is None:
         return "–"

@@ -13,6 +13,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from sdrt.bench.device_times import DeviceTimes
+from sdrt.bundle import STEP
+
 Clock = Callable[[], int]
 """Nanoseconds that only grow."""
 
@@ -21,7 +24,8 @@ Clock = Callable[[], int]
 class Readings:
     """What the instruments saw since the last `reset`, nanoseconds.
 
-    `inside` is all time within the engine, whatever it was for. With `keep`, the last inputs of each graph and the final latents are kept too.
+    `inside` is all time within the engine, whatever it was for. `device` times the parts on the GPU, None where there is none. With `keep`, the
+    last inputs of each graph and the final latents are kept too.
     """
 
     clock: Clock = time.perf_counter_ns
@@ -34,6 +38,7 @@ class Readings:
     engine_load: int = 0
     steps: list[int] = field(default_factory=list)
     calls: Counter[str] = field(default_factory=Counter)
+    device: DeviceTimes | None = None
     keep: bool = False
     kept: dict[str, Any] = field(default_factory=dict)
     _depth: int = 0
@@ -42,6 +47,8 @@ class Readings:
         self.tokenise = self.text_encoder = self.image_encoder = self.copies = self.decode = self.inside = 0
         self.steps = []
         self.calls = Counter()
+        if self.device is not None:
+            self.device.read()
 
 
 class TimedDenoising:
@@ -125,7 +132,8 @@ def instrumented(readings: Readings) -> Iterator[None]:
     """Within the block, every pipeline that is loaded gets a timed engine, and its tokenizer's public methods are timed.
 
     The pipeline asks `load_engine` of its own module for an engine; that name is where the wrapper goes. On a GPU, what our own
-    code starts is counted too: launches, copies, allocations. Synchronisations are calls of compiled objects, which cannot be seen from here.
+    code starts is counted too: launches, copies, allocations. Synchronisations are calls of compiled objects, which cannot be seen from here. And
+    each model call and each run of another graph goes between two CUDA events.
     """
     from sdrt.runtime import pipeline, tokenizer
 
@@ -144,9 +152,15 @@ def instrumented(readings: Readings) -> Iterator[None]:
         if engine.backend.startswith("tensorrt"):
             from sdrt.runtime.captured_step import Slot
             from sdrt.runtime.device_memory import Block
+            from sdrt.runtime.tensorrt import TensorRtEngine
 
-            for owner, name, count in ((Slot, "launch", "launches"), (Block, "upload", "h2d"), (Block, "download", "d2h"), (Block, "__init__", "allocations")):
-                if not any(done[:2] == (owner, name) for done in replaced):
+            if readings.device is None:
+                readings.device = DeviceTimes(engine.cuda)
+                replace(Slot, "launch", _timed_launch(Slot.launch, readings.device))
+                replace(TensorRtEngine, "enqueue", _timed_enqueue(TensorRtEngine.enqueue, readings.device))
+                for owner, name, count in (
+                    (Slot, "launch", "launches"), (Block, "upload", "h2d"), (Block, "download", "d2h"), (Block, "__init__", "allocations"),
+                ):  # fmt: skip
                     replace(owner, name, _counted(vars(owner)[name], readings, count))
         return TimedEngine(engine, readings)
 
@@ -157,6 +171,7 @@ def instrumented(readings: Readings) -> Iterator[None]:
     try:
         yield
     finally:
+        readings.device = None
         for owner, name, value in reversed(replaced):
             setattr(owner, name, value)
 
@@ -168,6 +183,27 @@ def _counted(method: Callable[..., Any], readings: Readings, count: str) -> Call
         return method(*arguments, **options)
 
     return counted
+
+
+def _timed_launch(launch: Callable[..., None], times: DeviceTimes) -> Callable[..., None]:
+    @functools.wraps(launch)
+    def timed(slot: Any, engine: Any, row: int) -> None:
+        times.around(STEP, engine.stream, lambda: launch(slot, engine, row))
+
+    return timed
+
+
+def _timed_enqueue(enqueue: Callable[..., None], times: DeviceTimes) -> Callable[..., None]:
+    """Model calls are timed where they are launched; their own enqueueing may also be a capture, where events say nothing."""
+
+    @functools.wraps(enqueue)
+    def timed(engine: Any, context: Any, graph: str, stream: Any) -> None:
+        if graph == STEP:
+            enqueue(engine, context, graph, stream)
+        else:
+            times.around(graph, stream, lambda: enqueue(engine, context, graph, stream))
+
+    return timed
 
 
 def _timed_method(method: Callable[..., Any], readings: Readings) -> Callable[..., Any]:

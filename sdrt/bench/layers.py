@@ -1,6 +1,6 @@
 """Where the time of each graph goes: its slowest operators, and its arithmetic beside what the machine can do.
 
-ONNX Runtime's profiler and OpenVINO's counters time operators. TensorRT is refused: its layers have not been measured on a GPU.
+ONNX Runtime's profiler, OpenVINO's counters and TensorRT's layer profiler time operators.
 """
 
 from __future__ import annotations
@@ -16,32 +16,40 @@ from typing import Any
 import numpy as np
 
 from sdrt import bundle as names
-from sdrt.bench import layers_onnxruntime, layers_openvino
-from sdrt.bench.operators import Operator
+from sdrt.bench import layers_onnxruntime, layers_openvino, layers_tensorrt
+from sdrt.bench.operators import Arithmetic, Layer, Operator, total
 from sdrt.bundle import Bundle
 from sdrt.errors import MachineError
 
 SLOWEST = 15
 _RUNS = 5
-_PROFILED = ("onnxruntime", "openvino")
+_ON_CPU = ("onnxruntime", "openvino")
+_PROFILED = (*_ON_CPU, "tensorrt-rtx", "tensorrt")
+
+Peak = Mapping[str, float | None]
+"""`flops_per_s` and `bytes_per_s` of a machine, None where it was not measured."""
 
 
 def profile(pipe: Any, kept: Mapping[str, Any], threads: int | None, wall_ms: Mapping[str, float]) -> dict[str, Any]:
     """Profile each graph of a loaded pipeline on the inputs of its last picture, which `kept` holds: `text`, `job` and `latents`.
 
     `wall_ms` is what each graph takes unprofiled: profilers slow small operators many times over. Where it is missing, the sum
-    of the operators stands in.
+    of the operators stands in. What cannot be known is None, with the reason among the `notes`.
 
     Raises:
         MachineError: the backend that runs has no profile here yet.
     """
+    backend = pipe._engine.backend
+    check_backend(backend)
+    return {"backend": backend} | (_on_cpu if backend in _ON_CPU else _on_gpu)(pipe, kept, threads, wall_ms)
+
+
+def _on_cpu(pipe: Any, kept: Mapping[str, Any], threads: int | None, wall_ms: Mapping[str, float]) -> dict[str, Any]:
     engine = pipe._engine
-    check_backend(engine.backend)
-    feeds = _feeds(pipe.bundle, kept)
     peaks = [machine_peak()]
     operators: dict[str, list[Operator]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        for graph, inputs in feeds.items():
+        for graph, inputs in _feeds(pipe.bundle, kept).items():
             path = pipe.bundle.graph(graph, "fp32")
             if engine.backend == "openvino":
                 compiled, shapes = engine.load_counting(graph, kept["job"])
@@ -53,13 +61,31 @@ def profile(pipe: Any, kept: Mapping[str, Any], threads: int | None, wall_ms: Ma
         runs = {names.TEXT_ENCODER: len(kept["text"][0]), names.VAE_DECODER: len(kept["latents"])}
         wall_ms = {graph: ms / runs.get(graph, 1) for graph, ms in wall_ms.items()}
     peak = {name: max(found[name] for found in peaks) for name in peaks[0]}
-    return {"backend": engine.backend, "peak": peak, "graphs": {graph: analyse(found, wall_ms.get(graph), peak) for graph, found in operators.items()}}
+    graphs = {graph: analyse(found, total(found), wall_ms.get(graph), peak) for graph, found in operators.items()}
+    return {"peak": peak, "peak_of": "numpy on this machine: a float32 matrix product, and a copy", "notes": [], "graphs": graphs}
+
+
+def _on_gpu(pipe: Any, kept: Mapping[str, Any], threads: int | None, wall_ms: Mapping[str, float]) -> dict[str, Any]:
+    engine = pipe._engine
+    peak = {"flops_per_s": None, "bytes_per_s": layers_tensorrt.device_bytes_per_s(engine)}
+    notes, graphs = [layers_tensorrt.NO_PEAK], {}
+    with tempfile.TemporaryDirectory() as folder:
+        for graph, inputs in _feeds(pipe.bundle, kept).items():
+            chosen, fitting = layers_tensorrt.fitted_inputs(engine, graph, kept["job"], inputs)
+            found = layers_tensorrt.profile_graph(engine, pipe.bundle, graph, chosen, fitting, _RUNS)
+            counted = layers_tensorrt.arithmetic(pipe.bundle, graph, fitting, engine.record.key.precision, Path(folder))
+            if counted is None and layers_tensorrt.NO_ARITHMETIC not in notes:
+                notes.append(layers_tensorrt.NO_ARITHMETIC)
+            graphs[graph] = analyse(found, counted, wall_ms.get(graph), peak)
+    return {"peak": peak, "peak_of": "a copy within the GPU's memory, between CUDA events", "notes": notes, "graphs": graphs}
 
 
 def check_backend(backend: str) -> None:
     """Raise MachineError if a backend has no profile here yet."""
     if backend not in _PROFILED:
-        raise MachineError(f"--layers: not available yet for {backend}", "Use --backend onnxruntime or openvino, or leave --layers out.")
+        raise MachineError(
+            f"--layers: not available yet for {backend}", f"Use --backend {', '.join(_PROFILED[:-1])} or {_PROFILED[-1]}, or leave --layers out."
+        )
 
 
 def _feeds(bundle: Bundle, kept: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -77,33 +103,45 @@ def _feeds(bundle: Bundle, kept: Mapping[str, Any]) -> dict[str, dict[str, Any]]
     }
 
 
-def analyse(operators: Sequence[Operator], wall_ms: float | None, peak: Mapping[str, float]) -> dict[str, Any]:
-    """The slowest operators and the arithmetic of one graph. `peak` is the machine's, as `machine_peak` has it."""
+def analyse(operators: Sequence[Operator | Layer], arithmetic: Arithmetic | None, wall_ms: float | None, peak: Peak) -> dict[str, Any]:
+    """The slowest operators and the arithmetic of one graph, None where that is unknown. `peak` is the machine's, as `machine_peak` has it."""
     operators_ms = sum(one.ms for one in operators)
-    flops, moved = sum(one.flops for one in operators), sum(one.bytes for one in operators)
-    kinds: dict[str, list[Operator]] = {}
+    kinds: dict[str, list[Operator | Layer]] = {}
     for one in operators:
         kinds.setdefault(one.op, []).append(one)
-    total = operators_ms or 1.0
+    whole = operators_ms or 1.0
     times = {op: sum(one.ms for one in group) for op, group in kinds.items()}
-    by_kind = [{"op": op, "count": len(kinds[op]), "ms": times[op], "share": times[op] / total} for op in sorted(times, key=lambda op: -times[op])]
-    roof = min(peak["flops_per_s"], flops / moved * peak["bytes_per_s"]) if moved else peak["flops_per_s"]
-    taken = total if wall_ms is None else wall_ms
-    reached = flops / (taken / 1e3)
+    by_kind = [{"op": op, "count": len(kinds[op]), "ms": times[op], "share": times[op] / whole} for op in sorted(times, key=lambda op: -times[op])]
+    taken = whole if wall_ms is None else wall_ms
     return {
         "ms": taken,
         "operators_ms": operators_ms,
         "kernels": len(operators),
-        "flops": flops,
-        "matrix_flops": sum(one.matrix_flops for one in operators),
-        "bytes": moved,
-        "intensity": flops / moved if moved else None,
-        "flops_per_s": reached,
-        "share_of_peak": reached / peak["flops_per_s"],
-        "share_of_roofline": reached / roof,
-        "slowest": [asdict(one) | {"share": one.ms / total} for one in sorted(operators, key=lambda one: -one.ms)[:SLOWEST]],
+        **_reached(arithmetic, taken, peak),
+        "slowest": [asdict(one) | {"share": one.ms / whole} for one in sorted(operators, key=lambda one: -one.ms)[:SLOWEST]],
         "by_kind": by_kind[:SLOWEST],
     }
+
+
+def _reached(arithmetic: Arithmetic | None, taken_ms: float, peak: Peak) -> dict[str, Any]:
+    """Arithmetic and the shares of the machine's peaks that it reaches in `taken_ms`."""
+    known = ("flops", "matrix_flops", "bytes", "intensity", "flops_per_s", "bytes_per_s", "share_of_peak", "share_of_bandwidth", "share_of_roofline")
+    found: dict[str, Any] = dict.fromkeys(known)
+    if arithmetic is None:
+        return found
+    found |= asdict(arithmetic)
+    seconds, top, wide = taken_ms / 1e3, peak["flops_per_s"], peak["bytes_per_s"]
+    found |= {"flops_per_s": arithmetic.flops / seconds, "bytes_per_s": arithmetic.bytes / seconds}
+    if arithmetic.bytes:
+        found["intensity"] = arithmetic.flops / arithmetic.bytes
+    if wide is not None:
+        found["share_of_bandwidth"] = found["bytes_per_s"] / wide
+    if top is not None:
+        found["share_of_peak"] = found["flops_per_s"] / top
+        if wide is not None:
+            roof = min(top, found["intensity"] * wide) if arithmetic.bytes else top
+            found["share_of_roofline"] = found["flops_per_s"] / roof
+    return found
 
 
 def machine_peak(sides: Sequence[int] = (512, 1536), copied_bytes: int = 1 << 27) -> dict[str, float]:

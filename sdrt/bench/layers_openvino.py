@@ -12,10 +12,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
-from sdrt.bench.operators import Operator, attention_flops, matrix_flops, operator
+from sdrt.bench.operators import Operator, attention_flops, fitted, matrix_flops, operator
 
 Attention = tuple[tuple[int, ...], ...]
 """Shapes `[n, heads, rows, width]` of an attention's query, key and value."""
@@ -98,9 +97,3 @@ def _moved_bytes(node: Any, matrix: bool) -> int:
     if matrix and len(node.inputs()) > 1:
         sizes[1] = (sizes[1][0], min(sizes[0][1], sizes[1][1]))
     return sum(values * size for values, size in sizes)
-
-
-def fitted(array: NDArray[Any], shape: Sequence[int]) -> NDArray[Any]:
-    """`array` cut to `shape`, and where it is smaller with its last values repeated: timings ask for sizes, not for values."""
-    cut = array[tuple(slice(0, side) for side in shape)]
-    return np.ascontiguousarray(np.pad(cut, [(0, side - have) for side, have in zip(shape, cut.shape, strict=True)], mode="edge"))

@@ -13,6 +13,8 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sdrt.bench.device_times import DEVICE_METRICS
+from sdrt.bundle import STEP
 from sdrt.errors import SdrtError
 
 if TYPE_CHECKING:
@@ -92,6 +94,10 @@ class _Sampler:
             if value:  # nothing was done, as where prompts are cached: no sample, rather than a fast one
                 found[name] = [value]
         found["copies_ms"] = [readings.copies / 1e6]
+        if readings.device is not None:
+            for part, times in readings.device.read().items():
+                if part in DEVICE_METRICS:  # a text encoder or decoder that ran several times did it for one picture
+                    found[DEVICE_METRICS[part]] = times if part == STEP else [sum(times)]
         if self._request.batch > 1:
             found["picture_ms"] = [total / self._request.batch]
         for name, values in found.items():
@@ -179,10 +185,11 @@ def _sustained(request: Request, pipe: Pipeline, readings: Readings, sampler: _S
         from statistics import median
 
         from sdrt.bench.layers import profile
-        from sdrt.bundle import STEP, TEXT_ENCODER, VAE_DECODER
+        from sdrt.bundle import TEXT_ENCODER, VAE_DECODER
 
-        parts = ((TEXT_ENCODER, "text_encoder_ms"), (STEP, "step_ms"), (VAE_DECODER, "decode_ms"))
-        wall_ms = {graph: median(samples[name]) for graph, name in parts if samples.get(name)}
+        host = {TEXT_ENCODER: "text_encoder_ms", STEP: "step_ms", VAE_DECODER: "decode_ms"}
+        taken = {graph: samples.get(DEVICE_METRICS[graph]) or samples.get(name) for graph, name in host.items()}  # without the copies, where that is known
+        wall_ms = {graph: median(values) for graph, values in taken.items() if values}
         answer["layers"] = profile(pipe, readings.kept, request.threads, wall_ms)
     return answer
 

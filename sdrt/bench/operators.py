@@ -1,10 +1,14 @@
-"""One operator of a profiled graph, and the arithmetic of matrix operators from their shapes, whichever engine ran them. Standard library only."""
+"""One operator of a profiled graph, and the arithmetic of matrix operators from their shapes, whichever engine ran them."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 Shapes = Sequence[Sequence[int]]
 
@@ -27,6 +31,29 @@ class Operator:
     matrix_flops: int
     bytes: int
     shape: str
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What an engine tells that only names its layers: ms of a run. `op` is its kind, or what stands for it."""
+
+    name: str
+    op: str
+    ms: float
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """Of a whole graph: operations, of which `matrix_flops` in matrix products, and bytes that its operators read and write."""
+
+    flops: int
+    matrix_flops: int
+    bytes: int
+
+
+def total(operators: Sequence[Operator]) -> Arithmetic:
+    """The arithmetic of a graph from that of its operators."""
+    return Arithmetic(sum(one.flops for one in operators), sum(one.matrix_flops for one in operators), sum(one.bytes for one in operators))
 
 
 def operator(name: str, op: str, ms: float, matrix: int | None, moved: int, outputs: Shapes) -> Operator:
@@ -59,3 +86,9 @@ def _depth(first: Sequence[int], output: Sequence[int]) -> int:
     if len(first) < 2 or len(output) < 2 or first[-2] == output[-2]:
         return first[-1] if first else 1
     return first[-2]
+
+
+def fitted(array: NDArray[Any], shape: Sequence[int]) -> NDArray[Any]:
+    """`array` cut to `shape`, and where it is smaller with its last values repeated: timings ask for sizes, not for values."""
+    cut = array[tuple(slice(0, side) for side in shape)]
+    return np.ascontiguousarray(np.pad(cut, [(0, side - have) for side, have in zip(shape, cut.shape, strict=True)], mode="edge"))

@@ -12,7 +12,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from sdrt.bench.compare import Comparison, fidelity_problems
-from sdrt.bench.formats import interval, median, number, word
+from sdrt.bench.formats import interval, median, number, share, word
 from sdrt.bench.history import Trend
 from sdrt.bench.metrics import METRICS
 from sdrt.bench.result import ran
@@ -136,19 +136,20 @@ def _trend_plots(trends: Sequence[Trend]) -> list[str]:
 
 def _layers(layers: Mapping[str, Any]) -> list[str]:
     peak = layers["peak"]
+    at_best = [f"{peak[name] / 1e9:,.1f} {unit}" for name, unit in (("flops_per_s", "GFLOP/s"), ("bytes_per_s", "GB/s")) if peak[name] is not None]
     parts = [
         "<h2>Profile</h2>",
         _paragraph(
-            f"{layers['backend']}; this machine at best: {peak['flops_per_s'] / 1e9:.1f} GFLOP/s in a float32 matrix product, "
-            f"{peak['bytes_per_s'] / 1e9:.1f} GB/s in a copy, by numpy; a better library may pass 100 %. Bytes are what operators would move if nothing stayed "
-            "in a cache. Profiled is the sum of the operators, in runs of their own."
+            f"{layers['backend']}; this machine at best: {', '.join(at_best) or 'not measured'} ({layers['peak_of']}); a better library may pass 100 %. "
+            "Bytes are what operators would move if nothing stayed in a cache. Profiled is the sum of the operators, in runs of their own."
         ),
+        _notes(layers["notes"]),
     ]
     rows = [
         (
-            graph, f"{found['ms']:.2f}", f"{found['operators_ms']:.2f}", str(found["kernels"]), f"{found['flops'] / 1e9:.3f}",
-            f"{found['bytes'] / 1e6:.1f}", f"{found['intensity'] or 0:.1f}", f"{found['flops_per_s'] / 1e9:.1f}",
-            f"{found['share_of_peak']:.0%}", f"{found['share_of_roofline']:.0%}",
+            graph, f"{found['ms']:.2f}", f"{found['operators_ms']:.2f}", str(found["kernels"]), _scaled(found["flops"], 1e9, 3),
+            _scaled(found["bytes"], 1e6, 1), _scaled(found["intensity"], 1, 1), _scaled(found["flops_per_s"], 1e9, 1),
+            share(found["share_of_peak"]), share(found["share_of_roofline"]),
         )
         for graph, found in layers["graphs"].items()
     ]  # fmt: skip
@@ -162,6 +163,10 @@ def _layers(layers: Mapping[str, Any]) -> list[str]:
         axes.set(xlabel="ms")
         parts += [f"<h2>{html.escape(graph)}: slowest operators</h2>", _svg(figure)]
     return parts
+
+
+def _scaled(value: float | None, unit: float, digits: int) -> str:
+    return "–" if value is None else f"{value / unit:,.{digits}f}"
 
 
 def _environment(document: Mapping[str, Any]) -> list[str]:

@@ -133,7 +133,17 @@ class TensorRtEngine:
             "engine": self._folder.name, "cuda_graphs": not self._graphs_disabled,
         }  # fmt: skip
 
-    # What jobs use
+    # What jobs and benchmarks use
+
+    @property
+    def library(self) -> Any:
+        """TensorRT's or TensorRT-RTX's module."""
+        return self._trt
+
+    @property
+    def cuda(self) -> Any:
+        """`cuda.core`."""
+        return self._cuda
 
     def guarded(self, where: str) -> _Guard:
         return _Guard(self, where)

@@ -1,0 +1,155 @@
+"""Layers of a graph in TensorRT, timed by its own profiler, in a context of their own: the pipeline's, which are captured, stay as they are.
+
+Written from the API's documentation and run on the simulator only; no profile has been taken on a GPU yet.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+from collections.abc import Mapping
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sdrt import bundle as names
+from sdrt.bench.operators import Arithmetic, Layer, fitted, total
+from sdrt.bundle import Bundle
+from sdrt.errors import MachineError
+
+_DTYPES = {"pixels": np.uint8, "finite": np.bool_}
+_COPIED_BYTES = 1 << 28
+_COPIES = 5
+NO_PEAK = "operations per second were not measured: sdrt has no GPU kernel of its own to measure them with, and TensorRT tells no peak"
+NO_ARITHMETIC = "operations and bytes are unknown: ONNX Runtime, which counts them, is not installed beside TensorRT (pip install onnxruntime)"
+
+
+def fitted_inputs(engine: Any, graph: str, job: Any, inputs: Mapping[str, NDArray[Any]]) -> tuple[int, dict[str, NDArray[Any]]]:
+    """The profile of an engine for a job, and inputs cut or padded to the nearest shapes it takes."""
+    profile = engine.record.branches.index(job.tables.w.shape[1]) if graph == names.STEP else 0
+    ranges = engine.record.key.profiles[graph][profile].shapes
+    made = {}
+    for name, array in inputs.items():
+        if array is None:  # concat, of models that have it
+            continue
+        low, _, high = ranges.get(name, (array.shape,) * 3)
+        made[name] = fitted(array, [min(max(side, a), b) for side, a, b in zip(array.shape, low, high, strict=True)])
+    return profile, made
+
+
+def profile_graph(engine: Any, bundle: Bundle, graph: str, profile: int, inputs: Mapping[str, NDArray[Any]], runs: int) -> list[Layer]:
+    """Run a graph of the engine once to warm up and `runs` times more, uncaptured, and return the median of each layer.
+
+    Raises:
+        MachineError: TensorRT refuses, or reports no layers.
+    """
+    with engine.guarded(graph):
+        context = engine.context(graph)
+        fields = [(name, array.shape, array.dtype) for name, array in inputs.items()]
+        given = engine.block(fields)
+        taken = None
+        try:
+            for name, array in inputs.items():
+                given.host(name)[...] = array
+            given.upload(engine.stream, fields[0][0], fields[-1][0])
+            engine.bind(context, graph, profile, {name: (given.address(name), array.shape) for name, array in inputs.items()})
+            outputs = [(name, tuple(context.get_tensor_shape(name)), _dtype(name)) for name in _outputs(bundle, graph)]
+            taken = engine.block(outputs, pinned=False)
+            for name, _, _ in outputs:
+                context.set_tensor_address(name, taken.address(name))
+            timed = _layer_times(engine, context, graph, runs)
+            kinds = _kinds(engine, context)
+        finally:
+            for block in (given, taken):
+                if block is not None:
+                    block.close(engine.stream)
+    return [Layer(name, kinds.get(name) or _without_numbers(name), ms) for name, ms in timed.items()]
+
+
+def _layer_times(engine: Any, context: Any, graph: str, runs: int) -> dict[str, float]:
+    trt: Any = engine.library
+
+    class Profiler(trt.IProfiler):  # type: ignore[misc]
+        """Adds up the layers of a run; a name may come more than once in it."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.run: dict[str, float] = {}
+
+        def report_layer_time(self, layer_name: str, ms: float) -> None:
+            self.run[layer_name] = self.run.get(layer_name, 0.0) + ms
+
+    profiler = Profiler()
+    context.profiler = profiler
+    context.enqueue_emits_profile = False  # reported below, once the run has ended: what it waits for then is nothing
+    found: list[dict[str, float]] = []
+    for _ in range(runs + 1):
+        profiler.run = {}
+        engine.enqueue(context, graph, engine.stream)
+        engine.stream.sync()
+        if not context.report_to_profiler():
+            raise MachineError(f"--layers: {graph}: TensorRT did not report its layers", "Leave --layers out.")
+        found.append(profiler.run)
+    if not found[-1]:
+        raise MachineError(f"--layers: {graph}: TensorRT reported no layer", "Leave --layers out.")
+    return {name: statistics.median(run.get(name, 0.0) for run in found[1:]) for name in found[-1]}
+
+
+def _kinds(engine: Any, context: Any) -> dict[str, str]:
+    """Kinds of layers by name, of plans that were made with details."""
+    inspector = context.engine.create_engine_inspector()
+    told = json.loads(inspector.get_engine_information(engine.library.LayerInformationFormat.JSON))
+    return {str(layer.get("Name")): str(layer.get("LayerType", "")) for layer in told.get("Layers", []) if isinstance(layer, dict)}
+
+
+def _without_numbers(name: str) -> str:
+    return re.sub(r"[_.]*\d+", "", name) or name
+
+
+def _outputs(bundle: Bundle, graph: str) -> tuple[str, ...]:
+    if graph == names.TEXT_ENCODER:
+        return tuple(names.context_output(skip) for skip in bundle.manifest.text.clip_skip)
+    return names.STEP_OUTPUTS if graph == names.STEP else names.DECODER_OUTPUTS
+
+
+def _dtype(name: str) -> Any:
+    return np.int64 if name == names.STEP_OUTPUTS[1] else _DTYPES.get(name, np.float32)
+
+
+def arithmetic(bundle: Bundle, graph: str, inputs: Mapping[str, NDArray[Any]], precision: str, folder: Path) -> Arithmetic | None:
+    """Operations and bytes of a graph, counted by one run of its float32 twin in ONNX Runtime; None where that is not installed.
+
+    Half-precision engines move half the bytes of it; what they keep in float32 is little.
+    """
+    if find_spec("onnxruntime") is None:
+        return None
+    from sdrt.bench.layers_onnxruntime import profile_graph as profile_onnx
+
+    found = total(profile_onnx(bundle.graph(graph, "fp32"), inputs, None, folder, 0))
+    return found if precision == "fp32" else replace(found, bytes=found.bytes // 2)
+
+
+def device_bytes_per_s(engine: Any, size_bytes: int = _COPIED_BYTES) -> float | None:
+    """What a copy within the GPU's memory reads and writes per second, between CUDA events, best of several. None if it takes no time at all."""
+    from sdrt.bench.device_times import DeviceTimes
+
+    with engine.guarded("copy"):
+        times, blocks = DeviceTimes(engine.cuda), []
+        try:
+            for _ in range(2):
+                blocks.append(engine.block([("bytes", (size_bytes,), np.uint8)], pinned=False))
+            target, source = blocks
+            source.clear(engine.stream)
+            for _ in range(_COPIES):
+                times.around("copy", engine.stream, lambda: target.copy(engine.stream, "bytes", source, "bytes"))
+            engine.stream.sync()
+            best = min(times.read()["copy"])
+        finally:
+            for block in blocks:
+                block.close(engine.stream)
+    return 2 * size_bytes / (best / 1e3) if best > 0 else None
