@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from sdrt.cli_bench_tables import print_comparison, print_result, print_trends
-from sdrt.cli_output import BundleArgument, Json, print_json
-from sdrt.errors import InputFileError, UsageError, nearest, printable
+from sdrt.cli_output import Json, print_json
+from sdrt.errors import InconclusiveError, InputFileError, UsageError, nearest, printable
 
 if TYPE_CHECKING:
     from sdrt.bench.compare import Comparison
@@ -62,7 +62,9 @@ def bench() -> None:
 
 @app.command("run", epilog="Example: sdrt bench run model.sdrt --steps 20 --output result.json --emit html=report.html --history runs")
 def run_command(
-    ctx: typer.Context, bundle: BundleArgument, scenario: Scenario = "single", size: Size = None, steps: Steps = 20, cfg: Cfg = 7.0, sampler: Sampler = "euler",
+    ctx: typer.Context,
+    bundle: Annotated[Path | None, typer.Argument(metavar="BUNDLE", help="A folder made by `sdrt build`, such as model.sdrt; only --check-machine can do without.")] = None,
+    scenario: Scenario = "single", size: Size = None, steps: Steps = 20, cfg: Cfg = 7.0, sampler: Sampler = "euler",
     schedule: Schedule = None, prompt: Prompt = "a red apple on a wooden table", prompts: Prompts = None, seed: Seed = 0, batch: Batch = None,
     processes: Annotated[int, typer.Option("--processes", metavar="N", help="Fresh processes, one after the other.")] = 5,
     pictures: Pictures = 20, max_pictures: MaxPictures = 30.0, warm_up: WarmUp = 30.0, rate: Rate = 1.0, duration: Duration = 30.0, queue: Queue = 8,
@@ -70,6 +72,8 @@ def run_command(
     layers: Annotated[bool, typer.Option("--layers", help="Also profile each graph: slowest operators, arithmetic, share of the machine's measured peak.")] = False,
     output: Annotated[Path | None, typer.Option("--output", "-o", metavar="FILE.json", help="Write the result, raw samples included.")] = None,
     history: Annotated[Path | None, typer.Option("--history", metavar="DIR", help="Add this run to the history in a folder.")] = None,
+    check_machine: Annotated[bool, typer.Option("--check-machine", help="Only say how small a change this machine can show: with BUNDLE's pictures, or without one by work of numpy's. Exit code 8 if the default margin is out of reach.")] = False,
+    check_time: Annotated[float, typer.Option("--check-time", metavar="S", help="Seconds that --check-machine may take.")] = 60.0,
     emit: Emit = None, as_json: Json = False,
 ) -> None:  # fmt: skip
     """Measure a bundle in fresh processes, and check that its pictures are right. Exit code 1 if they are not."""
@@ -82,9 +86,15 @@ def run_command(
     from sdrt.bundle import open_bundle
 
     targets = _targets(emit)
+    if bundle is None and not check_machine:
+        raise UsageError("BUNDLE is missing", "Give a folder made by `sdrt build`, or --check-machine.")
     request = _request(
-        bundle, scenario, size, steps, cfg, sampler, schedule, prompt, prompts, seed, batch, pictures, max_pictures, warm_up, rate, duration, queue, backend, device, threads
+        bundle or Path(), scenario, size, steps, cfg, sampler, schedule, prompt, prompts, seed, batch, pictures, max_pictures, warm_up, rate, duration, queue, backend, device, threads
     )  # fmt: skip
+    if check_machine:
+        _check_machine(bundle, request, check_time, [output, history, *targets], layers, as_json)
+        return
+    assert bundle is not None
     _at_least("--processes", processes, 1)
     opened = open_bundle(bundle)
     document = run(opened, _with_layers(request, layers), processes, _say)
@@ -108,6 +118,32 @@ def run_command(
         typer.echo(f"error: {printable(str(bundle))}: the pictures are wrong: {printable('; '.join(problems))}", err=True)
         typer.echo("  fix: Run: sdrt verify BUNDLE, and build or compile it again.", err=True)
         raise typer.Exit(1)
+
+
+def _check_machine(bundle: Path | None, request: Request, limit_s: float, files: Sequence[object], layers: bool, as_json: bool) -> None:
+    from sdrt.bench.machine_noise import machine_noise, pictures_of, steady_work
+    from sdrt.bundle import open_bundle
+
+    if any(file is not None for file in files) or layers:
+        raise UsageError(
+            "--check-machine: measures no result that --output, --history, --emit or --layers could take", "Leave them out; --json prints what it found."
+        )
+    if request.scenario == "server":
+        raise UsageError("--check-machine: looks at one picture after the other, not at a server", "Leave --scenario server out.")
+    if not 5 <= limit_s <= 3600:
+        raise UsageError(f"--check-time {limit_s:g}: expected 5 to 3600 seconds")
+    if bundle is None:
+        found = machine_noise(steady_work, "a few ms of numpy's arithmetic", limit_s, _say)
+    else:
+        found = machine_noise(
+            pictures_of(open_bundle(bundle), request), f"pictures of {bundle.name}, {request.steps} steps of {request.sampler}", limit_s, _say
+        )
+    if as_json:
+        print_json(asdict(found) | {"fit": found.fit, "words": found.words()})
+    else:
+        typer.echo("\n".join(map(printable, found.words())))
+    if not found.fit:
+        raise typer.Exit(InconclusiveError.exit_code)
 
 
 @app.command("compare", epilog="Example: sdrt bench compare base.json new.json --emit markdown=summary.md")

@@ -285,6 +285,10 @@ class Device:
         return "NVIDIA Simulated"
 
     @property
+    def pci_bus_id(self) -> str:
+        return f"0000:{self.device_id:02x}:00.0"
+
+    @property
     def compute_capability(self) -> ComputeCapability:
         return ComputeCapability(*self._gpu.sm)
 

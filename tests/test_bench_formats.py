@@ -9,6 +9,8 @@ import csv
 import io
 import json
 import os
+import shutil
+import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -216,12 +218,12 @@ def test_the_report_needs_nothing_else(result: Document, comparison: Comparison)
     }
     history = [Trend("k", ran(result), "total_ms", "ms", ("2026-11-01", "2026-11-23"), (80.0, 90.0), None)]
     page = checked(result_html(result | {"layers": layers}, history))
-    assert page.tags.count("svg") == 5  # per step, distribution, trend, operators of two graphs
+    assert page.tags.count("svg") == 6  # parts, per step, distribution, trend, operators of two graphs
     text = result_html(result)
     assert "A &lt;fast&gt; CPU" in text and "<fast>" not in text
     assert result_html(result) == text  # no date, no random names
     page = checked(comparison_html(comparison))
-    assert page.tags.count("svg") == 1
+    assert page.tags.count("svg") == 2  # ratios, distribution
     assert "FAILED" in comparison_html(comparison)
     assert checked(trend_html(history)).tags.count("svg") == 1
 
@@ -229,3 +231,26 @@ def test_the_report_needs_nothing_else(result: Document, comparison: Comparison)
 def test_golden_files_hold_nothing_of_this_machine() -> None:
     for path in sorted(Path(GOLDEN).iterdir()):
         assert "/" + "work" not in path.read_text(encoding="utf-8")
+
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
+def test_a_browser_draws_the_report(result: Document, tmp_path: Path) -> None:
+    """Title, verdict and plots are to be seen: pixels of their colours, over the page, as a browser draws it."""
+    import numpy as np
+    from PIL import Image
+
+    assert CHROMIUM is not None
+    (tmp_path / "report.html").write_text(result_html(result), encoding="utf-8")
+    size = ["--window-size=1000,1800", f"--screenshot={tmp_path / 'page.png'}", f"--user-data-dir={tmp_path / 'profile'}"]
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", *size]
+    subprocess.run([CHROMIUM, *options, (tmp_path / "report.html").as_uri()], check=True, capture_output=True, timeout=120)
+    pixels = np.asarray(Image.open(tmp_path / "page.png").convert("RGB"))
+    assert pixels.shape == (1800, 1000, 3)
+    rows = {name: np.flatnonzero((pixels == colour).all(-1).any(1)) for name, colour in (("verdict", (237, 249, 240)), ("plots", (31, 111, 235)))}
+    assert len(rows["verdict"]) > 30 and rows["verdict"].max() < 400, "the verdict is at the top"
+    assert len(rows["plots"]) > 20 and rows["plots"].min() > rows["verdict"].max() and np.ptp(rows["plots"]) > 600, (
+        "a bar, a line and dots, one below the other"
+    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,14 +14,14 @@ import numpy as np
 import pytest
 from bench_documents import IDENTITY, answer, synthetic_measure
 
-from sdrt.bench import measure
-from sdrt.bench import run as bench_run
+from sdrt.bench import child, measure
+from sdrt.bench.child import in_fresh_process
 from sdrt.bench.compare import Comparison
 from sdrt.bench.instruments import Readings, TimedEngine, instrumented
 from sdrt.bench.measure import Request
 from sdrt.bench.metrics import Gates
 from sdrt.bench.result import assemble
-from sdrt.bench.run import in_fresh_process, interleave, run
+from sdrt.bench.run import interleave, run
 from sdrt.bench.scenarios import attained_rate, poisson_arrivals, repeat, serve, warm_up
 from sdrt.bench.statistics import SAME, SLOWER
 from sdrt.bundle import Bundle, open_bundle
@@ -348,7 +348,7 @@ def test_a_child_that_dies_is_explained(monkeypatch: pytest.MonkeyPatch) -> None
         ("import sys; print('first'); sys.exit('the last words')", MachineError, "exit code 1: the last words"),
         ("import os; os._exit(3)", MachineError, "exit code 3"),
     ):
-        monkeypatch.setattr(bench_run, "_COMMAND", script)
+        monkeypatch.setattr(child, "_COMMAND", script)
         with pytest.raises(kind, match=text) as caught:
             in_fresh_process(Request("toy.sdrt"))
         assert "toy.sdrt" in str(caught.value)
@@ -384,7 +384,9 @@ def test_requests_and_answers_travel_as_files(tmp_path: Path, monkeypatch: pytes
     (tmp_path / "request").write_text(json.dumps(asdict(Request("x", size=(64, 72), prompts=("sun", "cat"))) | {"of the future": 1}))
     measure.serve()
     assert asked == [Request("x", size=(64, 72), prompts=("sun", "cat"))]
-    assert json.loads((tmp_path / "answer").read_text()) == {"error": {"kind": "UsageError", "message": "steps 0: expected 1 to 1000", "fix": "Choose more."}}
+    assert json.loads((tmp_path / "answer").read_text()) == {
+        "error": {"kind": "UsageError", "message": "steps 0: expected 1 to 1000", "fix": "Choose more."}
+    } | {"understood": sorted(asdict(Request("x")))}
 
 
 def test_another_interpreter_finds_its_own_modules(tmp_path: Path) -> None:
@@ -395,3 +397,18 @@ def test_another_interpreter_finds_its_own_modules(tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", "theirs")
         assert in_fresh_process(Request("toy.sdrt", python=str(script))) == {"path": "theirs"}
+
+
+def test_an_older_version_that_ignores_prompts_is_not_believed(tmp_path: Path) -> None:
+    """It would have measured another prompt than the other side."""
+    script = tmp_path / "python"
+    for answered, fails in (("{}", True), ('{"understood": ["prompts"]}', False)):
+        script.write_text(f"#!/bin/sh\necho '{answered}' > \"$5\"\n")
+        script.chmod(0o755)
+        request = Request("toy.sdrt", python=str(script), prompts=("sun", "cat"))
+        if fails:
+            with pytest.raises(MachineError, match="the sdrt there does not know --prompts and measured without it"):
+                in_fresh_process(request)
+            assert in_fresh_process(replace(request, prompts=())) == {}
+        else:
+            assert in_fresh_process(request) == {"understood": ["prompts"]}

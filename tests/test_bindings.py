@@ -97,6 +97,7 @@ BINDINGS = {
     "runtime/engine.py": {"runtime": "runtime"},
     "runtime/tensorrt.py": {"driver": "driver"},
     "doctor.py": {"runtime": "runtime"},
+    "bench/throttle.py": {"nvml": "nvml"},
 }
 
 # Behind a check in the code: TensorRT-RTX has these, enterprise TensorRT does not.
@@ -131,7 +132,7 @@ def uses(file: str, objects: dict[str, str]) -> Iterator[Use]:
         where = f"{file}:{node.lineno}"
         if owner in objects:
             yield Use(f"{objects[owner]}.{node.attr}", where, calls.get(id(node)))
-        elif isinstance(node.value, ast.Attribute) and objects.get(ast.unparse(node.value.value)) in ("trt", "runtime", "driver"):
+        elif isinstance(node.value, ast.Attribute) and objects.get(ast.unparse(node.value.value)) in ("trt", "runtime", "driver", "nvml"):
             yield Use(f"{objects[ast.unparse(node.value.value)]}.{node.value.attr}.{node.attr}", where, calls.get(id(node)))
 
 
@@ -423,11 +424,21 @@ def test_calls_fit_cuda_core() -> None:
 
 
 def test_cuda_bindings_have_every_name() -> None:
-    from cuda.bindings import driver, runtime
+    from cuda.bindings import driver, nvml, runtime
 
-    modules = {"runtime": runtime, "driver": driver}
+    modules = {"runtime": runtime, "driver": driver, "nvml": nvml}
     for use in all_uses(BINDINGS):
         value: Any = modules[use.name.split(".")[0]]
         for part in use.name.split(".")[1:]:
             assert hasattr(value, part), use
             value = getattr(value, part)
+
+
+def test_reasons_of_throttling_have_nvmls_numbers() -> None:
+    from cuda.bindings import nvml
+
+    from sdrt.bench.throttle import SLOWING
+
+    real = {int(member) for name, member in nvml.ClocksEventReasons.__members__.items() if "SLOWDOWN" in name}
+    assert set(SLOWING.values()) == real, "slowdowns by hardware, heat and power brake"
+    assert int(nvml.ClocksEventReasons.EVENT_REASON_SW_POWER_CAP) == 0x4

@@ -846,7 +846,7 @@ CUDA_METHODS = {
     "Graph": ("upload", "launch", "close"),
 }
 CUDA_PROPERTIES = {
-    "Device": ("name", "compute_capability"), "Stream": ("handle",), "Event": ("is_done", "is_timing_enabled"), "Buffer": ("handle", "size"), "GraphBuilder": ("stream", "is_building"),
+    "Device": ("name", "pci_bus_id", "compute_capability"), "Stream": ("handle",), "Event": ("is_done", "is_timing_enabled"), "Buffer": ("handle", "size"), "GraphBuilder": ("stream", "is_building"),
 }  # fmt: skip
 
 

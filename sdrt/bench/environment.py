@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ def environment() -> dict[str, Any]:
     """Python, system, processor and load. What cannot be told is None."""
     return {
         "python": platform.python_version(),
+        "numpy": version("numpy"),
         "os": platform.system(),
         "kernel": platform.release(),
         "machine": platform.machine(),

@@ -19,6 +19,7 @@ from sdrt.errors import SdrtError
 
 if TYPE_CHECKING:
     from sdrt.bench.instruments import Readings
+    from sdrt.bench.throttle import Watch
     from sdrt.bundle import Bundle
     from sdrt.runtime import Pipeline
 
@@ -67,6 +68,9 @@ class _Sampler:
         self.samples: dict[str, list[float]] = {}
         self.points: list[tuple[int, float]] = []
         self.last: Any = None
+        self.watch: Watch | None = None
+        self.throttled: dict[str, list[float]] = {}
+        self.dropped = 0
 
     def picture(self, *, steps: int | None = None, keep: bool = False, same: bool = False) -> float:
         """Make one call's pictures; `keep` its samples. Each call has a prompt of its own, unless it is to be the `same` as in other runs."""
@@ -75,6 +79,8 @@ class _Sampler:
         prompts = request.prompts or (request.prompt,)
         prompt = prompts[0] if same else f"{prompts[(self._made - 1) % len(prompts)]}, {self._made}"
         readings.reset()
+        if self.watch is not None and keep:
+            self.watch.begin()
         started = readings.clock()
         self.last = self._pipe(
             prompt, negative=request.negative, steps=steps or request.steps, cfg=request.cfg, seed=request.seed, sampler=request.sampler,
@@ -82,11 +88,13 @@ class _Sampler:
         )  # fmt: skip
         total = (readings.clock() - started) / 1e6
         if keep:
-            self._keep(total)
+            slowed = self.watch is not None and self.watch.throttled()
+            self.dropped += slowed
+            self._keep(total, self.throttled if slowed else self.samples)
         self.points.append((len(readings.steps), total))
         return total
 
-    def _keep(self, total: float) -> None:
+    def _keep(self, total: float, kept: dict[str, list[float]]) -> None:
         readings = self._readings
         found = {"total_ms": [total], "step_ms": [ns / 1e6 for ns in readings.steps], "host_ms": [total - readings.inside / 1e6]}
         tokenise = self.last.timings_ms.get("tokenise", readings.tokenise / 1e6)
@@ -101,7 +109,15 @@ class _Sampler:
         if self._request.batch > 1:
             found["picture_ms"] = [total / self._request.batch]
         for name, values in found.items():
-            self.samples.setdefault(name, []).extend(values)
+            kept.setdefault(name, []).extend(values)
+
+    def counted(self) -> tuple[dict[str, list[float]], list[str]]:
+        """The samples, without those of pictures that were made while the machine throttled, and what to say about it."""
+        if not self.dropped:
+            return self.samples, []
+        if not self.samples:
+            return self.throttled, [f"the machine throttled in every picture of a process ({self.dropped}): none was dropped"]
+        return self.samples, [f"{self.dropped} pictures of a process dropped: the machine throttled while they were made"]
 
 
 def measure(request: Request) -> dict[str, Any]:
@@ -135,6 +151,7 @@ def _sustained(request: Request, pipe: Pipeline, readings: Readings, sampler: _S
     """Everything after the first picture. Imports of its own start here."""
     from sdrt.bench.fidelity import check_references, picture_record
     from sdrt.bench.scenarios import repeat, warm_up
+    from sdrt.bench.throttle import Watch, gpu_state
 
     if request.layers:
         from sdrt.bench.layers import check_backend
@@ -151,15 +168,20 @@ def _sustained(request: Request, pipe: Pipeline, readings: Readings, sampler: _S
     server: dict[str, Any] | None = None
     warm = warm_up(sampler.picture, limit_s=request.warm_up_s, now=time.monotonic)
     sampler.points.clear()
+    gpu = gpu_state(pipe._engine, request.device)
+    watch = sampler.watch = Watch(gpu)
+    machine: dict[str, Any] = {"told": watch.told, "before": watch.now(), "gpu": gpu.identity() if gpu is not None else None}
     if request.scenario == "server":
         server = _serve(request, sampler)
     else:
         for _ in repeat(request.pictures, limit_s=request.limit_s, now=time.monotonic):
             sampler.picture(keep=True)
+    machine |= {"after": watch.now(), "dropped": sampler.dropped}
     for _ in repeat(_FIT_PICTURES, limit_s=request.limit_s / 4, now=time.monotonic):
         for share in _FIT_SHARES:
             sampler.picture(steps=max(1, round(request.steps * share)))
-    samples |= sampler.samples
+    kept, throttled = sampler.counted()
+    samples |= kept
     if (peak := _peak_rss_bytes()) is not None:
         samples["peak_rss_bytes"] = [float(peak)]
     if (device := _device_bytes(sampler.last.engine)) is not None:
@@ -175,7 +197,8 @@ def _sustained(request: Request, pipe: Pipeline, readings: Readings, sampler: _S
         "parameters": sampler.last.parameters,
         "fit": sampler.points,
         "warm_up": asdict(warm),
-        "warnings": skipped + ([] if warm.stable else [f"warm-up: pictures still varied by more than 2 % after {warm.seconds:.0f} s"]),
+        "machine": machine,
+        "warnings": skipped + throttled + ([] if warm.stable else [f"warm-up: pictures still varied by more than 2 % after {warm.seconds:.0f} s"]),
         "fidelity": {"ok": not problems and not wrong, "checks": checks, "problems": problems + wrong, "picture": record},
     }
     if server is not None:
@@ -265,4 +288,4 @@ def serve() -> None:
         answer = measure(request)
     except SdrtError as error:
         answer = {"error": {"kind": type(error).__name__, "message": error.message, "fix": error.fix}}
-    Path(sys.argv[2]).write_text(json.dumps(answer), encoding="utf-8")
+    Path(sys.argv[2]).write_text(json.dumps(answer | {"understood": sorted(known)}), encoding="utf-8")

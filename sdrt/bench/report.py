@@ -1,65 +1,112 @@
-"""The HTML report: one file that needs nothing else, with plots as SVG inside it. Matplotlib draws them; it is imported here only."""
+"""The HTML report: one file that needs nothing else, with plots as SVG inside it."""
 
 from __future__ import annotations
 
 import html
-import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-from matplotlib import rc_context
-from matplotlib.figure import Figure
-
-from sdrt.bench.compare import Comparison, fidelity_problems
+from sdrt.bench import plots
+from sdrt.bench.compare import UP, Comparison, fidelity_problems
 from sdrt.bench.formats import interval, median, number, share, word
 from sdrt.bench.history import Trend
 from sdrt.bench.metrics import METRICS
 from sdrt.bench.result import ran
+from sdrt.bench.statistics import AMBIGUOUS, FASTER, SLOWER
 from sdrt.errors import printable
 
 _STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #1b1f24; background: #fff; }
-h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
-table { border-collapse: collapse; width: 100%; font-size: 0.88rem; } th, td { padding: 0.25rem 0.6rem; border-bottom: 1px solid #d8dee4; text-align: left; }
-td.n { text-align: right; font-variant-numeric: tabular-nums; } th.n { text-align: right; }
-svg { max-width: 100%; height: auto; } .bad { color: #b3261e; font-weight: 600; } .good { color: #1a7f37; font-weight: 600; } .unsure { color: #9a6700; font-weight: 600; } .note { color: #57606a; }
+body { font: 15px/1.5 system-ui, -apple-system, "Segoe UI", sans-serif; max-width: 60rem; margin: 2.5rem auto; padding: 0 1.2rem; color: #1b1f24; background: #fff; }
+h1 { font-size: 1.7rem; line-height: 1.2; margin: 0; } h2 { font-size: 1.2rem; margin: 2.2rem 0 0.6rem; } h3 { font-size: 1rem; margin: 1.4rem 0 0.3rem; }
+.subtitle { color: #57606a; margin: 0.3rem 0 1.2rem; }
+.verdict { padding: 0.7rem 1rem; border-left: 5px solid; border-radius: 4px; font-weight: 600; }
+.verdict.bad { background: #fff0ee; border-color: #b3261e; } .verdict.good { background: #edf9f0; border-color: #1a7f37; }
+.verdict.unsure { background: #fff8e5; border-color: #9a6700; }
+.bad { color: #b3261e; } .good { color: #1a7f37; } .unsure { color: #9a6700; } .plain { color: #57606a; }
+td.bad, td.good { font-weight: 600; }
+.notes { color: #57606a; font-size: 0.9rem; } .notes p { margin: 0.8rem 0 0; } .notes ul { margin: 0.1rem 0 0.8rem; padding-left: 1.3rem; }
+.cards { display: flex; flex-wrap: wrap; gap: 0.8rem; margin: 1.2rem 0; }
+.cards div { flex: 1 1 8.6rem; border: 1px solid #d8dee4; border-radius: 8px; padding: 0.6rem 0.9rem; }
+.cards small { display: block; color: #57606a; font-size: 0.8rem; } .cards b { font-size: 1.35rem; }
+table { border-collapse: collapse; width: 100%; font-size: 0.87rem; margin: 0.6rem 0; }
+th, td { padding: 0.28rem 0.6rem; border-bottom: 1px solid #eaeef2; text-align: left; vertical-align: top; } th { border-bottom: 2px solid #d8dee4; }
+td:first-child { white-space: nowrap; } .n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+svg { display: block; width: 100%; height: auto; } summary { font-size: 1.2rem; font-weight: 700; margin-top: 2rem; cursor: pointer; }
+@media print { body { margin: 0; max-width: none; } svg, tr, .cards div { break-inside: avoid; } }
 """
-_COLOURS = ("#1f6feb", "#d1570c", "#1a7f37", "#8250df", "#9a6700", "#57606a")
-_WIDTH_IN = 8.6
+_CARDS = (
+    ("total_ms", "one picture"), ("picture_ms", "a picture of the batch"), ("latency_ms", "arrival to pixels"), ("step_gpu_ms", "a model call, GPU"), ("step_ms", "a model call"),
+    ("load_ms", "loading"), ("cold_ms", "cold start"), ("peak_rss_bytes", "peak memory"), ("device_bytes", "GPU memory"),
+)  # fmt: skip
 
 
 def result_html(document: Mapping[str, Any], history: Sequence[Trend] = ()) -> str:
-    """One run: its table, per-step times, distributions, the trend of earlier runs and the profile, as far as each is there."""
+    """One run: its numbers, where a picture's time goes, per-step times, distributions, the trend of earlier runs and the profile, as far as each is there."""
     problems = fidelity_problems(document)
-    verdict = _verdict("FAILED: " + "; ".join(problems), "bad") if problems else _verdict("fidelity ok", "good")
-    parts = [verdict, _paragraph(ran(document)), _notes(document["warnings"]), _stats_table(document)]
-    if steps := _per_step(document):
-        parts += ["<h2>Time per model call</h2>", steps]
-    parts += ["<h2>Distribution over processes</h2>", _distributions({"": document})]
-    if document.get("fit"):
-        fit = document["fit"]
-        parts.append(_paragraph(f"time = {fit['fixed_ms']:.2f} ms + model calls x {fit['per_call_ms']:.3f} ms (largest deviation {fit['residual_ms']:.2f} ms)"))
+    right = "The pictures are right: fixed-seed latents and pixels agree with the bundle's references."
+    stats = document["stats"]
+    cards = [(label, number(stats[name]["p50"], METRICS[name].unit), _beside(stats[name], METRICS[name].unit)) for name, label in _CARDS if name in stats]
+    fit = document.get("fit")
+    parts = [
+        _verdict("FAILED: " + "; ".join(problems), "bad") if problems else _verdict(right, "good"),
+        _cards(cards),
+        _notes(document["warnings"]),
+        _section(
+            "Where a picture's time goes", plots.parts_of_a_picture(document),
+            _paragraph(f"Fitted over several numbers of steps: {fit['fixed_ms']:.2f} ms + model calls x {fit['per_call_ms']:.3f} ms (largest deviation {fit['residual_ms']:.2f} ms).") if fit else "",
+        ),
+        _section("Time per model call", plots.per_step(document)),
+        _section("Every sample, by process", plots.distributions({"": document})),
+        "<h2>All timings and sizes</h2>", _stats_table(document),
+        "<h2>Counters</h2>", _table(("counter", "per picture, or in all"), [(name, f"{value:,}") for name, value in document["counters"].items()], numbers=(1,)),
+    ]  # fmt: skip
     if history:
         parts += ["<h2>Trend</h2>", *_trend_plots(history)]
     if document.get("layers"):
         parts += _layers(document["layers"])
-    return _page(f"sdrt bench: {document['bundle'].get('name', '')}", [*parts, *_environment(document)])
+    name = document["bundle"].get("name", "")
+    return _page(f"Latency of {name}" if name else "Latency", _subtitle(document), [*parts, _environment(document)])
 
 
 def comparison_html(comparison: Comparison) -> str:
     """Two runs side by side."""
-    kind = "bad" if comparison.failures else "unsure" if comparison.undecided else "good"
-    parts = [_verdict(comparison.headline, kind), _paragraph(comparison.ran), _notes(comparison.notes)]
+    kind = "bad" if comparison.failures else "unsure" if comparison.undecided or comparison.different else "good"
     rows = [(row.name, number(row.base, row.unit), number(row.new, row.unit), interval(row), word(row, comparison.interleaved)) for row in comparison.rows]
-    parts.append(_table(("metric", "base", "new", "new / base [95 % interval]", "verdict"), rows, numbers=(1, 2)))
-    parts += ["<h2>Distribution over processes</h2>", _distributions({"base": comparison.base, "new": comparison.new})]
-    return _page("sdrt bench: base and new", [*parts, *_environment(comparison.new)])
+    words = {SLOWER: "bad", UP: "bad", FASTER: "good", AMBIGUOUS: "unsure"}
+    kinds = ["bad" if row.failed else words.get(row.verdict, "plain") if row.gated else "plain" for row in comparison.rows]
+    parts = [
+        _verdict(comparison.headline, kind), _notes(comparison.notes),
+        _section("Ratios with their 95 % intervals", plots.ratios(comparison.rows), _paragraph("Shaded: the margin of what is gated. Grey: only reported.")),
+        "<h2>All metrics</h2>", _table(("metric", "base", "new", "new / base [95 % interval]", "verdict"), rows, numbers=(1, 2, 3), kinds=kinds),
+        _section("Every sample, by process", plots.distributions({"base": comparison.base, "new": comparison.new})),
+    ]  # fmt: skip
+    old, new = (side["bundle"].get("name") or "" for side in (comparison.base, comparison.new))
+    title = f"Latency of {new}, base and new" if old == new else f"Latency of {new} beside {old}"
+    return _page(title, _subtitle(comparison.new), [*parts, _environment(comparison.new)])
 
 
 def trend_html(trends: Sequence[Trend]) -> str:
     """All runs of a history."""
-    return _page("sdrt bench: trend", _trend_plots(trends))
+    outside = list(dict.fromkeys(trend.name for trend in trends if trend.outside))
+    judged = any(trend.limit is not None for trend in trends)
+    verdict = _verdict(f"Beyond the fence: {', '.join(outside)}", "bad") if outside else _verdict("The newest runs lie within their fences.", "good")
+    too_few = _verdict("No fence yet: ten earlier runs of one kind are needed.", "unsure")
+    return _page(
+        "Latency over time", f"{max((len(trend.values) for trend in trends), default=0)} runs", [verdict if judged else too_few, *_trend_plots(trends)]
+    )
+
+
+def _subtitle(document: Mapping[str, Any]) -> str:
+    tool, cpu = document["tool"], document["env"].get("gpu") or document["env"].get("cpu")
+    made = f"sdrt {tool.get('sdrt')}" + (f" ({tool['git'][:9]})" if tool.get("git") else "")
+    return "; ".join(filter(None, (ran(document), str(cpu or ""), document["time"].replace("T", " ").partition("+")[0] + " UTC", made)))
+
+
+def _beside(stats: Mapping[str, Any], unit: str) -> str:
+    if stats["ci95"] is None:
+        return f"median, n={stats['n']}"
+    low, high = (number(value, unit) for value in stats["ci95"])
+    return f"{low} to {high}, n={stats['n']}"
 
 
 def _stats_table(document: Mapping[str, Any]) -> str:
@@ -67,70 +114,22 @@ def _stats_table(document: Mapping[str, Any]) -> str:
     for name, stats in document["stats"].items():
         known = METRICS.get(name)
         unit = known.unit if known else ""
-        rows.append((name, median(stats, unit), number(stats["p90"], unit), number(stats["p99"], unit), str(stats["n"]), known.meaning if known else ""))
-    rows += [(name, f"{value:,}", "", "", "", "counter") for name, value in document["counters"].items()]
-    return _table(("metric", "median [95 % interval]", "p90", "p99", "n", "what it is"), rows, numbers=(2, 3, 4))
-
-
-def _per_step(document: Mapping[str, Any]) -> str:
-    calls, samples = document["counters"].get("model_calls"), document["samples"].get("step_ms")
-    if not calls or not samples:
-        return ""
-    rows = [np.reshape(values, (-1, calls)) for values in samples if values and len(values) % calls == 0]
-    if not rows:
-        return ""
-    table = np.concatenate(rows)
-    figure, axes = _axes(2.8)
-    x = np.arange(1, calls + 1)
-    low, middle, high = np.percentile(table, [10, 50, 90], axis=0)
-    axes.fill_between(x, low, high, color=_COLOURS[0], alpha=0.2, linewidth=0, label="10 to 90 %")
-    axes.plot(x, middle, color=_COLOURS[0], marker="o", markersize=3, label=f"median of {len(table)} pictures")
-    axes.set(xlabel="model call", ylabel="ms", ylim=(0, 1.2 * float(high.max()) or 1.0))
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.legend(frameon=False, ncols=2)
-    return _svg(figure)
-
-
-def _distributions(documents: Mapping[str, Mapping[str, Any]]) -> str:
-    """Every sample of the main timings, a column of dots per process, with its median."""
-    shown = [name for name in ("total_ms", "step_ms", "decode_ms", "latency_ms") if any(name in document["samples"] for document in documents.values())]
-    figure = Figure(figsize=(_WIDTH_IN, 2.7 * max(1, len(shown))), layout="constrained")
-    for index, name in enumerate(shown):
-        axes = figure.add_subplot(max(1, len(shown)), 1, index + 1)
-        for side, (label, document) in enumerate(documents.items()):
-            random = np.random.default_rng(0)
-            for process, values in enumerate(document["samples"].get(name, [])):
-                place = process + 1 + (side - (len(documents) - 1) / 2) * 0.3
-                axes.scatter(place + random.uniform(-0.08, 0.08, len(values)), values, s=16, alpha=0.5, color=_COLOURS[side], linewidths=0)
-                if values:
-                    bar = label if process == 0 else ""
-                    axes.hlines(float(np.median(values)), place - 0.14, place + 0.14, color=_COLOURS[side], linewidth=2, label=bar)
-        axes.set(ylabel=name, xlabel="process" if index == len(shown) - 1 else "")
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.xaxis.get_major_locator().set_params(integer=True)  # type: ignore[call-arg]
-        if len(documents) > 1:
-            axes.legend(frameon=False)
-    return _svg(figure)
+        n = f"{stats['n']} in {stats['processes']}"
+        rows.append((name, median(stats, unit), number(stats["p90"], unit), number(stats["p99"], unit), n, known.meaning if known else ""))
+    return _table(("metric", "median [95 % interval]", "p90", "p99", "n in processes", "what it is"), rows, numbers=(1, 2, 3, 4))
 
 
 def _trend_plots(trends: Sequence[Trend]) -> list[str]:
     parts = []
     for label in dict.fromkeys(trend.ran for trend in trends):
-        group = [trend for trend in trends if trend.ran == label and trend.name in (*METRICS, "engine_bytes", "bundle_bytes")]
-        parts.append(_paragraph(label))
-        for trend in group:
-            figure, axes = _axes(2.0)
-            x = np.arange(1, len(trend.values) + 1)
-            axes.plot(x, trend.values, color=_COLOURS[0], marker="o", markersize=4)
-            if trend.limit is not None:
-                axes.axhline(trend.limit, color=_COLOURS[1], linestyle="--", linewidth=1, label="Q3 + 3 IQR of the runs before")
-                axes.legend(frameon=False)
-            if trend.outside:
-                axes.plot(x[-1:], trend.values[-1:], color=_COLOURS[1], marker="o", markersize=8)
-            top = 1.2 * max(*trend.values, trend.limit or 0.0, 0.0) or 1.0
-            axes.set(ylabel=trend.name, xlabel=f"run, {trend.times[0][:10]} to {trend.times[-1][:10]}", xlim=(0.5, len(trend.values) + 0.5), ylim=(0, top))
-            axes.xaxis.get_major_locator().set_params(integer=True)
-            parts.append(_svg(figure))
+        group = [found for found in trends if found.ran == label and found.name in (*METRICS, "engine_bytes", "bundle_bytes")]
+        first = [
+            found for found in group if found.outside or found.name not in METRICS or METRICS[found.name].gated or found.name in ("cold_ms", "peak_rss_bytes")
+        ]
+        rest = [found for found in group if found not in first]
+        parts += [f"<h3>{_escape(label)}</h3>", *map(plots.trend, first)]
+        if rest:
+            parts.append(f"<details><summary>{len(rest)} more</summary>{''.join(map(plots.trend, rest))}</details>")
     return parts
 
 
@@ -156,12 +155,7 @@ def _layers(layers: Mapping[str, Any]) -> list[str]:
     head = ("graph", "ms", "profiled ms", "kernels", "GFLOP", "MB", "FLOP/byte", "GFLOP/s", "of peak", "of roofline")
     parts.append(_table(head, rows, numbers=tuple(range(1, 10))))
     for graph, found in layers["graphs"].items():
-        slowest = found["slowest"]
-        figure, axes = _axes(0.6 + 0.24 * len(slowest))
-        axes.barh([f"{one['op']}  {printable(one['name'])[:46]}" for one in slowest], [one["ms"] for one in slowest], color=_COLOURS[0])
-        axes.invert_yaxis()
-        axes.set(xlabel="ms")
-        parts += [f"<h2>{html.escape(graph)}: slowest operators</h2>", _svg(figure)]
+        parts += [f"<h3>{html.escape(graph)}: slowest operators</h3>", plots.slowest(found["slowest"])]
     return parts
 
 
@@ -169,29 +163,14 @@ def _scaled(value: float | None, unit: float, digits: int) -> str:
     return "–" if value is None else f"{value / unit:,.{digits}f}"
 
 
-def _environment(document: Mapping[str, Any]) -> list[str]:
+def _environment(document: Mapping[str, Any]) -> str:
     fields = [*document["env"].items(), *((f"engine {name}", value) for name, value in document["engine"].items())]
-    return ["<h2>Machine and engine</h2>", _table(("", ""), [(name, str(value)) for name, value in fields if value is not None])]
-
-
-def _axes(height: float) -> tuple[Figure, Any]:
-    figure = Figure(figsize=(_WIDTH_IN, height), layout="constrained")
-    axes = figure.add_subplot()
-    axes.spines[["top", "right"]].set_visible(False)
-    return figure, axes
-
-
-def _svg(figure: Figure) -> str:
-    """The figure as an SVG element. Equal figures are equal text: no date, and names from a fixed salt."""
-    with rc_context({"svg.hashsalt": "sdrt", "svg.fonttype": "none", "font.family": "sans-serif"}):
-        stream = io.StringIO()
-        figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None})
-    text = stream.getvalue()
-    return text[text.index("<svg") :]
+    table = _table(("", ""), [(name, str(value)) for name, value in fields if value is not None])
+    return f"<details open><summary>Machine and engine</summary>{table}</details>"
 
 
 def _verdict(text: str, kind: str) -> str:
-    return f'<p class="{kind}">{_escape(text)}</p>'
+    return f'<p class="verdict {kind}">{_escape(text)}</p>'
 
 
 def _paragraph(text: str) -> str:
@@ -199,22 +178,40 @@ def _paragraph(text: str) -> str:
 
 
 def _notes(notes: Sequence[str]) -> str:
-    return "".join(f'<p class="note">{_escape(str(note))}</p>' for note in notes)
+    items = "".join(f"<li>{_escape(str(note))}</li>" for note in notes)
+    return f'<div class="notes"><p>To be read with it:</p><ul>{items}</ul></div>' if items else ""
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[int] = ()) -> str:
-    def cells(tag: str, values: Sequence[str]) -> str:
-        right = dict.fromkeys(numbers, ' class="n"')
-        return "".join(f"<{tag}{right.get(index, '')}>{_escape(value)}</{tag}>" for index, value in enumerate(values))
+def _cards(cards: Sequence[tuple[str, str, str]]) -> str:
+    """The numbers that matter most: label, value, and its interval or what it is."""
+    boxes = "".join(f"<div><small>{_escape(label)}</small><b>{_escape(value)}</b><small>{_escape(beside)}</small></div>" for label, value, beside in cards)
+    return f'<div class="cards">{boxes}</div>' if boxes else ""
 
-    body = "".join(f"<tr>{cells('td', row)}</tr>" for row in rows)
+
+def _section(title: str, plot: str | None, below: str = "") -> str:
+    return f"<h2>{_escape(title)}</h2>{plot}{below}" if plot else ""
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[int] = (), kinds: Sequence[str] = ()) -> str:
+    """`kinds` are classes of the last cell of each row."""
+
+    def cells(tag: str, values: Sequence[str], kind: str = "") -> str:
+        named = dict.fromkeys(numbers, "n") | ({len(values) - 1: kind} if kind else {})
+        return "".join(f"<{tag}{_class(named.get(index, ''))}>{_escape(value)}</{tag}>" for index, value in enumerate(values))
+
+    body = "".join(f"<tr>{cells('td', row, kinds[index] if kinds else '')}</tr>" for index, row in enumerate(rows))
     return f"<table><thead><tr>{cells('th', head)}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def _class(name: str) -> str:
+    return f' class="{name}"' if name else ""
 
 
 def _escape(text: str) -> str:
     return html.escape(printable(text))
 
 
-def _page(title: str, parts: Sequence[str]) -> str:
+def _page(title: str, subtitle: str, parts: Sequence[str]) -> str:
     head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{_escape(title)}</title><style>{_STYLE}</style>'
-    return f'<!doctype html>\n<html lang="en"><head>{head}</head><body><h1>{_escape(title)}</h1>\n{chr(10).join(filter(None, parts))}\n</body></html>\n'
+    top = f"<h1>{_escape(title)}</h1><p class='subtitle'>{_escape(subtitle)}</p>"
+    return f'<!doctype html>\n<html lang="en"><head>{head}</head><body>{top}\n{chr(10).join(filter(None, parts))}\n</body></html>\n'

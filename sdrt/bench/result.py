@@ -74,7 +74,13 @@ def assemble(children: Sequence[Mapping[str, Any]], identity: Mapping[str, Any],
         "counters": counters,
         "fit": asdict(fit) if fit is not None else None,
         "fidelity": merged_fidelity([child["fidelity"] for child in children]),
-        "noise": {"metric": "total_ms", "detectable": detectable(total) if total else None, "warm_up": [child.get("warm_up") for child in children]},
+        "noise": {
+            "metric": "total_ms",
+            "detectable": detectable(total) if total else None,
+            "warm_up": [child.get("warm_up") for child in children],
+            "throttled_pictures": sum(child.get("machine", {}).get("dropped", 0) for child in children),
+            "machine": [child.get("machine") for child in children],
+        },
         "warnings": notes,
     }
     servers = [child["server"] for child in children if child.get("server")]

@@ -4,75 +4,27 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import signal
-import subprocess
-import sys
-import tempfile
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
-from sdrt import __version__, errors
+from sdrt import __version__
+from sdrt.bench.child import in_fresh_process
 from sdrt.bench.compare import Comparison, compare
 from sdrt.bench.environment import environment, git_revision, load
 from sdrt.bench.measure import Request
 from sdrt.bench.metrics import Gates
 from sdrt.bench.result import Document, assemble
 from sdrt.bundle import WEIGHTS, Bundle
-from sdrt.errors import MachineError, ResourceError, printable
 
 Measure = Callable[[Request], Mapping[str, Any]]
 """Measures one bundle in one process and returns what the process answered."""
 Progress = Callable[[str], None]
 _MORE_PAIRS = 9
 """At most this many times the pairs asked for are added to settle an ambiguous metric."""
-_COMMAND = "from sdrt.bench.measure import serve; serve()"
-_STDERR_BYTES = 1 << 14
-
-
-def in_fresh_process(request: Request) -> dict[str, Any]:
-    """Measure in a process of its own.
-
-    Raises:
-        SdrtError: what the process raised.
-        ResourceError: it was killed by the system.
-        MachineError: it died otherwise.
-    """
-    variables = dict(os.environ)
-    if request.python is None:  # where we found our modules; another interpreter has its own
-        variables["PYTHONPATH"] = os.pathsep.join(map(os.path.abspath, filter(None, sys.path)))
-    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile() as noise:
-        asked, answered = Path(folder) / "request.json", Path(folder) / "answer.json"
-        asked.write_text(json.dumps(asdict(replace(request, spawned_ns=time.monotonic_ns()))), encoding="utf-8")
-        command = [request.python or sys.executable, "-P", "-c", _COMMAND, str(asked), str(answered)]
-        with subprocess.Popen(command, env=variables, stdin=subprocess.DEVNULL, stdout=noise, stderr=noise) as child:
-            try:
-                code = child.wait()
-            except BaseException:
-                child.kill()
-                raise
-        if code:
-            noise.seek(max(0, noise.seek(0, os.SEEK_END) - _STDERR_BYTES))
-            lines = [line for line in noise.read().decode(errors="replace").splitlines() if line.strip()]
-            raise _death(request.bundle, code, lines)
-        answer: dict[str, Any] = json.loads(answered.read_bytes())
-    if "error" in answer:
-        error = answer["error"]
-        raise getattr(errors, error["kind"], MachineError)(error["message"], error["fix"])
-    return answer
-
-
-def _death(bundle: str, code: int, lines: Sequence[str]) -> errors.SdrtError:
-    if code == -getattr(signal, "SIGKILL", 9):
-        return ResourceError(f"{bundle}: the measuring process was killed by the system, most likely out of memory", "Lower --size or --batch, or free memory.")
-    how = f"died of signal {-code}" if code < 0 else f"ended with exit code {code}"
-    said = f": {printable(lines[-1])[:300]}" if lines else ""
-    return MachineError(f"{bundle}: the measuring process {how}{said}", "Run: sdrt verify BUNDLE, then sdrt generate BUNDLE with the same settings.")
 
 
 def run(bundle: Bundle, request: Request, processes: int, progress: Progress, measure: Measure = in_fresh_process) -> Document:
@@ -146,6 +98,7 @@ def document_of(bundle: Bundle, request: Request, answers: Sequence[Mapping[str,
         "load_before": before["load_1min"],
         "load_after": after["load_1min"],
     }
+    env |= _gpu_environment(answers[0].get("machine", {}).get("gpu") or {})
     env["steal_s"] = None if before["steal_s"] is None or after["steal_s"] is None else round(after["steal_s"] - before["steal_s"], 3)
     identity = {
         "id": uuid.uuid4().hex,
@@ -165,6 +118,13 @@ def document_of(bundle: Bundle, request: Request, answers: Sequence[Mapping[str,
     return document
 
 
+def _gpu_environment(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """What NVML told of the GPU. Results are compared by the driver's major version, `gpu_driver`."""
+    driver = identity.get("driver")
+    found = {f"gpu_{name}": value for name, value in identity.items() if name != "driver"}
+    return found | ({"gpu_driver": driver.partition(".")[0], "gpu_driver_version": driver} if driver else {})
+
+
 def _busy(env: Mapping[str, Any]) -> list[str]:
     cores = env["affinity"] or env["cores"] or 1
     found = []
@@ -172,6 +132,8 @@ def _busy(env: Mapping[str, Any]) -> list[str]:
         found.append(f"the machine was busy before the run: load {env['load_before']:.1f} on {cores} cores; prefer `sdrt bench ab`, which interleaves")
     if env["steal_s"] and env["steal_s"] > 1:
         found.append(f"other guests of this machine took {env['steal_s']:.1f} s of processor time during the run")
+    if (others := (env.get("gpu_processes") or 1) - 1) > 0:
+        found.append(f"{others} other programs had the GPU open")
     return found
 
 

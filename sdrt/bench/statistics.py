@@ -30,7 +30,7 @@ _EXACT = 60
 """Pairs, or processes of both sides, up to which ranks are counted exactly; beyond, their sum is taken as normal."""
 _FIT_POINTS = 500
 _Z95, _Z90, _Z80 = 1.959964, 1.281552, 0.841621
-_SEEN = _Z95 + _Z80
+SEEN = _Z95 + _Z80
 """A change of this many standard errors is told from none in four cases of five."""
 _SETTLED = _Z95 + _Z90
 """With this many standard errors of room to either side, the 95 % interval stays inside in four cases of five."""
@@ -216,7 +216,7 @@ def judge(estimates: Mapping[str, Estimate], margins: Mapping[str, float]) -> di
 
 def _verdict(estimate: Estimate, margin: float, significant: bool, metrics: int) -> Verdict:
     bound = 1 + margin
-    visible = math.expm1(min(_SEEN * estimate.error, 100.0)) if estimate.n > 1 else math.nan
+    visible = math.expm1(min(SEEN * estimate.error, 100.0)) if estimate.n > 1 else math.nan
     if estimate.enough:
         if estimate.ratio >= bound and estimate.low > 1 and significant:
             return Verdict(SLOWER, None, visible)
@@ -275,7 +275,7 @@ def detectable(processes: Sequence[Sequence[float]]) -> float | None:
     if len(medians) < 2:
         return None
     low, high = np.percentile(bootstrap_medians(np.log(medians)), [2.5, 97.5])
-    return math.expm1(min(_SEEN * math.sqrt(2) * float(high - low) / (2 * _Z95), 100.0))
+    return math.expm1(min(SEEN * math.sqrt(2) * float(high - low) / (2 * _Z95), 100.0))
 
 
 def fence(history: Sequence[float]) -> float | None:
