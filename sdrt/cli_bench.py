@@ -13,6 +13,7 @@ import typer
 
 from sdrt.cli_bench_tables import print_comparison, print_result, print_trends
 from sdrt.cli_output import Json, print_json
+from sdrt.document import read_document
 from sdrt.errors import InconclusiveError, InputFileError, UsageError, nearest, printable
 
 if TYPE_CHECKING:
@@ -258,14 +259,9 @@ def _prompts(path: Path | None) -> tuple[str, ...]:
     if path is None:
         return ()
     try:
-        with path.open("rb") as stream:
-            data = stream.read(_PROMPTS_BYTES + 1)
-    except OSError as error:
+        text = read_document(path, _PROMPTS_BYTES, "--prompts takes a text file, one prompt a line.").data.decode()
+    except FileNotFoundError as error:
         raise InputFileError(f"{path}: cannot be read: {error.strerror}", "--prompts takes a text file, one prompt a line.") from error
-    if len(data) > _PROMPTS_BYTES:
-        raise InputFileError(f"{path}: more than the limit of {_PROMPTS_BYTES:,} bytes", "Measure with fewer prompts.")
-    try:
-        text = data.decode()
     except UnicodeDecodeError as error:
         raise InputFileError(f"{path}: not UTF-8 at byte {error.start}", "--prompts takes a text file, one prompt a line.") from error
     prompts = tuple(line.strip() for line in text.splitlines() if line.strip())

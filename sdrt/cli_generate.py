@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import fields
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from sdrt.cli_output import BundleArgument, Json, print_json, progress_bar, size_option
-from sdrt.errors import UsageError, printable
+from sdrt.document import read_document
+from sdrt.errors import InputFileError, UsageError, printable
 
 if TYPE_CHECKING:
     from sdrt.runtime.contact_sheet import Frame
@@ -122,15 +124,17 @@ def _check_pictures(paths: Sequence[Path], force: bool) -> None:
     """Fail before the work, not after it, if a picture could not be written or would replace a file that is not ours."""
     from PIL import Image
 
+    from sdrt.runtime.images import MAX_FILE_BYTES
+
     for path in paths:
         if not path.absolute().parent.is_dir():
             raise UsageError(f"--output {path}: its folder does not exist", "Create the folder first.")
-        if force or not os.path.exists(path):  # Path.exists raises for a name too long for the file system
+        if force or not os.path.lexists(path):
             continue
         try:
-            with Image.open(path, formats=["PNG"]) as image:
+            with Image.open(BytesIO(read_document(path, MAX_FILE_BYTES).data), formats=["PNG"]) as image:
                 ours = "sdrt" in image.info
-        except (OSError, SyntaxError, ValueError):
+        except (OSError, SyntaxError, ValueError, InputFileError):
             ours = False
         if not ours:
             raise UsageError(f"--output {path}: exists and is not a picture sdrt made", "Choose another name, or pass --force.")

@@ -20,7 +20,7 @@ from typing import Any
 
 from sdrt.bundle import ENGINES, GRAPHS, REGISTERS, WEIGHTS, Bundle, Manifest
 from sdrt.errors import BundleError, MachineError, UsageError, printable
-from sdrt.publish import check_space, new_folder, remove_folder, staged_folder, sweep_stages, write_file
+from sdrt.publish import check_space, new_folder, no_room, remove_folder, staged_folder, sweep_stages, write_file
 
 FORMAT = 1
 RECORD = "engine.json"
@@ -136,6 +136,8 @@ def write_engine(bundle: Bundle, record: EngineRecord, plans: Mapping[str, bytes
         with suppress(FileExistsError):
             new_folder(root)
     except OSError as error:
+        if (full := no_room(root, error)) is not None:
+            raise full from error
         raise UsageError(f"{root}: cannot write there: {error.strerror}", "Compile a copy of the bundle in a folder that is writable.") from error
     with staged_folder(target, replace=True) as stage:
         for graph, plan in plans.items():

@@ -99,7 +99,7 @@ def new_file(path: Path, size_bytes: int = 0) -> Iterator[BinaryIO]:
     raw = (io.FileIO if faults.armed is None else _FaultyFile)(path, "wb")
     with io.BufferedWriter(raw, _BUFFER_BYTES) as stream:
         if size_bytes and sys.platform == "linux":
-            with _unsupported_is_fine():
+            with _unsupported_is_fine(f"{path.name} needs {size_bytes:,} bytes"):
                 os.posix_fallocate(raw.fileno(), 0, size_bytes)
         yield cast(BinaryIO, stream)
 
@@ -133,6 +133,14 @@ def check_space(folder: Path, needed_bytes: int, what: str, fix: str = "Free som
     free = shutil.disk_usage(folder).free
     if free < needed_bytes:
         raise ResourceError(f"{folder}: {what} needs about {needed_bytes:,} bytes, {free:,} are free there", fix)
+
+
+def no_room(target: Path, error: OSError) -> ResourceError | None:
+    """What to say of an operating-system error at `target` if it means a full or failing disk, or too many open files; else None."""
+    if error.errno not in _FULL:
+        return None
+    free = shutil.disk_usage(target.parent).free if target.parent.exists() else 0
+    return ResourceError(f"{target}: {error.strerror}, {free:,} bytes free there", "Free some space there, or write somewhere else.")
 
 
 def stage_name(target: Path) -> Path:
@@ -177,21 +185,20 @@ def _reported(target: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in _FULL:
-            free = shutil.disk_usage(target.parent).free if target.parent.exists() else 0
-            raise ResourceError(f"{target}: {error.strerror}, {free:,} bytes free there", "Free some space there, or write somewhere else.") from error
+        if (full := no_room(target, error)) is not None:
+            raise full from error
         if error.errno in (errno.ENOENT, errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG):
             raise UsageError(f"{target}: cannot write there: {error.strerror}", "Choose another --output; its folder must exist and be writable.") from error
         raise
 
 
 @contextmanager
-def _unsupported_is_fine() -> Iterator[None]:
+def _unsupported_is_fine(needed: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
         if error.errno in _FULL:
-            raise
+            raise OSError(error.errno, f"{os.strerror(error.errno)}: {needed}") from error
 
 
 def _flush(path: Path) -> None:
@@ -303,7 +310,10 @@ def _abandoned(stage: Path, pid: int) -> bool:
     """Whether nobody works in a stage: its process is gone and so is its lock. After a day the lock alone tells: numbers of processes come again."""
     if sys.platform == "win32" or not stage.is_dir():
         return not _alive(pid)
-    descriptor = os.open(stage, os.O_RDONLY)
+    try:
+        descriptor = os.open(stage, os.O_RDONLY)
+    except OSError:  # somebody else's, or swept by another process just now
+        return False
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

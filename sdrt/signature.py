@@ -11,13 +11,13 @@ import binascii
 import hashlib
 import json
 import os
-import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from sdrt.bundle import MANIFEST, MAX_MANIFEST_BYTES, Bundle, check_files, open_bundle
+from sdrt.document import read_document
 from sdrt.engine_cache import RECORD, engine_folders, read_intact
 from sdrt.errors import CheckFailed, InputFileError, MachineError, UsageError, printable
 from sdrt.publish import staged_file, write_file
@@ -167,16 +167,7 @@ def _bytes(path: Path) -> bytes:
 
 
 def _read(path: Path, limit: int) -> bytes:
-    """A regular file of at most `limit` bytes; a pipe or device is refused at once."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0))
-    except (OSError, ValueError) as error:
-        raise InputFileError(f"{path}: cannot be read: {error.strerror if isinstance(error, OSError) else error}", "Check the path.") from error
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise InputFileError(f"{path}: expected a file, found a folder, pipe or device", "Check the path.")
-    with os.fdopen(descriptor, "rb") as stream:
-        data = stream.read(limit + 1)
-    if len(data) > limit:
-        raise InputFileError(f"{path}: more than the limit of {limit:,} bytes", "Check the path.")
-    return data
+        return read_document(path, limit, "Check the path.").data
+    except FileNotFoundError as error:
+        raise InputFileError(f"{path}: cannot be read: {error.strerror}", "Check the path.") from error

@@ -37,6 +37,25 @@ def blindbox_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build(BuildOptions(CHECKPOINT, (LoraOption(LORA),), output=tmp_path_factory.mktemp("blindbox") / "blindbox.sdrt")).path
 
 
+@pytest.fixture(scope="session")
+def small_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A seeded checkpoint that builds in half a second once its architecture is traced."""
+    from safetensors.torch import save_file
+    from tiny_model import SMALL, seeded
+
+    path = tmp_path_factory.mktemp("small") / "small.safetensors"
+    save_file(seeded(SMALL), path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def small_bundle(small_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What is built of it."""
+    from sdrt.export.build import BuildOptions, build
+
+    return build(BuildOptions(small_checkpoint, output=tmp_path_factory.mktemp("small") / "small.sdrt")).path
+
+
 @dataclass(frozen=True)
 class RawTensor:
     """A tensor as bytes, for files that a library would refuse to write."""

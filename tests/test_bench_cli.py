@@ -188,7 +188,11 @@ def test_prompts_of_a_file(pair: tuple[Path, Path], synthetic: Callable[..., Non
     assert bench("run", pair[0], "--output", tmp_path / "b.json").exit_code == 0
     refused(bench("compare", tmp_path / "a.json", tmp_path / "b.json"), 8, "config.prompts")
     assert bench("ab", *pair, "--prompts", file).exit_code == 0
-    for data, fragment in ((b"\n \n", "no prompt in it"), (b"\xff\xfe", "not UTF-8 at byte 0"), (b"a\n" * 600_000, "more than the limit of 1,048,576 bytes")):
+    for data, fragment in (
+        (b"\n \n", "no prompt in it"),
+        (b"\xff\xfe", "not UTF-8 at byte 0"),
+        (b"a\n" * 600_000, "1,200,000 bytes, more than the limit of 1,048,576 bytes"),
+    ):
         file.write_bytes(data)
         refused(bench("run", pair[0], "--prompts", file), 3, f"prompts.txt: {fragment}")
     refused(bench("run", pair[0], "--prompts", tmp_path / "none.txt"), 3, "none.txt: cannot be read")

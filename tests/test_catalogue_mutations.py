@@ -16,24 +16,16 @@ import pytest
 import torch
 from conftest import CHECKPOINT, LORA
 from safetensors.torch import save_file
+from tiny_model import SMALL
 
 from sdrt.bundle import open_bundle
 from sdrt.errors import SdrtError
 from sdrt.export.adapters import LoraOption, open_lora
-from sdrt.export.architecture import Architecture, ClipSpec, UNetSpec, VaeSpec
+from sdrt.export.architecture import UNetSpec
 from sdrt.export.checkpoint import open_checkpoint, select
 from sdrt.export.graph import recipes
 
 COUNTS = {"checkpoint": 2_000, "lora": 4_000, "manifest": 4_000}
-SMALL = Architecture(
-    "sd1",
-    "epsilon",
-    (64, 64),
-    ClipSpec(64, 1, 1, 256, 49408, 77),
-    UNetSpec(4, 4, (32, 64), (1, 1), (1, 0), 1, 64, False, 8, None),
-    VaeSpec((32, 32), 1, 4, 0.18215),
-)
-"""Few tensors, so that a header is quick to read."""
 HANG_S = 60
 MEMORY_BYTES = 300 << 20
 WORDS = [

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from conftest import CHECKPOINT, LORA, ROOT
+from conftest import ROOT
 from faulty_jobs import FILES, JOBS, content, names, old_bundle, state, write_bundle
 
 from sdrt import faults, publish
@@ -435,66 +435,3 @@ def test_i8_a_number_that_came_again(tmp_path: Path, age_s: int, kept: bool) -> 
     os.utime(stage, (then, then))
     write_bundle(tmp_path / "x.sdrt")
     assert stage.is_dir() == kept
-
-
-# A whole build
-
-WHOLE = """
-import json, os, sys, shutil
-from pathlib import Path
-import faulty_jobs
-from sdrt.export import build as module, graph, selfcheck
-from sdrt.export.adapters import LoraOption
-from sdrt.export.build import BuildOptions, build
-from sdrt import faults, publish
-
-root, checkpoint, lora = Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3])
-
-def check(recipe, weights, graphs, reference):
-    publish.write_file(reference, b"not checked")
-    return dict.fromkeys(graphs, 0.0)
-
-selfcheck.check = check  # most of the time of a cached build
-options = BuildOptions(checkpoint, output=root / "x.sdrt", force=True)
-loras = (LoraOption(lora),)
-
-def run(loras=()):
-    build(BuildOptions(checkpoint, loras, output=root / "x.sdrt", force=True))
-
-run(loras)
-shutil.copytree(root / "x.sdrt", root.parent / "old")
-faults.armed = fault = faults.Faults(0, "kill")
-run()
-faults.armed = None
-points = len(fault.passed)
-rows = []
-operations = [operation for operation, _ in fault.passed]
-exchange = operations.index("exchange") + 1
-for number in (points // 3, exchange, exchange + 1):
-    shutil.rmtree(root)
-    root.mkdir()
-    shutil.copytree(root.parent / "old", root / "x.sdrt")
-    status = faulty_jobs.in_child(faulty_jobs.killed(number, run))
-    after_kill = faulty_jobs.state(root / "x.sdrt")
-    faulty_jobs.in_child(run)
-    rows.append([number, operations[number - 1] if number <= points else "", status, after_kill, faulty_jobs.state(root / "x.sdrt"), faulty_jobs.names(root)])
-print(json.dumps({"old": faulty_jobs.state(root.parent / "old"), "points": points, "rows": rows}))
-"""
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="forks")
-def test_i1_kill_a_whole_build(tmp_path: Path, flat_bundle: Path) -> None:
-    """A sample of its points, those around the exchange among them: each costs two builds. The small jobs above pass through the same code at every point."""
-    (tmp_path / "out").mkdir()
-    done = run_python("-c", WHOLE, tmp_path / "out", CHECKPOINT, LORA)
-    assert done.returncode == 0, done.stderr
-    report = json.loads(done.stdout)
-    assert report["points"] > 60
-    finished = {row[4] for row in report["rows"]}
-    assert len(finished) == 1 and report["old"] not in finished
-    (new,) = finished
-    for number, operation, status, after_kill, _, beside in report["rows"]:
-        assert status == -9, (number, operation)
-        assert after_kill in (report["old"], new), (number, operation)
-        assert beside == ["x.sdrt"], (number, operation)
-    assert {row[3] for row in report["rows"]} == {report["old"], new}

@@ -314,14 +314,14 @@ def test_json_files_that_are_no_files(folder: Path) -> None:
     index = folder / "model_index.json"
     index.unlink()
     os.mkfifo(index)
-    refused(folder, "model_index.json: expected a JSON file")
+    refused(folder, "model_index.json: expected a file, found a device, pipe or socket")
     index.unlink()
     index.symlink_to("/dev/zero")
-    refused(folder, "model_index.json: expected a JSON file")
+    refused(folder, "model_index.json: expected a file, found a device, pipe or socket")
     index.unlink()
     index.write_bytes(b"")
     os.truncate(index, 17 << 20)
-    refused(folder, "at most 16,777,216 bytes, found 17,825,792")
+    refused(folder, "17,825,792 bytes, more than the limit of 16,777,216 bytes")
 
 
 @pytest.mark.parametrize("shard", ["../x.safetensors", "/etc/passwd", "a\\b", "..", "", "a/b"])

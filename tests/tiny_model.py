@@ -25,6 +25,16 @@ TINY = Architecture(
     VaeSpec((32, 64), 1, 4, 0.18215),
 )
 
+SMALL = Architecture(
+    "sd1",
+    "epsilon",
+    (64, 64),
+    ClipSpec(64, 1, 1, 256, 49408, 77),
+    UNetSpec(4, 4, (32, 64), (1, 1), (1, 0), 1, 64, False, 8, None),
+    VaeSpec((32, 32), 1, 4, 0.18215),
+)
+"""With CLIP's whole vocabulary, so that it can be built: in half a second once it is traced."""
+
 
 @cache
 def expected_shapes(arch: Architecture) -> Shapes:

@@ -14,9 +14,12 @@ from typing import Any
 from sdrt.bench.metrics import METRICS
 from sdrt.bench.result import SCHEMA, check_schema, environment_key, parse_json, ran
 from sdrt.bench.statistics import fence
+from sdrt.document import read_document
 from sdrt.errors import InputFileError, LockedError, ResourceError, UsageError
 
 FILE = "history.jsonl"
+MAX_HISTORY_BYTES = 256 << 20
+_MAKE_ONE = "Make one with: sdrt bench run BUNDLE --history DIR"
 _LOCK = ".lock"
 _LOCK_S = 10.0
 
@@ -114,11 +117,11 @@ def read(folder: Path) -> list[dict[str, Any]]:
         InputFileError: there is no history, or a line of it is not one of ours.
         MachineError: a newer sdrt wrote a line.
     """
-    file = folder if folder.is_file() else folder / FILE
+    file = folder if os.path.isfile(folder) else folder / FILE  # noqa: PTH113 (Path.is_file raises for a name that is too long)
     try:
-        data = file.read_bytes()
-    except OSError as error:
-        raise InputFileError(f"{file}: cannot be read: {error.strerror}", "Make one with: sdrt bench run BUNDLE --history DIR") from error
+        data = read_document(file, MAX_HISTORY_BYTES, _MAKE_ONE).data
+    except FileNotFoundError as error:
+        raise InputFileError(f"{file}: cannot be read: {error.strerror}", _MAKE_ONE) from error
     runs = []
     for number, line in enumerate(data[: data.rfind(b"\n") + 1].splitlines(), 1):
         where = Path(f"{file}:{number}")

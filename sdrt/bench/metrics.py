@@ -11,9 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sdrt.document import read_document
 from sdrt.errors import InputFileError, nearest, printable
 
 UNPAIRED_FACTOR = 2.0
+MAX_GATES_BYTES = 1 << 20
 """Two separate runs saw two moments of the machine: their margins are this many times those of interleaved ones."""
 DEFAULT_PAIRS = 10
 
@@ -82,7 +84,7 @@ def read_gates(path: Path) -> Gates:
         InputFileError: it cannot be read, or holds a key, name or value that means nothing here.
     """
     try:
-        document = tomllib.loads(path.read_text(encoding="utf-8"))
+        document = tomllib.loads(read_document(path, MAX_GATES_BYTES).data.decode())
     except (OSError, ValueError) as error:
         raise InputFileError(f"{path}: not readable as TOML: {printable(str(error))}", "docs/ci.md shows one.") from error
     _known(path, "", document, ("pairs", "metrics", "counters"))

@@ -15,10 +15,13 @@ from typing import Any, NoReturn
 
 from sdrt.bench.metrics import METRICS
 from sdrt.bench.statistics import detectable, fit_cost, summarise, usable
+from sdrt.document import read_document
 from sdrt.errors import InputFileError, MachineError, printable
 from sdrt.publish import staged_file, write_file
 
 SCHEMA = 1
+MAX_RESULT_BYTES = 256 << 20
+_MAKE_ONE = "Make one with: sdrt bench run BUNDLE --output FILE.json"
 
 Document = dict[str, Any]
 
@@ -144,11 +147,10 @@ def read_result(path: Path) -> tuple[Document, str]:
         MachineError: a newer sdrt wrote it.
     """
     try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise InputFileError(f"{path}: cannot be read: {error.strerror}", "Make one with: sdrt bench run BUNDLE --output FILE.json") from error
-    document = parse_result(path, data)
-    return document, hashlib.sha256(data).hexdigest()
+        file = read_document(path, MAX_RESULT_BYTES, _MAKE_ONE)
+    except FileNotFoundError as error:
+        raise InputFileError(f"{path}: cannot be read: {error.strerror}", _MAKE_ONE) from error
+    return parse_result(path, file.data), file.sha256
 
 
 def parse_result(path: Path, data: bytes) -> Document:

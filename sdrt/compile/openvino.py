@@ -17,9 +17,11 @@ from sdrt import engine_cache
 from sdrt.bundle import ENGINES, GRAPHS, WEIGHTS, Bundle, check_files
 from sdrt.compile.report import CompileOptions, CompileReport, GraphReport
 from sdrt.compile.shapes import resolve_shapes
-from sdrt.compile.watch import Progress
+from sdrt.compile.watch import WAITING, Progress
 from sdrt.engine_cache import EngineKey, EngineRecord, Plan, Profile, folder_name, platform_name, read_intact, state_bytes, write_engine
 from sdrt.errors import BundleError, MachineError, UsageError
+from sdrt.lock import locked
+from sdrt.publish import sweep_stages
 from sdrt.runtime.cpu import cpu_identity
 from sdrt.runtime.openvino_model import (
     FLAGS,
@@ -52,6 +54,7 @@ def compile_bundle(bundle: Bundle, options: CompileOptions, progress: Progress =
         BundleError: a graph or the weights are missing or changed.
         MachineError: OpenVINO is not installed, too old, or refuses a graph.
         ResourceError: out of memory or disk.
+        LockedError: another process that compiles the same engine did not end in time.
         KeyboardInterrupt: interrupted; nothing was left behind.
     """
     manifest = bundle.manifest
@@ -68,21 +71,23 @@ def compile_bundle(bundle: Bundle, options: CompileOptions, progress: Progress =
         inputs = {graph: shape.inputs(graph, manifest) for graph in GRAPHS}
         key = _key(bundle, files, precision, inputs)
         folder = bundle.path / ENGINES / folder_name(key)
-        if not options.force:
-            with suppress(BundleError, MachineError):  # missing or damaged: compiled again
-                reports.append(CompileReport(folder, read_intact(folder), True, {}))
-                continue
-        blobs = {}
-        for graph in GRAPHS:
-            known = (graph, tuple(sorted(inputs[graph].items())))
-            if known not in made:
-                progress(f"compile {graph}", None)
-                made[known] = _compile(ov, core, bundle, graph, inputs[graph], precision)
-            blobs[graph] = made[known]
-        progress("write", None)
-        record = _record(bundle, shape, key, blobs)
-        written = write_engine(bundle, record, {graph: blob.data for graph, blob in blobs.items()})
-        reports.append(CompileReport(written, record, False, {graph: blob.report for graph, blob in blobs.items()}))
+        with locked(folder, lambda: progress(WAITING, None)):
+            sweep_stages(folder.parent)
+            if not options.force:
+                with suppress(BundleError, MachineError):  # missing or damaged: compiled again
+                    reports.append(CompileReport(folder, read_intact(folder), True, {}))
+                    continue
+            blobs = {}
+            for graph in GRAPHS:
+                known = (graph, tuple(sorted(inputs[graph].items())))
+                if known not in made:
+                    progress(f"compile {graph}", None)
+                    made[known] = _compile(ov, core, bundle, graph, inputs[graph], precision)
+                blobs[graph] = made[known]
+            progress("write", None)
+            record = _record(bundle, shape, key, blobs)
+            written = write_engine(bundle, record, {graph: blob.data for graph, blob in blobs.items()})
+            reports.append(CompileReport(written, record, False, {graph: blob.report for graph, blob in blobs.items()}))
     return reports
 
 

@@ -15,9 +15,11 @@ from sdrt.compile import worker
 from sdrt.compile.network import Compiler, Demand, build_flags, import_compiler, library
 from sdrt.compile.report import CompileOptions, CompileReport, GraphReport
 from sdrt.compile.shapes import largest_demand, profiles_of, resolve_shapes
-from sdrt.compile.watch import Progress
+from sdrt.compile.watch import WAITING, Progress
 from sdrt.engine_cache import RTX_SMS, EngineKey, EngineRecord, Plan, folder_name, platform_name, read_intact, state_bytes, write_engine
 from sdrt.errors import BundleError, MachineError, UsageError
+from sdrt.lock import locked
+from sdrt.publish import sweep_stages
 
 TARGETS = ("tensorrt-rtx", "tensorrt")
 DEFAULT_SMS = (86, 89, 120)
@@ -31,6 +33,7 @@ def compile_bundle(bundle: Bundle, options: CompileOptions, progress: Progress =
         BundleError: a graph or the weights are missing or changed.
         MachineError: the compiler is not installed, has no GPU to build on, or refuses a graph.
         ResourceError: out of memory or disk.
+        LockedError: another process that compiles the same engine did not end in time.
         KeyboardInterrupt: interrupted; nothing was left behind.
     """
     manifest = bundle.manifest
@@ -55,34 +58,36 @@ def compile_bundle(bundle: Bundle, options: CompileOptions, progress: Progress =
         flags=build_flags(compiler.trt),
     )
     folder = bundle.path / ENGINES / folder_name(key)
-    if not options.force:
-        with suppress(BundleError, MachineError):  # missing or damaged: compiled again
-            return CompileReport(folder, read_intact(folder), True, {})
-    demand = Demand(*largest_demand(shapes, manifest))
-    data: dict[str, memoryview] = {}
-    plans: dict[str, Plan] = {}
-    reports: dict[str, GraphReport] = {}
-    for graph, path in paths.items():
-        progress(f"compile {graph}", None)
-        built, peak_bytes = worker.build(compiler, graph, path, profiles[graph], demand, lambda name, done: progress(f"compile {name}", done))
-        data[graph] = built.plan
-        plans[graph] = Plan(f"{graph}.plan", len(built.plan), hashlib.sha256(built.plan).hexdigest(), built.device_memory_bytes)
-        reports[graph] = GraphReport(built.parse_s, built.build_s, built.layers, len(built.plan), built.unfused, peak_bytes)
-    progress("write", None)
-    size, branches = (shapes.width[2], shapes.height[2]), max(shapes.branches)
-    record = EngineRecord(
-        format=engine_cache.FORMAT,
-        key=key,
-        size=size,
-        batch=shapes.batch[2],
-        tokens=shapes.tokens[2],
-        rows=shapes.rows,
-        branches=shapes.branches,
-        state_bytes=state_bytes(manifest, size=size, batch=shapes.batch[2], tokens=shapes.tokens[2], rows=shapes.rows, branches=branches),
-        weight_bytes=manifest.files[WEIGHTS].size_bytes,
-        plans=plans,
-    )
-    return CompileReport(write_engine(bundle, record, data), record, False, reports)
+    with locked(folder, lambda: progress(WAITING, None)):
+        sweep_stages(folder.parent)
+        if not options.force:
+            with suppress(BundleError, MachineError):  # missing or damaged: compiled again
+                return CompileReport(folder, read_intact(folder), True, {})
+        demand = Demand(*largest_demand(shapes, manifest))
+        data: dict[str, memoryview] = {}
+        plans: dict[str, Plan] = {}
+        reports: dict[str, GraphReport] = {}
+        for graph, path in paths.items():
+            progress(f"compile {graph}", None)
+            built, peak_bytes = worker.build(compiler, graph, path, profiles[graph], demand, lambda name, done: progress(f"compile {name}", done))
+            data[graph] = built.plan
+            plans[graph] = Plan(f"{graph}.plan", len(built.plan), hashlib.sha256(built.plan).hexdigest(), built.device_memory_bytes)
+            reports[graph] = GraphReport(built.parse_s, built.build_s, built.layers, len(built.plan), built.unfused, peak_bytes)
+        progress("write", None)
+        size, branches = (shapes.width[2], shapes.height[2]), max(shapes.branches)
+        record = EngineRecord(
+            format=engine_cache.FORMAT,
+            key=key,
+            size=size,
+            batch=shapes.batch[2],
+            tokens=shapes.tokens[2],
+            rows=shapes.rows,
+            branches=shapes.branches,
+            state_bytes=state_bytes(manifest, size=size, batch=shapes.batch[2], tokens=shapes.tokens[2], rows=shapes.rows, branches=branches),
+            weight_bytes=manifest.files[WEIGHTS].size_bytes,
+            plans=plans,
+        )
+        return CompileReport(write_engine(bundle, record, data), record, False, reports)
 
 
 def open_compiler(target: str, sms: tuple[int, ...] | None = None, device: int = 0) -> Compiler:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sdrt.document import Document
 from sdrt.errors import AdapterError, UsageError, nearest, printable
 from sdrt.export.architecture import CLIP, UNET, UNetSpec, describe
 from sdrt.export.keys import adapter_names
@@ -43,7 +44,7 @@ class LoraOption:
 class Lora:
     """An opened adapter of the LoRA family, matched to a model: what it does to each weight, by canonical name. `unmatched` keys were allowed to be.
 
-    `config_sha256` is that of the `adapter_config.json` whose alpha it takes, if it takes one; `notes` are remarks for the user.
+    `config` is the `adapter_config.json` whose alpha it takes, if it takes one; `notes` are remarks for the user.
     """
 
     option: LoraOption
@@ -51,8 +52,12 @@ class Lora:
     sha256: str
     deltas: Mapping[str, Delta]
     unmatched: tuple[str, ...] = ()
-    config_sha256: str | None = None
+    config: Document | None = None
     notes: tuple[str, ...] = ()
+
+    @property
+    def config_sha256(self) -> str | None:
+        return self.config.sha256 if self.config is not None else None
 
     def scale(self, weight: str) -> float:
         return self.option.te_scale if weight.startswith(CLIP) else self.option.scale
@@ -152,7 +157,7 @@ def open_lora(option: LoraOption, shapes: Mapping[str, tuple[int, ...]], spec: U
         for module in modules.values():
             _add_deltas(file, module, shapes, spec, config, deltas, unmatched, allow_unmatched)
         sha256 = file.sha256()
-        return Lora(option, file, sha256, deltas, tuple(unmatched), config.sha256 if config is not None else None, tuple(notes))
+        return Lora(option, file, sha256, deltas, tuple(unmatched), config.document if config is not None else None, tuple(notes))
     except BaseException:
         file.close()
         raise

@@ -168,6 +168,8 @@ def build(options: BuildOptions, progress: Progress = lambda stage, done: None) 
                 checkpoint.check_unchanged()
                 for file in [*(a.file for a in loras), *(a.file for a in embeddings), *(a.file for a in hypernetworks)]:
                     file.check_unchanged()
+                for config in [lora.config for lora in loras if lora.config is not None]:
+                    config.check_unchanged()
                 manifest = Manifest(
                     format=names.FORMAT,
                     sdrt=__version__,

@@ -9,13 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import stat
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sdrt.document import Document, read_document
 from sdrt.errors import CheckpointError, InputFileError, UnsafeError, nearest, printable
 from sdrt.export.diffusers_config import Settings, read_settings
 from sdrt.export.tensor_entry import TensorEntry
@@ -41,7 +41,7 @@ class ModelFiles:
 
     path: Path
     files: Mapping[str, TensorFile]
-    documents: Mapping[str, bytes]
+    documents: Mapping[str, Document]
     tensors: Mapping[str, Stored]
     metadata: Mapping[str, str]
     settings: Settings
@@ -59,10 +59,13 @@ class ModelFiles:
         """
         if not self.documents and len(self.files) == 1:
             return next(iter(self.files.values())).sha256()
-        sums = {name: file.sha256() for name, file in self.files.items()} | {name: hashlib.sha256(data).hexdigest() for name, data in self.documents.items()}
+        sums = {name: file.sha256() for name, file in self.files.items()} | {name: document.sha256 for name, document in self.documents.items()}
         return hashlib.sha256("".join(f"{sums[name]}  {name}\n" for name in sorted(sums)).encode("utf-8", "surrogateescape")).hexdigest()
 
     def check_unchanged(self) -> None:
+        """Raise InputFileError if a file that was read, weights or JSON, has changed."""
+        for document in self.documents.values():
+            document.check_unchanged()
         for file in self.files.values():
             file.check_unchanged()
 
@@ -142,7 +145,7 @@ class _Folder:
     path: Path
     opened: ExitStack
     files: dict[str, TensorFile] = field(default_factory=dict)
-    documents: dict[str, bytes] = field(default_factory=dict)
+    documents: dict[str, Document] = field(default_factory=dict)
     tensors: dict[str, Stored] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
@@ -154,22 +157,17 @@ class _Folder:
         """A JSON object, read once, to be hashed as it was read."""
         path = self.path / name
         try:
-            descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-        except OSError as error:
+            document = read_document(path, MAX_DOCUMENT_BYTES, fix)
+        except FileNotFoundError as error:
             raise InputFileError(f"{path}: cannot open: {error.strerror}", fix) from error
-        with os.fdopen(descriptor, "rb") as stream:
-            status = os.fstat(stream.fileno())
-            if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_DOCUMENT_BYTES:
-                raise InputFileError(f"{path}: expected a JSON file of at most {MAX_DOCUMENT_BYTES:,} bytes, found {status.st_size:,}", fix)
-            data = stream.read(MAX_DOCUMENT_BYTES + 1)
         try:
-            document = json.loads(data, object_pairs_hook=_unique)
+            found = json.loads(document.data, object_pairs_hook=_unique)
         except (ValueError, RecursionError) as error:
             raise InputFileError(f"{path}: not valid JSON: {printable(str(error))[:200]}", _AGAIN) from error
-        if not isinstance(document, dict):
-            raise InputFileError(f"{path}: expected a JSON object, found {type(document).__name__}", _AGAIN)
-        self.documents[name] = data
-        return document
+        if not isinstance(found, dict):
+            raise InputFileError(f"{path}: expected a JSON object, found {type(found).__name__}", _AGAIN)
+        self.documents[name] = document
+        return found
 
     def component(self, component: str, below: str) -> None:
         """Open a network's weights: one file, or the shards that an index names."""

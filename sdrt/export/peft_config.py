@@ -6,17 +6,15 @@ peft writes `adapter_config.json` beside its file; diffusers writes the same set
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
-import os
 import re
-import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sdrt.document import Document, read_document
 from sdrt.errors import AdapterError, printable
 
 FILE_NAME = "adapter_config.json"
@@ -30,11 +28,11 @@ _COMPONENTS = ("unet.", "text_encoder.")
 
 @dataclass(frozen=True)
 class PeftConfig:
-    """Settings by the prefix of the modules they are for ("" for all). `sha256` is that of a file of its own; the header has none."""
+    """Settings by the prefix of the modules they are for ("" for all). `document` is a file of its own; in the header there is none."""
 
     source: str
     settings: Mapping[str, Mapping[str, Any]]
-    sha256: str | None
+    document: Document | None
 
     def _for(self, module: str) -> tuple[Mapping[str, Any], str]:
         prefix = next((p for p in self.settings if p and module.startswith(p)), "")
@@ -92,24 +90,13 @@ def config_beside(path: Path) -> PeftConfig | None:
     Raises:
         AdapterError: it cannot be read, or names a kind that is not fused.
     """
-    config = path.with_name(FILE_NAME)
     try:
-        descriptor = os.open(config, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+        document = read_document(path.with_name(FILE_NAME), MAX_CONFIG_BYTES, kind=AdapterError)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
-        raise AdapterError(f"{config}: cannot open: {error.strerror if isinstance(error, OSError) else error}") from error
-    try:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_CONFIG_BYTES:
-            raise AdapterError(f"{config}: expected a file of at most {MAX_CONFIG_BYTES:,} bytes, found {status.st_size:,} bytes or no regular file")
-        with os.fdopen(descriptor, "rb", closefd=False) as stream:
-            data = stream.read(MAX_CONFIG_BYTES)
-    finally:
-        os.close(descriptor)
-    settings = _parse(str(config), data)
-    _check_kind(str(config), settings)
-    return PeftConfig(str(config), {"": settings}, hashlib.sha256(data).hexdigest())
+    settings = _parse(str(document.path), document.data)
+    _check_kind(str(document.path), settings)
+    return PeftConfig(str(document.path), {"": settings}, document)
 
 
 def config_in_header(path: Path, metadata: Mapping[str, str]) -> PeftConfig | None:

@@ -12,7 +12,9 @@ import json
 import math
 import os
 import stat
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn
 
@@ -81,8 +83,10 @@ class TensorFile:
                 self._checked.add(member)
             start += member.offset
         data = bytearray(size)
-        self._stream.seek(start)
-        if self._stream.readinto(data) != len(data):  # type: ignore[attr-defined]
+        with _reading(self.path):
+            self._stream.seek(start)
+            whole = self._stream.readinto(data) == len(data)  # type: ignore[attr-defined]
+        if not whole:
             raise InputFileError(f"{self.path}: {printable(entry.name)}: the file changed during the build", "Run the build again.")
         return data
 
@@ -117,15 +121,23 @@ class TensorFile:
         return self._sha256
 
     def check_unchanged(self) -> None:
-        """Raise InputFileError if the file has changed: in size or time since it was opened, in content since `sha256` was taken."""
+        """Raise InputFileError if the file has changed: in size or time since it was opened, in content since `sha256` was taken, or is another by now."""
+        if sys.platform != "win32":  # nobody replaces an open file there
+            try:
+                replaced = not os.path.samestat(self.path.stat(), os.fstat(self._stream.fileno()))
+            except OSError:
+                replaced = True
+            if replaced:
+                raise self._changed()
         if self._sha256 is None:
             self._check_identity()
         elif self._hash() != self._sha256:
             raise self._changed()
 
     def _hash(self) -> str:
-        self._stream.seek(0)
-        digest = hashlib.file_digest(self._stream, "sha256").hexdigest()  # type: ignore[arg-type]
+        with _reading(self.path):
+            self._stream.seek(0)
+            digest = hashlib.file_digest(self._stream, "sha256").hexdigest()  # type: ignore[arg-type]
         self._check_identity()
         return digest
 
@@ -157,7 +169,8 @@ def open_tensor_file(path: Path) -> TensorFile:
         raise InputFileError(f"{path}: expected a file of tensors, found {kind}", "Give one .safetensors, .ckpt, .pt or .bin file.")
     stream = os.fdopen(descriptor, "rb", buffering=0)
     try:
-        size, start = status.st_size, stream.read(512)
+        with _reading(path):
+            size, start = status.st_size, stream.read(512) or b""  # None: a file of /proc that has nothing to read yet
         header_bytes = int.from_bytes(start[:8], "little")
         if not (start[8:9] == b"{" and header_bytes <= MAX_HEADER_BYTES and 8 + header_bytes <= size):
             read = read_zip_archive if start.startswith(b"PK\x03\x04") else read_legacy_archive if _is_pickle(path, start) else None
@@ -165,12 +178,23 @@ def open_tensor_file(path: Path) -> TensorFile:
                 _refuse(path, start, size, header_bytes)
             archive = read(path, stream, size)
             return TensorFile(path, stream, archive.entries, {}, archive.tree, archive.notes)
-        stream.seek(8)
-        entries, metadata = _parse_header(path, stream.read(header_bytes), 8 + header_bytes, size)
+        with _reading(path):
+            stream.seek(8)
+            header = stream.read(header_bytes)
+        entries, metadata = _parse_header(path, header, 8 + header_bytes, size)
         return TensorFile(path, stream, entries, metadata, dict(entries))
     except BaseException:
         stream.close()
         raise
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Turn a failed read of an input into an error that names it: inside a build, any other would be taken for one of the output."""
+    try:
+        yield
+    except OSError as error:
+        raise InputFileError(f"{path}: cannot be read: {error.strerror}", "Check the disk, or copy the file to another.") from error
 
 
 def _identity(status: os.stat_result) -> tuple[int, int, int, int]:

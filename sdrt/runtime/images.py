@@ -6,10 +6,10 @@ Formulas: AUTOMATIC1111's modules/processing.py and modules/images.py, diffusers
 from __future__ import annotations
 
 import math
-import stat
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from struct import error as struct_error
 from typing import TYPE_CHECKING
@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sdrt.bundle import MAX_SIDE
+from sdrt.document import read_document
 from sdrt.errors import InputFileError, UsageError, printable
 from sdrt.runtime.engine import Float, Pixels
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
 MAX_PIXELS = MAX_SIDE * MAX_SIDE
+MAX_FILE_BYTES = 512 << 20
 
 
 @dataclass(frozen=True)
@@ -214,18 +216,20 @@ def _read(name: str, path: Path) -> Image.Image:
     from PIL import Image, ImageOps
 
     try:
-        if not stat.S_ISREG(path.stat().st_mode):
-            raise InputFileError(f"{name} {path}: expected a regular file")
+        data = read_document(path, MAX_FILE_BYTES).data
+    except FileNotFoundError as error:
+        raise InputFileError(f"{name} {path}: no such file") from error
+    except InputFileError as error:
+        raise InputFileError(f"{name} {error.message}", f"Give a {', '.join(FORMATS)} file.") from error
+    try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path, formats=FORMATS) as image:
+            with Image.open(BytesIO(data), formats=FORMATS) as image:
                 _check_pixels(f"{name} {path}", image)
                 image.load()
                 return ImageOps.exif_transpose(image)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise InputFileError(f"{name} {path}: {printable(str(error))}", f"The limit is {MAX_PIXELS:,} pixels: make it smaller.") from error
-    except FileNotFoundError as error:
-        raise InputFileError(f"{name} {path}: no such file") from error
     except (OSError, SyntaxError, ValueError, EOFError, struct_error) as error:
         raise InputFileError(f"{name} {path}: cannot be read as a picture: {printable(str(error))}", f"Give a {', '.join(FORMATS)} file.") from error
 

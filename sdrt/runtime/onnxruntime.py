@@ -172,8 +172,9 @@ def _session(ort: Any, bundle: Bundle, graph: str, threads: int | None, precisio
 
 def _explained(ort: Any, where: str, error: Exception) -> SdrtError:
     """An ONNX Runtime failure as one of ours; out of memory is told from the rest by its text, the only place it says so."""
-    text = " ".join(str(error).split())[:300]
-    if isinstance(error, MemoryError) or "allocate memory" in text or "bad_alloc" in text or "bad allocation" in text:
+    words = " ".join(str(error).split())
+    text = words[:300]
+    if isinstance(error, MemoryError) or "allocate memory" in words or "bad_alloc" in words or "bad allocation" in words:
         return ResourceError(f"{where}: out of memory: {text}", "Choose a smaller --size or --batch.")
     return MachineError(f"{where}: ONNX Runtime {ort.__version__} failed: {text}", "Run: sdrt verify BUNDLE")
 

@@ -201,8 +201,9 @@ def explained(ov: Any, where: str, error: Exception) -> SdrtError:
     """An OpenVINO failure as one of ours; out of memory is told from the rest by its text, the only place it says so."""
     if isinstance(error, SdrtError):
         return error
-    text = printable(" ".join(str(error).split())[-300:])
-    if isinstance(error, MemoryError) or re.search(r"bad_alloc|allocate|out of memory", text, re.IGNORECASE):
+    words = " ".join(str(error).split())
+    text = printable(words[-300:])
+    if isinstance(error, MemoryError) or re.search(r"bad_alloc|allocate|out of memory", words, re.IGNORECASE):
         return ResourceError(f"{where}: out of memory: {text}", "Choose a smaller --size or --batch.")
     return MachineError(f"{where}: OpenVINO {openvino_version()} failed: {text}", "Run: sdrt verify BUNDLE")
 

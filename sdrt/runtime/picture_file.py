@@ -5,17 +5,19 @@ The JSON (in the text chunk `sdrt`) is what `request_of` reads back, so that a p
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import fields
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from sdrt.bundle import Manifest, bundle_id
+from sdrt.bundle import Manifest, bundle_id, file_record
+from sdrt.document import read_document
 from sdrt.errors import InputFileError, UsageError, printable
 from sdrt.publish import new_file, staged_file
 from sdrt.runtime.engine import Pixels
+from sdrt.runtime.images import MAX_FILE_BYTES
 from sdrt.runtime.request import Request
 from sdrt.runtime.samplers import SAMPLERS
 
@@ -115,7 +117,9 @@ def _check_unchanged(path: Path, image: str | None, sha256: object) -> None:
     if image is None:
         return
     try:
-        found = hashlib.sha256(Path(image).read_bytes()).hexdigest()
+        if not Path(image).is_file():  # the name is the picture's own: it may be that of a pipe, or of a device without an end
+            raise FileNotFoundError(image)
+        found = file_record(Path(image)).sha256
     except (OSError, ValueError) as error:
         raise InputFileError(f"{path}: made from {printable(image)}, which cannot be read", "Put it there again, or give another with --init-image.") from error
     if found != sha256:
@@ -132,7 +136,7 @@ def read_parameters(path: Path) -> dict[str, Any]:
 
     fix = "Give a PNG written by sdrt generate."
     try:
-        with Image.open(path, formats=["PNG"]) as image:
+        with Image.open(BytesIO(read_document(path, MAX_FILE_BYTES, fix).data), formats=["PNG"]) as image:
             text = image.info.get(JSON_CHUNK)
     except FileNotFoundError as error:
         raise InputFileError(f"{path}: no such file", fix) from error

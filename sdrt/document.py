@@ -1,0 +1,72 @@
+"""Small files that somebody gives, as JSON, TOML, keys and text: read whole and once; those of a build are compared with themselves at its end.
+
+Owns the limit on their size and what may stand in their place: a pipe, device or folder is refused at once. Serves every part of sdrt; standard
+library only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+
+from sdrt.errors import InputFileError, printable
+
+_UNSIZED_BYTES = 1 << 16
+"""What is read of a file of /proc, whose size is 0 whatever it holds."""
+
+
+@dataclass(frozen=True)
+class Document:
+    """A small file as it was read."""
+
+    path: Path
+    data: bytes
+    limit: int
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(self.data).hexdigest()
+
+    def check_unchanged(self) -> None:
+        """Raise InputFileError if the file no longer holds what was read."""
+        try:
+            same = read_document(self.path, self.limit) == self
+        except (OSError, InputFileError):
+            same = False
+        if not same:
+            raise InputFileError(f"{self.path}: changed during the build", "Run the build again when nothing writes to the file.")
+
+
+def read_document(path: Path, limit: int, fix: str = "", kind: type[InputFileError] = InputFileError) -> Document:
+    """Read a regular file of at most `limit` bytes; a link to one will do.
+
+    Raises:
+        FileNotFoundError: there is nothing of that name.
+        InputFileError, or the `kind` of it that was asked for: it cannot be read, is no regular file, or is larger.
+    """
+    try:
+        # O_NONBLOCK: opening a FIFO must not wait for a writer.
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError) as error:
+        raise kind(f"{path}: cannot open: {error.strerror if isinstance(error, OSError) else error}", fix) from error
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise kind(f"{path}: expected a file, found {'a folder' if stat.S_ISDIR(status.st_mode) else 'a device, pipe or socket'}", fix)
+        if status.st_size > limit:
+            raise kind(f"{path}: {status.st_size:,} bytes, more than the limit of {limit:,} bytes", fix)
+        with os.fdopen(descriptor, "rb", closefd=False) as stream:
+            room = min(limit, max(status.st_size, _UNSIZED_BYTES))
+            data = stream.read(room + 1) or b""  # None: a file of /proc that has nothing to read yet
+    except OSError as error:
+        raise kind(f"{path}: cannot be read: {printable(str(error.strerror))}", fix) from error
+    finally:
+        os.close(descriptor)
+    if len(data) > room:
+        raise kind(f"{path}: more than {room:,} bytes, which its size does not say", fix)
+    return Document(path, data, limit)
