@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 from bench_documents import IDENTITY, answer
+from bench_fakes import FakeEngine, FakePipe, FakeTime
 from click.testing import Result
-from test_bench_run import FakeEngine, FakePipe, FakeTime
 from typer.testing import CliRunner
 
 from sdrt.bench import machine_noise as noise
