@@ -14,7 +14,7 @@ import typer
 from sdrt.cli_bench_tables import print_comparison, print_result, print_trends
 from sdrt.cli_output import Json, print_json
 from sdrt.document import read_document
-from sdrt.errors import InconclusiveError, InputFileError, UsageError, nearest, printable
+from sdrt.errors import InconclusiveError, InputFileError, ResourceError, UsageError, nearest, printable
 
 if TYPE_CHECKING:
     from sdrt.bench.compare import Comparison
@@ -322,8 +322,11 @@ def _write(path: Path, text: str) -> None:
 def _step_summary(make: Callable[[], str]) -> None:
     """Add to the summary page of a GitHub Actions step, where one is asked for."""
     if path := os.environ.get(_STEP_SUMMARY):
-        with open(path, "a", encoding="utf-8") as stream:
-            stream.write(make() + "\n")
+        try:
+            with open(path, "a", encoding="utf-8") as stream:
+                stream.write(make() + "\n")
+        except OSError as error:
+            raise ResourceError(f"{path}: cannot add the summary: {error.strerror}", f"Free some space, or unset {_STEP_SUMMARY}.") from error
 
 
 def _say(text: str) -> None:

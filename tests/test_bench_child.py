@@ -21,6 +21,8 @@ def test_a_child_that_dies_is_explained(monkeypatch: pytest.MonkeyPatch) -> None
         ("import os; os.abort()", MachineError, "signal 6"),
         ("import sys; print('first'); sys.exit('the last words')", MachineError, "exit code 1: the last words"),
         ("import os; os._exit(3)", MachineError, "exit code 3"),
+        ("", MachineError, "ended without an answer"),
+        ("import sys; open(sys.argv[2], 'w').write('{')", MachineError, "ended without an answer"),
     ):
         monkeypatch.setattr(child, "_COMMAND", script)
         with pytest.raises(kind, match=text) as caught:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -243,6 +244,25 @@ def test_bundles_that_are_not_there(tmp_path: Path) -> None:
 
 def test_an_interpreter_that_is_not_there(pair: tuple[Path, Path]) -> None:
     refused(bench("ab", *pair, "--old-python", "none/python"), 2, "--old-python none/python: expected a Python interpreter")
+
+
+def test_full_disks_are_named(pair: tuple[Path, Path], synthetic: Callable[..., None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    synthetic(old=0.0)
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", "/dev/full")
+    refused(bench("run", pair[0]), 6, "/dev/full: cannot add the summary: No space left on device", "unset GITHUB_STEP_SUMMARY")
+    monkeypatch.delenv("GITHUB_STEP_SUMMARY")
+    history = tmp_path / "runs"
+    assert bench("run", pair[0], "--history", history).exit_code == 0
+    before = (history / "history.jsonl").read_bytes()
+    script = (  # a limit on the size of files stops the second line half-way, as a full disk does
+        "import resource, sys\nfrom pathlib import Path\nfrom bench_documents import document\nfrom sdrt.bench import history\nfrom sdrt.errors import ResourceError\n"
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({len(before) + 100},) * 2)\n"
+        "try:\n    history.append(Path(sys.argv[1]), document(0, 1))\nexcept ResourceError as error:\n    print(error.message)\n    sys.exit(error.exit_code)"
+    )
+    environment = {"PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests")))}
+    done = subprocess.run([sys.executable, "-c", script, str(history)], env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 6 and "history.jsonl: cannot add this run: File too large" in done.stdout, done.stderr
+    assert (history / "history.jsonl").read_bytes() == before
 
 
 # trend

@@ -51,6 +51,16 @@ def gated(name: str, found: dict[str, int]) -> None:
     assert found == EXPECTED[name], f"{name}: better than benchmarks/counters.json says; put {found} there"
 
 
+@pytest.mark.parametrize("change", [{"launches": 21}, {"launches": 19}, {"allocations": 1}, {"syncs": None}])
+def test_the_gate_holds_every_counter_exactly(change: dict[str, int | None]) -> None:
+    """One up, one down, one new, one gone: each fails until the file says so."""
+    name = "simulated GPU: euler, 20 steps, guided"
+    found = {count: number for count, number in (EXPECTED[name] | change).items() if number is not None}
+    with pytest.raises(AssertionError):
+        gated(name, found)
+    gated(name, dict(EXPECTED[name]))
+
+
 def counted(pipe: Pipeline, readings: Readings, settings: dict[str, Any]) -> dict[str, int]:
     readings.reset()
     pipe("fox", seed=5, **settings)

@@ -66,7 +66,10 @@ def child_answer(command: str, asked: Mapping[str, Any], python: str | None, wha
             noise.seek(max(0, noise.seek(0, os.SEEK_END) - _STDERR_BYTES))
             lines = [line for line in noise.read().decode(errors="replace").splitlines() if line.strip()]
             raise _death(what, code, lines)
-        answer: dict[str, Any] = json.loads(answered.read_bytes())
+        try:
+            answer: dict[str, Any] = json.loads(answered.read_bytes())
+        except (OSError, ValueError) as error:
+            raise MachineError(f"{what}: the measuring process ended without an answer", f"Is {python or sys.executable} a Python with sdrt in it?") from error
     if "error" in answer:
         error = answer["error"]
         raise getattr(errors, error["kind"], MachineError)(error["message"], error["fix"])
