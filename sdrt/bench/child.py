@@ -71,8 +71,8 @@ def child_answer(command: str, asked: Mapping[str, Any], python: str | None, wha
         except (OSError, ValueError) as error:
             raise MachineError(f"{what}: the measuring process ended without an answer", f"Is {python or sys.executable} a Python with sdrt in it?") from error
     if "error" in answer:
-        error = answer["error"]
-        raise getattr(errors, error["kind"], MachineError)(error["message"], error["fix"])
+        told = answer["error"]
+        raise getattr(errors, told["kind"], MachineError)(told["message"], told["fix"])
     return answer
 
 
