@@ -415,7 +415,7 @@ BASE = {
 
 def fused(
     folder: Path, loras: Sequence[LoraOption], precision: str = "fp32", base: Mapping[str, torch.Tensor] = BASE
-) -> tuple[dict[str, torch.Tensor], bytes, list[dict[str, Change]]]:
+) -> tuple[dict[str, torch.Tensor], bytes, Sequence[Mapping[str, Change]]]:
     """The weights file of a few base tensors and these LoRAs: as tensors and bytes, and the changes it reports."""
     shapes, spec = model()
     save_file(dict(base), folder / "base.safetensors")
@@ -423,7 +423,7 @@ def fused(
     try:
         with open_tensor_file(folder / "base.safetensors") as file:
             tensors = {name: Tensor(file, entry) for name, entry in file.entries.items()}
-            changes = write_weights(folder / "w.safetensors", tensors, adapters, precision, lambda done: None)[1]
+            changes = write_weights(folder / "w.safetensors", tensors, adapters, precision, lambda done: None).changes
     finally:
         for adapter in adapters:
             adapter.file.close()

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from conftest import CHECKPOINT, LORA, ROOT, read_raw, write_raw
 from safetensors.torch import load_file, save_file
 
 from sdrt import bundle as names
-from sdrt.bundle import open_bundle
+from sdrt.bundle import file_record, open_bundle
 from sdrt.errors import CheckFailed, InputFileError, NonFiniteError, SdrtError, UsageError
 from sdrt.export import build as build_module
 from sdrt.export import graph as graph_module
@@ -31,7 +32,7 @@ from sdrt.export.build import BuildOptions, BuildReport, build, default_output
 from sdrt.export.checkpoint import Tensor, open_checkpoint
 from sdrt.export.graph import Recipe, recipes, skeleton
 from sdrt.export.tensor_file import TensorFile, open_tensor_file
-from sdrt.export.weights import layout
+from sdrt.export.weights import Written, layout
 
 
 @pytest.fixture
@@ -51,7 +52,8 @@ def instant(quick: None, flat_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
     def write_weights(path: Path, tensors: dict[str, Tensor], loras: object, precision: str, progress: object, made: object) -> Any:
         shutil.copy(flat_bundle / names.WEIGHTS, path)
-        return layout({name: tensor.entry.shape for name, tensor in tensors.items()}, precision)[1], []
+        placed = layout({name: tensor.entry.shape for name, tensor in tensors.items()}, precision)[1]
+        return Written(file_record(path), placed, [])
 
     def write_tokenizer(path: Path, size: int) -> tuple[int, int]:
         shutil.copy(flat_bundle / names.TOKENIZER, path)
@@ -454,8 +456,8 @@ def test_the_output_is_named_after_the_whole_name_of_a_folder(tmp_path: Path, mo
 def test_graph_that_differs_from_its_network_fails_the_build(out: Path, monkeypatch: pytest.MonkeyPatch, compute: str) -> None:
     run = selfcheck.run_unoptimised
 
-    def perturbed(path: Path, inputs: Any) -> Any:
-        outputs = run(path, inputs)
+    def perturbed(path: Path, inputs: Any, which: str) -> Any:
+        outputs = run(path, inputs, which)
         if path.name == f"text_encoder.{compute}.onnx":
             outputs = {name: array * np.float32(1.05) for name, array in outputs.items()}
         return outputs
@@ -523,6 +525,112 @@ def test_reference_is_what_the_network_computes(parts: tuple[dict[str, Recipe], 
             assert inputs.keys() == recipe.inputs.keys()
             for name, array in selfcheck.module_outputs(recipe, weights, inputs).items():
                 assert np.allclose(stored[f"out.{name}"], array, rtol=1e-4, atol=1e-4), (graph, name)
+
+
+def held_whole(recipe: Recipe, weights: TensorFile, inputs: dict[str, Any]) -> dict[str, Any]:
+    """What the network gives when it holds all of its weights, on one thread."""
+    module = recipe.module().to_empty(device="cpu")
+    module.load_state_dict({name: weights.read(name).float() for name in recipe.weight_shapes()}, strict=False)
+    with torch.inference_mode():
+        outputs = module(**{name: torch.from_numpy(array) for name, array in inputs.items()})
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    return {name: output.numpy() for name, output in zip(recipe.outputs, outputs, strict=True)}
+
+
+@pytest.mark.parametrize("graph", names.GRAPHS)
+def test_weights_read_as_they_are_needed_give_the_same_bits(parts: tuple[dict[str, Recipe], TensorFile, Path], graph: str) -> None:
+    made, weights, _ = parts
+    inputs = selfcheck.reference_inputs(made[graph])
+    assert torch.get_num_threads() == 1
+    whole, found = held_whole(made[graph], weights, inputs), selfcheck.module_outputs(made[graph], weights, inputs)
+    assert whole.keys() == found.keys()
+    for name, array in whole.items():
+        assert array.dtype == found[name].dtype and array.tobytes() == found[name].tobytes(), name
+
+
+class Watched:
+    """Weights that count how many of those handed out are still in memory."""
+
+    def __init__(self, weights: TensorFile) -> None:
+        self.weights, self.alive, self.most = weights, 0, 0
+        self.seen: set[str] = set()
+
+    def read(self, name: str) -> torch.Tensor:
+        value = self.weights.read(name).float().numpy().copy()
+        weakref.finalize(value, self.dropped)  # the tensor and every view of it keep the array
+        self.seen.add(name)
+        self.alive += 1
+        self.most = max(self.most, self.alive)
+        return torch.from_numpy(value)
+
+    def dropped(self) -> None:
+        self.alive -= 1
+
+
+@pytest.mark.parametrize("graph", names.GRAPHS)
+def test_the_check_holds_the_weights_of_one_operator_and_takes_every_one(parts: tuple[dict[str, Recipe], TensorFile, Path], graph: str) -> None:
+    made, weights, _ = parts
+    watched: Any = Watched(weights)
+    selfcheck.module_outputs(made[graph], watched, selfcheck.reference_inputs(made[graph]))
+    assert watched.seen == made[graph].weight_shapes().keys()
+    assert watched.most == 2 and watched.alive == 0
+
+
+def test_weights_that_no_operator_takes_are_not_passed_over(parts: tuple[dict[str, Recipe], TensorFile, Path]) -> None:
+    made, weights, _ = parts
+    recipe = made[names.VAE_DECODER]
+
+    def with_another() -> torch.nn.Module:
+        module = recipe.make()
+        module.left_over = torch.nn.Parameter(torch.zeros(1))
+        return module
+
+    with pytest.raises(AssertionError, match="left_over"):
+        selfcheck.module_outputs(replace(recipe, make=with_another), weights, selfcheck.reference_inputs(recipe))
+
+
+def largest_use(order: list[str], path: Path) -> int:
+    """The most bytes that float32 copies of stored weights, and views of these, take at a time if the nodes of a graph file run in this order."""
+    import onnx
+
+    model = onnx.load(path, load_external_data=False)
+    sizes = {tensor.name: 4 * int(np.prod(tensor.dims)) for tensor in model.graph.initializer if tensor.data_type == onnx.TensorProto.FLOAT16}
+    nodes = {node.name: node for node in model.graph.node}
+    steps = [nodes[name] for name in order if name in nodes]
+    last = {name: i for i, node in enumerate(steps) for name in node.input}
+    used = most = 0
+    widened: dict[str, int] = {}
+    for i, node in enumerate(steps):
+        if node.op_type in ("Cast", "Transpose") and (size := widened.get(node.input[0], sizes.get(node.input[0]))):
+            widened[node.output[0]] = size
+            used += size
+            most = max(most, used)
+        used -= sum(widened[name] for name in set(node.input) if name in widened and last[name] == i)
+    assert len(widened) >= len(sizes)
+    return most
+
+
+@pytest.mark.parametrize("compute", ["fp32", "fp16"])
+def test_the_check_widens_few_weights_at_a_time(flat_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compute: str) -> None:
+    """At the full size all of them at once would take 3.4 GB. The order is ONNX Runtime's own, read off its profile."""
+    sessions: list[Any] = []
+    session_of = onnxruntime.InferenceSession
+
+    def profiled(path: str, options: Any, providers: list[str]) -> Any:
+        options.enable_profiling, options.profile_file_prefix = True, str(tmp_path / "profile")
+        options.optimized_model_filepath = str(tmp_path / "run.onnx")
+        sessions.append(session_of(path, options, providers=providers))
+        return sessions[0]
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", profiled)
+    checkpoint = open_checkpoint(CHECKPOINT)
+    checkpoint.close()
+    recipe = recipes(checkpoint.architecture)[names.STEP]
+    selfcheck.run_unoptimised(flat_bundle / "graphs" / f"step.{compute}.onnx", selfcheck.reference_inputs(recipe), compute)
+    events = json.loads(Path(sessions[0].end_profiling()).read_text())
+    order = [event["name"].removesuffix("_kernel_time") for event in events if event.get("cat") == "Node" and event["name"].endswith("_kernel_time")]
+    whole = 4 * sum(int(np.prod(shape)) for shape in recipe.weight_shapes().values())
+    assert largest_use(order, tmp_path / "run.onnx") < 0.4 * whole
 
 
 # The manifest

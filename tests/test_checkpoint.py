@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import re
 from contextlib import closing
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load, save_file
 from tiny_model import TINY, Shapes, expected_shapes, header_only, seeded
 
+from sdrt.bundle import FileRecord
 from sdrt.errors import CheckpointError, InputFileError
 from sdrt.export.architecture import CLIP, UNET, VAE, Architecture, ClipSpec, UNetSpec, VaeSpec, architecture
 from sdrt.export.checkpoint import Tensor, open_checkpoint, select
@@ -311,17 +313,18 @@ def test_placed_offsets_point_at_the_data_from_a_page_on(tiny: Path, tmp_path: P
     with closing(checkpoint):
         chosen, _ = select(checkpoint, expected_shapes(TINY))
         progress: list[float] = []
-        placed, changes = write_weights(tmp_path / "w.safetensors", chosen, [], "fp16", progress.append)
+        written = write_weights(tmp_path / "w.safetensors", chosen, [], "fp16", progress.append)
     data = (tmp_path / "w.safetensors").read_bytes()
-    assert min(place.offset for place in placed.values()) % 4096 == 0
-    assert changes == []
+    assert written.record == FileRecord(len(data), hashlib.sha256(data).hexdigest())
+    assert min(place.offset for place in written.placed.values()) % 4096 == 0
+    assert written.changes == []
     assert progress == sorted(progress)
     assert progress[-1] == 1.0
-    for name, place in placed.items():
+    for name, place in written.placed.items():
         value = torch.frombuffer(bytearray(data[place.offset : place.offset + place.size_bytes]), dtype=torch.float16).reshape(place.shape)
         assert torch.equal(value, seeded(TINY)[name].half()), name
     with open_tensor_file(tmp_path / "w.safetensors") as file:
-        assert {name: entry.offset for name, entry in file.entries.items()} == {name: place.offset for name, place in placed.items()}
+        assert {name: entry.offset for name, entry in file.entries.items()} == {name: place.offset for name, place in written.placed.items()}
 
 
 def one_weight(tmp_path: Path, values: list[float], precision: str) -> None:

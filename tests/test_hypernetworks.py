@@ -23,10 +23,11 @@ from sdrt.errors import AdapterError, InputFileError, SdrtError, UsageError
 from sdrt.export import graph as graph_module
 from sdrt.export.architecture import HypernetworkSpec, UNetSpec
 from sdrt.export.checkpoint import Tensor, open_checkpoint
-from sdrt.export.graph import Recipe, bind, recipes, run_unoptimised, trace
+from sdrt.export.graph import Recipe, bind, recipes, trace
 from sdrt.export.hypernetwork_weights import attach, check_values
 from sdrt.export.hypernetworks import ACTIVATIONS, Hypernetwork, HypernetworkOption, attention_widths, open_hypernetwork, parse_hypernetwork_option
 from sdrt.export.inspect import inspect_file
+from sdrt.export.selfcheck import run_unoptimised
 from sdrt.export.tensor_file import open_tensor_file
 from sdrt.export.unet import CrossAttention, Hypernetworks, Residual
 from sdrt.export.weights import write_weights
@@ -301,14 +302,14 @@ class Sizes:
             for precision in ("fp32", "fp16"):
                 (folder / precision).mkdir(parents=True)
                 weights_file = folder / precision / "weights.safetensors"
-                placed, _ = write_weights(weights_file, tensors, [], precision, lambda done: None, made)
+                placed = write_weights(weights_file, tensors, [], precision, lambda done: None, made).placed
                 assert placed.keys() == recipe.weight_shapes().keys()
                 paths[precision] = folder / precision / "x.onnx"
                 bind(skeleton.clone(), weights_file, placed, precision, precision, paths[precision])
         return Compiled(spec, paths)
 
     def run(self, compiled: Compiled, precision: str) -> dict[str, NDArray[Any]]:
-        return run_unoptimised(compiled.paths[precision], self.inputs)
+        return run_unoptimised(compiled.paths[precision], self.inputs, precision)
 
     def expected(self, width: int) -> NDArray[Any]:
         """Attention over what the hypernetworks make of the context, in float64."""
@@ -374,9 +375,9 @@ def test_every_activation_compiles(tmp_path: Path) -> None:
         tensors = {name: Tensor(base, entry) for name, entry in base.entries.items()}
         for precision, limit in (("fp32", 1e-5), ("fp16", 5e-3)):
             (tmp_path / precision).mkdir()
-            placed, _ = write_weights(tmp_path / precision / "w.safetensors", tensors, [], precision, lambda done: None)
+            placed = write_weights(tmp_path / precision / "w.safetensors", tensors, [], precision, lambda done: None).placed
             bind(skeleton.clone(), tmp_path / precision / "w.safetensors", placed, precision, precision, tmp_path / precision / "x.onnx")
-            found = run_unoptimised(tmp_path / precision / "x.onnx", {"x": x.numpy()})
+            found = run_unoptimised(tmp_path / precision / "x.onnx", {"x": x.numpy()}, precision)
             for name in ACTIVATIONS:
                 part = {key.removeprefix(f"all.{name}.layers."): weight for key, weight in weights.items() if key.startswith(f"all.{name}.")}
                 state = {f"linear.{key}": weight for key, weight in part.items()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
@@ -36,7 +36,7 @@ def weight_shapes() -> dict[str, tuple[int, ...]]:
     return {name: shape for recipe in recipes(checkpoint.architecture).values() for name, shape in recipe.weight_shapes().items()}
 
 
-def write_fused(path: Path, options: Sequence[LoraOption], precision: str = "fp32") -> list[dict[str, Change]]:
+def write_fused(path: Path, options: Sequence[LoraOption], precision: str = "fp32") -> Sequence[Mapping[str, Change]]:
     """The weights file of a build, without its graphs. Returns what each LoRA changed."""
     with ExitStack() as files:
         checkpoint = files.enter_context(closing(open_checkpoint(CHECKPOINT)))
@@ -44,7 +44,7 @@ def write_fused(path: Path, options: Sequence[LoraOption], precision: str = "fp3
         loras = [open_lora(option, shapes, checkpoint.architecture.unet) for option in options]
         for lora in loras:
             files.callback(lora.file.close)
-        return write_weights(path, select(checkpoint, shapes)[0], loras, precision, lambda done: None)[1]
+        return write_weights(path, select(checkpoint, shapes)[0], loras, precision, lambda done: None).changes
 
 
 @pytest.fixture

@@ -9,9 +9,11 @@ import math
 import os
 import pickle
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import safetensors
 import torch
@@ -498,6 +500,28 @@ def test_file_rewritten_after_opening(file: Path, how: str) -> None:
         with pytest.raises(InputFileError, match="changed during the build") as caught:
             getattr(opened, how)()
         assert str(file) in caught.value.message
+
+
+def test_reading_and_hashing_at_the_same_time(tmp_path: Path) -> None:
+    data = np.random.default_rng(0).integers(0, 256, (64, 100_000), np.uint8)
+    path = tmp_path / "x.safetensors"
+    write_raw(path, {f"t{i}": RawTensor("U8", (100_000,), row.tobytes()) for i, row in enumerate(data)})
+    with open_tensor_file(path) as opened, ThreadPoolExecutor(2) as pool:
+        hashes = [pool.submit(opened.sha256) for _ in range(2)]
+        for i, row in enumerate(data):
+            assert opened.read_bytes(opened.entries[f"t{i}"]) == row.tobytes()
+        assert {found.result() for found in hashes} == {hashlib.sha256(path.read_bytes()).hexdigest()}
+
+
+def test_closing_ends_a_hash_under_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tensor_file, "_BLOCK_BYTES", 1)  # a thousand blocks a millisecond at best: minutes for this file
+    path = tmp_path / "x.safetensors"
+    write_raw(path, {"t": RawTensor("U8", (50_000_000,), bytes(50_000_000))})
+    opened = open_tensor_file(path)
+    with ThreadPoolExecutor(1) as pool:
+        found = pool.submit(opened.sha256)
+        opened.close()
+        assert isinstance(found.exception(timeout=60), ValueError)
 
 
 def test_file_replaced_after_opening_is_still_the_one_that_was_opened(file: Path, tmp_path: Path) -> None:

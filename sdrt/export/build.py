@@ -8,6 +8,7 @@ import platform
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
@@ -69,7 +70,7 @@ _GRAPH_BYTES, _REFERENCE_BYTES = 4 << 20, 4 << 20
 """Room to find before a graph in all its precisions, and its reference, is written: more than any of Stable Diffusion 1.5 takes."""
 _REST_BYTES = 4 * (_GRAPH_BYTES + _REFERENCE_BYTES)
 """Room for everything but the weights, the tokenizer included."""
-_NO_MEMORY = re.compile("allocate memory|not enough memory|bad.?alloc", re.IGNORECASE)
+_NO_MEMORY = re.compile("allocate memory|not enough memory|bad.?alloc|start new thread", re.IGNORECASE)
 
 Progress = Callable[[str, float | None], None]
 """Called with the stage's name and how much of it is done, 0 to 1, or None where that is not known."""
@@ -105,10 +106,12 @@ def build(options: BuildOptions, progress: Progress = lambda stage, done: None) 
 
     with ExitStack() as files:
         files.enter_context(locked(output, lambda: progress("waiting for another build of the same output", None)))
+        hashing = files.enter_context(ThreadPoolExecutor(1))  # entered before any file is opened: files are closed first, which ends what it does
         _check_output(output, options)
         with stage("read"):
             checkpoint = open_checkpoint(options.checkpoint, options.vae, ema=options.ema)
             files.callback(checkpoint.close)
+            sources = hashing.submit(_sources, checkpoint)  # takes as long as importing torch
             arch = _with_options(checkpoint.architecture, options)
             from sdrt.export.graph import bind, recipes, skeleton  # imports torch: only after the files are known to be good
             from sdrt.export.selfcheck import check
@@ -136,7 +139,7 @@ def build(options: BuildOptions, progress: Progress = lambda stage, done: None) 
                 unet, attached = attach(hypernetworks, arch.unet, expected)
                 arch, computed = replace(arch, unet=unet), computed | attached
             made = recipes(arch)
-            sources = _sources(checkpoint)
+            sources.result()  # all of it before the first tensor is read: a change from then on shows at the end
         with staged_folder(output, replace=options.force) as folder:
             for part in ("graphs", "tokenizer", "reference"):
                 new_folder(folder / part)
@@ -147,7 +150,8 @@ def build(options: BuildOptions, progress: Progress = lambda stage, done: None) 
                 notes = check_triggers(embeddings, trigger_encoder(folder / names.TOKENIZER)) if embeddings else []
             with stage("fuse", weight_bytes):
                 weights_file = folder / names.WEIGHTS
-                placed, changes = write_weights(weights_file, tensors, loras, options.precision, lambda done: progress("fuse", done), computed)
+                written = write_weights(weights_file, tensors, loras, options.precision, lambda done: progress("fuse", done), computed)
+                changes = written.changes
             cached = []
             # No bfloat16 graph yet: ONNX Runtime's CPU provider cannot run one, and a build ships nothing it has not checked.
             computes = ("fp32", "fp16") if options.precision == "fp16" else ("fp32",)
@@ -155,7 +159,7 @@ def build(options: BuildOptions, progress: Progress = lambda stage, done: None) 
                 with stage(f"trace {graph}", _GRAPH_BYTES):
                     for compute in computes:
                         model, hit = skeleton(recipe)
-                        bind(model, weights_file, placed, options.precision, compute, folder / graph_path(graph, compute))
+                        bind(model, weights_file, written.placed, options.precision, compute, folder / graph_path(graph, compute))
                         cached += [graph] if hit and compute == "fp32" else []
             graphs = {}
             with open_tensor_file(weights_file) as weights:
@@ -182,13 +186,17 @@ def build(options: BuildOptions, progress: Progress = lambda stage, done: None) 
                     precision=options.precision,
                     graphs=graphs,
                     sources=(
-                        *sources,
+                        *sources.result(),
                         *(source for lora, change in zip(loras, changes, strict=True) for source in _lora_sources(lora, change)),
                         *(_embedding_source(embedding) for embedding in embeddings),
                         *(_hypernetwork_source(hypernetwork) for hypernetwork in hypernetworks),
                     ),
                     tools=_tools(),
-                    files={p.relative_to(folder).as_posix(): file_record(p) for p in sorted(folder.rglob("*")) if p.is_file()},
+                    files={
+                        path.relative_to(folder).as_posix(): written.record if path == weights_file else file_record(path)
+                        for path in sorted(folder.rglob("*"))
+                        if path.is_file()
+                    },
                 )
                 write_manifest(folder, manifest)
     remarks = (*checkpoint.notes, *_notes(unknown, loras, changes), *notes, *_hypernetwork_notes(hypernetworks))

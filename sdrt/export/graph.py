@@ -17,7 +17,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx_ir as ir
 import torch
 from torch import nn
@@ -272,16 +271,3 @@ def bind(model: ir.Model, weights_file: Path, placed: Mapping[str, Placed], prec
             if value not in graph.outputs:
                 value.type = None
     write_file(path, ir.to_proto(model).SerializeToString(deterministic=True))
-
-
-def run_unoptimised(path: Path, inputs: Mapping[str, np.ndarray[Any, Any]]) -> dict[str, np.ndarray[Any, Any]]:
-    """Run a graph once through ONNX Runtime on the CPU with graph optimisations off, which is quick to load and small in memory."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.enable_cpu_mem_arena = False
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    outputs = [output.name for output in session.get_outputs()]
-    return dict(zip(outputs, session.run(outputs, dict(inputs)), strict=True))

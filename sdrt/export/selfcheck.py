@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch.overrides import TorchFunctionMode
 
 from sdrt import bundle as names
 from sdrt.errors import CheckFailed, NonFiniteError
-from sdrt.export.graph import Recipe, run_unoptimised
+from sdrt.export.graph import Recipe
 from sdrt.export.tensor_file import TensorFile
 from sdrt.parity import compare
 from sdrt.publish import new_file
@@ -55,20 +56,41 @@ def reference_inputs(recipe: Recipe) -> Arrays:
     return inputs
 
 
+class _StoredWeights(TorchFunctionMode):
+    """Hands every operator its weights, read from the file in float32, and keeps none: a network takes the memory of its largest layer.
+
+    Within it the module stays as it was made, on the meta device. A weight that an operator took in some way unseen here would meet the
+    activations as a meta tensor, which torch refuses. `unused` are the weights that no operator has taken.
+    """
+
+    def __init__(self, module: torch.nn.Module, weights: TensorFile) -> None:
+        super().__init__()
+        self._names = {parameter: name for name, parameter in module.named_parameters()}
+        self._weights = weights
+        self.unused = set(self._names.values())
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        return func(*map(self._value, args), **{key: self._value(value) for key, value in (kwargs or {}).items()})
+
+    def _value(self, argument: Any) -> Any:
+        name = self._names.get(argument) if isinstance(argument, torch.nn.Parameter) else None
+        if name is None:
+            return argument
+        self.unused.discard(name)
+        return self._weights.read(name).to(torch.float32).reshape(argument.shape)
+
+
 def module_outputs(recipe: Recipe, weights: TensorFile, inputs: Arrays) -> Arrays:
     """What the module itself gives for the stored, rounded weights, in float32."""
     module = recipe.module()
-    for name, parameter in list(module.named_parameters()):
-        owner = module.get_submodule(name.rpartition(".")[0])
-        value = weights.read(name).to(torch.float32).reshape(parameter.shape)
-        setattr(owner, name.rpartition(".")[2], torch.nn.Parameter(value, requires_grad=False))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # how a sum is split over threads shows in its last bits, and references are to be equal bytes on any number of cores
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), _StoredWeights(module, weights) as stored:
             outputs = module(**{name: torch.from_numpy(array) for name, array in inputs.items()})
     finally:
         torch.set_num_threads(threads)
+    assert not stored.unused, f"{recipe.graph}: weights that no operator takes: {', '.join(sorted(stored.unused))}"
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     return {name: output.numpy() for name, output in zip(recipe.outputs, outputs, strict=True)}
 
@@ -88,7 +110,7 @@ def check(recipe: Recipe, weights: TensorFile, graphs: Mapping[str, Path], refer
             raise NonFiniteError(message, "The checkpoint is damaged or overflows; get another.")
     errors = {}
     for compute, path in graphs.items():
-        worst = compare(expected, run_unoptimised(path, inputs), compute)[0]
+        worst = compare(expected, run_unoptimised(path, inputs, compute), compute)[0]
         if not worst.ok:
             message = f"self-check: {path.name}: {worst.output}: relative error {worst.error:.2e}, expected at most {worst.limit:.0e}"
             fix = "This is a bug in sdrt or in ONNX Runtime; please report it."
@@ -98,3 +120,23 @@ def check(recipe: Recipe, weights: TensorFile, graphs: Mapping[str, Path], refer
     with new_file(reference) as stream:
         np.savez(stream, **arrays)
     return errors
+
+
+def run_unoptimised(path: Path, inputs: Mapping[str, NDArray[Any]], compute: str) -> Arrays:
+    """Run a graph once through ONNX Runtime on the CPU as it is written: quick to load, and with one weight in float32 at a time.
+
+    That takes the right order, since nothing holds a cast of a weight back until its weight is needed. By default ONNX Runtime goes from the
+    outputs back, and to the nodes added last first: good for `bind`'s casts, the first nodes of a float32 graph. Those that it puts itself around
+    operators without a half-precision kernel are the last nodes, and good in order of number.
+    """
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.execution_order = onnxruntime.ExecutionOrder.DEFAULT if compute == "fp32" else onnxruntime.ExecutionOrder.PRIORITY_BASED
+    options.enable_cpu_mem_arena = False
+    options.add_session_config_entry("session.disable_prepacking", "1")  # each weight is used once
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    outputs = [output.name for output in session.get_outputs()]
+    return dict(zip(outputs, session.run(outputs, dict(inputs)), strict=True))

@@ -16,6 +16,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn
 
 from sdrt.errors import InputFileError, UnsafeError, printable
@@ -27,12 +28,13 @@ if TYPE_CHECKING:
     import torch
 
 MAX_HEADER_BYTES = 100_000_000
+_BLOCK_BYTES = 1 << 20
 PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
 _LEGACY_TEXT_START = b"L119547037146038801333356L"  # torch's magic number, as protocol 0 spells it
 
 
 class TensorFile:
-    """An open file of tensors. All reads go through one descriptor, so the file cannot be swapped between two of them.
+    """An open file of tensors. All reads go through one descriptor, so the file cannot be swapped between two of them. Thread-safe.
 
     `entries` are its tensors by name. `tree` is the same as the file nests it: dictionaries, lists, text and numbers, with entries as leaves; a
     safetensors file is one flat dictionary. Below a `state_dict`, both start there. `metadata` is a safetensors file's own; `notes` are for the user.
@@ -47,6 +49,7 @@ class TensorFile:
         self.tree = tree
         self.notes = notes
         self._stream = stream
+        self._lock = Lock()  # from a seek to the end of the read that follows it
         self._opened = _identity(os.fstat(stream.fileno()))
         self._sha256: str | None = None
         self._checked: set[Member] = set()
@@ -54,7 +57,9 @@ class TensorFile:
         self.size_bytes = self._opened[2]
 
     def close(self) -> None:
-        self._stream.close()
+        """Close the file. A thread that is hashing it fails at once."""
+        with self._lock:
+            self._stream.close()
 
     def __enter__(self) -> TensorFile:
         return self
@@ -69,6 +74,10 @@ class TensorFile:
             InputFileError: the file is shorter than when it was opened, or damaged.
             UnsafeError: the bytes are not those whose checksum the file states.
         """
+        with self._lock:
+            return self._read_bytes(entry)
+
+    def _read_bytes(self, entry: TensorEntry) -> bytearray:
         size, start = entry.size_bytes, entry.offset
         if entry.strides and size:
             size = (1 + sum((n - 1) * stride for n, stride in zip(entry.shape, entry.strides, strict=True))) * (size // math.prod(entry.shape))
@@ -135,11 +144,17 @@ class TensorFile:
             raise self._changed()
 
     def _hash(self) -> str:
-        with _reading(self.path):
-            self._stream.seek(0)
-            digest = hashlib.file_digest(self._stream, "sha256").hexdigest()  # type: ignore[arg-type]
+        digest, block, hashed = hashlib.sha256(), memoryview(bytearray(_BLOCK_BYTES)), 0
+        while True:
+            with self._lock, _reading(self.path):
+                self._stream.seek(hashed)
+                count: int = self._stream.readinto(block)  # type: ignore[attr-defined]
+            if not count:
+                break
+            digest.update(block[:count])
+            hashed += count
         self._check_identity()
-        return digest
+        return digest.hexdigest()
 
     def _check_identity(self) -> None:
         if _identity(os.fstat(self._stream.fileno())) != self._opened:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sdrt.bundle import FileRecord
 from sdrt.errors import AdapterError, CheckpointError
 from sdrt.export.adapters import Lora, component
 from sdrt.export.checkpoint import Tensor
@@ -40,6 +43,15 @@ class Change:
 
     modules: int
     relative: float
+
+
+@dataclass(frozen=True)
+class Written:
+    """The weights file: its hash and size, where each tensor lies and, per LoRA, its change of each component."""
+
+    record: FileRecord
+    placed: Mapping[str, Placed]
+    changes: Sequence[Mapping[str, Change]]
 
 
 @dataclass(frozen=True)
@@ -80,8 +92,8 @@ def write_weights(
     precision: str,
     progress: Callable[[float], None],
     made: Mapping[str, Made] | None = None,
-) -> tuple[dict[str, Placed], list[dict[str, Change]]]:
-    """Write the weights file, one tensor in memory at a time. Returns where each tensor lies and, per LoRA, its change of each component.
+) -> Written:
+    """Write the weights file. Each tensor is read once and written once; its hash is taken on the way, on another core, while the next one is made.
 
     Adapters act in the order given. A DoRA rescales what it meets, so its place matters; all others only add, and between two DoRAs they
     are added in the order of their files' hashes, so that their order does not matter to the last bit.
@@ -120,8 +132,10 @@ def write_weights(
             survived.update(touching)
         return value
 
-    with new_file(path, len(header) + total) as stream:
+    digest = hashlib.sha256(header)
+    with new_file(path, len(header) + total) as stream, ThreadPoolExecutor(1) as hashing:
         stream.write(header)
+        hashed = hashing.submit(lambda: None)
         for name, place in placed.items():
             value = made[name].make(lambda weight: fused(weight).to(torch.float32)) if name in made else fused(name)
             assert tuple(value.shape) == place.shape, name
@@ -134,7 +148,10 @@ def write_weights(
                     files = ", ".join(str(file) for file in blamed)
                     raise AdapterError(f"{files}: {what}", "Lower the scale, or build with --precision bf16 or fp32.")
                 raise CheckpointError(f"{tensors[name].file.path}: {what}", "Build with --precision bf16 or fp32.")
-            stream.write(rounded.contiguous().view(torch.uint8).numpy().data if rounded.dim() else rounded.reshape(1).view(torch.uint8).numpy().data)
+            data = (rounded.contiguous() if rounded.dim() else rounded.reshape(1)).view(torch.uint8).numpy().data
+            stream.write(data)
+            hashed.result()  # of the tensor before: two are in memory, never more
+            hashed = hashing.submit(digest.update, data)
             done += place.size_bytes
             progress(done / total)
     changes = []
@@ -148,7 +165,7 @@ def write_weights(
                 "Raise its scale, build with --precision fp32, or leave it out.",
             )
         changes.append(_changes(by_weight))
-    return placed, changes
+    return Written(FileRecord(len(header) + total, digest.hexdigest()), placed, changes)
 
 
 def _changes(norms: Mapping[str, tuple[float, float]]) -> dict[str, Change]:
