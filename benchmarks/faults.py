@@ -18,6 +18,7 @@ from pathlib import Path
 
 TESTS = Path(__file__).parents[1] / "tests"
 KINDS = ("kill", "enospc", "eio", "short")
+SHOWN = 20
 MAKE = """
 import sys
 from safetensors.torch import save_file
@@ -46,7 +47,7 @@ def main() -> int:
             problems += len(report["problems"])
             if not options.json:
                 print(f"{job:12} {report['points']:4} points, runs {report['done']}, {len(report['problems'])} problems, {time.perf_counter() - started:.0f} s")
-                print("".join(f"  {problem}\n" for problem in report["problems"]), end="", flush=True)
+                print("".join(f"  {problem}\n" for problem in report["problems"][:SHOWN]), end="", flush=True)
     if options.json:
         print(json.dumps(reports, indent=1))
     return 1 if problems else 0

@@ -13,6 +13,7 @@ import os
 import random
 import shutil
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -46,6 +47,8 @@ def in_child(work: Callable[[], int], told: Path) -> int:
             os.dup2(descriptor, 2)
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             code = work()
+        except BaseException:
+            traceback.print_exc()
         finally:
             with suppress(Exception):
                 sys.stderr.flush()
@@ -223,8 +226,9 @@ JOBS = {"build": build_over, "first build": build_first, "compile": compile_open
 
 def main() -> None:
     root, name, checkpoint = Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
+    import sdrt.cli
+
     if name == "compile":
-        import sdrt.cli
         import sdrt.compile.openvino  # noqa: F401
     else:
         from sdrt.export.build import BuildOptions, build

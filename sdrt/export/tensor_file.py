@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 MAX_HEADER_BYTES = 100_000_000
 _BLOCK_BYTES = 1 << 20
+MAX_SEPARATORS = 4_000_000
+"""Brackets, colons and commas in a header, those within metadata's text included: 100,000 tensors have 1.5 million. Bounds what parsing takes."""
 PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
 _LEGACY_TEXT_START = b"L119547037146038801333356L"  # torch's magic number, as protocol 0 spells it
 
@@ -257,6 +259,9 @@ def _refuse(path: Path, start: bytes, size: int, header_bytes: int) -> NoReturn:
 
 
 def _parse_header(path: Path, header: bytes, start: int, size: int) -> tuple[dict[str, TensorEntry], dict[str, str]]:
+    if (separators := sum(header.count(mark) for mark in (b"{", b"[", b":", b","))) > MAX_SEPARATORS:
+        message = f"{path}: the header: {separators:,} brackets, colons and commas, more than the limit of {MAX_SEPARATORS:,}"
+        raise InputFileError(message, "Save the file without its metadata.")
     try:
         document = json.loads(header.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
     except _DuplicateKey as error:
@@ -302,6 +307,9 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     for key, value in pairs:
         if key in result:
             raise _DuplicateKey(key)
+        for text in (key, value):
+            if isinstance(text, str):
+                text.encode()  # half of a surrogate pair is a ValueError, as any JSON reader but Python's has it
         result[key] = value
     return result
 
