@@ -88,7 +88,7 @@ def file(tmp_path: Path) -> Path:
         ("new\nline.safetensors:0.5", "new\nline.safetensors", 0.5, 0.5),
     ],
 )
-def test_option(text: str, path: str, scale: float, te_scale: float) -> None:
+def test_l11_option(text: str, path: str, scale: float, te_scale: float) -> None:
     assert parse_lora_option(text) == LoraOption(Path(path), scale, te_scale)
 
 
@@ -110,7 +110,7 @@ def test_option(text: str, path: str, scale: float, te_scale: float) -> None:
         r"C:\x\y.safetensors:abc",
     ],
 )
-def test_bad_scale(text: str) -> None:
+def test_l7_bad_scale(text: str) -> None:
     with pytest.raises(UsageError, match="expected a finite number") as caught:
         parse_lora_option(text)
     assert caught.value.exit_code == 2
@@ -118,7 +118,7 @@ def test_bad_scale(text: str) -> None:
     assert "style.safetensors:0.8" in caught.value.fix
 
 
-def test_existing_file_with_colons_in_its_name(tmp_path: Path) -> None:
+def test_l11_existing_file_with_colons_in_its_name(tmp_path: Path) -> None:
     for name in ("style:0.5", "style:1:2", "a:b"):
         (tmp_path / name).touch()
         assert parse_lora_option(f"{tmp_path}/{name}") == LoraOption(tmp_path / name)
@@ -166,7 +166,7 @@ def test_one_weight_under_both_spellings(file: Path) -> None:
     refused(file, LINEAR[0], "another key")
 
 
-def test_no_key_matches(file: Path) -> None:
+def test_l1_no_key_matches(file: Path) -> None:
     tensors: dict[str, torch.Tensor] = {}
     for i in range(7):
         tensors |= pair(f"lora_unet_other_blocks_{i}_conv", (8, 2), (2, 8), 1.0)
@@ -182,7 +182,7 @@ def test_no_key_matches_and_the_file_says_what_it_was_made_for(file: Path) -> No
     refused(file, "it was made for sd_v2\\x1b[0m")
 
 
-def test_one_key_does_not_match(file: Path) -> None:
+def test_l1_one_key_does_not_match(file: Path) -> None:
     typo = LINEAR[1].replace("attn2", "attn3")
     save_file(GOOD | pair(typo, (96, 4), (4, 64)), file)
     error = refused(file, "2 of 5 keys", f"{typo}.lora_", "did you mean", "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn")
@@ -217,7 +217,7 @@ def read_raw_tensors(tensors: Mapping[str, torch.Tensor]) -> dict[str, RawTensor
         (["lora_unet_joint_blocks_0_x_block_attn_proj"], "SD3"),
     ],
 )
-def test_lora_of_another_family(file: Path, modules: list[str], family: str) -> None:
+def test_l2_lora_of_another_family(file: Path, modules: list[str], family: str) -> None:
     tensors: dict[str, torch.Tensor] = {}
     for module in modules:
         tensors |= pair(module, (640, 4), (4, 640), 1.0)
@@ -237,14 +237,14 @@ def test_lora_of_another_family(file: Path, modules: list[str], family: str) -> 
     ],
     ids=["context 768", "320 channels", "text 768", "1x1 for 3x3", "3x3 up", "3x3 for 1x1"],
 )
-def test_lora_for_other_widths(file: Path, module: str, up: tuple[int, ...], down: tuple[int, ...], shape: str) -> None:
+def test_l2_lora_for_other_widths(file: Path, module: str, up: tuple[int, ...], down: tuple[int, ...], shape: str) -> None:
     save_file(pair(module, up, down), file)
     error = refused(file, module, str(list(up)), str(list(down)), shape)
     assert "other sizes" in error.fix
 
 
 @pytest.mark.parametrize("part", ["lora_up.weight", "lora_down.weight"])
-def test_half_a_pair(file: Path, part: str) -> None:
+def test_l4_half_a_pair(file: Path, part: str) -> None:
     tensors = dict(GOOD)
     del tensors[f"{LINEAR[1]}.{part}"]
     save_file(tensors, file)
@@ -261,7 +261,7 @@ def test_alpha_alone(file: Path) -> None:
     [((96, 4), (8, 64)), ((96, 8), (4, 64)), ((96, 0), (0, 64)), ((96,), (4, 64)), ((96, 4), (64,)), ((), ()), ((96, 4, 2), (4, 64))],
     ids=lambda shape: "x".join(map(str, shape)) or "scalar",
 )
-def test_shapes_that_do_not_fit_together(file: Path, up: tuple[int, ...], down: tuple[int, ...]) -> None:
+def test_l4_shapes_that_do_not_fit_together(file: Path, up: tuple[int, ...], down: tuple[int, ...]) -> None:
     save_file(pair(LINEAR[1], up, down), file)
     refused(file, LINEAR[1], f"up {list(up)} and down {list(down)}")
 
@@ -276,12 +276,12 @@ def test_shapes_that_do_not_fit_together(file: Path, up: tuple[int, ...], down: 
         ({}, "an empty file", "LyCORIS"),
     ],
 )
-def test_other_file_given_as_a_lora(file: Path, shapes: dict[str, tuple[int, ...]], what: str, fix: str) -> None:
+def test_l10_other_file_given_as_a_lora(file: Path, shapes: dict[str, tuple[int, ...]], what: str, fix: str) -> None:
     save_file({name: torch.zeros(shape) for name, shape in shapes.items()}, file)
     assert fix in refused(file, f"expected a LoRA, found {what}").fix
 
 
-def test_checkpoint_given_as_a_lora() -> None:
+def test_l10_checkpoint_given_as_a_lora() -> None:
     assert "--checkpoint" in refused(CHECKPOINT, "found a Stable Diffusion 1.x model").fix
 
 
@@ -326,18 +326,18 @@ def factor(file: Path, alpha: torch.Tensor | float | None) -> float:
     ],
     ids=["missing", "zero", "rank", "half", "double", "negative", "int", "bf16", "fp16", "one number", "one by one"],
 )
-def test_alpha(file: Path, alpha: torch.Tensor | float | None, expected: float) -> None:
+def test_l5_alpha(file: Path, alpha: torch.Tensor | float | None, expected: float) -> None:
     assert factor(file, alpha) == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("alpha", [torch.tensor([1.0, 2.0]), torch.zeros(0), torch.ones(2, 1)], ids=["two", "none", "2x1"])
-def test_alpha_of_several_numbers(file: Path, alpha: torch.Tensor) -> None:
+def test_l5_alpha_of_several_numbers(file: Path, alpha: torch.Tensor) -> None:
     save_file(pair(LINEAR[1], (96, 4), (4, 64), alpha), file)
     refused(file, f"{LINEAR[1]}.alpha: expected one number, found shape {list(alpha.shape)}")
 
 
 @pytest.mark.parametrize("alpha", [math.nan, math.inf, -math.inf])
-def test_alpha_that_is_not_finite(file: Path, alpha: float) -> None:
+def test_l5_alpha_that_is_not_finite(file: Path, alpha: float) -> None:
     save_file(pair(LINEAR[1], (96, 4), (4, 64), alpha), file)
     refused(file, f"{LINEAR[1]}.alpha: expected a finite number, found {alpha}")
 
@@ -460,7 +460,7 @@ def test_change_is_added_to_the_weights(tmp_path: Path, style: Path) -> None:
         assert changes[0][component].relative == pytest.approx(math.sqrt(delta_squares / base_squares), rel=1e-4)
 
 
-def test_same_lora_twice_is_twice_its_scale(tmp_path: Path, style: Path) -> None:
+def test_l8_same_lora_twice_is_twice_its_scale(tmp_path: Path, style: Path) -> None:
     twice, _, _ = fused(tmp_path, [LoraOption(style), LoraOption(style)])
     double, _, _ = fused(tmp_path, [LoraOption(style, 2.0, 2.0)])
     for name in BASE:
@@ -468,7 +468,7 @@ def test_same_lora_twice_is_twice_its_scale(tmp_path: Path, style: Path) -> None
         assert not torch.allclose(twice[name], BASE[name])
 
 
-def test_order_of_loras_does_not_matter(tmp_path: Path, style: Path) -> None:
+def test_l8_order_of_loras_does_not_matter(tmp_path: Path, style: Path) -> None:
     save_file(pair(KERNEL[1], (96, 2, 1, 1), (2, 64, 3, 3), seed=7) | pair(LINEAR[1], (96, 2), (2, 64), seed=8), tmp_path / "other.safetensors")
     options = [LoraOption(style, 0.3, 0.3), LoraOption(tmp_path / "other.safetensors", 1.7, 1.7), LoraOption(style, -0.9, 0.1)]
     results = [fused(tmp_path, order) for order in (options, options[::-1], [options[1], options[2], options[0]])]
@@ -519,7 +519,7 @@ def test_order_matters_only_across_a_dora(tmp_path: Path, style: Path) -> None:
     assert fused(tmp_path, [first, still, second])[1] == fused(tmp_path, [second, first])[1]
 
 
-def test_scale_zero_changes_no_bit(tmp_path: Path, style: Path) -> None:
+def test_l7_scale_zero_changes_no_bit(tmp_path: Path, style: Path) -> None:
     plain = fused(tmp_path, [])[1]
     _, data, changes = fused(tmp_path, [LoraOption(style, 0.0, 0.0)])
     assert data == plain
@@ -550,7 +550,7 @@ def test_lora_that_changes_weights_of_zero_does_something(tmp_path: Path, file: 
 
 
 @pytest.mark.parametrize(("scale", "precision"), [(1e6, "fp16"), (1e38, "fp32"), (1e38, "bf16"), (1e300, "fp32"), (1e300, "fp16")])
-def test_scale_that_overflows(tmp_path: Path, file: Path, scale: float, precision: str) -> None:
+def test_l7_scale_that_overflows(tmp_path: Path, file: Path, scale: float, precision: str) -> None:
     save_file(GOOD, file)
     with pytest.raises(AdapterError, match=f"too large for {precision}") as caught:
         fused(tmp_path, [LoraOption(file, scale, scale)], precision)

@@ -134,7 +134,7 @@ def test_folder_name_changes_the_manifest_only(flat_bundle: Path, out: Path, qui
 # The trace cache
 
 
-def test_another_lora_is_not_traced_again(out: Path, quick: None, no_trace: None) -> None:
+def test_i4_another_lora_is_not_traced_again(out: Path, quick: None, no_trace: None) -> None:
     save_file({name: tensor * 0.5 for name, tensor in load_file(LORA).items()}, out / "half.safetensors")
     report = build(BuildOptions(CHECKPOINT, (LoraOption(out / "half.safetensors", 0.3, 0.3),), output=out / "x.sdrt"))
     assert report.cached == names.GRAPHS
@@ -214,7 +214,7 @@ DAMAGE: dict[str, Callable[[Path], Any]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE.keys())
-def test_damaged_entry_is_traced_again_and_mended(cache: Cache, damage: Callable[[Path], Any]) -> None:
+def test_i5_damaged_entry_is_traced_again_and_mended(cache: Cache, damage: Callable[[Path], Any]) -> None:
     cache.get()
     damage(cache.entry)
     assert not cache.get()
@@ -231,7 +231,7 @@ def test_cache_that_cannot_be_written_costs_time_only(cache: Cache, tmp_path: Pa
     assert cache.traced == 2
 
 
-def test_entry_is_not_used_for_another_shape_or_version(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_i4_entry_is_not_used_for_another_shape_or_version(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
     cache.get()
     monkeypatch.setattr(graph_module, "version", lambda package: "0.0")
     assert not cache.get()
@@ -257,7 +257,7 @@ def test_stages(stages: list[str]) -> None:
 
 
 @pytest.mark.parametrize("exists", [False, True], ids=["new", "replacing"])
-def test_interrupt_at_any_stage_leaves_everything_as_it_was(out: Path, instant: None, stages: list[str], exists: bool) -> None:
+def test_i2_interrupt_at_any_stage_leaves_everything_as_it_was(out: Path, instant: None, stages: list[str], exists: bool) -> None:
     if exists:
         old_bundle(out / "x.sdrt")
     before = contents(out)
@@ -381,7 +381,7 @@ def rewritten_unseen(path: Path) -> None:
 
 @pytest.mark.parametrize("change", [rewritten, rewritten_unseen])
 @pytest.mark.parametrize("which", ["checkpoint", "vae", "lora"])
-def test_input_that_changes_during_the_build(out: Path, tmp_path: Path, instant: None, which: str, change: Callable[[Path], None]) -> None:
+def test_c20_input_that_changes_during_the_build(out: Path, tmp_path: Path, instant: None, which: str, change: Callable[[Path], None]) -> None:
     files = {"checkpoint": tmp_path / "c.safetensors", "vae": vae_of(tmp_path / "v.safetensors"), "lora": tmp_path / "l.safetensors"}
     shutil.copy(CHECKPOINT, files["checkpoint"])
     shutil.copy(LORA, files["lora"])
@@ -396,7 +396,7 @@ def test_input_that_changes_during_the_build(out: Path, tmp_path: Path, instant:
     assert not list(out.iterdir())
 
 
-def test_input_that_is_truncated_during_the_build(out: Path, tmp_path: Path, quick: None) -> None:
+def test_c20_input_that_is_truncated_during_the_build(out: Path, tmp_path: Path, quick: None) -> None:
     shutil.copy(CHECKPOINT, tmp_path / "c.safetensors")
 
     def progress(stage: str, done: float | None) -> None:

@@ -303,13 +303,13 @@ def test_manifest_that_is_not_one_json_object(folder: Path, content: bytes) -> N
 
 
 @pytest.mark.parametrize("cut", [1, 2, 500])
-def test_truncated_manifest(folder: Path, cut: int) -> None:
+def test_b3_truncated_manifest(folder: Path, cut: int) -> None:
     text = (folder / "manifest.json").read_text().rstrip()
     (folder / "manifest.json").write_text(text[:-cut])
     refused(folder, "manifest.json", "not valid JSON")
 
 
-def test_duplicate_keys_deep_inside(folder: Path) -> None:
+def test_b3_duplicate_keys_deep_inside(folder: Path) -> None:
     text = (folder / "manifest.json").read_text()
     (folder / "manifest.json").write_text(text.replace('"width": 64', '"width": 64, "width": 64'))
     refused(folder, "duplicate keys")
@@ -320,7 +320,7 @@ def test_manifest_above_the_limit(folder: Path) -> None:
     refused(folder, f"{bundle.MAX_MANIFEST_BYTES + 1:,} bytes", f"{bundle.MAX_MANIFEST_BYTES:,}")
 
 
-def test_newer_format_does_not_fit_this_version(folder: Path) -> None:
+def test_b3_newer_format_does_not_fit_this_version(folder: Path) -> None:
     edit(folder, lambda document: document.update(format=2, sdrt="9.9\x1b[0m", something="new"))
     error = refused(folder, "format 2", "9.9\\x1b[0m", "reads format 1", kind=MachineError, code=5)
     assert "Upgrade" in error.fix
@@ -370,7 +370,7 @@ UNSAFE = [
 
 
 @pytest.mark.parametrize("name", UNSAFE, ids=repr)
-def test_unsafe_file_names(folder: Path, name: str) -> None:
+def test_b3_unsafe_file_names(folder: Path, name: str) -> None:
     (folder.parent / "x").write_text("x")
     edit(folder, lambda document: document["files"].update({name: asdict(FileRecord(1, hashlib.sha256(b"x").hexdigest()))}))
     refused(folder, "unsafe path")
@@ -438,7 +438,7 @@ def well_typed(value: object) -> bool:
 
 @given(edits=st.lists(st.tuples(st.integers(0, 4000), st.integers(0, 3), st.binary(max_size=3)), min_size=1, max_size=4))
 @settings(max_examples=300, deadline=None, derandomize=True, database=None)
-def test_damaged_manifests_are_refused_or_read(tmp_path_factory: pytest.TempPathFactory, edits: list[tuple[int, int, bytes]]) -> None:
+def test_b_damaged_manifests_are_refused_or_read(tmp_path_factory: pytest.TempPathFactory, edits: list[tuple[int, int, bytes]]) -> None:
     path = tmp_path_factory.getbasetemp() / "damaged.sdrt"
     if not path.exists():
         small(path)
@@ -460,7 +460,7 @@ def test_damaged_manifests_are_refused_or_read(tmp_path_factory: pytest.TempPath
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_missing_file(folder: Path, name: str) -> None:
+def test_b2_missing_file(folder: Path, name: str) -> None:
     (folder / name).unlink()
     refused(folder, f": {name}: missing")
 
@@ -472,13 +472,13 @@ def test_file_of_another_size(folder: Path, name: str) -> None:
     refused(folder, f": {name}: expected {size} bytes, found 0")
 
 
-def test_renamed_file(folder: Path) -> None:
+def test_b2_renamed_file(folder: Path) -> None:
     (folder / GRAPH_FILES[0]).rename(folder / "graphs" / "other.onnx")
     refused(folder, f": {GRAPH_FILES[0]}: missing")
 
 
 @pytest.mark.parametrize("name", ["extra", "graphs/extra.onnx", "reference/x\x1b[31m", "new/file", "graphs/manifest.json", "graphs/engines/x"])
-def test_extra_file(folder: Path, name: str) -> None:
+def test_b2_extra_file(folder: Path, name: str) -> None:
     (folder / name).parent.mkdir(exist_ok=True)
     (folder / name).touch()
     refused(folder, name.replace("\x1b", "\\x1b"), "not in the manifest")
@@ -523,13 +523,13 @@ REPLACEMENTS = [replaced_by_link_out, replaced_by_link_in, replaced_by_dangling_
 
 @pytest.mark.parametrize("how", REPLACEMENTS)
 @pytest.mark.parametrize("name", [GRAPH_FILES[1], bundle.WEIGHTS, bundle.TOKENIZER])
-def test_file_replaced_by_something_else(folder: Path, name: str, how: Callable[[Path], None]) -> None:
+def test_b4_file_replaced_by_something_else(folder: Path, name: str, how: Callable[[Path], None]) -> None:
     how(folder / name)
     refused(folder, f": {name}: ")
 
 
 @pytest.mark.parametrize("how", REPLACEMENTS)
-def test_manifest_replaced_by_something_else(folder: Path, how: Callable[[Path], None]) -> None:
+def test_b4_manifest_replaced_by_something_else(folder: Path, how: Callable[[Path], None]) -> None:
     (folder.parent / "a").mkdir()
     moved = folder.rename(folder.parent / "a" / "small.sdrt")
     how(moved / "manifest.json")
@@ -599,7 +599,7 @@ def flip(path: Path, where: float) -> None:
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_one_changed_byte_stops_everything(copy: Path, name: str, loaded: list[str]) -> None:
+def test_b1_one_changed_byte_stops_everything(copy: Path, name: str, loaded: list[str]) -> None:
     for where in (0.0, 0.5, 1.0):
         flip(copy / name, where)
         with pytest.raises(BundleError, match="changed since the build") as caught:
@@ -622,7 +622,7 @@ def test_one_changed_byte_stops_everything(copy: Path, name: str, loaded: list[s
     assert loaded == []
 
 
-def test_swapped_files_stop_everything(copy: Path, loaded: list[str]) -> None:
+def test_b2_swapped_files_stop_everything(copy: Path, loaded: list[str]) -> None:
     first, second = (copy / name for name in GRAPH_FILES[:2])
     first.rename(copy / "aside")
     second.rename(first)
@@ -651,7 +651,7 @@ def snapshot(folder: Path) -> dict[str, tuple[int, bytes]]:
     return {p.relative_to(folder).as_posix(): (p.stat().st_mtime_ns, p.read_bytes() if p.is_file() else b"") for p in (folder, *folder.rglob("*"))}
 
 
-def test_bundle_works_read_only_moved_and_through_a_link_and_is_not_written_to(flat_bundle: Path, copy: Path) -> None:
+def test_b10_bundle_works_read_only_moved_and_through_a_link_and_is_not_written_to(flat_bundle: Path, copy: Path) -> None:
     with Pipeline.load(flat_bundle) as pipe:
         expected = pipe("red apple", steps=2, seed=1).images
     moved = copy.rename(copy.with_name("moved elsewhere.sdrt"))

@@ -1,4 +1,4 @@
-"""docs/security.md: every number of the catalogue has a test that exists, or a reason."""
+"""docs/security.md: every number of the catalogue has a test that exists and carries it in its name, or a reason."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ def test_the_tests_exist_or_there_is_a_reason(row: list[str]) -> None:
     for file, test in named:
         tree = ast.parse((ROOT / "tests" / f"{file}.py").read_text(encoding="utf-8"))
         assert test in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}, f"{number}: {file}::{test}"
+        assert {*number.lower().split(", ")} & {*test.split("_")}, f"{test}: expected {number} in its name"
 
 
 def test_no_number_is_left_out() -> None:

@@ -184,7 +184,7 @@ def test_weights_are_rounded_once(tiny: Path, tmp_path: Path, precision: str, ki
 @pytest.mark.parametrize(
     ("kind", "limit"), [(torch.float64, 0.0), (torch.float32, 0.0), (torch.float16, 0.0), (torch.bfloat16, 2.0**-8)], ids=["fp64", "fp32", "fp16", "bf16"]
 )
-def test_sources_of_every_type_give_the_same_weights(tiny: Path, tmp_path: Path, kind: torch.dtype, limit: float) -> None:
+def test_c12_sources_of_every_type_give_the_same_weights(tiny: Path, tmp_path: Path, kind: torch.dtype, limit: float) -> None:
     save_file({name: tensor.to(kind) for name, tensor in seeded(TINY).items()}, tmp_path / "source.safetensors")
     reference, found = (written(path, tmp_path / f"w{i}.safetensors") for i, path in enumerate((tiny, tmp_path / "source.safetensors")))
     assert found.keys() == reference.keys()
@@ -222,7 +222,7 @@ def test_checkpoints_of_torch_save_give_the_same_weights(tiny: Path, tmp_path: P
 
 @pytest.mark.parametrize("suffix", [".scale_weight", ".weight_scale"])
 @pytest.mark.parametrize("kind", [torch.float8_e4m3fn, torch.float8_e5m2], ids=["e4m3", "e5m2"])
-def test_8_bit_weights_with_and_without_a_scale(tmp_path: Path, kind: torch.dtype, suffix: str) -> None:
+def test_c12_8_bit_weights_with_and_without_a_scale(tmp_path: Path, kind: torch.dtype, suffix: str) -> None:
     """As ComfyUI saves them: a number beside each scaled weight, norms in another type, and a mark."""
     stored: dict[str, torch.Tensor] = {"scaled_fp8": torch.zeros(0, dtype=kind)}
     expected: dict[str, torch.Tensor] = {}
@@ -335,13 +335,13 @@ def one_weight(tmp_path: Path, values: list[float], precision: str) -> None:
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("precision", ["fp16", "fp32"])
-def test_values_that_are_not_finite(tmp_path: Path, bad: float, precision: str) -> None:
+def test_c17_values_that_are_not_finite(tmp_path: Path, bad: float, precision: str) -> None:
     with pytest.raises(CheckpointError, match="NaN or infinite") as caught:
         one_weight(tmp_path, [1.0, bad, 2.0, bad], precision)
     assert f"{tmp_path / 'one.safetensors'}: layer.weight: 2 of 4 values" in caught.value.message
 
 
-def test_values_too_large_for_the_precision(tmp_path: Path) -> None:
+def test_c17_values_too_large_for_the_precision(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="too large for fp16") as caught:
         one_weight(tmp_path, [1.0, -70_000.0], "fp16")
     assert f"{tmp_path / 'one.safetensors'}: layer.weight: 70000" in caught.value.message
@@ -434,18 +434,18 @@ def test_no_vae(tmp_path: Path) -> None:
     assert "--vae" in refused(header_only(tmp_path / "x.safetensors", shapes), "has no VAE").fix
 
 
-def test_unet_only(tmp_path: Path) -> None:
+def test_c14_unet_only(tmp_path: Path) -> None:
     shapes = {n: s for n, s in expected_shapes(TINY).items() if n.startswith(UNET)}
     assert "text encoder" in refused(header_only(tmp_path / "x.safetensors", shapes), "a Stable Diffusion UNet without its text encoder").fix
 
 
-def test_no_text_encoder(tmp_path: Path) -> None:
+def test_c14_no_text_encoder(tmp_path: Path) -> None:
     shapes = {n: s for n, s in expected_shapes(TINY).items() if not n.startswith(CLIP)}
     refused(header_only(tmp_path / "x.safetensors", shapes), "without its text encoder")
 
 
 @pytest.mark.parametrize("prefix", [VAE, ""])
-def test_vae_only(tmp_path: Path, prefix: str) -> None:
+def test_c14_vae_only(tmp_path: Path, prefix: str) -> None:
     shapes = {prefix + n[len(VAE) :]: s for n, s in expected_shapes(TINY).items() if n.startswith(VAE)}
     assert "--vae" in refused(header_only(tmp_path / "x.safetensors", shapes), "found a VAE").fix
 
@@ -467,7 +467,7 @@ def test_embedding_given_as_the_checkpoint(tmp_path: Path, shapes: Shapes) -> No
     assert "--embedding" in error.fix
 
 
-def test_file_of_nothing(tmp_path: Path) -> None:
+def test_c14_file_of_nothing(tmp_path: Path) -> None:
     refused(header_only(tmp_path / "x.safetensors", {}), "found an empty file")
 
 
@@ -479,7 +479,7 @@ LATE = UNET + "output_blocks.2.0.out_layers.3.bias"
 
 
 @pytest.mark.parametrize("name", [LATE, UNET + "out.2.weight", CLIP + "text_model.final_layer_norm.weight", VAE + "quant_conv.weight"])
-def test_one_missing_tensor(tmp_path: Path, name: str) -> None:
+def test_c15_one_missing_tensor(tmp_path: Path, name: str) -> None:
     shapes = dict(expected_shapes(TINY))
     del shapes[name]
     refused(header_only(tmp_path / "x.safetensors", shapes), name.removeprefix(UNET), "missing", selecting=True)
@@ -496,7 +496,7 @@ def test_several_missing_tensors_are_counted(tmp_path: Path) -> None:
     refused(header_only(tmp_path / "x.safetensors", shapes), "missing and 1 more", selecting=True)
 
 
-def test_one_wrong_shape(tmp_path: Path) -> None:
+def test_c15_one_wrong_shape(tmp_path: Path) -> None:
     shapes = expected_shapes(TINY) | {LATE: (5,)}
     refused(header_only(tmp_path / "x.safetensors", shapes), f"{LATE}: expected shape [32], found [5]", selecting=True)
 
@@ -508,13 +508,13 @@ def test_wrong_rank_where_sizes_are_read(tmp_path: Path, name: str, shape: tuple
 
 
 @pytest.mark.parametrize(("dtype", "size"), [("I64", 8), ("BOOL", 1)])
-def test_type_that_is_no_float(tmp_path: Path, dtype: str, size: int) -> None:
+def test_c11_type_that_is_no_float(tmp_path: Path, dtype: str, size: int) -> None:
     tensors = {n: RawTensor("F16", s, bytes(2 * math.prod(s))) for n, s in expected_shapes(TINY).items()}
     tensors[LATE] = RawTensor(dtype, (32,), bytes(32 * size))
     refused(write_raw(tmp_path / "x.safetensors", tensors), f"{LATE}: expected one of F64, F32, F16, BF16, F8_E4M3, F8_E5M2, found {dtype}", selecting=True)
 
 
-def test_unknown_tensors_are_reported_and_known_leftovers_are_not(tmp_path: Path) -> None:
+def test_c15_unknown_tensors_are_reported_and_known_leftovers_are_not(tmp_path: Path) -> None:
     extra = {
         "my.notes": (3,),
         "model_ema.decay": (),
@@ -567,7 +567,7 @@ FAMILIES: dict[str, tuple[Shapes, str]] = {
 
 
 @pytest.mark.parametrize(("shapes", "what"), FAMILIES.values(), ids=FAMILIES.keys())
-def test_other_families_are_named(tmp_path: Path, shapes: Shapes, what: str) -> None:
+def test_c16_other_families_are_named(tmp_path: Path, shapes: Shapes, what: str) -> None:
     error = refused(header_only(tmp_path / "x.safetensors", shapes), what, "not supported yet")
     assert "Stable Diffusion 1.x" in error.fix
 

@@ -442,7 +442,7 @@ def test_errors_with_and_without_json(here: Path, args: list[object], code: int,
 
 
 @pytest.mark.parametrize("option", ["--checkpoint", "--vae", "--lora", "--embedding", "--hypernetwork"])
-def test_a_pickle_with_code_in_it_is_refused_wherever_it_is_given(here: Path, option: str) -> None:
+def test_h3_l12_a_pickle_with_code_in_it_is_refused_wherever_it_is_given(here: Path, option: str) -> None:
     Path("evil.pt").write_bytes(b"\x80\x02cposix\nsystem\nX\x0c\x00\x00\x00touch canary\x85R.")
     others = [] if option == "--checkpoint" else ["--checkpoint", CHECKPOINT]
     stderr = failed(run("build", *others, option, "evil.pt"), 4, "evil.pt", "the name posix.system", "nothing of it was run")
@@ -571,7 +571,7 @@ def test_generate_without_an_engine(here: Path, flat_bundle: Path) -> None:
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
 @pytest.mark.parametrize(("number", "stage"), [(signal.SIGINT, "check step"), (signal.SIGTERM, "fuse"), (signal.SIGHUP, "trace step")], ids=str)
-def test_stopped_build_leaves_nothing(here: Path, flat_bundle: Path, number: int, stage: str) -> None:
+def test_i2_stopped_build_leaves_nothing(here: Path, flat_bundle: Path, number: int, stage: str) -> None:
     command = [str(SCRIPT), "build", "--checkpoint", str(CHECKPOINT), "--output", "x.sdrt"]
     with subprocess.Popen(command, cwd=here, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8") as build:
         assert build.stderr is not None

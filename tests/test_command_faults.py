@@ -31,7 +31,7 @@ SAMPLES = {
 
 @pytest.mark.skipif(sys.platform == "win32", reason="forks")
 @pytest.mark.parametrize("job", SAMPLES)
-def test_i1_d1_whole_commands(tmp_path: Path, small_checkpoint: Path, small_bundle: Path, job: str) -> None:
+def test_d1_i1_whole_commands(tmp_path: Path, small_checkpoint: Path, small_bundle: Path, job: str) -> None:
     """The old one or the new one, whole; after a kill the next run makes what an uninterrupted one makes; otherwise exit code 6 and nothing left."""
     if job == "compile":
         pytest.importorskip("openvino")

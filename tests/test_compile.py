@@ -509,14 +509,14 @@ def decoder(flat_bundle: Path) -> tuple[Path, list[Profile]]:
     return bundle.graph(VAE_DECODER, bundle.manifest.precision), [Profile({"latents": latents, "rounding": rounding})]
 
 
-def test_a_worker_that_the_system_kills(flat_bundle: Path, rtx: Compiler, workers: list[subprocess.Popen[bytes]]) -> None:
+def test_i3_a_worker_that_the_system_kills(flat_bundle: Path, rtx: Compiler, workers: list[subprocess.Popen[bytes]]) -> None:
     """As the kernel does when memory runs out."""
     with pytest.raises(ResourceError, match=r"vae_decoder: TensorRT-RTX [0-9.]+: killed by the system, most likely out of memory") as raised:
         worker.build(rtx, VAE_DECODER, *decoder(flat_bundle), DEMAND, lambda *_: workers[-1].kill())
     assert "the batch of 8: lower --batch" in raised.value.fix
 
 
-def test_a_worker_that_crashes(flat_bundle: Path, rtx: Compiler, workers: list[subprocess.Popen[bytes]]) -> None:
+def test_i3_a_worker_that_crashes(flat_bundle: Path, rtx: Compiler, workers: list[subprocess.Popen[bytes]]) -> None:
     with pytest.raises(MachineError, match="ended with exit code -11"):
         worker.build(rtx, VAE_DECODER, *decoder(flat_bundle), DEMAND, lambda *_: workers[-1].send_signal(signal.SIGSEGV))
 

@@ -102,7 +102,7 @@ def test_an_existing_file_with_a_colon(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("trigger", ["", " ", "\t", "a\nb", "\x1b[31m", "\ud800"])
-def test_impossible_trigger(trigger: str) -> None:
+def test_e4_impossible_trigger(trigger: str) -> None:
     with pytest.raises(UsageError, match="trigger") as caught:
         parse_embedding_option(f"style.pt:{trigger}")
     assert caught.value.exit_code == 2 and caught.value.message.isprintable()
@@ -113,7 +113,7 @@ def test_impossible_trigger(trigger: str) -> None:
 
 @pytest.mark.parametrize("count", [1, 3])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_layout_gives_the_same_vectors(tmp_path: Path, layout: str, count: int) -> None:
+def test_e1_every_layout_gives_the_same_vectors(tmp_path: Path, layout: str, count: int) -> None:
     name, content = LAYOUTS[layout]
     embedding = open_embedding(EmbeddingOption(write(tmp_path / name, content(vectors(0, count))), "x"), EMOJI)
     with embedding.file:
@@ -140,35 +140,35 @@ def test_inspect(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("width", "family"), [(768, "Stable Diffusion 1.x"), (1024, "Stable Diffusion 2.x"), (1280, "SDXL")])
-def test_width_of_another_family(tmp_path: Path, width: int, family: str) -> None:
+def test_e2_width_of_another_family(tmp_path: Path, width: int, family: str) -> None:
     path = embedding_file(tmp_path / "x.pt", vectors(0, 2, width))
     refused(path, "expected vectors 64 wide", f"found {width}", f"made for {family}")
     if width != 768:
         refused(path, "expected vectors 768 wide, as Stable Diffusion 1.x has", f"found {width}", f"made for {family}", clip=SD1)
 
 
-def test_embedding_for_sdxl(tmp_path: Path) -> None:
+def test_e2_embedding_for_sdxl(tmp_path: Path) -> None:
     refused(write(tmp_path / "x.safetensors", {"clip_l": vectors(0, 2, 768), "clip_g": vectors(0, 2, 1280)}), "clip_g, clip_l", "SDXL", clip=SD1)
 
 
 @pytest.mark.parametrize("count", [0, 76, 500])
-def test_as_many_vectors_as_no_chunk_holds(tmp_path: Path, count: int) -> None:
+def test_e3_as_many_vectors_as_no_chunk_holds(tmp_path: Path, count: int) -> None:
     refused(write(tmp_path / "x.safetensors", {"emb_params": vectors(0, count)}), f"{count} vectors, expected 1 to 75")
 
 
 @pytest.mark.parametrize("content", [{"<a>": vectors(0, 1), "<b>": vectors(1, 1)}, {"string_to_param": {"a": vectors(0, 1), "b": vectors(1, 1)}}])
-def test_several_embeddings_in_one_file(tmp_path: Path, content: Any) -> None:
+def test_e3_several_embeddings_in_one_file(tmp_path: Path, content: Any) -> None:
     refused(write(tmp_path / "x.pt", content), "holds 2 embeddings")
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
-def test_value_that_is_not_finite(tmp_path: Path, bad: float) -> None:
+def test_e5_value_that_is_not_finite(tmp_path: Path, bad: float) -> None:
     values = vectors(0, 2)
     values[1, 3] = bad
     refused(embedding_file(tmp_path / "x.pt", values), "string_to_param.*", "1 of 128 values are NaN or infinite")
 
 
-def test_whole_numbers(tmp_path: Path) -> None:
+def test_e5_whole_numbers(tmp_path: Path) -> None:
     refused(write(tmp_path / "x.safetensors", {"emb_params": torch.ones(2, 64, dtype=torch.int32)}), "found I32")
 
 
@@ -177,7 +177,7 @@ def test_another_file_given_as_an_embedding(path: Path, found: str, fix: str) ->
     assert fix in refused(path, f"expected a textual-inversion embedding, found {found}").fix
 
 
-def test_picture_given_as_an_embedding() -> None:
+def test_e6_picture_given_as_an_embedding() -> None:
     refused(CHECKPOINT.parent / "flat.png", kind=InputFileError)
 
 
@@ -260,7 +260,7 @@ def test_trace_does_not_depend_on_the_vocabulary(flat_bundle: Path, learned_bund
     [(("toy", "toy"), "one trigger"), (("Toy", "tOY"), "'Toy'"), (("caf\u00e9", "cafe\u0301"), "one trigger"), (("  toy", "toy "), "one trigger")],
     ids=["equal", "letter case", "Unicode form", "spaces"],
 )
-def test_two_embeddings_with_one_trigger(tmp_path: Path, files: tuple[Path, Path], no_trace: None, triggers: tuple[str, str], message: str) -> None:
+def test_e4_two_embeddings_with_one_trigger(tmp_path: Path, files: tuple[Path, Path], no_trace: None, triggers: tuple[str, str], message: str) -> None:
     options = tuple(EmbeddingOption(file, trigger) for file, trigger in zip(files, triggers, strict=True))
     with pytest.raises(UsageError, match=message) as caught:
         build(BuildOptions(CHECKPOINT, embeddings=options, output=tmp_path / "x.sdrt"))

@@ -198,7 +198,7 @@ def test_a_longer_plan(bundle: Bundle, engine: Path) -> None:
 
 
 @pytest.mark.parametrize("position", [0, 500, -1])
-def test_a_changed_byte(bundle: Bundle, engine: Path, position: int) -> None:
+def test_b1_a_changed_byte(bundle: Bundle, engine: Path, position: int) -> None:
     data = bytearray(PLANS["vae_decoder"])
     data[position] ^= 1
     (engine / "vae_decoder.plan").write_bytes(data)
@@ -362,7 +362,7 @@ def test_an_engine_that_fits(bundle: Bundle) -> None:
         ({}, {"compiler": "2", "device_sm": "sm_90"}, "built for TensorRT-RTX 1.7.1.116, this machine has 2; built for sm_86,sm_89, this GPU is sm_90"),
     ],
 )
-def test_an_engine_that_does_not_fit(bundle: Bundle, changes: dict[str, Any], machine: dict[str, str], words: str) -> None:
+def test_b8_an_engine_that_does_not_fit(bundle: Bundle, changes: dict[str, Any], machine: dict[str, str], words: str) -> None:
     assert mismatch(record_for(bundle, **changes), bundle, **machine) == words
 
 

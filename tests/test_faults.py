@@ -56,7 +56,7 @@ def armed(monkeypatch: pytest.MonkeyPatch, number: int, kind: str) -> Iterator[F
 
 @pytest.mark.skipif(sys.platform == "win32", reason="forks")
 @pytest.mark.parametrize("job", JOBS)
-def test_i1_kill_at_every_point(tmp_path: Path, job: str) -> None:
+def test_i1_i10_kill_at_every_point(tmp_path: Path, job: str) -> None:
     old, new = after(tmp_path / "reference", job)
     (tmp_path / "jobs").mkdir()
     done = run_python(HERE / "faulty_jobs.py", tmp_path / "jobs", job)

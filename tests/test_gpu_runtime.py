@@ -150,7 +150,7 @@ def test_previews(pipe: Pipeline, expected: Expected, flat_bundle: Path) -> None
 
 
 @pytest.mark.parametrize("passed", [1, 2, 3, 5])
-def test_cancelled_then_another(pipe: Pipeline, expected: Expected, passed: int) -> None:
+def test_t4_cancelled_then_another(pipe: Pipeline, expected: Expected, passed: int) -> None:
     """The next picture takes over the buffers while the cancelled one's work is still queued."""
     stream = pipe.stream("sun", steps=6, cfg=3.0, seed=9, sampler="euler_a")
     for _ in range(passed):
@@ -169,14 +169,14 @@ def test_threads(pipe: Pipeline, expected: Expected) -> None:
 
 
 @pytest.mark.parametrize("sizes", [((64, 64), (64, 64)), ((64, 64), (72, 96))])
-def test_interleaved_streams(pipe: Pipeline, expected: Expected, sizes: tuple[tuple[int, int], ...]) -> None:
+def test_t2_interleaved_streams(pipe: Pipeline, expected: Expected, sizes: tuple[tuple[int, int], ...]) -> None:
     calls = [{"steps": 4, "cfg": 3.0, "seed": seed, "size": size, "sampler": "euler_a"} for seed, size in enumerate(sizes)]
     streams = [pipe.stream("fox", **settings) for settings in calls]  # type: ignore[arg-type]
     for settings, last in zip(calls, list(zip(*streams, strict=True))[-1], strict=True):
         assert last.result is not None and np.array_equal(last.result.images, expected(**settings))
 
 
-def test_stream_dropped_in_another_thread(pipe: Pipeline, expected: Expected, gpu: Gpu) -> None:
+def test_t6_stream_dropped_in_another_thread(pipe: Pipeline, expected: Expected, gpu: Gpu) -> None:
     held = [pipe.stream("sun", steps=5, cfg=3.0, seed=9) for _ in range(6)]
     for stream in held:
         next(stream)
@@ -524,7 +524,7 @@ def test_closing_gives_everything_back(gpu: Gpu, bundle: Path) -> None:
         pipe("fox", **QUICK)
 
 
-def test_stream_outlives_its_pipeline(gpu: Gpu, bundle: Path, expected: Expected) -> None:
+def test_t7_stream_outlives_its_pipeline(gpu: Gpu, bundle: Path, expected: Expected) -> None:
     pipe = load(bundle)
     stream = pipe.stream("fox", **QUICK)
     next(stream)
@@ -537,7 +537,7 @@ def test_stream_outlives_its_pipeline(gpu: Gpu, bundle: Path, expected: Expected
 
 
 @pytest.mark.parametrize("fault", ["refused", "invalidated", "instantiate"])
-def test_capture_fails(pipe: Pipeline, expected: Expected, gpu: Gpu, caplog: pytest.LogCaptureFixture, fault: str) -> None:
+def test_t8_capture_fails(pipe: Pipeline, expected: Expected, gpu: Gpu, caplog: pytest.LogCaptureFixture, fault: str) -> None:
     gpu.faults.capture = fault
     check_without_graphs(pipe, expected, gpu, caplog, "capturing failed")
 
@@ -580,7 +580,7 @@ def test_memory_runs_out_during_capture(pipe: Pipeline, expected: Expected, monk
 
 
 @pytest.mark.parametrize("graph", LOADED)
-def test_execute_refuses(pipe: Pipeline, expected: Expected, gpu: Gpu, graph: str) -> None:
+def test_t9_execute_refuses(pipe: Pipeline, expected: Expected, gpu: Gpu, graph: str) -> None:
     for _ in range(2):
         gpu.faults.runs[graph] = 1
         with pytest.raises(MachineError, match=f"{graph}: TensorRT refused to run"):
@@ -638,7 +638,7 @@ def test_branches_outside_the_engine(gpu: Gpu, flat_bundle: Path, blank: Path, e
 # Out of memory
 
 
-def test_no_memory_at_load(gpu: Gpu, bundle: Path, expected: Expected) -> None:
+def test_d5_no_memory_at_load(gpu: Gpu, bundle: Path, expected: Expected) -> None:
     gpu.faults.allocation = 1
     with pytest.raises(ResourceError, match="load: out of device memory: CUDA_ERROR_OUT_OF_MEMORY") as caught:
         load(bundle)
@@ -675,7 +675,7 @@ def test_no_memory_at_the_first_picture(pipe: Pipeline, expected: Expected, gpu:
     same(pipe, expected, **QUICK)
 
 
-def test_no_memory_at_a_larger_shape(pipe: Pipeline, expected: Expected, gpu: Gpu) -> None:
+def test_d5_no_memory_at_a_larger_shape(pipe: Pipeline, expected: Expected, gpu: Gpu) -> None:
     pipe("fox", **QUICK)
     gpu.memory_bytes = gpu.used_bytes() + 1000
     for _ in range(2):
@@ -702,7 +702,7 @@ def test_idle_buffers_make_room(pipe: Pipeline, expected: Expected, gpu: Gpu) ->
 
 
 @pytest.mark.parametrize("nth", [1, 2, 6, 8, 10])
-def test_illegal_address(pipe: Pipeline, gpu: Gpu, nth: int) -> None:
+def test_d6_illegal_address(pipe: Pipeline, gpu: Gpu, nth: int) -> None:
     """Whatever the failing kernel belongs to, and wherever the host meets the error: a clear text, and the pipeline is dead."""
     gpu.faults.illegal_address = nth
     with pytest.raises(MachineError, match="the GPU failed: CUDA_ERROR_ILLEGAL_ADDRESS") as caught:
@@ -773,7 +773,7 @@ def test_damaged_plan_of_a_graph_that_is_not_loaded(gpu: Gpu, flat_bundle: Path,
         ({"target": "tensorrt"}, "no tensorrt-rtx engine fits: there is none"),
     ],
 )
-def test_engine_of_another_machine(gpu: Gpu, flat_bundle: Path, blank: Path, options: dict[str, Any], reason: str) -> None:
+def test_b8_engine_of_another_machine(gpu: Gpu, flat_bundle: Path, blank: Path, options: dict[str, Any], reason: str) -> None:
     compile_engine(blank, graphs=flat_bundle, **options)
     with pytest.raises(MachineError, match=reason) as caught:
         load(blank)

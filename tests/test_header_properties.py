@@ -100,7 +100,7 @@ def check(path: Path, data: bytes) -> str:
     made=([("a", {"dtype": "F32", "shape": [1 << 62, 8], "data_offsets": [0, 0]})], 0), data_lie=0, length_lie=0, metadata=None, padding="", encoding="utf-8"
 )
 @settings(max_examples=1200, deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.too_slow])
-def test_c7_c13_generated_headers(
+def test_c_c7_c10_c13_generated_headers(
     tmp_path_factory: pytest.TempPathFactory,
     made: tuple[list[tuple[str, Any]], int],
     data_lie: int,
@@ -123,7 +123,7 @@ def test_c7_c13_generated_headers(
     )
 )
 @settings(max_examples=150, deadline=None, derandomize=True, database=None)
-def test_c13_any_json_for_a_header(tmp_path_factory: pytest.TempPathFactory, document: Any) -> None:
+def test_c_c13_any_json_for_a_header(tmp_path_factory: pytest.TempPathFactory, document: Any) -> None:
     raw = json.dumps(document).encode()
     check(tmp_path_factory.getbasetemp() / "json.safetensors", len(raw).to_bytes(8, "little") + raw)
 

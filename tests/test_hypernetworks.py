@@ -79,7 +79,7 @@ def test_option(text: str, path: str, scale: float) -> None:
 
 
 @pytest.mark.parametrize("scale", ["abc", "", "nan", "inf", "-inf", "1e9", "101", "1e-9", "0,5", "\x1b[31m"])
-def test_scale_that_is_none(scale: str) -> None:
+def test_h4_scale_that_is_none(scale: str) -> None:
     with pytest.raises(UsageError, match=r"scale .*expected a number from 0.001 to 100") as caught:
         parse_hypernetwork_option(f"style.pt:{scale}")
     assert caught.value.exit_code == 2 and caught.value.message.isprintable()
@@ -105,7 +105,7 @@ STRUCTURES = [
 
 
 @pytest.mark.parametrize("settings", STRUCTURES, ids=str)
-def test_every_structure(tmp_path: Path, settings: Settings) -> None:
+def test_h1_every_structure(tmp_path: Path, settings: Settings) -> None:
     hypernetwork = opened(files.save(tmp_path / "x.pt", settings, 1), scale=0.7)
     with hypernetwork.file:
         check_values([hypernetwork])
@@ -229,7 +229,7 @@ def test_what_is_folded(tmp_path: Path, settings: tuple[Settings, ...], traced: 
         hypernetwork.file.close()
 
 
-def test_scale_zero_changes_nothing(tmp_path: Path) -> None:
+def test_h4_scale_zero_changes_nothing(tmp_path: Path) -> None:
     chain, _ = chain_of(tmp_path, LINEAR, MISH, scales=(0.0, 0.0))
     assert attach(chain, EMOJI, {"l.attn1.to_k.weight": (64, 64)}) == (EMOJI, {})
     for hypernetwork in chain:
@@ -408,7 +408,7 @@ def test_trace_knows_the_structure_not_the_values(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["glu", "softmax", "multiheadattention", "prelu", "threshold", "mihs", "Mish", "\x1b[31m", "x" * 10_000, 7, ["relu"]])
-def test_unknown_activation(tmp_path: Path, name: object) -> None:
+def test_h1_unknown_activation(tmp_path: Path, name: object) -> None:
     error = refused(files.save(tmp_path / "x.pt", MISH, 1, activation_func=name), "activation_func", "unknown activation")
     assert "mish" in error.fix and error.message.isprintable() and len(error.message) < 300
     if name == "mihs":
@@ -428,7 +428,7 @@ def test_unknown_activation(tmp_path: Path, name: object) -> None:
         ({"activation_func": None}, "activation_func"),
     ],
 )
-def test_settings_that_the_tensors_contradict(tmp_path: Path, changed: dict[str, Any], field: str) -> None:
+def test_h1_settings_that_the_tensors_contradict(tmp_path: Path, changed: dict[str, Any], field: str) -> None:
     refused(files.save(tmp_path / "x.pt", MISH, 1, **changed), field)
 
 
@@ -489,7 +489,7 @@ def test_given_twice(tmp_path: Path) -> None:
     ("widths", "unet", "family"),
     [((320, 640, 768, 1280), EMOJI, "Stable Diffusion 1.x"), ((320, 640, 1024, 1280), SD1, "Stable Diffusion 2.x"), ((320, 768), SD2, "Stable Diffusion 1.x")],
 )
-def test_hypernetwork_for_another_family(tmp_path: Path, widths: tuple[int, ...], unet: UNetSpec, family: str) -> None:
+def test_h2_hypernetwork_for_another_family(tmp_path: Path, widths: tuple[int, ...], unet: UNetSpec, family: str) -> None:
     path = files.save(tmp_path / "x.pt", Settings(widths, (1, 0.1, 1)), 1)
     refused(path, ", ".join(map(str, widths)), family, str(unet.context_width), unet=unet)
     if unet is not EMOJI:
@@ -498,7 +498,7 @@ def test_hypernetwork_for_another_family(tmp_path: Path, widths: tuple[int, ...]
         assert hypernetwork.unmatched and {layers[0] for layers in hypernetwork.spec.layers} == set(widths) - set(hypernetwork.unmatched)
 
 
-def test_widths_that_the_model_lacks_are_left_out(tmp_path: Path) -> None:
+def test_h2_widths_that_the_model_lacks_are_left_out(tmp_path: Path) -> None:
     hypernetwork = opened(files.save(tmp_path / "x.pt", Settings((320, 768, 1024), (1, 0.1, 1)), 1), SD1)
     hypernetwork.file.close()
     assert hypernetwork.unmatched == (1024,) and [layers[0] for layers in hypernetwork.spec.layers] == [320, 768] and hypernetwork.layers == 21
@@ -509,6 +509,6 @@ def test_another_file_given_as_a_hypernetwork(path: Path, found: str, fix: str) 
     assert fix in refused(path, f"expected a hypernetwork, found {found}").fix
 
 
-def test_optimizer_state_beside_it(tmp_path: Path) -> None:
+def test_h3_optimizer_state_beside_it(tmp_path: Path) -> None:
     (tmp_path / "x.pt").write_bytes(b"not a file of torch")
     refused(tmp_path / "x.pt", kind=InputFileError)

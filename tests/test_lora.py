@@ -93,7 +93,7 @@ LYCORIS: dict[str, tuple[str, Module, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize(("kind", "module", "options"), LYCORIS.values(), ids=LYCORIS.keys())
-def test_change_is_lycoris_own(tmp_path: Path, kind: str, module: Module, options: dict[str, Any]) -> None:
+def test_l6_change_is_lycoris_own(tmp_path: Path, kind: str, module: Module, options: dict[str, Any]) -> None:
     import lycoris
 
     base = layer(module)

@@ -103,7 +103,7 @@ SPELLINGS = [kohya, kohya_ldm, onetrainer, lycoris, peft, peft_alone, comfy, dif
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS, ids=lambda spelling: spelling.__name__)
-def test_one_lora_in_every_spelling(file: Path, spelling: Callable[[tuple[str, str, str], str], str]) -> None:
+def test_l3_one_lora_in_every_spelling(file: Path, spelling: Callable[[tuple[str, str, str], str], str]) -> None:
     tensors: Tensors = {}
     expected: Tensors = {}
     for seed, module in enumerate((LINEAR, SQUARE, OUTPUT, POINTWISE, KERNEL, QUERY, TEXT)):
@@ -164,7 +164,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("kind", "shapes"), REFUSED.items())
-def test_kinds_that_are_refused_by_name(file: Path, kind: str, shapes: dict[str, tuple[int, ...]]) -> None:
+def test_l6_kinds_that_are_refused_by_name(file: Path, kind: str, shapes: dict[str, tuple[int, ...]]) -> None:
     """Alone, and beside a plain pair: never fused in part, never an unknown file."""
     name = LINEAR[2] if any("base_model" in key for key in shapes) else LINEAR[1]
     tensors = {key.format(name): torch.ones(shape) for key, shape in shapes.items()}

@@ -206,7 +206,7 @@ def test_the_name_of_the_folder_one_is_in(folder: Path, monkeypatch: pytest.Monk
         assert model.name == "tiny.v1"
 
 
-def test_linked_files(folder: Path, tmp_path: Path) -> None:
+def test_c21_linked_files(folder: Path, tmp_path: Path) -> None:
     """As in the cache of the Hugging Face hub."""
     for path in weight_files(folder):
         blob = tmp_path / hashlib.sha256(str(path).encode()).hexdigest()
@@ -294,7 +294,7 @@ def test_folder_of_something_else(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("component", ["unet", "vae", "text_encoder"])
-def test_missing_parts(folder: Path, component: str) -> None:
+def test_c18_missing_parts(folder: Path, component: str) -> None:
     (folder / component / "config.json").rename(folder / "config.json")
     refused(folder, f"{component}/config.json: cannot open")
     next(path for path in weight_files(folder) if path.parent.name == component).unlink()
@@ -325,7 +325,7 @@ def test_json_files_that_are_no_files(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("shard", ["../x.safetensors", "/etc/passwd", "a\\b", "..", "", "a/b"])
-def test_shard_outside_its_folder(folder: Path, shard: str) -> None:
+def test_c18_shard_outside_its_folder(folder: Path, shard: str) -> None:
     path = weight_files(folder)[0]
     as_shards(path)
     index = path.with_name("diffusion_pytorch_model.safetensors.index.json")
@@ -334,7 +334,7 @@ def test_shard_outside_its_folder(folder: Path, shard: str) -> None:
     refused(folder, "a shard outside its folder", kind=UnsafeError)
 
 
-def test_indices_that_lie(folder: Path) -> None:
+def test_c18_indices_that_lie(folder: Path) -> None:
     path = weight_files(folder)[0]
     as_shards(path)
     index = path.with_name("diffusion_pytorch_model.safetensors.index.json")

@@ -154,7 +154,7 @@ def test_images_are_encoded(exact_pipe: Pipeline, reference: Pipeline) -> None:
     assert np.linalg.norm(found - expected) <= 1e-4 * np.linalg.norm(expected)
 
 
-def test_eight_threads_give_eight_single_threaded_pictures(pipe: Pipeline) -> None:
+def test_t1_eight_threads_give_eight_single_threaded_pictures(pipe: Pipeline) -> None:
     def picture(seed: int) -> Any:
         return pipe("red apple", steps=2, cfg=3.0 if seed % 2 else 1.0, seed=seed).images
 
@@ -309,7 +309,7 @@ def altered(source: Path, to: Path, **changes: Any) -> Path:
     return copy
 
 
-def test_an_engine_of_another_cpu_is_compiled_again(bundle: Path, tmp_path: Path, pipe: Pipeline, caplog: pytest.LogCaptureFixture) -> None:
+def test_b9_an_engine_of_another_cpu_is_compiled_again(bundle: Path, tmp_path: Path, pipe: Pipeline, caplog: pytest.LogCaptureFixture) -> None:
     copy = altered(bundle, tmp_path / "other.sdrt", device="Another CPU (avx2)")
     with caplog.at_level(logging.WARNING), Pipeline.load(copy) as loaded:
         found = loaded("red apple", **APPLE)

@@ -169,7 +169,7 @@ def test_a_picture_does_not_depend_on_its_batch(flat: Pipeline, sampler: str, ba
         assert np.abs(image.astype(int) - single.astype(int)).max() <= 1
 
 
-def test_eight_threads(flat: Pipeline) -> None:
+def test_t1_eight_threads(flat: Pipeline) -> None:
     def draw(seed: int) -> Pixels:
         kwargs = [{"sampler": "euler"}, {"sampler": "euler_a"}, {"size": (96, 64)}, {"sampler": "heun", "cfg": 2.0}][seed % 4]
         return flat(PROMPTS[seed % 3], seed=seed, **QUICK | kwargs).images
@@ -239,7 +239,7 @@ def test_leaving_a_stream(flat: Pipeline) -> None:
     assert np.array_equal(flat("fox", seed=1, **QUICK).images, expected)
 
 
-def test_streams_in_turn(flat: Pipeline) -> None:
+def test_t2_streams_in_turn(flat: Pipeline) -> None:
     """Two streams of one thread, a step of each in turn."""
     alone = [flat(prompt, seed=seed, **QUICK).images for seed, prompt in enumerate(PROMPTS[:2])]
     streams = [flat.stream(prompt, seed=seed, **QUICK) for seed, prompt in enumerate(PROMPTS[:2])]
@@ -251,7 +251,7 @@ def test_streams_in_turn(flat: Pipeline) -> None:
 # Closing
 
 
-def test_closed(flat_bundle: Path) -> None:
+def test_t7_closed(flat_bundle: Path) -> None:
     with Pipeline.load(flat_bundle, threads=1) as pipeline:
         running = pipeline.stream("fox", seed=1, **QUICK)
         next(running)
@@ -550,7 +550,7 @@ def test_default_size_is_the_bundle_s(fake: FakeEngine, flat_bundle: Path) -> No
     assert pipeline("fox", steps=1, size=(64, 80)).images.shape == (1, 80, 64, 3)
 
 
-def test_latents_that_are_not_finite(fake: FakeEngine, over_fake: Pipeline) -> None:
+def test_t9_latents_that_are_not_finite(fake: FakeEngine, over_fake: Pipeline) -> None:
     fake.bad_latents = {1}
     with pytest.raises(NonFiniteError, match="latents of seeds"):
         over_fake("fox", seed=7, steps=2, batch=2, count=2)
@@ -558,7 +558,7 @@ def test_latents_that_are_not_finite(fake: FakeEngine, over_fake: Pipeline) -> N
     assert over_fake("fox", seed=7, steps=2).seeds == (7,)
 
 
-def test_pixels_that_are_not_finite(fake: FakeEngine, over_fake: Pipeline) -> None:
+def test_t9_pixels_that_are_not_finite(fake: FakeEngine, over_fake: Pipeline) -> None:
     fake.bad_pixels = {1}
     with pytest.raises(NonFiniteError, match=r"VAE decoder: pixels of seeds \[8\]") as caught:
         over_fake("fox", seed=7, steps=2, batch=2, count=2)

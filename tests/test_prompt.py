@@ -336,7 +336,7 @@ HOSTILE: dict[str, Callable[[int], str]] = {
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_hostile_prompts_end(name: str) -> None:
+def test_t10_hostile_prompts_end(name: str) -> None:
     """No recursion, and nothing quadratic, which would show as minutes."""
     prompt = HOSTILE[name](LONG)
     parse_attention(prompt)

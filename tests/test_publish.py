@@ -283,7 +283,7 @@ def test_link_that_looks_like_a_stage_is_not_followed(target: Path, dead_pid: in
     assert all(link.is_symlink() for link in links)
 
 
-def test_folder_set_aside_goes_back(target: Path, dead_pid: int) -> None:
+def test_i10_folder_set_aside_goes_back(target: Path, dead_pid: int) -> None:
     """A replacement was killed between its two renames."""
     stage_of(target, dead_pid, ".old")
     stage_of(target, dead_pid)

@@ -96,7 +96,7 @@ def diffusers_pipeline(flat_bundle: Path, adapters: Adapters, tmp_path_factory: 
 
 
 @pytest.mark.parametrize(("h", "w"), [(8, 8), (8, 16)])
-def test_step_graph_is_diffusers_with_everything_applied(
+def test_h5_step_graph_is_diffusers_with_everything_applied(
     flat_bundle: Path, stacked: BuildReport, half: BuildReport, diffusers_pipeline: Any, h: int, w: int
 ) -> None:
     inputs = reference.identity_step(2, h, w, 1, np.random.RandomState(1).standard_normal((2, 77, 64)).astype(np.float32))

@@ -153,7 +153,7 @@ def test_padded_header(file: Path) -> None:
         assert opened.read_bytes(opened.entries["b"]) == GOOD_DATA[8:]
 
 
-def test_symlinked_file(tmp_path: Path) -> None:
+def test_c21_symlinked_file(tmp_path: Path) -> None:
     (tmp_path / "blob").write_bytes(packed(GOOD, GOOD_DATA))
     (tmp_path / "model.safetensors").symlink_to("blob")
     with open_tensor_file(tmp_path / "model.safetensors") as opened:
@@ -171,7 +171,7 @@ def test_odd_file_names(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"1234567", bytes(8)], ids=["nothing", "7 bytes", "8 zeros"])
-def test_empty_downloads(file: Path, content: bytes) -> None:
+def test_c1_empty_downloads(file: Path, content: bytes) -> None:
     file.write_bytes(content)
     error = refused(file, f"{len(content)} bytes", "empty or truncated download")
     assert "Download" in error.fix
@@ -183,14 +183,14 @@ def test_all_zero_file(file: Path) -> None:
 
 
 @pytest.mark.parametrize("cut", [1, 10])
-def test_truncated_in_the_data(file: Path, cut: int) -> None:
+def test_c5_truncated_in_the_data(file: Path, cut: int) -> None:
     whole = packed(GOOD, GOOD_DATA)
     file.write_bytes(whole[:-cut])
     refused(file, ": b: truncated", f"need {len(whole)} bytes", f"the file has {len(whole) - cut}")
 
 
 @pytest.mark.parametrize("low", [None, *b"<{[ \n"])
-def test_truncated_in_the_header(file: Path, low: int | None) -> None:
+def test_c5_truncated_in_the_header(file: Path, low: int | None) -> None:
     """Whatever the first byte of its length looks like: `<` is no HTML page, `{` no JSON."""
     text = json.dumps(GOOD)
     text += " " * ((low - len(text)) % 256 if low is not None else 0)
@@ -200,7 +200,7 @@ def test_truncated_in_the_header(file: Path, low: int | None) -> None:
     refused(file, "truncated", f"the header needs {8 + len(text)} bytes", "the file has 30")
 
 
-def test_git_lfs_pointer(file: Path) -> None:
+def test_c2_git_lfs_pointer(file: Path) -> None:
     file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 4265380512\n")
     assert "git lfs pull" in refused(file, "git-lfs pointer").fix
 
@@ -215,19 +215,19 @@ def test_git_lfs_pointer(file: Path) -> None:
         ('  [{"error": 1}]', "JSON text"),
     ],
 )
-def test_web_pages(file: Path, content: str, what: str) -> None:
+def test_c3_web_pages(file: Path, content: str, what: str) -> None:
     file.write_text(content, encoding="utf-8")
     error = refused(file, what, content.strip("\ufeff \n")[:8])
     assert "logged in" in error.fix
 
 
-def test_the_start_of_a_page_is_shown_escaped(file: Path) -> None:
+def test_c3_the_start_of_a_page_is_shown_escaped(file: Path) -> None:
     file.write_bytes(b"<html>\x1b[31m\x00" + b"x" * 500)
     refused(file, "\\x1b[31m\\x00")
 
 
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
-def test_the_content_tells_the_format_not_the_name(file: Path, zipped: bool) -> None:
+def test_c4_the_content_tells_the_format_not_the_name(file: Path, zipped: bool) -> None:
     torch.save({"a": torch.arange(4.0)}, file, _use_new_zipfile_serialization=zipped)
     with open_tensor_file(file) as opened:
         assert torch.equal(opened.read("a"), torch.arange(4.0))
@@ -257,7 +257,7 @@ def test_other_binary_file(file: Path) -> None:
 
 
 @pytest.mark.parametrize("offsets", [[0, 8], [8, 16]], ids=["same offsets", "other offsets"])
-def test_duplicate_tensor(file: Path, offsets: list[int]) -> None:
+def test_c9_duplicate_tensor(file: Path, offsets: list[int]) -> None:
     text = f'{{"a.weight":{json.dumps(record())},"a.weight":{json.dumps(record(offsets=offsets))}}}'
     file.write_bytes(packed(text, bytes(offsets[1])))
     refused(file, ": a.weight: ", "twice")
@@ -268,7 +268,7 @@ def test_duplicate_field_of_a_tensor(file: Path) -> None:
     refused(file, "dtype", "twice")
 
 
-def test_overlapping_tensors(file: Path) -> None:
+def test_c7_overlapping_tensors(file: Path) -> None:
     file.write_bytes(packed({"first": record(), "second": record(offsets=[4, 12])}, bytes(12)))
     refused(file, ": second: overlaps", "starts at byte 4, expected 8")
 
@@ -279,7 +279,7 @@ def test_same_bytes_for_two_tensors(file: Path) -> None:
 
 
 @pytest.mark.parametrize("start", [1, 64])
-def test_hole(file: Path, start: int) -> None:
+def test_c7_hole(file: Path, start: int) -> None:
     file.write_bytes(packed({"first": record(), "second": record(offsets=[8 + start, 16 + start])}, bytes(16 + start)))
     refused(file, ": second: a hole", f"{start} bytes")
 
@@ -290,23 +290,23 @@ def test_hole_before_the_first_tensor(file: Path) -> None:
 
 
 @pytest.mark.parametrize("offsets", [[8, 0], [0], [0, 4, 8], [0.0, 8.0], [-8, 0], [False, 8], "0-8", None, [0, 1 << 64]])
-def test_bad_offsets(file: Path, offsets: object) -> None:
+def test_c7_bad_offsets(file: Path, offsets: object) -> None:
     file.write_bytes(packed({"layer": record(offsets=offsets)}, bytes(8)))
     refused(file, ": layer: bad data_offsets")
 
 
-def test_offsets_past_the_end(file: Path) -> None:
+def test_c7_offsets_past_the_end(file: Path) -> None:
     whole = packed({"layer": record(shape=[1 << 40], offsets=[0, 4 << 40])}, bytes(8))
     file.write_bytes(whole)
     refused(file, ": layer: truncated", f"{(4 << 40) + len(whole) - 8:,}", f"the file has {len(whole)}")
 
 
-def test_trailing_bytes(file: Path) -> None:
+def test_c6_trailing_bytes(file: Path) -> None:
     file.write_bytes(packed(GOOD, GOOD_DATA + b"x" * 3))
     refused(file, "3 bytes follow the last tensor", kind=UnsafeError)
 
 
-def test_zip_appended(file: Path) -> None:
+def test_c6_zip_appended(file: Path) -> None:
     archive = io.BytesIO()
     with zipfile.ZipFile(archive, "w") as stream:
         stream.writestr("archive/data.pkl", b"payload")
@@ -316,7 +316,7 @@ def test_zip_appended(file: Path) -> None:
 
 
 @pytest.mark.parametrize("length", [1 << 63, (1 << 64) - 1, 200_000_000, 100_000_001])
-def test_header_above_the_limit(file: Path, length: int) -> None:
+def test_c8_header_above_the_limit(file: Path, length: int) -> None:
     file.write_bytes(packed("{" + " " * 600, length=length))
     refused(file, f"{length:,}", "100,000,000")
 
@@ -351,7 +351,7 @@ def test_header_of_exactly_the_limit(file: Path, monkeypatch: pytest.MonkeyPatch
     ],
     ids=["not utf-8", "deep lists", "deep objects", "unfinished", "two objects", "single quotes", "huge number", "raw NUL", "utf-16"],
 )
-def test_header_that_is_not_json(file: Path, header: bytes) -> None:
+def test_c13_header_that_is_not_json(file: Path, header: bytes) -> None:
     file.write_bytes(packed(header, bytes(8)))
     refused(file, "the header is not valid JSON")
 
@@ -368,7 +368,7 @@ def test_metadata_that_is_not_an_object_of_strings(file: Path, metadata: object)
     refused(file, "__metadata__", "strings")
 
 
-def test_control_characters_in_names_are_shown_escaped(file: Path) -> None:
+def test_c13_control_characters_in_names_are_shown_escaped(file: Path) -> None:
     file.write_bytes(packed({"\x1b[31mred\0\u202e": record("F13")}, bytes(8)))
     refused(file, "\\x1b[31mred\\x00\\u202e")
 
@@ -379,7 +379,7 @@ def test_control_characters_in_a_type_are_shown_escaped(file: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["F13", "f32", "", 32, None, ["F32"], True])
-def test_unknown_type(file: Path, dtype: object) -> None:
+def test_c11_unknown_type(file: Path, dtype: object) -> None:
     file.write_bytes(packed({"a": record(dtype)}, bytes(8)))
     refused(file, ": a: unknown type", "expected one of F64, F32")
 
@@ -387,14 +387,14 @@ def test_unknown_type(file: Path, dtype: object) -> None:
 @pytest.mark.parametrize(
     "shape", [[-2], [2.0], [True, 2], ["2"], "2", 2, None, {"0": 2}, [[2]], [1] * 20, [10**400]], ids=lambda s: str(s)[:20]
 )  # fmt: skip
-def test_bad_shape(file: Path, shape: object) -> None:
+def test_c10_bad_shape(file: Path, shape: object) -> None:
     file.write_bytes(packed({"a": record(shape=shape)}, bytes(8)))
     error = refused(file, ": a: bad shape")
     assert len(error.message) < 400
 
 
 @pytest.mark.parametrize("shape", [[3], [1], [], [2, 0], [1 << 62, 8], [(1 << 63) - 1] * 8])
-def test_shape_that_does_not_fill_its_bytes(file: Path, shape: list[int]) -> None:
+def test_c10_shape_that_does_not_fill_its_bytes(file: Path, shape: list[int]) -> None:
     file.write_bytes(packed({"a": record(shape=shape)}, bytes(8)))
     refused(file, ": a: F32", f"needs {math.prod(shape) * 4:,} bytes", "data_offsets give 8")
 
@@ -405,7 +405,7 @@ def test_records_of_another_form(file: Path, bad: object) -> None:
     refused(file, ": a: expected dtype, shape and data_offsets")
 
 
-def test_too_many_tensors(file: Path) -> None:
+def test_c8_too_many_tensors(file: Path) -> None:
     one = json.dumps(record("U8", [0], [0, 0]))
     names = ",".join(f'"{i}":{one}' for i in range(100_001))
     file.write_bytes(packed(f"{{{names}}}"))
@@ -415,17 +415,17 @@ def test_too_many_tensors(file: Path) -> None:
 # Paths
 
 
-def test_folder(tmp_path: Path) -> None:
+def test_c19_folder(tmp_path: Path) -> None:
     refused(tmp_path, "found a folder")
 
 
-def test_pipe_does_not_wait_for_a_writer(file: Path) -> None:
+def test_c19_pipe_does_not_wait_for_a_writer(file: Path) -> None:
     os.mkfifo(file)
     refused(file, "found a device, pipe or socket")
 
 
 @pytest.mark.skipif(not Path("/dev/zero").exists(), reason="no /dev/zero")
-def test_device() -> None:
+def test_c19_device() -> None:
     refused(Path("/dev/zero"), "found a device, pipe or socket")
 
 
@@ -449,7 +449,7 @@ def test_missing_folder(tmp_path: Path) -> None:
     refused(tmp_path / "none" / "model.safetensors", "No such file")
 
 
-def test_dangling_symlink(file: Path) -> None:
+def test_c19_dangling_symlink(file: Path) -> None:
     file.symlink_to("nowhere")
     refused(file, "No such file")
 
@@ -460,7 +460,7 @@ def test_symlink_loop(file: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["x" * 4096, "a\0b.safetensors", "a\0b/c.safetensors", ""], ids=["4 KiB", "NUL", "NUL in the folder", "empty"])
-def test_impossible_paths(name: str) -> None:
+def test_c19_impossible_paths(name: str) -> None:
     with pytest.raises(InputFileError) as caught:
         open_tensor_file(Path(name))
     assert caught.value.message.isprintable()
@@ -559,7 +559,7 @@ _BLANKS = st.tuples(st.integers(8, len(_SEED) - 22), st.just(0), st.sampled_from
 @given(edits=st.lists(st.one_of(_REPLACED, _BLANKS, _EDITED), max_size=4), cut=st.one_of(st.just(0), st.just(0), st.integers(0, 30)))
 @example(edits=[], cut=0)
 @settings(max_examples=1000, deadline=None, derandomize=True, database=None)
-def test_damaged_files_are_refused_or_read_as_the_library_reads_them(tmp_path_factory: pytest.TempPathFactory, edits: list[Any], cut: int) -> None:
+def test_c_damaged_files_are_refused_or_read_as_the_library_reads_them(tmp_path_factory: pytest.TempPathFactory, edits: list[Any], cut: int) -> None:
     """`edits` replace a few bytes somewhere; where the last member is true, the header's length is mended so that the JSON is reached."""
     data = _SEED
     for position, removed, inserted, mend in edits:

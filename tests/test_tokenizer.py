@@ -133,7 +133,7 @@ def test_plain_byte_pair_encoding(ours: Tokenizer, plain: PlainBpe, text: str) -
 
 
 @pytest.mark.parametrize("text", ["\ud800", "cat \udfff", "\udc41cat", "\ud83d"])
-def test_lone_surrogates(ours: Tokenizer, text: str) -> None:
+def test_t10_lone_surrogates(ours: Tokenizer, text: str) -> None:
     with pytest.raises(UsageError, match="Unicode") as caught:
         ours.tokens(text)
     str(caught.value).encode()  # the message itself must be printable
