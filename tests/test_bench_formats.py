@@ -219,6 +219,8 @@ def test_the_report_needs_nothing_else(result: Document, comparison: Comparison)
     history = [Trend("k", ran(result), "total_ms", "ms", ("2026-11-01", "2026-11-23"), (80.0, 90.0), None)]
     page = checked(result_html(result | {"layers": layers}, history))
     assert page.tags.count("svg") == 6  # parts, per step, distribution, trend, operators of two graphs
+    server = {"offered_per_s": 2.0, "attained_per_s": [1.9, 1.8], "arrivals": 60, "completed": 57, "rejected": 3}
+    assert "attained 1.9, 1.8 in each process: 57 of 60 served, 3 turned away" in result_html(result | {"server": server})
     text = result_html(result)
     assert "A &lt;fast&gt; CPU" in text and "<fast>" not in text
     assert result_html(result) == text  # no date, no random names

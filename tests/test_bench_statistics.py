@@ -181,6 +181,7 @@ def test_one_sample_says_nothing() -> None:
     assert math.isnan(verdict.visible)
     assert summarise([[100.0]]).ci95 is None
     assert detectable([[100.0]]) is None
+    assert detectable([[100.0]] * 3) is None, "three processes a side give no verdict, so they can show no change"
 
 
 @pytest.mark.parametrize("pairs", range(2, MIN_PAIRS))

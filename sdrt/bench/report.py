@@ -55,6 +55,7 @@ def result_html(document: Mapping[str, Any], history: Sequence[Trend] = ()) -> s
             "Where a picture's time goes", plots.parts_of_a_picture(document),
             _paragraph(f"Fitted over several numbers of steps: {fit['fixed_ms']:.2f} ms + model calls x {fit['per_call_ms']:.3f} ms (largest deviation {fit['residual_ms']:.2f} ms).") if fit else "",
         ),
+        _server(document.get("server")),
         _section("Time per model call", plots.per_step(document)),
         _section("Every sample, by process", plots.distributions({"": document})),
         "<h2>All timings and sizes</h2>", _stats_table(document),
@@ -94,6 +95,14 @@ def trend_html(trends: Sequence[Trend]) -> str:
     return _page(
         "Latency over time", f"{max((len(trend.values) for trend in trends), default=0)} runs", [verdict if judged else too_few, *_trend_plots(trends)]
     )
+
+
+def _server(server: Mapping[str, Any] | None) -> str:
+    if not server:
+        return ""
+    attained = ", ".join(f"{rate:.3g}" for rate in server["attained_per_s"])
+    text = f"Offered {server['offered_per_s']:g} requests per second at random, attained {attained} in each process: {server['completed']} of {server['arrivals']} served, "
+    return f"<h2>Server</h2>{_paragraph(text + str(server['rejected']) + ' turned away by a full queue.')}"
 
 
 def _subtitle(document: Mapping[str, Any]) -> str:

@@ -269,10 +269,10 @@ def fit_cost(points: Sequence[tuple[int, float]]) -> Fit | None:
 
 
 def detectable(processes: Sequence[Sequence[float]]) -> float | None:
-    """The smallest relative change that a comparison of two runs like this one could tell from none; None for fewer than two processes."""
+    """The smallest relative change that a comparison of two runs like this one could tell from none; None for too few processes to compare."""
     medians = [float(np.median(kept)) for kept, _ in map(usable, processes) if kept]
     medians = [median for median in medians if median > 0]
-    if len(medians) < 2:
+    if len(medians) < MIN_PROCESSES:
         return None
     low, high = np.percentile(bootstrap_medians(np.log(medians)), [2.5, 97.5])
     return math.expm1(min(SEEN * math.sqrt(2) * float(high - low) / (2 * _Z95), 100.0))
