@@ -168,3 +168,15 @@ def test_a_profile_that_fails_leaves_the_pipeline_usable(profiled: tuple[Any, Re
     pipe._engine.settle()
     assert gpu.used_bytes() == before
     assert pipe("sun", steps=2, cfg=3.0, seed=0).images.shape == (1, 64, 64, 3)
+
+
+def test_a_full_gpu_has_no_bandwidth_to_tell(profiled: tuple[Any, Readings], gpu: Gpu) -> None:
+    engine = profiled[0]._engine
+    gpu.costs_ms["d2d"] = 1.0
+    for which in (1, 2):
+        before = gpu.used_bytes()
+        gpu.faults.allocation = which
+        assert layers_tensorrt.device_bytes_per_s(engine) is None
+        engine.settle()
+        assert gpu.used_bytes() <= before
+    assert layers_tensorrt.device_bytes_per_s(engine) == 2 * 4096 / 1e-3

@@ -80,6 +80,7 @@ CUDA_CORE = {
     },
     "bench/device_times.py": {"cuda": "cuda", "stream": "Stream"},
     "bench/layers_tensorrt.py": {"engine.stream": "Stream"},
+    "bench/throttle.py": {"engine.cuda.Device(device)": "Device"},
     "runtime/device_memory.py": {
         "cuda": "cuda",
         "self._cuda": "cuda",

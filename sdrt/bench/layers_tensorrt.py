@@ -18,9 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sdrt import bundle as names
+from sdrt.bench.device_times import DeviceTimes
 from sdrt.bench.operators import Arithmetic, Layer, fitted, total
 from sdrt.bundle import Bundle
-from sdrt.errors import MachineError
+from sdrt.errors import MachineError, ResourceError
 
 _DTYPES = {"pixels": np.uint8, "finite": np.bool_}
 _COPIED_BYTES = 1 << 28
@@ -135,21 +136,29 @@ def arithmetic(bundle: Bundle, graph: str, inputs: Mapping[str, NDArray[Any]], p
 
 
 def device_bytes_per_s(engine: Any, size_bytes: int = _COPIED_BYTES) -> float | None:
-    """What a copy within the GPU's memory reads and writes per second, between CUDA events, best of several. None if it takes no time at all."""
-    from sdrt.bench.device_times import DeviceTimes
+    """What a copy within the GPU's memory reads and writes per second, between CUDA events, best of several.
 
-    with engine.guarded("copy"):
-        times, blocks = DeviceTimes(engine.cuda), []
-        try:
-            for _ in range(2):
-                blocks.append(engine.block([("bytes", (size_bytes,), np.uint8)], pinned=False))
-            target, source = blocks
-            source.clear(engine.stream)
-            for _ in range(_COPIES):
-                times.around("copy", engine.stream, lambda: target.copy(engine.stream, "bytes", source, "bytes"))
-            engine.stream.sync()
-            best = min(times.read()["copy"])
-        finally:
-            for block in blocks:
-                block.close(engine.stream)
+    None where the GPU has no memory left for it, or where it takes no time at all.
+    """
+    try:
+        with engine.guarded("copy"):
+            best = _copy_ms(engine, size_bytes)
+    except ResourceError:
+        return None
     return 2 * size_bytes / (best / 1e3) if best > 0 else None
+
+
+def _copy_ms(engine: Any, size_bytes: int) -> float:
+    times, blocks = DeviceTimes(engine.cuda), []
+    try:
+        for _ in range(2):
+            blocks.append(engine.block([("bytes", (size_bytes,), np.uint8)], pinned=False))
+        target, source = blocks
+        source.clear(engine.stream)
+        for _ in range(_COPIES):
+            times.around("copy", engine.stream, lambda: target.copy(engine.stream, "bytes", source, "bytes"))
+        engine.stream.sync()
+        return min(times.read()["copy"])
+    finally:
+        for block in blocks:
+            block.close(engine.stream)
