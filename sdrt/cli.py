@@ -60,6 +60,8 @@ class ReportingGroup(TyperGroup):
         except Exception as error:
             if type(error).__module__.partition(".")[0] in ("typer", "click"):
                 raise
+            if isinstance(error, RuntimeError) and "can't start new thread" in str(error):
+                _fail(ctx, "no more threads may be started here", "Raise the limit on processes (ulimit -u), or stop other programs.", 6)
             _bug(ctx, error)
 
 

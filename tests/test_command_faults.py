@@ -5,21 +5,26 @@ The points are a seeded sample; `benchmarks/faults.py` takes all of them.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 from faulty_jobs import names, state
 from test_faults import ENVIRONMENT, HERE, run_python, small_disk
+from typer.testing import CliRunner
 
 from sdrt.bundle import open_bundle
+from sdrt.cli import app
 from sdrt.compile.watch import WAITING
-from sdrt.errors import LockedError, ResourceError
+from sdrt.errors import InputFileError, LockedError, ResourceError
 from sdrt.export import build as build_module
 from sdrt.export.build import BuildOptions, build
+from sdrt.export.tensor_entry import TensorEntry
 from sdrt.lock import locked
 
 SAMPLES = {
@@ -98,6 +103,70 @@ def test_d1_a_limit_on_the_size_of_files(tmp_path: Path, small_checkpoint: Path,
     assert done.returncode == 6, done.stderr
     assert "File too large: weights.safetensors needs 8,5" in done.stderr and "bytes free there" in done.stderr and "Traceback" not in done.stderr
     assert state(tmp_path / "x.sdrt") == before and names(tmp_path) == ["x.sdrt"]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux") or os.getuid() != 0, reason="only root may mount")
+def test_d2_a_full_folder_for_temporary_files(tmp_path: Path, small_checkpoint: Path, small_bundle: Path) -> None:
+    """A build does without it."""
+    (disk := tmp_path / "tmp").mkdir()
+    with small_disk(disk, 4096):
+        arguments = ["build", "--checkpoint", small_checkpoint, "--target", "onnxruntime", "--output", tmp_path / "small.sdrt"]
+        done = run_python("-c", "from sdrt.cli import app; app()", *arguments, environment={"TMPDIR": str(disk)})
+        assert done.returncode == 0, done.stderr
+    assert state(tmp_path / "small.sdrt") == state(small_bundle)
+
+
+@pytest.mark.parametrize("command", ["build", "generate"])
+def test_d3_no_more_threads(tmp_path: Path, small_checkpoint: Path, small_bundle: Path, monkeypatch: pytest.MonkeyPatch, command: str) -> None:
+    """Root is not held to a limit on processes, so Python's answer to one is given here in its place."""
+
+    def refuse(*_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    arguments = {
+        "build": ["build", "--checkpoint", small_checkpoint, "--target", "onnxruntime", "--output", tmp_path / "out.sdrt"],
+        "generate": ["generate", small_bundle, "x", "--size", "64x64", "--steps", "1", "--output", tmp_path / "out.png"],
+    }[command]
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    answer = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert answer.exit_code == 6 and ("threads" in answer.stderr or "out of memory" in answer.stderr), answer.stderr
+    assert names(tmp_path) == []
+
+
+def test_d4_an_engine_that_is_out_of_memory_and_says_so_at_the_end_of_a_long_text() -> None:
+    import onnxruntime
+
+    from sdrt.runtime.onnxruntime import _explained
+    from sdrt.runtime.openvino_model import explained
+
+    text = f"{'x' * 500} Failed to allocate memory for requested buffer of size 1 {'x' * 500}"
+    assert isinstance(_explained(onnxruntime, "step", RuntimeError(text)), ResourceError)
+    assert isinstance(explained(None, "step", RuntimeError(text)), ResourceError)
+
+
+def test_d1_a_disk_that_fails_under_an_input(tmp_path: Path, small_checkpoint: Path, small_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The input is to blame, not the output that is being written."""
+    from sdrt.export.tensor_file import TensorFile
+
+    read = TensorFile.read_bytes
+
+    class Failing:
+        def seek(self, position: int) -> int:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+        def close(self) -> None:
+            pass
+
+    def read_bytes(self: TensorFile, entry: TensorEntry) -> bytearray:
+        if self.path == small_checkpoint:
+            self._stream.close()
+            monkeypatch.setattr(self, "_stream", Failing())
+        return read(self, entry)
+
+    monkeypatch.setattr(TensorFile, "read_bytes", read_bytes)
+    with pytest.raises(InputFileError, match=r"small\.safetensors: cannot be read: Input/output error"):
+        build(BuildOptions(small_checkpoint, output=tmp_path / "x.sdrt"))
+    assert names(tmp_path) == []
 
 
 # Two at once
