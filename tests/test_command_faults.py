@@ -28,9 +28,9 @@ from sdrt.export.tensor_entry import TensorEntry
 from sdrt.lock import locked
 
 SAMPLES = {
-    "build": ("kill=7", "enospc=6", "eio=4", "short=2"),
-    "first build": ("kill=4", "enospc=4", "eio=2", "short=2"),
-    "compile": ("kill=8", "enospc=6", "eio=4", "short=2"),
+    "build": ("kill=6", "enospc=4", "eio=2", "short=1"),
+    "first build": ("kill=3", "enospc=3", "eio=2", "short=1"),
+    "compile": ("kill=7", "enospc=5", "eio=3", "short=1"),
 }
 
 
