@@ -14,6 +14,7 @@ from typing import Any, Unpack
 import numpy as np
 
 from sdrt.bundle import WEIGHTS, Bundle, bundle_id, check_files, file_record, open_bundle
+from sdrt.checked import check_file
 from sdrt.errors import NonFiniteError, UsageError
 from sdrt.runtime.conditioning import Prompts, TextConditioner
 from sdrt.runtime.engine import Denoising, Engine, Float, Job, Pixels, Tables, load_engine, tables
@@ -97,7 +98,7 @@ class Pipeline:
 
     @classmethod
     def load(cls, path: str | Path, *, backend: str = "auto", device: int = 0, threads: int | None = None) -> Pipeline:
-        """Load a bundle after checking every file of it against its manifest.
+        """Load a bundle after checking every file of it against its manifest; weights that were checked before and are untouched are not read again.
 
         `device` counts GPUs and is ignored on a CPU; `threads` is for CPU engines, None leaves the choice to them.
 
@@ -115,7 +116,7 @@ class Pipeline:
         check_files(bundle, [name for name in bundle.manifest.files if name != WEIGHTS])
         with ThreadPoolExecutor(1) as pool:
             # Hashing the weights takes as long as reading them, so it runs beside loading. Data alone cannot harm: it is used after the check.
-            checked: Future[None] = pool.submit(check_files, bundle, [WEIGHTS])
+            checked: Future[None] = pool.submit(check_file, bundle, WEIGHTS)
             try:
                 engine = load_engine(bundle, backend, threads, device)
             finally:

@@ -1,0 +1,94 @@
+"""Weights are hashed once, and again as soon as anything about their file has changed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+
+from sdrt import checked
+from sdrt.bundle import WEIGHTS, Bundle, check_files, open_bundle
+from sdrt.checked import check_file
+from sdrt.errors import BundleError
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the files that were read whole."""
+    names: list[str] = []
+
+    def counted(bundle: Bundle, wanted: list[str]) -> None:
+        names.extend(wanted)
+        check_files(bundle, wanted)
+
+    monkeypatch.setattr(checked, "check_files", counted)
+    return names
+
+
+@pytest.fixture
+def bundle(flat_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bundle:
+    """A copy of a bundle whose weights look a minute old: the clock is ahead, since nothing can set a file's change time."""
+    monkeypatch.setenv("SDRT_CACHE_DIR", str(tmp_path / "cache"))
+    copy = tmp_path / "copy.sdrt"
+    shutil.copytree(flat_bundle, copy)
+    now = time.time_ns
+    monkeypatch.setattr(checked.time, "time_ns", lambda: now() + 60_000_000_000)
+    return open_bundle(copy)
+
+
+def test_read_once(bundle: Bundle, reads: list[str]) -> None:
+    for _ in range(3):
+        check_file(bundle, WEIGHTS)
+    assert reads == [WEIGHTS]
+
+
+def test_a_changed_byte_is_seen_though_size_and_times_are_set_back(bundle: Bundle, reads: list[str]) -> None:
+    check_file(bundle, WEIGHTS)
+    path = bundle.file(WEIGHTS)
+    before = path.stat()
+    with path.open("r+b") as stream:
+        stream.seek(-1, os.SEEK_END)
+        last = stream.read(1)
+        stream.seek(-1, os.SEEK_END)
+        stream.write(bytes([last[0] ^ 1]))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert path.stat().st_mtime_ns == before.st_mtime_ns and path.stat().st_size == before.st_size
+    with pytest.raises(BundleError, match=r"weights\.safetensors: changed since the build"):
+        check_file(bundle, WEIGHTS)
+    with pytest.raises(BundleError, match="changed since the build"):  # and what failed is not remembered
+        check_file(bundle, WEIGHTS)
+    assert reads == [WEIGHTS] * 3
+
+
+def test_another_file_in_its_place_is_read(bundle: Bundle, reads: list[str]) -> None:
+    check_file(bundle, WEIGHTS)
+    path = bundle.file(WEIGHTS)
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.with_name("other").write_bytes(data)
+    path.with_name("other").replace(path)
+    with pytest.raises(BundleError, match="changed since the build"):
+        check_file(bundle, WEIGHTS)
+
+
+def test_what_has_just_changed_is_not_remembered(bundle: Bundle, reads: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    newest = max(bundle.file(WEIGHTS).stat().st_mtime_ns, bundle.file(WEIGHTS).stat().st_ctime_ns)
+    for clock in (newest + 1_999_000_000, newest - 5_000_000_000):  # a moment ago, and a clock that went back
+        monkeypatch.setattr(checked.time, "time_ns", lambda clock=clock: clock)
+        check_file(bundle, WEIGHTS)
+        check_file(bundle, WEIGHTS)
+    assert reads == [WEIGHTS] * 4
+
+
+def test_a_damaged_or_unwritable_memory_only_costs_time(bundle: Bundle, reads: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_file(bundle, WEIGHTS)
+    (entry,) = (tmp_path / "cache" / "checked").iterdir()
+    entry.write_bytes(b"\xff\x00")
+    check_file(bundle, WEIGHTS)
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("SDRT_CACHE_DIR", str(tmp_path / "file"))
+    check_file(bundle, WEIGHTS)
+    assert reads == [WEIGHTS] * 3
