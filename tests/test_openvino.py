@@ -146,6 +146,20 @@ def test_contexts_change_between_rows(exact_pipe: Pipeline, reference: Pipeline)
     assert np.linalg.norm(latents[0] - latents[1]) <= 1e-4 * np.linalg.norm(latents[1])
 
 
+def test_what_a_job_reads_outlives_its_setup(exact_pipe: Pipeline) -> None:
+    """A picture that does not fill its engine is filled up: OpenVINO keeps the addresses of these copies, so somebody must keep the copies."""
+    engine = exact_pipe._engine
+    assert engine is not None
+    expected = engine.denoise(job(2))
+    denoising = engine.denoise(job(2))
+    garbage = [np.full(size // 4, np.nan, np.float32) for size in (768, 3072) for _ in range(2000)]  # the sizes of mask, init and unit noise
+    for one in (denoising, expected):
+        one.step()
+        one.step()
+    assert len(garbage) == 4000 and np.isfinite(denoising.latents()).all()
+    assert np.array_equal(denoising.latents(), expected.latents())
+
+
 def test_images_are_encoded(exact_pipe: Pipeline, reference: Pipeline) -> None:
     rng = np.random.default_rng(0)
     pixels, noise = rng.integers(0, 256, (3, 64, 96, 3), np.uint8), rng.standard_normal((3, 4, 8, 12)).astype(np.float32)
@@ -196,6 +210,47 @@ def test_attention_is_one_operator(reports: list[CompileReport], bundle: Path) -
     inputs = StepShape(1, 8, 8, 77, 2, 2).inputs(VAE_DECODER, opened.manifest)
     compiled, attention = compile_graph(ov, ov.Core(), opened.graph(VAE_DECODER, "fp32"), inputs, "fp32", 1)
     assert len(attention) == 1 and openvino_model.unfused_attention(compiled, (*attention, "another")) == ("another",)
+
+
+def test_what_guidance_branches_share_is_computed_once(bundle: Path) -> None:
+    """Up to the first cross-attention the branches of a picture are equal: one picture, not two, passes the first self-attention."""
+    opened = open_bundle(bundle)
+    step = ov.Core().read_model(str(opened.graph(STEP, "fp32")))
+    inputs = StepShape(1, 8, 8, 77, 2, 2).inputs(STEP, opened.manifest)
+    step.reshape({name: list(shape) for name, shape in inputs.items()})
+    attention = [op for op in step.get_ordered_ops() if op.get_type_name() == "ScaledDotProductAttention"]
+    assert [op.output(0).get_shape()[0] for op in attention] == [1] + [2] * 31
+
+
+def test_weights_stay_as_they_are_stored(bundle: Path) -> None:
+    """A weight widened to float32 when a graph is loaded would stay in memory beside its packed copy."""
+    opened = open_bundle(bundle)
+    folder, record = list_engines(opened)[0]
+    for graph in GRAPHS:
+        blob = read_plan(folder, record, graph)
+        compiled = import_blob(ov, ov.Core(), graph, blob, opened.file("graphs/weights.safetensors"), record.key.precision, 1)
+        size = dict.fromkeys(("f16", "f32"), 0)
+        for op in compiled.get_runtime_model().get_ordered_ops():
+            kind, stored = (str(op.get_rt_info()[key].astype(str)) for key in ("layerType", "outputPrecisions"))
+            if kind == "Const" and stored in size:
+                size[stored] += int(np.prod(op.output(0).get_shape()))
+        assert size["f16"] > 1e5 and size["f16"] > 20 * size["f32"], graph  # norms and biases are float32
+
+
+@pytest.mark.parametrize("mean", [0.0, 1000.0])
+def test_norms_in_place(mean: float) -> None:
+    """Against the formula in float64, also where the mean is a thousand deviations; no pixels are moved between layouts."""
+    op, rng = ov.opset13, np.random.default_rng(0)
+    x, gain, bias = ((rng.standard_normal(shape) + offset).astype(np.float32) for shape, offset in (((2, 64, 5, 7), mean), ((64,), 1.0), ((64,), 0.0)))
+    parameter = op.parameter(list(x.shape), np.float32)
+    model = ov.Model([ov.opset12.group_normalization(parameter, op.constant(gain), op.constant(bias), 32, 1e-5)], [parameter])
+    openvino_model._normalise_in_place(ov, model)
+    compiled = ov.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    assert not any(op.get_type_name() in ("GroupNormalization", "MVN") for op in model.get_ops())
+    grouped = x.astype(np.float64).reshape(2, 32, -1)
+    grouped = (grouped - grouped.mean(-1, keepdims=True)) / np.sqrt(grouped.var(-1, keepdims=True) + 1e-5)
+    expected = grouped.reshape(x.shape) * gain[:, None, None] + bias[:, None, None]
+    assert np.abs(compiled(x)[0] - expected).max() < 1e-5 * max(1.0, mean)
 
 
 @pytest.mark.skipif(not HAS_BF16, reason="this CPU has no bfloat16")

@@ -60,13 +60,13 @@ class Step(nn.Module):
         """
         timestep, a, w, u, q, M, inpaint, noise = (x.index_select(0, row) for x in (timestep, a, w, u, q, M, inpaint, noise))
         branches = w.shape[1]
-        latents = _combine(a, registers)
-        batch = latents[None].expand(branches, -1, -1, -1, -1).flatten(0, 1)
-        if concat is not None:
-            batch = torch.cat([batch, concat], dim=1)
-        unet = self.model.diffusion_model
-        out = unet(batch, timestep, context, self.hypernetworks).float()
-        denoised = _combine(u, registers) + q * _combine(w, out.unflatten(0, (branches, -1)))
+        latents, unet = _combine(a, registers), self.model.diffusion_model
+        if concat is None:
+            out = unet(latents, timestep, context, self.hypernetworks, branches)
+        else:
+            batch = latents[None].expand(branches, -1, -1, -1, -1).flatten(0, 1)
+            out = unet(torch.cat([batch, concat], dim=1), timestep, context, self.hypernetworks)
+        denoised = _combine(u, registers) + q * _combine(w, out.float().unflatten(0, (branches, -1)))
         k, b, c = inpaint[0, 0], inpaint[0, 1], inpaint[0, 2]
         denoised = denoised + k * mask * (init - denoised)
         states = torch.cat([registers, denoised[None], noise], dim=0)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -91,13 +91,23 @@ def pass_through(x: Tensor) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class Context:
-    """What attention sees besides its own input: keys and values of cross-attention are made from these `[B, T, C]`, those of self-attention
+    """What attention sees besides its own input: keys and values of cross-attention are made from these `[G*N, T, C]`, those of self-attention
     from what `hypernetworks` makes of the input.
+
+    Guidance branches differ in nothing but their context. `branches` is their number G as long as what flows through the network is still the
+    same for all of them and computed once, `[N, ...]`; None from the first cross-attention on.
     """
 
     keys: Tensor
     values: Tensor
     hypernetworks: Callable[[Tensor], tuple[Tensor, Tensor]]
+    branches: int | None
+
+    def for_each_branch(self, x: Tensor) -> Tensor:
+        """`x` `[N, ...]`, once for each branch, as `[G*N, ...]`, branch-major; what has its branches already is left alone."""
+        if self.branches is None:
+            return x
+        return x[None].expand(self.branches, *[-1] * x.dim()).flatten(0, 1)
 
 
 class ResBlock(nn.Module):
@@ -158,7 +168,7 @@ class TransformerBlock(nn.Module):
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         h = self.norm1(x)
-        x = x + self.attn1(h, *context.hypernetworks(h))
+        x = context.for_each_branch(x + self.attn1(h, *context.hypernetworks(h)))
         x = x + self.attn2(self.norm2(x), context.keys, context.values)
         return x + self.ff(self.norm3(x))
 
@@ -178,8 +188,10 @@ class SpatialTransformer(nn.Module):
         h = h if self.linear else self.proj_in(h)
         h = h.flatten(2).transpose(1, 2)
         h = self.proj_in(h) if self.linear else h
+        x, within = context.for_each_branch(x), context
         for block in self.transformer_blocks:
-            h = block(h, context)
+            h = block(h, within)
+            within = replace(within, branches=None)
         h = self.proj_out(h) if self.linear else h
         h = h.transpose(1, 2).unflatten(2, (height, width))
         return x + (h if self.linear else self.proj_out(h))
@@ -255,20 +267,31 @@ class UNet(nn.Module):
                 current = channels
         self.out = nn.Sequential(nn.GroupNorm(NORM_GROUPS, base), nn.SiLU(), nn.Conv2d(base, spec.out_channels, 3, padding=1))
 
-    def forward(self, x: Tensor, timestep: Tensor, context: Tensor, hypernetworks: Callable[[Tensor], tuple[Tensor, Tensor]] = pass_through) -> Tensor:
-        """Scaled latents `[B, C, h, w]`, timestep float32 `[1]` (shared by the batch) and context `[B, T, context_width]` to `[B, 4, h, w]`.
+    def forward(
+        self,
+        x: Tensor,
+        timestep: Tensor,
+        context: Tensor,
+        hypernetworks: Callable[[Tensor], tuple[Tensor, Tensor]] = pass_through,
+        branches: int | None = None,
+    ) -> Tensor:
+        """Scaled latents, timestep float32 `[1]` (shared by the batch) and context `[G*N, T, context_width]` to `[G*N, 4, h, w]`.
 
+        Latents are `[N, C, h, w]` where `branches` gives G: all guidance branches denoise the same ones, and what comes before the first
+        cross-attention is computed once. With None they are `[G*N, C, h, w]`, as models need whose branches differ in more than the context.
         `hypernetworks` gives what keys and what values are made from, for the context and for each input of self-attention.
         """
-        seen = Context(*hypernetworks(context), hypernetworks)  # the same for every layer, so made once
+        seen = Context(*hypernetworks(context), hypernetworks, branches)  # keys and values are the same for every layer, so made once
         embedding = self.time_embed(timestep_embedding(timestep, self.base).to(x.dtype))
-        skips = []
-        for block in self.input_blocks:
+        skips: list[Tensor] = []
+        for block in (*self.input_blocks, self.middle_block):
             for layer in block:
                 x = layer(x, embedding, seen)
+                if isinstance(layer, SpatialTransformer):
+                    skips = [seen.for_each_branch(skip) for skip in skips]
+                    seen = replace(seen, branches=None)
             skips.append(x)
-        for layer in self.middle_block:
-            x = layer(x, embedding, seen)
+        skips.pop()  # the middle block's output goes straight up
         for block in self.output_blocks:
             skip = skips.pop()
             x = torch.cat([x[:, :, : skip.shape[2], : skip.shape[3]], skip], dim=1)

@@ -80,15 +80,8 @@ class OpenVinoEngine:
 
     # What jobs use
 
-    def request(self, compiled: Any, inputs: Mapping[str, NDArray[Any]], outputs: Mapping[str, NDArray[Any]]) -> Any:
-        """A new infer request that reads and writes these arrays where they are."""
-        request = compiled.create_infer_request()
-        for name, array in (*inputs.items(), *outputs.items()):
-            request.set_tensor(name, self.tensor(array))
-        return request
-
     def tensor(self, array: NDArray[Any]) -> Any:
-        """An array as OpenVINO's tensor, sharing its memory."""
+        """An array as OpenVINO's tensor, sharing its memory. The tensor keeps the array; a request that was given it keeps neither, only the address."""
         assert array.flags.c_contiguous
         return self._ov.Tensor(array, shared_memory=True)
 
@@ -106,8 +99,9 @@ class OpenVinoEngine:
         outputs = [output.get_any_name() for output in compiled.outputs]
 
         def run(inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-            for name, array in inputs.items():
-                request.set_tensor(name, self.tensor(np.ascontiguousarray(array)))
+            tensors = {name: self.tensor(np.ascontiguousarray(array)) for name, array in inputs.items()}  # kept until it has run
+            for name, tensor in tensors.items():
+                request.set_tensor(name, tensor)
             self.infer(request, graph)
             return {name: np.array(request.get_tensor(name).data) for name in outputs}
 
@@ -195,14 +189,18 @@ class OpenVinoDenoising:
         constant: dict[str, NDArray[Any]] = {**self._tables, "mask": _padded(job.mask, batch), "init": init, "init_noise": unit_noise}
         if job.concat is not None:
             constant["concat"] = _padded(job.concat, batch, shape.branches)
-        # The arrays stay alive with their tensors: OpenVINO only has their addresses.
+        # Tensors are kept as long as the requests that read them: what was filled up is a copy that nobody else has.
+        self._constant = {name: engine.tensor(array) for name, array in constant.items()}
         self._contexts = [engine.tensor(_padded(context, batch, shape.branches)) for context in job.contexts]
+        states = [(engine.tensor(self._registers[i]), engine.tensor(self._rows[i])) for i in (0, 1)]
+        denoised = engine.tensor(self._denoised)
         self._requests = []
         for here, there in ((0, 1), (1, 0)):
-            inputs = {**constant, "registers": self._registers[here], "row": self._rows[here]}
-            outputs: dict[str, NDArray[Any]] = dict(zip(names.STEP_OUTPUTS, (self._registers[there], self._rows[there], self._denoised), strict=True))
-            request = engine.request(compiled, inputs, outputs)
-            request.set_tensor("context", self._contexts[job.context_of_row[0]])
+            request = compiled.create_infer_request()
+            bound = {**self._constant, **dict(zip(("registers", "row"), states[here], strict=True)), "context": self._contexts[job.context_of_row[0]]}
+            bound |= dict(zip(names.STEP_OUTPUTS, (*states[there], denoised), strict=True))
+            for name, tensor in bound.items():
+                request.set_tensor(name, tensor)
             self._requests.append(request)
 
     def step(self) -> None:
