@@ -230,10 +230,13 @@ def check_files(bundle: Bundle, names: Iterable[str] | None = None) -> None:
     """Compare the SHA-256 of the named files (all by default) with the manifest. A hash says unchanged, not trustworthy.
 
     Raises:
-        BundleError: a file differs; it names the file.
+        BundleError: a file differs or cannot be read; it names the file.
     """
     for name in bundle.manifest.files if names is None else names:
-        expected, found = bundle.manifest.files[name], file_record(bundle.file(name))
+        try:
+            expected, found = bundle.manifest.files[name], file_record(bundle.file(name))
+        except OSError as error:
+            raise BundleError(f"{bundle.path}: {name}: cannot be read: {error.strerror}", "Copy the bundle again from where it was built.") from error
         if found != expected:
             raise BundleError(
                 f"{bundle.path}: {name}: changed since the build: expected sha256 {expected.sha256[:16]}…, found {found.sha256[:16]}…",

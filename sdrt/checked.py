@@ -1,8 +1,8 @@
 """Remembers which weights files have been found to have the hash of their manifest, so that a start need not read gigabytes that nobody touched.
 
 What is remembered is what the file system says of the file: device, inode, size, and the times of its last change, to the nanosecond; the second of
-these times is the kernel's own, and no program can set it back. So a byte changed through the file system is always seen. A byte that the disk itself
-lost is not: `sdrt verify` reads everything, always. Standard library only.
+these times is the kernel's own, which nobody but root can set back. What this does not show is a byte that the disk itself lost, and one changed through
+a shared mapping that has stayed open since before the check: `sdrt verify` reads everything, always. Standard library only.
 """
 
 from __future__ import annotations
@@ -14,9 +14,11 @@ from contextlib import suppress
 from pathlib import Path
 
 from sdrt.bundle import Bundle, check_files
+from sdrt.document import read_document
 from sdrt.errors import SdrtError
 from sdrt.publish import cache_folder, staged_file, write_file
 
+_MAX_BYTES = 1 << 12
 _SETTLED_NS = 2_000_000_000
 """A file changed more recently than this is read again next time: a second change within one tick of the file system's clock would not show."""
 
@@ -45,7 +47,10 @@ def _identity(path: Path) -> str | None:
     """What changes with a file's contents, as text; None where the system does not tell, or it has just changed."""
     if os.name != "posix":  # elsewhere st_ctime is another thing
         return None
-    found = path.stat()
+    try:
+        found = path.stat()
+    except OSError:  # gone: reading it says so
+        return None
     newest = max(found.st_mtime_ns, found.st_ctime_ns)
     if newest > time.time_ns() - _SETTLED_NS:
         return None
@@ -53,8 +58,8 @@ def _identity(path: Path) -> str | None:
 
 
 def _remembered(identity: str) -> str | None:
-    with suppress(OSError, ValueError):
-        known, _, digest = _place(identity).read_text(encoding="ascii").rstrip("\n").rpartition(" ")
+    with suppress(OSError, ValueError, SdrtError):
+        known, _, digest = read_document(_place(identity), _MAX_BYTES).data.decode("ascii").rstrip("\n").rpartition(" ")
         if known == identity:
             return digest
     return None

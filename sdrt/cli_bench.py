@@ -84,11 +84,13 @@ def run_command(
     from sdrt.bench.formats import RESULT_FORMATS, result_markdown
     from sdrt.bench.result import write_json
     from sdrt.bench.run import run
-    from sdrt.bundle import open_bundle
+    from sdrt.bundle import WEIGHTS, open_bundle
+    from sdrt.checked import check_file
 
     targets = _targets(emit)
     if bundle is None and not check_machine:
         raise UsageError("BUNDLE is missing", "Give a folder made by `sdrt build`, or --check-machine.")
+    _refuse_unused(ctx, check_machine, bundle is not None)
     request = _request(
         bundle or Path(), scenario, size, steps, cfg, sampler, schedule, prompt, prompts, seed, batch, pictures, max_pictures, warm_up, rate, duration, queue, backend, device, threads
     )  # fmt: skip
@@ -98,6 +100,7 @@ def run_command(
     assert bundle is not None
     _at_least("--processes", processes, 1)
     opened = open_bundle(bundle)
+    check_file(opened, WEIGHTS)  # here, so that the first process does not take longer to load than the others
     document = run(opened, _with_layers(request, layers), processes, _say)
     if output is not None:
         write_json(output, document)
@@ -119,6 +122,21 @@ def run_command(
         typer.echo(f"error: {printable(str(bundle))}: the pictures are wrong: {printable('; '.join(problems))}", err=True)
         typer.echo("  fix: Run: sdrt verify BUNDLE, and build or compile it again.", err=True)
         raise typer.Exit(1)
+
+
+def _refuse_unused(ctx: typer.Context, check_machine: bool, with_bundle: bool) -> None:
+    """Raise UsageError for options that were given and that this form of `run` does not read."""
+    given = {name for name in ctx.params if (source := ctx.get_parameter_source(name)) is not None and source.name == "COMMANDLINE"}
+    if not check_machine:
+        if "check_time" in given:
+            raise UsageError("--check-time: is for --check-machine", "Add --check-machine, or leave it out.")
+        return
+    read = {"check_machine", "check_time", "as_json", "bundle", "output", "history", "emit", "layers", "scenario"}  # the last ones are refused by name
+    if with_bundle:
+        read |= {"size", "steps", "cfg", "sampler", "schedule", "prompt", "prompts", "seed", "batch", "backend", "device", "threads"}
+    if unread := sorted(given - read):
+        options = ", ".join(f"--{name.replace('max_pictures', 'max_picture_time').replace('_', '-')}" for name in unread)
+        raise UsageError(f"{options}: --check-machine{'' if with_bundle else ' without a BUNDLE'} does not use it", "Leave it out.")
 
 
 def _check_machine(bundle: Path | None, request: Request, limit_s: float, files: Sequence[object], layers: bool, as_json: bool) -> None:
@@ -183,7 +201,8 @@ def ab_command(
     from dataclasses import replace
 
     from sdrt.bench.run import interleave
-    from sdrt.bundle import open_bundle
+    from sdrt.bundle import WEIGHTS, open_bundle
+    from sdrt.checked import check_file
 
     targets, gates = _targets(emit), _gates(config, new)
     if pairs is not None:
@@ -193,6 +212,8 @@ def ab_command(
         old, scenario, size, steps, cfg, sampler, schedule, prompt, prompts, seed, batch, pictures, max_pictures, warm_up, rate, duration, queue, backend, device, threads
     )  # fmt: skip
     first, second = open_bundle(old), open_bundle(new)
+    for opened in (first, second):
+        check_file(opened, WEIGHTS)
     if old_python is not None and not os.access(old_python, os.X_OK):
         raise UsageError(f"--old-python {old_python}: expected a Python interpreter", "Write it as --old-python venv-base/bin/python.")
     interpreter = str(old_python.absolute()) if old_python is not None else None

@@ -134,7 +134,7 @@ def _check_pictures(paths: Sequence[Path], force: bool) -> None:
         try:
             with Image.open(BytesIO(read_document(path, MAX_FILE_BYTES).data), formats=["PNG"]) as image:
                 ours = "sdrt" in image.info
-        except (OSError, SyntaxError, ValueError, InputFileError):
+        except (OSError, SyntaxError, ValueError, InputFileError, Image.DecompressionBombError):
             ours = False
         if not ours:
             raise UsageError(f"--output {path}: exists and is not a picture sdrt made", "Choose another name, or pass --force.")

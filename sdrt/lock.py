@@ -37,11 +37,11 @@ def locked(path: Path, waiting: Callable[[], None] = lambda: None) -> Iterator[N
     """
     deadline = time.monotonic() + _timeout_s()
     place = path.parent.resolve() / path.name
-    file = cache_folder() / "locks" / f"{hashlib.sha256(os.fsencode(place)).hexdigest()[:32]}.lock"
     descriptor = None
     try:
         while True:
             try:
+                file = cache_folder() / "locks" / f"{hashlib.sha256(os.fsencode(place)).hexdigest()[:32]}.lock"
                 descriptor = _acquire(file)
             except OSError as error:
                 logging.getLogger("sdrt").info("no lock on %s, going on without: %s", path, error)

@@ -157,12 +157,20 @@ def sweep_stages(folder: Path) -> None:
 
 
 def cache_folder() -> Path:
-    """Where sdrt keeps what it can make again: $SDRT_CACHE_DIR, else the user's cache folder."""
+    """Where sdrt keeps what it can make again: $SDRT_CACHE_DIR, else the user's cache folder.
+
+    Raises:
+        OSError: the user has no home folder, as in a container without a list of users.
+    """
     if chosen := os.environ.get("SDRT_CACHE_DIR"):
         return Path(chosen)
-    if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local")) / "sdrt"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sdrt"
+    if known := os.environ.get("LOCALAPPDATA" if sys.platform == "win32" else "XDG_CACHE_HOME"):
+        return Path(known) / "sdrt"
+    try:
+        home = Path.home()
+    except RuntimeError as error:
+        raise OSError(errno.ENOENT, "no home folder to keep a cache in; set $SDRT_CACHE_DIR") from error
+    return (home / "AppData" / "Local" if sys.platform == "win32" else home / ".cache") / "sdrt"
 
 
 class _FaultyFile(io.FileIO):

@@ -47,10 +47,17 @@ def system(root: Path, *, core: Sequence[int], package: Sequence[int], khz: Sequ
 
 def test_counters_of_a_processor(tmp_path: Path) -> None:
     root = system(tmp_path, core=(3, 4), package=(10, 10), khz=(2_000_000, 3_000_000))
-    assert cpu_throttles(root) == 27 and cpu_mhz(root) == 2500.0
+    assert cpu_throttles(root) == 27 and cpu_mhz(root) == 2500.0  # as far as can be told, two packages of one core
     assert cpu_throttles(tmp_path / "none") is None is cpu_mhz(tmp_path / "none")
     (root / "cpu0" / "thermal_throttle" / "core_throttle_count").write_text("?")
     assert cpu_throttles(root) == 24
+    same = system(tmp_path / "same", core=(3, 3, 5, 5), package=(10, 10, 10, 10), khz=(1, 1, 1, 1))
+    for index in range(4):  # two cores of two threads each, in one package
+        for name, value in (("physical_package_id", 0), ("core_id", index // 2)):
+            file = same / f"cpu{index}" / "topology" / name
+            file.parent.mkdir(exist_ok=True)
+            file.write_text(f"{value}\n")
+    assert cpu_throttles(same) == 3 + 5 + 10
 
 
 class Nvml:
@@ -218,7 +225,9 @@ def test_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("arguments", "fragment"),
     [((), "BUNDLE is missing"), (("--check-machine", "--check-time", 1), "--check-time 1: expected 5 to 3600"), (("--check-machine", "--layers"), "measures no result"),
-     (("--check-machine", "--output", "x.json"), "measures no result"), (("--check-machine", "--scenario", "server"), "not at a server")],
+     (("--check-machine", "--output", "x.json"), "measures no result"), (("--check-machine", "--scenario", "server"), "not at a server"),
+     (("--check-machine", "--steps", 4, "--max-picture-time", 1), "--max-picture-time, --steps: --check-machine without a BUNDLE does not use it"),
+     (("x.sdrt", "--check-machine", "--steps", 4, "--processes", 3), "--processes: --check-machine does not use it"), (("x.sdrt", "--check-time", 9), "is for --check-machine")],
 )  # fmt: skip
 def test_bad_options(arguments: tuple[object, ...], fragment: str) -> None:
     done = bench(*arguments)

@@ -13,6 +13,8 @@ from sdrt import checked
 from sdrt.bundle import WEIGHTS, Bundle, check_files, open_bundle
 from sdrt.checked import check_file
 from sdrt.errors import BundleError
+from sdrt.lock import locked
+from sdrt.publish import cache_folder
 
 
 @pytest.fixture
@@ -81,6 +83,30 @@ def test_what_has_just_changed_is_not_remembered(bundle: Bundle, reads: list[str
         check_file(bundle, WEIGHTS)
         check_file(bundle, WEIGHTS)
     assert reads == [WEIGHTS] * 4
+
+
+def test_a_user_without_a_home(bundle: Bundle, reads: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container whose user is a number: nothing is remembered or locked, and everything works."""
+
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in ("SDRT_CACHE_DIR", "XDG_CACHE_HOME", "LOCALAPPDATA"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Path, "home", homeless)
+    with pytest.raises(OSError, match=r"set \$SDRT_CACHE_DIR"):
+        cache_folder()
+    check_file(bundle, WEIGHTS)
+    check_file(bundle, WEIGHTS)
+    with locked(bundle.path):
+        pass
+    assert reads == [WEIGHTS] * 2
+
+
+def test_a_file_that_is_gone(bundle: Bundle) -> None:
+    bundle.file(WEIGHTS).unlink()
+    with pytest.raises(BundleError, match=r"weights\.safetensors: cannot be read: No such file"):
+        check_file(bundle, WEIGHTS)
 
 
 def test_a_damaged_or_unwritable_memory_only_costs_time(bundle: Bundle, reads: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from sd_parsers import ParserManager
 from test_cli import failed, run
+from test_images import bomb
 
 from sdrt.bundle import bundle_id
 from sdrt.errors import InputFileError, UsageError
@@ -196,6 +197,13 @@ def test_pictures_that_say_nothing(shared: Path) -> None:
 
 
 # Previews and the contact sheet
+
+
+def test_a_picture_of_absurd_size(shared: Path) -> None:
+    """Its header alone makes the library refuse it, in a way of its own."""
+    bomb(Path("huge.png"))
+    failed(run("generate", shared, "--from-png", "huge.png", "-o", "y.png"), 3, "huge.png", "cannot be read as a PNG")
+    failed(run("generate", shared, "moon", "--steps", 1, "-o", "huge.png"), 2, "huge.png", "exists and is not a picture sdrt made")
 
 
 def test_previews(shared: Path) -> None:

@@ -1,6 +1,6 @@
 """Times on a GPU: a pair of CUDA events around each part, in the stream itself, read once the picture is there.
 
-Recording an event makes neither the host nor the device wait, and nothing is recorded unless a benchmark asks for it. Imports nothing: `cuda.core`
+Recording an event makes neither the host nor the device wait, and nothing is recorded unless a benchmark asks for it. Imports no engine: `cuda.core`
 comes with the engine that uses it.
 """
 

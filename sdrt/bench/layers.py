@@ -76,7 +76,8 @@ def _on_gpu(pipe: Any, kept: Mapping[str, Any], threads: int | None, wall_ms: Ma
             counted = layers_tensorrt.arithmetic(pipe.bundle, graph, fitting, engine.record.key.precision, Path(folder))
             if counted is None and layers_tensorrt.NO_ARITHMETIC not in notes:
                 notes.append(layers_tensorrt.NO_ARITHMETIC)
-            graphs[graph] = analyse(found, counted, wall_ms.get(graph), peak)
+            runs = -(-len(kept["text"][0]) // len(fitting["tokens"])) if graph == names.TEXT_ENCODER else 1  # as many rows of tokens a run as the profile takes
+            graphs[graph] = analyse(found, counted, wall_ms[graph] / runs if graph in wall_ms else None, peak)
     return {"peak": peak, "peak_of": "a copy within the GPU's memory, between CUDA events", "notes": notes, "graphs": graphs}
 
 

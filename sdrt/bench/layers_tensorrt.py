@@ -30,7 +30,7 @@ NO_PEAK = "operations per second were not measured: sdrt has no GPU kernel of it
 NO_ARITHMETIC = "operations and bytes are unknown: ONNX Runtime, which counts them, is not installed beside TensorRT (pip install onnxruntime)"
 
 
-def fitted_inputs(engine: Any, graph: str, job: Any, inputs: Mapping[str, NDArray[Any]]) -> tuple[int, dict[str, NDArray[Any]]]:
+def fitted_inputs(engine: Any, graph: str, job: Any, inputs: Mapping[str, NDArray[Any] | None]) -> tuple[int, dict[str, NDArray[Any]]]:
     """The profile of an engine for a job, and inputs cut or padded to the nearest shapes it takes."""
     profile = engine.record.branches.index(job.tables.w.shape[1]) if graph == names.STEP else 0
     ranges = engine.record.key.profiles[graph][profile].shapes

@@ -87,11 +87,12 @@ class _Sampler:
             schedule=request.schedule, size=request.size, batch=request.batch, count=request.batch,
         )  # fmt: skip
         total = (readings.clock() - started) / 1e6
+        slowed = keep and self.watch is not None and self.watch.throttled()
         if keep:
-            slowed = self.watch is not None and self.watch.throttled()
             self.dropped += slowed
             self._keep(total, self.throttled if slowed else self.samples)
-        self.points.append((len(readings.steps), total))
+        if not slowed:
+            self.points.append((len(readings.steps), total))
         return total
 
     def _keep(self, total: float, kept: dict[str, list[float]]) -> None:

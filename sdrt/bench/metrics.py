@@ -14,8 +14,8 @@ from typing import Any
 from sdrt.document import read_document
 from sdrt.errors import InputFileError, nearest, printable
 
-UNPAIRED_FACTOR = 2.0
 MAX_GATES_BYTES = 1 << 20
+UNPAIRED_FACTOR = 2.0
 """Two separate runs saw two moments of the machine: their margins are this many times those of interleaved ones."""
 DEFAULT_PAIRS = 10
 

@@ -61,7 +61,9 @@ def parts_of_a_picture(document: Mapping[str, Any]) -> str | None:
     stats, calls = document["stats"], document["counters"].get("model_calls")
     if "total_ms" not in stats or not calls:
         return None
-    parts = [(*_PARTS[name], stats[name]["p50"] * (calls if name == "step_ms" else 1)) for name in _PARTS if name in stats]
+    # Where a GPU told its own times they are the parts: the host is done with a call long before the GPU is.
+    timed = {name: stats.get(name.replace("_ms", "_gpu_ms"), stats.get(name)) for name in _PARTS}
+    parts = [(*_PARTS[name], found["p50"] * (calls if name == "step_ms" else 1)) for name, found in timed.items() if found is not None]
     rest = stats["total_ms"]["p50"] - sum(ms for _, _, ms in parts)
     if rest > 0:
         parts.append(("rest", _GREY, rest))

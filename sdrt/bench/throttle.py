@@ -11,7 +11,11 @@ from pathlib import Path
 from typing import Any
 
 _CPUS = Path("/sys/devices/system/cpu")
-_COUNTERS = ("thermal_throttle/core_throttle_count", "thermal_throttle/package_throttle_count")
+_COUNTERS = {
+    "thermal_throttle/core_throttle_count": ("topology/physical_package_id", "topology/core_id"),
+    "thermal_throttle/package_throttle_count": ("topology/physical_package_id",),
+}
+"""Counters of a logical CPU, and what tells its core or package, which all its logical CPUs repeat the count of."""
 
 SLOWING = {"hardware slowdown": 0x8, "software thermal slowdown": 0x20, "hardware thermal slowdown": 0x40, "power brake": 0x80}
 """NVML's reasons (nvmlClocksEventReasons) for which a GPU's clocks are below what the load asks for. Its power cap, 0x4, is how a busy data-centre GPU
@@ -21,8 +25,14 @@ _RECORDED = {"power cap": 0x4} | SLOWING
 
 def cpu_throttles(root: Path = _CPUS) -> int | None:
     """How often any core or package of the processor has throttled since the system started."""
-    counts = [count for counter in _COUNTERS for file in root.glob(f"cpu[0-9]*/{counter}") if (count := _number(file)) is not None]
-    return sum(counts) if counts else None
+    counts: dict[tuple[object, ...], int] = {}
+    for counter, owner in _COUNTERS.items():
+        for file in root.glob(f"cpu[0-9]*/{counter}"):
+            cpu = file.parents[1]
+            place = [_number(cpu / part) for part in owner]
+            if (count := _number(file)) is not None:
+                counts[counter, *((cpu,) if None in place else place)] = count
+    return sum(counts.values()) if counts else None
 
 
 def cpu_mhz(root: Path = _CPUS) -> float | None:

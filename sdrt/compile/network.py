@@ -9,7 +9,7 @@ import logging
 import re
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
@@ -256,19 +256,20 @@ def _timing_cache(compiler: Compiler, config: Any) -> Iterator[None]:
         yield
         return
     name = re.sub(r"[^\w.]+", "-", f"{compiler.version}-{compiler.device}")
-    file = cache_folder() / "timing" / f"{name}.cache"
-    try:
+    file, blob = None, b""
+    with suppress(OSError):  # the cache only saves time
+        file = cache_folder() / "timing" / f"{name}.cache"
         blob = file.read_bytes()
-    except OSError:
-        blob = b""
     cache = config.create_timing_cache(blob) or config.create_timing_cache(b"")
     config.set_timing_cache(cache, False)
     yield
+    if file is None:
+        return
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with staged_file(file) as stage:
             write_file(stage, memoryview(config.get_timing_cache().serialize()))
-    except (OSError, SdrtError) as error:  # the cache only saves time
+    except (OSError, SdrtError) as error:
         logger.info("timing cache not written: %s", error)
 
 

@@ -186,7 +186,11 @@ def _skeleton(model: ir.Model, recipe: Recipe, weights: set[str]) -> ir.Model:
 
 def skeleton(recipe: Recipe) -> tuple[ir.Model, bool]:
     """The skeleton of a graph, from the cache or traced and put there. The flag says whether it came from the cache."""
-    folder = cache_folder() / "graphs" / _cache_key(recipe)
+    try:
+        folder = cache_folder() / "graphs" / _cache_key(recipe)
+    except OSError as error:
+        logging.getLogger("sdrt").info("no trace cache: %s", error)
+        return trace(recipe), False
     if (data := _cached(folder)) is not None:
         return ir.from_proto(_parse(data)), True
     with ExitStack() as stack:

@@ -140,7 +140,7 @@ def read_parameters(path: Path) -> dict[str, Any]:
             text = image.info.get(JSON_CHUNK)
     except FileNotFoundError as error:
         raise InputFileError(f"{path}: no such file", fix) from error
-    except (OSError, SyntaxError, ValueError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise InputFileError(f"{path}: cannot be read as a PNG: {printable(str(error))}", fix) from error
     if not isinstance(text, str):
         raise InputFileError(f"{path}: does not say how it was made", fix)
