@@ -28,9 +28,9 @@ from sdrt.export.tensor_entry import TensorEntry
 from sdrt.lock import locked
 
 SAMPLES = {
-    "build": ("kill=6", "enospc=4", "eio=2", "short=1"),
+    "build": ("kill=4", "enospc=2", "eio=1", "short=1"),
     "first build": ("kill=3", "enospc=3", "eio=2", "short=1"),
-    "compile": ("kill=7", "enospc=5", "eio=3", "short=1"),
+    "compile": ("kill=4", "enospc=2", "eio=1", "short=1"),
 }
 
 
