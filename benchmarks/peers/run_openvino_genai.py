@@ -44,16 +44,7 @@ def load(settings: Settings) -> Draw:
             marks.append(time.monotonic())
             return False
 
-        image = pipe.generate(
-            prompt,
-            negative_prompt=settings.negative,
-            num_inference_steps=settings.steps,
-            guidance_scale=settings.cfg,
-            width=width,
-            height=height,
-            generator=GivenNoise(noise),
-            callback=callback,
-        )
+        image = pipe.generate(prompt, **settings.request(), generator=GivenNoise(noise), callback=callback)
         text = pipe.get_performance_metrics().get_text_encoder_infer_duration()
         return np.array(image.data[0]), sum(text.values())
 

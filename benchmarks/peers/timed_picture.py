@@ -46,9 +46,46 @@ class Settings:
     def latents(self) -> NDArray[np.float32]:
         return np.asarray(np.load(self.noise), np.float32)
 
+    def request(self) -> dict[str, Any]:
+        """What a picture is asked for with, by the names that pipelines in diffusers' style give it."""
+        width, height = self.size
+        return {
+            "negative_prompt": self.negative,
+            "num_inference_steps": self.steps,
+            "guidance_scale": self.cfg,
+            "width": width,
+            "height": height,
+        }
+
 
 Draw = Callable[[str, list[float]], tuple[Pixels, float | None]]
 """(prompt, list to which the monotonic clock is added after each step) -> pixels uint8 `[H, W, 3]`, milliseconds of text encoding or None."""
+
+
+def drawn_by_diffusers(pipe: Any, settings: Settings, latents: Any) -> Draw:
+    """How a pipeline of diffusers, or of its form, draws. `latents` are the run's own, as a tensor of the pipeline's type."""
+    pipe.set_progress_bar_config(disable=True)
+    encode = pipe.encode_prompt
+    text_ms = 0.0
+
+    def timed_encode(*arguments: Any, **options: Any) -> Any:
+        nonlocal text_ms
+        started = time.monotonic()
+        encoded = encode(*arguments, **options)
+        text_ms = (time.monotonic() - started) * 1000
+        return encoded
+
+    pipe.encode_prompt = timed_encode
+
+    def draw(prompt: str, marks: list[float]) -> tuple[Pixels, float | None]:
+        def step_end(pipeline: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            marks.append(time.monotonic())
+            return tensors
+
+        image = pipe(prompt, **settings.request(), latents=latents.clone(), callback_on_step_end=step_end).images[0]
+        return np.asarray(image), text_ms
+
+    return draw
 
 
 def peak_rss_mb() -> float:
