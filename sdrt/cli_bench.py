@@ -13,7 +13,7 @@ import typer
 
 from sdrt.cli_bench_tables import print_comparison, print_result, print_trends
 from sdrt.cli_output import Json, print_json
-from sdrt.document import read_document
+from sdrt.document import read_given
 from sdrt.errors import InconclusiveError, InputFileError, ResourceError, UsageError, nearest, printable
 
 if TYPE_CHECKING:
@@ -280,9 +280,7 @@ def _prompts(path: Path | None) -> tuple[str, ...]:
     if path is None:
         return ()
     try:
-        text = read_document(path, _PROMPTS_BYTES, "--prompts takes a text file, one prompt a line.").data.decode()
-    except FileNotFoundError as error:
-        raise InputFileError(f"{path}: cannot be read: {error.strerror}", "--prompts takes a text file, one prompt a line.") from error
+        text = read_given(path, _PROMPTS_BYTES, "--prompts takes a text file, one prompt a line.").data.decode()
     except UnicodeDecodeError as error:
         raise InputFileError(f"{path}: not UTF-8 at byte {error.start}", "--prompts takes a text file, one prompt a line.") from error
     prompts = tuple(line.strip() for line in text.splitlines() if line.strip())

@@ -70,3 +70,15 @@ def read_document(path: Path, limit: int, fix: str = "", kind: type[InputFileErr
     if len(data) > room:
         raise kind(f"{path}: more than {room:,} bytes, which its size does not say", fix)
     return Document(path, data, limit)
+
+
+def read_given(path: Path, limit: int, fix: str) -> Document:
+    """`read_document` for a file that has to be there.
+
+    Raises:
+        InputFileError: there is none, it cannot be read, is no regular file, or is larger.
+    """
+    try:
+        return read_document(path, limit, fix)
+    except FileNotFoundError as error:
+        raise InputFileError(f"{path}: cannot be read: {error.strerror}", fix) from error

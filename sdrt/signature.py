@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from sdrt.bundle import MANIFEST, MAX_MANIFEST_BYTES, Bundle, check_files, open_bundle
-from sdrt.document import read_document
+from sdrt.document import read_given
 from sdrt.engine_cache import RECORD, engine_folders, read_intact
 from sdrt.errors import CheckFailed, InputFileError, MachineError, UsageError, printable
 from sdrt.publish import staged_file, write_file
@@ -167,7 +167,4 @@ def _bytes(path: Path) -> bytes:
 
 
 def _read(path: Path, limit: int) -> bytes:
-    try:
-        return read_document(path, limit, "Check the path.").data
-    except FileNotFoundError as error:
-        raise InputFileError(f"{path}: cannot be read: {error.strerror}", "Check the path.") from error
+    return read_given(path, limit, "Check the path.").data

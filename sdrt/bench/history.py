@@ -14,7 +14,7 @@ from typing import Any
 from sdrt.bench.metrics import METRICS
 from sdrt.bench.result import SCHEMA, check_schema, environment_key, parse_json, ran
 from sdrt.bench.statistics import fence
-from sdrt.document import read_document
+from sdrt.document import read_given
 from sdrt.errors import InputFileError, LockedError, ResourceError, UsageError
 
 FILE = "history.jsonl"
@@ -118,10 +118,7 @@ def read(folder: Path) -> list[dict[str, Any]]:
         MachineError: a newer sdrt wrote a line.
     """
     file = folder if os.path.isfile(folder) else folder / FILE  # noqa: PTH113 (Path.is_file raises for a name that is too long)
-    try:
-        data = read_document(file, MAX_HISTORY_BYTES, _MAKE_ONE).data
-    except FileNotFoundError as error:
-        raise InputFileError(f"{file}: cannot be read: {error.strerror}", _MAKE_ONE) from error
+    data = read_given(file, MAX_HISTORY_BYTES, _MAKE_ONE).data
     runs = []
     for number, line in enumerate(data[: data.rfind(b"\n") + 1].splitlines(), 1):
         where = Path(f"{file}:{number}")

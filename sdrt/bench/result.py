@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 from sdrt.bench.metrics import METRICS
 from sdrt.bench.statistics import detectable, fit_cost, summarise, usable
-from sdrt.document import read_document
+from sdrt.document import read_given
 from sdrt.errors import InputFileError, MachineError, printable
 from sdrt.publish import staged_file, write_file
 
@@ -146,10 +146,7 @@ def read_result(path: Path) -> tuple[Document, str]:
         InputFileError: no such file, or it is not a result of this schema.
         MachineError: a newer sdrt wrote it.
     """
-    try:
-        file = read_document(path, MAX_RESULT_BYTES, _MAKE_ONE)
-    except FileNotFoundError as error:
-        raise InputFileError(f"{path}: cannot be read: {error.strerror}", _MAKE_ONE) from error
+    file = read_given(path, MAX_RESULT_BYTES, _MAKE_ONE)
     return parse_result(path, file.data), file.sha256
 
 
