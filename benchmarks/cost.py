@@ -4,7 +4,8 @@ For every size and batch: a step graph of that shape, and warm pictures of sever
 (`sdrt.bench.statistics.fit_cost`). Then two models of the step over all shapes, p being pictures x latent pixels:
 linear, a + b p, and with attention, a + b p + c p x (latent pixels), by least squares of the relative error, no term below zero. If cost grows as the work
 does, the second one leaves little; each is also asked for the shapes it was not fitted on, one left out at a time.
-Usage: python benchmarks/cost.py BUNDLE.sdrt [--backend openvino|onnxruntime] [--sizes 256,384,512,640,768] [--batches 1,2,4] [--steps 2,4,6]
+Every shape is a file under --folder once it is measured: a run that was stopped goes on with the next. All must have the same settings.
+Usage: python benchmarks/cost.py BUNDLE.sdrt --folder DIR [--backend openvino|onnxruntime] [--sizes 256,384,512,640,768] [--batches 1,2,4] [--steps 2,4,6]
        [--pictures N] [--precision bf16|fp32] [--json]
 """
 
@@ -59,13 +60,12 @@ def measured(bundle: Path, backend: str, side: int, batch: int, steps: Sequence[
     samples: list[tuple[int, float]] = []
     decodes, singles = [], []
     with Pipeline.load(bundle, backend=backend) as pipe:
-        for i in range(pictures + 1):
-            for count in steps:
-                result = pipe("red apple", steps=count, cfg=CFG, seed=1, size=(side, side), batch=batch, count=batch)
-                if i:
-                    samples.append((count, result.timings_ms["total"]))
-                    decodes.append(result.timings_ms["decode"])
-                    singles.extend(result.timings_ms["steps"])
+        for i, count in enumerate([min(steps), *(pictures * list(steps))]):
+            result = pipe("red apple", steps=count, cfg=CFG, seed=1, size=(side, side), batch=batch, count=batch)
+            if i:
+                samples.append((count, result.timings_ms["total"]))
+                decodes.append(result.timings_ms["decode"])
+                singles.extend(result.timings_ms["steps"])
     fit = fit_cost(samples)
     fixed, residual = (fit.fixed_ms, fit.residual_ms) if fit else (float("nan"), float("nan"))
     return Point(side, batch, (side // 8) ** 2, statistics.median(singles), fixed, statistics.median(decodes), residual, samples)
@@ -112,29 +112,47 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", type=Path)
+    parser.add_argument("--folder", type=Path, required=True, help="what each shape cost, and the bundle's copy with one engine at a time")
     parser.add_argument("--backend", choices=("openvino", "onnxruntime"), default="openvino")
     parser.add_argument("--sizes", type=numbers, default=[256, 384, 512, 640, 768], help="sides of square pictures, pixels")
     parser.add_argument("--batches", type=numbers, default=[1, 2, 4])
     parser.add_argument("--steps", type=numbers, default=[2, 4, 6])
-    parser.add_argument("--pictures", type=int, default=3, help="counted pictures of every shape and number of steps, after one uncounted")
+    parser.add_argument("--pictures", type=int, default=3, help="counted pictures of every shape and number of steps, after one uncounted of the shape")
     parser.add_argument("--precision", choices=("bf16", "fp32"), help="of OpenVINO's engines; its own choice by default")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
+    folder: Path = arguments.folder.absolute()
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = {name: str(value) for name, value in vars(arguments).items() if name in ("bundle", "backend", "steps", "pictures", "precision")}
+    record = folder / "settings.json"
+    if record.exists() and json.loads(record.read_text()) != settings:
+        raise SystemExit(f"{folder}: holds a run of other settings: {record.read_text()}. Take another --folder.")
+    record.write_text(json.dumps(settings))
     points = []
-    with tempfile.TemporaryDirectory(dir=arguments.bundle.absolute().parent) as temporary:
-        copy = Path(temporary) / "cost.sdrt"
-        for side, batch in itertools.product(arguments.sizes, arguments.batches):
-            shutil.rmtree(copy, ignore_errors=True)
-            shutil.copytree(arguments.bundle, copy, copy_function=os.link, ignore=shutil.ignore_patterns("engines"))
-            if arguments.backend == "openvino":
-                compile_shape(copy, side, batch, arguments.precision)
-            points.append(measured(copy, arguments.backend, side, batch, arguments.steps, arguments.pictures))
-            print(f"{side}x{side}, batch {batch}: {points[-1].step_ms:.1f} ms a step", file=sys.stderr, flush=True)
+    for side, batch in itertools.product(arguments.sizes, arguments.batches):
+        done = folder / f"{side}-{batch}.json"
+        if not done.exists():
+            with tempfile.TemporaryDirectory(dir=folder) as temporary:
+                copy = Path(temporary) / "cost.sdrt"
+                shutil.copytree(arguments.bundle, copy, copy_function=os.link, ignore=shutil.ignore_patterns("engines"))
+                if arguments.backend == "openvino":
+                    compile_shape(copy, side, batch, arguments.precision)
+                point = measured(copy, arguments.backend, side, batch, arguments.steps, arguments.pictures)
+            publish(done, json.dumps(asdict(point)))
+        points.append(Point(**json.loads(done.read_text())))
+        print(f"{side}x{side}, batch {batch}: {points[-1].step_ms:.1f} ms a step", file=sys.stderr, flush=True)
     models = {"linear": fitted(points, attention=False), "with attention": fitted(points, attention=True)}
     if arguments.json:
         print(json.dumps({"points": [asdict(point) for point in points], "models": {name: asdict(model) for name, model in models.items()}}, indent=1))
         return
     print(table(points, models))
+
+
+def publish(path: Path, text: str) -> None:
+    """Written under another name first, so that what was interrupted is not taken for done."""
+    stage = path.with_suffix(".unfinished")
+    stage.write_text(text)
+    stage.rename(path)
 
 
 def compile_shape(bundle: Path, side: int, batch: int, precision: str | None) -> None:

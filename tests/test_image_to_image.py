@@ -5,6 +5,7 @@ The reference networks hold the bundle's stored weights; prompts go through tran
 
 from __future__ import annotations
 
+import hashlib
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -168,6 +169,21 @@ def test_nothing_to_repaint(ours: Pipeline, init: Image.Image, compat: str) -> N
         assert np.array_equal(found, np.asarray(init))
     else:
         assert psnr(found, np.asarray(init)) > 25
+
+
+def test_files_are_read_once(ours: Pipeline, init: Image.Image, mask: Image.Image, tmp_path: Path) -> None:
+    """A picture is kept, with the hashes of what it was made from, whatever becomes of the files while it is drawn."""
+    files = {"init_image": tmp_path / "init.png", "mask": tmp_path / "mask.png"}
+    init.save(files["init_image"])
+    mask.save(files["mask"])
+    expected = {f"{name}_sha256": hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items()}
+    steps = ours.stream("sun", cfg=3, steps=2, seed=1, **files)  # type: ignore[arg-type]
+    next(steps)
+    files["init_image"].unlink()
+    files["mask"].write_bytes(b"another")
+    *_, last = steps
+    assert last.result is not None
+    assert {name: last.result.parameters[name] for name in expected} == expected
 
 
 def test_batches_and_seeds(ours: Pipeline, init: Image.Image, mask: Image.Image) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from io import BytesIO
 from pathlib import Path
 from struct import error as struct_error
@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sdrt.bundle import MAX_SIDE
-from sdrt.document import read_document
+from sdrt.document import Document, read_document
 from sdrt.errors import InputFileError, UsageError, printable
 from sdrt.runtime.engine import Float, Pixels
 
@@ -40,12 +40,14 @@ class Canvas:
     keep: float32 `[1, h, w]`, where the latents stay the image's (1) and where they are repainted (0); all 0 without a mask.
     masked_pixels: uint8 `[H, W, 3]`, the image with grey where it is repainted, as inpainting models see it; None without a mask.
     overlay: float32 `[H, W, 1]`, how much of the image is laid over the finished picture, 0 to 1; None where the tool lays nothing over it.
+    sha256: of the bytes that `init_image` and `mask` were read from, where they are files.
     """
 
     pixels: Pixels
     keep: Float
     masked_pixels: Pixels | None = None
     overlay: Float | None = None
+    sha256: dict[str, str] = field(default_factory=dict)
 
 
 def blank_canvas(size: tuple[int, int], factor: int) -> Canvas:
@@ -62,20 +64,20 @@ def canvas(init: ImageInput, mask: ImageInput | None, size: tuple[int, int], *, 
         InputFileError: a file cannot be read as a picture, or is larger than the limit.
         UsageError: the mask is of another size than the image, or an array is no picture.
     """
-    image = _flattened(_opened("init image", init))
+    sha256: dict[str, str] = {}
+    image = _flattened(_opened("init_image", init, sha256))
     fitted = RESIZES[resize](image, size)
     pixels = np.asarray(fitted, np.uint8)
     shape = (1, size[1] // factor, size[0] // factor)
     if mask is None:
-        return Canvas(pixels, np.zeros(shape, np.float32))
-    opened = _opened("mask", mask)
+        return Canvas(pixels, np.zeros(shape, np.float32), sha256=sha256)
+    opened = _opened("mask", mask, sha256)
     if opened.size != image.size:
         raise UsageError(
             f"mask: {opened.width}x{opened.height} pixels, the init image has {image.width}x{image.height}", "Draw the mask on a copy of the image."
         )
-    if compat == "diffusers":
-        return _diffusers_mask(pixels, opened, size, resize, blur, factor)
-    return _a1111_mask(pixels, opened, size, resize, blur, factor)
+    masked = _diffusers_mask if compat == "diffusers" else _a1111_mask
+    return replace(masked(pixels, opened, size, resize, blur, factor), sha256=sha256)
 
 
 def _diffusers_mask(pixels: Pixels, mask: Image.Image, size: tuple[int, int], resize: str, blur: int, factor: int) -> Canvas:
@@ -194,11 +196,15 @@ def _flattened(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _opened(name: str, source: ImageInput) -> Image.Image:
+def _opened(setting: str, source: ImageInput, sha256: dict[str, str]) -> Image.Image:
+    """The picture a setting gives. A file's hash goes into `sha256`, of the bytes the picture is read from: the file may change while one is drawn."""
     from PIL import Image
 
+    name = setting.replace("_", " ")
     if isinstance(source, (str, Path)):
-        return _read(name, Path(source))
+        document = _document(name, Path(source))
+        sha256[setting] = document.sha256
+        return _read(f"{name} {source}", document.data)
     if isinstance(source, np.ndarray):
         good = source.dtype == np.uint8 and (source.ndim == 2 or (source.ndim == 3 and source.shape[2] in (3, 4))) and 0 not in source.shape
         if not good:
@@ -212,26 +218,29 @@ def _opened(name: str, source: ImageInput) -> Image.Image:
     return image
 
 
-def _read(name: str, path: Path) -> Image.Image:
-    from PIL import Image, ImageOps
-
+def _document(name: str, path: Path) -> Document:
     try:
-        data = read_document(path, MAX_FILE_BYTES).data
+        return read_document(path, MAX_FILE_BYTES)
     except FileNotFoundError as error:
         raise InputFileError(f"{name} {path}: no such file") from error
     except InputFileError as error:
         raise InputFileError(f"{name} {error.message}", f"Give a {', '.join(FORMATS)} file.") from error
+
+
+def _read(where: str, data: bytes) -> Image.Image:
+    from PIL import Image, ImageOps
+
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(BytesIO(data), formats=FORMATS) as image:
-                _check_pixels(f"{name} {path}", image)
+                _check_pixels(where, image)
                 image.load()
                 return ImageOps.exif_transpose(image)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise InputFileError(f"{name} {path}: {printable(str(error))}", f"The limit is {MAX_PIXELS:,} pixels: make it smaller.") from error
+        raise InputFileError(f"{where}: {printable(str(error))}", f"The limit is {MAX_PIXELS:,} pixels: make it smaller.") from error
     except (OSError, SyntaxError, ValueError, EOFError, struct_error) as error:
-        raise InputFileError(f"{name} {path}: cannot be read as a picture: {printable(str(error))}", f"Give a {', '.join(FORMATS)} file.") from error
+        raise InputFileError(f"{where}: cannot be read as a picture: {printable(str(error))}", f"Give a {', '.join(FORMATS)} file.") from error
 
 
 def _check_pixels(name: str, image: Image.Image) -> None:

@@ -13,7 +13,7 @@ from typing import Any, Unpack
 
 import numpy as np
 
-from sdrt.bundle import WEIGHTS, Bundle, bundle_id, check_files, file_record, open_bundle
+from sdrt.bundle import WEIGHTS, Bundle, bundle_id, check_files, open_bundle
 from sdrt.checked import check_file
 from sdrt.errors import NonFiniteError, UsageError
 from sdrt.runtime.conditioning import Prompts, TextConditioner
@@ -203,7 +203,7 @@ class Pipeline:
                 if first + request.batch >= request.count:
                     timings["denoise"] = sum(timings["steps"])
                     timings["total"] = _since(started)
-                    step = replace(step, result=Result(np.concatenate(images), request.seeds, timings, engine.describe(), self._parameters(request)))
+                    step = replace(step, result=Result(np.concatenate(images), request.seeds, timings, engine.describe(), self._parameters(plan)))
                 yield step
             finally:
                 denoising.close()
@@ -221,12 +221,12 @@ class Pipeline:
             compat=request.compat,
         )
 
-    def _parameters(self, request: Request) -> dict[str, Any]:
+    def _parameters(self, plan: _Plan) -> dict[str, Any]:
+        request, sha256 = plan.request, {} if plan.start is None else plan.start.sha256
         images: dict[str, Any] = {}
         for name in ("init_image", "mask"):
             given = getattr(request, name)
-            path = Path(given) if isinstance(given, (str, Path)) else None
-            images |= {name: None if path is None else str(path), f"{name}_sha256": None if path is None else file_record(path).sha256}
+            images |= {name: str(given) if isinstance(given, (str, Path)) else None, f"{name}_sha256": sha256.get(name)}
         fields = asdict(replace(request, init_image=None, mask=None)) | images | {"size": list(request.size or ())}
         return fields | {"bundle": self.bundle.manifest.name, "bundle_id": bundle_id(self.bundle.manifest), "sdrt": self.bundle.manifest.sdrt}
 
