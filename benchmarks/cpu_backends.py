@@ -1,7 +1,7 @@
-"""ONNX Runtime and OpenVINO beside each other on one bundle: cold start, step, decode, text, peak memory, and how far the pictures are apart.
+"""ONNX Runtime, as it is and from models it saved, and OpenVINO beside each other on one bundle: cold start, step, decode, text, peak memory, and how far the pictures are apart.
 
 Every run is a fresh process, and the backends take turns, so the ratios hold on a machine whose speed drifts. The bundle is copied: engines are
-compiled into the copy, one in float32 and, where the CPU has it, one in bfloat16.
+compiled into copies, OpenVINO's in float32 and, where the CPU has it, in bfloat16.
 Usage: python benchmarks/cpu_backends.py BUNDLE.sdrt [--size WxH] [--steps N] [--runs N] [--json]
 For the full size: python benchmarks/build.py --folder DIR, then python benchmarks/cpu_backends.py DIR/sd15.sdrt --steps 3 --runs 3
 """
@@ -55,10 +55,19 @@ def compiled_copies(bundle: Path, folder: Path, size: tuple[int, int]) -> dict[s
     import openvino
 
     from sdrt.bundle import open_bundle
+    from sdrt.compile import onnxruntime
     from sdrt.compile.openvino import compile_bundle
     from sdrt.compile.report import CompileOptions
 
-    rows = {"onnxruntime fp32": (bundle, "onnxruntime")}
+    plain, saved = (folder / f"{name}.sdrt" for name in ("plain", "saved"))
+    for copy in (plain, saved):
+        shutil.copytree(bundle, copy, copy_function=os.link, ignore=shutil.ignore_patterns("engines"))
+    rows = {"onnxruntime fp32": (plain, "onnxruntime"), "onnxruntime saved": (saved, "onnxruntime")}
+    made = onnxruntime.compile_bundle(open_bundle(saved), CompileOptions("onnxruntime"))
+    print(
+        f"saved: {sum(graph.build_s for graph in made.graphs.values()):.1f} s, {sum(graph.plan_bytes for graph in made.graphs.values()) / 1e6:.1f} MB",
+        file=sys.stderr,
+    )
     able = "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     for precision in ("fp32", "bf16") if able else ("fp32",):
         copy = folder / f"{precision}.sdrt"

@@ -1,4 +1,4 @@
-"""Remembers which weights files have been found to have the hash of their manifest, so that a start need not read gigabytes that nobody touched.
+"""Remembers which files of weights have been found to have the hash they should have, so that a start need not read gigabytes that nobody touched.
 
 What is remembered is what the file system says of the file: device, inode, size, and the times of its last change, to the nanosecond; the second of
 these times is the kernel's own, which nobody but root can set back. What this does not show is a byte that the disk itself lost, and one changed through
@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -29,16 +30,20 @@ def check_file(bundle: Bundle, name: str) -> None:
     Raises:
         BundleError: the file differs.
     """
-    path, digest = bundle.file(name), bundle.manifest.files[name].sha256
+    check_once(bundle.file(name), bundle.manifest.files[name].sha256, lambda: check_files(bundle, [name]))
+
+
+def check_once(path: Path, sha256: str, check: Callable[[], None]) -> None:
+    """Call `check`, which reads a file and raises if it has another hash, unless the file was found right before and has not changed since."""
     seen = _identity(path)
-    if seen is not None and _remembered(seen) == digest:
+    if seen is not None and _remembered(seen) == sha256:
         return
-    check_files(bundle, [name])
+    check()
     if seen is not None and seen == _identity(path):  # nor has it changed while it was read
         try:
             _place(seen).parent.mkdir(parents=True, exist_ok=True)
             with staged_file(_place(seen)) as stage:
-                write_file(stage, f"{seen} {digest}\n".encode())
+                write_file(stage, f"{seen} {sha256}\n".encode())
         except (OSError, SdrtError) as error:  # it only saves time
             logging.getLogger("sdrt").info("not remembered that %s is unchanged: %s", path, error)
 

@@ -16,17 +16,18 @@ from sdrt.errors import MachineError, SdrtError, UsageError, nearest, printable
 if TYPE_CHECKING:
     from sdrt.bundle import Bundle
     from sdrt.compile.report import CompileOptions, CompileReport
-    from sdrt.engine_cache import EngineRecord
+    from sdrt.engine_record import EngineRecord
 
 TARGETS = ("auto", "onnxruntime", "openvino", "tensorrt-rtx", "tensorrt")
 _COMPILED = ("openvino", "tensorrt-rtx", "tensorrt")
-_CHOICES = "openvino, tensorrt-rtx or tensorrt"
+"""Targets that `build` compiles for. ONNX Runtime needs no engine; what it can save is for `compile` to ask for, as it takes disk."""
+_CHOICES = "onnxruntime, openvino, tensorrt-rtx or tensorrt"
 
 
 def compile_bundle(
     ctx: typer.Context,
     bundle: BundleArgument,
-    target: Annotated[list[str] | None, typer.Option("--target", metavar="NAME", help="What to compile for; may be repeated: openvino (this CPU), tensorrt-rtx (GeForce and RTX, ahead of time, needs no GPU) or tensorrt (on the GPU that will run it).")] = None,
+    target: Annotated[list[str] | None, typer.Option("--target", metavar="NAME", help="What to compile for; may be repeated: openvino (this CPU), onnxruntime (this CPU, any shape: its optimised graphs, for a fast start, at twice the disk of 16-bit weights), tensorrt-rtx (GeForce and RTX, ahead of time, needs no GPU) or tensorrt (on the GPU that will run it).")] = None,
     sm: Annotated[str | None, typer.Option("--sm", metavar="86,89,120", help="GPU generations of tensorrt-rtx: 75, 80, 86, 89, 120, 121. Each adds kernels to the engine. Default 86,89,120.")] = None,
     size: Annotated[str | None, typer.Option("--size", metavar="WxH[:WxH]", help="Picture size in pixels, or the smallest and the largest; the bundle's own if not given.")] = None,
     batch: Annotated[str, typer.Option("--batch", metavar="N[:M]", help="Pictures per model call, or a range.")] = "1",
@@ -41,7 +42,7 @@ def compile_bundle(
     """Compile a bundle into engines for a target. Needs no PyTorch.
 
     One size costs least. A range of sizes, batches or tokens costs memory, speed and time to compile on a GPU; openvino takes one value of
-    each, and several engines serve several sizes. Engines lie in the bundle under
+    each, and several engines serve several sizes; onnxruntime takes any shape and none of these options. Engines lie in the bundle under
     `engines/`; `sdrt inspect` lists them. An engine is native code: run those you made, or got from someone you trust.
     """
     ctx.find_root().obj = "json" if as_json else None
@@ -73,20 +74,18 @@ def compile_bundle(
 
 
 def compiled_targets(names: Sequence[str], *, must_compile: bool) -> list[str]:
-    """The targets among `names` that have an engine to compile; `auto` is what is installed and fastest here.
+    """The targets among `names` to compile for; `auto` is what is installed and fastest here. ONNX Runtime only where `must_compile` is set.
 
     Raises:
-        UsageError: a name is unknown, or has nothing to compile although `must_compile` is set.
+        UsageError: a name is unknown.
     """
     found = []
     for name in names:
         if name not in TARGETS:
             raise UsageError(f"--target {name}: unknown{nearest(name, TARGETS)}", f"Choose one of: {', '.join(TARGETS)}.")
         chosen = _automatic() if name == "auto" else name
-        if chosen in _COMPILED:
+        if chosen in _COMPILED or must_compile:
             found.append(chosen)
-        elif must_compile:
-            raise UsageError(f"--target {name}: onnxruntime runs the bundle as it is; there is nothing to compile", f"Choose {_CHOICES}.")
     return list(dict.fromkeys(found))
 
 
@@ -121,11 +120,13 @@ def _automatic() -> str:
 
 def run(bundle: Bundle, options: CompileOptions) -> list[CompileReport]:
     """Compile with progress on stderr."""
-    from sdrt.compile import openvino, tensorrt
+    from sdrt.compile import onnxruntime, openvino, tensorrt
 
     with StageProgress(COMPILE_STAGES) as progress:
         if options.target == "openvino":
             return openvino.compile_bundle(bundle, options, progress)
+        if options.target == "onnxruntime":
+            return [onnxruntime.compile_bundle(bundle, options, progress)]
         return [tensorrt.compile_bundle(bundle, options, progress)]
 
 
@@ -149,7 +150,8 @@ def print_compiled(report: CompileReport) -> None:
         typer.echo(f"already there: {report.path}", err=True)
     for graph, made in report.graphs.items():
         peak = f"  {made.peak_bytes / 1e9:5.2f} GB peak" if made.peak_bytes is not None else ""
-        typer.echo(f"{graph:13} {made.build_s:7.1f} s  {made.plan_bytes / 1e6:8.1f} MB  {made.layers:5} layers{peak}")
+        layers = f"  {made.layers:5} layers" if made.layers is not None else ""
+        typer.echo(f"{graph:13} {made.build_s:7.1f} s  {made.plan_bytes / 1e6:8.1f} MB{layers}{peak}")
         if made.unfused:
             typer.echo(
                 f"note: {graph}: {len(made.unfused)} attention layers {'' if report.record.key.target == 'openvino' else 'may have no fused kernel and then '}run as several",
@@ -169,6 +171,11 @@ def engine_lines(record: EngineRecord) -> list[str]:
             f"{key.target} {key.compiler} for {key.device}, {key.precision}, {_shapes(record)}",
             f"on disk: {blobs / 1e6:.1f} MB without weights; those are read from the bundle's own file, {record.weight_bytes / 1e6:.1f} MB",
         ]
+    if key.target == "onnxruntime":
+        return [
+            f"{key.target} {key.compiler} for {key.device}, {key.precision}, {_shapes(record)}",
+            f"on disk: {sum(plan.disk_bytes for plan in record.plans.values()) / 1e6:.1f} MB, weights in float32 among them, which loading maps",
+        ]
     activations = [plan.device_memory_bytes for plan in record.plans.values()]
     known = [size for size in activations if size is not None]
     largest = f"activations {max(known) / 1e6:.1f} MB" if len(known) == len(activations) else "activations known once a GPU has loaded it"
@@ -184,6 +191,8 @@ def _shapes(record: EngineRecord) -> str:
     from sdrt.bundle import STEP
 
     profiles = record.key.profiles.get(STEP)
+    if record.size is None:
+        return "any size, batch, prompt and guidance"
     width, height = record.size
     guidance = f"{' or '.join(map(str, record.branches))} guidance branch{'es' * (record.branches != (1,))}"
     if not profiles or not {"init", "context"} <= profiles[0].shapes.keys():
@@ -232,7 +241,7 @@ def engines_of(bundle: Bundle) -> list[dict[str, Any]]:
             continue
         compiler = compiler_version(record.key.target)
         sms: list[str | None] = [gpu.sm for gpu in gpus] or [None]
-        if record.key.target == "openvino":
+        if record.key.target in ("openvino", "onnxruntime"):
             reasons = [mismatch(record, bundle, compiler=compiler, cpu=cpu_identity(), platform=platform_name())]
         else:
             reasons = [mismatch(record, bundle, compiler=compiler, device_sm=sm, platform=platform_name()) for sm in sms]
@@ -241,7 +250,7 @@ def engines_of(bundle: Bundle) -> list[dict[str, Any]]:
         listed.append(
             {
                 "engine": folder.name, "target": record.key.target, "compiler": record.key.compiler, "device": record.key.device, "precision": record.key.precision,
-                "shapes": _shapes(record), "plan_bytes": sum(plan.size_bytes for plan in record.plans.values()), "state_bytes": record.state_bytes,
+                "shapes": _shapes(record), "plan_bytes": sum(plan.disk_bytes for plan in record.plans.values()), "state_bytes": record.state_bytes,
                 "activation_bytes": max(known) if len(known) == len(memory) else None, "stale": "" not in reasons, **({"why": reasons[0]} if "" not in reasons else {}),
             }
         )  # fmt: skip

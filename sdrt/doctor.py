@@ -23,12 +23,13 @@ WORKS, MISSING, MISMATCHED = "works", "missing", "mismatched"
 BACKENDS = ("onnxruntime", "onnxruntime-cuda", "openvino", "tensorrt-rtx", "tensorrt")
 
 _OLDEST = {"tensorrt-rtx": (1, 7), "tensorrt": (11, 0), "cuda-core": (1, 2), "cuda-bindings": (13, 0), "openvino": (2026, 4)}
+_ORT_PACKAGES = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino", "onnxruntime-directml", "onnxruntime-qnn")
 _COMPILER_PACKAGES = {
+    "onnxruntime": _ORT_PACKAGES,
     "tensorrt-rtx": ("tensorrt-rtx", "tensorrt-rtx-cu12", "tensorrt-rtx-cu13"),
     "tensorrt": ("tensorrt", "tensorrt-cu13", "tensorrt-cu12"),
     "openvino": ("openvino",),
 }
-_ORT_PACKAGES = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino", "onnxruntime-directml", "onnxruntime-qnn")
 _LIBRARY = re.compile(r"(?:lib)?[\w.+-]+\.(?:so(?:\.\d+)*|dll|dylib)")
 _CUDA_LIBRARY = re.compile(rb"lib(?:cublasLt|cublas|cudnn|cufft|curand|cudart|nvrtc)\.so\.\d+")
 
@@ -300,6 +301,6 @@ def _versions(name: str) -> dict[str, str]:
     else:
         packages = ("cuda-core", "cuda-bindings")
     found = {package: text for package in packages if (text := installed(package))}
-    if name in _COMPILER_PACKAGES and (compiler := compiler_version(name)) is not None:
+    if packages is not _ORT_PACKAGES and name in _COMPILER_PACKAGES and (compiler := compiler_version(name)) is not None:
         found[name] = compiler
     return found

@@ -1,7 +1,7 @@
 """Compiled engines in a bundle: what each was made under, and the only way to its bytes.
 
-An engine is native code, made for one compiler version, one kind of GPU and one set of shapes. `engines/<target>-<key>/` holds the plans
-and `engine.json`, written last; the folder is published by rename. Nothing hands out a plan whose hash differs from the record, but a hash
+An engine is native code, made for one compiler version, one kind of GPU and one set of shapes, or a graph optimised for one CPU. `engines/<target>-<key>/`
+holds the plans and `engine.json`, written last; the folder is published by rename. Nothing hands out a plan whose hash differs from the record, but a hash
 says unchanged, not trustworthy: run engines you made or got from someone you trust. Serves compile, runtime and cli; standard library only.
 """
 
@@ -12,84 +12,23 @@ import json
 import os
 import platform
 import stat
-from collections.abc import Callable, Mapping
-from contextlib import suppress
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from io import BufferedReader
 from pathlib import Path
-from typing import Any
 
-from sdrt.bundle import ENGINES, GRAPHS, REGISTERS, WEIGHTS, Bundle, Manifest
+from sdrt.bundle import ENGINES, REGISTERS, WEIGHTS, Bundle, Manifest
+from sdrt.engine_record import FORMAT, RECORD, EngineKey, EngineRecord, record_from, unique
 from sdrt.errors import BundleError, MachineError, UsageError, printable
 from sdrt.publish import check_space, new_folder, no_room, remove_folder, staged_folder, sweep_stages, write_file
 
-FORMAT = 1
-RECORD = "engine.json"
 MAX_RECORD_BYTES = 1 << 20
 ALIGNMENT = 256
 """TensorRT asks for device buffers that begin on this many bytes."""
-COMPILERS = {"tensorrt-rtx": "TensorRT-RTX", "tensorrt": "TensorRT", "openvino": "OpenVINO"}
+COMPILERS = {"tensorrt-rtx": "TensorRT-RTX", "tensorrt": "TensorRT", "openvino": "OpenVINO", "onnxruntime": "ONNX Runtime"}
 RTX_SMS = (75, 80, 86, 89, 120, 121)
 """GPU generations TensorRT-RTX has kernels for: Turing, A100, other Ampere, Ada, Blackwell. Data-centre Hopper and Blackwell need `tensorrt`."""
-
-Shape = tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Profile:
-    """One optimization profile: every input's smallest, optimal and largest shape, all three equal where it is static."""
-
-    shapes: dict[str, tuple[Shape, Shape, Shape]]
-
-
-@dataclass(frozen=True)
-class EngineKey:
-    """Everything an engine depends on: equal keys, interchangeable engines.
-
-    `target` is tensorrt-rtx, tensorrt or openvino, `compiler` its full version. `device` is "sm_86,sm_89" for an engine built ahead of time,
-    "NVIDIA H100 80GB HBM3, sm_90" for one built on its GPU, or a CPU's model and instruction sets. `precision` is that of the graphs, for
-    openvino that of the arithmetic: its engines are made from the fp32 graphs. `graphs` holds the SHA-256 of each ONNX file, `weights` that of the weights.
-    `profiles` come in the order the engine has them; the step's are one per number of guidance branches.
-    """
-
-    target: str
-    compiler: str
-    device: str
-    platform: str
-    precision: str
-    graphs: dict[str, str]
-    weights: str
-    profiles: dict[str, tuple[Profile, ...]]
-    flags: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A plan file. `device_memory_bytes` is what its activations take; None where no GPU has loaded it yet."""
-
-    file: str
-    size_bytes: int
-    sha256: str
-    device_memory_bytes: int | None
-
-
-@dataclass(frozen=True)
-class EngineRecord:
-    """What `engine.json` says. `size` (width, height) in pixels, `batch` and `tokens` are the largest the engine takes.
-
-    `rows` is how many rows the step's tables hold, `branches` the numbers of guidance branches. `state_bytes` is what the pipeline keeps on
-    the device beside the engine at those shapes, `weight_bytes` the size of the weights.
-    """
-
-    format: int
-    key: EngineKey
-    size: tuple[int, int]
-    batch: int
-    tokens: int
-    rows: int
-    branches: tuple[int, ...]
-    state_bytes: int
-    weight_bytes: int
-    plans: dict[str, Plan]
 
 
 def platform_name() -> str:
@@ -119,8 +58,29 @@ def state_bytes(manifest: Manifest, *, size: tuple[int, int], batch: int, tokens
     return sum(-(-size_bytes // ALIGNMENT) * ALIGNMENT for size_bytes in buffers)
 
 
+def engine_folder(bundle: Bundle, key: EngineKey) -> Path:
+    """Where the engine of a key lies, or would."""
+    return bundle.path / ENGINES / folder_name(key)
+
+
 def write_engine(bundle: Bundle, record: EngineRecord, plans: Mapping[str, bytes | memoryview]) -> Path:
-    """Publish an engine under `engines/`; one of the same key is replaced. Returns its folder.
+    """Publish an engine whose plans are in memory. Returns its folder.
+
+    Raises:
+        BundleError, ResourceError, UsageError: as `staged_engine`.
+    """
+    with staged_engine(bundle, record.key, sum(len(plan) for plan in plans.values())) as stage:
+        for graph, plan in plans.items():
+            write_file(stage / record.plans[graph].file, plan)
+        write_record(stage, record)
+    return engine_folder(bundle, record.key)
+
+
+@contextmanager
+def staged_engine(bundle: Bundle, key: EngineKey, needed_bytes: int) -> Iterator[Path]:
+    """Yield an empty folder that becomes the engine of a key under `engines/` when the block ends, in place of one of the same key.
+
+    Put `needed_bytes` of plans into it, and the record last.
 
     Raises:
         BundleError: `engines` is not a folder.
@@ -128,10 +88,9 @@ def write_engine(bundle: Bundle, record: EngineRecord, plans: Mapping[str, bytes
         UsageError: the bundle cannot be written.
     """
     root = bundle.path / ENGINES
-    target = root / folder_name(record.key)
     if os.path.lexists(root) and (root.is_symlink() or not root.is_dir()):
         raise BundleError(f"{root}: expected a folder", "Remove it.")
-    check_space(bundle.path, sum(len(plan) for plan in plans.values()) + (1 << 20), "the engine", "Free some space, or pass --prune to drop stale engines.")
+    check_space(bundle.path, needed_bytes + (1 << 20), "the engine", "Free some space, or pass --prune to drop stale engines.")
     try:
         with suppress(FileExistsError):
             new_folder(root)
@@ -139,12 +98,14 @@ def write_engine(bundle: Bundle, record: EngineRecord, plans: Mapping[str, bytes
         if (full := no_room(root, error)) is not None:
             raise full from error
         raise UsageError(f"{root}: cannot write there: {error.strerror}", "Compile a copy of the bundle in a folder that is writable.") from error
-    with staged_folder(target, replace=True) as stage:
-        for graph, plan in plans.items():
-            write_file(stage / record.plans[graph].file, plan)
-        text = json.dumps(asdict(record), indent=1, sort_keys=True, ensure_ascii=True)
-        write_file(stage / RECORD, text.encode() + b"\n")
-    return target
+    with staged_folder(engine_folder(bundle, key), replace=True) as stage:
+        yield stage
+
+
+def write_record(stage: Path, record: EngineRecord) -> None:
+    """Write `engine.json`, the last file of an engine."""
+    text = json.dumps(asdict(record), indent=1, sort_keys=True, ensure_ascii=True)
+    write_file(stage / RECORD, text.encode() + b"\n")
 
 
 def engine_folders(bundle: Bundle) -> list[Path]:
@@ -187,7 +148,7 @@ def read_engine(folder: Path) -> EngineRecord:
     if size_bytes > MAX_RECORD_BYTES:
         raise BundleError(f"{path}: {size_bytes:,} bytes, more than the limit of {MAX_RECORD_BYTES:,}", _AGAIN)
     try:
-        document = json.loads(data, object_pairs_hook=_unique)
+        document = json.loads(data, object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
         raise BundleError(f"{path}: not valid JSON: {printable(str(error))}", _AGAIN) from error
     if not isinstance(document, dict):
@@ -196,7 +157,7 @@ def read_engine(folder: Path) -> EngineRecord:
     if isinstance(version, int) and not isinstance(version, bool) and version > FORMAT:
         raise MachineError(f"{path}: engine format {version}; this sdrt reads format {FORMAT}", "Upgrade sdrt, or remove the engine and compile again.")
     try:
-        record = _record(document)
+        record = record_from(document)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise BundleError(f"{path}: does not have the expected form: {printable(str(error))}", _AGAIN) from error
     if folder.name != folder_name(record.key):
@@ -220,8 +181,26 @@ def read_plan(folder: Path, record: EngineRecord, graph: str) -> bytes:
     return data
 
 
+def check_external_data(folder: Path, record: EngineRecord, graph: str) -> None:
+    """Compare the weights beside a plan with the record; nothing where it has none. They may be gigabytes: nothing is kept.
+
+    Raises:
+        BundleError: the file is missing, a link, or changed; it names it.
+    """
+    data = record.plans[graph].external_data
+    if data is None:
+        return
+    path = folder / data.file
+    with _regular(path) as (stream, size_bytes):
+        found = "" if size_bytes != data.size_bytes else hashlib.file_digest(stream, "sha256").hexdigest()
+    if size_bytes != data.size_bytes:
+        raise BundleError(f"{path}: expected {data.size_bytes:,} bytes, found {size_bytes:,}", _AGAIN)
+    if found != data.sha256:
+        raise BundleError(f"{path}: changed since it was compiled: expected sha256 {data.sha256[:16]}…, found {found[:16]}…", _AGAIN)
+
+
 def read_intact(folder: Path) -> EngineRecord:
-    """The record of an engine after comparing every plan with it.
+    """The record of an engine after comparing every file with it.
 
     Raises:
         BundleError, MachineError: as `read_engine` and `read_plan`.
@@ -229,6 +208,7 @@ def read_intact(folder: Path) -> EngineRecord:
     record = read_engine(folder)
     for graph in record.plans:
         read_plan(folder, record, graph)
+        check_external_data(folder, record, graph)
     return record
 
 
@@ -292,106 +272,20 @@ _AGAIN = "Compile it again with the same options, or remove it with: sdrt compil
 
 
 def _read_regular(path: Path, limit: int) -> tuple[bytes, int]:
-    """At most `limit` bytes of a regular file, and its size; a link is refused where the system can tell while opening."""
+    """At most `limit` bytes of a regular file, and its size."""
+    with _regular(path) as (stream, size_bytes):
+        return stream.read(limit), size_bytes
+
+
+@contextmanager
+def _regular(path: Path) -> Iterator[tuple[BufferedReader, int]]:
+    """A regular file open for reading, and its size; a link is refused where the system can tell while opening."""
     try:
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0))
         with os.fdopen(descriptor, "rb") as stream:
             status = os.fstat(stream.fileno())
             if not stat.S_ISREG(status.st_mode):
                 raise BundleError(f"{path}: expected a regular file", _AGAIN)
-            return stream.read(limit), status.st_size
+            yield stream, status.st_size
     except OSError as error:
         raise BundleError(f"{path}: cannot be read: {error.strerror}", _AGAIN) from error
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        raise ValueError("duplicate keys")
-    return result
-
-
-def _record(document: dict[str, Any]) -> EngineRecord:
-    _exactly(document, EngineRecord)
-    if document["format"] != FORMAT or isinstance(document["format"], bool):
-        raise ValueError(f"format: expected {FORMAT}, found {document['format']!r}")
-    key = document["key"]
-    _exactly(key, EngineKey)
-    profiles = {_graph(graph): tuple(_profile(profile) for profile in several) for graph, several in key["profiles"].items()}
-    plans = {_graph(graph): _plan(plan) for graph, plan in document["plans"].items()}
-    graphs = {_graph(graph): _hex(digest) for graph, digest in key["graphs"].items()}
-    if not plans or not plans.keys() == graphs.keys() == profiles.keys():
-        raise ValueError("plans, graphs and profiles name different graphs")
-    if len({plan.file for plan in plans.values()}) != len(plans):
-        raise ValueError("two plans share a file")
-    width, height = document["size"]
-    return EngineRecord(
-        format=FORMAT,
-        key=EngineKey(
-            target=_text(key["target"]),
-            compiler=_text(key["compiler"]),
-            device=_text(key["device"]),
-            platform=_text(key["platform"]),
-            precision=_text(key["precision"]),
-            graphs=graphs,
-            weights=_hex(key["weights"]),
-            profiles=profiles,
-            flags=tuple(_text(flag) for flag in key["flags"]),
-        ),
-        size=(_count(width), _count(height)),
-        batch=_count(document["batch"]),
-        tokens=_count(document["tokens"]),
-        rows=_count(document["rows"]),
-        branches=tuple(_count(number) for number in document["branches"]),
-        state_bytes=_count(document["state_bytes"]),
-        weight_bytes=_count(document["weight_bytes"]),
-        plans=plans,
-    )
-
-
-def _exactly(document: dict[str, Any], kind: type[Any]) -> None:
-    if wrong := document.keys() ^ {field.name for field in fields(kind)}:
-        raise ValueError(f"fields {sorted(wrong)}")
-
-
-def _profile(document: dict[str, Any]) -> Profile:
-    _exactly(document, Profile)
-    shapes = {}
-    for name, (low, best, high) in document["shapes"].items():
-        three = tuple(tuple(_count(side) for side in shape) for shape in (low, best, high))
-        if not all(0 < a <= b <= c for a, b, c in zip(*three, strict=True)):
-            raise ValueError(f"profile of {name!r}: expected smallest <= best <= largest, found {three}")
-        shapes[_text(name)] = three
-    return Profile(shapes)  # type: ignore[arg-type]
-
-
-def _plan(document: dict[str, Any]) -> Plan:
-    _exactly(document, Plan)
-    file, memory = _text(document["file"]), document["device_memory_bytes"]
-    if file in (".", "..", RECORD) or set(file) & set('/\\:<>"|?*') or file.startswith("."):
-        raise ValueError(f"unsafe file name {file!r}")
-    return Plan(file, _count(document["size_bytes"]), _hex(document["sha256"]), None if memory is None else _count(memory))
-
-
-def _graph(name: str) -> str:
-    if name not in GRAPHS:
-        raise ValueError(f"unknown graph {name!r}")
-    return name
-
-
-def _text(value: object) -> str:
-    if not isinstance(value, str) or not value.isprintable() or not value:
-        raise ValueError(f"expected a word, found {value!r}")
-    return value
-
-
-def _count(value: object) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise ValueError(f"expected a count, found {value!r}")
-    return value
-
-
-def _hex(value: object) -> str:
-    if not isinstance(value, str) or len(value) != 64 or set(value) - set("0123456789abcdef"):
-        raise ValueError(f"expected a sha256, found {value!r}")
-    return value

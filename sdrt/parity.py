@@ -1,9 +1,10 @@
-"""How far an engine's outputs are from the reference outputs: one measure for the build's self-check and for `sdrt verify`."""
+"""How far an engine's outputs are from the reference outputs: one measure for the build's self-check, for `sdrt verify`, and for models saved by ONNX Runtime."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,14 @@ class Parity:
     @property
     def ok(self) -> bool:
         return self.error <= self.limit  # False for NaN
+
+
+def read_reference(path: Path) -> tuple[dict[str, NDArray[Any]], dict[str, NDArray[Any]]]:
+    """The small inputs and the traced network's outputs that the build left for a graph."""
+    with np.load(path, allow_pickle=False) as stored:
+        inputs = {name[3:]: stored[name] for name in stored.files if name.startswith("in.")}
+        expected = {name[4:]: stored[name] for name in stored.files if name.startswith("out.")}
+    return inputs, expected
 
 
 def compare(expected: Mapping[str, NDArray[Any]], found: Mapping[str, NDArray[Any]], compute: str) -> list[Parity]:

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 from sdrt.bundle import MANIFEST, MAX_MANIFEST_BYTES, Bundle, check_files, open_bundle
 from sdrt.document import read_given
-from sdrt.engine_cache import RECORD, engine_folders, read_intact
+from sdrt.engine_cache import engine_folders, read_intact
+from sdrt.engine_record import RECORD
 from sdrt.errors import CheckFailed, InputFileError, MachineError, UsageError, printable
 from sdrt.publish import staged_file, write_file
 

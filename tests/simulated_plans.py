@@ -18,7 +18,8 @@ import numpy as np
 
 from sdrt import bundle as names
 from sdrt.bundle import WEIGHTS, open_bundle
-from sdrt.engine_cache import FORMAT, EngineKey, EngineRecord, Plan, Profile, platform_name, state_bytes, write_engine
+from sdrt.engine_cache import platform_name, state_bytes, write_engine
+from sdrt.engine_record import FORMAT, EngineKey, EngineRecord, Plan, Profile
 
 VERSION = "1.7.1.116"
 MAGIC = b"a plan of the simulator\n"

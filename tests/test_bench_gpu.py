@@ -113,7 +113,7 @@ def test_layers_of_each_graph(profiled: tuple[Any, Readings], gpu: Gpu, compiled
     before = gpu.used_bytes()
     gpu.costs_ms["d2d"] = 2.0
     with gpu.counted() as counts:
-        found = profile(pipe, readings.kept, None, {STEP: 8.0})
+        found = profile(pipe, readings.kept, {STEP: 8.0})
     assert counts["runs"] == 3 * (1 + 2) and "captures" not in counts and "launches" not in counts and counts["contexts"] == 3
     bundle = open_bundle(compiled)
     for graph, made in found["graphs"].items():
@@ -136,7 +136,7 @@ def test_arithmetic_is_that_of_the_onnx_graph(profiled: tuple[Any, Readings], co
     pipe, readings = profiled
     feeds = bench_layers._feeds(pipe.bundle, readings.kept)
     operators = layers_onnxruntime.profile_graph(open_bundle(compiled).graph(STEP, "fp32"), feeds[STEP], 1, tmp_path, 1)
-    made = profile(pipe, readings.kept, None, {})["graphs"][STEP]
+    made = profile(pipe, readings.kept, {})["graphs"][STEP]
     assert made["matrix_flops"] == sum(one.matrix_flops for one in operators) > 1e8
     chosen, fitting = layers_tensorrt.fitted_inputs(pipe._engine, STEP, readings.kept["job"], feeds[STEP])
     assert chosen == 1 and fitting["noise"].shape[0] == 128 and "concat" not in fitting
@@ -148,9 +148,9 @@ def test_kinds_of_layers_where_the_plan_tells_them_and_what_is_unknown(profiled:
     """Without ONNX Runtime beside TensorRT no operations are counted; where a copy takes no time on the simulated clock no bandwidth is."""
     pipe, readings = profiled
     monkeypatch.setattr(layers_tensorrt, "find_spec", lambda _: None)
-    named = profile(pipe, readings.kept, None, {})
+    named = profile(pipe, readings.kept, {})
     gpu.detailed_plans = True
-    detailed = profile(pipe, readings.kept, None, {})["graphs"][TEXT_ENCODER]["by_kind"]
+    detailed = profile(pipe, readings.kept, {})["graphs"][TEXT_ENCODER]["by_kind"]
     assert {"MatMul", "LayerNormalization"} <= {kind["op"] for kind in detailed}
     kinds = named["graphs"][TEXT_ENCODER]["by_kind"]
     assert not any(re.search(r"\d", kind["op"]) for kind in kinds) and sum(kind["share"] for kind in kinds) <= 1 + 1e-9
@@ -164,7 +164,7 @@ def test_a_profile_that_fails_leaves_the_pipeline_usable(profiled: tuple[Any, Re
     before = gpu.used_bytes()
     gpu.faults.runs[STEP] = 3
     with pytest.raises(MachineError, match="step: TensorRT refused to run"):
-        profile(pipe, readings.kept, None, {})
+        profile(pipe, readings.kept, {})
     pipe._engine.settle()
     assert gpu.used_bytes() == before
     assert pipe("sun", steps=2, cfg=3.0, seed=0).images.shape == (1, 64, 64, 3)

@@ -91,7 +91,7 @@ def profiles(flat_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> dic
         readings = Readings(keep=True)
         with instrumented(readings), Pipeline.load(path, backend=backend, threads=1) as pipe:
             pipe("sun", steps=1, cfg=3, seed=0)
-            found[backend] = profile(pipe, readings.kept, 1, {"vae_decoder": 2.0})
+            found[backend] = profile(pipe, readings.kept, {"vae_decoder": 2.0})
     patch.undo()
     return found
 

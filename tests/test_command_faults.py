@@ -136,11 +136,11 @@ def test_d3_no_more_threads(tmp_path: Path, small_checkpoint: Path, small_bundle
 def test_d4_an_engine_that_is_out_of_memory_and_says_so_at_the_end_of_a_long_text() -> None:
     import onnxruntime
 
-    from sdrt.runtime.onnxruntime import _explained
+    from sdrt.runtime.onnxruntime_model import explained as of_onnxruntime
     from sdrt.runtime.openvino_model import explained
 
     text = f"{'x' * 500} Failed to allocate memory for requested buffer of size 1 {'x' * 500}"
-    assert isinstance(_explained(onnxruntime, "step", RuntimeError(text)), ResourceError)
+    assert isinstance(of_onnxruntime(onnxruntime, "step", RuntimeError(text)), ResourceError)
     assert isinstance(explained(None, "step", RuntimeError(text)), ResourceError)
 
 

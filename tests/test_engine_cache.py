@@ -15,13 +15,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sdrt import engine_cache, publish
+from sdrt import engine_cache, engine_record, publish
 from sdrt.bundle import ENGINES, GRAPHS, WEIGHTS, Bundle, open_bundle
 from sdrt.engine_cache import (
-    EngineKey,
-    EngineRecord,
-    Plan,
-    Profile,
     engine_folders,
     folder_name,
     key_digest,
@@ -34,6 +30,7 @@ from sdrt.engine_cache import (
     state_bytes,
     write_engine,
 )
+from sdrt.engine_record import EngineKey, EngineRecord, Plan, Profile
 from sdrt.errors import BundleError, MachineError, ResourceError, UsageError
 
 PLANS = {graph: f"native code of {graph}".encode() * 50 for graph in GRAPHS}
@@ -334,7 +331,7 @@ def test_any_value_anywhere_is_refused_as_ours(value: Any) -> None:
         "plans": {},
     }
     with pytest.raises((ValueError, KeyError, TypeError, AttributeError)):
-        engine_cache._record(document)
+        engine_record.record_from(document)
 
 
 # Whether it fits

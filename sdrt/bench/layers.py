@@ -30,7 +30,7 @@ Peak = Mapping[str, float | None]
 """`flops_per_s` and `bytes_per_s` of a machine, None where it was not measured."""
 
 
-def profile(pipe: Any, kept: Mapping[str, Any], threads: int | None, wall_ms: Mapping[str, float]) -> dict[str, Any]:
+def profile(pipe: Any, kept: Mapping[str, Any], wall_ms: Mapping[str, float]) -> dict[str, Any]:
     """Profile each graph of a loaded pipeline on the inputs of its last picture, which `kept` holds: `text`, `job` and `latents`.
 
     `wall_ms` is what each graph takes unprofiled: profilers slow small operators many times over. Where it is missing, the sum
@@ -41,21 +41,21 @@ def profile(pipe: Any, kept: Mapping[str, Any], threads: int | None, wall_ms: Ma
     """
     backend = pipe._engine.backend
     check_backend(backend)
-    return {"backend": backend} | (_on_cpu if backend in _ON_CPU else _on_gpu)(pipe, kept, threads, wall_ms)
+    return {"backend": backend} | (_on_cpu if backend in _ON_CPU else _on_gpu)(pipe, kept, wall_ms)
 
 
-def _on_cpu(pipe: Any, kept: Mapping[str, Any], threads: int | None, wall_ms: Mapping[str, float]) -> dict[str, Any]:
+def _on_cpu(pipe: Any, kept: Mapping[str, Any], wall_ms: Mapping[str, float]) -> dict[str, Any]:
     engine = pipe._engine
     peaks = [machine_peak()]
     operators: dict[str, list[Operator]] = {}
     with tempfile.TemporaryDirectory() as folder:
         for graph, inputs in _feeds(pipe.bundle, kept).items():
-            path = pipe.bundle.graph(graph, "fp32")
             if engine.backend == "openvino":
+                path = pipe.bundle.graph(graph, "fp32")
                 compiled, shapes = engine.load_counting(graph, kept["job"])
                 operators[graph] = layers_openvino.profile_graph(compiled, layers_openvino.read_attention(path, shapes), inputs, _RUNS)
             else:
-                operators[graph] = layers_onnxruntime.profile_graph(path, inputs, threads, Path(folder), _RUNS)
+                operators[graph] = layers_onnxruntime.profile_session(engine.open(graph, Path(folder) / graph), graph, inputs, _RUNS)
             peaks.append(machine_peak())  # several moments: others may have been at work in one of them
     if engine.backend == "openvino":  # its text encoder takes one row of tokens a run, its decoder one picture
         runs = {names.TEXT_ENCODER: len(kept["text"][0]), names.VAE_DECODER: len(kept["latents"])}
@@ -65,7 +65,7 @@ def _on_cpu(pipe: Any, kept: Mapping[str, Any], threads: int | None, wall_ms: Ma
     return {"peak": peak, "peak_of": "numpy on this machine: a float32 matrix product, and a copy", "notes": [], "graphs": graphs}
 
 
-def _on_gpu(pipe: Any, kept: Mapping[str, Any], threads: int | None, wall_ms: Mapping[str, float]) -> dict[str, Any]:
+def _on_gpu(pipe: Any, kept: Mapping[str, Any], wall_ms: Mapping[str, float]) -> dict[str, Any]:
     engine = pipe._engine
     peak = {"flops_per_s": None, "bytes_per_s": layers_tensorrt.device_bytes_per_s(engine)}
     notes, graphs = [layers_tensorrt.NO_PEAK], {}

@@ -10,6 +10,7 @@ from typing import Any
 
 from sdrt.bench.operators import Operator, matrix_flops, operator
 from sdrt.errors import MachineError
+from sdrt.runtime.onnxruntime_model import import_onnxruntime, open_graph
 
 _PACKED = ("MatMul", "FusedMatMul", "MatMulIntegerToFloat")
 _FLOAT_BYTES = 4
@@ -21,18 +22,19 @@ def profile_graph(path: Path, inputs: Mapping[str, Any], threads: int | None, fo
     Raises:
         MachineError: the graph has an input that `inputs` lacks.
     """
-    import onnxruntime as ort
+    ort = import_onnxruntime("--layers")
+    return profile_session(open_graph(ort, path, threads, profile=folder / path.stem), path.name, inputs, runs)
 
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    options.enable_profiling = True
-    options.profile_file_prefix = str(folder / path.stem)
-    if threads is not None:
-        options.intra_op_num_threads = threads
-    session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+def profile_session(session: Any, name: str, inputs: Mapping[str, Any], runs: int) -> list[Operator]:
+    """`profile_graph` for a session that was made with the profiler on.
+
+    Raises:
+        MachineError: the graph has an input that `inputs` lacks.
+    """
     wanted = [entry.name for entry in session.get_inputs()]
     if unknown := set(wanted) - inputs.keys():
-        raise MachineError(f"--layers: {path.name}: no recorded input for {sorted(unknown)}", "Leave --layers out for this bundle.")
+        raise MachineError(f"--layers: {name}: no recorded input for {sorted(unknown)}", "Leave --layers out for this bundle.")
     for _ in range(runs + 1):
         session.run(None, {name: inputs[name] for name in wanted})
     return operators_of(json.loads(Path(session.end_profiling()).read_bytes()))

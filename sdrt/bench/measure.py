@@ -214,7 +214,7 @@ def _sustained(request: Request, pipe: Pipeline, readings: Readings, sampler: _S
         host = {TEXT_ENCODER: "text_encoder_ms", STEP: "step_ms", VAE_DECODER: "decode_ms"}
         taken = {graph: samples.get(DEVICE_METRICS[graph]) or samples.get(name) for graph, name in host.items()}  # without the copies, where that is known
         wall_ms = {graph: median(values) for graph, values in taken.items() if values}
-        answer["layers"] = profile(pipe, readings.kept, request.threads, wall_ms)
+        answer["layers"] = profile(pipe, readings.kept, wall_ms)
     return answer
 
 

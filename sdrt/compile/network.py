@@ -16,7 +16,8 @@ from threading import Event
 from typing import Any
 
 from sdrt.compile.watch import Progress, make_log, make_monitor
-from sdrt.engine_cache import COMPILERS, Profile
+from sdrt.engine_cache import COMPILERS
+from sdrt.engine_record import Profile
 from sdrt.errors import MachineError, ResourceError, SdrtError, printable
 from sdrt.publish import cache_folder, staged_file, write_file
 

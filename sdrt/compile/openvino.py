@@ -13,12 +13,12 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from sdrt import engine_cache
 from sdrt.bundle import ENGINES, GRAPHS, WEIGHTS, Bundle, check_files
 from sdrt.compile.report import CompileOptions, CompileReport, GraphReport
 from sdrt.compile.shapes import resolve_shapes
 from sdrt.compile.watch import WAITING, Progress
-from sdrt.engine_cache import EngineKey, EngineRecord, Plan, Profile, folder_name, platform_name, read_intact, state_bytes, write_engine
+from sdrt.engine_cache import folder_name, platform_name, read_intact, state_bytes, write_engine
+from sdrt.engine_record import FORMAT, EngineKey, EngineRecord, Plan, Profile
 from sdrt.errors import BundleError, MachineError, UsageError
 from sdrt.lock import locked
 from sdrt.publish import sweep_stages
@@ -134,7 +134,7 @@ def _record(bundle: Bundle, shape: StepShape, key: EngineKey, blobs: Mapping[str
     factor = bundle.manifest.latents.factor
     size = (shape.width * factor, shape.height * factor)
     return EngineRecord(
-        format=engine_cache.FORMAT,
+        format=FORMAT,
         key=key,
         size=size,
         batch=shape.batch,

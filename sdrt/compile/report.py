@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sdrt.compile.shapes import Size
-from sdrt.engine_cache import EngineRecord
+from sdrt.engine_record import EngineRecord
 
 
 @dataclass(frozen=True)
 class CompileOptions:
     """What to compile. Ranges are (smallest, largest); `size` None takes the bundle's, `tokens` None one chunk.
 
-    `precision` None takes the bundle's, for openvino the fastest this CPU has unless the bundle is stored in float32.
+    onnxruntime takes none of these options. `precision` None takes the bundle's, for openvino the fastest this CPU has unless the bundle is stored in float32.
     `sms` are GPU generations for tensorrt-rtx, None for the default; `device` is the GPU for tensorrt, counted from 0.
     """
 
@@ -32,14 +32,15 @@ class CompileOptions:
 
 @dataclass(frozen=True)
 class GraphReport:
-    """How one graph was compiled: seconds, layers of the network, bytes of the plan, attention layers that run, or may, as several kernels.
+    """How one graph was compiled: seconds, layers of the network, bytes of the plan with the weights it brings, attention layers that run, or may, as
+    several kernels. `layers` is None where they are not counted.
 
     `peak_bytes` is the most memory the compiling process took, None where the system does not say.
     """
 
     parse_s: float
     build_s: float
-    layers: int
+    layers: int | None
     plan_bytes: int
     unfused: tuple[str, ...]
     peak_bytes: int | None

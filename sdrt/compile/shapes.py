@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from sdrt.bundle import MAX_SIDE, MIN_SIDE, SIZE_STEP, STEP, Manifest
-from sdrt.engine_cache import Profile
+from sdrt.engine_record import Profile
 from sdrt.errors import MachineError, UsageError, printable
 
 Range = tuple[int, int, int]

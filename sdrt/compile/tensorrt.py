@@ -9,14 +9,14 @@ from __future__ import annotations
 import hashlib
 from contextlib import suppress
 
-from sdrt import engine_cache
 from sdrt.bundle import ENGINES, GRAPHS, WEIGHTS, Bundle, check_files
 from sdrt.compile import worker
 from sdrt.compile.network import Compiler, Demand, build_flags, import_compiler, library
 from sdrt.compile.report import CompileOptions, CompileReport, GraphReport
 from sdrt.compile.shapes import largest_demand, profiles_of, resolve_shapes
 from sdrt.compile.watch import WAITING, Progress
-from sdrt.engine_cache import RTX_SMS, EngineKey, EngineRecord, Plan, folder_name, platform_name, read_intact, state_bytes, write_engine
+from sdrt.engine_cache import RTX_SMS, folder_name, platform_name, read_intact, state_bytes, write_engine
+from sdrt.engine_record import FORMAT, EngineKey, EngineRecord, Plan
 from sdrt.errors import BundleError, MachineError, UsageError
 from sdrt.lock import locked
 from sdrt.publish import sweep_stages
@@ -76,7 +76,7 @@ def compile_bundle(bundle: Bundle, options: CompileOptions, progress: Progress =
         progress("write", None)
         size, branches = (shapes.width[2], shapes.height[2]), max(shapes.branches)
         record = EngineRecord(
-            format=engine_cache.FORMAT,
+            format=FORMAT,
             key=key,
             size=size,
             batch=shapes.batch[2],

@@ -1,13 +1,13 @@
-"""A process for each graph that TensorRT reads or compiles.
+"""A process for each graph that TensorRT reads or compiles, or ONNX Runtime saves.
 
 Native code that runs for minutes and takes gigabytes is better off alone: Ctrl-C ends it at once, its memory goes back to the system, a
-crash or the kernel's out-of-memory killer ends the worker instead of the caller, and what it prints is caught. It also makes builds
+crash or the kernel's out-of-memory killer ends the worker instead of the caller, and what it prints is caught. It also makes TensorRT's builds
 repeatable: TensorRT orders a plan's outputs by their addresses, so equal plans take equal heaps. That is why a worker runs in the folder of
 its graphs and is told their names only: the length of a path would move everything after it. What is left to chance (TensorRT formats times and
 memory it measured) still swaps two outputs now and then; such a plan is built again, so that outputs come in the graph's own order.
 
 The worker reads one request, a line of JSON, from its standard input, and answers in lines of JSON on its standard output; a plan follows
-its line as it is. It stops when its standard input ends, so it never outlives its caller.
+its line as it is; ONNX Runtime writes its own files. It stops when its standard input ends, so it never outlives its caller.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,12 +28,14 @@ from typing import Any, BinaryIO
 
 from sdrt import errors
 from sdrt.compile.network import Built, Compiler, Demand, Side, build_error, build_graph, import_compiler, input_shapes
+from sdrt.compile.optimized_model import save_model as save_model_here
 from sdrt.compile.watch import Progress
-from sdrt.engine_cache import Profile
+from sdrt.engine_record import Profile
 from sdrt.errors import MachineError, ResourceError, SdrtError
 
 _GRACE_S = 1.0
 _STDERR_BYTES = 1 << 16
+_SIGKILL = getattr(signal, "SIGKILL", 9)
 
 # Python's hashes and glibc's caches of freed memory per thread would make addresses differ from run to run.
 _ATTEMPTS = 6
@@ -85,6 +87,27 @@ def build(compiler: Compiler, graph: str, path: Path, profiles: Sequence[Profile
     ), answer.peak_bytes
 
 
+def save_model(graph: str, path: Path, folder: Path, reference: Path, version: str) -> tuple[dict[str, Any], int | None]:
+    """`sdrt.compile.optimized_model.save_model` in a worker, and the most memory it took in bytes.
+
+    Raises:
+        MachineError, ResourceError: as there; also when the worker crashes or is killed.
+        KeyboardInterrupt: interrupted; the worker is gone.
+    """
+    request = {"target": "onnxruntime", "graph": graph, "name": path.name, "folder": str(folder.absolute()), "reference": str(reference.absolute())}
+    where = f"{graph}: ONNX Runtime {version}"
+
+    def death(code: int, lines: list[str]) -> SdrtError:
+        if code == -_SIGKILL:
+            return ResourceError(
+                f"{where}: killed by the system, most likely out of memory", "Free memory: this takes about three times the weights of the graph."
+            )
+        return MachineError(f"{where}: ended with exit code {code}: {' '.join(lines)[-300:]}", "Run: sdrt doctor")
+
+    answer = _run(request, path.parent, {}, death, lambda _: None)
+    return answer.fields, answer.peak_bytes
+
+
 def in_order(plan: bytes, outputs: Sequence[str]) -> bool:
     """Whether a plan names its outputs first in this order."""
     places = [plan.find(name.encode()) for name in outputs]
@@ -93,7 +116,19 @@ def in_order(plan: bytes, outputs: Sequence[str]) -> bool:
 
 def _ask(compiler: Compiler, request: dict[str, Any], folder: Path, demand: Demand, graph: str, progress: Progress) -> Answer:
     request = request | {"target": compiler.target, "device": compiler.device, "gpu": compiler.gpu, "sms": compiler.sms}
-    environment = os.environ | _EQUAL_HEAP | {"PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))}  # where we found our modules
+    where = f"{graph}: {compiler}"
+    return _run(request, folder, _EQUAL_HEAP, lambda code, lines: _death(where, code, lines, demand), lambda done: progress(graph, done))
+
+
+def _run(
+    request: Mapping[str, Any],
+    folder: Path,
+    settings: Mapping[str, str],
+    death: Callable[[int, list[str]], SdrtError],
+    report: Callable[[float], None],
+) -> Answer:
+    """Have a worker answer a request, in a folder and with environment variables set; `death` says what it means that it ended without an answer."""
+    environment = os.environ | settings | {"PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))}  # where we found our modules
     command = [sys.executable, "-P", "-c", "from sdrt.compile.worker import serve; serve()"]
     pipe = subprocess.PIPE
     with tempfile.TemporaryFile() as noise, subprocess.Popen(command, cwd=folder, stdin=pipe, stdout=pipe, stderr=noise, env=environment) as worker:
@@ -101,18 +136,19 @@ def _ask(compiler: Compiler, request: dict[str, Any], folder: Path, demand: Dema
         try:
             worker.stdin.write(json.dumps(request).encode() + b"\n")
             worker.stdin.flush()
-            answer = _listen(worker.stdout, lambda done: progress(graph, done))
+            answer = _listen(worker.stdout, report)
         except BrokenPipeError:
             answer = None  # it died at once; what it printed says why
         except BaseException:
             _end(worker)
             raise
-        worker.stdin.close()
+        with suppress(BrokenPipeError):  # what it did not live to read
+            worker.stdin.close()
         worker.wait()
         if answer is None:
             noise.seek(max(0, noise.seek(0, os.SEEK_END) - _STDERR_BYTES))
             lines = [line for line in noise.read().decode(errors="replace").splitlines() if line.strip()]
-            raise _death(f"{graph}: {compiler}", worker.returncode, lines, demand)
+            raise death(worker.returncode, lines)
         if "error" in answer.fields:
             kind = getattr(errors, answer.fields["error"]["kind"], MachineError)
             raise kind(f"{folder}: {answer.fields['error']['message']}", answer.fields["error"]["fix"])
@@ -145,7 +181,7 @@ def _end(worker: subprocess.Popen[bytes]) -> None:
 
 def _death(where: str, code: int, lines: list[str], demand: Demand) -> SdrtError:
     """A worker that ended without an answer, as an error."""
-    if code == -getattr(signal, "SIGKILL", 9):
+    if code == -_SIGKILL:
         return ResourceError(
             f"{where}: killed by the system, most likely out of memory", f"What asks for most is {demand.words}: lower {demand.flag}, or free memory."
         )
@@ -164,6 +200,8 @@ def serve() -> None:
     def watch() -> None:
         os.read(0, 1)  # returns when the caller closes its end, or dies
         stop.set()
+        if request["target"] == "onnxruntime":  # which does not look whether it should stop
+            os.kill(os.getpid(), signal.SIGTERM)
 
     Thread(target=watch, daemon=True).start()
     try:
@@ -188,6 +226,8 @@ def _use_up_holes(count: int) -> None:
 
 
 def _answer(request: dict[str, Any], answers: BinaryIO, stop: Event) -> tuple[dict[str, Any], memoryview]:
+    if request["target"] == "onnxruntime":
+        return save_model_here(request["graph"], Path(request["name"]), Path(request["folder"]), Path(request["reference"])), memoryview(b"")
     compiler = import_compiler(request["target"], request["device"], request["gpu"], tuple(request["sms"]))
     _use_up_holes(64 * (1 + request.get("attempt", 0)))
     if "names" in request:

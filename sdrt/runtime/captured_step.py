@@ -44,7 +44,7 @@ class Slot:
     """Buffers, two contexts and two captured graphs for one shape. Row 0 reads `inputs` and writes `outputs`, row 1 the other way."""
 
     def __init__(self, engine: TensorRtEngine, shape: Shape, bundle: Bundle) -> None:
-        rows, registers, channels = engine.record.rows, names.REGISTERS, bundle.manifest.latents.channels
+        rows, registers, channels = engine.rows, names.REGISTERS, bundle.manifest.latents.channels
         latents = (shape.pictures, channels, shape.height, shape.width)
         f32 = np.float32
         self.shape, self.latents = shape, latents
@@ -214,7 +214,7 @@ class TensorRtDenoising:
     def step(self) -> None:
         slot, event = self._open(), self._passed_event()
         with self._engine.guarded(names.STEP):
-            if self._row and self._row % self._engine.record.rows == 0:
+            if self._row and self._row % self._engine.rows == 0:
                 self._refill(slot)
             index = self._job.context_of_row[self._row]
             if self._row and index != self._job.context_of_row[self._row - 1]:
@@ -272,7 +272,7 @@ class TensorRtDenoising:
 
     def _fill_tables(self, slot: Slot) -> int:
         """Put the next rows' tables and noise into pinned memory. Returns the bytes of noise in use."""
-        tables, rows = self._job.tables, self._engine.record.rows
+        tables, rows = self._job.tables, self._engine.rows
         count = min(rows, len(tables.q) - self._row)
         span = slice(self._row, self._row + count)
         for name in names.STEP_TABLES[:-1]:

@@ -1,8 +1,10 @@
-"""The ONNX Runtime backend: the bundle's float32 graphs on the CPU."""
+"""The ONNX Runtime backend: the bundle's float32 graphs on the CPU, as `sdrt compile` saved them where that fits this machine, else optimised now."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
@@ -11,13 +13,12 @@ from numpy.typing import NDArray
 
 from sdrt import bundle as names
 from sdrt.bundle import Bundle
-from sdrt.errors import MachineError, ResourceError, SdrtError
 from sdrt.runtime.engine import Float, Job, Pixels
+from sdrt.runtime.onnxruntime_model import PRECISION, check_weights, explained, find_saved, import_onnxruntime, open_engine, open_graph
 
 if TYPE_CHECKING:
     import onnxruntime as ort
 
-_PRECISION = "fp32"
 _RUN_GRAPHS = (names.STEP, names.VAE_DECODER, names.TEXT_ENCODER)
 
 
@@ -27,14 +28,11 @@ class OnnxRuntimeEngine:
     backend = "onnxruntime"
 
     def __init__(self, bundle: Bundle, threads: int | None) -> None:
-        ort = _import()
-        self._ort = ort
+        self._ort = import_onnxruntime("backend onnxruntime")
         self._bundle, self._threads = bundle, threads
         self._lock = Lock()
-        # Sessions load in parallel: folding and packing weights runs on one core each.
-        with ThreadPoolExecutor(len(_RUN_GRAPHS)) as pool:
-            sessions = pool.map(lambda graph: _session(ort, bundle, graph, threads), _RUN_GRAPHS)
-            self._sessions = dict(zip(_RUN_GRAPHS, sessions, strict=True))
+        self._saved = find_saved(bundle, self._ort.__version__)
+        self._sessions = self._load(_RUN_GRAPHS)
 
     def encode_text(self, tokens: NDArray[np.int64], emphasis: Float, clip_skip: int) -> Float:
         context: Float = self._run(names.TEXT_ENCODER, [names.context_output(clip_skip)], {"tokens": tokens, "emphasis": emphasis})[0]
@@ -43,7 +41,7 @@ class OnnxRuntimeEngine:
     def encode_image(self, pixels: Pixels, noise: Float) -> Float:
         with self._lock:  # most pictures start from text: the encoder is loaded when the first image comes
             if names.VAE_ENCODER not in self._sessions:
-                self._sessions[names.VAE_ENCODER] = _session(self._ort, self._bundle, names.VAE_ENCODER, self._threads)
+                self._sessions |= self._load([names.VAE_ENCODER])
         latents: Float = self._run(names.VAE_ENCODER, list(names.ENCODER_OUTPUTS), {"pixels": pixels, "noise": noise})[0]
         return latents
 
@@ -56,13 +54,31 @@ class OnnxRuntimeEngine:
         return pixels, finite
 
     def describe(self) -> dict[str, Any]:
-        return {"backend": self.backend, "version": self._ort.__version__, "device": "cpu", "compute": _PRECISION, "threads": self._threads}
+        saved = {} if self._saved is None else {"engine": self._saved[0].name}
+        return {"backend": self.backend, "version": self._ort.__version__, "device": "cpu", "compute": PRECISION, "threads": self._threads, **saved}
+
+    def open(self, graph: str, profile: Path | None = None) -> ort.InferenceSession:
+        """One more session of a graph, from where this engine's own come; with ONNX Runtime's profiler on where `profile` says how its files begin."""
+        if self._saved is None:
+            return open_graph(self._ort, self._bundle.graph(graph, PRECISION), self._threads, profile=profile)
+        return open_engine(self._ort, self._saved, graph, self._threads, profile=profile)
+
+    def _load(self, graphs: Sequence[str]) -> dict[str, ort.InferenceSession]:
+        """Sessions load in parallel: folding and packing weights runs on one core each. The weights of saved models are hashed beside that; data alone
+        cannot harm, and is used after the check."""
+        with ThreadPoolExecutor(2 * len(graphs)) as pool:
+            checks = [] if self._saved is None else [pool.submit(check_weights, self._saved, graph) for graph in graphs]
+            try:
+                return dict(zip(graphs, pool.map(self.open, graphs), strict=True))
+            finally:
+                for check in checks:
+                    check.result()
 
     def _run(self, graph: str, outputs: list[str], inputs: dict[str, Any]) -> list[Any]:
         try:
             return list(self._sessions[graph].run(outputs, inputs))
         except Exception as error:
-            raise _explained(self._ort, graph, error) from error
+            raise explained(self._ort, graph, error) from error
 
 
 class OnnxRuntimeDenoising:
@@ -112,7 +128,7 @@ class OnnxRuntimeDenoising:
         try:
             self._session.run_with_iobinding(self._bindings[self._rows % 2])
         except Exception as error:
-            raise _explained(self._ort, names.STEP, error) from error
+            raise explained(self._ort, names.STEP, error) from error
         self._rows += 1
 
     def latents(self) -> Float:
@@ -126,62 +142,3 @@ class OnnxRuntimeDenoising:
 
     def close(self) -> None:
         """Nothing to give back: the job's arrays go with it."""
-
-
-def _import() -> Any:
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise MachineError(f"backend onnxruntime: cannot import onnxruntime: {error}", "Install it with: pip install 'sdrt[cpu]'") from error
-    onnxruntime.set_default_logger_severity(3)
-    _share_arena(onnxruntime)
-    return onnxruntime
-
-
-_arena_lock = Lock()
-_arena_shared = False
-
-
-def _share_arena(ort: Any) -> None:
-    """One memory arena for all sessions of this process, made once: the decoder then reuses what the denoising step has let go of.
-
-    With an arena each, a 512x512 picture of SD 1.5 peaks 1.3 GB higher. Only sessions that ask for it use it, so other users of
-    ONNX Runtime in the process are not touched.
-    """
-    global _arena_shared
-    with _arena_lock:
-        if not _arena_shared:
-            defaults = ort.OrtArenaCfg({"max_mem": 0, "arena_extend_strategy": -1, "initial_chunk_size_bytes": -1, "max_dead_bytes_per_chunk": -1})
-            memory = ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT)
-            ort.create_and_register_allocator(memory, defaults)
-            _arena_shared = True
-
-
-def _session(ort: Any, bundle: Bundle, graph: str, threads: int | None, precision: str = _PRECISION) -> ort.InferenceSession:
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    options.add_session_config_entry("session.use_env_allocators", "1")
-    if threads is not None:
-        options.intra_op_num_threads = threads
-    path = bundle.graph(graph, precision)
-    try:
-        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except Exception as error:
-        raise _explained(ort, f"{path}", error) from error
-
-
-def _explained(ort: Any, where: str, error: Exception) -> SdrtError:
-    """An ONNX Runtime failure as one of ours; out of memory is told from the rest by its text, the only place it says so."""
-    words = " ".join(str(error).split())
-    text = words[:300]
-    if isinstance(error, MemoryError) or "allocate memory" in words or "bad_alloc" in words or "bad allocation" in words:
-        return ResourceError(f"{where}: out of memory: {text}", "Choose a smaller --size or --batch.")
-    return MachineError(f"{where}: ONNX Runtime {ort.__version__} failed: {text}", "Run: sdrt verify BUNDLE")
-
-
-def run_graph(bundle: Bundle, graph: str, precision: str, inputs: dict[str, Any]) -> dict[str, Any]:
-    """Run one graph once, optimised as in use, and return its outputs by name."""
-    ort = _import()
-    session = _session(ort, bundle, graph, None, precision)
-    outputs = [output.name for output in session.get_outputs()]
-    return dict(zip(outputs, session.run(outputs, inputs), strict=True))

@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 
 from sdrt import bundle as names
 from sdrt.bundle import WEIGHTS, Bundle
-from sdrt.engine_cache import EngineRecord, list_engines, mismatch, platform_name, read_plan
+from sdrt.engine_cache import list_engines, mismatch, platform_name, read_plan
+from sdrt.engine_record import EngineRecord
 from sdrt.errors import MachineError, UsageError
 from sdrt.runtime.cpu import cpu_identity
 from sdrt.runtime.engine import Float, Job, Pixels

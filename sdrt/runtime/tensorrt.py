@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 
 from sdrt import bundle as names
 from sdrt.bundle import Bundle
-from sdrt.engine_cache import EngineRecord, list_engines, mismatch, read_plan
+from sdrt.engine_cache import list_engines, mismatch, read_plan
+from sdrt.engine_record import EngineRecord
 from sdrt.errors import MachineError, ResourceError, SdrtError, UsageError
 from sdrt.runtime.captured_step import Shape, Slot, TensorRtDenoising
 from sdrt.runtime.device_memory import Block, layout
@@ -55,6 +56,8 @@ class TensorRtEngine:
             self._device.set_current()
             major, minor = self._device.compute_capability
             self._folder, self.record = _choose(bundle, target, self._trt.__version__, f"sm_{major}{minor}")
+            assert self.record.rows is not None  # None for engines of any shape only
+            self.rows = self.record.rows
             self._stream = self._device.create_stream()
             self._loaded = [graph for graph in self.record.plans if graph != names.VAE_ENCODER]
             self._check_memory()

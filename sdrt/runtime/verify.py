@@ -12,11 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sdrt.bundle import STEP_TABLES, WEIGHTS, Bundle, check_files, open_bundle
-from sdrt.engine_cache import EngineRecord, engine_folders, mismatch, platform_name, read_intact, read_plan
+from sdrt.engine_cache import engine_folders, mismatch, platform_name, read_intact, read_plan
+from sdrt.engine_record import EngineRecord
 from sdrt.errors import BundleError, CheckFailed
-from sdrt.parity import compare
+from sdrt.parity import compare, read_reference
+from sdrt.runtime import onnxruntime_model
 from sdrt.runtime.cpu import cpu_identity
-from sdrt.runtime.onnxruntime import run_graph
 
 log = logging.getLogger("sdrt")
 
@@ -34,7 +35,7 @@ class GraphCheck:
 
 
 def verify(path: Path) -> list[GraphCheck]:
-    """Check every file's hash, engines' too, then run every graph on its reference inputs, through ONNX Runtime and each OpenVINO engine.
+    """Check every file's hash, engines' too, then run every graph on its reference inputs, through ONNX Runtime and each engine for a CPU.
 
     Engines for GPUs are not run.
 
@@ -51,13 +52,15 @@ def verify(path: Path) -> list[GraphCheck]:
         raise CheckFailed(error.message, error.fix) from error
     checks: list[GraphCheck] = []
     for graph, by_precision in bundle.manifest.graphs.items():
-        inputs, expected = _reference(bundle, graph)
+        inputs, expected = read_reference(bundle.file(f"reference/{graph}.npz"))
         for precision, record in by_precision.items():
-            found = run_graph(bundle, graph, precision, inputs)
+            found = onnxruntime_model.run_graph(bundle.graph(graph, precision), inputs)
             checks += _compared(graph, record.compute, "onnxruntime", expected, found)
     for folder, engine in engines:
         if engine.key.target == "openvino":
             checks += _openvino_checks(bundle, folder, engine)
+        elif engine.key.target == onnxruntime_model.TARGET:
+            checks += _onnxruntime_checks(bundle, folder, engine)
     if bad := [check for check in checks if not check.error <= check.limit]:
         where = f"{bundle.path}: {bad[0].graph}: {bad[0].output}: {bad[0].backend}"
         raise CheckFailed(
@@ -66,17 +69,23 @@ def verify(path: Path) -> list[GraphCheck]:
     return checks
 
 
-def _reference(bundle: Bundle, graph: str) -> tuple[Arrays, Arrays]:
-    """The small inputs and the traced network's outputs that the build left."""
-    with np.load(bundle.file(f"reference/{graph}.npz"), allow_pickle=False) as stored:
-        inputs = {name[3:]: stored[name] for name in stored.files if name.startswith("in.")}
-        expected = {name[4:]: stored[name] for name in stored.files if name.startswith("out.")}
-    return inputs, expected
-
-
 def _compared(graph: str, compute: str, backend: str, expected: Arrays, found: Arrays) -> Iterator[GraphCheck]:
     for parity in compare(expected, found, compute):
         yield GraphCheck(graph, compute, backend, parity.output, parity.error, parity.limit)
+
+
+def _onnxruntime_checks(bundle: Bundle, folder: Path, record: EngineRecord) -> Iterator[GraphCheck]:
+    """Every saved model against the reference, where it was made for this machine; elsewhere it never runs."""
+    if mismatch(record, bundle):
+        return  # of other graphs or weights: never used
+    version = onnxruntime_model.import_onnxruntime("backend onnxruntime").__version__
+    if why := mismatch(record, bundle, compiler=version, cpu=cpu_identity(), platform=platform_name()):
+        log.warning("%s: only its hashes are checked: %s", folder, why)
+        return
+    for graph in record.plans:
+        inputs, expected = read_reference(bundle.file(f"reference/{graph}.npz"))
+        found = onnxruntime_model.run_engine((folder, record), graph, inputs)
+        yield from _compared(graph, record.key.precision, f"onnxruntime {folder.name}", expected, found)
 
 
 def _openvino_checks(bundle: Bundle, folder: Path, record: EngineRecord) -> Iterator[GraphCheck]:
@@ -94,9 +103,9 @@ def _openvino_checks(bundle: Bundle, folder: Path, record: EngineRecord) -> Iter
     precision = record.key.precision
     here = not mismatch(record, bundle, compiler=openvino_model.openvino_version(), cpu=cpu_identity(), platform=platform_name())
     for graph in record.plans:
-        inputs, expected = _reference(bundle, graph)
+        inputs, expected = read_reference(bundle.file(f"reference/{graph}.npz"))
         made_for = {name: largest for name, (_, _, largest) in record.key.profiles[graph][0].shapes.items()}
-        padded = {name: _more_rows(array, record.rows) if name in STEP_TABLES else array for name, array in inputs.items()}
+        padded = {name: _more_rows(array, made_for[name][0]) if name in STEP_TABLES else array for name, array in inputs.items()}
         if here and {name: array.shape for name, array in padded.items()} == made_for:
             inputs, blob = padded, read_plan(folder, record, graph)
             compiled = openvino_model.import_blob(ov, core, f"{folder}: {graph}", blob, bundle.file(WEIGHTS), precision, None)

@@ -1,0 +1,100 @@
+"""Engines for CPUs through ONNX Runtime: its optimised graphs, saved, so that a start neither folds the weights again nor takes the memory to. No torch.
+
+They take any shape, as the graphs do, and cost disk: the weights again, as float32. ONNX Runtime writes them itself, in a process of its own, into
+the folder that is published.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from dataclasses import fields
+from pathlib import Path
+
+from sdrt.bundle import GRAPHS, WEIGHTS, Bundle, check_files, file_record
+from sdrt.compile import worker
+from sdrt.compile.report import CompileOptions, CompileReport, GraphReport
+from sdrt.compile.watch import WAITING, Progress
+from sdrt.engine_cache import engine_folder, platform_name, read_intact, staged_engine, write_record
+from sdrt.engine_record import FORMAT, EngineKey, EngineRecord, ExternalData, Plan
+from sdrt.errors import BundleError, MachineError, UsageError
+from sdrt.lock import locked
+from sdrt.publish import sweep_stages
+from sdrt.runtime.cpu import cpu_identity
+from sdrt.runtime.onnxruntime_model import FLAGS, PRECISION, TARGET, import_onnxruntime, weights_path
+
+_MARGIN_BYTES = 1 << 26
+"""Beside the weights: four graphs, and each large weight begins on a page."""
+_READ = ("target", "force")
+"""Options that count here."""
+
+
+def compile_bundle(bundle: Bundle, options: CompileOptions, progress: Progress = lambda stage, done: None) -> CompileReport:
+    """Save every graph of a bundle as ONNX Runtime has optimised it for this CPU. An intact engine of the same key is left as it is.
+
+    Raises:
+        UsageError: an option was given that these engines have no use for.
+        BundleError: a graph, the weights or a reference are missing or changed.
+        MachineError: ONNX Runtime is not installed or fails, or what it saved computes something else.
+        ResourceError: out of memory or disk.
+        LockedError: another process that compiles the same engine did not end in time.
+        KeyboardInterrupt: interrupted; nothing was left behind.
+    """
+    _refuse_unread(options)
+    version = str(import_onnxruntime(f"target {TARGET}").__version__)
+    manifest = bundle.manifest
+    files = {graph: manifest.graphs[graph][PRECISION].path for graph in GRAPHS}
+    references = {graph: f"reference/{graph}.npz" for graph in GRAPHS}
+    progress("read", None)
+    check_files(bundle, [WEIGHTS, *files.values(), *references.values()])
+    weights = manifest.files[WEIGHTS]
+    key = EngineKey(
+        target=TARGET,
+        compiler=version,
+        device=cpu_identity(),
+        platform=platform_name(),
+        precision=PRECISION,
+        graphs={graph: manifest.files[file].sha256 for graph, file in files.items()},
+        weights=weights.sha256,
+        profiles=dict.fromkeys(files, ()),
+        flags=FLAGS,
+    )
+    folder = engine_folder(bundle, key)
+    with locked(folder, lambda: progress(WAITING, None)):
+        sweep_stages(folder.parent)
+        if not options.force:
+            with suppress(BundleError, MachineError):  # missing or damaged: compiled again
+                return CompileReport(folder, read_intact(folder), True, {})
+        plans: dict[str, Plan] = {}
+        reports: dict[str, GraphReport] = {}
+        needed_bytes = weights.size_bytes * (1 if manifest.precision == PRECISION else 2) + _MARGIN_BYTES
+        with staged_engine(bundle, key, needed_bytes) as stage:
+            for graph in GRAPHS:
+                progress(f"compile {graph}", None)
+                made, peak_bytes = worker.save_model(graph, bundle.graph(graph, PRECISION), stage, bundle.file(references[graph]), version)
+                plans[graph] = _plan(stage / f"{graph}.onnx")
+                reports[graph] = GraphReport(0.0, made["build_s"], None, plans[graph].disk_bytes, (), peak_bytes)
+            progress("write", None)
+            record = EngineRecord(FORMAT, key, None, None, None, None, (), 0, weights.size_bytes, plans)
+            write_record(stage, record)
+    return CompileReport(folder, record, False, reports)
+
+
+def _refuse_unread(options: CompileOptions) -> None:
+    default = CompileOptions(TARGET)
+    for field in fields(CompileOptions):
+        if field.name not in _READ and getattr(options, field.name) != getattr(default, field.name):
+            name = field.name.removesuffix("s") if field.name == "sms" else field.name
+            why = {"sms": "optimises for the CPU of this machine", "device": "runs on the CPU", "precision": "computes in float32 on a CPU"}
+            raise UsageError(
+                f"{name}: ONNX Runtime {why.get(field.name, 'takes every shape: one engine serves them all')}",
+                f"Leave --{name} out, or compile for {TARGET} with a command of its own.",
+            )
+
+
+def _plan(model: Path) -> Plan:
+    """A saved model as it lies there, hashed."""
+    weights, graph, data = weights_path(model), file_record(model), None
+    if weights.exists():  # not where all weights are small enough for the graph
+        found = file_record(weights)
+        data = ExternalData(weights.name, found.size_bytes, found.sha256)
+    return Plan(model.name, graph.size_bytes, graph.sha256, None, data)

@@ -1,0 +1,219 @@
+"""What an engine's `engine.json` says: its fields, and the strict parser that reads them. Standard library only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+from sdrt.bundle import GRAPHS
+
+FORMAT = 1
+RECORD = "engine.json"
+ANY_SHAPE = ("onnxruntime",)
+"""Targets whose engines take any shape, as the bundle's graphs do."""
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Profile:
+    """One optimization profile: every input's smallest, optimal and largest shape, all three equal where it is static."""
+
+    shapes: dict[str, tuple[Shape, Shape, Shape]]
+
+
+@dataclass(frozen=True)
+class EngineKey:
+    """Everything an engine depends on: equal keys, interchangeable engines.
+
+    `target` is tensorrt-rtx, tensorrt, openvino or onnxruntime, `compiler` its full version. `device` is "sm_86,sm_89" for an engine built ahead of time,
+    "NVIDIA H100 80GB HBM3, sm_90" for one built on its GPU, or a CPU's model and instruction sets. `precision` is that of the graphs, for
+    openvino that of the arithmetic: its engines are made from the fp32 graphs, as onnxruntime's are. `graphs` holds the SHA-256 of each ONNX file, `weights` that of the weights.
+    `profiles` come in the order the engine has them; the step's are one per number of guidance branches.
+    onnxruntime's engines have none: they take any shape.
+    """
+
+    target: str
+    compiler: str
+    device: str
+    platform: str
+    precision: str
+    graphs: dict[str, str]
+    weights: str
+    profiles: dict[str, tuple[Profile, ...]]
+    flags: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ExternalData:
+    """A file of weights beside a plan."""
+
+    file: str
+    size_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A plan file. `device_memory_bytes` is what its activations take; None where no GPU has loaded it yet.
+
+    `external_data` holds the weights where the plan is a graph that maps them from a file of its own, as onnxruntime's are.
+    """
+
+    file: str
+    size_bytes: int
+    sha256: str
+    device_memory_bytes: int | None
+    external_data: ExternalData | None = None
+
+    @property
+    def disk_bytes(self) -> int:
+        """Bytes of both files."""
+        return self.size_bytes + (0 if self.external_data is None else self.external_data.size_bytes)
+
+
+@dataclass(frozen=True)
+class EngineRecord:
+    """What `engine.json` says. `size` (width, height) in pixels, `batch` and `tokens` are the largest the engine takes.
+
+    `rows` is how many rows the step's tables hold, `branches` the numbers of guidance branches. `state_bytes` is what the pipeline keeps on
+    the device beside the engine at those shapes, `weight_bytes` the size of the bundle's weights. An engine of onnxruntime takes any shape: the
+    first four are None, it names no branches, and keeps nothing on a device.
+    """
+
+    format: int
+    key: EngineKey
+    size: tuple[int, int] | None
+    batch: int | None
+    tokens: int | None
+    rows: int | None
+    branches: tuple[int, ...]
+    state_bytes: int
+    weight_bytes: int
+    plans: dict[str, Plan]
+
+
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object without duplicate keys; ValueError otherwise."""
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError("duplicate keys")
+    return result
+
+
+def record_from(document: dict[str, Any]) -> EngineRecord:
+    """Check the fields of `engine.json`, which is untrusted input.
+
+    Raises:
+        KeyError, TypeError, ValueError, AttributeError: they are not as they should be.
+    """
+    _exactly(document, EngineRecord)
+    if document["format"] != FORMAT or isinstance(document["format"], bool):
+        raise ValueError(f"format: expected {FORMAT}, found {document['format']!r}")
+    key = document["key"]
+    _exactly(key, EngineKey)
+    profiles = {_graph(graph): tuple(_profile(profile) for profile in several) for graph, several in key["profiles"].items()}
+    plans = {_graph(graph): _plan(plan) for graph, plan in document["plans"].items()}
+    graphs = {_graph(graph): _hex(digest) for graph, digest in key["graphs"].items()}
+    if not plans or not plans.keys() == graphs.keys() == profiles.keys():
+        raise ValueError("plans, graphs and profiles name different graphs")
+    files = [file for plan in plans.values() for file in (plan.file, None if plan.external_data is None else plan.external_data.file) if file is not None]
+    if len(set(files)) != len(files):
+        raise ValueError("two plans share a file")
+    target = _text(key["target"])
+    limits = [document[name] for name in ("size", "batch", "tokens", "rows")]
+    takes_any = target in ANY_SHAPE
+    if takes_any and (limits != [None] * 4 or document["branches"] != [] or any(profiles.values())):
+        raise ValueError(f"an engine of {target} takes any shape, this one has limits")
+    return EngineRecord(
+        format=FORMAT,
+        key=EngineKey(
+            target=target,
+            compiler=_text(key["compiler"]),
+            device=_text(key["device"]),
+            platform=_text(key["platform"]),
+            precision=_text(key["precision"]),
+            graphs=graphs,
+            weights=_hex(key["weights"]),
+            profiles=profiles,
+            flags=tuple(_text(flag) for flag in key["flags"]),
+        ),
+        size=None if takes_any else _size(document["size"]),
+        batch=None if takes_any else _count(document["batch"]),
+        tokens=None if takes_any else _count(document["tokens"]),
+        rows=None if takes_any else _count(document["rows"]),
+        branches=tuple(_count(number) for number in document["branches"]),
+        state_bytes=_count(document["state_bytes"]),
+        weight_bytes=_count(document["weight_bytes"]),
+        plans=plans,
+    )
+
+
+def _exactly(document: dict[str, Any], kind: type[Any]) -> None:
+    if wrong := document.keys() ^ {field.name for field in fields(kind)}:
+        raise ValueError(f"fields {sorted(wrong)}")
+
+
+def _profile(document: dict[str, Any]) -> Profile:
+    _exactly(document, Profile)
+    shapes = {}
+    for name, (low, best, high) in document["shapes"].items():
+        three = tuple(tuple(_count(side) for side in shape) for shape in (low, best, high))
+        if not all(0 < a <= b <= c for a, b, c in zip(*three, strict=True)):
+            raise ValueError(f"profile of {name!r}: expected smallest <= best <= largest, found {three}")
+        shapes[_text(name)] = three
+    return Profile(shapes)  # type: ignore[arg-type]
+
+
+def _plan(document: dict[str, Any]) -> Plan:
+    document = {"external_data": None, **document}  # records from before there was any do not say so
+    _exactly(document, Plan)
+    memory, data = document["device_memory_bytes"], document["external_data"]
+    return Plan(
+        _file(document["file"]),
+        _count(document["size_bytes"]),
+        _hex(document["sha256"]),
+        None if memory is None else _count(memory),
+        None if data is None else _external_data(data),
+    )
+
+
+def _external_data(document: dict[str, Any]) -> ExternalData:
+    _exactly(document, ExternalData)
+    return ExternalData(_file(document["file"]), _count(document["size_bytes"]), _hex(document["sha256"]))
+
+
+def _file(value: object) -> str:
+    name = _text(value)
+    if name in (".", "..", RECORD) or set(name) & set('/\\:<>"|?*') or name.startswith("."):
+        raise ValueError(f"unsafe file name {name!r}")
+    return name
+
+
+def _size(value: Any) -> tuple[int, int]:
+    width, height = value
+    return _count(width), _count(height)
+
+
+def _graph(name: str) -> str:
+    if name not in GRAPHS:
+        raise ValueError(f"unknown graph {name!r}")
+    return name
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str) or not value.isprintable() or not value:
+        raise ValueError(f"expected a word, found {value!r}")
+    return value
+
+
+def _count(value: object) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise ValueError(f"expected a count, found {value!r}")
+    return value
+
+
+def _hex(value: object) -> str:
+    if not isinstance(value, str) or len(value) != 64 or set(value) - set("0123456789abcdef"):
+        raise ValueError(f"expected a sha256, found {value!r}")
+    return value
