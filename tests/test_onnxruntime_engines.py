@@ -329,7 +329,7 @@ def test_weights_that_are_missing_a_link_or_cut_short(bundle: Path, report: Comp
 
 
 @pytest.mark.parametrize("place", ["../outside.weights", "/etc/passwd"])
-def test_a_model_that_points_out_of_its_folder(report: CompileReport, tmp_path: Path, place: str) -> None:
+def test_b5_a_model_that_points_out_of_its_folder(report: CompileReport, tmp_path: Path, place: str) -> None:
     import onnx
 
     model = onnx.load(str(report.path / "vae_decoder.onnx"), load_external_data=False)
