@@ -99,9 +99,7 @@ def save_model(graph: str, path: Path, folder: Path, reference: Path, version: s
 
     def death(code: int, lines: list[str]) -> SdrtError:
         if code == -_SIGKILL:
-            return ResourceError(
-                f"{where}: killed by the system, most likely out of memory", "Free memory: this takes several times the weights of the graph."
-            )
+            return ResourceError(f"{where}: killed by the system, most likely out of memory", "Free memory: this takes several times the weights of the graph.")
         return MachineError(f"{where}: ended with exit code {code}: {' '.join(lines)[-300:]}", "Run: sdrt doctor")
 
     answer = _run(request, path.parent, {}, death, lambda _: None)
