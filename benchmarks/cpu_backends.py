@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import shutil
 import statistics
 import subprocess
@@ -28,6 +27,7 @@ def picture(bundle: Path, backend: str, size: tuple[int, int], steps: int, outpu
     """Load, make two pictures of the same seed, save the second. Milliseconds; `first_step` counts from before the import to the end of the first
     step, `cold` is that less one warm step."""
     started = time.perf_counter()
+    from sdrt.memory import peak_rss_bytes
     from sdrt.runtime import Pipeline
 
     with Pipeline.load(bundle, backend=backend) as pipe:
@@ -46,7 +46,7 @@ def picture(bundle: Path, backend: str, size: tuple[int, int], steps: int, outpu
         "step_ms": step,
         "text_ms": result.timings_ms["text_encoder"],
         "decode_ms": result.timings_ms["decode"],
-        "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "peak_rss_mb": (peak_rss_bytes() or 0) / 2**20,
     }
 
 

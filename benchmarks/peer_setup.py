@@ -100,7 +100,7 @@ class Models:
         self._failures: dict[str, str] = {}  # by form: several rows ask for the same, and none shall wait for it twice
 
     def path(self, form: str) -> Path:
-        """checkpoint | diffusers | openvino-genai | onnx | bundle | bundle-fp32 | bundle-bf16
+        """checkpoint | diffusers | openvino-genai | onnx | bundle | bundle-saved | bundle-fp32 | bundle-bf16
 
         Raises:
             PeerFailed: it cannot be made.
@@ -128,15 +128,18 @@ class Models:
         words = ["build", "--checkpoint", self.path("checkpoint"), "--target", "onnxruntime", "--output", target, "--size", "{}x{}".format(*self._picture)]
         self._sdrt(words, target.name)
 
+    def _bundle_saved(self, target: Path) -> None:
+        self._compiled(target, "onnxruntime")
+
     def _bundle_fp32(self, target: Path) -> None:
-        self._compiled(target, "fp32")
+        self._compiled(target, "openvino", "--precision", "fp32")
 
     def _bundle_bf16(self, target: Path) -> None:
-        self._compiled(target, "bf16")
+        self._compiled(target, "openvino", "--precision", "bf16")
 
-    def _compiled(self, target: Path, precision: str) -> None:
+    def _compiled(self, target: Path, *options: str) -> None:
         shutil.copytree(self.path("bundle"), target, copy_function=os.link)
-        self._sdrt(["compile", target, "--target", "openvino", "--precision", precision], target.name)
+        self._sdrt(["compile", target, "--target", *options], target.name)
 
     def _sdrt(self, words: Sequence[object], name: str) -> None:
         command([sys.executable, "-m", "sdrt.cli", *words], self._folder / f"{name}.log", environment=os.environ | {"PYTHONPATH": str(ROOT)})

@@ -66,7 +66,7 @@ REFERENCE = "diffusers float32"
 ROWS = {
     FLOAT32: Peer("sdrt-openvino", "sdrt", "bundle-fp32", FLOAT32, {"backend": "openvino"}),
     BFLOAT16: Peer("sdrt-openvino", "sdrt", "bundle-bf16", BFLOAT16, {"backend": "openvino"}),
-    "sdrt ONNX Runtime float32": Peer("sdrt-onnxruntime", "sdrt", "bundle", FLOAT32, {"backend": "onnxruntime"}),
+    "sdrt ONNX Runtime float32": Peer("sdrt-onnxruntime", "sdrt", "bundle-saved", FLOAT32, {"backend": "onnxruntime"}),
     REFERENCE: Peer("diffusers", "diffusers", "diffusers", FLOAT32, {"dtype": "float32", "compile": False}),
     "diffusers bfloat16": Peer("diffusers", "diffusers", "diffusers", BFLOAT16, {"dtype": "bfloat16", "compile": False}),
     "diffusers torch.compile float32": Peer("diffusers", "diffusers", "diffusers", FLOAT32, {"dtype": "float32", "compile": True}),

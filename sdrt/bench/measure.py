@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from sdrt.bench.device_times import DEVICE_METRICS
 from sdrt.bundle import STEP
 from sdrt.errors import SdrtError
+from sdrt.memory import peak_rss_bytes
 
 if TYPE_CHECKING:
     from sdrt.bench.instruments import Readings
@@ -183,7 +184,7 @@ def _sustained(request: Request, pipe: Pipeline, readings: Readings, sampler: _S
             sampler.picture(steps=max(1, round(request.steps * share)))
     kept, throttled = sampler.counted()
     samples |= kept
-    if (peak := _peak_rss_bytes()) is not None:
+    if (peak := peak_rss_bytes()) is not None:
         samples["peak_rss_bytes"] = [float(peak)]
     if (device := _device_bytes(sampler.last.engine)) is not None:
         samples["device_bytes"] = [float(device)]
@@ -247,22 +248,6 @@ def _engine_bytes(bundle: Bundle, engine: dict[str, Any]) -> dict[str, int]:
         return {"engine_bytes": sum(path.stat().st_size for path in folder.iterdir() if path.is_file())} if folder.is_dir() else {}
     graphs = {by_precision[engine["compute"]].path for by_precision in bundle.manifest.graphs.values() if engine.get("compute") in by_precision}
     return {"engine_bytes": files[WEIGHTS].size_bytes + sum(files[path].size_bytes for path in graphs)} if graphs else {}
-
-
-def _peak_rss_bytes() -> int | None:
-    """Largest resident memory of this process. Linux's own count for the program; `getrusage` starts from what the parent had."""
-    try:
-        for line in Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    try:
-        import resource
-    except ImportError:
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _device_bytes(engine: dict[str, Any]) -> int | None:

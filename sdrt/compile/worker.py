@@ -32,6 +32,7 @@ from sdrt.compile.optimized_model import save_model as save_model_here
 from sdrt.compile.watch import Progress
 from sdrt.engine_record import Profile
 from sdrt.errors import MachineError, ResourceError, SdrtError
+from sdrt.memory import peak_rss_bytes
 
 _GRACE_S = 1.0
 _STDERR_BYTES = 1 << 16
@@ -208,7 +209,7 @@ def serve() -> None:
         fields, data = {"error": {"kind": type(error).__name__, "message": error.message, "fix": error.fix}}, memoryview(b"")
     except (KeyboardInterrupt, BrokenPipeError):
         return
-    _say(answers, fields | {"data_bytes": data.nbytes, "peak_bytes": _peak_bytes()})
+    _say(answers, fields | {"data_bytes": data.nbytes, "peak_bytes": peak_rss_bytes()})
     answers.write(data)
     answers.flush()
 
@@ -247,12 +248,3 @@ def _answer(request: dict[str, Any], answers: BinaryIO, stop: Event) -> tuple[di
 def _say(answers: BinaryIO, fields: dict[str, Any]) -> None:
     answers.write(json.dumps(fields).encode() + b"\n")
     answers.flush()
-
-
-def _peak_bytes() -> int | None:
-    try:
-        import resource
-    except ImportError:
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
