@@ -1,6 +1,6 @@
 """Whole commands failed at every numbered point of the one writer, in every way: killed, no space, an input/output error, a short write.
 
-`sdrt build` over a bundle, a first build with an empty cache, and `sdrt compile` for OpenVINO, of a tiny seeded model: after a kill the old bundle is
+`sdrt build` over a bundle, a first build with an empty cache, and `sdrt compile` for OpenVINO and for ONNX Runtime, of a tiny seeded model: after a kill the old bundle is
 there byte for byte (or the new one, once it is published), and the next run ends with what an uninterrupted one makes. The tests take a sample.
 Usage: python benchmarks/faults.py [--points N|all] [--folder DIR] [--json]. Exit code 1 if anything is not as it must be. Needs fork.
 """
@@ -38,7 +38,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(dir=options.folder) as temporary:
         checkpoint = Path(temporary) / "small.safetensors"
         subprocess.run([sys.executable, "-c", MAKE, checkpoint], check=True, env=environment)
-        for job in ("build", "first build", "compile"):
+        for job in ("build", "first build", "compile", "save"):
             started, folder = time.perf_counter(), Path(temporary) / job
             folder.mkdir()
             command = [sys.executable, TESTS / "faulty_commands.py", folder, job, checkpoint, *(f"{kind}={options.points}" for kind in KINDS)]
