@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -39,12 +41,12 @@ def blindbox_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def small_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A seeded checkpoint that builds in half a second once its architecture is traced."""
+    """A seeded checkpoint for 64x64 pixels that builds in half a second once its architecture is traced."""
     from safetensors.torch import save_file
-    from tiny_model import SMALL, seeded
+    from tiny_model import SMALL, lively
 
     path = tmp_path_factory.mktemp("small") / "small.safetensors"
-    save_file(seeded(SMALL), path)
+    save_file(lively(SMALL), path, metadata={"modelspec.resolution": "64x64"})
     return path
 
 
@@ -54,6 +56,29 @@ def small_bundle(small_checkpoint: Path, tmp_path_factory: pytest.TempPathFactor
     from sdrt.export.build import BuildOptions, build
 
     return build(BuildOptions(small_checkpoint, output=tmp_path_factory.mktemp("small") / "small.sdrt")).path
+
+
+@pytest.fixture(scope="session")
+def _tokenizers_by_content() -> dict[bytes, Any]:
+    return {}
+
+
+@pytest.fixture
+def tokenizer_read_once(monkeypatch: pytest.MonkeyPatch, _tokenizers_by_content: dict[bytes, Any]) -> None:
+    """For tests that load bundles again and again, where parsing the same vocabulary would be most of the time. Encoding changes nothing in it."""
+    import tokenizers
+
+    class Tokenizer:
+        real = tokenizers.Tokenizer
+
+        @classmethod
+        def from_file(cls, path: str) -> Any:
+            digest = hashlib.sha256(Path(path).read_bytes()).digest()
+            if digest not in _tokenizers_by_content:
+                _tokenizers_by_content[digest] = cls.real.from_file(path)
+            return _tokenizers_by_content[digest]
+
+    monkeypatch.setattr(tokenizers, "Tokenizer", Tokenizer)
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,8 @@ from sdrt.runtime import Pipeline
 from sdrt.runtime.engine import Denoising, Job, Pixels, tables
 from sdrt.runtime.samplers import SAMPLERS, plan_rows
 
+pytestmark = pytest.mark.usefixtures("tokenizer_read_once")
+
 Expected = Callable[..., Pixels]
 QUICK: dict[str, Any] = {"steps": 3, "cfg": 3.0, "seed": 5}
 LOADED = sorted(graph for graph in names.GRAPHS if graph != names.VAE_ENCODER)
@@ -38,30 +40,30 @@ COMMAND = "sdrt compile .* --target tensorrt-rtx"
 
 
 @pytest.fixture(scope="module")
-def bundle(flat_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The flat bundle with an engine for 64 to 96 pixels a side, up to three pictures."""
-    copy = Path(shutil.copytree(flat_bundle, tmp_path_factory.mktemp("gpu") / "flat.sdrt"))
-    compile_engine(copy, graphs=flat_bundle, heights=(64, 96), widths=(64, 96), batch=3)
+def bundle(small_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small bundle with an engine for 64 to 96 pixels a side, up to three pictures."""
+    copy = Path(shutil.copytree(small_bundle, tmp_path_factory.mktemp("gpu") / "small.sdrt"))
+    compile_engine(copy, graphs=small_bundle, heights=(64, 96), widths=(64, 96), batch=3)
     return copy
 
 
 @pytest.fixture(scope="module")
-def spare(flat_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return Path(shutil.copytree(flat_bundle, tmp_path_factory.mktemp("spare") / "spare.sdrt"))
+def spare(small_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return Path(shutil.copytree(small_bundle, tmp_path_factory.mktemp("spare") / "spare.sdrt"))
 
 
 @pytest.fixture
 def blank(spare: Path) -> Path:
-    """The flat bundle without an engine, for a test to put its own into."""
+    """The small bundle without an engine, for a test to put its own into."""
     shutil.rmtree(spare / "engines", ignore_errors=True)
     return spare
 
 
 @pytest.fixture(scope="module")
-def expected(flat_bundle: Path) -> Iterator[Expected]:
+def expected(small_bundle: Path) -> Iterator[Expected]:
     """The pictures that ONNX Runtime makes, each made once."""
     made: dict[str, Pixels] = {}
-    with Pipeline.load(flat_bundle, backend="onnxruntime", threads=1) as cpu:
+    with Pipeline.load(small_bundle, backend="onnxruntime", threads=1) as cpu:
 
         def pictures(prompt: str = "fox", **settings: Any) -> Pixels:
             key = repr((prompt, sorted(settings.items())))
@@ -102,6 +104,15 @@ def same(pipe: Pipeline, expected: Expected, prompt: str = "fox", **settings: An
 # The same pictures
 
 
+def test_pictures_differ_in_whatever_is_asked(expected: Expected) -> None:
+    """So equal pictures below mean that prompt, seed, guidance, steps and sampler arrived."""
+    first = expected(**QUICK)
+    others: list[tuple[str, dict[str, Any]]] = [("cat", {}), ("fox", {"negative": "sun"}), ("fox", {"seed": 6}), ("fox", {"cfg": 4.0}), ("fox", {"steps": 4})]
+    others += [("fox", {"sampler": "heun"}), ("fox", {"sampler": "euler_a"})]
+    for prompt, settings in others:
+        assert (expected(prompt, **QUICK | settings) != first).mean() > 0.5, (prompt, settings)
+
+
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_every_sampler(pipe: Pipeline, expected: Expected, sampler: str) -> None:
     same(pipe, expected, sampler=sampler, steps=5, cfg=3.0, seed=1)
@@ -139,8 +150,8 @@ def test_engines_are_named_in_the_result(pipe: Pipeline, bundle: Path) -> None:
     }  # fmt: skip
 
 
-def test_previews(pipe: Pipeline, expected: Expected, flat_bundle: Path) -> None:
-    with Pipeline.load(flat_bundle, backend="onnxruntime", threads=1) as cpu:
+def test_previews(pipe: Pipeline, expected: Expected, small_bundle: Path) -> None:
+    with Pipeline.load(small_bundle, backend="onnxruntime", threads=1) as cpu:
         steps = zip(pipe.stream("fox", batch=2, count=3, **QUICK), cpu.stream("fox", batch=2, count=3, **QUICK), strict=True)
         for ours, reference in steps:
             assert (ours.index, ours.picture) == (reference.index, reference.picture)
@@ -271,9 +282,9 @@ def test_table_refill(pipe: Pipeline, expected: Expected, gpu: Gpu) -> None:
 
 
 @pytest.mark.parametrize("rows", [2, 5])
-def test_few_table_rows(gpu: Gpu, flat_bundle: Path, blank: Path, expected: Expected, rows: int) -> None:
+def test_few_table_rows(gpu: Gpu, small_bundle: Path, blank: Path, expected: Expected, rows: int) -> None:
     """An odd number of rows refills while the registers are on the other side."""
-    compile_engine(blank, graphs=flat_bundle, rows=rows)
+    compile_engine(blank, graphs=small_bundle, rows=rows)
     with load(blank) as pipe:
         for steps in (rows, 2 * rows, 12):
             same(pipe, expected, steps=steps, cfg=3.0, seed=3, sampler="euler_a")
@@ -307,10 +318,10 @@ def run(denoising: Denoising, rows: int) -> tuple[Any, Any]:
 
 @pytest.mark.parametrize("sets", [(0, 0, 1, 1, 2), (2, 0, 2, 0), (1, 1, 1), (0, 1)])
 @pytest.mark.parametrize("pictures", [1, 3])
-def test_context_changes_between_rows(pipe: Pipeline, gpu: Gpu, flat_bundle: Path, sets: tuple[int, ...], pictures: int) -> None:
+def test_context_changes_between_rows(pipe: Pipeline, gpu: Gpu, small_bundle: Path, sets: tuple[int, ...], pictures: int) -> None:
     """One copy within the device before each row whose context set differs from the row's before it; nothing else between first row and last."""
     job = job_of_contexts(pipe.bundle, sets, pictures)
-    with Pipeline.load(flat_bundle, backend="onnxruntime", threads=1) as cpu:
+    with Pipeline.load(small_bundle, backend="onnxruntime", threads=1) as cpu:
         reference = run(engine_of(cpu).denoise(job), len(sets))
     assert not np.array_equal(reference[0], run(engine_of(pipe).denoise(replace(job, context_of_row=(0,) * len(sets))), len(sets))[0])
     for found, wanted in zip(run(engine_of(pipe).denoise(job), len(sets)), reference, strict=True):
@@ -332,30 +343,30 @@ def test_context_changes_between_rows(pipe: Pipeline, gpu: Gpu, flat_bundle: Pat
     denoising.close()
 
 
-def test_more_context_sets_than_before(pipe: Pipeline, flat_bundle: Path) -> None:
+def test_more_context_sets_than_before(pipe: Pipeline, small_bundle: Path) -> None:
     """The memory for sets grows with the job that needs it, and the smaller job after it still finds its own."""
-    with Pipeline.load(flat_bundle, backend="onnxruntime", threads=1) as cpu:
+    with Pipeline.load(small_bundle, backend="onnxruntime", threads=1) as cpu:
         for sets, kept in (((0, 1), 2), ((0, 1, 2), 3), ((1, 0), 2)):
             job = job_of_contexts(pipe.bundle, sets)
             job = replace(job, contexts=job.contexts[:kept])
             assert np.array_equal(run(engine_of(pipe).denoise(job), len(sets))[0], run(engine_of(cpu).denoise(job), len(sets))[0])
 
 
-def test_context_changes_over_a_refill(gpu: Gpu, flat_bundle: Path, blank: Path) -> None:
-    compile_engine(blank, graphs=flat_bundle, rows=3)
+def test_context_changes_over_a_refill(gpu: Gpu, small_bundle: Path, blank: Path) -> None:
+    compile_engine(blank, graphs=small_bundle, rows=3)
     sets = (0, 0, 1, 2, 2, 0, 1)
-    with load(blank) as pipe, Pipeline.load(flat_bundle, backend="onnxruntime", threads=1) as cpu:
+    with load(blank) as pipe, Pipeline.load(small_bundle, backend="onnxruntime", threads=1) as cpu:
         job = job_of_contexts(pipe.bundle, sets)
         assert np.array_equal(run(engine_of(pipe).denoise(job), len(sets))[0], run(engine_of(cpu).denoise(job), len(sets))[0])
 
 
 @pytest.mark.parametrize("shape", [(1, 64, 64), (3, 72, 96)])
-def test_images_are_encoded(pipe: Pipeline, gpu: Gpu, flat_bundle: Path, shape: tuple[int, int, int]) -> None:
+def test_images_are_encoded(pipe: Pipeline, gpu: Gpu, small_bundle: Path, shape: tuple[int, int, int]) -> None:
     """The encoder is loaded when the first image comes, and once."""
     random = np.random.RandomState(2)
     pixels = random.randint(0, 256, (*shape, 3)).astype(np.uint8)
     noise = random.standard_normal((shape[0], 4, shape[1] // 8, shape[2] // 8)).astype(np.float32)
-    with Pipeline.load(flat_bundle, backend="onnxruntime", threads=1) as cpu:
+    with Pipeline.load(small_bundle, backend="onnxruntime", threads=1) as cpu:
         expected_latents = engine_of(cpu).encode_image(pixels, noise)
     assert names.VAE_ENCODER not in engine_of(pipe)._engines
     assert np.array_equal(engine_of(pipe).encode_image(pixels, noise), expected_latents)
@@ -386,11 +397,11 @@ def test_prompt_editing(pipe: Pipeline, expected: Expected, gpu: Gpu) -> None:
     assert counts == {"launches": 6, "runs": 1, "h2d": 3, "d2d": 1, "d2h": 1, "syncs": 2, "records": 6, "events": 2}
 
 
-def test_more_chunks_than_the_text_engine_takes(pipe: Pipeline, flat_bundle: Path) -> None:
+def test_more_chunks_than_the_text_engine_takes(pipe: Pipeline, small_bundle: Path) -> None:
     """They are encoded in groups."""
     tokens = np.random.RandomState(3).randint(0, 40_000, (7, 77))
     weights = np.ones((7, 77), np.float32)
-    with Pipeline.load(flat_bundle, backend="onnxruntime", threads=1) as cpu:
+    with Pipeline.load(small_bundle, backend="onnxruntime", threads=1) as cpu:
         reference = np.concatenate([engine_of(cpu).encode_text(tokens[i : i + 2], weights[i : i + 2], 1) for i in range(0, 7, 2)])
     assert np.array_equal(engine_of(pipe).encode_text(tokens, weights, 1), reference)
 
@@ -627,8 +638,8 @@ def test_batch_outside_the_profile(pipe: Pipeline) -> None:
     assert "--batch" in caught.value.fix
 
 
-def test_branches_outside_the_engine(gpu: Gpu, flat_bundle: Path, blank: Path, expected: Expected) -> None:
-    compile_engine(blank, graphs=flat_bundle, branches=(2,))
+def test_branches_outside_the_engine(gpu: Gpu, small_bundle: Path, blank: Path, expected: Expected) -> None:
+    compile_engine(blank, graphs=small_bundle, branches=(2,))
     with load(blank) as pipe:
         with pytest.raises(UsageError, match="1 guidance branches, the engine was compiled for 2"):
             pipe("fox", cfg=1.0, steps=2, seed=1)
@@ -746,9 +757,9 @@ def test_other_cuda_error(pipe: Pipeline, gpu: Gpu) -> None:
 @pytest.mark.parametrize(
     ("graph", "damage"), [*((graph, "one byte") for graph in LOADED), *((LOADED[1], damage) for damage in ("truncated", "longer", "missing"))]
 )
-def test_damaged_plan(gpu: Gpu, flat_bundle: Path, blank: Path, graph: str, damage: str) -> None:
+def test_damaged_plan(gpu: Gpu, small_bundle: Path, blank: Path, graph: str, damage: str) -> None:
     """Refused before TensorRT sees it."""
-    plan = compile_engine(blank, graphs=flat_bundle) / f"{graph}.plan"
+    plan = compile_engine(blank, graphs=small_bundle) / f"{graph}.plan"
     data = bytearray(plan.read_bytes())
     plan.unlink()
     if damage == "one byte":
@@ -760,8 +771,8 @@ def test_damaged_plan(gpu: Gpu, flat_bundle: Path, blank: Path, graph: str, dama
     assert gpu.counts["engines"] == LOADED.index(graph)
 
 
-def test_damaged_plan_of_a_graph_that_is_not_loaded(gpu: Gpu, flat_bundle: Path, blank: Path) -> None:
-    (compile_engine(blank, graphs=flat_bundle) / f"{names.VAE_ENCODER}.plan").unlink()
+def test_damaged_plan_of_a_graph_that_is_not_loaded(gpu: Gpu, small_bundle: Path, blank: Path) -> None:
+    (compile_engine(blank, graphs=small_bundle) / f"{names.VAE_ENCODER}.plan").unlink()
     load(blank).close()
 
 
@@ -773,8 +784,8 @@ def test_damaged_plan_of_a_graph_that_is_not_loaded(gpu: Gpu, flat_bundle: Path,
         ({"target": "tensorrt"}, "no tensorrt-rtx engine fits: there is none"),
     ],
 )
-def test_b8_engine_of_another_machine(gpu: Gpu, flat_bundle: Path, blank: Path, options: dict[str, Any], reason: str) -> None:
-    compile_engine(blank, graphs=flat_bundle, **options)
+def test_b8_engine_of_another_machine(gpu: Gpu, small_bundle: Path, blank: Path, options: dict[str, Any], reason: str) -> None:
+    compile_engine(blank, graphs=small_bundle, **options)
     with pytest.raises(MachineError, match=reason) as caught:
         load(blank)
     assert caught.value.fix == f"Make one here with: sdrt compile {blank} --target tensorrt-rtx"
@@ -799,10 +810,10 @@ def test_no_engine(gpu: Gpu, blank: Path) -> None:
     assert "sdrt compile" in caught.value.fix
 
 
-def test_engine_that_fits_among_others(gpu: Gpu, flat_bundle: Path, blank: Path, expected: Expected) -> None:
-    fits = compile_engine(blank, graphs=flat_bundle)
-    compile_engine(blank, graphs=flat_bundle, sm="sm_120")
-    compile_engine(blank, graphs=flat_bundle, compiler="1.8.0.1")
+def test_engine_that_fits_among_others(gpu: Gpu, small_bundle: Path, blank: Path, expected: Expected) -> None:
+    fits = compile_engine(blank, graphs=small_bundle)
+    compile_engine(blank, graphs=small_bundle, sm="sm_120")
+    compile_engine(blank, graphs=small_bundle, compiler="1.8.0.1")
     with load(blank) as pipe:
         assert pipe("fox", **QUICK).engine["engine"] == fits.name
         same(pipe, expected, **QUICK)
@@ -845,12 +856,12 @@ def test_devices(bundle: Path, expected: Expected) -> None:
         assert gpu._threads.device == 1
 
 
-def test_auto(gpu: Gpu, bundle: Path, flat_bundle: Path, blank: Path) -> None:
+def test_auto(gpu: Gpu, bundle: Path, small_bundle: Path, blank: Path) -> None:
     """TensorRT where there is an engine and a GPU, else ONNX Runtime; an engine that does not fit is never passed over in silence."""
     for path, devices, backend in ((bundle, 1, "tensorrt-rtx"), (bundle, 0, "onnxruntime"), (blank, 1, "onnxruntime")):
         gpu.devices = devices
         with Pipeline.load(path) as pipe:
             assert engine_of(pipe).backend == backend
-    compile_engine(blank, graphs=flat_bundle, sm="sm_120")
+    compile_engine(blank, graphs=small_bundle, sm="sm_120")
     with pytest.raises(MachineError, match="this GPU is sm_89"):
         Pipeline.load(blank)

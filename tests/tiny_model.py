@@ -31,9 +31,9 @@ SMALL = Architecture(
     (64, 64),
     ClipSpec(64, 1, 1, 256, 49408, 77),
     UNetSpec(4, 4, (32, 64), (1, 1), (1, 0), 1, 64, False, 8, None),
-    VaeSpec((32, 32), 1, 4, 0.18215),
+    VaeSpec((32, 32, 32, 32), 1, 4, 0.18215),
 )
-"""With CLIP's whole vocabulary, so that it can be built: in half a second once it is traced."""
+"""With CLIP's whole vocabulary and a latent for every 8 pixels, so that it can be built: in half a second once it is traced."""
 
 
 @cache
@@ -46,6 +46,22 @@ def seeded(arch: Architecture, seed: int = 0) -> dict[str, torch.Tensor]:
     """A checkpoint's tensors, normal at a small scale, float32."""
     random = torch.Generator().manual_seed(seed)
     return {name: torch.randn(shape, generator=random) * 0.05 for name, shape in sorted(expected_shapes(arch).items())}
+
+
+@cache
+def lively(arch: Architecture) -> dict[str, torch.Tensor]:
+    """Seeded tensors that keep the size of what goes through them, so that prompt, guidance, steps and sampler all show in the picture's pixels."""
+    random = torch.Generator().manual_seed(0)
+    tensors = {}
+    for name, shape in sorted(expected_shapes(arch).items()):
+        noise = torch.randn(shape, generator=random)
+        if "embedding" in name:
+            tensors[name] = 0.3 * noise
+        elif len(shape) > 1:
+            tensors[name] = noise / math.sqrt(math.prod(shape[1:]))
+        else:
+            tensors[name] = 0.1 * noise + (1 if name.endswith("weight") else 0)
+    return tensors
 
 
 def header_only(path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: str = "F16", metadata: Mapping[str, str] | None = None) -> Path:
