@@ -59,6 +59,17 @@ def small_bundle(small_checkpoint: Path, tmp_path_factory: pytest.TempPathFactor
 
 
 @pytest.fixture(scope="session")
+def small_lora(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LoRA of one module of the small checkpoint."""
+    import torch
+    from safetensors.torch import save_file
+
+    path, module = tmp_path_factory.mktemp("small") / "lora.safetensors", "lora_te_text_model_encoder_layers_0_self_attn_q_proj"
+    save_file({f"{module}.lora_down.weight": torch.full((2, 64), 0.1), f"{module}.lora_up.weight": torch.full((64, 2), 0.1)}, path)
+    return path
+
+
+@pytest.fixture(scope="session")
 def _tokenizers_by_content() -> dict[bytes, Any]:
     return {}
 

@@ -47,16 +47,16 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def instant(quick: None, flat_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The weights and the tokenizer are copied from a finished bundle of the emoji checkpoint, too."""
+def instant(quick: None, small_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The weights and the tokenizer are copied from a finished bundle of the small checkpoint, too."""
 
     def write_weights(path: Path, tensors: dict[str, Tensor], loras: object, precision: str, progress: object, made: object) -> Any:
-        shutil.copy(flat_bundle / names.WEIGHTS, path)
+        shutil.copy(small_bundle / names.WEIGHTS, path)
         placed = layout({name: tensor.entry.shape for name, tensor in tensors.items()}, precision)[1]
         return Written(file_record(path), placed, [])
 
     def write_tokenizer(path: Path, size: int) -> tuple[int, int]:
-        shutil.copy(flat_bundle / names.TOKENIZER, path)
+        shutil.copy(small_bundle / names.TOKENIZER, path)
         return 49406, 49407
 
     monkeypatch.setattr(build_module, "write_weights", write_weights)
@@ -72,7 +72,7 @@ def no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def traced(flat_bundle: Path) -> None:
+def traced(flat_bundle: Path, small_bundle: Path) -> None:
     """The trace cache is filled."""
 
 
@@ -123,9 +123,9 @@ def test_name_is_the_only_trace_of_the_place(flat_bundle: Path, blindbox_bundle:
     assert manifest["name"] == "flat"
 
 
-def test_folder_name_changes_the_manifest_only(flat_bundle: Path, out: Path, quick: None, no_trace: None) -> None:
-    build(BuildOptions(CHECKPOINT, output=out / "other name"))
-    first, second = contents(flat_bundle), contents(out / "other name")
+def test_folder_name_changes_the_manifest_only(small_checkpoint: Path, small_bundle: Path, out: Path, quick: None, no_trace: None) -> None:
+    build(BuildOptions(small_checkpoint, output=out / "other name"))
+    first, second = contents(small_bundle), contents(out / "other name")
     changed = {name for name in first.keys() | second.keys() if first.get(name) != second.get(name)}
     assert {name for name in changed if not name.startswith("reference/")} == {"manifest.json"}
     assert open_bundle(out / "other name").manifest.name == "other name"
@@ -140,8 +140,8 @@ def test_i4_another_lora_is_not_traced_again(out: Path, quick: None, no_trace: N
     assert report.cached == names.GRAPHS
 
 
-def test_another_checkpoint_and_precision_are_not_traced_again(out: Path, quick: None, no_trace: None) -> None:
-    save_file({name: tensor.float() * 0.9 for name, tensor in load_file(CHECKPOINT).items()}, out / "other.safetensors")
+def test_another_checkpoint_and_precision_are_not_traced_again(small_checkpoint: Path, out: Path, quick: None, no_trace: None) -> None:
+    save_file({name: tensor.float() * 0.9 for name, tensor in load_file(small_checkpoint).items()}, out / "other.safetensors")
     assert build(BuildOptions(out / "other.safetensors", precision="fp32", size=(128, 64), output=out / "x.sdrt")).cached == names.GRAPHS
 
 
@@ -242,12 +242,12 @@ def test_i4_entry_is_not_used_for_another_shape_or_version(cache: Cache, monkeyp
 
 
 @pytest.fixture(scope="module")
-def stages(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+def stages(small_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """The stages of a build in order."""
     seen: dict[str, None] = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(selfcheck, "check", lambda recipe, weights, graphs, reference: dict.fromkeys(graphs, 0.0))
-        build(BuildOptions(CHECKPOINT, output=tmp_path_factory.mktemp("stages") / "x.sdrt"), lambda stage, done: seen.setdefault(stage))
+        build(BuildOptions(small_checkpoint, output=tmp_path_factory.mktemp("stages") / "x.sdrt"), lambda stage, done: seen.setdefault(stage))
     return list(seen)
 
 
@@ -257,7 +257,7 @@ def test_stages(stages: list[str]) -> None:
 
 
 @pytest.mark.parametrize("exists", [False, True], ids=["new", "replacing"])
-def test_i2_interrupt_at_any_stage_leaves_everything_as_it_was(out: Path, instant: None, stages: list[str], exists: bool) -> None:
+def test_i2_interrupt_at_any_stage_leaves_everything_as_it_was(small_checkpoint: Path, out: Path, instant: None, stages: list[str], exists: bool) -> None:
     if exists:
         old_bundle(out / "x.sdrt")
     before = contents(out)
@@ -269,19 +269,19 @@ def test_i2_interrupt_at_any_stage_leaves_everything_as_it_was(out: Path, instan
                 raise KeyboardInterrupt
 
         with pytest.raises(KeyboardInterrupt):
-            build(BuildOptions(CHECKPOINT, output=out / "x.sdrt", force=exists), progress)
+            build(BuildOptions(small_checkpoint, output=out / "x.sdrt", force=exists), progress)
         assert contents(out) == before, stage
         assert [path.name for path in out.iterdir()] == (["x.sdrt"] if exists else []), stage
 
 
-def test_interrupt_half_way_through_the_weights(out: Path, quick: None) -> None:
+def test_interrupt_half_way_through_the_weights(small_checkpoint: Path, out: Path, quick: None) -> None:
     def progress(name: str, done: float | None) -> None:
         if name == "fuse" and done is not None and done > 0.5:
             assert any((path / names.WEIGHTS).stat().st_size for path in out.iterdir())
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        build(BuildOptions(CHECKPOINT, output=out / "x.sdrt"), progress)
+        build(BuildOptions(small_checkpoint, output=out / "x.sdrt"), progress)
     assert not list(out.iterdir())
 
 
@@ -293,9 +293,9 @@ def test_existing_output_is_refused_before_any_work(out: Path) -> None:
     assert contents(out) == before
 
 
-def test_force_replaces_a_bundle(out: Path, instant: None) -> None:
+def test_force_replaces_a_bundle(small_checkpoint: Path, out: Path, instant: None) -> None:
     old_bundle(out / "x.sdrt")
-    build(BuildOptions(CHECKPOINT, output=out / "x.sdrt", force=True))
+    build(BuildOptions(small_checkpoint, output=out / "x.sdrt", force=True))
     assert [path.name for path in out.iterdir()] == ["x.sdrt"]
     assert "graphs/old" not in contents(out / "x.sdrt")
     open_bundle(out / "x.sdrt")
@@ -321,17 +321,17 @@ FOREIGN: dict[str, Callable[[Path], Any]] = {
 
 @pytest.mark.parametrize("force", [False, True], ids=["", "force"])
 @pytest.mark.parametrize("make", FOREIGN.values(), ids=FOREIGN.keys())
-def test_what_is_not_ours_is_never_replaced(out: Path, make: Callable[[Path], Any], force: bool) -> None:
+def test_what_is_not_ours_is_never_replaced(small_checkpoint: Path, out: Path, make: Callable[[Path], Any], force: bool) -> None:
     make(out / "x.sdrt")
     before = contents(out), sorted(out.rglob("*"))
-    refused(BuildOptions(CHECKPOINT, output=out / "x.sdrt", force=force), UsageError, str(out / "x.sdrt"), "exists")
+    refused(BuildOptions(small_checkpoint, output=out / "x.sdrt", force=force), UsageError, str(out / "x.sdrt"), "exists")
     assert (contents(out), sorted(out.rglob("*"))) == before
 
 
 @pytest.mark.parametrize("name", ["none/x.sdrt", "file/x.sdrt", "x" * 300], ids=["no folder", "below a file", "name too long"])
-def test_output_that_cannot_be(out: Path, name: str) -> None:
+def test_output_that_cannot_be(small_checkpoint: Path, out: Path, name: str) -> None:
     (out / "file").touch()
-    refused(BuildOptions(CHECKPOINT, output=out / name), UsageError, str(out / name))
+    refused(BuildOptions(small_checkpoint, output=out / name), UsageError, str(out / name))
     assert [path.name for path in out.iterdir()] == ["file"]
 
 
@@ -360,8 +360,8 @@ def test_options_out_of_range(out: Path, options: dict[str, Any], fragment: str)
 # Inputs that change
 
 
-def vae_of(path: Path) -> Path:
-    tensors, _ = read_raw(CHECKPOINT)
+def vae_of(checkpoint: Path, path: Path) -> Path:
+    tensors, _ = read_raw(checkpoint)
     return write_raw(path, {name: tensor for name, tensor in tensors.items() if name.startswith("first_stage_model.")})
 
 
@@ -381,10 +381,10 @@ def rewritten_unseen(path: Path) -> None:
 
 @pytest.mark.parametrize("change", [rewritten, rewritten_unseen])
 @pytest.mark.parametrize("which", ["checkpoint", "vae", "lora"])
-def test_c20_input_that_changes_during_the_build(out: Path, tmp_path: Path, instant: None, which: str, change: Callable[[Path], None]) -> None:
-    files = {"checkpoint": tmp_path / "c.safetensors", "vae": vae_of(tmp_path / "v.safetensors"), "lora": tmp_path / "l.safetensors"}
-    shutil.copy(CHECKPOINT, files["checkpoint"])
-    shutil.copy(LORA, files["lora"])
+def test_c20_input_that_changes_during_the_build(small_checkpoint: Path, out: Path, tmp_path: Path, instant: None, which: str, change: Callable[[Path], None], small_lora: Path) -> None:
+    files = {"checkpoint": tmp_path / "c.safetensors", "vae": vae_of(small_checkpoint, tmp_path / "v.safetensors"), "lora": tmp_path / "l.safetensors"}
+    shutil.copy(small_checkpoint, files["checkpoint"])
+    shutil.copy(small_lora, files["lora"])
 
     def progress(stage: str, done: float | None) -> None:
         if stage == "write":
@@ -396,8 +396,8 @@ def test_c20_input_that_changes_during_the_build(out: Path, tmp_path: Path, inst
     assert not list(out.iterdir())
 
 
-def test_c20_input_that_is_truncated_during_the_build(out: Path, tmp_path: Path, quick: None) -> None:
-    shutil.copy(CHECKPOINT, tmp_path / "c.safetensors")
+def test_c20_input_that_is_truncated_during_the_build(small_checkpoint: Path, out: Path, tmp_path: Path, quick: None) -> None:
+    shutil.copy(small_checkpoint, tmp_path / "c.safetensors")
 
     def progress(stage: str, done: float | None) -> None:
         if stage == "fuse" and done is None:
@@ -408,36 +408,36 @@ def test_c20_input_that_is_truncated_during_the_build(out: Path, tmp_path: Path,
     assert not list(out.iterdir())
 
 
-def as_ckpt(path: Path, zipped: bool) -> Path:
-    """The emoji checkpoint as torch saves it, with a little of what training leaves beside."""
-    torch.save({"global_step": 5, "state_dict": load_file(CHECKPOINT)}, path, _use_new_zipfile_serialization=zipped)
+def as_ckpt(checkpoint: Path, path: Path, zipped: bool) -> Path:
+    """A checkpoint as torch saves it, with a little of what training leaves beside."""
+    torch.save({"global_step": 5, "state_dict": load_file(checkpoint)}, path, _use_new_zipfile_serialization=zipped)
     return path
 
 
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
-def test_a_ckpt_that_changes_during_the_build(out: Path, tmp_path: Path, instant: None, zipped: bool) -> None:
-    path = as_ckpt(tmp_path / "c.ckpt", zipped)
+def test_a_ckpt_that_changes_during_the_build(small_checkpoint: Path, out: Path, tmp_path: Path, instant: None, zipped: bool) -> None:
+    path = as_ckpt(small_checkpoint, tmp_path / "c.ckpt", zipped)
     with pytest.raises(InputFileError, match=r"c\.ckpt: changed during the build"):
         build(BuildOptions(path, output=out / "x.sdrt"), lambda stage, done: rewritten(path) if stage == "write" else None)
     assert not list(out.iterdir())
 
 
 @pytest.mark.parametrize("which", ["zip", "legacy", "folder"])
-def test_the_same_model_in_another_form_gives_the_same_bundle(out: Path, tmp_path: Path, quick: None, no_trace: None, flat_bundle: Path, which: str) -> None:
-    path = tmp_path / "emoji.v1"
+def test_the_same_model_in_another_form_gives_the_same_bundle(small_checkpoint: Path, out: Path, tmp_path: Path, quick: None, no_trace: None, small_bundle: Path, which: str) -> None:
+    path = tmp_path / "small.v1"
     if which == "folder":
-        weights, spec = reference.stored_weights(flat_bundle), reference.sizes(flat_bundle)
+        weights, spec = reference.stored_weights(small_bundle), reference.sizes(small_bundle)
         reference.unet(weights, spec["unet"]).save_pretrained(path / "unet")
         reference.vae(weights, spec["vae"]).save_pretrained(path / "vae")
         reference.text_model(weights, spec["clip"]).save_pretrained(path / "text_encoder")
         (path / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline"}))
     else:
-        path = as_ckpt(tmp_path / "emoji.ckpt", which == "zip")
+        path = as_ckpt(small_checkpoint, tmp_path / "small.ckpt", which == "zip")
     report = build(BuildOptions(path, output=out / "x.sdrt"))
-    assert (report.path / names.WEIGHTS).read_bytes() == (flat_bundle / names.WEIGHTS).read_bytes()
+    assert (report.path / names.WEIGHTS).read_bytes() == (small_bundle / names.WEIGHTS).read_bytes()
     assert [(source.kind, source.name) for source in report.manifest.sources] == [("checkpoint", path.name)]
     if which != "folder":
-        assert report.notes[0] == "emoji.ckpt: what lies beside the weights was ignored: global_step"
+        assert report.notes[0] == "small.ckpt: what lies beside the weights was ignored: global_step"
         assert report.manifest.sources[0].sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
@@ -453,7 +453,7 @@ def test_the_output_is_named_after_the_whole_name_of_a_folder(tmp_path: Path, mo
 
 
 @pytest.mark.parametrize("compute", ["fp32", "fp16"])
-def test_graph_that_differs_from_its_network_fails_the_build(out: Path, monkeypatch: pytest.MonkeyPatch, compute: str) -> None:
+def test_graph_that_differs_from_its_network_fails_the_build(small_checkpoint: Path, out: Path, monkeypatch: pytest.MonkeyPatch, compute: str) -> None:
     run = selfcheck.run_unoptimised
 
     def perturbed(path: Path, inputs: Any, which: str) -> Any:
@@ -463,7 +463,7 @@ def test_graph_that_differs_from_its_network_fails_the_build(out: Path, monkeypa
         return outputs
 
     monkeypatch.setattr(selfcheck, "run_unoptimised", perturbed)
-    error = refused(BuildOptions(CHECKPOINT, output=out / "x.sdrt"), CheckFailed, "self-check", "text_encoder", "relative error")
+    error = refused(BuildOptions(small_checkpoint, output=out / "x.sdrt"), CheckFailed, "self-check", "text_encoder", "relative error")
     assert error.exit_code == 1
     assert not list(out.iterdir())
 
@@ -494,7 +494,7 @@ def test_every_output_is_checked(parts: tuple[dict[str, Recipe], TensorFile, Pat
             assert not (tmp_path / "r.npz").exists()
 
 
-def test_network_that_gives_nan_fails_the_build(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_network_that_gives_nan_fails_the_build(small_checkpoint: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     outputs = selfcheck.module_outputs
 
     def broken(recipe: Recipe, weights: TensorFile, inputs: Any) -> Any:
@@ -503,13 +503,13 @@ def test_network_that_gives_nan_fails_the_build(out: Path, monkeypatch: pytest.M
         return found
 
     monkeypatch.setattr(selfcheck, "module_outputs", broken)
-    refused(BuildOptions(CHECKPOINT, output=out / "x.sdrt"), NonFiniteError, "self-check: text_encoder", "1 values are NaN or infinite")
+    refused(BuildOptions(small_checkpoint, output=out / "x.sdrt"), NonFiniteError, "self-check: text_encoder", "1 values are NaN or infinite")
     assert not list(out.iterdir())
 
 
-def test_checkpoint_that_overflows_in_its_own_network(out: Path, tmp_path: Path) -> None:
+def test_checkpoint_that_overflows_in_its_own_network(small_checkpoint: Path, out: Path, tmp_path: Path) -> None:
     """Every weight is finite, what they compute is not."""
-    tensors = {name: tensor.float() if tensor.dtype == torch.float16 else tensor for name, tensor in load_file(CHECKPOINT).items()}
+    tensors = {name: tensor.float() if tensor.dtype == torch.float16 else tensor for name, tensor in load_file(small_checkpoint).items()}
     tensors["cond_stage_model.transformer.text_model.encoder.layers.0.mlp.fc1.weight"].fill_(3e38)
     save_file(tensors, tmp_path / "c.safetensors")
     error = refused(BuildOptions(tmp_path / "c.safetensors", precision="fp32", output=out / "x.sdrt"), NonFiniteError, "self-check: text_encoder")
@@ -663,7 +663,7 @@ def test_options_reach_the_manifest(out: Path, tmp_path: Path, quick: None) -> N
         BuildOptions(
             CHECKPOINT,
             (LoraOption(LORA, 0.5, 0.25), LoraOption(LORA, 0.0, 0.0)),
-            vae_of(tmp_path / "other vae.safetensors"),
+            vae_of(CHECKPOINT, tmp_path / "other vae.safetensors"),
             precision="fp32",
             size=(128, 192),
             output=out / "x.sdrt",
@@ -696,9 +696,9 @@ def test_leftovers_are_noted(out: Path, tmp_path: Path, quick: None) -> None:
     )
 
 
-def test_file_names_that_are_not_unicode(out: Path, tmp_path: Path, instant: None) -> None:
+def test_file_names_that_are_not_unicode(small_checkpoint: Path, out: Path, tmp_path: Path, instant: None) -> None:
     path = tmp_path / os.fsdecode(b"\xff.safetensors")
-    shutil.copy(CHECKPOINT, path)
+    shutil.copy(small_checkpoint, path)
     report = build(BuildOptions(path, output=out / os.fsdecode(b"\xfe.sdrt")))
     assert open_bundle(report.path).manifest.sources[0].name == path.name
 
@@ -709,7 +709,7 @@ def test_default_output() -> None:
     assert default_output(BuildOptions(Path("a/emoji.safetensors"), loras)) == Path("emoji+style.v2+light.sdrt")
 
 
-def test_default_output_is_in_the_working_folder(out: Path, instant: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_default_output_is_in_the_working_folder(small_checkpoint: Path, out: Path, instant: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(out)
-    assert build(BuildOptions(CHECKPOINT)).path == out / "emoji.sdrt"
-    assert [path.name for path in out.iterdir()] == ["emoji.sdrt"]
+    assert build(BuildOptions(small_checkpoint)).path == out / "small.sdrt"
+    assert [path.name for path in out.iterdir()] == ["small.sdrt"]
