@@ -381,7 +381,9 @@ def rewritten_unseen(path: Path) -> None:
 
 @pytest.mark.parametrize("change", [rewritten, rewritten_unseen])
 @pytest.mark.parametrize("which", ["checkpoint", "vae", "lora"])
-def test_c20_input_that_changes_during_the_build(small_checkpoint: Path, out: Path, tmp_path: Path, instant: None, which: str, change: Callable[[Path], None], small_lora: Path) -> None:
+def test_c20_input_that_changes_during_the_build(
+    small_checkpoint: Path, out: Path, tmp_path: Path, instant: None, which: str, change: Callable[[Path], None], small_lora: Path
+) -> None:
     files = {"checkpoint": tmp_path / "c.safetensors", "vae": vae_of(small_checkpoint, tmp_path / "v.safetensors"), "lora": tmp_path / "l.safetensors"}
     shutil.copy(small_checkpoint, files["checkpoint"])
     shutil.copy(small_lora, files["lora"])
@@ -423,7 +425,9 @@ def test_a_ckpt_that_changes_during_the_build(small_checkpoint: Path, out: Path,
 
 
 @pytest.mark.parametrize("which", ["zip", "legacy", "folder"])
-def test_the_same_model_in_another_form_gives_the_same_bundle(small_checkpoint: Path, out: Path, tmp_path: Path, quick: None, no_trace: None, small_bundle: Path, which: str) -> None:
+def test_the_same_model_in_another_form_gives_the_same_bundle(
+    small_checkpoint: Path, out: Path, tmp_path: Path, quick: None, no_trace: None, small_bundle: Path, which: str
+) -> None:
     path = tmp_path / "small.v1"
     if which == "folder":
         weights, spec = reference.stored_weights(small_bundle), reference.sizes(small_bundle)

@@ -44,9 +44,9 @@ FILES = [*GRAPH_FILES, bundle.WEIGHTS, *(f"reference/{graph}.npz" for graph in b
 
 
 @pytest.fixture
-def copy(flat_bundle: Path, tmp_path: Path) -> Path:
+def copy(small_bundle: Path, tmp_path: Path) -> Path:
     """A copy of the emoji bundle to tamper with."""
-    return Path(shutil.copytree(flat_bundle, tmp_path / "copy.sdrt"))
+    return Path(shutil.copytree(small_bundle, tmp_path / "copy.sdrt"))
 
 
 @pytest.fixture
@@ -584,8 +584,8 @@ def test_is_bundle_does_not_wait_for_a_pipe(tmp_path: Path) -> None:
 # Tampering with a bundle that runs
 
 
-def test_files_are_the_ones_tampered_with_here(flat_bundle: Path) -> None:
-    assert sorted(open_bundle(flat_bundle).manifest.files) == sorted(FILES)
+def test_files_are_the_ones_tampered_with_here(small_bundle: Path) -> None:
+    assert sorted(open_bundle(small_bundle).manifest.files) == sorted(FILES)
 
 
 def flip(path: Path, where: float) -> None:
@@ -651,8 +651,8 @@ def snapshot(folder: Path) -> dict[str, tuple[int, bytes]]:
     return {p.relative_to(folder).as_posix(): (p.stat().st_mtime_ns, p.read_bytes() if p.is_file() else b"") for p in (folder, *folder.rglob("*"))}
 
 
-def test_b10_bundle_works_read_only_moved_and_through_a_link_and_is_not_written_to(flat_bundle: Path, copy: Path) -> None:
-    with Pipeline.load(flat_bundle) as pipe:
+def test_b10_bundle_works_read_only_moved_and_through_a_link_and_is_not_written_to(small_bundle: Path, copy: Path) -> None:
+    with Pipeline.load(small_bundle, threads=1) as pipe:
         expected = pipe("red apple", steps=2, seed=1).images
     moved = copy.rename(copy.with_name("moved elsewhere.sdrt"))
     for path in (moved, *moved.rglob("*")):
@@ -662,7 +662,7 @@ def test_b10_bundle_works_read_only_moved_and_through_a_link_and_is_not_written_
     link.symlink_to(moved)
     try:
         for path in (moved, link):
-            with Pipeline.load(path) as pipe:
+            with Pipeline.load(path, threads=1) as pipe:
                 assert np.array_equal(pipe("red apple", steps=2, seed=1).images, expected)
         verify(moved)
         assert snapshot(moved) == before

@@ -65,14 +65,14 @@ def nothing_to_compile(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def loaded(flat_bundle: Path) -> Iterator[Pipeline]:
-    with Pipeline.load(flat_bundle) as pipe:
+def loaded(small_bundle: Path) -> Iterator[Pipeline]:
+    with Pipeline.load(small_bundle, threads=1) as pipe:
         yield pipe
 
 
 @pytest.fixture
 def shared(loaded: Pipeline, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The emoji bundle, whose engine is loaded once for many commands."""
+    """The small bundle, whose engine is loaded once for many commands."""
 
     def load(path: Path, **_: object) -> Pipeline:
         assert path == loaded.bundle.path
@@ -200,12 +200,12 @@ def test_build_in_words(here: Path, quick: None) -> None:
     assert names_in(here) == ["emoji+blindbox.sdrt"]
 
 
-def test_verify(flat_bundle: Path) -> None:
-    report = only_json(run("verify", flat_bundle, "--json"))
+def test_verify(small_bundle: Path) -> None:
+    report = only_json(run("verify", small_bundle, "--json"))
     assert report["ok"] is True
     assert {check["graph"] for check in report["checks"]} == set(bundle.GRAPHS)
     assert all(check["error"] <= check["limit"] for check in report["checks"])
-    result = run("verify", flat_bundle)
+    result = run("verify", small_bundle)
     assert result.exit_code == 0
     assert len(result.stdout.splitlines()) == len(report["checks"])
     assert all(line.startswith("ok ") for line in result.stdout.splitlines())
@@ -232,11 +232,11 @@ def test_inspect_a_lora() -> None:
     assert report["metadata"]["ss_output_name"] == "blindbox"
 
 
-def test_inspect_a_bundle(flat_bundle: Path) -> None:
-    report = only_json(run("inspect", flat_bundle, "--json"))
+def test_inspect_a_bundle(small_bundle: Path) -> None:
+    report = only_json(run("inspect", small_bundle, "--json"))
     assert report["kind"] == "a bundle"
-    assert report["sources"][0]["name"] == "emoji.safetensors"
-    words = run("inspect", flat_bundle)
+    assert report["sources"][0]["name"] == "small.safetensors"
+    words = run("inspect", small_bundle)
     assert words.exit_code == 0
     assert "family: sd1" in words.stdout
 
@@ -266,7 +266,7 @@ def test_generate(shared: Path, here: Path, loaded: Pipeline) -> None:
         assert np.array_equal(np.asarray(image), expected)
         parameters = json.loads(image.info["sdrt"])
     assert {key: parameters[key] for key in ("prompt", "negative", "steps", "cfg", "seed", "sampler", "size", "bundle", "sdrt")} == {
-        "prompt": "red apple", "negative": "blue", "steps": 3, "cfg": 3.0, "seed": 7, "sampler": "euler", "size": [64, 64], "bundle": "flat", "sdrt": __version__,
+        "prompt": "red apple", "negative": "blue", "steps": 3, "cfg": 3.0, "seed": 7, "sampler": "euler", "size": [64, 64], "bundle": "small", "sdrt": __version__,
     }  # fmt: skip
     assert parameters["engine"]["backend"] == "onnxruntime"
 
@@ -291,7 +291,7 @@ def test_generate_several(shared: Path, here: Path, loaded: Pipeline) -> None:
 def test_generate_draws_and_reports_a_seed(shared: Path, here: Path) -> None:
     seeds = {only_json(run("generate", shared, "apple", "--steps", 1, "--json"))["pictures"][0]["seed"] for _ in range(2)}
     assert len(seeds) == 2
-    assert names_in(here) == sorted(f"flat-{seed}.png" for seed in seeds)
+    assert names_in(here) == sorted(f"small-{seed}.png" for seed in seeds)
 
 
 def test_generate_replaces_its_own_pictures_only(shared: Path, here: Path) -> None:
@@ -374,8 +374,8 @@ def test_generate_with_bad_options(shared: Path, here: Path, options: list[str],
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_generate_on_a_bad_engine(flat_bundle: Path, here: Path, options: list[str], code: int, fragments: list[str]) -> None:
-    failed(run("generate", flat_bundle, "apple", *options), code, *fragments)
+def test_generate_on_a_bad_engine(small_bundle: Path, here: Path, options: list[str], code: int, fragments: list[str]) -> None:
+    failed(run("generate", small_bundle, "apple", *options), code, *fragments)
     assert not names_in(here)
 
 
@@ -509,9 +509,9 @@ def test_script_in_plain_and_poor_terminals(here: Path) -> None:
 @pytest.mark.parametrize(
     "env", [{"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}], ids=["ascii", "C without UTF-8"]
 )
-def test_names_that_the_terminal_cannot_show(here: Path, flat_bundle: Path, env: dict[str, str]) -> None:
+def test_names_that_the_terminal_cannot_show(here: Path, small_bundle: Path, env: dict[str, str]) -> None:
     (here / "äpfel").mkdir()
-    done = process("generate", flat_bundle, "apple", "--steps", "1", "--output", "äpfel/ö.png", cwd=here, env=env)
+    done = process("generate", small_bundle, "apple", "--steps", "1", "--output", "äpfel/ö.png", cwd=here, env=env)
     assert done.returncode == 0, done.stderr
     assert (here / "äpfel" / "ö.png").is_file()
     done = process("inspect", "ü.safetensors", cwd=here, env=env)
@@ -519,10 +519,10 @@ def test_names_that_the_terminal_cannot_show(here: Path, flat_bundle: Path, env:
     assert done.stderr.startswith("error: ")
 
 
-def test_names_that_are_not_unicode(here: Path, flat_bundle: Path) -> None:
+def test_names_that_are_not_unicode(here: Path, small_bundle: Path) -> None:
     names = [os.fsdecode(byte + suffix) for byte, suffix in ((b"\xfd", b".png"), (b"\xfe", b".safetensors"), (b"\xff", b".safetensors"))]
     (here / names[1]).write_bytes(LORA.read_bytes())
-    assert process("generate", flat_bundle, "apple", "--steps", "1", "--output", names[0], cwd=here).returncode == 0
+    assert process("generate", small_bundle, "apple", "--steps", "1", "--output", names[0], cwd=here).returncode == 0
     assert "kind: a LoRA" in process("inspect", names[1], cwd=here).stdout
     assert process("inspect", names[2], cwd=here).returncode == 3
     assert names_in(here) == names[:2]
@@ -562,8 +562,8 @@ def test_build_without_its_packages(here: Path, missing: str) -> None:
     assert not names_in(here)
 
 
-def test_generate_without_an_engine(here: Path, flat_bundle: Path) -> None:
-    done = process("generate", flat_bundle, "apple", cwd=here, code="import sys; sys.modules['onnxruntime'] = None")
+def test_generate_without_an_engine(here: Path, small_bundle: Path) -> None:
+    done = process("generate", small_bundle, "apple", cwd=here, code="import sys; sys.modules['onnxruntime'] = None")
     assert done.returncode == 5
     assert "pip install 'sdrt[cpu]'" in done.stderr
     assert not names_in(here)
@@ -571,8 +571,8 @@ def test_generate_without_an_engine(here: Path, flat_bundle: Path) -> None:
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
 @pytest.mark.parametrize(("number", "stage"), [(signal.SIGINT, "check step"), (signal.SIGTERM, "fuse"), (signal.SIGHUP, "trace step")], ids=str)
-def test_i2_stopped_build_leaves_nothing(here: Path, flat_bundle: Path, number: int, stage: str) -> None:
-    command = [str(SCRIPT), "build", "--checkpoint", str(CHECKPOINT), "--output", "x.sdrt"]
+def test_i2_stopped_build_leaves_nothing(small_checkpoint: Path, here: Path, small_bundle: Path, number: int, stage: str) -> None:
+    command = [str(SCRIPT), "build", "--checkpoint", str(small_checkpoint), "--output", "x.sdrt"]
     with subprocess.Popen(command, cwd=here, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8") as build:
         assert build.stderr is not None
         for line in build.stderr:

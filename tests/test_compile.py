@@ -96,7 +96,7 @@ def test_outputs_come_in_the_graphs_order(compiled: Twice) -> None:
         assert worker.in_order(bytes(read_plan(folder, record, graph)), outputs)
 
 
-def test_a_plan_out_of_order_is_built_again(flat_bundle: Path, rtx: Compiler, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_plan_out_of_order_is_built_again(small_bundle: Path, rtx: Compiler, monkeypatch: pytest.MonkeyPatch) -> None:
     real, asked = worker._ask, list[dict[str, Any]]()
 
     def swapped_at_first(compiler: Compiler, request: dict[str, Any], *rest: Any) -> worker.Answer:
@@ -108,7 +108,7 @@ def test_a_plan_out_of_order_is_built_again(flat_bundle: Path, rtx: Compiler, mo
         return worker.Answer(answer.fields, b"finite" + data, answer.peak_bytes)
 
     monkeypatch.setattr(worker, "_ask", swapped_at_first)
-    built, _ = worker.build(rtx, VAE_DECODER, *decoder(flat_bundle), DEMAND, lambda *_: None)
+    built, _ = worker.build(rtx, VAE_DECODER, *decoder(small_bundle), DEMAND, lambda *_: None)
     assert len(asked) >= 2 and asked[0] != asked[1]  # another heap, or chance would have to help
     assert worker.in_order(bytes(built.plan), DECODER_OUTPUTS)
 
@@ -174,9 +174,9 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, data: bytes = b"plan") -> list[str
 @pytest.mark.parametrize(
     "damage", [lambda f: (f / "step.plan").write_bytes(b"plam"), lambda f: (f / "step.plan").unlink(), lambda f: (f / "engine.json").write_text("{")]
 )
-def test_a_damaged_engine_is_compiled_again(flat_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: Callable[[Path], Any]) -> None:
+def test_a_damaged_engine_is_compiled_again(small_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: Callable[[Path], Any]) -> None:
     asked = stand_in(monkeypatch)
-    bundle = open_bundle(fresh(flat_bundle, tmp_path / "flat.sdrt"))
+    bundle = open_bundle(fresh(small_bundle, tmp_path / "flat.sdrt"))
     options = CompileOptions("tensorrt-rtx")
     folder = compile_bundle(bundle, options).path
     assert compile_bundle(bundle, options).cached
@@ -188,8 +188,8 @@ def test_a_damaged_engine_is_compiled_again(flat_bundle: Path, tmp_path: Path, m
     assert read_intact(folder) == again.record
 
 
-def test_force_compiles_again(flat_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    bundle = fresh(flat_bundle, tmp_path / "flat.sdrt")
+def test_force_compiles_again(small_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle = fresh(small_bundle, tmp_path / "flat.sdrt")
     stand_in(monkeypatch)
     first = run("compile", bundle, "--target", "tensorrt-rtx")
     assert first.exit_code == 0 and "sm_86,sm_89,sm_120" in first.stdout
@@ -199,9 +199,9 @@ def test_force_compiles_again(flat_bundle: Path, tmp_path: Path, monkeypatch: py
     assert read_plan(folder, record, STEP) == b"other"
 
 
-def test_prune(flat_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prune(small_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stand_in(monkeypatch)
-    bundle = open_bundle(fresh(flat_bundle, tmp_path / "flat.sdrt"))
+    bundle = open_bundle(fresh(small_bundle, tmp_path / "flat.sdrt"))
     good = compile_bundle(bundle, CompileOptions("tensorrt-rtx", sms=(89,))).path
     compiler = tensorrt.open_compiler
     monkeypatch.setattr(tensorrt, "open_compiler", lambda *arguments: replace(compiler(*arguments), version="1.6.0.1"))
@@ -215,9 +215,9 @@ def test_prune(flat_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert run("compile", bundle.path, "--prune").stdout == "no stale engines\n"
 
 
-def test_inspect_shows_a_damaged_engine(flat_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_inspect_shows_a_damaged_engine(small_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stand_in(monkeypatch)
-    bundle = open_bundle(fresh(flat_bundle, tmp_path / "flat.sdrt"))
+    bundle = open_bundle(fresh(small_bundle, tmp_path / "flat.sdrt"))
     folder = compile_bundle(bundle, CompileOptions("tensorrt-rtx", size=((64, 64), (96, 128)), batch=(1, 4))).path
     words = run("inspect", bundle.path).stdout
     assert "shapes: 64x64 to 96x128, batch 1 to 4, 77 tokens, 1 or 2 guidance branches" in words and "stale: False" in words
@@ -388,16 +388,16 @@ def test_a_file_that_is_no_graph(rtx: Compiler, tmp_path: Path) -> None:
         worker.read_inputs(rtx, {STEP: tmp_path / "bad.onnx"})
 
 
-def test_weights_that_are_gone(flat_bundle: Path, rtx: Compiler, tmp_path: Path) -> None:
-    bundle = open_bundle(flat_bundle)
+def test_weights_that_are_gone(small_bundle: Path, rtx: Compiler, tmp_path: Path) -> None:
+    bundle = open_bundle(small_bundle)
     shutil.copy(bundle.graph(VAE_DECODER, bundle.manifest.precision), tmp_path / "alone.onnx")
     with pytest.raises(MachineError, match="cannot read"):
         worker.read_inputs(rtx, {VAE_DECODER: tmp_path / "alone.onnx"})
 
 
 @pytest.mark.parametrize("file", ["graphs/step.fp16.onnx", "graphs/weights.safetensors"])
-def test_a_changed_bundle_is_not_compiled(flat_bundle: Path, tmp_path: Path, file: str) -> None:
-    bundle = fresh(flat_bundle, tmp_path / "flat.sdrt")
+def test_a_changed_bundle_is_not_compiled(small_bundle: Path, tmp_path: Path, file: str) -> None:
+    bundle = fresh(small_bundle, tmp_path / "flat.sdrt")
     data = bytearray((bundle / file).read_bytes())
     data[-1] ^= 1
     (bundle / file).unlink()
@@ -407,26 +407,26 @@ def test_a_changed_bundle_is_not_compiled(flat_bundle: Path, tmp_path: Path, fil
     assert not (bundle / ENGINES).exists()
 
 
-def test_a_bundle_without_graphs_of_its_precision(flat_bundle: Path) -> None:
-    bundle = open_bundle(flat_bundle)
+def test_a_bundle_without_graphs_of_its_precision(small_bundle: Path) -> None:
+    bundle = open_bundle(small_bundle)
     bundle = Bundle(bundle.path, replace(bundle.manifest, precision="bf16"))
     with pytest.raises(MachineError, match="no bf16 graphs to compile, it has fp16, fp32"):
         compile_bundle(bundle, CompileOptions("tensorrt-rtx"))
 
 
 @pytest.mark.parametrize(("target", "module"), [("tensorrt-rtx", "tensorrt_rtx"), ("tensorrt", "tensorrt")])
-def test_the_compiler_is_missing(flat_bundle: Path, monkeypatch: pytest.MonkeyPatch, target: str, module: str) -> None:
+def test_the_compiler_is_missing(small_bundle: Path, monkeypatch: pytest.MonkeyPatch, target: str, module: str) -> None:
     monkeypatch.setitem(sys.modules, module, None)
-    result = run("compile", flat_bundle, "--target", target)
+    result = run("compile", small_bundle, "--target", target)
     assert result.exit_code == 5 and f"target {target}: cannot import" in result.stderr
     assert f"pip install 'sdrt[{target}]'" in result.stderr
 
 
-def test_the_compiler_lacks_a_library(flat_bundle: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_compiler_lacks_a_library(small_bundle: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "tensorrt.py").write_text("raise ImportError('libnvinfer.so.11: cannot open shared object file: No such file or directory')")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "tensorrt", raising=False)
-    result = run("compile", flat_bundle, "--target", "tensorrt")
+    result = run("compile", small_bundle, "--target", "tensorrt")
     assert result.exit_code == 5 and "libnvinfer.so.11" in result.stderr
 
 
@@ -452,11 +452,11 @@ def test_the_compiler_lacks_a_library(flat_bundle: Path, monkeypatch: pytest.Mon
         ([], 2, "--target: missing"),
     ],
 )
-def test_bad_options(flat_bundle: Path, options: list[str], code: int, words: str) -> None:
-    result = run("compile", flat_bundle, *options)
+def test_bad_options(small_bundle: Path, options: list[str], code: int, words: str) -> None:
+    result = run("compile", small_bundle, *options)
     assert result.exit_code == code, result.stderr
     assert words in result.stderr and "Traceback" not in result.stderr
-    assert json.loads(run("compile", flat_bundle, *options, "--json").stdout)["error"]["exit_code"] == code
+    assert json.loads(run("compile", small_bundle, *options, "--json").stdout)["error"]["exit_code"] == code
 
 
 @pytest.mark.parametrize(
@@ -478,9 +478,9 @@ def test_what_a_failed_build_says(lines: list[str], kind: type[Exception], words
         assert "the batch of 8: lower --batch" in error.fix
 
 
-def test_no_room_for_the_plan(flat_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_room_for_the_plan(small_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stand_in(monkeypatch)
-    bundle = fresh(flat_bundle, tmp_path / "flat.sdrt")
+    bundle = fresh(small_bundle, tmp_path / "flat.sdrt")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 100))  # type: ignore[attr-defined]
     result = run("compile", bundle, "--target", "tensorrt-rtx")
     assert result.exit_code == 6 and "the engine needs" in result.stderr
@@ -503,44 +503,44 @@ def workers(monkeypatch: pytest.MonkeyPatch) -> list[subprocess.Popen[bytes]]:
     return started
 
 
-def decoder(flat_bundle: Path) -> tuple[Path, list[Profile]]:
-    bundle = open_bundle(flat_bundle)
+def decoder(small_bundle: Path) -> tuple[Path, list[Profile]]:
+    bundle = open_bundle(small_bundle)
     latents, rounding = (((1, 4, 8, 8),) * 3, ((1,),) * 3)
     return bundle.graph(VAE_DECODER, bundle.manifest.precision), [Profile({"latents": latents, "rounding": rounding})]
 
 
-def test_i3_a_worker_that_the_system_kills(flat_bundle: Path, rtx: Compiler, workers: list[subprocess.Popen[bytes]]) -> None:
+def test_i3_a_worker_that_the_system_kills(small_bundle: Path, rtx: Compiler, workers: list[subprocess.Popen[bytes]]) -> None:
     """As the kernel does when memory runs out."""
     with pytest.raises(ResourceError, match=r"vae_decoder: TensorRT-RTX [0-9.]+: killed by the system, most likely out of memory") as raised:
-        worker.build(rtx, VAE_DECODER, *decoder(flat_bundle), DEMAND, lambda *_: workers[-1].kill())
+        worker.build(rtx, VAE_DECODER, *decoder(small_bundle), DEMAND, lambda *_: workers[-1].kill())
     assert "the batch of 8: lower --batch" in raised.value.fix
 
 
-def test_i3_a_worker_that_crashes(flat_bundle: Path, rtx: Compiler, workers: list[subprocess.Popen[bytes]]) -> None:
+def test_i3_a_worker_that_crashes(small_bundle: Path, rtx: Compiler, workers: list[subprocess.Popen[bytes]]) -> None:
     with pytest.raises(MachineError, match="ended with exit code -11"):
-        worker.build(rtx, VAE_DECODER, *decoder(flat_bundle), DEMAND, lambda *_: workers[-1].send_signal(signal.SIGSEGV))
+        worker.build(rtx, VAE_DECODER, *decoder(small_bundle), DEMAND, lambda *_: workers[-1].send_signal(signal.SIGSEGV))
 
 
-def test_a_worker_that_cannot_start(flat_bundle: Path, rtx: Compiler, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_worker_that_cannot_start(small_bundle: Path, rtx: Compiler, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "sdrt.py").write_text("raise SystemError('another package of this name')")
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(MachineError, match="another package of this name"):
-        worker.build(rtx, VAE_DECODER, *decoder(flat_bundle), DEMAND, lambda *_: None)
+        worker.build(rtx, VAE_DECODER, *decoder(small_bundle), DEMAND, lambda *_: None)
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
 def test_an_exception_of_the_caller_ends_the_worker(
-    flat_bundle: Path, rtx: Compiler, workers: list[subprocess.Popen[bytes]], error: type[BaseException]
+    small_bundle: Path, rtx: Compiler, workers: list[subprocess.Popen[bytes]], error: type[BaseException]
 ) -> None:
     def progress(graph: str, done: float | None) -> None:
         raise error
 
     with pytest.raises(error):
-        worker.build(rtx, VAE_DECODER, *decoder(flat_bundle), DEMAND, progress)
+        worker.build(rtx, VAE_DECODER, *decoder(small_bundle), DEMAND, progress)
     assert workers[-1].poll() is not None
 
 
-def test_a_build_stops_at_its_next_step(flat_bundle: Path, rtx: Compiler) -> None:
+def test_a_build_stops_at_its_next_step(small_bundle: Path, rtx: Compiler) -> None:
     stop = Event()
     steps: list[float | None] = []
 
@@ -549,23 +549,23 @@ def test_a_build_stops_at_its_next_step(flat_bundle: Path, rtx: Compiler) -> Non
         stop.set()
 
     with pytest.raises(KeyboardInterrupt):
-        build_graph(rtx, VAE_DECODER, *decoder(flat_bundle), DEMAND, progress, stop)
+        build_graph(rtx, VAE_DECODER, *decoder(small_bundle), DEMAND, progress, stop)
     assert len(steps) == 1
 
 
-def test_progress_that_fails_ends_the_build(flat_bundle: Path, rtx: Compiler) -> None:
+def test_progress_that_fails_ends_the_build(small_bundle: Path, rtx: Compiler) -> None:
     """The exception must not pass through TensorRT, and must not get lost."""
 
     def progress(graph: str, done: float | None) -> None:
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        build_graph(rtx, VAE_DECODER, *decoder(flat_bundle), DEMAND, progress, Event())
+        build_graph(rtx, VAE_DECODER, *decoder(small_bundle), DEMAND, progress, Event())
 
 
-def test_progress_only_grows(flat_bundle: Path, rtx: Compiler) -> None:
+def test_progress_only_grows(small_bundle: Path, rtx: Compiler) -> None:
     seen: list[float] = []
-    worker.build(rtx, VAE_DECODER, *decoder(flat_bundle), DEMAND, lambda graph, done: seen.append(done or 0.0))
+    worker.build(rtx, VAE_DECODER, *decoder(small_bundle), DEMAND, lambda graph, done: seen.append(done or 0.0))
     assert len(seen) > 5 and seen == sorted(seen) and seen[0] > 0 and seen[-1] <= 1
 
 
@@ -631,9 +631,7 @@ def test_build_checks_the_compiler_first(tmp_path: Path, monkeypatch: pytest.Mon
     assert result.exit_code == 5 and "cannot import TensorRT-RTX" in result.stderr
 
 
-def test_build_compiles(compiled: Twice, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from conftest import CHECKPOINT
-
+def test_build_compiles(small_checkpoint: Path, compiled: Twice, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from sdrt.export import selfcheck
 
     ((folder, record),) = list_engines(open_bundle(compiled.bundle))
@@ -647,7 +645,7 @@ def test_build_compiles(compiled: Twice, tmp_path: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(selfcheck, "check", lambda recipe, weights, graphs, reference: [dict.fromkeys(graphs, 0.0), reference.touch()][0])
     monkeypatch.setattr(tensorrt, "compile_bundle", compile_stand_in)
-    options = ["build", "--checkpoint", CHECKPOINT, "--target", "onnxruntime", "--target", "tensorrt-rtx", "--output", tmp_path / "a.sdrt"]
+    options = ["build", "--checkpoint", small_checkpoint, "--target", "onnxruntime", "--target", "tensorrt-rtx", "--output", tmp_path / "a.sdrt"]
     result = run(*options, "--json")
     assert result.exit_code == 0, result.stderr
     assert [engine["path"] for engine in json.loads(result.stdout)["engines"]] == [str(folder)]
@@ -708,13 +706,13 @@ def enterprise(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path
     sys.modules.pop("tensorrt", None)
 
 
-def test_enterprise(enterprise: Path, flat_bundle: Path) -> None:
+def test_enterprise(enterprise: Path, small_bundle: Path) -> None:
     """The GPU is in the key, the activations are known at once, and what the build measured is kept for the next."""
     compiler = open_compiler("tensorrt", None, 1)
     assert (compiler.version, compiler.device, compiler.gpu, compiler.sms) == ("11.4.0.106", "NVIDIA H100 80GB HBM3, sm_90", 1, ())
     assert tensorrt.build_flags(compiler.trt) == ("no_tf32", "no_auxiliary_streams")
     for _ in range(2):
-        built, _ = worker.build(compiler, VAE_DECODER, *decoder(flat_bundle), DEMAND, lambda *_: None)
+        built, _ = worker.build(compiler, VAE_DECODER, *decoder(small_bundle), DEMAND, lambda *_: None)
         assert built.device_memory_bytes == 12345
         assert [path.name for path in (enterprise / "cache" / "timing").iterdir()] == ["11.4.0.106-NVIDIA-H100-80GB-HBM3-sm_90.cache"]
 

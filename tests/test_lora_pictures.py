@@ -46,7 +46,7 @@ def theirs(flat_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @pytest.fixture(scope="module")
 def without(flat_bundle: Path) -> NDArray[np.uint8]:
-    with Pipeline.load(flat_bundle) as pipeline:
+    with Pipeline.load(flat_bundle, threads=1) as pipeline:
         return pipeline(PROMPT, compat="diffusers", **SETTINGS).images
 
 
@@ -93,7 +93,7 @@ def test_picture_is_that_of_the_layers_with_the_adapter(kind: str, theirs: Any, 
     with torch.no_grad(), adapted(theirs, path, size, options):
         expected = draw(theirs)
     report = build(BuildOptions(CHECKPOINT, (LoraOption(path),), precision="fp32", output=tmp_path / "style.sdrt"))
-    with Pipeline.load(report.path) as pipeline:
+    with Pipeline.load(report.path, threads=1) as pipeline:
         found = pipeline(PROMPT, compat="diffusers", **SETTINGS).images
     assert report.manifest.sources[-1].applied == {"text_encoder": 12, "unet": 282}
     assert psnr(found, expected) >= 45

@@ -68,9 +68,17 @@ def bundle(reports: list[CompileReport]) -> Path:
 
 
 @pytest.fixture(scope="module")
-def exact(flat_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A float32 engine for two pictures of 96x64, with tables of four rows."""
-    path = copied(flat_bundle, tmp_path_factory.mktemp("exact") / "exact.sdrt")
+def small(small_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small bundle with the same two engines, for tests that compile again, copy or change engines."""
+    path = copied(small_bundle, tmp_path_factory.mktemp("openvino") / "small.sdrt")
+    compile_bundle(open_bundle(path), CompileOptions("openvino"))
+    return path
+
+
+@pytest.fixture(scope="module")
+def exact(small_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A float32 engine of the small bundle for two pictures of 96x64, with tables of four rows."""
+    path = copied(small_bundle, tmp_path_factory.mktemp("exact") / "exact.sdrt")
     size = (96, 64)
     compile_bundle(open_bundle(path), CompileOptions("openvino", size=(size, size), batch=(2, 2), branches=(2,), rows=4, precision="fp32"))
     return path
@@ -90,7 +98,13 @@ def exact_pipe(exact: Path) -> Iterator[Pipeline]:
 
 @pytest.fixture(scope="module")
 def reference(flat_bundle: Path) -> Iterator[Pipeline]:
-    with Pipeline.load(flat_bundle, backend="onnxruntime") as loaded:
+    with Pipeline.load(flat_bundle, backend="onnxruntime", threads=1) as loaded:
+        yield loaded
+
+
+@pytest.fixture(scope="module")
+def small_reference(small_bundle: Path) -> Iterator[Pipeline]:
+    with Pipeline.load(small_bundle, backend="onnxruntime", threads=1) as loaded:
         yield loaded
 
 
@@ -106,11 +120,11 @@ def test_pictures(pipe: Pipeline, reference: Pipeline, arguments: dict[str, Any]
     assert psnr(found.images, expected.images) >= PSNR_DB[compute]
 
 
-def test_batches_and_refilled_tables(exact_pipe: Pipeline, reference: Pipeline) -> None:
+def test_batches_and_refilled_tables(exact_pipe: Pipeline, small_reference: Pipeline) -> None:
     """Seven rows on tables of four, and a second batch of one picture."""
     arguments: dict[str, Any] = {"steps": 7, "cfg": 3.0, "seed": 4, "size": (96, 64), "count": 3, "sampler": "euler_a"}
     found = exact_pipe("red apple", batch=2, **arguments)
-    expected = reference("red apple", **arguments)
+    expected = small_reference("red apple", **arguments)
     assert found.engine["compute"] == "fp32" and found.seeds == (4, 5, 6)
     for one, other in zip(found.images, expected.images, strict=True):
         assert psnr(one, other) >= PSNR_DB["fp32"]
@@ -133,9 +147,9 @@ def job(rows: int, *, tokens: int = 77, branches: int = 2, width: int = 12) -> J
     return Job(made, noise, sets, changing, np.zeros((1, *shape), np.float32), drawn(1, *shape), np.zeros((1, 1, *shape[1:]), np.float32))
 
 
-def test_contexts_change_between_rows(exact_pipe: Pipeline, reference: Pipeline) -> None:
+def test_contexts_change_between_rows(exact_pipe: Pipeline, small_reference: Pipeline) -> None:
     latents = []
-    for pipeline in (exact_pipe, reference):
+    for pipeline in (exact_pipe, small_reference):
         assert pipeline._engine is not None
         denoising = pipeline._engine.denoise(job(7))
         for _ in range(7):
@@ -160,10 +174,10 @@ def test_what_a_job_reads_outlives_its_setup(exact_pipe: Pipeline) -> None:
     assert np.array_equal(denoising.latents(), expected.latents())
 
 
-def test_images_are_encoded(exact_pipe: Pipeline, reference: Pipeline) -> None:
+def test_images_are_encoded(exact_pipe: Pipeline, small_reference: Pipeline) -> None:
     rng = np.random.default_rng(0)
     pixels, noise = rng.integers(0, 256, (3, 64, 96, 3), np.uint8), rng.standard_normal((3, 4, 8, 12)).astype(np.float32)
-    engines = [p._engine for p in (exact_pipe, reference)]
+    engines = [p._engine for p in (exact_pipe, small_reference)]
     found, expected = (e.encode_image(pixels, noise) for e in engines if e is not None)
     assert np.linalg.norm(found - expected) <= 1e-4 * np.linalg.norm(expected)
 
@@ -333,13 +347,13 @@ def test_a_second_start_compiles_nothing(bundle: Path, monkeypatch: pytest.Monke
     assert "without weights" in result.stdout
 
 
-def test_several_sizes_share_what_is_equal_and_memory_is_bounded(bundle: Path, tmp_path: Path, reference: Pipeline) -> None:
-    copy = copied(bundle, tmp_path / "two.sdrt")
+def test_several_sizes_share_what_is_equal_and_memory_is_bounded(small: Path, tmp_path: Path, small_reference: Pipeline) -> None:
+    copy = copied(small, tmp_path / "two.sdrt")
     compile_bundle(open_bundle(copy), CompileOptions("openvino", size=((64, 96), (64, 96)), branches=(2,)))
     with Pipeline.load(copy) as loaded:
         assert isinstance(loaded._engine, OpenVinoEngine)
         for size, cfg in (((64, 96), 3.0), ((64, 64), 3.0), ((64, 64), 1.0), ((64, 96), 3.0)):
-            found, expected = (p("red apple", **APPLE | {"size": size, "cfg": cfg}) for p in (loaded, reference))
+            found, expected = (p("red apple", **APPLE | {"size": size, "cfg": cfg}) for p in (loaded, small_reference))
             assert psnr(found.images, expected.images) >= PSNR_DB[found.engine["compute"]]
         kept = [key[0] for key in loaded._engine._graphs]
         assert kept.count(STEP) == 2 and kept.count(TEXT_ENCODER) == 1 and kept.count(VAE_DECODER) == 2
@@ -362,11 +376,11 @@ def test_build_prepares_what_auto_would_take(monkeypatch: pytest.MonkeyPatch) ->
     assert cli_engines.compiled_targets(["auto"], must_compile=False) == []
 
 
-def test_verify_and_inspect(bundle: Path) -> None:
-    checks = [check for check in verify(bundle) if check.backend.startswith("openvino")]
+def test_verify_and_inspect(small: Path) -> None:
+    checks = [check for check in verify(small) if check.backend.startswith("openvino")]
     assert {check.graph for check in checks} == set(GRAPHS) and all(check.error <= check.limit for check in checks)
     assert len({check.backend for check in checks}) == 2
-    engines = json.loads(run("inspect", bundle, "--json").stdout)["engines"]
+    engines = json.loads(run("inspect", small, "--json").stdout)["engines"]
     assert [(e["target"], e["stale"]) for e in engines] == [("openvino", False)] * 2
 
 
@@ -402,22 +416,22 @@ def test_b9_an_engine_of_another_cpu_is_compiled_again(bundle: Path, tmp_path: P
     assert json.loads(run("inspect", copy, "--json").stdout)["engines"][0]["stale"] is True
 
 
-def test_an_engine_of_another_version_is_compiled_again(bundle: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    copy = altered(bundle, tmp_path / "other.sdrt", compiler="2026.3.0")
+def test_an_engine_of_another_version_is_compiled_again(small: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    copy = altered(small, tmp_path / "other.sdrt", compiler="2026.3.0")
     (engine,) = backend._usable(open_bundle(copy))
     assert "built for OpenVINO 2026.3.0" in engine.stale and caplog.text.count("compiling again") == 1
     assert run("compile", copy, "--prune").exit_code == 0 and list_engines(open_bundle(copy)) == []
 
 
-def test_an_engine_of_other_weights_is_never_used(bundle: Path, tmp_path: Path) -> None:
-    copy = altered(bundle, tmp_path / "other.sdrt", weights="0" * 64)
+def test_an_engine_of_other_weights_is_never_used(small: Path, tmp_path: Path) -> None:
+    copy = altered(small, tmp_path / "other.sdrt", weights="0" * 64)
     with pytest.raises(MachineError, match="built for weights that have changed") as raised:
         Pipeline.load(copy, backend="openvino")
     assert f"sdrt compile {copy} --target openvino" in raised.value.fix
 
 
-def test_a_changed_byte(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    copy = copied(bundle, tmp_path / "changed.sdrt")
+def test_a_changed_byte(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    copy = copied(small, tmp_path / "changed.sdrt")
     for folder, _ in list_engines(open_bundle(copy)):
         data = bytearray((folder / "step.blob").read_bytes())
         data[len(data) // 2] ^= 1
@@ -427,7 +441,7 @@ def test_a_changed_byte(bundle: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     result = run("verify", copy)
     assert result.exit_code == 1 and "step.blob: changed since it was compiled" in result.stderr
     assert not (tmp_path / "a.png").exists()
-    intact = next((f, r) for f, r in list_engines(open_bundle(bundle)) if r.branches == (1,))
+    intact = next((f, r) for f, r in list_engines(open_bundle(small)) if r.branches == (1,))
     report = GraphReport(0.0, 0.0, 1, 1, (), None)
     monkeypatch.setattr(compiling, "_compile", lambda *args: compiling._Blob(read_plan(*intact, args[3]), report))
     (mended,) = compile_bundle(open_bundle(copy), CompileOptions("openvino", branches=(1,)))
@@ -526,8 +540,8 @@ def test_failures_are_explained(bundle: Path, tmp_path: Path) -> None:
         compile_graph(ov, ov.Core(), empty, inputs, "fp32", 1)
 
 
-def test_an_interrupted_compilation_leaves_nothing(flat_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    copy = copied(flat_bundle, tmp_path / "flat.sdrt")
+def test_an_interrupted_compilation_leaves_nothing(small_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    copy = copied(small_bundle, tmp_path / "flat.sdrt")
 
     def interrupted(bundle: Bundle, record: Any, plans: Any) -> Path:
         raise KeyboardInterrupt
@@ -538,8 +552,8 @@ def test_an_interrupted_compilation_leaves_nothing(flat_bundle: Path, tmp_path: 
     assert not (copy / ENGINES).exists()
 
 
-def test_a_bundle_that_changed_is_not_compiled(flat_bundle: Path, tmp_path: Path) -> None:
-    copy = copied(flat_bundle, tmp_path / "flat.sdrt")
+def test_a_bundle_that_changed_is_not_compiled(small_bundle: Path, tmp_path: Path) -> None:
+    copy = copied(small_bundle, tmp_path / "flat.sdrt")
     weights = copy / "graphs/weights.safetensors"
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1
