@@ -102,7 +102,7 @@ def test_prompts_are_the_example_s() -> None:
 @pytest.mark.parametrize("sampler", ["euler", "ddim"])
 @pytest.mark.parametrize("bundle", ["flat", "blindbox"])
 def test_pictures_are_diffusers_pictures(request: pytest.FixtureRequest, diffusers_pictures: Draw, bundle: str, sampler: str) -> None:
-    """diffusers draws the prompts in one batch, which it does in a third of the time; here each is a call of its own."""
+    """diffusers draws the prompts in one batch, which costs it less; here each is a call of its own."""
     seeds = range(100, 100 + len(PROMPTS))
     for prompt, seed, expected in zip(PROMPTS, seeds, diffusers_pictures(bundle, PROMPTS, sampler=sampler, seeds=seeds), strict=True):
         result = request.getfixturevalue(bundle)(prompt, cfg=3, steps=20, seed=seed, sampler=sampler, compat="diffusers")
