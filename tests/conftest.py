@@ -75,8 +75,11 @@ def _tokenizers_by_content() -> dict[bytes, Any]:
 
 
 @pytest.fixture
-def tokenizer_read_once(monkeypatch: pytest.MonkeyPatch, _tokenizers_by_content: dict[bytes, Any]) -> None:
-    """For tests that load bundles again and again, where parsing the same vocabulary would be most of the time. Encoding changes nothing in it."""
+def tokenizer_read_once(_tokenizers_by_content: dict[bytes, Any]) -> Iterator[None]:
+    """For tests that load bundles again and again, where parsing the same vocabulary would be most of the time. Encoding changes nothing in it.
+
+    It has a patch of its own: a test's `monkeypatch` must come after its simulated modules, to be undone before they are taken away.
+    """
     import tokenizers
 
     class Tokenizer:
@@ -89,7 +92,9 @@ def tokenizer_read_once(monkeypatch: pytest.MonkeyPatch, _tokenizers_by_content:
                 _tokenizers_by_content[digest] = cls.real.from_file(path)
             return _tokenizers_by_content[digest]
 
-    monkeypatch.setattr(tokenizers, "Tokenizer", Tokenizer)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenizers, "Tokenizer", Tokenizer)
+        yield
 
 
 @dataclass(frozen=True)
