@@ -1,6 +1,6 @@
 """Every way that OpenVINO offers to run self-attention, timed beside the best matrix product of the machine.
 
-The shapes are those of Stable Diffusion 1.5 at 512x512 with guidance. A variant is a graph of one attention, its inputs already split by nothing but a
+The shapes are those of Stable Diffusion 1.5 with guidance: the largest at 768x768, then all at 512x512. A variant is a graph of one attention, its inputs already split by nothing but a
 reshape, as the network has them, and a projection after it. Its time is that of all operators but the projection.
 Usage: python benchmarks/attention.py [--precision bf16|f32] [--runs N] [--threads N] [--json]
 """
@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import openvino as ov
 
-SHAPES = ((4096, 8, 40), (1024, 8, 80), (256, 8, 160))
+SHAPES = ((9216, 8, 40), (4096, 8, 40), (1024, 8, 80), (256, 8, 160))
 """Tokens, heads and width of a head at each level that has attention over more than 64 tokens."""
 PICTURES = 2
 op = ov.opset13

@@ -294,6 +294,57 @@ def test_norms_in_place_in_bfloat16(mean: float) -> None:
     assert ours < 2 * theirs
 
 
+def attended(q: np.ndarray, k: np.ndarray, v: np.ndarray, scale: float, mask: np.ndarray | None) -> np.ndarray:
+    """Attention in float64."""
+    scores = q.astype(np.float64) @ k.astype(np.float64).swapaxes(-1, -2) * scale
+    weights = np.exp(scores if mask is None else np.where(mask, scores, -np.inf))
+    return np.asarray(weights / weights.sum(-1, keepdims=True) @ v)
+
+
+def attention_model(queries: int, keys: int, width: int, scale: float | None, masked: bool, causal: bool) -> Any:
+    """An Attention of opset 23 with two heads, as OpenVINO reads it."""
+    kinds = {"q": (1, 2, queries, width), "k": (1, 2, keys, width), "v": (1, 2, keys, width)}
+    inputs = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape) for name, shape in kinds.items()]
+    inputs += [onnx.helper.make_tensor_value_info("mask", onnx.TensorProto.BOOL, (queries, keys))] * masked
+    settings = {"is_causal": int(causal)} | ({} if scale is None else {"scale": scale})
+    node = onnx.helper.make_node("Attention", [value.name for value in inputs], ["y"], name="look", **settings)
+    result = onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, kinds["q"])
+    graph = onnx.helper.make_graph([node], "attention", inputs, [result])
+    return ov.Core().read_model(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 23)], ir_version=10).SerializeToString())
+
+
+@pytest.mark.parametrize(
+    ("scale", "masked", "causal"), [(None, False, False), (0.3, False, False), (None, True, False), (0.3, True, False), (None, False, True)]
+)
+@pytest.mark.parametrize("width", [24, 40])
+def test_filled_heads(scale: float | None, masked: bool, causal: bool, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same attention as in float64, and one operator still."""
+    monkeypatch.setattr(openvino_model, "_LONG", 32)
+    model = attention_model(24, 32, width, scale, masked, causal)
+    name = next(op for op in model.get_ordered_ops() if op.get_type_name() == "ScaledDotProductAttention").get_friendly_name()
+    openvino_model._fill_heads(ov, model)
+    assert sum(op.get_type_name() == "Pad" for op in model.get_ordered_ops()) == 3
+    (operator,) = [op for op in model.get_ordered_ops() if op.get_type_name() == "ScaledDotProductAttention"]
+    assert operator.input_value(0).get_shape()[-1] % 16 == 0
+    compiled = ov.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    assert causal or openvino_model.unfused_attention(compiled, (name,)) == ()
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal((1, 2, rows, width)).astype(np.float32) for rows in (24, 32, 32))
+    mask = rng.random((24, 32)) < 0.7 if masked else np.tri(24, 32, dtype=bool) if causal else None
+    found = compiled([q, k, v, mask] if masked else [q, k, v])[0]
+    assert np.abs(found - attended(q, k, v, width**-0.5 if scale is None else scale, mask)).max() < 1e-5
+
+
+@pytest.mark.parametrize(("width", "keys"), [(40, 4095), (8, 4096), (48, 4096)])
+def test_heads_are_left_where_filling_costs_more_than_it_saves(width: int, keys: int) -> None:
+    model = attention_model(8, keys, width, None, False, False)
+    openvino_model._fill_heads(ov, model)
+    assert not [op for op in model.get_ordered_ops() if op.get_type_name() == "Pad"]
+    long = attention_model(8, 4096, 40, None, False, False)
+    openvino_model._fill_heads(ov, long)
+    assert [op for op in long.get_ordered_ops() if op.get_type_name() == "Pad"]
+
+
 @pytest.mark.skipif(not HAS_BF16, reason="this CPU has no bfloat16")
 def test_latents_and_timesteps_stay_float32(bundle: Path) -> None:
     """Nothing before the first products or after the last one is bfloat16, in the blob as it is imported."""
