@@ -1,7 +1,7 @@
 """Every way that OpenVINO offers to run self-attention, timed beside the best matrix product of the machine.
 
-The shapes are those of Stable Diffusion 1.5 with guidance: the largest at 768x768, then all at 512x512. A variant is a graph of one attention, its inputs already split by nothing but a
-reshape, as the network has them, and a projection after it. Its time is that of all operators but the projection.
+The shapes are those of Stable Diffusion 1.5 with guidance: the largest at 768x768, then all at 512x512. A variant is a graph of one attention, its inputs
+already split by nothing but a reshape, as the network has them, and a projection after it. Its time is that of all operators but the projection.
 Usage: python benchmarks/attention.py [--precision bf16|f32] [--runs N] [--threads N] [--json]
 """
 
