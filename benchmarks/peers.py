@@ -5,7 +5,8 @@ Reported: a warm step, decoding, text encoding, cold start (process start to the
 size, each as a ratio to sdrt on OpenVINO in the same precision (float32, or bfloat16 for all that is shorter), with a bootstrap interval over
 the pairs of processes; and the picture's PSNR to diffusers' in float32. A peer that cannot be installed or run is a line that says why.
 
-Caches that a peer documents (compiled code, compiled models, a bundle's engines) are filled by one uncounted process each.
+Caches that a peer documents (compiled code, compiled models, a bundle's engines) are filled by one uncounted process each, and before each process its
+environment, model and caches are read once: rows that share files would otherwise find them in memory, and the others wait for the disk.
 Every sample is a file under --folder: a run that was stopped goes on where it was, and more --runs add to it.
 Pairs share a moment on the machine only where all rows ran together: take a new --folder for figures to quote, not one that rows were added to.
 Usage: python benchmarks/peers.py --folder DIR [--venvs DIR] [--size emoji|sd15] [--runs N] [--steps N] [--peer NAME]... [--threads N]
@@ -136,8 +137,11 @@ class Race:
             environment["PYTHONPATH"] = str(ROOT)
         settings = {key: self.settings[key] for key in ("prompt", "steps", "cfg", "seed", "threads")}
         settings |= {"size": self.settings["picture"], "negative": NEGATIVE, "model": str(model), "noise": str(self.noise), "options": row.options}
-        settings |= {"picture": str(self.picture(name)), "cache": str(cache), "started_s": time.monotonic()}
+        settings |= {"picture": str(self.picture(name)), "cache": str(cache)}
+        for used in (self.environments / row.environment, model, cache):
+            read_files(used)
         unfinished = target.with_suffix(".unfinished")
+        settings["started_s"] = time.monotonic()
         words = [python_of(self.environments, row.environment), PEERS / f"run_{row.script}.py", json.dumps(settings), unfinished]
         with log.open("w") as output:
             try:
@@ -184,6 +188,17 @@ class Race:
         path = self.samples / f"{slug(name)}-{run}.json"
         figures: dict[str, Any] | None = json.loads(path.read_text()) if path.exists() else None
         return figures
+
+
+def read_files(path: Path) -> int:
+    """Bring a file, or all files under a folder, into the page cache; how many bytes they are."""
+    size, block = 0, bytearray(1 << 24)
+    for file in [path] if path.is_file() else sorted(path.rglob("*")):
+        if file.is_file():
+            with file.open("rb", buffering=0) as source:
+                while count := source.readinto(block):
+                    size += count
+    return size
 
 
 def slug(name: str) -> str:

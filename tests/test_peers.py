@@ -52,6 +52,17 @@ def test_the_table_says_what_is_missing() -> None:
     assert "48.1 dB" in text
 
 
+def test_all_files_of_a_row_are_read_before_its_process(tmp_path: Path) -> None:
+    from peers import read_files
+
+    (tmp_path / "model" / "deep").mkdir(parents=True)
+    (tmp_path / "model" / "config.json").write_bytes(b"{}")
+    (tmp_path / "model" / "deep" / "weights").write_bytes(bytes(2**24 + 5))
+    assert read_files(tmp_path / "model") == 2**24 + 7
+    assert read_files(tmp_path / "model" / "config.json") == 2
+    assert read_files(tmp_path / "no cache yet") == 0
+
+
 def test_cost_model_finds_the_terms_it_was_made_from() -> None:
     from cost import Point, fitted
 
