@@ -254,7 +254,7 @@ def test_weights_stay_as_they_are_stored(bundle: Path) -> None:
 def norm_errors(mean: float, precision: str) -> tuple[float, float]:
     """RMS error of a group norm between two convolutions that change nothing, against float64: of the plugin's own norm, and of ours."""
     op, rng = ov.opset13, np.random.default_rng(0)
-    x, gain, bias = ((rng.standard_normal(shape) + offset).astype(np.float32) for shape, offset in (((2, 64, 12, 7), mean), ((64,), 1.0), ((64,), 0.0)))
+    x, gain, bias = ((rng.standard_normal(shape) + offset).astype(np.float32) for shape, offset in (((2, 64, 24, 22), mean), ((64,), 1.0), ((64,), 0.0)))
     if precision == "bf16":  # as a network's activations are
         x = (x.view(np.uint32) & 0xFFFF0000).view(np.float32)
     one = np.eye(64, dtype=np.float32)[:, :, None, None]
@@ -284,6 +284,15 @@ def norm_errors(mean: float, precision: str) -> tuple[float, float]:
 def test_norms_in_place(mean: float) -> None:
     """As exact as float32 allows, also where the mean is a thousand deviations, and without moving pixels between layouts."""
     assert norm_errors(mean, "f32")[1] < 1e-6
+
+
+@pytest.mark.parametrize(("side", "left"), [(31, 1), (32, 0)])
+def test_norms_of_few_values_stay(side: int, left: int) -> None:
+    parameter = ov.opset13.parameter([2, 32, side, side], np.float32)
+    gain = ov.opset13.constant(np.ones(32, np.float32))
+    model = ov.Model([ov.opset12.group_normalization(parameter, gain, gain, 32, 1e-5)], [parameter])
+    openvino_model._normalise_in_place(ov, model)
+    assert sum(op.get_type_name() == "GroupNormalization" for op in model.get_ordered_ops()) == left
 
 
 @pytest.mark.skipif(not HAS_BF16, reason="this CPU has no bfloat16")

@@ -6,6 +6,7 @@ the bundle's weights file, which the import maps: engines of several sizes share
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ _ATTENTION = "ScaledDotProductAttention"
 _FUSED_LAYERS = ("Subgraph", "ScaledDotProductAttention")
 _REGISTER = 16
 _LONG = 4096
+_MANY = 32768
 _DECOMPRESSION = "decompression_0"
 _NOT_RUN = ("Const", "Input", "Output")
 
@@ -155,8 +157,8 @@ def compile_graph(
         model.reshape({name: list(shape) for name, shape in shapes.items()})
         attention = tuple(op.get_friendly_name() for op in model.get_ordered_ops() if op.get_type_name() == _ATTENTION)
         _keep_stored_weights(model)
+        _normalise_in_place(ov, model)
         if precision != "fp32":
-            _normalise_in_place(ov, model)
             _fill_heads(ov, model)
             _keep_boundary(ov, model)
         return core.compile_model(model, "CPU", compile_properties(precision, threads, counting=counting) | {"CACHE_MODE": "OPTIMIZE_SIZE"}), attention
@@ -231,13 +233,14 @@ def _normalise_in_place(ov: Any, model: Any) -> None:
     """Write group norms as sums over rows and columns, which run in the channels-last layout of the convolutions around them.
 
     The CPU plugin's own norm wants whole channels one after the other, so it moves all pixels to that layout and back: a tenth of a VAE's time in
-    bfloat16. In float32, where convolutions take twice as long, the sums cost a step more than the moving does.
+    bfloat16. Norms of few values stay: there it costs less than the few operators more.
     """
     for norm in model.get_ordered_ops():
-        if norm.get_type_name() == "GroupNormalization" and len(norm.get_output_shape(0)) == 4:
-            result = _group_norm(ov.opset13, norm)
-            for target in norm.output(0).get_target_inputs():
-                target.replace_source_output(result.output(0))
+        if norm.get_type_name() != "GroupNormalization" or len(norm.get_output_shape(0)) != 4 or math.prod(norm.get_output_shape(0)[1:]) < _MANY:
+            continue
+        result = _group_norm(ov.opset13, norm)
+        for target in norm.output(0).get_target_inputs():
+            target.replace_source_output(result.output(0))
     model.validate_nodes_and_infer_types()
 
 
