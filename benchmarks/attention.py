@@ -18,7 +18,7 @@ import numpy as np
 import openvino as ov
 
 SHAPES = ((9216, 8, 40), (4096, 8, 40), (1024, 8, 80), (256, 8, 160))
-"""Tokens, heads and width of a head at each level that has attention over more than 64 tokens."""
+"""Tokens, heads and width of a head: the largest level of 768x768, and the levels of 512x512 that have attention over more than 64 tokens."""
 PICTURES = 2
 op = ov.opset13
 

@@ -22,13 +22,14 @@ CONVOLUTIONS = ((320, 64), (640, 32), (1280, 16))
 """Channels, and rows and columns, of 3x3 convolutions."""
 PROJECTIONS = ((4096, 320, 2560), (1024, 640, 5120), (256, 1280, 10240))
 """Tokens, inputs and outputs of the feed-forward layers."""
+PRODUCTS = ("Convolution", "FullyConnected")
 op = ov.opset13
 
 
-def rounded(values: Any, largest: np.ndarray, levels: int) -> Any:
-    """`values` on `levels` levels between minus and plus `largest`: what OpenVINO turns into 8-bit arithmetic."""
-    low, high = op.constant(-largest.astype(np.float32)), op.constant(largest.astype(np.float32))
-    return op.fake_quantize(values, low, high, low, high, levels)
+def rounded(values: Any, largest: np.ndarray, lowest: int) -> Any:
+    """`values` as whole numbers from `lowest` to 127, 127 being `largest`: what OpenVINO turns into 8-bit arithmetic without zero points."""
+    low, high = op.constant((largest * lowest / 127).astype(np.float32)), op.constant(largest.astype(np.float32))
+    return op.fake_quantize(values, low, high, low, high, 128 - lowest)
 
 
 def convolution(channels: int, side: int, eight_bits: bool) -> tuple[Any, float]:
@@ -49,11 +50,20 @@ def operands(x: Any, weights: np.ndarray, eight_bits: bool) -> tuple[Any, Any]:
     if not eight_bits:
         return x, op.constant(weights)
     of_channel = np.abs(weights).max(axis=tuple(range(1, weights.ndim)), keepdims=True)
-    return rounded(x, np.array(4.0), 256), rounded(op.constant(weights), of_channel, 255)
+    return rounded(x, np.array(4.0), -128), rounded(op.constant(weights), of_channel, -127)
 
 
-def best_ms(model: Any, runs: int, threads: int) -> float:
+def best_ms(model: Any, eight_bits: bool, runs: int, threads: int) -> float:
+    """The best of `runs`.
+
+    Raises:
+        SystemExit: the product does not run in the precision it is timed for.
+    """
     compiled = ov.compile_model(model, "CPU", {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"})
+    layers = [op.get_rt_info() for op in compiled.get_runtime_model().get_ops()]
+    (found,) = (str(layer["runtimePrecision"].astype(str)) for layer in layers if str(layer["layerType"].astype(str)) in PRODUCTS)
+    if (found in ("i8", "u8")) is not eight_bits:
+        raise SystemExit(f"{'8-bit' if eight_bits else 'plain'} product runs in {found}")
     request = compiled.create_infer_request()
     feed = np.random.default_rng(1).standard_normal(tuple(model.inputs[0].shape)).astype(np.float32)
     times = []
@@ -78,7 +88,7 @@ def main() -> None:
     rows = []
     for name, product in products.items():
         model, flops = product(False)
-        full, eight = (best_ms(one, arguments.runs, arguments.threads) for one in (model, product(True)[0]))
+        full, eight = (best_ms(one, bits, arguments.runs, arguments.threads) for one, bits in ((model, False), (product(True)[0], True)))
         rows.append({"product": name, "ms": full, "eight_bits_ms": eight, "ratio": eight / full, "flops": flops})
     if arguments.json:
         print(json.dumps(rows, indent=1))

@@ -92,6 +92,7 @@ class Race:
         environments.mkdir(parents=True, exist_ok=True)
         wanted = SIZES[size]
         self.settings = {"size": size, "picture": wanted.picture, "steps": steps, "cfg": wanted.cfg, "threads": threads, "seed": SEED, "prompt": PROMPT}
+        self.settings |= {"start": "files in memory"}
         record = folder / "settings.json"
         if record.exists() and json.loads(record.read_text()) != json.loads(json.dumps(self.settings)):
             raise SystemExit(f"{folder}: holds a run of other settings: {record.read_text()}. Take another --folder.")
@@ -138,7 +139,7 @@ class Race:
         settings = {key: self.settings[key] for key in ("prompt", "steps", "cfg", "seed", "threads")}
         settings |= {"size": self.settings["picture"], "negative": NEGATIVE, "model": str(model), "noise": str(self.noise), "options": row.options}
         settings |= {"picture": str(self.picture(name)), "cache": str(cache)}
-        for used in (self.environments / row.environment, model, cache):
+        for used in (self.environments / row.environment, model, cache, *([ROOT / "sdrt"] if row.script == "sdrt" else [])):
             read_files(used)
         unfinished = target.with_suffix(".unfinished")
         settings["started_s"] = time.monotonic()

@@ -292,7 +292,7 @@ def test_norms_of_few_values_stay(side: int, left: int) -> None:
     gain = ov.opset13.constant(np.ones(32, np.float32))
     model = ov.Model([ov.opset12.group_normalization(parameter, gain, gain, 32, 1e-5)], [parameter])
     openvino_model._normalise_in_place(ov, model)
-    assert sum(op.get_type_name() == "GroupNormalization" for op in model.get_ordered_ops()) == left
+    assert kinds(model).count("GroupNormalization") == left
 
 
 @pytest.mark.skipif(not HAS_BF16, reason="this CPU has no bfloat16")
@@ -310,48 +310,79 @@ def attended(q: np.ndarray, k: np.ndarray, v: np.ndarray, scale: float, mask: np
     return np.asarray(weights / weights.sum(-1, keepdims=True) @ v)
 
 
-def attention_model(queries: int, keys: int, width: int, scale: float | None, masked: bool, causal: bool) -> Any:
-    """An Attention of opset 23 with two heads, as OpenVINO reads it."""
-    kinds = {"q": (1, 2, queries, width), "k": (1, 2, keys, width), "v": (1, 2, keys, width)}
-    inputs = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape) for name, shape in kinds.items()]
+def attention_graph(queries: int, keys: int, width: int, scale: float | None = None, masked: bool = False, causal: bool = False) -> bytes:
+    """An ONNX graph of one Attention with two heads."""
+    shapes = {"q": (1, 2, queries, width), "k": (1, 2, keys, width), "v": (1, 2, keys, width)}
+    inputs = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape) for name, shape in shapes.items()]
     inputs += [onnx.helper.make_tensor_value_info("mask", onnx.TensorProto.BOOL, (queries, keys))] * masked
     settings = {"is_causal": int(causal)} | ({} if scale is None else {"scale": scale})
     node = onnx.helper.make_node("Attention", [value.name for value in inputs], ["y"], name="look", **settings)
-    result = onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, kinds["q"])
+    result = onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, shapes["q"])
     graph = onnx.helper.make_graph([node], "attention", inputs, [result])
-    return ov.Core().read_model(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 23)], ir_version=10).SerializeToString())
+    return bytes(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 23)], ir_version=10).SerializeToString())
+
+
+def kinds(model: Any) -> list[str]:
+    return [op.get_type_name() for op in model.get_ordered_ops()]
+
+
+def layers(compiled: Any) -> list[str]:
+    return [str(op.get_rt_info()["layerType"].astype(str)) for op in compiled.get_runtime_model().get_ops()]
 
 
 @pytest.mark.parametrize(
     ("scale", "masked", "causal"), [(None, False, False), (0.3, False, False), (None, True, False), (0.3, True, False), (None, False, True)]
 )
-@pytest.mark.parametrize("width", [24, 40])
-def test_filled_heads(scale: float | None, masked: bool, causal: bool, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("width", [40, 56])
+@pytest.mark.parametrize("precision", ["f32", pytest.param("bf16", marks=pytest.mark.skipif(not HAS_BF16, reason="this CPU has no bfloat16"))])
+def test_filled_heads(scale: float | None, masked: bool, causal: bool, width: int, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same attention as in float64, and one operator still."""
     monkeypatch.setattr(openvino_model, "_LONG", 32)
-    model = attention_model(24, 32, width, scale, masked, causal)
+    model = ov.Core().read_model(attention_graph(24, 32, width, scale, masked, causal))
     name = next(op for op in model.get_ordered_ops() if op.get_type_name() == "ScaledDotProductAttention").get_friendly_name()
     openvino_model._fill_heads(ov, model)
-    assert sum(op.get_type_name() == "Pad" for op in model.get_ordered_ops()) == 3
+    assert kinds(model).count("Pad") == 3
     (operator,) = [op for op in model.get_ordered_ops() if op.get_type_name() == "ScaledDotProductAttention"]
     assert operator.input_value(0).get_shape()[-1] % 16 == 0
-    compiled = ov.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    compiled = ov.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": precision})
     assert causal or openvino_model.unfused_attention(compiled, (name,)) == ()
     rng = np.random.default_rng(0)
     q, k, v = (rng.standard_normal((1, 2, rows, width)).astype(np.float32) for rows in (24, 32, 32))
     mask = rng.random((24, 32)) < 0.7 if masked else np.tri(24, 32, dtype=bool) if causal else None
     found = compiled([q, k, v, mask] if masked else [q, k, v])[0]
-    assert np.abs(found - attended(q, k, v, width**-0.5 if scale is None else scale, mask)).max() < 1e-5
+    error = np.abs(found - attended(q, k, v, width**-0.5 if scale is None else scale, mask)).max()
+    assert error < (1e-5 if precision == "f32" else 0.1)
 
 
-@pytest.mark.parametrize(("width", "keys"), [(40, 4095), (8, 4096), (48, 4096)])
-def test_heads_are_left_where_filling_costs_more_than_it_saves(width: int, keys: int) -> None:
-    model = attention_model(8, keys, width, None, False, False)
+@pytest.mark.parametrize(("width", "keys", "pads"), [(40, 4096, 3), (40, 4095, 0), (8, 4096, 0), (24, 4096, 0), (48, 4096, 0)])
+def test_heads_are_left_where_filling_costs_more_than_it_saves(width: int, keys: int, pads: int) -> None:
+    model = ov.Core().read_model(attention_graph(8, keys, width))
     openvino_model._fill_heads(ov, model)
-    assert not [op for op in model.get_ordered_ops() if op.get_type_name() == "Pad"]
-    long = attention_model(8, 4096, 40, None, False, False)
-    openvino_model._fill_heads(ov, long)
-    assert [op for op in long.get_ordered_ops() if op.get_type_name() == "Pad"]
+    assert kinds(model).count("Pad") == pads
+
+
+@pytest.mark.parametrize(
+    ("precision", "pads"), [("fp32", 0), pytest.param("bf16", 3, marks=pytest.mark.skipif(not HAS_BF16, reason="this CPU has no bfloat16"))]
+)
+def test_engines_fill_heads_in_bfloat16(precision: str, pads: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(openvino_model, "_LONG", 32)
+    path = tmp_path / "attention.onnx"
+    path.write_bytes(attention_graph(24, 32, 40))
+    compiled, attention = compile_graph(ov, ov.Core(), path, {"q": (1, 2, 24, 40), "k": (1, 2, 32, 40), "v": (1, 2, 32, 40)}, precision, 1)
+    assert layers(compiled).count("Pad") == pads
+    assert len(attention) == 1 and openvino_model.unfused_attention(compiled, attention) == ()
+
+
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.skipif(not HAS_BF16, reason="this CPU has no bfloat16"))])
+def test_engines_normalise_in_place(bundle: Path, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = open_bundle(bundle)
+    inputs = StepShape(1, 8, 8, 77, 2, 2).inputs(VAE_DECODER, opened.manifest)
+    sums = []
+    for many in (openvino_model._MANY, 10**9):
+        monkeypatch.setattr(openvino_model, "_MANY", many)
+        compiled, _ = compile_graph(ov, ov.Core(), opened.graph(VAE_DECODER, "fp32"), inputs, precision, 1)
+        sums.append(layers(compiled).count("Reduce"))
+    assert sums[0] > sums[1] + 10
 
 
 @pytest.mark.skipif(not HAS_BF16, reason="this CPU has no bfloat16")

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
+import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -52,7 +55,7 @@ def test_the_table_says_what_is_missing() -> None:
     assert "48.1 dB" in text
 
 
-def test_all_files_of_a_row_are_read_before_its_process(tmp_path: Path) -> None:
+def test_reading_files(tmp_path: Path) -> None:
     from peers import read_files
 
     (tmp_path / "model" / "deep").mkdir(parents=True)
@@ -61,6 +64,33 @@ def test_all_files_of_a_row_are_read_before_its_process(tmp_path: Path) -> None:
     assert read_files(tmp_path / "model") == 2**24 + 7
     assert read_files(tmp_path / "model" / "config.json") == 2
     assert read_files(tmp_path / "no cache yet") == 0
+
+
+def test_all_files_of_a_row_are_read_before_its_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And before its clock starts."""
+    import peers
+
+    read: list[Path] = []
+    now = [100.0]
+
+    def reading(path: Path) -> int:
+        read.append(path)
+        now[0] += 10
+        return 0
+
+    def process(words: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+        assert json.loads(words[2])["started_s"] == now[0] == 100.0 + 10 * len(read)
+        Path(words[3]).write_text("{}", encoding="utf-8")
+        return subprocess.CompletedProcess(words, 0)
+
+    monkeypatch.setattr(peers, "read_files", reading)
+    monkeypatch.setattr(subprocess, "run", process)
+    monkeypatch.setattr(peers, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    race = peers.Race(tmp_path / "race", tmp_path / "venvs", "emoji", 2, 2)
+    race.sample(peers.BFLOAT16, tmp_path / "model", "000")
+    caches = race.folder / "caches" / "sdrt-openvino-bfloat16"
+    assert read == [tmp_path / "venvs" / "sdrt-openvino", tmp_path / "model", caches, peers.ROOT / "sdrt"]
+    assert (race.samples / "sdrt-openvino-bfloat16-000.json").exists()
 
 
 def test_cost_model_finds_the_terms_it_was_made_from() -> None:

@@ -279,8 +279,8 @@ def _fill_heads(ov: Any, model: Any) -> None:
     """Fill the heads of long self-attention with zeros up to a multiple of 16 numbers, a vector register of float32: Stable Diffusion 1.x has heads of 40.
 
     In bfloat16 the CPU plugin's fused operator loses time on the rest of a register, nothing that shows below 4096 keys, a quarter of its time at 9216
-    (768x512 pixels are 6144). In float32, or with fewer keys, or heads smaller than a register, filling costs more than it saves. Zeros add nothing
-    to a product, so the picture is the same.
+    (768x512 pixels are 6144). In float32, with fewer keys, or where zeros would be more than a quarter of the head, filling costs more than it saves.
+    Zeros add nothing to a product, so the picture is the same.
     """
     op = ov.opset13
     for attention in model.get_ordered_ops():
@@ -288,7 +288,7 @@ def _fill_heads(ov: Any, model: Any) -> None:
             continue
         (q, k, v), rest = attention.input_values()[:3], attention.input_values()[3:]
         width, missing = q.get_shape()[-1], -q.get_shape()[-1] % _REGISTER
-        if width < _REGISTER or not missing or k.get_shape()[-2] < _LONG or v.get_shape()[-1] != width:
+        if not 0 < missing <= width // 4 or k.get_shape()[-2] < _LONG or v.get_shape()[-1] != width or len(rest) > 2:
             continue
         filled = [op.pad(x, _whole(op, 0, 0, 0, 0), _whole(op, 0, 0, 0, missing), "constant", op.constant(np.float32(0))) for x in (q, k, v)]
         mask, scale = rest[0] if rest else None, rest[1] if len(rest) > 1 else op.constant(np.float32(width**-0.5))
