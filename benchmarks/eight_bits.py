@@ -12,6 +12,7 @@ import json
 import math
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -82,9 +83,9 @@ def main() -> None:
     arguments = parser.parse_args()
     products: dict[str, Callable[[bool], tuple[Any, float]]] = {}
     for channels, side in CONVOLUTIONS:
-        products[f"3x3 convolution, {channels} channels, {side}x{side}"] = lambda bits, c=channels, s=side: convolution(c, s, bits)  # type: ignore[misc]
+        products[f"3x3 convolution, {channels} channels, {side}x{side}"] = partial(convolution, channels, side)
     for tokens, inputs, outputs in PROJECTIONS:
-        products[f"{tokens} tokens, {inputs} to {outputs}"] = lambda bits, t=tokens, i=inputs, o=outputs: projection(t, i, o, bits)  # type: ignore[misc]
+        products[f"{tokens} tokens, {inputs} to {outputs}"] = partial(projection, tokens, inputs, outputs)
     rows = []
     for name, product in products.items():
         model, flops = product(False)

@@ -229,22 +229,15 @@ def test_other_errors_of_torch_are_not_memory(small_checkpoint: Path, tmp_path: 
 # I: interrupted, and several at once
 
 
+def build_command(checkpoint: Path, output: Path) -> list[str]:
+    script = "from sdrt.cli import app; app()"
+    return [sys.executable, "-c", script, "build", "--checkpoint", str(checkpoint), "--target", "onnxruntime", "--output", str(output)]
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
 def test_i2_stopped_twice(small_checkpoint: Path, tmp_path: Path) -> None:
     """An impatient second signal may leave the stage; nothing else, and the next build sweeps it."""
-    command = [
-        sys.executable,
-        "-c",
-        "from sdrt.cli import app; app()",
-        "build",
-        "--checkpoint",
-        str(small_checkpoint),
-        "--target",
-        "onnxruntime",
-        "--output",
-        str(tmp_path / "x.sdrt"),
-    ]
-    with subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(build_command(small_checkpoint, tmp_path / "x.sdrt"), env=ENVIRONMENT, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         for line in process.stderr:
             if line.startswith("trace step"):
@@ -259,19 +252,7 @@ def test_i2_stopped_twice(small_checkpoint: Path, tmp_path: Path) -> None:
 
 def test_i6_two_builds_of_one_output(small_checkpoint: Path, tmp_path: Path, small_bundle: Path) -> None:
     """The second waits for the first, then finds its output; with --force it builds again."""
-    script = "import sys; from sdrt.cli import app; app()"
-    command = [
-        sys.executable,
-        "-c",
-        script,
-        "build",
-        "--checkpoint",
-        str(small_checkpoint),
-        "--target",
-        "onnxruntime",
-        "--output",
-        str(tmp_path / "small.sdrt"),
-    ]
+    command = build_command(small_checkpoint, tmp_path / "small.sdrt")
     running = [
         subprocess.Popen([*command, *extra], env=ENVIRONMENT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) for extra in ([], ["--force"])
     ]

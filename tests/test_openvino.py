@@ -9,6 +9,7 @@ import json
 import logging
 import shutil
 import sys
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -38,6 +39,7 @@ from sdrt.runtime.verify import verify
 
 ov = import_openvino("tests")
 HAS_BF16 = "BF16" in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+needs_bf16 = pytest.mark.skipif(not HAS_BF16, reason="this CPU has no bfloat16")
 PSNR_DB = {"bf16": 30.0, "fp32": 45.0}
 APPLE: dict[str, Any] = {"steps": 6, "cfg": 3.0, "seed": 11}
 
@@ -192,6 +194,31 @@ def test_t1_eight_threads_give_eight_single_threaded_pictures(pipe: Pipeline) ->
     assert all(np.array_equal(a, b) for a, b in zip(alone, together, strict=True))
 
 
+def test_t1_requests_are_used_again_and_never_by_two_at_once(exact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four calls that are all inside at once have four requests; of calls one after the other, each takes one of those. Pictures are the same."""
+    rng = np.random.default_rng(1)
+    latents = rng.standard_normal((4, 1, 4, 8, 12)).astype(np.float32)
+    with Pipeline.load(exact) as loaded:
+        engine = loaded._engine
+        assert isinstance(engine, OpenVinoEngine)
+        infer, used, inside = engine.infer, list[Any](), threading.Barrier(4)
+
+        def watched(request: Any, graph: str) -> None:
+            used.append(request)
+            if not inside.broken:
+                inside.wait(60)
+            infer(request, graph)
+
+        monkeypatch.setattr(engine, "infer", watched)
+        with ThreadPoolExecutor(4) as pool:
+            together = [pixels for pixels, _ in pool.map(lambda x: engine.decode(x, 0.5), latents)]
+        assert len({id(request) for request in used}) == 4
+        inside.abort()
+        alone = [engine.decode(x, 0.5)[0] for x in latents]
+    assert len({id(request) for request in used}) == 4
+    assert all(np.array_equal(a, b) for a, b in zip(alone, together, strict=True))
+
+
 def test_a_cancelled_picture_leaves_the_pipeline_usable(pipe: Pipeline) -> None:
     expected = pipe("red apple", **APPLE).images
     stream = pipe.stream("teddy bear", **APPLE | {"seed": 1})
@@ -295,7 +322,7 @@ def test_norms_of_few_values_stay(side: int, left: int) -> None:
     assert kinds(model).count("GroupNormalization") == left
 
 
-@pytest.mark.skipif(not HAS_BF16, reason="this CPU has no bfloat16")
+@needs_bf16
 @pytest.mark.parametrize("mean", [0.0, 3.0, 30.0, 100.0])
 def test_norms_in_place_in_bfloat16(mean: float) -> None:
     """Of the size of the plugin's own error, that of rounding the result, however large the mean: one rounding more, of the scale."""
@@ -334,7 +361,7 @@ def layers(compiled: Any) -> list[str]:
     ("scale", "masked", "causal"), [(None, False, False), (0.3, False, False), (None, True, False), (0.3, True, False), (None, False, True)]
 )
 @pytest.mark.parametrize("width", [40, 56])
-@pytest.mark.parametrize("precision", ["f32", pytest.param("bf16", marks=pytest.mark.skipif(not HAS_BF16, reason="this CPU has no bfloat16"))])
+@pytest.mark.parametrize("precision", ["f32", pytest.param("bf16", marks=needs_bf16)])
 def test_filled_heads(scale: float | None, masked: bool, causal: bool, width: int, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same attention as in float64, and one operator still."""
     monkeypatch.setattr(openvino_model, "_LONG", 32)
@@ -361,9 +388,7 @@ def test_heads_are_left_where_filling_costs_more_than_it_saves(width: int, keys:
     assert kinds(model).count("Pad") == pads
 
 
-@pytest.mark.parametrize(
-    ("precision", "pads"), [("fp32", 0), pytest.param("bf16", 3, marks=pytest.mark.skipif(not HAS_BF16, reason="this CPU has no bfloat16"))]
-)
+@pytest.mark.parametrize(("precision", "pads"), [("fp32", 0), pytest.param("bf16", 3, marks=needs_bf16)])
 def test_engines_fill_heads_in_bfloat16(precision: str, pads: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(openvino_model, "_LONG", 32)
     path = tmp_path / "attention.onnx"
@@ -373,7 +398,7 @@ def test_engines_fill_heads_in_bfloat16(precision: str, pads: int, monkeypatch: 
     assert len(attention) == 1 and openvino_model.unfused_attention(compiled, attention) == ()
 
 
-@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.skipif(not HAS_BF16, reason="this CPU has no bfloat16"))])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=needs_bf16)])
 def test_engines_normalise_in_place(bundle: Path, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
     opened = open_bundle(bundle)
     inputs = StepShape(1, 8, 8, 77, 2, 2).inputs(VAE_DECODER, opened.manifest)
@@ -385,7 +410,7 @@ def test_engines_normalise_in_place(bundle: Path, precision: str, monkeypatch: p
     assert sums[0] > sums[1] + 10
 
 
-@pytest.mark.skipif(not HAS_BF16, reason="this CPU has no bfloat16")
+@needs_bf16
 def test_latents_and_timesteps_stay_float32(bundle: Path) -> None:
     """Nothing before the first products or after the last one is bfloat16, in the blob as it is imported."""
     opened = open_bundle(bundle)

@@ -45,10 +45,16 @@ class OpenVinoEngine:
         self._lock = Lock()
         self._loading: dict[Any, Lock] = {}
         self._graphs: OrderedDict[Any, Any] = OrderedDict()
+        self._idle: dict[Any, list[Any]] = {}
         self.compiled = 0
         """Graphs that had to be compiled because no blob fits; the others were imported."""
         first = min(self._engines, key=lambda engine: engine.shape.size != _own_size(bundle))  # the newest of the bundle's own size, else the newest
         self._default = first
+        # Once: it reads the package's files, which takes as long as a small picture's text.
+        self._description = {
+            "backend": self.backend, "version": openvino_version(), "device": "cpu", "compute": first.record.key.precision,
+            "threads": compile_properties(first.record.key.precision, threads)["INFERENCE_NUM_THREADS"], "engine": first.folder.name,
+        }  # fmt: skip
         # In parallel: unpacking weights runs on one core each.
         with ThreadPoolExecutor(3) as pool:
             list(pool.map(lambda graph: self._load(first, graph), (names.STEP, names.VAE_DECODER, names.TEXT_ENCODER)))
@@ -73,11 +79,7 @@ class OpenVinoEngine:
         return np.concatenate([d["pixels"] for d in decoded]), np.concatenate([d["finite"] for d in decoded]).astype(np.bool_)
 
     def describe(self) -> dict[str, Any]:
-        engine = self._default
-        return {
-            "backend": self.backend, "version": openvino_version(), "device": "cpu", "compute": engine.record.key.precision,
-            "threads": compile_properties(engine.record.key.precision, self._threads)["INFERENCE_NUM_THREADS"], "engine": engine.folder.name,
-        }  # fmt: skip
+        return dict(self._description)
 
     # What jobs use
 
@@ -94,17 +96,23 @@ class OpenVinoEngine:
             raise explained(self._ov, graph, error) from error
 
     def _runner(self, engine: _Loadable, graph: str) -> Any:
-        """A function from inputs by name to outputs by name, copied; it has one infer request for as long as it lives."""
+        """A function from all inputs by name to outputs by name, copied. It takes an infer request that nobody uses, or makes one."""
         compiled = self._load(engine, graph)
-        request = compiled.create_infer_request()
+        idle = self._idle.setdefault(engine.key(graph), [])
         outputs = [output.get_any_name() for output in compiled.outputs]
 
         def run(inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+            try:
+                request = idle.pop()
+            except IndexError:
+                request = compiled.create_infer_request()
             tensors = {name: self.tensor(np.ascontiguousarray(array)) for name, array in inputs.items()}  # kept until it has run
             for name, tensor in tensors.items():
                 request.set_tensor(name, tensor)
             self.infer(request, graph)
-            return {name: np.array(request.get_tensor(name).data) for name in outputs}
+            copied = {name: np.array(request.get_tensor(name).data) for name in outputs}
+            idle.append(request)
+            return copied
 
         return run
 

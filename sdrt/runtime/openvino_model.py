@@ -32,9 +32,9 @@ _HINTS = {"bf16": "bf16", "fp32": "f32"}
 _SIGNIFICANT = ("Convolution", "MatMul", "ScaledDotProductAttention")
 _ATTENTION = "ScaledDotProductAttention"
 _FUSED_LAYERS = ("Subgraph", "ScaledDotProductAttention")
-_REGISTER = 16
-_LONG = 4096
-_MANY = 32768
+_REGISTER = 16  # float32 numbers
+_LONG = 4096  # keys
+_MANY = 32768  # values of one picture
 _DECOMPRESSION = "decompression_0"
 _NOT_RUN = ("Const", "Input", "Output")
 
@@ -238,9 +238,7 @@ def _normalise_in_place(ov: Any, model: Any) -> None:
     for norm in model.get_ordered_ops():
         if norm.get_type_name() != "GroupNormalization" or len(norm.get_output_shape(0)) != 4 or math.prod(norm.get_output_shape(0)[1:]) < _MANY:
             continue
-        result = _group_norm(ov.opset13, norm)
-        for target in norm.output(0).get_target_inputs():
-            target.replace_source_output(result.output(0))
+        _replace(norm, _group_norm(ov.opset13, norm))
     model.validate_nodes_and_infer_types()
 
 
@@ -294,10 +292,13 @@ def _fill_heads(ov: Any, model: Any) -> None:
         mask, scale = rest[0] if rest else None, rest[1] if len(rest) > 1 else op.constant(np.float32(width**-0.5))
         attended = op.scaled_dot_product_attention(*filled, mask, scale, attention.get_attributes()["causal"])
         attended.set_friendly_name(attention.get_friendly_name())
-        result = op.slice(attended, _whole(op, 0), _whole(op, width), _whole(op, 1), _whole(op, -1))
-        for target in attention.output(0).get_target_inputs():
-            target.replace_source_output(result.output(0))
+        _replace(attention, op.slice(attended, _whole(op, 0), _whole(op, width), _whole(op, 1), _whole(op, -1)))
     model.validate_nodes_and_infer_types()
+
+
+def _replace(node: Any, result: Any) -> None:
+    for target in node.output(0).get_target_inputs():
+        target.replace_source_output(result.output(0))
 
 
 def _whole(op: Any, *values: int) -> Any:
