@@ -221,7 +221,15 @@ def _prune(bundle: Bundle) -> list[Path]:
     from sdrt.engine_cache import mismatch
     from sdrt.engine_cache import prune as prune_engines
 
-    return prune_engines(bundle, keep=lambda record: not mismatch(record, bundle, compiler=compiler_version(record.key.target)))
+    return prune_engines(bundle, keep=lambda record: not mismatch(record, bundle, compiler=compiler_version(record.key.target), flags=_flags(record)))
+
+
+def _flags(record: EngineRecord) -> tuple[str, ...] | None:
+    """How this sdrt builds an engine of its target and precision; None where that depends on the compiler."""
+    from sdrt.runtime import onnxruntime_model, openvino_model
+
+    of_openvino = openvino_model.FLAGS.get(record.key.precision)
+    return {"openvino": of_openvino, "onnxruntime": onnxruntime_model.FLAGS}.get(record.key.target)
 
 
 def engines_of(bundle: Bundle) -> list[dict[str, Any]]:
@@ -242,7 +250,7 @@ def engines_of(bundle: Bundle) -> list[dict[str, Any]]:
         compiler = compiler_version(record.key.target)
         sms: list[str | None] = [gpu.sm for gpu in gpus] or [None]
         if record.key.target in ("openvino", "onnxruntime"):
-            reasons = [mismatch(record, bundle, compiler=compiler, cpu=cpu_identity(), platform=platform_name())]
+            reasons = [mismatch(record, bundle, compiler=compiler, cpu=cpu_identity(), platform=platform_name(), flags=_flags(record))]
         else:
             reasons = [mismatch(record, bundle, compiler=compiler, device_sm=sm, platform=platform_name()) for sm in sms]
         memory = [plan.device_memory_bytes for plan in record.plans.values()]

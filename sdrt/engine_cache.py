@@ -221,10 +221,12 @@ def mismatch(
     device_sm: str | None = None,
     cpu: str | None = None,
     platform: str | None = None,
+    flags: tuple[str, ...] | None = None,
 ) -> str:
     """Why an engine must not run: what it was built for and what there is, in words; empty if it fits. What is None is not compared.
 
-    `compiler` is a full version, `device_sm` such as "sm_89", `cpu` a model with its instruction sets.
+    `compiler` is a full version, `device_sm` such as "sm_89", `cpu` a model with its instruction sets, `flags` how
+    this sdrt builds such an engine.
     """
     key, manifest, reasons = record.key, bundle.manifest, []
     if target is not None and key.target != target:
@@ -243,6 +245,8 @@ def mismatch(
         reasons.append(f"built for {key.device}, this machine is {cpu}")
     if platform is not None and key.platform != platform:
         reasons.append(f"built for {key.platform}, this machine is {platform}")
+    if flags is not None and key.flags != flags:
+        reasons.append("built by another version of sdrt, in another way")
     return "; ".join(reasons)
 
 

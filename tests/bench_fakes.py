@@ -47,7 +47,7 @@ class FakeEngine:
         self.time.sleep(0.004)
         return "pixels"
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self, _: Any = None) -> dict[str, Any]:
         return {"backend": "fake", "device": "cpu", "compute": "fp32"}
 
 

@@ -356,10 +356,12 @@ def test_an_engine_that_fits(bundle: Bundle) -> None:
         ({"device": "NVIDIA H100 80GB HBM3, sm_90"}, {"device_sm": "sm_100"}, "built for NVIDIA H100 80GB HBM3, sm_90, this GPU is sm_100"),
         ({"device": "NVIDIA H100 80GB HBM3, sm_90"}, {"device_sm": "sm_90"}, ""),
         ({}, {"platform": "windows-x86_64"}, "built for linux-x86_64, this machine is windows-x86_64"),
+        ({}, {"flags": ("weightless",)}, "built by another version of sdrt, in another way"),
+        ({"flags": ("weightless",)}, {"flags": ("weightless",)}, ""),
         ({}, {"compiler": "2", "device_sm": "sm_90"}, "built for TensorRT-RTX 1.7.1.116, this machine has 2; built for sm_86,sm_89, this GPU is sm_90"),
     ],
 )
-def test_b8_an_engine_that_does_not_fit(bundle: Bundle, changes: dict[str, Any], machine: dict[str, str], words: str) -> None:
+def test_b8_an_engine_that_does_not_fit(bundle: Bundle, changes: dict[str, Any], machine: dict[str, Any], words: str) -> None:
     assert mismatch(record_for(bundle, **changes), bundle, **machine) == words
 
 

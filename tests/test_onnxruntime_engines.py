@@ -235,8 +235,9 @@ def altered(source: Path, to: Path, **changes: Any) -> Path:
         ({"platform": "plan9-mips"}, "built for plan9-mips, this machine is"),
         ({"weights": "0" * 64}, "built for weights that have changed"),
         ({"graphs": dict.fromkeys(GRAPHS, "0" * 64)}, "built for graphs that have changed"),
+        ({"flags": ("ORT_ENABLE_EXTENDED",)}, "built by another version of sdrt, in another way"),
     ],
-    ids=["processor", "version", "platform", "weights", "graphs"],
+    ids=["processor", "version", "platform", "weights", "graphs", "flags"],
 )
 def test_b8_b9_an_engine_that_does_not_fit(bundle: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, changes: dict[str, Any], said: str) -> None:
     """It is never used, and one warning says why and gives the command."""

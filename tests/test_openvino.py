@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import shutil
 import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
 
@@ -475,6 +477,30 @@ def test_several_sizes_share_what_is_equal_and_memory_is_bounded(small: Path, tm
         assert kept.count(STEP) == 2 and kept.count(TEXT_ENCODER) == 1 and kept.count(VAE_DECODER) == 2
 
 
+def test_of_any_number_of_sizes_two_graphs_of_a_kind_stay_in_memory(small: Path, tmp_path: Path) -> None:
+    copy = copied(small, tmp_path / "three.sdrt")
+    sizes = [(64, 64), (64, 96), (96, 64)]
+    for size in sizes[1:]:
+        compile_bundle(open_bundle(copy), CompileOptions("openvino", size=(size, size), branches=(2,)))
+    with Pipeline.load(copy) as loaded:
+        assert isinstance(loaded._engine, OpenVinoEngine)
+        first = [loaded("red apple", **APPLE | {"size": size}).images for size in sizes]
+        assert [key[0] for key in loaded._engine._graphs].count(VAE_DECODER) == 2
+        again = [loaded("red apple", **APPLE | {"size": size}).images for size in sizes]
+    assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+def test_what_ran_is_told_for_each_picture(small: Path, tmp_path: Path) -> None:
+    """A result names the engine that its steps took, and that engine's precision."""
+    copy = copied(small, tmp_path / "mixed.sdrt")
+    compile_bundle(open_bundle(copy), CompileOptions("openvino", size=((64, 96), (64, 96)), branches=(2,), precision="fp32"))
+    by_shape = {(record.size, record.branches): (folder.name, record.key.precision) for folder, record in list_engines(open_bundle(copy))}
+    with Pipeline.load(copy) as loaded:
+        for size, cfg, branches in (((64, 64), 1.0, 1), ((64, 64), 3.0, 2), ((64, 96), 3.0, 2)):
+            told = loaded("red apple", steps=1, seed=1, cfg=cfg, size=size).engine
+            assert (told["engine"], told["compute"]) == by_shape[size, (branches,)]
+
+
 # The backend is chosen
 
 
@@ -528,15 +554,52 @@ def test_b9_an_engine_of_another_cpu_is_compiled_again(bundle: Path, tmp_path: P
         assert isinstance(loaded._engine, OpenVinoEngine) and loaded._engine.compiled == 3
     assert np.array_equal(found.images, pipe("red apple", **APPLE).images)
     (said,) = [record.message for record in caplog.records if "compiling again" in record.message]
-    assert "Another CPU" in said and f"sdrt compile {copy} --target openvino" in said
+    command = f"sdrt compile {copy} --target openvino --size 64x64 --batch 1 --tokens 77 --branches 2 --precision {found.engine['compute']}"
+    assert "Another CPU" in said and said.endswith(command)
     assert json.loads(run("inspect", copy, "--json").stdout)["engines"][0]["stale"] is True
 
 
 def test_an_engine_of_another_version_is_compiled_again(small: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     copy = altered(small, tmp_path / "other.sdrt", compiler="2026.3.0")
-    (engine,) = backend._usable(open_bundle(copy))
+    (engine,) = backend._usable(open_bundle(copy), ov.Core())
     assert "built for OpenVINO 2026.3.0" in engine.stale and caplog.text.count("compiling again") == 1
     assert run("compile", copy, "--prune").exit_code == 0 and list_engines(open_bundle(copy)) == []
+
+
+def test_an_engine_built_in_another_way_is_compiled_again(small: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    copy = altered(small, tmp_path / "other.sdrt", flags=("weightless", "latency"))
+    (engine,) = backend._usable(open_bundle(copy), ov.Core())
+    assert engine.stale == "built by another version of sdrt, in another way" and caplog.text.count("compiling again") == 1
+    assert json.loads(run("inspect", copy, "--json").stdout)["engines"][0]["why"] == engine.stale
+    assert {check.graph for check in verify(copy) if check.backend.startswith("openvino")} == set(GRAPHS)
+    assert run("compile", copy, "--prune").exit_code == 0 and list_engines(open_bundle(copy)) == []
+
+
+@needs_bf16
+def test_b9_on_a_cpu_without_bfloat16_an_engine_computes_in_float32(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And says so, in the result and in the command that makes one for it."""
+    copy = altered(small, tmp_path / "other.sdrt", device="Another CPU (avx512_bf16)")
+    core = ov.Core()
+    monkeypatch.setattr(ov, "Core", lambda: CoreWithoutBf16(core))
+    with Pipeline.load(copy) as loaded:
+        assert loaded("red apple", steps=1, seed=1).engine["compute"] == "fp32"
+    assert caplog.text.count("--branches 2 --precision fp32") == 1
+
+
+class CoreWithoutBf16:
+    """OpenVINO's core, as on a CPU without bfloat16."""
+
+    def __init__(self, core: Any) -> None:
+        self._core = core
+
+    def get_property(self, device: str, name: str) -> Any:
+        found = self._core.get_property(device, name)
+        return [one for one in found if one != "BF16"] if name == "OPTIMIZATION_CAPABILITIES" else found
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._core, name)
 
 
 def test_an_engine_of_other_weights_is_never_used(small: Path, tmp_path: Path) -> None:
@@ -597,6 +660,20 @@ def test_openvino_is_missing(flat_bundle: Path, bundle: Path, monkeypatch: pytes
         assert result.exit_code == 5 and "pip install 'sdrt[openvino]'" in result.stderr
 
 
+def test_openvino_is_no_package(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An unpacked archive on the module path: the version is the module's own, and engines of the package's do not pass for its."""
+
+    def missing(name: str) -> str:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(openvino_model, "version", missing)
+    assert openvino_model.openvino_version() == ov.__version__
+    assert import_openvino("tests") is ov
+    assert all(engine.stale for engine in backend._usable(open_bundle(small), ov.Core()))
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    assert openvino_model.openvino_version() is None
+
+
 def test_openvino_is_too_old(flat_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(openvino_model, "openvino_version", lambda: "2025.4.1")
     result = run("compile", flat_bundle, "--target", "openvino")
@@ -626,8 +703,10 @@ def test_threads(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     result = run("generate", bundle, "apple", "--threads", "4")
     assert result.exit_code == 2 and "threads 4: this process may use 3 cores" in result.stderr and "1 to 3" in result.stderr
     monkeypatch.setattr(openvino_model, "usable_cores", lambda: 3)
-    assert [openvino_model.compile_properties("fp32", n)["ENABLE_CPU_PINNING"] for n in (None, 3, 2)] == [True, True, False]
     assert openvino_model.compile_properties("fp32", None)["INFERENCE_NUM_THREADS"] == 3
+    for bound, pinned in ((3, [True, True, False]), (8, [False, False, False])):  # 8 and a quota of 3: others share those 8
+        monkeypatch.setattr(openvino_model, "bound_cores", lambda bound=bound: bound)
+        assert [openvino_model.compile_properties("fp32", n)["ENABLE_CPU_PINNING"] for n in (None, 3, 2)] == pinned
 
 
 @pytest.mark.parametrize(("text", "cores"), [("max 100000\n", 8), ("150000 100000\n", 2), ("10000 100000", 1), ("nonsense", 8), (None, 8)])
@@ -639,6 +718,26 @@ def test_a_container_may_have_fewer_cores(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(cpu.os, "sched_getaffinity", lambda process: set(range(8)), raising=False)
     assert cpu.usable_cores() == cores
     assert "," not in cpu.cpu_identity() and cpu.cpu_identity().isprintable()
+
+
+def test_no_memory_for_a_request(exact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Out of memory while a job or a call is set up is as much of an answer as while it runs, and the next call works."""
+
+    class Full:
+        outputs = ()
+
+        def create_infer_request(self) -> Any:
+            raise RuntimeError("std::bad_alloc")
+
+    with Pipeline.load(exact) as loaded:
+        engine = loaded._engine
+        assert isinstance(engine, OpenVinoEngine)
+        with monkeypatch.context() as patch:
+            patch.setattr(engine, "_load", lambda *_: backend._Loaded(Full()))
+            for call in (lambda: engine.decode(np.zeros((1, 4, 8, 12), np.float32), 0.5), lambda: engine.denoise(job(2))):
+                with pytest.raises(ResourceError, match=rf"^{re.escape(str(exact))}: (vae_decoder|step): out of memory"):
+                    call()
+        assert engine.decode(np.zeros((1, 4, 8, 12), np.float32), 0.5)[1].all()
 
 
 def test_failures_are_explained(bundle: Path, tmp_path: Path) -> None:

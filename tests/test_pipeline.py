@@ -467,7 +467,7 @@ class FakeEngine:
         finite = np.array([i not in self.bad_pixels and bool(np.isfinite(latents[i]).all()) for i in range(n)])
         return np.zeros((n, 8 * h, 8 * w, 3), np.uint8), finite
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self, job: Job | None = None) -> dict[str, Any]:
         return {"backend": self.backend, "device": "none"}
 
 

@@ -30,7 +30,6 @@ def check_references(engine: Engine, bundle: Bundle) -> tuple[list[dict[str, Any
     checks: list[dict[str, Any]] = []
     problems: list[str] = []
     skipped: list[str] = []
-    compute = str(engine.describe()["compute"])
     for graph, run in ((names.TEXT_ENCODER, _text_encoder), (names.STEP, _step), (names.VAE_DECODER, _decoder)):
         with np.load(bundle.file(f"reference/{graph}.npz"), allow_pickle=False) as stored:
             reference = {name: stored[name] for name in stored.files}
@@ -39,25 +38,25 @@ def check_references(engine: Engine, bundle: Bundle) -> tuple[list[dict[str, Any
         except SdrtError as error:
             skipped.append(f"fidelity of {graph} not checked: {error.message}")
             continue
-        for parity in found(compute):
+        for parity in found:
             checks.append({"graph": graph, **asdict(parity)} | {"error": float(np.nan_to_num(parity.error, nan=1e30, posinf=1e30))})
             if not parity.ok:
                 problems.append(f"{graph}: {parity.output}: differs from the bundle's reference by {parity.error:.2e}, expected at most {parity.limit:.0e}")
     return checks, problems, skipped
 
 
-def _text_encoder(engine: Engine, bundle: Bundle, reference: Mapping[str, NDArray[Any]]) -> Any:
+def _text_encoder(engine: Engine, bundle: Bundle, reference: Mapping[str, NDArray[Any]]) -> list[Parity]:
     name = names.context_output(bundle.manifest.text.clip_skip[0])
     context = engine.encode_text(reference["in.tokens"], reference["in.emphasis"], bundle.manifest.text.clip_skip[0])
-    return lambda compute: compare({name: reference[f"out.{name}"]}, {name: context}, compute)
+    return compare({name: reference[f"out.{name}"]}, {name: context}, _compute(engine))
 
 
-def _decoder(engine: Engine, bundle: Bundle, reference: Mapping[str, NDArray[Any]]) -> Any:
+def _decoder(engine: Engine, bundle: Bundle, reference: Mapping[str, NDArray[Any]]) -> list[Parity]:
     pixels, _ = engine.decode(reference["in.latents"], float(reference["in.rounding"][0]))
-    return lambda compute: compare({"pixels": reference["out.pixels"]}, {"pixels": pixels}, compute)
+    return compare({"pixels": reference["out.pixels"]}, {"pixels": pixels}, _compute(engine))
 
 
-def _step(engine: Engine, bundle: Bundle, reference: Mapping[str, NDArray[Any]]) -> Any:
+def _step(engine: Engine, bundle: Bundle, reference: Mapping[str, NDArray[Any]]) -> list[Parity]:
     """What the network adds to the denoised estimate, q · out, from a job that gives the network the reference's input.
 
     A job starts from two registers only, the reference uses all; but the step is linear around the network. So the network's input
@@ -77,17 +76,19 @@ def _step(engine: Engine, bundle: Bundle, reference: Mapping[str, NDArray[Any]])
         timestep=reference["in.timestep"], a=only_first, w=reference["in.w"], u=np.zeros_like(only_first), q=reference["in.q"], M=keep_estimate,
         inpaint=np.zeros((1, 3), np.float32),
     )  # fmt: skip
-    denoising = engine.denoise(Job(tables, zeros[None], (reference["in.context"],), (0,), start, zeros, zeros[:, :1], reference.get("in.concat")))
+    job = Job(tables, zeros[None], (reference["in.context"],), (0,), start, zeros, zeros[:, :1], reference.get("in.concat"))
+    denoising = engine.denoise(job)
     try:
         denoising.step()
         latents = denoising.latents()
     finally:
         denoising.close()
-    return lambda compute: _relative(expected, latents, compute)
+    return compare({"latents": expected.astype(np.float32)}, {"latents": latents}, _compute(engine, job))
 
 
-def _relative(expected: NDArray[np.float64], found: NDArray[np.float32], compute: str) -> list[Parity]:
-    return compare({"latents": expected.astype(np.float32)}, {"latents": found}, compute)
+def _compute(engine: Engine, job: Job | None = None) -> str:
+    """The precision whose tolerance an engine is held to."""
+    return str(engine.describe(job)["compute"])
 
 
 def sketch(array: NDArray[Any]) -> list[float]:

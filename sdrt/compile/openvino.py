@@ -118,7 +118,7 @@ def _key(bundle: Bundle, files: Mapping[str, str], precision: str, inputs: Mappi
         graphs={graph: records[file].sha256 for graph, file in files.items()},
         weights=records[WEIGHTS].sha256,
         profiles={graph: (Profile({name: (shape,) * 3 for name, shape in shapes.items()}),) for graph, shapes in inputs.items()},
-        flags=FLAGS,
+        flags=FLAGS[precision],
     )
 
 

@@ -33,10 +33,14 @@ def cpu_identity() -> str:
     return f"{name} ({' '.join(sorted(flags))})" if flags else name
 
 
+def bound_cores() -> int:
+    """Cores this process is bound to, all of the machine if it is not."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def usable_cores() -> int:
-    """Cores this process may run on: its affinity, and the quota of its container where there is one; at least 1."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quota = _quota()
+    """Cores this process may keep busy: those it is bound to, or as many as the quota of its container pays for; at least 1."""
+    cores, quota = bound_cores(), _quota()
     return max(1, cores if quota is None else min(cores, quota))
 
 

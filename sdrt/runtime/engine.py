@@ -92,8 +92,8 @@ class Engine(Protocol):
     def decode(self, latents: Float, rounding: float) -> tuple[Pixels, NDArray[np.bool_]]:
         """Latents `[N, 4, h, w]` to pixels `[N, H, W, 3]` and whether each picture was finite before the clamp `[N]`."""
 
-    def describe(self) -> dict[str, Any]:
-        """What runs: library and version, precision, threads or device."""
+    def describe(self, job: Job | None = None) -> dict[str, Any]:
+        """What runs: library and version, precision, threads or device; with a job what runs that, else what runs the bundle's own size."""
 
 
 def tables(rows: Sequence[Row], guidance: Sequence[Sequence[float]]) -> Tables:

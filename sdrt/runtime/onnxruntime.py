@@ -53,7 +53,7 @@ class OnnxRuntimeEngine:
         pixels, finite = self._run(names.VAE_DECODER, list(names.DECODER_OUTPUTS), inputs)
         return pixels, finite
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self, job: Job | None = None) -> dict[str, Any]:
         saved = {} if self._saved is None else {"engine": self._saved[0].name}
         return {"backend": self.backend, "version": self._ort.__version__, "device": "cpu", "compute": PRECISION, "threads": self._threads, **saved}
 

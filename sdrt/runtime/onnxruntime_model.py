@@ -128,7 +128,7 @@ def find_saved(bundle: Bundle, version: str) -> Saved | None:
             stale = stale or error.message
             continue
         if record.key.target == TARGET:
-            why = mismatch(record, bundle, compiler=version, cpu=cpu_identity(), platform=platform_name())
+            why = mismatch(record, bundle, compiler=version, cpu=cpu_identity(), platform=platform_name(), flags=FLAGS)
             if not why:
                 return folder, record
             stale = stale or f"{folder}: {why}"

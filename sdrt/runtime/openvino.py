@@ -6,10 +6,14 @@ one that fits. Graphs with equal shapes are loaded once, whatever engines they l
 
 from __future__ import annotations
 
+import ctypes
 import logging
-from collections import OrderedDict
-from collections.abc import Mapping
+import sys
+from collections import OrderedDict, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -22,64 +26,82 @@ from sdrt.bundle import WEIGHTS, Bundle
 from sdrt.engine_cache import list_engines, mismatch, platform_name, read_plan
 from sdrt.engine_record import EngineRecord
 from sdrt.errors import MachineError, UsageError
-from sdrt.runtime.cpu import cpu_identity
+from sdrt.runtime.cpu import cpu_identity, usable_cores
 from sdrt.runtime.engine import Float, Job, Pixels
-from sdrt.runtime.openvino_model import StepShape, compile_graph, compile_properties, explained, import_blob, import_openvino, openvino_version
+from sdrt.runtime.openvino_model import (
+    FLAGS,
+    StepShape,
+    choose_precision,
+    compile_graph,
+    explained,
+    import_blob,
+    import_openvino,
+    openvino_version,
+)
 
 log = logging.getLogger("sdrt")
 
-_LOADED_STEPS = 2
-"""Step graphs kept in memory, least recently used dropped first: each holds the network's weights in the layout its kernels read."""
+Arrays = Mapping[str, NDArray[Any]]
+_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
+
+_LOADED = 2
+"""How many of each graph are kept in memory, least recently used dropped first: each holds its weights in the layout its kernels read."""
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """A graph ready to run, and its infer requests that nobody uses."""
+
+    compiled: Any
+    idle: list[Any] = field(default_factory=list)
 
 
 class OpenVinoEngine:
-    """Thread-safe: each job and each call has infer requests of its own. A request that two threads shared would silently mix their pictures."""
+    """Thread-safe: no two jobs or calls use an infer request at the same time. One that two threads shared would silently mix their pictures."""
 
     backend = "openvino"
 
     def __init__(self, bundle: Bundle, threads: int | None) -> None:
         self._ov = import_openvino("backend openvino")
         self._bundle, self._threads = bundle, threads
-        self._engines = _usable(bundle)
         self._core = self._ov.Core()
+        self._engines = _usable(bundle, self._core)
         self._lock = Lock()
         self._loading: dict[Any, Lock] = {}
-        self._graphs: OrderedDict[Any, Any] = OrderedDict()
-        self._idle: dict[Any, list[Any]] = {}
+        self._graphs: OrderedDict[Any, _Loaded] = OrderedDict()
+        # Once: it reads the package's files, which takes as long as a small picture's text.
+        self._version, self._used_threads = openvino_version(), threads or usable_cores()
         self.compiled = 0
         """Graphs that had to be compiled because no blob fits; the others were imported."""
         first = min(self._engines, key=lambda engine: engine.shape.size != _own_size(bundle))  # the newest of the bundle's own size, else the newest
         self._default = first
-        # Once: it reads the package's files, which takes as long as a small picture's text.
-        self._description = {
-            "backend": self.backend, "version": openvino_version(), "device": "cpu", "compute": first.record.key.precision,
-            "threads": compile_properties(first.record.key.precision, threads)["INFERENCE_NUM_THREADS"], "engine": first.folder.name,
-        }  # fmt: skip
         # In parallel: unpacking weights runs on one core each.
         with ThreadPoolExecutor(3) as pool:
             list(pool.map(lambda graph: self._load(first, graph), (names.STEP, names.VAE_DECODER, names.TEXT_ENCODER)))
 
     def encode_text(self, tokens: NDArray[np.int64], emphasis: Float, clip_skip: int) -> Float:
-        output = names.context_output(clip_skip)
-        runner = self._runner(self._default, names.TEXT_ENCODER)
-        return np.stack([runner({"tokens": tokens[i : i + 1], "emphasis": emphasis[i : i + 1]})[output][0] for i in range(len(tokens))])
+        wanted = (names.context_output(clip_skip),)
+        inputs: list[Arrays] = [{"tokens": tokens[i : i + 1], "emphasis": emphasis[i : i + 1]} for i in range(len(tokens))]
+        return np.concatenate([self._call(self._default, names.TEXT_ENCODER, one, wanted)[0] for one in inputs])
 
     def encode_image(self, pixels: Pixels, noise: Float) -> Float:
-        runner = self._runner(self._of_size(*noise.shape[2:]), names.VAE_ENCODER)
-        return np.stack([runner({"pixels": pixels[i : i + 1], "noise": noise[i : i + 1]})["latents"][0] for i in range(len(pixels))])
+        engine = self._of_size(*noise.shape[2:])
+        inputs: list[Arrays] = [{"pixels": pixels[i : i + 1], "noise": noise[i : i + 1]} for i in range(len(pixels))]
+        return np.concatenate([self._call(engine, names.VAE_ENCODER, one, ("latents",))[0] for one in inputs])
 
     def denoise(self, job: Job) -> OpenVinoDenoising:
         engine = self._of_job(job)
-        return OpenVinoDenoising(self, self._load(engine, names.STEP), engine.shape, job)
+        return OpenVinoDenoising(self, self._load(engine, names.STEP).compiled, engine, job)
 
     def decode(self, latents: Float, rounding: float) -> tuple[Pixels, NDArray[np.bool_]]:
-        runner = self._runner(self._of_size(*latents.shape[2:]), names.VAE_DECODER)
-        offset = np.array([rounding], np.float32)
-        decoded = [runner({"latents": latents[i : i + 1], "rounding": offset}) for i in range(len(latents))]
-        return np.concatenate([d["pixels"] for d in decoded]), np.concatenate([d["finite"] for d in decoded]).astype(np.bool_)
+        return self.decode_with(self._of_size(*latents.shape[2:]), latents, rounding)
 
-    def describe(self) -> dict[str, Any]:
-        return dict(self._description)
+    def describe(self, job: Job | None = None) -> dict[str, Any]:
+        engine = self._default if job is None else self._of_job(job)
+        return {
+            "backend": self.backend, "version": self._version, "device": "cpu", "compute": engine.precision, "threads": self._used_threads,
+            "engine": engine.folder.name,
+        }  # fmt: skip
 
     # What jobs use
 
@@ -88,35 +110,43 @@ class OpenVinoEngine:
         assert array.flags.c_contiguous
         return self._ov.Tensor(array, shared_memory=True)
 
-    def infer(self, request: Any, graph: str) -> None:
+    @contextmanager
+    def explaining(self, graph: str) -> Iterator[None]:
+        """Makes what OpenVINO raises inside an error of ours about a graph of this bundle."""
         try:
+            yield
+        except Exception as error:
+            raise explained(self._ov, f"{self._bundle.path}: {graph}", error) from error
+
+    def infer(self, request: Any, graph: str) -> None:
+        with self.explaining(graph):
             request.start_async()
             request.wait()
-        except Exception as error:
-            raise explained(self._ov, graph, error) from error
 
-    def _runner(self, engine: _Loadable, graph: str) -> Any:
-        """A function from all inputs by name to outputs by name, copied. It takes an infer request that nobody uses, or makes one."""
-        compiled = self._load(engine, graph)
-        idle = self._idle.setdefault(engine.key(graph), [])
-        outputs = [output.get_any_name() for output in compiled.outputs]
+    def decode_with(self, engine: _Loadable, latents: Float, rounding: float) -> tuple[Pixels, NDArray[np.bool_]]:
+        """`decode` by a certain engine's decoder."""
+        offset, wanted = np.array([rounding], np.float32), ("pixels", "finite")
+        inputs = [{"latents": latents[i : i + 1], "rounding": offset} for i in range(len(latents))]
+        pixels, finite = zip(*(self._call(engine, names.VAE_DECODER, one, wanted) for one in inputs), strict=True)
+        return np.concatenate(pixels), np.concatenate(finite).astype(np.bool_)
 
-        def run(inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    def _call(self, engine: _Loadable, graph: str, inputs: Arrays, wanted: tuple[str, ...]) -> tuple[NDArray[Any], ...]:
+        """Run a graph once on all its inputs; copies of the outputs wanted. Takes a request that nobody uses, or makes one."""
+        loaded = self._load(engine, graph)
+        tensors = {name: self.tensor(np.ascontiguousarray(array)) for name, array in inputs.items()}  # kept until it has run
+        with self.explaining(graph):
             try:
-                request = idle.pop()
+                request = loaded.idle.pop()
             except IndexError:
-                request = compiled.create_infer_request()
-            tensors = {name: self.tensor(np.ascontiguousarray(array)) for name, array in inputs.items()}  # kept until it has run
+                request = loaded.compiled.create_infer_request()
             for name, tensor in tensors.items():
                 request.set_tensor(name, tensor)
-            self.infer(request, graph)
-            copied = {name: np.array(request.get_tensor(name).data) for name in outputs}
-            idle.append(request)
-            return copied
+        self.infer(request, graph)
+        copied = tuple(np.array(request.get_tensor(name).data) for name in wanted)
+        loaded.idle.append(request)
+        return copied
 
-        return run
-
-    def _load(self, engine: _Loadable, graph: str) -> Any:
+    def _load(self, engine: _Loadable, graph: str) -> _Loaded:
         """A graph of an engine, loaded once for all engines in which it has the same shapes and precision."""
         key = engine.key(graph)
         with self._lock:
@@ -126,12 +156,15 @@ class OpenVinoEngine:
                 if key in self._graphs:
                     self._graphs.move_to_end(key)
                     return self._graphs[key]
-            found = self._read(engine, graph)
+            found = _Loaded(self._read(engine, graph))
             with self._lock:
                 self._graphs[key] = found
-                steps = [other for other in self._graphs if other[0] == names.STEP]
-                for other in steps[:-_LOADED_STEPS]:  # jobs that still run one keep it alive
+                alike = [other for other in self._graphs if other[0] == graph]
+                dropped = alike[:-_LOADED]
+                for other in dropped:  # who still runs one keeps it alive
                     del self._graphs[other]
+            if dropped:
+                _give_memory_back()
         return found
 
     def load_counting(self, graph: str, job: Job) -> tuple[Any, Mapping[str, tuple[int, ...]]]:
@@ -140,7 +173,7 @@ class OpenVinoEngine:
         return self._read(engine, graph, counting=True), engine.shapes(graph)
 
     def _read(self, engine: _Loadable, graph: str, *, counting: bool = False) -> Any:
-        precision = engine.record.key.precision
+        precision = engine.precision
         if engine.stale:
             with self._lock:
                 self.compiled += 1
@@ -151,7 +184,7 @@ class OpenVinoEngine:
         return import_blob(self._ov, self._core, where, blob, self._bundle.file(WEIGHTS), precision, self._threads, counting=counting)
 
     def _of_job(self, job: Job) -> _Loadable:
-        """The engine for a job: shapes as they are, pictures as many or as few more as there are."""
+        """The engine for a job: of its shapes, with the smallest batch that holds its pictures."""
         pictures, _, height, width = job.init.shape
         tokens, branches = job.contexts[0].shape[1], job.tables.w.shape[1]
         fits = [
@@ -182,8 +215,9 @@ class OpenVinoEngine:
 class OpenVinoDenoising:
     """Two infer requests in turn, over two sets of registers: what one row writes the next reads, where it lies."""
 
-    def __init__(self, engine: OpenVinoEngine, compiled: Any, shape: StepShape, job: Job) -> None:
-        self._engine, self._job, self._shape = engine, job, shape
+    def __init__(self, engine: OpenVinoEngine, compiled: Any, loadable: _Loadable, job: Job) -> None:
+        self._engine, self._job, self._loadable = engine, job, loadable
+        self._shape = shape = loadable.shape
         self._pictures = len(job.init)
         self._row = 0
         rows, batch = shape.rows, shape.batch
@@ -205,11 +239,12 @@ class OpenVinoDenoising:
         denoised = engine.tensor(self._denoised)
         self._requests = []
         for here, there in ((0, 1), (1, 0)):
-            request = compiled.create_infer_request()
             bound = {**self._constant, **dict(zip(("registers", "row"), states[here], strict=True)), "context": self._contexts[job.context_of_row[0]]}
             bound |= dict(zip(names.STEP_OUTPUTS, (*states[there], denoised), strict=True))
-            for name, tensor in bound.items():
-                request.set_tensor(name, tensor)
+            with engine.explaining(names.STEP):
+                request = compiled.create_infer_request()
+                for name, tensor in bound.items():
+                    request.set_tensor(name, tensor)
             self._requests.append(request)
 
     def step(self) -> None:
@@ -229,7 +264,7 @@ class OpenVinoDenoising:
         return self._denoised[: self._pictures].copy()
 
     def decode(self, rounding: float) -> tuple[Pixels, NDArray[np.bool_]]:
-        return self._engine.decode(self.latents(), rounding)
+        return self._engine.decode_with(self._loadable, self.latents(), rounding)
 
     def close(self) -> None:
         self._requests.clear()
@@ -245,10 +280,11 @@ class OpenVinoDenoising:
 
 
 class _Loadable:
-    """An engine of the bundle and what it is made for. `stale` says why its blobs do not fit this machine; it is compiled again then, in memory."""
+    """An engine of the bundle and what it is made for, in the precision it computes in here. `stale` says why its blobs do not fit this machine; it
+    is compiled again then, in memory."""
 
-    def __init__(self, folder: Path, record: EngineRecord, stale: str) -> None:
-        self.folder, self.record, self.stale = folder, record, stale
+    def __init__(self, folder: Path, record: EngineRecord, precision: str, stale: str) -> None:
+        self.folder, self.record, self.precision, self.stale = folder, record, precision, stale
         step = self.shapes(names.STEP)
         (rows, branches), (batch, _, height, width) = step["w"], step["init"]
         self.shape = StepShape(batch, height, width, step["context"][1], branches, rows)
@@ -258,11 +294,11 @@ class _Loadable:
 
     def key(self, graph: str) -> Any:
         """Equal for graphs that are the same once loaded."""
-        return graph, self.record.key.precision, bool(self.stale), tuple(sorted(self.shapes(graph).items()))
+        return graph, self.precision, bool(self.stale), tuple(sorted(self.shapes(graph).items()))
 
 
-def _usable(bundle: Bundle) -> list[_Loadable]:
-    """The bundle's OpenVINO engines, newest first; those of another CPU or version only where none of this machine's has their shapes.
+def _usable(bundle: Bundle, core: Any) -> list[_Loadable]:
+    """The bundle's OpenVINO engines, newest first; those of another CPU, version or manner only where none of this machine's has their shapes.
 
     Raises:
         MachineError: there is none for these graphs and weights.
@@ -277,16 +313,38 @@ def _usable(bundle: Bundle) -> list[_Loadable]:
         if other := mismatch(record, bundle, target=OpenVinoEngine.backend):
             reasons.append(f"{folder.name}: {other}")
             continue
-        machine = mismatch(record, bundle, compiler=openvino_version(), cpu=cpu_identity(), platform=platform_name())
-        (stale if machine else fitting).append(_Loadable(folder, record, machine))
+        made_for, flags = record.key.precision, FLAGS.get(record.key.precision)
+        machine = mismatch(record, bundle, compiler=openvino_version(), cpu=cpu_identity(), platform=platform_name(), flags=flags)
+        precision = choose_precision(core, None, made_for) if machine else made_for
+        (stale if machine else fitting).append(_Loadable(folder, record, precision, machine))
     have = {engine.shape for engine in fitting}
     again = [engine for engine in stale if engine.shape not in have]
     if again:
-        log.warning("%s: %s; compiling again in memory. Keep it with: sdrt compile %s --target openvino", again[0].folder, again[0].stale, bundle.path)
+        log.warning("%s: %s; compiling again in memory. Keep it with: %s", again[0].folder, again[0].stale, _commands(bundle, again))
     if not fitting and not again:
         found = "; ".join(reasons) or "there is none"
         raise MachineError(f"{bundle.path}: no openvino engine fits: {found}", f"Make one here with: sdrt compile {bundle.path} --target openvino")
     return [*fitting, *again]
+
+
+def _commands(bundle: Bundle, engines: Sequence[_Loadable]) -> str:
+    """What compiles engines of these shapes and precisions here."""
+    branches = defaultdict[tuple[StepShape, str], set[int]](set)
+    for engine in engines:
+        branches[replace(engine.shape, branches=0, rows=0), engine.precision].add(engine.shape.branches)
+    factor = bundle.manifest.latents.factor
+    return "; ".join(
+        f"sdrt compile {bundle.path} --target {OpenVinoEngine.backend} {shape.words(factor, *sorted(counts))} --precision {precision}"
+        for (shape, precision), counts in branches.items()
+    )
+
+
+def _give_memory_back() -> None:
+    """What a dropped graph held in small pieces glibc keeps for later, and spreads further with every reload: 76 kB a picture over 500 pictures of
+    five sizes in four threads, shrinking with this."""
+    trim = getattr(_LIBC, "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def _own_size(bundle: Bundle) -> tuple[int, int]:

@@ -20,13 +20,16 @@ import numpy as np
 from sdrt import bundle as names
 from sdrt.bundle import Manifest
 from sdrt.errors import MachineError, ResourceError, SdrtError, UsageError, printable
-from sdrt.runtime.cpu import usable_cores
+from sdrt.runtime.cpu import bound_cores, usable_cores
 
 OLDEST = (2026, 4)
 """The first version whose ONNX reader keeps Attention as one operator and whose CPU blobs can leave the weights out, as far as tested."""
 PRECISIONS = ("bf16", "fp32")
-FLAGS = ("weightless", "stored_weights", "norms_in_place", "heads_filled", "float32_boundary", "latency")
-"""What every engine is built with beside its shapes, as its key names it."""
+FLAGS = {
+    "bf16": ("weightless", "stored_weights", "norms_in_place", "heads_filled", "float32_boundary", "latency"),
+    "fp32": ("weightless", "stored_weights", "norms_in_place", "latency"),
+}
+"""What an engine of each precision is built with beside its shapes, as its key names it. An engine of other flags is compiled again."""
 
 _HINTS = {"bf16": "bf16", "fp32": "f32"}
 _SIGNIFICANT = ("Convolution", "MatMul", "ScaledDotProductAttention")
@@ -57,10 +60,10 @@ class StepShape:
         """Latent rows and columns."""
         return self.height, self.width
 
-    def words(self, factor: int) -> str:
-        """The shape as the options that compile for it; `factor` pixels a side per latent."""
+    def words(self, factor: int, *branches: int) -> str:
+        """The shape as the options that compile for it, or for several numbers of `branches`; `factor` pixels a side per latent."""
         size = f"--size {self.width * factor}x{self.height * factor}"
-        return f"{size} --batch {self.batch} --tokens {self.tokens} --branches {self.branches}"
+        return f"{size} --batch {self.batch} --tokens {self.tokens} --branches {','.join(map(str, branches or (self.branches,)))}"
 
     def inputs(self, graph: str, manifest: Manifest) -> dict[str, Shape]:
         """Static shapes of a graph's inputs. The text encoder takes one chunk at a time, the VAE one picture."""
@@ -93,7 +96,7 @@ def import_openvino(where: str) -> Any:
         import openvino
     except (ImportError, OSError) as error:
         raise MachineError(f"{where}: cannot import openvino: {error}", "Install it with: pip install 'sdrt[openvino]'") from error
-    found = openvino_version() or str(openvino.__version__)
+    found = str(openvino_version())
     if tuple(int(part) for part in re.findall(r"\d+", found)[:2]) < OLDEST:
         raise MachineError(
             f"{where}: openvino {found}, at least {'.'.join(map(str, OLDEST))} is needed", "Upgrade it with: pip install --upgrade 'sdrt[openvino]'"
@@ -102,11 +105,16 @@ def import_openvino(where: str) -> Any:
 
 
 def openvino_version() -> str | None:
-    """Version of the installed package, without loading it; None if it is not installed."""
+    """Version as the installed package says, without loading it, else as the module says, as with an unpacked archive; None without OpenVINO."""
     try:
         return version("openvino")
     except PackageNotFoundError:
+        pass
+    try:
+        import openvino
+    except (ImportError, OSError):
         return None
+    return str(openvino.__version__)
 
 
 def choose_precision(core: Any, asked: str | None, stored: str) -> str:
@@ -127,14 +135,15 @@ def choose_precision(core: Any, asked: str | None, stored: str) -> str:
 
 
 def compile_properties(precision: str, threads: int | None, *, counting: bool = False) -> dict[str, Any]:
-    """Settings for one caller at a time. Threads are pinned to cores only when all of them are used: processes that share a
-    machine would be pinned to the same ones. With `counting` every operator is timed, which costs time."""
-    cores = usable_cores()
+    """Settings for one caller at a time. Threads are pinned to cores only when all cores are used that this process is bound to: processes that
+    share them, as containers do that have a quota of a larger machine, would be pinned to the same ones. With `counting` every operator is timed,
+    which costs time."""
+    used = threads or usable_cores()
     return {
         "INFERENCE_PRECISION_HINT": _HINTS[precision],
         "PERFORMANCE_HINT": "LATENCY",
-        "INFERENCE_NUM_THREADS": threads or cores,
-        "ENABLE_CPU_PINNING": threads is None or threads == cores,
+        "INFERENCE_NUM_THREADS": used,
+        "ENABLE_CPU_PINNING": used == bound_cores(),
         **({"PERF_COUNT": True} if counting else {}),
     }
 
@@ -246,7 +255,7 @@ def _group_norm(op: Any, norm: Any) -> Any:
     """A GroupNormalization `[N, C, H, W]` in operators of the set `op`.
 
     In bfloat16 a mean is known to 1/256, and E[x^2] - E[x]^2 would lose everything where it is large beside the deviation. So the mean is taken away
-    first, and what is left of it once more: with c = x - m, var = E[c^2] - E[c]^2 and (c - E[c]) / deviation = c * scale + rest.
+    first, and what is left of it once more: with c = x - m, var = E[c^2] - E[c]^2 and (c - E[c]) / deviation = c * scale + offset.
     """
     x, gain, bias = norm.input_values()
     pictures, channels, height, width = norm.get_output_shape(0)
@@ -309,7 +318,7 @@ def _keep_boundary(ov: Any, model: Any) -> None:
     """Keep everything before the first product in float32: the mix of latents, the timestep and its sinusoid (961.733 is 960 in bfloat16).
 
     The CPU plugin turns all arithmetic into bfloat16 except what lies between an output and the last product before it. So what enters the
-    first products becomes an output too; nobody reads it, and it costs a few kilobytes.
+    first products becomes an output too; nobody reads it, and it costs its size in memory: kilobytes, in the VAE's encoder the picture in float32.
     """
     live: set[str] = set()  # depends on an input's values
     after: set[str] = set()  # a product, or behind one

@@ -188,7 +188,8 @@ class Pipeline:
         images: list[Pixels] = []
         for first in range(0, request.count, request.batch):
             seeds = request.seeds[first : first + request.batch]
-            denoising = engine.denoise(self._job(engine, plan, seeds, timings))
+            job = self._job(engine, plan, seeds, timings)
+            denoising = engine.denoise(job)
             try:
                 for index, row in enumerate(rows, 1):
                     step_started = time.perf_counter()
@@ -203,7 +204,7 @@ class Pipeline:
                 if first + request.batch >= request.count:
                     timings["denoise"] = sum(timings["steps"])
                     timings["total"] = _since(started)
-                    step = replace(step, result=Result(np.concatenate(images), request.seeds, timings, engine.describe(), self._parameters(plan)))
+                    step = replace(step, result=Result(np.concatenate(images), request.seeds, timings, engine.describe(job), self._parameters(plan)))
                 yield step
             finally:
                 denoising.close()

@@ -130,7 +130,7 @@ class TensorRtEngine:
             block.upload(self._stream, "latents", "latents")
             return self.decode_at(block.address("latents"), latents.shape, rounding)
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self, job: Job | None = None) -> dict[str, Any]:
         return {
             "backend": self.backend, "version": self._trt.__version__, "device": self._device.name, "compute": self.record.key.precision,
             "engine": self._folder.name, "cuda_graphs": not self._graphs_disabled,

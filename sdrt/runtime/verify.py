@@ -79,7 +79,7 @@ def _onnxruntime_checks(bundle: Bundle, folder: Path, record: EngineRecord) -> I
     if mismatch(record, bundle):
         return  # of other graphs or weights: never used
     version = onnxruntime_model.import_onnxruntime("backend onnxruntime").__version__
-    if why := mismatch(record, bundle, compiler=version, cpu=cpu_identity(), platform=platform_name()):
+    if why := mismatch(record, bundle, compiler=version, cpu=cpu_identity(), platform=platform_name(), flags=onnxruntime_model.FLAGS):
         log.warning("%s: only its hashes are checked: %s", folder, why)
         return
     for graph in record.plans:
@@ -100,8 +100,9 @@ def _openvino_checks(bundle: Bundle, folder: Path, record: EngineRecord) -> Iter
         return
     ov = openvino_model.import_openvino("backend openvino")
     core = ov.Core()
-    precision = record.key.precision
-    here = not mismatch(record, bundle, compiler=openvino_model.openvino_version(), cpu=cpu_identity(), platform=platform_name())
+    flags, version = openvino_model.FLAGS.get(record.key.precision), openvino_model.openvino_version()
+    here = not mismatch(record, bundle, compiler=version, cpu=cpu_identity(), platform=platform_name(), flags=flags)
+    precision = record.key.precision if here else openvino_model.choose_precision(core, None, record.key.precision)
     for graph in record.plans:
         inputs, expected = read_reference(bundle.file(f"reference/{graph}.npz"))
         made_for = {name: largest for name, (_, _, largest) in record.key.profiles[graph][0].shapes.items()}
