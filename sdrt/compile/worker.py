@@ -38,8 +38,8 @@ _GRACE_S = 1.0
 _STDERR_BYTES = 1 << 16
 _SIGKILL = getattr(signal, "SIGKILL", 9)
 
+_ATTEMPTS = 12  # about half of all heaps give the right order
 # Python's hashes and glibc's caches of freed memory per thread would make addresses differ from run to run.
-_ATTEMPTS = 6
 _EQUAL_HEAP = {"PYTHONHASHSEED": "0", "GLIBC_TUNABLES": "glibc.malloc.tcache_count=0"}
 
 
