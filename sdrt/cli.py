@@ -85,7 +85,10 @@ def _fail(ctx: Any, message: str, fix: str, code: int) -> NoReturn:
     raise typer.Exit(code)
 
 
-app = typer.Typer(cls=ReportingGroup, no_args_is_help=True, add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False)
+HELP = {"help_option_names": ["-h", "--help"]}
+app = typer.Typer(
+    cls=ReportingGroup, no_args_is_help=True, add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False, context_settings=HELP
+)
 
 
 def _version(value: bool) -> None:

@@ -44,6 +44,8 @@ def print_result(document: Mapping[str, Any]) -> None:
         )
     rows += [(name, f"{value:,}", "", "", "", "counter") for name, value in document["counters"].items()]
     _print_table(ran(document), ("metric", "median [95 % interval]", "p90", "p99", "n", "what it is"), rows, right=(2, 3, 4))
+    if (fidelity := document["fidelity"])["ok"]:
+        typer.echo(f"the pictures are right: {len(fidelity['checks'])} outputs of the graphs are as close to the bundle's references as its precision allows")
     if fit := document["fit"]:
         typer.echo(f"time = {fit['fixed_ms']:.2f} ms + model calls x {fit['per_call_ms']:.3f} ms")
     if server := document.get("server"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from io import BytesIO
 from pathlib import Path
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 def generate(
     ctx: typer.Context,
     bundle: BundleArgument,
-    prompt: Annotated[str | None, typer.Argument(metavar="PROMPT", help="What to show, in AUTOMATIC1111's syntax: (word:1.2), [a:b:0.5], AND, BREAK. Left out only with --from-png.", show_default=False)] = None,
+    prompt: Annotated[str | None, typer.Argument(metavar="PROMPT", help="What to show, in AUTOMATIC1111's syntax: (word:1.2), [day:dusk:0.5], AND, BREAK. Left out only with --from-png.", show_default=False)] = None,
     negative: Annotated[str, typer.Option("--negative", metavar="TEXT", help="What to steer away from.")] = "",
     steps: Annotated[int, typer.Option("--steps", metavar="N", help="Steps of the sampler, 1 to 1000.")] = 20,
     cfg: Annotated[float, typer.Option("--cfg", metavar="X", help="Guidance scale; 1 turns guidance off.")] = 7.0,
@@ -46,7 +46,7 @@ def generate(
     from_png: Annotated[Path | None, typer.Option("--from-png", metavar="F.png", help="Make a picture of sdrt again with its own settings; options given beside it replace them.")] = None,
     preview: Annotated[Path | None, typer.Option("--preview", metavar="DIR", help="Write the estimate of each picture after every model call into this folder while it runs.")] = None,
     contact_sheet: Annotated[Path | None, typer.Option("--contact-sheet", metavar="F.png", help="Write the way from noise to the first picture as one image.")] = None,
-    backend: Annotated[str, typer.Option("--backend", metavar="NAME", help="auto, onnxruntime, openvino, tensorrt-rtx or tensorrt. auto takes the fastest engine in the bundle that can run here.")] = "auto",
+    backend: Annotated[str, typer.Option("--backend", metavar="NAME", help="auto, onnxruntime, openvino, tensorrt-rtx or tensorrt. auto takes the fastest engine in the bundle that can run here; a shape it was not compiled for is an error that says what to do.")] = "auto",
     device: Annotated[int, typer.Option("--device", metavar="N", help="GPU to use, counted from 0; ignored on a CPU.")] = 0,
     threads: Annotated[int | None, typer.Option("--threads", metavar="N", help="CPU threads; the engine's own choice if not given.")] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", metavar="F.png", help="PNG to write; several pictures become F-SEED.png. By default BUNDLE-SEED.png in the working folder. A picture sdrt made is replaced; any other file needs --force.")] = None,
@@ -57,13 +57,14 @@ def generate(
     ctx.find_root().obj = "json" if as_json else None
     from sdrt.bundle import open_bundle
     from sdrt.runtime import Pipeline
-    from sdrt.runtime.picture_file import save_png
+    from sdrt.runtime.picture_file import read_parameters, save_png
     from sdrt.runtime.request import draw_seed
 
     for name, path in (("--output", output), ("--contact-sheet", contact_sheet)):
         if path is not None and path.suffix.lower() != ".png":
             raise UsageError(f"{name} {path}: expected a name ending in .png")
     settings = _settings(ctx, open_bundle(bundle).manifest if from_png is not None else None)
+    replayed = read_parameters(from_png).get("engine") if from_png is not None else None  # before --output may replace it
     if settings.get("seed") is None:
         settings["seed"] = draw_seed()
     first, count = settings["seed"], settings["count"]
@@ -97,6 +98,8 @@ def generate(
     if contact_sheet is not None:
         _write_sheet(contact_sheet, frames)
     _report(paths, result, as_json)
+    if replayed is not None and (note := _other_engine(replayed, result.engine)):
+        typer.echo(f"note: {from_png}: {note}", err=True)
 
 
 def _settings(ctx: typer.Context, replayed: Any) -> dict[str, Any]:
@@ -171,11 +174,22 @@ def _write_sheet(path: Path, frames: Sequence[Frame]) -> None:
 
     from sdrt.publish import new_file, staged_file
     from sdrt.runtime.contact_sheet import contact_sheet
+    from sdrt.runtime.picture_file import CONTACT_SHEET, JSON_CHUNK
 
     info = PngInfo()
-    info.add_text("sdrt", "contact sheet")  # ours, so that the next one may replace it
+    info.add_text(JSON_CHUNK, CONTACT_SHEET)  # ours, so that the next one may replace it
     with staged_file(path) as stage, new_file(stage) as stream:
         contact_sheet(frames).save(stream, "PNG", pnginfo=info)
+
+
+def _other_engine(made_by: object, engine: Mapping[str, Any]) -> str:
+    """That a picture was first made on another engine, in words; empty if not."""
+    if not isinstance(made_by, dict):
+        return ""
+    before, now = ([str(of.get(part)) for part in ("backend", "compute")] for of in (made_by, engine))
+    if before == now:
+        return ""
+    return f"made on {printable(' in '.join(before))}, now on {' in '.join(now)}, whose arithmetic rounds otherwise; --backend chooses the engine"
 
 
 def _report(paths: Sequence[Path], result: Result, as_json: bool) -> None:

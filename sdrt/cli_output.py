@@ -21,18 +21,21 @@ def print_json(value: dict[str, Any]) -> None:
     typer.echo(json.dumps(value, indent=1, ensure_ascii=True, default=str))
 
 
-def print_report(report: dict[str, Any], indent: str = "") -> None:
+def print_report(report: dict[str, Any], indent: str = "", bullet: str = "") -> None:
+    """Fields as lines, nested ones indented; of a list of records each begins with a `bullet`."""
+    start, indent = indent + bullet, indent + " " * len(bullet)
     for key, value in report.items():
         if isinstance(value, dict) and value:
-            typer.echo(f"{indent}{printable(key)}:")
+            typer.echo(f"{start}{printable(key)}:")
             print_report(value, indent + "  ")
         elif isinstance(value, (list, tuple)) and value and isinstance(value[0], dict):
-            typer.echo(f"{indent}{printable(key)}:")
+            typer.echo(f"{start}{printable(key)}:")
             for item in value:
-                print_report(item, indent + "  - ")
+                print_report(item, indent + "  ", "- ")
         else:
-            shown = f"{value:,}" if key.endswith(("bytes", "parameters")) and isinstance(value, int) else value
-            typer.echo(f"{indent}{printable(key)}: {printable(str(shown))}")
+            shown = f"{value:,}" if key.endswith(("bytes", "parameters")) and isinstance(value, int) else list(value) if isinstance(value, tuple) else value
+            typer.echo(f"{start}{printable(key)}: {printable(str(shown))}")
+        start = indent
 
 
 def size_option(text: str | None) -> tuple[int, int] | None:

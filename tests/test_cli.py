@@ -24,6 +24,7 @@ from typer.testing import CliRunner
 
 from sdrt import __version__, bundle, cli_engines
 from sdrt.cli import app
+from sdrt.cli_output import print_report
 from sdrt.errors import SdrtError
 from sdrt.runtime import Pipeline
 
@@ -586,3 +587,21 @@ def test_i2_stopped_build_leaves_nothing(small_checkpoint: Path, here: Path, sma
     assert stderr.splitlines()[-1] == "error: interrupted; nothing was left behind"
     assert "Traceback" not in stderr
     assert not names_in(here)
+
+
+def test_records_of_a_list_are_told_apart(capsys: pytest.CaptureFixture[str]) -> None:
+    print_report({"sources": [{"kind": "lora", "applied": {"step": 2}, "scales": (1, 2)}, {"kind": "vae", "size_bytes": 1000}], "name": "a"})
+    assert capsys.readouterr().out == (
+        "sources:\n  - kind: lora\n    applied:\n      step: 2\n    scales: [1, 2]\n  - kind: vae\n    size_bytes: 1,000\nname: a\n"
+    )
+
+
+@pytest.mark.parametrize("command", [[], ["generate"], ["bench", "run"]])
+def test_help(command: list[str]) -> None:
+    short, long = (CliRunner().invoke(app, [*command, option]) for option in ("-h", "--help"))
+    assert short.exit_code == 0 and short.stdout == long.stdout and "Usage" in short.stdout
+
+
+def test_help_shows_the_prompt_syntax_as_it_is_typed() -> None:
+    """Rich takes `:name:` for an emoji."""
+    assert "[day:dusk:0.5]" in CliRunner().invoke(app, ["generate", "--help"], env={"COLUMNS": "200"}).stdout

@@ -359,6 +359,15 @@ def test_what_ran_is_told_for_each_picture(small: Path, tmp_path: Path) -> None:
             assert (told["engine"], told["compute"]) == by_shape[size, (branches,)]
 
 
+def test_the_engine_loaded_first_is_the_one_most_asked_for(small: Path, tmp_path: Path) -> None:
+    """Not the newest, which may be for long prompts or several pictures: the first picture would wait for another engine to load."""
+    copy = copied(small, tmp_path / "many.sdrt")
+    for more in ({"tokens": (154, 154)}, {"batch": (2, 2)}, {"size": ((64, 96), (64, 96))}):
+        compile_bundle(open_bundle(copy), CompileOptions("openvino", **more))
+    loaded = OpenVinoEngine(open_bundle(copy), 1)
+    assert loaded._default.shape == StepShape(1, 8, 8, 77, 2, loaded._default.shape.rows)
+
+
 # The backend is chosen
 
 

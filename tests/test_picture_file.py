@@ -102,9 +102,22 @@ def test_adapters_are_named(blindbox_bundle: Path) -> None:
 def test_replay(shared: Path, options: list[str]) -> None:
     assert run("generate", shared, "a [red:green:0.5] (apple:1.2)", "--steps", 4, "--seed", 9, "-o", "a.png", *options).exit_code == 0
     again = run("generate", shared, "--from-png", "a.png", "-o", "b.png")
-    assert again.exit_code == 0, again.stderr
+    assert again.exit_code == 0 and "note" not in again.stderr, again.stderr
     with Image.open("a.png") as a, Image.open("b.png") as b:
         assert np.array_equal(np.asarray(a), np.asarray(b)) and a.info == b.info
+
+
+@pytest.mark.parametrize("made_by", [{"backend": "openvino", "compute": "bf16"}, {"backend": "onnxruntime"}, {}, {"backend": ["\x1b[2J"]}])
+def test_replay_on_another_engine_says_so(shared: Path, made_by: dict[str, Any]) -> None:
+    run("generate", shared, "sun", "--steps", 1, "--seed", 9, "-o", "a.png")
+    with Image.open("a.png") as picture:
+        parameters = json.loads(picture.info["sdrt"]) | {"engine": made_by}
+        info = PngInfo()
+        info.add_itxt("sdrt", json.dumps(parameters))
+        picture.save("other.png", pnginfo=info)
+    again = run("generate", shared, "--from-png", "other.png", "-o", "b.png")
+    assert again.exit_code == 0 and "note: other.png: made on " in again.stderr and "now on onnxruntime in fp32" in again.stderr
+    assert "\x1b[2J" not in again.stderr
 
 
 def test_replay_of_one_of_several(shared: Path) -> None:
@@ -227,6 +240,7 @@ def test_contact_sheet(shared: Path, steps: int, columns: int) -> None:
         assert steps == 1 or np.abs(first[::2, ::2].astype(int) - np.asarray(picture)).mean() > 20
     assert run("generate", shared, "sun", "--steps", steps, "--seed", 4, "-o", "x.png", "--contact-sheet", "s.png").exit_code == 0  # its own is replaced
     failed(run("generate", shared, "sun", "--steps", 1, "-o", "x.png", "--contact-sheet", "s.jpg"), 2, "--contact-sheet s.jpg")
+    failed(run("generate", shared, "--from-png", "s.png", "-o", "y.png"), 3, "s.png: a contact sheet, expected a picture")
     Image.new("RGB", (8, 8)).save("mine.png")
     failed(run("generate", shared, "sun", "--steps", 1, "-o", "x.png", "--contact-sheet", "mine.png"), 2, "mine.png")
 

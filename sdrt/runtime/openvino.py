@@ -73,8 +73,7 @@ class OpenVinoEngine:
         self._version, self._used_threads = openvino_version(), threads or usable_cores()
         self.compiled = 0
         """Graphs that had to be compiled because no blob fits; the others were imported."""
-        first = min(self._engines, key=lambda engine: engine.shape.size != _own_size(bundle))  # the newest of the bundle's own size, else the newest
-        self._default = first
+        self._default = first = min(self._engines, key=lambda engine: _unlikeness(engine.shape, _own_size(bundle)))
         # In parallel: unpacking weights runs on one core each.
         with ThreadPoolExecutor(3) as pool:
             list(pool.map(lambda graph: self._load(first, graph), (names.STEP, names.VAE_DECODER, names.TEXT_ENCODER)))
@@ -208,7 +207,7 @@ class OpenVinoEngine:
         wanted = f"--size {width * factor}x{height * factor} {rest}".rstrip()
         return UsageError(
             f"{self._bundle.path}: no OpenVINO engine for {wanted}; there is: {have}",
-            f"Compile one with: sdrt compile {self._bundle.path} --target openvino {wanted}; or choose --backend onnxruntime, which takes any shape.",
+            f"Compile one with: sdrt compile {self._bundle.path} --target openvino {wanted}; or choose --backend onnxruntime (in Python backend='onnxruntime'), which takes any shape.",
         )
 
 
@@ -345,6 +344,11 @@ def _give_memory_back() -> None:
     trim = getattr(_LIBC, "malloc_trim", None)
     if trim is not None:
         trim(0)
+
+
+def _unlikeness(shape: StepShape, own_size: tuple[int, int]) -> tuple[int, ...]:
+    """How far an engine is from what is most often asked for, to find the one to load first: the bundle's own size, one picture, a short prompt, guidance."""
+    return shape.size != own_size, shape.batch, shape.tokens, shape.branches != 2
 
 
 def _own_size(bundle: Bundle) -> tuple[int, int]:

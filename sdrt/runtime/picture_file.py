@@ -22,6 +22,8 @@ from sdrt.runtime.request import Request
 from sdrt.runtime.samplers import SAMPLERS
 
 JSON_CHUNK, TEXT_CHUNK = "sdrt", "parameters"
+CONTACT_SHEET = "contact sheet"
+"""What a contact sheet says in place of settings."""
 _MAX_CHUNK = 1 << 20
 _SCHEDULES = {"sgm_uniform": "SGM Uniform", "ddim_uniform": "DDIM"}
 """AUTOMATIC1111's labels where they are not the name with a capital."""
@@ -144,6 +146,8 @@ def read_parameters(path: Path) -> dict[str, Any]:
         raise InputFileError(f"{path}: cannot be read as a PNG: {printable(str(error))}", fix) from error
     if not isinstance(text, str):
         raise InputFileError(f"{path}: does not say how it was made", fix)
+    if text == CONTACT_SHEET:
+        raise InputFileError(f"{path}: a contact sheet, expected a picture", "Give the picture that generate wrote beside it.")
     try:
         parameters = json.loads(text[:_MAX_CHUNK])
     except (ValueError, RecursionError) as error:
