@@ -16,6 +16,7 @@ from sdrt.document import read_document
 from sdrt.errors import InputFileError, UsageError, printable
 
 if TYPE_CHECKING:
+    from sdrt.bundle import Manifest
     from sdrt.runtime.contact_sheet import Frame
     from sdrt.runtime.pipeline import Result, Step
 
@@ -63,8 +64,8 @@ def generate(
     for name, path in (("--output", output), ("--contact-sheet", contact_sheet)):
         if path is not None and path.suffix.lower() != ".png":
             raise UsageError(f"{name} {path}: expected a name ending in .png")
-    settings = _settings(ctx, open_bundle(bundle).manifest if from_png is not None else None)
-    replayed = read_parameters(from_png).get("engine") if from_png is not None else None  # before --output may replace it
+    replayed = (open_bundle(bundle).manifest, read_parameters(from_png)) if from_png is not None else None
+    settings = _settings(ctx, replayed)
     if settings.get("seed") is None:
         settings["seed"] = draw_seed()
     first, count = settings["seed"], settings["count"]
@@ -98,11 +99,11 @@ def generate(
     if contact_sheet is not None:
         _write_sheet(contact_sheet, frames)
     _report(paths, result, as_json)
-    if replayed is not None and (note := _other_engine(replayed, result.engine)):
-        typer.echo(f"note: {from_png}: {note}", err=True)
+    if replayed is not None and (note := _other_engine(replayed[1].get("engine"), result.engine)):
+        typer.echo(f"note: {printable(str(from_png))}: {note}", err=True)
 
 
-def _settings(ctx: typer.Context, replayed: Any) -> dict[str, Any]:
+def _settings(ctx: typer.Context, replayed: tuple[Manifest, dict[str, Any]] | None) -> dict[str, Any]:
     """The request's fields as given: all of them, or, beside --from-png, those of the picture with what the command line names in their place."""
     from sdrt.runtime.picture_file import request_of
     from sdrt.runtime.request import Request
@@ -110,7 +111,7 @@ def _settings(ctx: typer.Context, replayed: Any) -> dict[str, Any]:
     given: dict[str, Any] = {}
     base: dict[str, Any] = {}
     if replayed is not None:
-        request = request_of(ctx.params["from_png"], replayed)
+        request = request_of(ctx.params["from_png"], *replayed)
         base = {f.name: getattr(request, f.name) for f in fields(Request)}
     for name in (f.name for f in fields(Request)):
         source = ctx.get_parameter_source(name)

@@ -22,6 +22,7 @@ import numpy as np
 import onnx
 import pytest
 from test_boundaries import LOCKED_DOWN, run_python
+from test_openvino_model import HAS_BF16, needs_bf16
 from typer.testing import CliRunner
 
 from sdrt import cli_engines
@@ -40,8 +41,6 @@ from sdrt.runtime.openvino_model import StepShape, choose_precision, compile_gra
 from sdrt.runtime.verify import verify
 
 ov = import_openvino("tests")
-HAS_BF16 = "BF16" in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-needs_bf16 = pytest.mark.skipif(not HAS_BF16, reason="this CPU has no bfloat16")
 PSNR_DB = {"bf16": 30.0, "fp32": 45.0}
 APPLE: dict[str, Any] = {"steps": 6, "cfg": 3.0, "seed": 11}
 
@@ -549,20 +548,13 @@ def test_openvino_is_too_old(flat_bundle: Path, monkeypatch: pytest.MonkeyPatch)
     assert result.exit_code == 5 and "at least 2026.4" in result.stderr
 
 
-class Core:
-    """A CPU of few abilities."""
-
-    def get_property(self, device: str, name: str) -> list[str]:
-        return ["FP32"]
-
-
 def test_precision() -> None:
-    assert choose_precision(Core(), None, "fp16") == "fp32"
+    assert choose_precision(CoreWithoutBf16(ov.Core()), None, "fp16") == "fp32"
     assert choose_precision(ov.Core(), None, "fp32") == "fp32"  # stored in float32: that was asked for
     with pytest.raises(MachineError, match="no bfloat16"):
-        choose_precision(Core(), "bf16", "fp16")
+        choose_precision(CoreWithoutBf16(ov.Core()), "bf16", "fp16")
     with pytest.raises(UsageError, match="bf16 or fp32"):
-        choose_precision(Core(), "int8", "fp16")
+        choose_precision(CoreWithoutBf16(ov.Core()), "int8", "fp16")
 
 
 def test_threads(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -154,7 +154,7 @@ def test_replay_from_an_image(shared: Path) -> None:
 def test_replay_with_another_bundle(loaded: Pipeline, blindbox_bundle: Path, tmp_path: Path) -> None:
     path = made(loaded, tmp_path / "x.png")
     with Pipeline.load(blindbox_bundle, backend="onnxruntime", threads=1) as other, pytest.raises(UsageError) as raised:
-        request_of(path, other.bundle.manifest)
+        request_of(path, other.bundle.manifest, read_parameters(path))
     for name in ("flat", "blindbox", bundle_id(loaded.bundle.manifest), bundle_id(other.bundle.manifest)):
         assert name in raised.value.message
 
@@ -163,7 +163,7 @@ def test_a_copy_under_another_name_is_the_same_bundle(loaded: Pipeline, flat_bun
     copy = Path(shutil.copytree(flat_bundle, tmp_path / "other.sdrt"))
     path = made(loaded, tmp_path / "x.png")
     with Pipeline.load(copy, backend="onnxruntime", threads=1) as other:
-        assert request_of(path, other.bundle.manifest).seed == 5
+        assert request_of(path, other.bundle.manifest, read_parameters(path)).seed == 5
 
 
 def tampered(loaded: Pipeline, path: Path, **changes: Any) -> Path:
@@ -180,7 +180,8 @@ def tampered(loaded: Pipeline, path: Path, **changes: Any) -> Path:
 )
 def test_settings_that_are_not_ours(loaded: Pipeline, tmp_path: Path, changes: dict[str, Any]) -> None:
     with pytest.raises(InputFileError, match=r"x\.png: its settings are not of the expected form"):
-        request_of(tampered(loaded, tmp_path / "x.png", **changes), loaded.bundle.manifest)
+        path = tampered(loaded, tmp_path / "x.png", **changes)
+        request_of(path, loaded.bundle.manifest, read_parameters(path))
 
 
 @pytest.mark.parametrize(

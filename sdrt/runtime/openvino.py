@@ -23,17 +23,16 @@ from numpy.typing import NDArray
 
 from sdrt import bundle as names
 from sdrt.bundle import WEIGHTS, Bundle
-from sdrt.engine_cache import list_engines, mismatch, platform_name, read_plan
+from sdrt.engine_cache import list_engines, mismatch, read_plan
 from sdrt.engine_record import EngineRecord
 from sdrt.errors import MachineError, UsageError
-from sdrt.runtime.cpu import cpu_identity, usable_cores
+from sdrt.runtime.cpu import usable_cores
 from sdrt.runtime.engine import Float, Job, Pixels
 from sdrt.runtime.openvino_model import (
-    FLAGS,
     StepShape,
-    choose_precision,
     compile_graph,
     explained,
+    fit,
     import_blob,
     import_openvino,
     openvino_version,
@@ -42,7 +41,6 @@ from sdrt.runtime.openvino_model import (
 log = logging.getLogger("sdrt")
 
 Arrays = Mapping[str, NDArray[Any]]
-_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 _LOADED = 2
 """How many of each graph are kept in memory, least recently used dropped first: each holds its weights in the layout its kernels read."""
@@ -63,17 +61,16 @@ class OpenVinoEngine:
 
     def __init__(self, bundle: Bundle, threads: int | None) -> None:
         self._ov = import_openvino("backend openvino")
-        self._bundle, self._threads = bundle, threads
+        self._bundle, self._threads = bundle, threads or usable_cores()
         self._core = self._ov.Core()
         self._engines = _usable(bundle, self._core)
         self._lock = Lock()
         self._loading: dict[Any, Lock] = {}
         self._graphs: OrderedDict[Any, _Loaded] = OrderedDict()
-        # Once: it reads the package's files, which takes as long as a small picture's text.
-        self._version, self._used_threads = openvino_version(), threads or usable_cores()
+        self._version = openvino_version()  # once: it reads the package's files, which takes as long as a small picture's text
         self.compiled = 0
         """Graphs that had to be compiled because no blob fits; the others were imported."""
-        self._default = first = min(self._engines, key=lambda engine: _unlikeness(engine.shape, _own_size(bundle)))
+        self._default = first = min(self._engines, key=lambda engine: _unlikeness(engine.shape, bundle))
         # In parallel: unpacking weights runs on one core each.
         with ThreadPoolExecutor(3) as pool:
             list(pool.map(lambda graph: self._load(first, graph), (names.STEP, names.VAE_DECODER, names.TEXT_ENCODER)))
@@ -98,7 +95,7 @@ class OpenVinoEngine:
     def describe(self, job: Job | None = None) -> dict[str, Any]:
         engine = self._default if job is None else self._of_job(job)
         return {
-            "backend": self.backend, "version": self._version, "device": "cpu", "compute": engine.precision, "threads": self._used_threads,
+            "backend": self.backend, "version": self._version, "device": "cpu", "compute": engine.precision, "threads": self._threads,
             "engine": engine.folder.name,
         }  # fmt: skip
 
@@ -312,9 +309,7 @@ def _usable(bundle: Bundle, core: Any) -> list[_Loadable]:
         if other := mismatch(record, bundle, target=OpenVinoEngine.backend):
             reasons.append(f"{folder.name}: {other}")
             continue
-        made_for, flags = record.key.precision, FLAGS.get(record.key.precision)
-        machine = mismatch(record, bundle, compiler=openvino_version(), cpu=cpu_identity(), platform=platform_name(), flags=flags)
-        precision = choose_precision(core, None, made_for) if machine else made_for
+        machine, precision = fit(core, bundle, record)
         (stale if machine else fitting).append(_Loadable(folder, record, precision, machine))
     have = {engine.shape for engine in fitting}
     again = [engine for engine in stale if engine.shape not in have]
@@ -341,19 +336,16 @@ def _commands(bundle: Bundle, engines: Sequence[_Loadable]) -> str:
 def _give_memory_back() -> None:
     """What a dropped graph held in small pieces glibc keeps for later, and spreads further with every reload: 76 kB a picture over 500 pictures of
     five sizes in four threads, shrinking with this."""
-    trim = getattr(_LIBC, "malloc_trim", None)
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)
 
 
-def _unlikeness(shape: StepShape, own_size: tuple[int, int]) -> tuple[int, ...]:
+def _unlikeness(shape: StepShape, bundle: Bundle) -> tuple[int, ...]:
     """How far an engine is from what is most often asked for, to find the one to load first: the bundle's own size, one picture, a short prompt, guidance."""
-    return shape.size != own_size, shape.batch, shape.tokens, shape.branches != 2
-
-
-def _own_size(bundle: Bundle) -> tuple[int, int]:
     latents = bundle.manifest.latents
-    return latents.size[1] // latents.factor, latents.size[0] // latents.factor
+    own_size = latents.size[1] // latents.factor, latents.size[0] // latents.factor
+    return shape.size != own_size, shape.batch, shape.tokens, shape.branches != 2
 
 
 def _padded(array: Float, batch: int, branches: int = 1, *, axis: int = 0) -> Float:

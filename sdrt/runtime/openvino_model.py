@@ -18,9 +18,11 @@ from typing import Any
 import numpy as np
 
 from sdrt import bundle as names
-from sdrt.bundle import Manifest
+from sdrt.bundle import Bundle, Manifest
+from sdrt.engine_cache import mismatch, platform_name
+from sdrt.engine_record import EngineRecord
 from sdrt.errors import MachineError, ResourceError, SdrtError, UsageError, printable
-from sdrt.runtime.cpu import bound_cores, usable_cores
+from sdrt.runtime.cpu import bound_cores, cpu_identity, usable_cores
 
 OLDEST = (2026, 4)
 """The first version whose ONNX reader keeps Attention as one operator and whose CPU blobs can leave the weights out, as far as tested."""
@@ -132,6 +134,13 @@ def choose_precision(core: Any, asked: str | None, stored: str) -> str:
     if asked == "bf16" and not able:
         raise MachineError("precision bf16: this CPU has no bfloat16 arithmetic", "Leave --precision out, or choose fp32.")
     return asked
+
+
+def fit(core: Any, bundle: Bundle, record: EngineRecord) -> tuple[str, str]:
+    """Why an engine's blobs do not fit this machine, empty if they do, and the precision it computes in here, where need be compiled again."""
+    made_for = record.key.precision
+    why = mismatch(record, bundle, compiler=openvino_version(), cpu=cpu_identity(), platform=platform_name(), flags=FLAGS.get(made_for))
+    return why, choose_precision(core, None, made_for) if why else made_for
 
 
 def compile_properties(precision: str, threads: int | None, *, counting: bool = False) -> dict[str, Any]:

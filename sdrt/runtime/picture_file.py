@@ -86,14 +86,13 @@ def _quoted(value: str) -> str:
     return json.dumps(value, ensure_ascii=False) if any(mark in value for mark in ",:\n") else value
 
 
-def request_of(path: Path, manifest: Manifest) -> Request:
-    """The request that made a picture of ours, for this bundle.
+def request_of(path: Path, manifest: Manifest, parameters: Mapping[str, Any]) -> Request:
+    """The request that made a picture of ours, for this bundle. `parameters` are what `read_parameters` found in it.
 
     Raises:
-        InputFileError: it is no picture that sdrt wrote.
+        InputFileError: its settings are not of the expected form, or what it was made from is gone.
         UsageError: another bundle made it; the message says what differs.
     """
-    parameters = read_parameters(path)
     if parameters.get("bundle_id") != bundle_id(manifest):
         raise UsageError(
             f"{path}: made by bundle {printable(str(parameters.get('bundle')))} ({printable(str(parameters.get('bundle_id')))}), "

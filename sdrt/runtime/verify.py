@@ -100,14 +100,12 @@ def _openvino_checks(bundle: Bundle, folder: Path, record: EngineRecord) -> Iter
         return
     ov = openvino_model.import_openvino("backend openvino")
     core = ov.Core()
-    flags, version = openvino_model.FLAGS.get(record.key.precision), openvino_model.openvino_version()
-    here = not mismatch(record, bundle, compiler=version, cpu=cpu_identity(), platform=platform_name(), flags=flags)
-    precision = record.key.precision if here else openvino_model.choose_precision(core, None, record.key.precision)
+    stale, precision = openvino_model.fit(core, bundle, record)
     for graph in record.plans:
         inputs, expected = read_reference(bundle.file(f"reference/{graph}.npz"))
         made_for = {name: largest for name, (_, _, largest) in record.key.profiles[graph][0].shapes.items()}
         padded = {name: _more_rows(array, made_for[name][0]) if name in STEP_TABLES else array for name, array in inputs.items()}
-        if here and {name: array.shape for name, array in padded.items()} == made_for:
+        if not stale and {name: array.shape for name, array in padded.items()} == made_for:
             inputs, blob = padded, read_plan(folder, record, graph)
             compiled = openvino_model.import_blob(ov, core, f"{folder}: {graph}", blob, bundle.file(WEIGHTS), precision, None)
         else:
