@@ -323,6 +323,7 @@ def _abandoned(stage: Path, pid: int) -> bool:
     except OSError:  # somebody else's, or swept by another process just now
         return False
     try:
+        changed_s = os.fstat(descriptor).st_mtime  # by name it may be gone the next moment
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
@@ -330,7 +331,7 @@ def _abandoned(stage: Path, pid: int) -> bool:
         return not _alive(pid)
     finally:
         os.close(descriptor)
-    return not _alive(pid) or (pid != os.getpid() and time.time() - stage.stat().st_mtime > _STALE_S)
+    return not _alive(pid) or (pid != os.getpid() and time.time() - changed_s > _STALE_S)
 
 
 def _alive(pid: int) -> bool:

@@ -274,6 +274,18 @@ def test_i6_eight_writers_of_one_output_without_a_lock(tmp_path: Path) -> None:
     assert state(tmp_path / "x.sdrt") == state(tmp_path / "reference")
 
 
+def test_a_stage_may_be_published_while_it_is_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stage = tmp_path / ".x.sdrt-1-00000000"
+    stage.mkdir()
+
+    def publishes_meanwhile(pid: int) -> bool:
+        stage.rmdir()
+        return True
+
+    monkeypatch.setattr(publish, "_alive", publishes_meanwhile)
+    assert not publish._abandoned(stage, 1)
+
+
 HOLD = """
 import pathlib, sys
 from sdrt.lock import locked
