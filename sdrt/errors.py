@@ -12,7 +12,8 @@
     ├── MachineError           5  this machine, or an installed version, does not fit
     ├── ResourceError          6  out of disk or memory
     ├── LockedError            7  locked or timed out
-    └── InconclusiveError      8  a measurement that decides nothing
+    ├── InconclusiveError      8  a measurement that decides nothing
+    └── NotComparableError     9  two measurements of different things
 
 The library raises; only `sdrt.cli` prints and exits. Standard library only.
 """
@@ -83,6 +84,10 @@ class LockedError(SdrtError):
 
 class InconclusiveError(SdrtError):
     exit_code = 8
+
+
+class NotComparableError(SdrtError):
+    exit_code = 9
 
 
 def printable(text: str) -> str:
