@@ -28,7 +28,7 @@ RESAMPLES = 10_000
 SEED = 20_061
 ALPHA = 0.04
 """Two-sided, over all gated metrics of two separate runs: a false SLOWER in at most 2 of 100, whatever the noise."""
-LOOK_ALPHA = 0.003
+LOOK_ALPHA = 0.0025
 """The same for one look at pairs. Up to MAX_PAIRS - MIN_PAIRS + 1 looks, all at the same pairs, raise a false SLOWER in at most 2 of 100 runs (the tests)."""
 MIN_PAIRS, MAX_PAIRS = 6, 50
 MIN_PROCESSES = 4
@@ -132,17 +132,11 @@ def paired(base: Sequence[Sequence[float]], new: Sequence[Sequence[float]]) -> E
 
 
 def from_logs(logs: Doubles) -> Estimate:
-    """Estimate from the log ratios of pairs, `[n]`: their mean, with Student's interval and test.
-
-    From ten pairs on, a tenth at either end is left out, with Yuen's (1974) error, so that a process that stalled does not keep the rest from being told.
-    """
-    n, cut = len(logs), len(logs) // 10
-    ordered = np.sort(logs)
-    middle, freedom = float(ordered[cut : n - cut].mean()), n - 2 * cut - 1
-    pulled_in = np.clip(ordered, ordered[cut], ordered[n - cut - 1])
-    error = float(pulled_in.std(ddof=1)) / ((1 - 2 * cut / n) * math.sqrt(n)) if n > 1 else math.inf
-    reach = student_t(0.975, freedom) * error if n > 1 else math.inf
-    p_value = 1.0 if n < 2 or middle == 0 else 2 * (1 - student_share(abs(middle) / error, freedom)) if error else 0.0
+    """Estimate from the log ratios of pairs, `[n]`: their mean, with Student's interval and test."""
+    n, middle = len(logs), float(logs.mean())
+    error = float(logs.std(ddof=1)) / math.sqrt(n) if n > 1 else math.inf
+    reach = student_t(0.975, n - 1) * error if n > 1 else math.inf
+    p_value = 1.0 if n < 2 or middle == 0 else 2 * (1 - student_share(abs(middle) / error, n - 1)) if error else 0.0
     low, high = (math.exp(max(-700.0, min(700.0, value))) for value in (middle - reach, middle + reach))
     return Estimate(math.exp(middle), low, high, p_value, n, n >= MIN_PAIRS, LOOK_ALPHA, 0.5, visible(error * math.sqrt(n), n) if n > 1 else math.nan)
 
