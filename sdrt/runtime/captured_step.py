@@ -78,10 +78,12 @@ class Slot:
 
     def launch(self, engine: TensorRtEngine, row: int) -> None:
         """Start one model call."""
+        engine.watched.count("launches")
         if self.graphs is None:
-            engine.enqueue(self.contexts[row % 2], names.STEP, engine.stream)
+            engine.watched.around(names.STEP, engine.stream, lambda: engine.enqueue(self.contexts[row % 2], names.STEP, engine.stream))
         else:
-            self.graphs[row % 2].launch(engine.stream)
+            graph = self.graphs[row % 2]
+            engine.watched.around(names.STEP, engine.stream, lambda: graph.launch(engine.stream))
 
     def hold_context_sets(self, engine: TensorRtEngine, sets: Sequence[Float]) -> None:
         """Put a job's context sets on the device, in memory that stays with the slot: the next such job allocates nothing."""

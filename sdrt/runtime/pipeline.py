@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Unpack
@@ -17,7 +18,7 @@ from sdrt.bundle import WEIGHTS, Bundle, bundle_id, check_files, open_bundle
 from sdrt.checked import check_file
 from sdrt.errors import NonFiniteError, UsageError
 from sdrt.runtime.conditioning import Prompts, TextConditioner
-from sdrt.runtime.engine import Denoising, Engine, Float, Job, Pixels, Tables, load_engine, tables
+from sdrt.runtime.engine import Denoising, Engine, Float, Job, Observe, Pixels, Tables, load_engine, tables
 from sdrt.runtime.images import Canvas, blank_canvas, canvas, laid_over
 from sdrt.runtime.noise import Draws, draw_noise
 from sdrt.runtime.request import Request, Settings, resolved
@@ -32,7 +33,7 @@ ROUNDING = {"a1111": 0.0, "diffusers": 0.5}
 class Result:
     """Finished pictures: `images` uint8 `[N, H, W, 3]`, the seed of each, and how they came to be.
 
-    `timings_ms` holds `total`, `text_encoder`, `image_encoder` (0 without an init image), `denoise`, `decode` and the list `steps`, one entry per
+    `timings_ms` holds `total`, and beside it `tokenise`, reading the prompts before that starts; of the total `text_encoder`, `image_encoder` (0 without an init image), `denoise`, `decode` and the list `steps`, one entry per
     model call of every batch. `parameters` are the request's, every open choice made, and the bundle's name and id.
     """
 
@@ -97,10 +98,13 @@ class Pipeline:
         self._conditioner = TextConditioner(tokenizer, bundle.manifest.sources)
 
     @classmethod
-    def load(cls, path: str | Path, *, backend: str = "auto", device: int = 0, threads: int | None = None) -> Pipeline:
+    def load(
+        cls, path: str | Path, *, backend: str = "auto", device: int = 0, threads: int | None = None, observe: Observe | None = None
+    ) -> Pipeline:  # fmt: skip
         """Load a bundle after checking every file of it against its manifest; weights that were checked before and are untouched are not read again.
 
-        `device` counts GPUs and is ignored on a CPU; `threads` is for CPU engines, None leaves the choice to them.
+        `device` counts GPUs and is ignored on a CPU; `threads` is for CPU engines, None leaves the choice to them. `observe` may put something between the pipeline
+        and its engine, as a benchmark does.
 
         Raises:
             InputFileError: there is no bundle at `path`.
@@ -118,7 +122,8 @@ class Pipeline:
             # Hashing the weights takes as long as reading them, so it runs beside loading. Data alone cannot harm: it is used after the check.
             checked: Future[None] = pool.submit(check_file, bundle, WEIGHTS)
             try:
-                engine = load_engine(bundle, backend, threads, device)
+                load = partial(load_engine, bundle, backend, threads, device)
+                engine = load() if observe is None else observe(load)
             finally:
                 checked.result()
         return cls(bundle, engine, Tokenizer(bundle.file("tokenizer/tokenizer.json"), bundle.manifest.text))
@@ -155,7 +160,10 @@ class Pipeline:
             raise UsageError("pipeline: closed", "Load it again with Pipeline.load.")
         request = resolved(Request(prompt, **settings), self.bundle.manifest)
         rows = self._rows(request)
-        return self._run(self._engine, request, rows, self._read_prompts(request, rows), self._canvas(request))
+        started = time.perf_counter()
+        prompts = self._read_prompts(request, rows)
+        tokenise_ms = _since(started)
+        return self._run(self._engine, request, rows, prompts, self._canvas(request), tokenise_ms)
 
     def _rows(self, request: Request) -> list[Row]:
         return plan_rows(
@@ -175,9 +183,11 @@ class Pipeline:
             return blank_canvas(request.size, factor) if self.bundle.manifest.latents.concat_channels else None
         return canvas(request.init_image, request.mask, request.size, resize=request.resize, blur=request.mask_blur, compat=request.compat, factor=factor)
 
-    def _run(self, engine: Engine, request: Request, rows: list[Row], prompts: Prompts, start: Canvas | None) -> Generator[Step, None, None]:
+    def _run(
+        self, engine: Engine, request: Request, rows: list[Row], prompts: Prompts, start: Canvas | None, tokenise_ms: float
+    ) -> Generator[Step, None, None]:
         started = time.perf_counter()
-        timings: dict[str, Any] = {"image_encoder": 0.0, "denoise": 0.0, "decode": 0.0, "steps": []}
+        timings: dict[str, Any] = {"tokenise": tokenise_ms, "image_encoder": 0.0, "denoise": 0.0, "decode": 0.0, "steps": []}
         said = self._conditioner.encode(engine, prompts)
         timings["text_encoder"] = _since(started)
         # AUTOMATIC1111 counts a prompt's steps in model calls; an image's schedule ends before the count does.

@@ -25,7 +25,7 @@ from sdrt.engine_record import EngineRecord
 from sdrt.errors import MachineError, ResourceError, SdrtError, UsageError
 from sdrt.runtime.captured_step import Shape, Slot, TensorRtDenoising
 from sdrt.runtime.device_memory import Block, layout
-from sdrt.runtime.engine import Float, Job, Pixels
+from sdrt.runtime.engine import Float, Job, Pixels, Watched
 
 log = logging.getLogger("sdrt")
 
@@ -46,6 +46,7 @@ class TensorRtEngine:
         self._lock = RLock()
         self._dead: str | None = None
         self._graphs_disabled = False
+        self.watched = Watched()
         self._free: deque[Slot] = deque()
         self._blocks: dict[Any, Block] = {}
         self._more_activations: list[Any] = []
@@ -107,7 +108,7 @@ class TensorRtEngine:
         self.bind(context, graph, 0, {name: (block.address(name), array.shape) for name, array in inputs.items()})
         for name, _, _ in fields[len(inputs) :]:
             context.set_tensor_address(name, block.address(name))
-        self.enqueue(context, graph, self._stream)
+        self.watched.around(graph, self._stream, lambda: self.enqueue(context, graph, self._stream))
         block.download(self._stream, output, output)
         self._stream.sync()
         return block
@@ -152,7 +153,7 @@ class TensorRtEngine:
         return _Guard(self, where)
 
     def block(self, fields: list[Any], *, pinned: bool = True) -> Block:
-        return Block(self._cuda, self._device, self._stream, layout(fields), pinned=pinned)
+        return Block(self._cuda, self._device, self._stream, layout(fields), pinned=pinned, count=self.watched.count)
 
     def _kept(self, fields: list[Any]) -> Block:
         """A block that is used and synchronised within one guarded call, kept for the next call of the same shapes."""
@@ -224,7 +225,7 @@ class TensorRtEngine:
         self.bind(context, names.VAE_DECODER, 0, {"latents": (address, shape), "rounding": (block.address("rounding"), (1,))})
         for name in names.DECODER_OUTPUTS:
             context.set_tensor_address(name, block.address(name))
-        self.enqueue(context, names.VAE_DECODER, self._stream)
+        self.watched.around(names.VAE_DECODER, self._stream, lambda: self.enqueue(context, names.VAE_DECODER, self._stream))
         block.download(self._stream, "pixels", "finite")
         self._stream.sync()
         return block.host("pixels").copy(), block.host("finite").copy()
