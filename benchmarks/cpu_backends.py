@@ -54,7 +54,7 @@ def compiled_copies(bundle: Path, folder: Path, size: tuple[int, int]) -> dict[s
     """The bundle for each row of the table, with the backend to run it on, and what compiling took on stderr."""
     import openvino
 
-    from sdrt.bundle import open_bundle
+    from sdrt.bundle.folder import open_bundle
     from sdrt.compile import onnxruntime
     from sdrt.compile.openvino import compile_bundle
     from sdrt.compile.report import CompileOptions
@@ -104,7 +104,7 @@ def main() -> None:
     if arguments.size:
         width, height = (int(side) for side in arguments.size.split("x"))
     else:
-        from sdrt.bundle import open_bundle
+        from sdrt.bundle.folder import open_bundle
 
         width, height = open_bundle(arguments.bundle).manifest.latents.size
     if arguments.child:

@@ -192,7 +192,8 @@ def inspect(
 ) -> None:  # fmt: skip
     """Say what a file or bundle is: family, components, adapters, sizes. Reads headers only."""
     ctx.find_root().obj = "json" if as_json else None
-    from sdrt.bundle import MANIFEST, open_bundle
+    from sdrt.bundle.folder import open_bundle
+    from sdrt.bundle.manifest import MANIFEST
     from sdrt.export.inspect import inspect_file
 
     if os.path.exists(path / MANIFEST) or path.suffix == ".sdrt":

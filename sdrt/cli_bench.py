@@ -84,7 +84,8 @@ def run_command(
     from sdrt.bench.formats import RESULT_FORMATS, result_markdown
     from sdrt.bench.result import write_json
     from sdrt.bench.run import run
-    from sdrt.bundle import WEIGHTS, open_bundle
+    from sdrt.bundle.folder import open_bundle
+    from sdrt.bundle.manifest import WEIGHTS
     from sdrt.checked import check_file
 
     targets = _targets(emit)
@@ -141,7 +142,7 @@ def _refuse_unused(ctx: typer.Context, check_machine: bool, with_bundle: bool) -
 
 def _check_machine(bundle: Path | None, request: Request, limit_s: float, files: Sequence[object], layers: bool, as_json: bool) -> None:
     from sdrt.bench.machine_noise import machine_noise, pictures_of, steady_work
-    from sdrt.bundle import open_bundle
+    from sdrt.bundle.folder import open_bundle
 
     if any(file is not None for file in files) or layers:
         raise UsageError(
@@ -201,7 +202,8 @@ def ab_command(
     from dataclasses import replace
 
     from sdrt.bench.run import interleave
-    from sdrt.bundle import WEIGHTS, open_bundle
+    from sdrt.bundle.folder import open_bundle
+    from sdrt.bundle.manifest import WEIGHTS
     from sdrt.checked import check_file
 
     targets, gates = _targets(emit), _gates(config, new)

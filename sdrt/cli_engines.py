@@ -14,7 +14,7 @@ from sdrt.cli_output import COMPILE_STAGES, BundleArgument, Json, StageProgress,
 from sdrt.errors import MachineError, SdrtError, UsageError, nearest, printable
 
 if TYPE_CHECKING:
-    from sdrt.bundle import Bundle
+    from sdrt.bundle.folder import Bundle
     from sdrt.compile.report import CompileOptions, CompileReport
     from sdrt.engine_record import EngineRecord
 
@@ -46,7 +46,7 @@ def compile_bundle(
     `engines/`; `sdrt inspect` lists them. An engine is native code: run those you made, or got from someone you trust.
     """
     ctx.find_root().obj = "json" if as_json else None
-    from sdrt.bundle import open_bundle
+    from sdrt.bundle.folder import open_bundle
     from sdrt.compile.report import CompileOptions
 
     if not target and not prune:
@@ -132,7 +132,7 @@ def run(bundle: Bundle, options: CompileOptions) -> list[CompileReport]:
 
 def compile_after_build(path: Path, targets: Sequence[str]) -> list[CompileReport]:
     """What `sdrt build --target` does once the bundle is there; a failure leaves the bundle as it is and says so."""
-    from sdrt.bundle import open_bundle
+    from sdrt.bundle.folder import open_bundle
     from sdrt.compile.report import CompileOptions
 
     bundle = open_bundle(path)
@@ -188,7 +188,7 @@ def engine_lines(record: EngineRecord) -> list[str]:
 
 def _shapes(record: EngineRecord) -> str:
     """Sizes, batches, tokens and branches an engine takes, ranges as smallest to largest."""
-    from sdrt.bundle import STEP
+    from sdrt.bundle.graphs import STEP
 
     profiles = record.key.profiles.get(STEP)
     if record.size is None:

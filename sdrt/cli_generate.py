@@ -16,7 +16,7 @@ from sdrt.document import read_document
 from sdrt.errors import InputFileError, UsageError, printable
 
 if TYPE_CHECKING:
-    from sdrt.bundle import Manifest
+    from sdrt.bundle.manifest import Manifest
     from sdrt.runtime.contact_sheet import Frame
     from sdrt.runtime.pipeline import Result, Step
 
@@ -56,7 +56,7 @@ def generate(
 ) -> None:  # fmt: skip
     """Make pictures from a prompt, or from a picture and a prompt. Needs no PyTorch."""
     ctx.find_root().obj = "json" if as_json else None
-    from sdrt.bundle import open_bundle
+    from sdrt.bundle.folder import open_bundle
     from sdrt.runtime import Pipeline
     from sdrt.runtime.picture_file import read_parameters, save_png
     from sdrt.runtime.request import draw_seed

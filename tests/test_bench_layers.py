@@ -78,7 +78,7 @@ def test_a_backend_without_a_profile_is_refused_by_name() -> None:
 def profiles(flat_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Profiles of one guided picture of the emoji model, by engine. OpenVINO's takes two pictures at a time and gets one."""
     pytest.importorskip("openvino")
-    from sdrt.bundle import open_bundle
+    from sdrt.bundle.folder import open_bundle
     from sdrt.compile.openvino import compile_bundle
     from sdrt.compile.report import CompileOptions
 

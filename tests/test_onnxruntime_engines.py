@@ -26,7 +26,9 @@ from typer.testing import CliRunner
 from sdrt import checked, cli_engines, engine_cache, engine_record, faults
 from sdrt.bench import layers
 from sdrt.bench.instruments import Readings, instrumented
-from sdrt.bundle import ENGINES, GRAPHS, STEP, TEXT_ENCODER, VAE_DECODER, VAE_ENCODER, WEIGHTS, open_bundle
+from sdrt.bundle.folder import open_bundle
+from sdrt.bundle.graphs import GRAPHS, STEP, TEXT_ENCODER, VAE_DECODER, VAE_ENCODER
+from sdrt.bundle.manifest import ENGINES, WEIGHTS
 from sdrt.cli import app
 from sdrt.compile import onnxruntime as compiling
 from sdrt.compile import optimized_model, worker

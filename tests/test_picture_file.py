@@ -16,7 +16,7 @@ from sd_parsers import ParserManager
 from test_cli import failed, run
 from test_images import bomb
 
-from sdrt.bundle import bundle_id
+from sdrt.bundle.folder import bundle_id
 from sdrt.errors import InputFileError, UsageError
 from sdrt.runtime import Pipeline
 from sdrt.runtime.picture_file import automatic1111_text, read_parameters, request_of, save_png

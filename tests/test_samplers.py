@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sdrt.bundle import Diffusion
+from sdrt.bundle.manifest import Diffusion
 from sdrt.errors import BundleError, UsageError
 from sdrt.runtime.samplers import COMPATS, SAMPLERS, parse_sampler, plan_rows
 from sdrt.runtime.schedule import MAX_STEPS

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sdrt.bench.device_times import DeviceTimes
-from sdrt.bundle import STEP
+from sdrt.bundle.graphs import STEP
 
 Clock = Callable[[], int]
 """Nanoseconds that only grow."""
@@ -51,13 +51,18 @@ class Readings:
             self.device.read()
 
 
-class TimedDenoising:
-    """A `Denoising` that times each call."""
+class TimedBatch:
+    """A `RunningBatch` that times each call."""
 
-    def __init__(self, denoising: Any, readings: Readings) -> None:
-        self._denoising = denoising
-        self._step = denoising.step
+    def __init__(self, batch: Any, readings: Readings) -> None:
+        self._batch = batch
+        self._step = batch.step
         self._readings = readings
+
+    def join(self, job: Any) -> Any:
+        if self._readings.keep:
+            self._readings.kept.setdefault("jobs", []).append(job)
+        return _timed(self._readings, "copies", "joins", self._batch.join, job)
 
     def step(self) -> None:
         readings = self._readings
@@ -67,21 +72,21 @@ class TimedDenoising:
         readings.steps.append(taken)
         readings.inside += taken
 
-    def latents(self) -> Any:
-        return _timed(self._readings, "copies", "latents_copies", self._denoising.latents)
+    def latents(self, slots: Any) -> Any:
+        return _timed(self._readings, "copies", "latents_copies", self._batch.latents, slots)
 
-    def denoised(self) -> Any:
-        return _timed(self._readings, "copies", "denoised_copies", self._denoising.denoised)
+    def denoised(self, slots: Any) -> Any:
+        return _timed(self._readings, "copies", "denoised_copies", self._batch.denoised, slots)
 
-    def decode(self, *arguments: Any) -> Any:
+    def decode(self, slots: Any, rounding: float) -> Any:
         if self._readings.keep:
             counted = self._readings.calls.copy()
-            self._readings.kept["latents"] = self._denoising.latents()
+            self._readings.kept["latents"] = self._batch.latents(slots)
             self._readings.calls = counted  # a copy of ours, not of the pipeline's
-        return _timed(self._readings, "decode", "decode_calls", self._denoising.decode, *arguments)
+        return _timed(self._readings, "decode", "decode_calls", self._batch.decode, slots, rounding)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._denoising, name)
+        return getattr(self._batch, name)
 
 
 class TimedEngine:
@@ -99,10 +104,10 @@ class TimedEngine:
     def encode_image(self, *arguments: Any) -> Any:
         return _timed(self._readings, "image_encoder", "image_encoder_calls", self._engine.encode_image, *arguments)
 
-    def denoise(self, job: Any) -> TimedDenoising:
+    def open(self, shape: Any, capacity: int) -> TimedBatch:
         if self._readings.keep:
-            self._readings.kept["job"] = job
-        return TimedDenoising(_timed(self._readings, "copies", "jobs", self._engine.denoise, job), self._readings)
+            self._readings.kept |= {"shape": shape, "jobs": []}
+        return TimedBatch(_timed(self._readings, "copies", "batches", self._engine.open, shape, capacity), self._readings)
 
     def decode(self, *arguments: Any) -> Any:
         return _timed(self._readings, "decode", "decode_calls", self._engine.decode, *arguments)
@@ -150,16 +155,16 @@ def instrumented(readings: Readings) -> Iterator[None]:
         engine = load(*arguments, **options)
         readings.engine_load = readings.clock() - started
         if engine.backend.startswith("tensorrt"):
-            from sdrt.runtime.captured_step import Slot
+            from sdrt.runtime.captured_step import CapturedStep
             from sdrt.runtime.device_memory import Block
             from sdrt.runtime.tensorrt import TensorRtEngine
 
             if readings.device is None:
                 readings.device = DeviceTimes(engine.cuda)
-                replace(Slot, "launch", _timed_launch(Slot.launch, readings.device))
+                replace(CapturedStep, "launch", _timed_launch(CapturedStep.launch, readings.device))
                 replace(TensorRtEngine, "enqueue", _timed_enqueue(TensorRtEngine.enqueue, readings.device))
                 for owner, name, count in (
-                    (Slot, "launch", "launches"), (Block, "upload", "h2d"), (Block, "download", "d2h"), (Block, "__init__", "allocations"),
+                    (CapturedStep, "launch", "launches"), (Block, "to_device", "h2d"), (Block, "download", "d2h"), (Block, "__init__", "allocations"),
                 ):  # fmt: skip
                     replace(owner, name, _counted(vars(owner)[name], readings, count))
         return TimedEngine(engine, readings)
@@ -187,8 +192,8 @@ def _counted(method: Callable[..., Any], readings: Readings, count: str) -> Call
 
 def _timed_launch(launch: Callable[..., None], times: DeviceTimes) -> Callable[..., None]:
     @functools.wraps(launch)
-    def timed(slot: Any, engine: Any, row: int) -> None:
-        times.around(STEP, engine.stream, lambda: launch(slot, engine, row))
+    def timed(step: Any, engine: Any, call: int) -> None:
+        times.around(STEP, engine.stream, lambda: launch(step, engine, call))
 
     return timed
 

@@ -17,7 +17,7 @@ from sdrt.bench.metrics import DEFAULT_PAIRS, METRICS
 from sdrt.bench.run import Progress
 from sdrt.bench.statistics import MIN_PAIRS, SEEN, detectable, paired, usable
 from sdrt.bench.throttle import cpu_throttles
-from sdrt.bundle import Bundle
+from sdrt.bundle.folder import Bundle
 from sdrt.errors import CheckFailed
 
 PROCESSES = 12

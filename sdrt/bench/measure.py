@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdrt.bench.device_times import DEVICE_METRICS
-from sdrt.bundle import STEP
+from sdrt.bundle.graphs import STEP
 from sdrt.errors import SdrtError
 from sdrt.memory import peak_rss_bytes
 
 if TYPE_CHECKING:
     from sdrt.bench.instruments import Readings
     from sdrt.bench.throttle import Watch
-    from sdrt.bundle import Bundle
+    from sdrt.bundle.folder import Bundle
     from sdrt.runtime import Pipeline
 
 _FIT_SHARES = (0.25, 0.5)
@@ -210,7 +210,7 @@ def _sustained(request: Request, pipe: Pipeline, readings: Readings, sampler: _S
         from statistics import median
 
         from sdrt.bench.layers import profile
-        from sdrt.bundle import TEXT_ENCODER, VAE_DECODER
+        from sdrt.bundle.graphs import TEXT_ENCODER, VAE_DECODER
 
         host = {TEXT_ENCODER: "text_encoder_ms", STEP: "step_ms", VAE_DECODER: "decode_ms"}
         taken = {graph: samples.get(DEVICE_METRICS[graph]) or samples.get(name) for graph, name in host.items()}  # without the copies, where that is known
@@ -240,7 +240,7 @@ def _packages(modules: list[str]) -> set[str]:
 
 def _engine_bytes(bundle: Bundle, engine: dict[str, Any]) -> dict[str, int]:
     """What the engine that ran reads: a compiled engine's plans, or the graphs of its precision with the weights."""
-    from sdrt.bundle import ENGINES, WEIGHTS
+    from sdrt.bundle.manifest import ENGINES, WEIGHTS
 
     files = bundle.manifest.files
     if "engine" in engine:

@@ -18,7 +18,8 @@ from sdrt.bench.environment import environment, git_revision, load
 from sdrt.bench.measure import Request
 from sdrt.bench.metrics import Gates
 from sdrt.bench.result import Document, assemble
-from sdrt.bundle import WEIGHTS, Bundle
+from sdrt.bundle.folder import Bundle
+from sdrt.bundle.manifest import WEIGHTS
 
 Measure = Callable[[Request], Mapping[str, Any]]
 """Measures one bundle in one process and returns what the process answered."""

@@ -11,7 +11,9 @@ from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 
-from sdrt.bundle import GRAPHS, WEIGHTS, Bundle, check_files, file_record
+from sdrt.bundle.folder import Bundle, check_files, file_record
+from sdrt.bundle.graphs import GRAPHS
+from sdrt.bundle.manifest import WEIGHTS
 from sdrt.compile import worker
 from sdrt.compile.report import CompileOptions, CompileReport, GraphReport
 from sdrt.compile.watch import WAITING, Progress

@@ -13,7 +13,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from sdrt.bundle import ENGINES, GRAPHS, WEIGHTS, Bundle, check_files
+from sdrt.bundle.folder import Bundle, check_files
+from sdrt.bundle.graphs import GRAPHS
+from sdrt.bundle.manifest import ENGINES, WEIGHTS
 from sdrt.compile.report import CompileOptions, CompileReport, GraphReport
 from sdrt.compile.shapes import resolve_shapes
 from sdrt.compile.watch import WAITING, Progress

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from sdrt.bundle import Text
+from sdrt.bundle.manifest import Text
 from sdrt.runtime.prompt import BREAK, Segment
 from sdrt.runtime.tokenizer import Tokenizer
 

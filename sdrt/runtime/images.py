@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from sdrt.bundle import MAX_SIDE
+from sdrt.bundle.manifest import MAX_SIDE
 from sdrt.document import Document, read_document
 from sdrt.errors import InputFileError, UsageError, printable
 from sdrt.runtime.engine import Float, Pixels

@@ -12,7 +12,8 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from sdrt.bundle import Manifest, bundle_id, file_record
+from sdrt.bundle.folder import bundle_id, file_record
+from sdrt.bundle.manifest import Manifest
 from sdrt.document import read_document
 from sdrt.errors import InputFileError, UsageError, printable
 from sdrt.publish import new_file, staged_file

@@ -13,11 +13,12 @@ from typing import Any, Unpack
 
 import numpy as np
 
-from sdrt.bundle import WEIGHTS, Bundle, bundle_id, check_files, open_bundle
+from sdrt.bundle.folder import Bundle, bundle_id, check_files, open_bundle
+from sdrt.bundle.manifest import WEIGHTS
 from sdrt.checked import check_file
 from sdrt.errors import NonFiniteError, UsageError
 from sdrt.runtime.conditioning import Prompts, TextConditioner
-from sdrt.runtime.engine import Denoising, Engine, Float, Job, Pixels, Tables, load_engine, tables
+from sdrt.runtime.engine import Engine, Float, Job, Pixels, RunningBatch, load_engine, tables
 from sdrt.runtime.images import Canvas, blank_canvas, canvas, laid_over
 from sdrt.runtime.noise import Draws, draw_noise
 from sdrt.runtime.request import Request, Settings, resolved
@@ -55,22 +56,23 @@ class Step:
     picture: int
     pictures: int
     sigma: float
-    _denoising: Denoising = field(repr=False)
+    _batch: RunningBatch = field(repr=False)
+    _slots: tuple[int, ...] = field(repr=False)
     _engine: Engine = field(repr=False)
     _rounding: float = field(repr=False)
     result: Result | None = None
 
     def denoised(self) -> Float:
         """The denoised estimate, latents `[N, 4, h, w]`. Read it before asking the stream for the next step."""
-        return self._denoising.denoised()
+        return self._batch.denoised(self._slots)
 
     def preview(self) -> Pixels:
         """The denoised estimate decoded, uint8 `[N, H, W, 3]`; costs one decode. Read it before asking for the next step."""
-        return self._engine.decode(self._denoising.denoised(), self._rounding)[0]
+        return self._engine.decode(self._batch.denoised(self._slots), self._rounding)[0]
 
     def noisy_preview(self) -> Pixels:
         """The latents as they are, noise and all, decoded, uint8 `[N, H, W, 3]`; costs one decode. Until the last call they are brought to unit variance."""
-        latents = self._denoising.latents()
+        latents = self._batch.latents(self._slots)
         if self.index < self.count:
             latents = latents / np.maximum(1, latents.std(axis=(1, 2, 3), keepdims=True))
         return self._engine.decode(latents, self._rounding)[0]
@@ -82,7 +84,7 @@ class _Plan:
 
     request: Request
     rows: list[Row]
-    tables: Tables
+    tables: dict[str, Float]
     contexts: tuple[Float, ...]
     context_of_row: tuple[int, ...]
     start: Canvas | None
@@ -121,7 +123,7 @@ class Pipeline:
                 engine = load_engine(bundle, backend, threads, device)
             finally:
                 checked.result()
-        return cls(bundle, engine, Tokenizer(bundle.file("tokenizer/tokenizer.json"), bundle.manifest.text))
+        return cls(bundle, engine, Tokenizer(bundle.file("tokenizer/tokenizer.json"), bundle.manifest.text[0]))
 
     def close(self) -> None:
         """Let go of the engine. Calls that are running finish; later ones raise UsageError."""
@@ -188,26 +190,27 @@ class Pipeline:
         images: list[Pixels] = []
         for first in range(0, request.count, request.batch):
             seeds = request.seeds[first : first + request.batch]
-            job = self._job(engine, plan, seeds, timings)
-            denoising = engine.denoise(job)
+            jobs = self._jobs(engine, plan, seeds, timings)
+            batch = engine.open(jobs[0].shape, len(jobs))
             try:
+                slots = tuple(batch.join(job) for job in jobs)
                 for index, row in enumerate(rows, 1):
                     step_started = time.perf_counter()
-                    denoising.step()
+                    batch.step()
                     timings["steps"].append(_since(step_started))
-                    step = Step(index, len(rows), first, request.count, row.sigma, denoising, engine, rounding)
+                    step = Step(index, len(rows), first, request.count, row.sigma, batch, slots, engine, rounding)
                     if index < len(rows):
                         yield step
-                images.append(_decode(denoising, seeds, rounding, timings))
+                images.append(_decode(batch, slots, seeds, rounding, timings))
                 if start is not None:
                     images[-1] = np.stack([laid_over(picture, start) for picture in images[-1]])
                 if first + request.batch >= request.count:
                     timings["denoise"] = sum(timings["steps"])
                     timings["total"] = _since(started)
-                    step = replace(step, result=Result(np.concatenate(images), request.seeds, timings, engine.describe(job), self._parameters(plan)))
+                    step = replace(step, result=Result(np.concatenate(images), request.seeds, timings, batch.describe(), self._parameters(plan)))
                 yield step
             finally:
-                denoising.close()
+                batch.close()
 
     def _read_prompts(self, request: Request, rows: Sequence[Row]) -> Prompts:
         calls_a_step = 2 if len(rows) > len({row.step for row in rows}) else 1
@@ -231,31 +234,32 @@ class Pipeline:
         fields = asdict(replace(request, init_image=None, mask=None)) | images | {"size": list(request.size or ())}
         return fields | {"bundle": self.bundle.manifest.name, "bundle_id": bundle_id(self.bundle.manifest), "sdrt": self.bundle.manifest.sdrt}
 
-    def _job(self, engine: Engine, plan: _Plan, seeds: tuple[int, ...], timings: dict[str, Any]) -> Job:
-        draws, count = self._draws(plan, seeds), len(seeds)
-        unit_noise = np.stack([draw.unit for draw in draws])
-        noise = np.stack([draw.steps for draw in draws], axis=1)
+    def _jobs(self, engine: Engine, plan: _Plan, seeds: tuple[int, ...], timings: dict[str, Any]) -> list[Job]:
+        draws = self._draws(plan, seeds)
         started = time.perf_counter()
-        init = np.zeros_like(unit_noise)
+        init = np.zeros((len(seeds), *draws[0].unit.shape), np.float32)
         if plan.start is not None and draws[0].encode is not None:
             init = _encoded(engine, plan.start.pixels, [draw.encode for draw in draws])
         concat = self._concat(engine, plan, draws) if self.bundle.manifest.latents.concat_channels else None
         timings["image_encoder"] += _since(started) if plan.start is not None else 0.0
-        keep = np.zeros_like(unit_noise[:, :1])
+        keep = np.zeros_like(init[0, :1])
         # diffusers leaves an inpainting model to itself: what it keeps comes through its own inputs.
         if plan.start is not None and not (concat is not None and plan.request.compat == "diffusers"):
-            keep = np.repeat(plan.start.keep[None], count, axis=0)
-        contexts = tuple(np.repeat(context, count, axis=0) for context in plan.contexts)
-        return Job(plan.tables, noise, contexts, plan.context_of_row, init, unit_noise, keep, concat)
+            keep = plan.start.keep
+        jobs = []
+        for i, draw in enumerate(draws):
+            inputs = {"init": init[i], "init_noise": draw.unit, "mask": keep} | ({} if concat is None else {"concat": concat[i]})
+            jobs.append(Job({**plan.tables, "noise": draw.steps}, inputs, plan.contexts, plan.context_of_row))
+        return jobs
 
     def _concat(self, engine: Engine, plan: _Plan, draws: Sequence[Draws]) -> Float:
-        """What an inpainting model sees beside the latents: the mask (1 repaints), and the image with grey under it."""
+        """What an inpainting model sees beside the latents, `[N, G, 5, h, w]`: the mask (1 repaints), and the image with grey under it."""
         assert plan.start is not None
         start = plan.start
         masked = _encoded(engine, start.pixels if start.masked_pixels is None else start.masked_pixels, [draw.masked for draw in draws])
         repaint = np.ones_like(start.keep) if plan.request.mask is None else 1 - start.keep
-        both = np.concatenate([np.repeat(repaint[None], len(draws), axis=0), masked], axis=1)
-        return np.tile(both, (plan.tables.w.shape[1], 1, 1, 1)).astype(np.float32)
+        both = np.concatenate([np.repeat(repaint[None], len(draws), axis=0), masked], axis=1).astype(np.float32)
+        return np.repeat(both[:, None], plan.tables["w"].shape[1], axis=1)
 
     def _draws(self, plan: _Plan, seeds: tuple[int, ...]) -> list[Draws]:
         request, latents = plan.request, self.bundle.manifest.latents
@@ -273,11 +277,11 @@ def _encoded(engine: Engine, pixels: Pixels, posterior: Sequence[Float | None]) 
     return engine.encode_image(np.repeat(pixels[None], len(posterior), axis=0), noise)
 
 
-def _decode(denoising: Denoising, seeds: tuple[int, ...], rounding: float, timings: dict[str, Any]) -> Pixels:
+def _decode(batch: RunningBatch, slots: Sequence[int], seeds: tuple[int, ...], rounding: float, timings: dict[str, Any]) -> Pixels:
     started = time.perf_counter()
-    pixels, finite = denoising.decode(rounding)
+    pixels, finite = batch.decode(slots, rounding)
     if not finite.all():
-        if not np.isfinite(denoising.latents()).all():
+        if not np.isfinite(batch.latents(slots)).all():
             raise NonFiniteError(f"denoising: latents of seeds {list(seeds)} are NaN or infinite", "Check the bundle with: sdrt verify BUNDLE")
         bad = [seed for seed, ok in zip(seeds, finite, strict=True) if not ok]
         raise NonFiniteError(

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
-from sdrt.bundle import MAX_SIDE, MIN_SIDE, SIZE_STEP, Manifest
+from sdrt.bundle.manifest import MAX_SIDE, MIN_SIDE, SIZE_STEP, Manifest
 from sdrt.errors import UsageError, one_of
 from sdrt.runtime.conditioning import EMPHASES, SYNTAXES
 from sdrt.runtime.noise import MAX_SEED, NOISES
@@ -112,7 +112,7 @@ def resolved(request: Request, manifest: Manifest) -> Request:
     diffusers = compat == "diffusers"
     sampler, schedule = parse_sampler(request.sampler, request.schedule, compat)
     count = _range("count", request.count, 1, MAX_COUNT)
-    layers = manifest.text.clip_skip
+    layers = manifest.clip_skip
     clip_skip = layers[0] if request.clip_skip is None else request.clip_skip
     if clip_skip not in layers or isinstance(clip_skip, bool):
         built = ", ".join(map(str, layers))

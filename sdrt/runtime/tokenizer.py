@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from sdrt.bundle import Text
+from sdrt.bundle.manifest import Text
 from sdrt.errors import BundleError, UsageError, printable
 
 

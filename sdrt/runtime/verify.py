@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sdrt.bundle import STEP_TABLES, WEIGHTS, Bundle, check_files, open_bundle
+from sdrt.bundle.folder import Bundle, check_files, open_bundle
+from sdrt.bundle.graphs import STEP, dimensions, signatures
+from sdrt.bundle.manifest import WEIGHTS, reference_path
 from sdrt.engine_cache import engine_folders, mismatch, platform_name, read_intact, read_plan
 from sdrt.engine_record import EngineRecord
 from sdrt.errors import BundleError, CheckFailed
@@ -52,10 +54,10 @@ def verify(path: Path) -> list[GraphCheck]:
         raise CheckFailed(error.message, error.fix) from error
     checks: list[GraphCheck] = []
     for graph, by_precision in bundle.manifest.graphs.items():
-        inputs, expected = read_reference(bundle.file(f"reference/{graph}.npz"))
-        for precision, record in by_precision.items():
-            found = onnxruntime_model.run_graph(bundle.graph(graph, precision), inputs)
-            checks += _compared(graph, record.compute, "onnxruntime", expected, found)
+        inputs, expected = read_reference(bundle.file(reference_path(graph)))
+        for compute in by_precision:
+            found = onnxruntime_model.run_graph(bundle.graph(graph, compute), inputs)
+            checks += _compared(graph, compute, "onnxruntime", expected, found)
     for folder, engine in engines:
         if engine.key.target == "openvino":
             checks += _openvino_checks(bundle, folder, engine)
@@ -83,7 +85,7 @@ def _onnxruntime_checks(bundle: Bundle, folder: Path, record: EngineRecord) -> I
         log.warning("%s: only its hashes are checked: %s", folder, why)
         return
     for graph in record.plans:
-        inputs, expected = read_reference(bundle.file(f"reference/{graph}.npz"))
+        inputs, expected = read_reference(bundle.file(reference_path(graph)))
         found = onnxruntime_model.run_engine((folder, record), graph, inputs)
         yield from _compared(graph, record.key.precision, f"onnxruntime {folder.name}", expected, found)
 
@@ -98,13 +100,14 @@ def _openvino_checks(bundle: Bundle, folder: Path, record: EngineRecord) -> Iter
     if openvino_model.openvino_version() is None:
         log.warning("%s: only its hashes are checked: openvino is not installed", folder)
         return
+    tables = signatures(dimensions(bundle.manifest))[STEP].tables
     ov = openvino_model.import_openvino("backend openvino")
     core = ov.Core()
     stale, precision = openvino_model.fit(core, bundle, record)
     for graph in record.plans:
-        inputs, expected = read_reference(bundle.file(f"reference/{graph}.npz"))
+        inputs, expected = read_reference(bundle.file(reference_path(graph)))
         made_for = {name: largest for name, (_, _, largest) in record.key.profiles[graph][0].shapes.items()}
-        padded = {name: _more_rows(array, made_for[name][0]) if name in STEP_TABLES else array for name, array in inputs.items()}
+        padded = {name: _more_rows(array, made_for[name][0]) if graph == STEP and name in tables else array for name, array in inputs.items()}
         if not stale and {name: array.shape for name, array in padded.items()} == made_for:
             inputs, blob = padded, read_plan(folder, record, graph)
             compiled = openvino_model.import_blob(ov, core, f"{folder}: {graph}", blob, bundle.file(WEIGHTS), precision, None)

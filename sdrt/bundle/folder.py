@@ -1,0 +1,132 @@
+"""A bundle's folder: opened, listed, and compared with its manifest. docs/architecture.md describes it. Standard library only."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import stat
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from sdrt.bundle.manifest import ENGINES, MANIFEST, MAX_MANIFEST_BYTES, FileRecord, Manifest, read_manifest
+from sdrt.errors import BundleError, InputFileError, printable
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """An opened bundle: `path` is its absolute folder. Nothing but the manifest has been read."""
+
+    path: Path
+    manifest: Manifest
+
+    def file(self, name: str) -> Path:
+        return self.path / name
+
+    def graph(self, graph: str, precision: str) -> Path:
+        """Path of a graph file.
+
+        Raises:
+            BundleError: the bundle has no such graph at that precision.
+        """
+        record = self.manifest.graphs.get(graph, {}).get(precision)
+        if record is None:
+            raise BundleError(f"{self.path}: no {precision} {graph} graph", "Build the bundle again with this version of sdrt.")
+        return self.file(record.path)
+
+
+def bundle_id(manifest: Manifest) -> str:
+    """16 hex digits that equal bundles share whatever their names: a hash of their files' hashes."""
+    text = "\n".join(f"{name} {record.sha256}" for name, record in sorted(manifest.files.items()))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def file_record(path: Path) -> FileRecord:
+    with path.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256")
+        return FileRecord(stream.tell(), digest.hexdigest())
+
+
+def is_bundle(path: Path) -> bool:
+    """Whether `path` looks like a folder of ours, finished or tampered with; used before replacing it."""
+    try:
+        if not (path / MANIFEST).is_file():  # opening a FIFO would wait for a writer
+            return False
+        with (path / MANIFEST).open("rb") as stream:
+            document = json.loads(stream.read(MAX_MANIFEST_BYTES))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(document, dict) and {"format", "sdrt", "graphs", "files"} <= document.keys()
+
+
+def open_bundle(path: Path) -> Bundle:
+    """Read and check a bundle's manifest, and that exactly its files are there with their sizes. Hashes are `check_files`'s.
+
+    Raises:
+        InputFileError: there is no such folder, or no manifest in it.
+        MachineError: an older or newer sdrt wrote it.
+        BundleError: the manifest or the folder is not what it should be.
+    """
+    path = path.absolute()
+    if not os.path.exists(path):
+        raise InputFileError(f"{path}: no such bundle", "Make one with: sdrt build --checkpoint FILE")
+    manifest_file = path / MANIFEST
+    if not path.is_dir() or not os.path.lexists(manifest_file):
+        raise InputFileError(f"{path}: not a bundle: it has no {MANIFEST}", "Make one with: sdrt build --checkpoint FILE")
+    if manifest_file.is_symlink() or not manifest_file.is_file():
+        raise BundleError(f"{manifest_file}: expected a regular file")
+    if manifest_file.stat().st_size > MAX_MANIFEST_BYTES:
+        raise BundleError(f"{manifest_file}: {manifest_file.stat().st_size:,} bytes, more than the limit of {MAX_MANIFEST_BYTES:,}")
+    manifest = read_manifest(manifest_file)
+    _check_listing(path, manifest)
+    return Bundle(path, manifest)
+
+
+def check_files(bundle: Bundle, names: Iterable[str] | None = None) -> None:
+    """Compare the SHA-256 of the named files (all by default) with the manifest. A hash says unchanged, not trustworthy.
+
+    Raises:
+        BundleError: a file differs or cannot be read; it names the file.
+    """
+    for name in bundle.manifest.files if names is None else names:
+        try:
+            expected, found = bundle.manifest.files[name], file_record(bundle.file(name))
+        except OSError as error:
+            raise BundleError(f"{bundle.path}: {name}: cannot be read: {error.strerror}", "Copy the bundle again from where it was built.") from error
+        if found != expected:
+            raise BundleError(
+                f"{bundle.path}: {name}: changed since the build: expected sha256 {expected.sha256[:16]}…, found {found.sha256[:16]}…",
+                "Build the bundle again, or copy it again from where it was built.",
+            )
+
+
+def _check_listing(path: Path, manifest: Manifest) -> None:
+    found = _regular_files(path)
+    for name, record in manifest.files.items():
+        if name not in found:
+            raise BundleError(f"{path}: {name}: missing", "Build the bundle again, or copy it again whole.")
+        if found[name] != record.size_bytes:
+            raise BundleError(f"{path}: {name}: expected {record.size_bytes:,} bytes, found {found[name]:,}", "Build the bundle again, or copy it again whole.")
+    if extra := sorted(found.keys() - manifest.files.keys()):
+        raise BundleError(f"{path}: {printable(extra[0])}: not in the manifest", "Remove it, or build the bundle again.")
+
+
+def _regular_files(root: Path) -> Mapping[str, int]:
+    """Sizes of all files below `root` by relative name, engines, hidden files and the manifest left out. Links and special files are refused."""
+    sizes: dict[str, int] = {}
+    for folder, folders, names in os.walk(root):
+        at_root = Path(folder) == root
+        if at_root and ENGINES in folders:
+            folders.remove(ENGINES)
+        for name in [*folders, *names]:
+            path = Path(folder) / name
+            status = path.lstat()
+            relative = path.relative_to(root).as_posix()
+            if stat.S_ISDIR(status.st_mode) or name.startswith("."):
+                continue
+            if not stat.S_ISREG(status.st_mode):
+                raise BundleError(f"{root}: {printable(relative)}: expected a regular file, found a link or special file", "Copy the bundle with real files.")
+            if not (at_root and name == MANIFEST):
+                sizes[relative] = status.st_size
+    return sizes
