@@ -192,7 +192,7 @@ def test_joining_copies_one_slot(simulated: Any, gpu: Gpu, monkeypatch: pytest.M
         slot = batch.join(jobs[1])
         batch.step()
     assert counts["launches"] == 1 and counts["h2d"] == len(copied) > 0
-    assert counts.keys() <= {"launches", "h2d", "records", "polls"}
+    assert counts.keys() <= {"launches", "h2d", "records", "events", "polls"}
     step = batch._memory._step
     signature = simulated.signatures[STEP]
     own = {name: (1 + slot * ROWS, 1 + (slot + 1) * ROWS) if name in signature.tables else (slot, slot + 1) for name in signature.inputs}
@@ -206,7 +206,7 @@ def test_joining_copies_one_slot(simulated: Any, gpu: Gpu, monkeypatch: pytest.M
         batch.leave(slot)
         batch.step()
     assert counts["h2d"] == 1 and counts["launches"] == 1  # the row of the slot, which is idle from now on
-    assert counts.keys() <= {"launches", "h2d", "records", "polls"}
+    assert counts.keys() <= {"launches", "h2d", "records", "events", "polls"}
     batch.close()
 
 
