@@ -30,8 +30,6 @@ from sdrt.runtime import Pipeline
 from sdrt.runtime.engine import Denoising, Job, Pixels, tables
 from sdrt.runtime.samplers import SAMPLERS, plan_rows
 
-pytestmark = pytest.mark.usefixtures("tokenizer_read_once")
-
 Expected = Callable[..., Pixels]
 QUICK: dict[str, Any] = {"steps": 3, "cfg": 3.0, "seed": 5}
 LOADED = sorted(graph for graph in names.GRAPHS if graph != names.VAE_ENCODER)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from sdrt import __version__
 from sdrt import bundle as names
+from sdrt.bpe import read_bpe
 from sdrt.bundle import Diffusion, Graph, Latents, Manifest, Source, Text, file_record, graph_path, is_bundle, write_manifest
 from sdrt.errors import ResourceError, SdrtError, UsageError
 from sdrt.export.adapters import Lora, LoraOption, open_lora
@@ -28,7 +29,7 @@ from sdrt.export.model_files import is_folder
 from sdrt.export.peft_config import FILE_NAME as CONFIG_NAME
 from sdrt.export.tensor_entry import ITEM_BYTES
 from sdrt.export.tensor_file import open_tensor_file
-from sdrt.export.tokenizer import trigger_encoder, write_tokenizer
+from sdrt.export.tokenizer import write_tokenizer
 from sdrt.export.weights import CODES, Change, Made, write_weights
 from sdrt.lock import locked
 from sdrt.publish import check_space, new_folder, staged_folder
@@ -147,7 +148,7 @@ def build(options: BuildOptions, progress: Progress = lambda stage, done: None) 
             weight_bytes = sum(map(math.prod, shapes.values())) * ITEM_BYTES[CODES[options.precision]]
             with stage("tokenizer", weight_bytes + _REST_BYTES):
                 bos, eos = write_tokenizer(folder / names.TOKENIZER, vocabulary)
-                notes = check_triggers(embeddings, trigger_encoder(folder / names.TOKENIZER)) if embeddings else []
+                notes = check_triggers(embeddings, read_bpe(folder / names.TOKENIZER).encode) if embeddings else []
             with stage("fuse", weight_bytes):
                 weights_file = folder / names.WEIGHTS
                 written = write_weights(weights_file, tensors, loras, options.precision, lambda done: progress("fuse", done), computed)
