@@ -10,13 +10,14 @@ import hashlib
 import json
 import os
 import stat
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path, PurePosixPath
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
-from sdrt.errors import BundleError, InputFileError, MachineError, printable
+from sdrt.document import read_document, strict_json
+from sdrt.errors import BundleError, InputFileError, MachineError, nearest, printable
 from sdrt.publish import write_file
 
 FORMAT = 1
@@ -43,6 +44,12 @@ DECODER_INPUTS = ("latents", "rounding")
 DECODER_OUTPUTS = ("pixels", "finite")
 ENCODER_INPUTS = ("pixels", "noise")
 ENCODER_OUTPUTS = ("latents",)
+
+PRECISIONS = ("fp32", "fp16", "bf16")
+PREDICTIONS = ("epsilon", "v", "sample")
+"""What a network may predict: the noise, v of Salimans and Ho 2022 ("Progressive Distillation"), or the image."""
+SOURCE_KINDS = ("checkpoint", "vae", "lora", "embedding", "hypernetwork")
+MAX_TIMESTEPS = 10_000
 
 
 def context_output(clip_skip: int) -> str:
@@ -207,7 +214,7 @@ def open_bundle(path: Path) -> Bundle:
     """Read and check a bundle's manifest, and that exactly its files are there with their sizes. Hashes are `check_files`'s.
 
     Raises:
-        InputFileError: there is no such folder, or no manifest in it.
+        InputFileError: there is no such folder, no manifest in it, or it cannot be read.
         MachineError: a newer sdrt wrote it.
         BundleError: the manifest or the folder is not what it should be.
     """
@@ -221,7 +228,7 @@ def open_bundle(path: Path) -> Bundle:
         raise BundleError(f"{manifest_file}: expected a regular file")
     if manifest_file.stat().st_size > MAX_MANIFEST_BYTES:
         raise BundleError(f"{manifest_file}: {manifest_file.stat().st_size:,} bytes, more than the limit of {MAX_MANIFEST_BYTES:,}")
-    manifest = _parse_manifest(manifest_file)
+    manifest = _parse_manifest(manifest_file, read_document(manifest_file, MAX_MANIFEST_BYTES, "Make it readable for this user.").data)
     _check_listing(path, manifest)
     return Bundle(path, manifest)
 
@@ -244,9 +251,9 @@ def check_files(bundle: Bundle, names: Iterable[str] | None = None) -> None:
             )
 
 
-def _parse_manifest(path: Path) -> Manifest:
+def _parse_manifest(path: Path, data: bytes) -> Manifest:
     try:
-        document = json.loads(path.read_bytes(), object_pairs_hook=_unique)
+        document = strict_json(data)
     except (ValueError, RecursionError) as error:
         raise BundleError(f"{path}: not valid JSON: {printable(str(error))}", "Build the bundle again.") from error
     if not isinstance(document, dict):
@@ -260,16 +267,11 @@ def _parse_manifest(path: Path) -> Manifest:
     if type(version) is not int or version != FORMAT:
         raise BundleError(f"{path}: format: expected {FORMAT}, found {printable(repr(version))}")
     try:
-        return _manifest(document)
+        manifest = _manifest(document)
+        _check_values(manifest)
+        return manifest
     except ValueError as error:
-        raise BundleError(f"{path}: not of the expected form: {printable(str(error))}", "Build the bundle again.") from error
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        raise ValueError("duplicate keys")
-    return result
+        raise BundleError(f"{path}: not of the expected form: {printable(str(error)[:500])}", "Build the bundle again.") from error
 
 
 def _manifest(document: dict[str, Any]) -> Manifest:
@@ -308,6 +310,86 @@ def _read(kind: Any, value: Any, where: str) -> Any:
     if kind is float and type(value) is int:
         return float(value)
     raise ValueError(f"{where}: expected {getattr(kind, '__name__', kind)}, found {value!r}")
+
+
+def _check_values(manifest: Manifest) -> None:
+    """That every number is in its range, every word known, and what is said twice said alike. ValueError otherwise; nothing later checks again."""
+    diffusion, text, latents = manifest.diffusion, manifest.text, manifest.latents
+    clip, unet, vae = (_part(manifest.architecture, name) for name in ("clip", "unet", "vae"))
+    _known("precision", manifest.precision, PRECISIONS)
+    _known("diffusion.prediction", diffusion.prediction, PREDICTIONS)
+    if not 0 < diffusion.beta_start <= diffusion.beta_end < 1:
+        raise ValueError(f"diffusion: betas from {diffusion.beta_start} to {diffusion.beta_end}: expected them to rise between 0 and 1")
+    _within("diffusion.num_timesteps", diffusion.num_timesteps, 2, MAX_TIMESTEPS)
+
+    _equal("text.tokens", text.tokens, "clip.tokens", clip.get("tokens"))
+    _equal("text.width", text.width, "clip.width", clip.get("width"))
+    _within("text.tokens", text.tokens, 3, 1 << 10)
+    _within("text.width", text.width, 1, 1 << 16)
+    vocabulary = _count("clip.vocabulary", clip.get("vocabulary"))
+    rows = [("text.bos", text.bos), ("text.eos", text.eos), ("text.pad", text.pad)]
+    rows += [(f"text.embeddings.{trigger}", row) for trigger, several in text.embeddings.items() for row in several]
+    for where, row in rows:
+        _within(where, row, 0, vocabulary - 1)
+    layers = _count("clip.layers", clip.get("layers"))
+    if not text.clip_skip or len(set(text.clip_skip)) != len(text.clip_skip) or not all(1 <= layer <= layers for layer in text.clip_skip):
+        raise ValueError(f"text.clip_skip: {list(text.clip_skip)}: expected different layers from 1 to {layers}")
+
+    _equal("latents.channels", latents.channels, "vae.latent_channels", vae.get("latent_channels"))
+    _within("latents.channels", latents.channels, 1, 1 << 10)
+    levels = vae.get("channels")
+    _equal(
+        "latents.factor", latents.factor, "vae.channels, 2 for each after the first", 2 ** (len(levels) - 1) if isinstance(levels, list) and levels else None
+    )
+    if not 1 <= latents.factor <= SIZE_STEP or SIZE_STEP % latents.factor:
+        raise ValueError(f"latents.factor: {latents.factor}: expected a divisor of {SIZE_STEP}")
+    _equal("latents.concat_channels", latents.channels + latents.concat_channels, "unet.in_channels", unet.get("in_channels"))
+    for side in latents.size:
+        _within("latents.size", side, MIN_SIDE, MAX_SIDE)
+        if side % SIZE_STEP:
+            raise ValueError(f"latents.size: {side}: expected a multiple of {SIZE_STEP}")
+
+    for source in manifest.sources:
+        _known("sources: kind", source.kind, SOURCE_KINDS)
+    for graph, by_precision in manifest.graphs.items():
+        for precision, record in by_precision.items():
+            where = f"graphs.{graph}.{precision}"
+            _known(where, precision, PRECISIONS)
+            _known(f"{where}.weights", record.weights, PRECISIONS)
+            _equal(f"{where}.compute", record.compute, "its name", precision)
+            _equal(f"{where}.path", record.path, "its graph", graph_path(graph, precision))
+            if record.error < 0:
+                raise ValueError(f"{where}.error: {record.error}: expected 0 or more")
+            if graph == TEXT_ENCODER:
+                _equal(f"{where}.outputs", sorted(record.outputs), "text.clip_skip", sorted(map(context_output, text.clip_skip)))
+
+
+def _part(architecture: dict[str, Any], name: str) -> dict[str, Any]:
+    part = architecture.get(name)
+    if not isinstance(part, dict):
+        raise ValueError(f"architecture.{name}: expected an object, found {part!r}")
+    return part
+
+
+def _known(where: str, value: str, choices: Collection[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{where}: {value!r}: expected one of {', '.join(choices)}{nearest(value, choices)}")
+
+
+def _within(where: str, value: int, low: int, high: int) -> None:
+    if not low <= value <= high:
+        raise ValueError(f"{where}: {value}: expected {low} to {high}")
+
+
+def _count(where: str, value: object) -> int:
+    if type(value) is not int or value < 1:
+        raise ValueError(f"architecture.{where}: {value!r}: expected a count")
+    return value
+
+
+def _equal(where: str, value: object, other: str, expected: object) -> None:
+    if value != expected:
+        raise ValueError(f"{where}: {value!r}: expected {expected!r}, by {other}")
 
 
 def _safe_name(name: str) -> str:

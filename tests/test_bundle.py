@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -65,7 +66,8 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def small_graph(graph: str, compute: str) -> Graph:
     path = f"graphs/{graph}.{compute}.onnx"
-    return Graph(path=path, weights="fp16", compute=compute, islands=("norms",), inputs=("x",), outputs=("y", "z"), error=1.5e-06)
+    outputs = ("context_skip_1", "context_skip_2") if graph == bundle.TEXT_ENCODER else ("y", "z")
+    return Graph(path=path, weights="fp16", compute=compute, islands=("norms",), inputs=("x",), outputs=outputs, error=1.5e-06)
 
 
 def small(folder: Path) -> Manifest:
@@ -78,7 +80,11 @@ def small(folder: Path) -> Manifest:
         sdrt="0.0",
         name="smäll",
         family="sd1",
-        architecture={"unet": {"channels": [32, 64]}},
+        architecture={
+            "unet": {"in_channels": 4},
+            "vae": {"latent_channels": 4, "channels": [32, 32, 64, 64]},
+            "clip": {"tokens": 77, "width": 64, "vocabulary": 100, "layers": 2},
+        },
         diffusion=Diffusion(),
         text=Text(64, 77, 1, 2, 3, (1, 2)),
         latents=Latents(4, 8, (64, 128), 0),
@@ -454,6 +460,52 @@ def test_b_damaged_manifests_are_refused_or_read(tmp_path_factory: pytest.TempPa
     else:
         assert well_typed(opened.manifest)
         assert opened.manifest.files.keys() == set(FILES)
+
+
+MANY = 10**30
+NUMBERS: list[tuple[str, Any]] = [
+    ("precision", "fp8"), ("precision", ""),
+    ("diffusion.prediction", "flow"), ("diffusion.prediction", ""), ("diffusion.beta_start", 0.0), ("diffusion.beta_start", -0.5), ("diffusion.beta_start", 0.5),
+    ("diffusion.beta_start", 10**400), ("diffusion.beta_start", float("nan")), ("diffusion.beta_end", 1.0), ("diffusion.beta_end", float("inf")),
+    ("diffusion.num_timesteps", 1), ("diffusion.num_timesteps", 10_001), ("diffusion.num_timesteps", MANY),
+    ("text.width", 0), ("text.width", 65), ("text.width", MANY), ("text.tokens", 0), ("text.tokens", 1), ("text.tokens", 76), ("text.tokens", MANY),
+    ("text.bos", 100), ("text.bos", MANY), ("text.eos", 100), ("text.pad", 2**63), ("text.clip_skip", []), ("text.clip_skip", [0]), ("text.clip_skip", [3]),
+    ("text.clip_skip", [1, 1]), ("text.clip_skip", [1]), ("text.embeddings", {"bear": [100]}), ("text.embeddings", {"bear": [MANY]}),
+    ("latents.channels", 0), ("latents.channels", 5), ("latents.channels", MANY), ("latents.factor", 0), ("latents.factor", 1), ("latents.factor", 16),
+    ("latents.factor", MANY), ("latents.concat_channels", 5), ("latents.concat_channels", MANY), ("latents.size", [64, 0]), ("latents.size", [64, 68]),
+    ("latents.size", [64, 8200]), ("latents.size", [64, MANY]),
+    ("graphs.step.fp32.path", GRAPH_FILES[0]), ("graphs.step.fp32.weights", "int8"), ("graphs.step.fp32.compute", "fp16"),
+    ("graphs.step.fp32.error", float("nan")), ("graphs.step.fp32.error", -1.0), ("graphs.text_encoder.fp32.outputs", ["context_skip_1"]),
+    ("sources.0.kind", "plugin"), ("sources.1.scale", float("-inf")), ("files.tokenizer/tokenizer~json.size_bytes", MANY),
+    ("architecture.clip", None), ("architecture.clip.vocabulary", "100"), ("architecture.clip.vocabulary", float("nan")), ("architecture.clip.layers", True),
+    ("architecture.vae.channels", []), ("architecture.vae.channels", 4), ("architecture.unet.in_channels", MANY), ("architecture.unet.other", MANY),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("where", "value"), NUMBERS, ids=lambda value: str(value)[:40])
+def test_b3_values_out_of_range_or_at_odds(folder: Path, where: str, value: Any) -> None:
+    """Opening refuses them, so that nothing later has to check again."""
+
+    def change(document: Any) -> None:
+        *parents, last = [int(part) if part.isdecimal() else part.replace("~", ".") for part in where.split(".")]
+        for part in parents:
+            document = document[part]
+        document[last] = value
+
+    edit(folder, change)
+    refused(folder, "manifest.json")
+
+
+def test_a_manifest_that_this_user_may_not_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = os.open
+
+    def forbidden(path: Any, *arguments: Any, **options: Any) -> int:
+        if str(path).endswith("manifest.json"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return opened(path, *arguments, **options)
+
+    monkeypatch.setattr(os, "open", forbidden)
+    refused(folder, "Permission denied", kind=InputFileError, code=3)
 
 
 # The folder
