@@ -412,6 +412,26 @@ def _check_listing(path: Path, manifest: Manifest) -> None:
         raise BundleError(f"{path}: {printable(extra[0])}: not in the manifest", "Remove it, or build the bundle again.")
 
 
+def check_nothing_else(root: Path, names: Collection[str], what: str, fix: str) -> None:
+    """Make sure that below `root` there are no files but the `names`, and no folders but theirs and `engines`. Hidden ones count.
+
+    Raises:
+        BundleError: there is one; it says that it is `what`, and the `fix`.
+    """
+    folders = {ENGINES, *(parent.as_posix() for name in names for parent in PurePosixPath(name).parents)}
+
+    def unreadable(error: OSError) -> None:
+        raise BundleError(f"{root}: {printable(str(error.filename))}: cannot be read: {error.strerror}", "Make it readable for this user.") from error
+
+    for folder, below, files in os.walk(root, onerror=unreadable):
+        for name in [*below, *files]:
+            path = Path(folder) / name
+            relative = path.relative_to(root).as_posix()
+            mode = path.lstat().st_mode
+            if not (relative in names and stat.S_ISREG(mode)) and not (relative in folders and stat.S_ISDIR(mode)):
+                raise BundleError(f"{root}: {printable(relative)}: {what}", fix)
+
+
 def _regular_files(root: Path) -> Mapping[str, int]:
     """Sizes of all files below `root` by relative name, engines, hidden files and the manifest left out. Links and special files are refused."""
     sizes: dict[str, int] = {}

@@ -18,8 +18,9 @@ from dataclasses import asdict
 from io import BufferedReader
 from pathlib import Path
 
-from sdrt.bundle import ENGINES, REGISTERS, WEIGHTS, Bundle, Manifest
-from sdrt.engine_record import FORMAT, RECORD, EngineKey, EngineRecord, record_from, unique
+from sdrt.bundle import ENGINES, MANIFEST, REGISTERS, WEIGHTS, Bundle, Manifest, check_files, check_nothing_else
+from sdrt.document import strict_json
+from sdrt.engine_record import FORMAT, RECORD, EngineKey, EngineRecord, record_from
 from sdrt.errors import BundleError, MachineError, UsageError, printable
 from sdrt.publish import check_space, new_folder, no_room, remove_folder, staged_folder, sweep_stages, write_file
 
@@ -144,11 +145,12 @@ def read_engine(folder: Path) -> EngineRecord:
         MachineError: a newer sdrt wrote it.
     """
     path = folder / RECORD
-    data, size_bytes = _read_regular(path, MAX_RECORD_BYTES)
-    if size_bytes > MAX_RECORD_BYTES:
-        raise BundleError(f"{path}: {size_bytes:,} bytes, more than the limit of {MAX_RECORD_BYTES:,}", _AGAIN)
+    with _regular(path) as (stream, size_bytes):
+        if size_bytes > MAX_RECORD_BYTES:
+            raise BundleError(f"{path}: {size_bytes:,} bytes, more than the limit of {MAX_RECORD_BYTES:,}", _AGAIN)
+        data = stream.read(size_bytes)
     try:
-        document = json.loads(data, object_pairs_hook=unique)
+        document = strict_json(data)
     except (ValueError, RecursionError) as error:
         raise BundleError(f"{path}: not valid JSON: {printable(str(error))}", _AGAIN) from error
     if not isinstance(document, dict):
@@ -159,7 +161,7 @@ def read_engine(folder: Path) -> EngineRecord:
     try:
         record = record_from(document)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise BundleError(f"{path}: does not have the expected form: {printable(str(error))}", _AGAIN) from error
+        raise BundleError(f"{path}: does not have the expected form: {printable(str(error)[:500])}", _AGAIN) from error
     if folder.name != folder_name(record.key):
         raise BundleError(f"{folder}: lies under another engine's name: its key makes {folder_name(record.key)}", _AGAIN)
     return record
@@ -172,7 +174,8 @@ def read_plan(folder: Path, record: EngineRecord, graph: str) -> bytes:
         BundleError: it is missing, a link, or changed; it names the file.
     """
     plan = record.plans[graph]
-    data, size_bytes = _read_regular(folder / plan.file, plan.size_bytes)
+    with _regular(folder / plan.file) as (stream, size_bytes):
+        data = stream.read(size_bytes) if size_bytes == plan.size_bytes else b""
     if size_bytes != plan.size_bytes or len(data) != plan.size_bytes:
         raise BundleError(f"{folder / plan.file}: expected {plan.size_bytes:,} bytes, found {size_bytes:,}", _AGAIN)
     found = hashlib.sha256(data).hexdigest()
@@ -200,16 +203,38 @@ def check_external_data(folder: Path, record: EngineRecord, graph: str) -> None:
 
 
 def read_intact(folder: Path) -> EngineRecord:
-    """The record of an engine after comparing every file with it.
+    """The record of an engine after comparing every file with it. Nothing else lies in its folder, hidden or not.
 
     Raises:
-        BundleError, MachineError: as `read_engine` and `read_plan`.
+        BundleError, MachineError: as `read_engine` and `read_plan`; or there is something else.
     """
     record = read_engine(folder)
     for graph in record.plans:
         read_plan(folder, record, graph)
         check_external_data(folder, record, graph)
+    check_nothing_else(folder, _files(record), "not in the engine's record", _AGAIN)
     return record
+
+
+def check_all(bundle: Bundle) -> list[tuple[Path, EngineRecord]]:
+    """Compare every file of a bundle with the manifest, every file of its engines with their records, and make sure that there is nothing else,
+    hidden or not: what is there is all that a signature covers. Returns the engines, newest first.
+
+    Raises:
+        BundleError, MachineError: as `check_files` and `read_intact`; or there is something else.
+    """
+    check_files(bundle)
+    engines = [(folder, read_intact(folder)) for folder in engine_folders(bundle)]
+    known = {MANIFEST, *bundle.manifest.files, *(f"{ENGINES}/{folder.name}/{name}" for folder, record in engines for name in _files(record))}
+    fix = "Remove it; what a killed compilation left goes with: sdrt compile BUNDLE --prune"
+    check_nothing_else(bundle.path, known, "not in the manifest, nor part of an engine", fix)
+    return engines
+
+
+def _files(record: EngineRecord) -> set[str]:
+    """Names of the files of an engine's folder."""
+    data = (plan.external_data.file for plan in record.plans.values() if plan.external_data is not None)
+    return {RECORD, *(plan.file for plan in record.plans.values()), *data}
 
 
 def mismatch(
@@ -273,12 +298,6 @@ def prune(bundle: Bundle, *, keep: Callable[[EngineRecord], bool]) -> list[Path]
 _SOURCES = {"openvino": "fp32"}
 """Targets whose engines are always made from the graphs of one precision."""
 _AGAIN = "Compile it again with the same options, or remove it with: sdrt compile BUNDLE --prune"
-
-
-def _read_regular(path: Path, limit: int) -> tuple[bytes, int]:
-    """At most `limit` bytes of a regular file, and its size."""
-    with _regular(path) as (stream, size_bytes):
-        return stream.read(limit), size_bytes
 
 
 @contextmanager

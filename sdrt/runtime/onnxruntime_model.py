@@ -140,7 +140,11 @@ def find_saved(bundle: Bundle, version: str) -> Saved | None:
 def run_graph(path: Path, inputs: dict[str, Any]) -> dict[str, Any]:
     """Run one graph of a bundle once, optimised as in use, and return its outputs by name."""
     ort = import_onnxruntime("backend onnxruntime")
-    return outputs_of(open_graph(ort, path, None), inputs)
+    session = open_graph(ort, path, None)
+    try:
+        return outputs_of(session, inputs)
+    except Exception as error:
+        raise explained(ort, str(path), error) from error
 
 
 def run_engine(saved: Saved, graph: str, inputs: dict[str, Any]) -> dict[str, Any]:
