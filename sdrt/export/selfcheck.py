@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch.overrides import TorchFunctionMode
 
 from sdrt import bundle as names
+from sdrt import engine_libraries
 from sdrt.errors import CheckFailed, NonFiniteError
 from sdrt.export.graph import Recipe
 from sdrt.export.tensor_file import TensorFile
@@ -129,8 +130,7 @@ def run_unoptimised(path: Path, inputs: Mapping[str, NDArray[Any]], compute: str
     outputs back, and to the nodes added last first: good for `bind`'s casts, the first nodes of a float32 graph. Those that it puts itself around
     operators without a half-precision kernel are the last nodes, and good in order of number.
     """
-    import onnxruntime
-
+    onnxruntime = engine_libraries.onnxruntime()
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.execution_order = onnxruntime.ExecutionOrder.DEFAULT if compute == "fp32" else onnxruntime.ExecutionOrder.PRIORITY_BASED

@@ -11,6 +11,7 @@ from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
+from sdrt import engine_libraries
 from sdrt.bundle import Bundle
 from sdrt.checked import check_once
 from sdrt.engine_cache import check_external_data, engine_folders, mismatch, platform_name, read_engine, read_plan
@@ -35,7 +36,7 @@ Saved = tuple[Path, EngineRecord]
 
 def import_onnxruntime(wanted_by: str) -> Any:
     try:
-        import onnxruntime
+        onnxruntime = engine_libraries.onnxruntime()
     except ImportError as error:
         raise MachineError(f"{wanted_by}: cannot import onnxruntime: {error}", "Install it with: pip install 'sdrt[cpu]'") from error
     onnxruntime.set_default_logger_severity(3)

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from sdrt import bundle as names
+from sdrt import engine_libraries
 from sdrt.bundle import Bundle, Manifest
 from sdrt.engine_cache import mismatch, platform_name
 from sdrt.engine_record import EngineRecord
@@ -95,7 +96,7 @@ def import_openvino(where: str) -> Any:
         MachineError: it is not installed, does not load, or is older than what was tested.
     """
     try:
-        import openvino
+        openvino = engine_libraries.openvino()
     except (ImportError, OSError) as error:
         raise MachineError(f"{where}: cannot import openvino: {error}", "Install it with: pip install 'sdrt[openvino]'") from error
     found = str(openvino_version())
@@ -113,10 +114,9 @@ def openvino_version() -> str | None:
     except PackageNotFoundError:
         pass
     try:
-        import openvino
+        return str(engine_libraries.openvino().__version__)
     except (ImportError, OSError):
         return None
-    return str(openvino.__version__)
 
 
 def choose_precision(core: Any, asked: str | None, stored: str) -> str:
