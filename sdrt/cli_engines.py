@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sdrt.cli_output import COMPILE_STAGES, BundleArgument, Json, StageProgress, print_json
+from sdrt.cli_output import COMPILE_STAGES, BundleArgument, Json, StageProgress, print_json, time_limit
 from sdrt.errors import MachineError, SdrtError, UsageError, nearest, printable
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ def compile_bundle(
     device: Annotated[int, typer.Option("--device", metavar="N", help="GPU that tensorrt compiles on, counted from 0.")] = 0,
     force: Annotated[bool, typer.Option("--force", help="Compile again even if the same engine is there.")] = False,
     prune: Annotated[bool, typer.Option("--prune", help="Remove engines that can never run again: of other graphs or weights, of another version of the compiler, damaged.")] = False,
+    timeout: Annotated[float, typer.Option("--timeout", metavar="S", help="Seconds after which it ends with exit code 7, and no engine appears.")] = 7200.0,
     as_json: Json = False,
 ) -> None:  # fmt: skip
     """Compile a bundle into engines for a target. Needs no PyTorch.
@@ -61,7 +62,8 @@ def compile_bundle(
     ]  # fmt: skip
     opened = open_bundle(bundle)
     pruned = _prune(opened) if prune else []
-    reports = [report for options in asked for report in run(opened, options)]
+    with time_limit(timeout, bundle):
+        reports = [report for options in asked for report in run(opened, options)]
     if as_json:
         print_json({"bundle": str(opened.path), "engines": [as_fields(report) for report in reports], "pruned": [str(path) for path in pruned]})
         return

@@ -204,11 +204,11 @@ def test_t1_requests_are_used_again_and_never_by_two_at_once(exact: Path, monkey
         assert isinstance(engine, OpenVinoEngine)
         infer, used, inside = engine.infer, list[Any](), threading.Barrier(4)
 
-        def watched(request: Any, graph: str) -> None:
+        def watched(request: Any, graph: str, kept: Any) -> None:
             used.append(request)
             if not inside.broken:
                 inside.wait(60)
-            infer(request, graph)
+            infer(request, graph, kept)
 
         monkeypatch.setattr(engine, "infer", watched)
         with ThreadPoolExecutor(4) as pool:

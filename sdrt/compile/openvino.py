@@ -20,6 +20,7 @@ from sdrt.compile.watch import WAITING, Progress
 from sdrt.engine_cache import folder_name, platform_name, read_intact, state_bytes, write_engine
 from sdrt.engine_record import FORMAT, EngineKey, EngineRecord, Plan, Profile
 from sdrt.errors import BundleError, MachineError, UsageError
+from sdrt.interruptible import interruptible
 from sdrt.lock import locked
 from sdrt.publish import sweep_stages
 from sdrt.runtime.cpu import cpu_identity
@@ -124,9 +125,10 @@ def _key(bundle: Bundle, files: Mapping[str, str], precision: str, inputs: Mappi
 
 def _compile(ov: Any, core: Any, bundle: Bundle, graph: str, shapes: Mapping[str, tuple[int, ...]], precision: str) -> _Blob:
     started = time.perf_counter()
-    compiled, attention = compile_graph(ov, core, bundle.graph(graph, _SOURCE), shapes, precision, None)
+    path = bundle.graph(graph, _SOURCE)
+    compiled, attention = interruptible(lambda: compile_graph(ov, core, path, shapes, precision, None))
     build_s = time.perf_counter() - started
-    data = export_blob(compiled)
+    data = interruptible(lambda: export_blob(compiled))
     return _Blob(data, GraphReport(0.0, build_s, layer_count(compiled), len(data), unfused_attention(compiled, attention), None))
 
 

@@ -23,6 +23,7 @@ from sdrt.bundle import Bundle, Manifest
 from sdrt.engine_cache import mismatch, platform_name
 from sdrt.engine_record import EngineRecord
 from sdrt.errors import MachineError, ResourceError, SdrtError, UsageError, printable
+from sdrt.interruptible import interruptible
 from sdrt.runtime.cpu import bound_cores, cpu_identity, usable_cores
 
 OLDEST = (2026, 4)
@@ -201,6 +202,19 @@ def import_blob(ov: Any, core: Any, where: str, blob: bytes, weights: Path, prec
     settings = compile_properties(precision, threads, counting=counting) | {"ENABLE_WEIGHTLESS": True, "WEIGHTS_PATH": str(weights)}
     try:
         return core.import_model(blob, "CPU", settings)
+    except Exception as error:
+        raise explained(ov, where, error) from error
+
+
+def run_once(ov: Any, compiled: Any, where: str, inputs: Mapping[str, Any]) -> Any:
+    """Run a compiled graph once, and return its outputs by name; a signal ends it. `where` begins what is said of a failure.
+
+    Raises:
+        MachineError, ResourceError: OpenVINO fails.
+    """
+    try:
+        request = compiled.create_infer_request()
+        return interruptible(lambda: request.infer(inputs), request.cancel)
     except Exception as error:
         raise explained(ov, where, error) from error
 
