@@ -204,6 +204,29 @@ def test_no_engine_sees_such_a_graph(small_bundle: Path, tmp_path: Path) -> None
         assert done.exit_code == 4 and "not a graph that sdrt builds" in done.stderr, (command, done.stderr)
 
 
+def fail_to_run(m: Any) -> None:
+    last = m.graph.node[next(i for i, node in enumerate(m.graph.node) if "denoised" in node.output)]
+    last.output[list(last.output).index("denoised")] = "before"
+    m.graph.initializer.append(onnx.numpy_helper.from_array(np.array([7, 11, 13], np.int64), "sides"))
+    m.graph.node.append(helper.make_node("Reshape", ["before", "sides"], ["denoised"]))
+
+
+def take_other_inputs(m: Any) -> None:
+    for node in m.graph.node:
+        node.input[:] = ["other" if name == "init_noise" else name for name in node.input]
+    next(value for value in m.graph.input if value.name == "init_noise").name = "other"
+
+
+@pytest.mark.parametrize("change", [fail_to_run, take_other_inputs])
+def test_a_graph_that_cannot_run_ends_alike_everywhere(change: Any, small_bundle: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Not as a bug of ours, and told in our words alone."""
+    broken = str(with_graph(small_bundle, tmp_path / "broken.sdrt", change))
+    for command in (["generate", broken, "x", "--backend", "onnxruntime", "--output", str(tmp_path / "x.png")], ["verify", broken]):
+        done = CliRunner().invoke(app, command)
+        assert done.exit_code == 5 and "ONNX Runtime" in done.stderr, (command, done.stderr)
+    assert capfd.readouterr() == ("", "")
+
+
 def test_every_graph_of_a_build_passes(small_bundle: Path) -> None:
     bundle = open_bundle(small_bundle)
     for graph, by_precision in bundle.manifest.graphs.items():

@@ -47,7 +47,10 @@ class OnnxRuntimeEngine:
         return latents
 
     def denoise(self, job: Job) -> OnnxRuntimeDenoising:
-        return OnnxRuntimeDenoising(self, self._ort, self._sessions[names.STEP], job)
+        try:
+            return OnnxRuntimeDenoising(self, self._ort, self._sessions[names.STEP], job)
+        except RuntimeError as error:  # the graph takes other inputs
+            raise explained(self._ort, names.STEP, error) from error
 
     def decode(self, latents: Float, rounding: float) -> tuple[Pixels, NDArray[np.bool_]]:
         inputs = {"latents": latents, "rounding": np.array([rounding], np.float32)}
