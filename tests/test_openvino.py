@@ -26,7 +26,7 @@ from test_openvino_model import HAS_BF16, needs_bf16
 from typer.testing import CliRunner
 
 from sdrt import cli_engines
-from sdrt.bundle import ENGINES, GRAPHS, STEP, TEXT_ENCODER, VAE_DECODER, Bundle, open_bundle
+from sdrt.bundle import ENGINES, GRAPHS, STEP, TEXT_ENCODER, VAE_DECODER, open_bundle
 from sdrt.cli import app
 from sdrt.compile import openvino as compiling
 from sdrt.compile.openvino import compile_bundle
@@ -617,7 +617,7 @@ def test_failures_are_explained(bundle: Path, tmp_path: Path) -> None:
 def test_an_interrupted_compilation_leaves_nothing(small_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     copy = copied(small_bundle, tmp_path / "flat.sdrt")
 
-    def interrupted(bundle: Bundle, record: Any, plans: Any) -> Path:
+    def interrupted(*_: Any) -> Path:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(compiling, "write_engine", interrupted)
