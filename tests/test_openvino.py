@@ -95,7 +95,7 @@ def pipe(bundle: Path) -> Iterator[Pipeline]:
 
 @pytest.fixture(scope="module")
 def exact_pipe(exact: Path) -> Iterator[Pipeline]:
-    with Pipeline.load(exact) as loaded:
+    with Pipeline.load(exact, backend="openvino") as loaded:
         yield loaded
 
 
@@ -199,7 +199,7 @@ def test_t1_requests_are_used_again_and_never_by_two_at_once(exact: Path, monkey
     """Four calls that are all inside at once have four requests; of calls one after the other, each takes one of those. Pictures are the same."""
     rng = np.random.default_rng(1)
     latents = rng.standard_normal((4, 1, 4, 8, 12)).astype(np.float32)
-    with Pipeline.load(exact) as loaded:
+    with Pipeline.load(exact, backend="openvino") as loaded:
         engine = loaded._engine
         assert isinstance(engine, OpenVinoEngine)
         infer, used, inside = engine.infer, list[Any](), threading.Barrier(4)
@@ -588,7 +588,7 @@ def test_no_memory_for_a_request(exact: Path, monkeypatch: pytest.MonkeyPatch) -
         def create_infer_request(self) -> Any:
             raise RuntimeError("std::bad_alloc")
 
-    with Pipeline.load(exact) as loaded:
+    with Pipeline.load(exact, backend="openvino") as loaded:
         engine = loaded._engine
         assert isinstance(engine, OpenVinoEngine)
         with monkeypatch.context() as patch:
