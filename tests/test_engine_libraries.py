@@ -57,7 +57,7 @@ def watched(shim: Path, tmp_path: Path) -> Watched:
     return Watched(shim, tmp_path)
 
 
-def test_no_command_opens_a_socket_or_leaves_a_file(watched: Watched, small_checkpoint: Path) -> None:
+def test_b13_no_command_opens_a_socket_or_leaves_a_file(watched: Watched, small_checkpoint: Path) -> None:
     bundle = str(watched.folder / "small.sdrt")
     for command in (
         ["build", "--checkpoint", str(small_checkpoint), "--target", "openvino", "--output", bundle],

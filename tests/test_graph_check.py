@@ -102,7 +102,7 @@ CHANGES: dict[str, tuple[Callable[[Any], Any], str]] = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_what_a_graph_may_not_be(change: str, tmp_path: Path) -> None:
+def test_b5_what_a_graph_may_not_be(change: str, tmp_path: Path) -> None:
     path, weights, good = tmp_path / "g.onnx", tmp_path / "weights.safetensors", model()
     path.write_bytes(good.SerializeToString())
     check_graph(path, weights, SIZE_BYTES)
@@ -127,7 +127,7 @@ def damaged(data: bytes) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("how", damaged(b""))
-def test_bytes_that_two_readers_would_read_differently(how: str, tmp_path: Path) -> None:
+def test_b5_bytes_that_two_readers_would_read_differently(how: str, tmp_path: Path) -> None:
     path = tmp_path / "g.onnx"
     path.write_bytes(damaged(model().SerializeToString())[how])
     with pytest.raises(BundleError, match="not a graph that sdrt builds"):
@@ -180,7 +180,7 @@ def read_memory(m: Any) -> None:
     place(tensor, location="*/_ORT_MEM_ADDR_/*", offset="94000000000000", length=next(e.value for e in tensor.external_data if e.key == "length"))
 
 
-def test_no_engine_sees_such_a_graph(small_bundle: Path, tmp_path: Path) -> None:
+def test_b5_no_engine_sees_such_a_graph(small_bundle: Path, tmp_path: Path) -> None:
     """Through every door: generating on both CPU engines (one compiled on loading), verifying, compiling for each target."""
     hostile = with_graph(small_bundle, tmp_path / "hostile.sdrt", read_memory)
     run = CliRunner()

@@ -189,7 +189,7 @@ def make_heavy(m: Any) -> None:
 
 
 @pytest.mark.parametrize(("limit", "code"), [("4", 7), (None, 130)])
-def test_a_graph_that_takes_for_ever(small_bundle: Path, tmp_path: Path, limit: str | None, code: int) -> None:
+def test_b5_a_graph_that_takes_for_ever(small_bundle: Path, tmp_path: Path, limit: str | None, code: int) -> None:
     """`verify` ends at its time limit, `generate` when it is told to; neither waits for the engine."""
     bundle = str(with_graph(small_bundle, tmp_path / "heavy.sdrt", make_heavy))
     arguments = ["verify", bundle, "--timeout", limit] if limit else ["generate", bundle, "apple", "--output", "x.png"]
