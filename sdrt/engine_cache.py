@@ -279,7 +279,7 @@ def serves_default(record: EngineRecord, manifest: Manifest) -> bool:
     if record.key.target == "openvino":  # static shapes; a batch that is not full is filled up
         return own == (*most[:2], 1, most[3])
     factor = manifest.latents.factor
-    for profile in record.key.profiles[STEP]:
+    for profile in record.key.profiles.get(STEP, ()):
         pictures, _, rows, columns = profile.shapes["init"][0]
         least = (columns * factor, rows * factor, pictures, profile.shapes["context"][0][-2])
         if all(low <= one <= high for low, one, high in zip(least, own, most, strict=True)):
