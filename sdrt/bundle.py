@@ -18,6 +18,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from sdrt.document import read_document, strict_json
 from sdrt.errors import BundleError, InputFileError, MachineError, nearest, printable
+from sdrt.graph_check import check_graph
 from sdrt.publish import write_file
 
 FORMAT = 1
@@ -168,15 +169,17 @@ class Bundle:
         return self.path / name
 
     def graph(self, graph: str, precision: str) -> Path:
-        """Path of a graph file.
+        """Path of a graph file that `sdrt.graph_check` has read: the one way for an engine to a graph.
 
         Raises:
-            BundleError: the bundle has no such graph at that precision.
+            BundleError: the bundle has no such graph at that precision, or it is not as builds write them.
         """
         record = self.manifest.graphs.get(graph, {}).get(precision)
         if record is None:
             raise BundleError(f"{self.path}: no {precision} {graph} graph", "Build the bundle again with this version of sdrt.")
-        return self.file(record.path)
+        path = self.file(record.path)
+        check_graph(path, self.file(WEIGHTS), self.manifest.files[WEIGHTS].size_bytes)
+        return path
 
 
 def bundle_id(manifest: Manifest) -> str:

@@ -13,17 +13,19 @@ import os
 import platform
 import stat
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict
 from io import BufferedReader
 from pathlib import Path
 
-from sdrt.bundle import ENGINES, MANIFEST, REGISTERS, WEIGHTS, Bundle, Manifest, check_files, check_nothing_else
+from sdrt.bundle import ENGINES, MANIFEST, REGISTERS, STEP, WEIGHTS, Bundle, Manifest, check_files, check_nothing_else
 from sdrt.document import strict_json
 from sdrt.engine_record import FORMAT, RECORD, EngineKey, EngineRecord, record_from
 from sdrt.errors import BundleError, MachineError, UsageError, printable
-from sdrt.publish import check_space, new_folder, no_room, remove_folder, staged_folder, sweep_stages, write_file
+from sdrt.publish import check_space, new_folder, no_room, remove_folder, staged_folders, sweep_stages, write_file
 
+NewEngine = Callable[[EngineKey, int], AbstractContextManager[Path]]
+"""Makes the folder of a new engine, for its key and the bytes that its plans take."""
 MAX_RECORD_BYTES = 1 << 20
 ALIGNMENT = 256
 """TensorRT asks for device buffers that begin on this many bytes."""
@@ -64,13 +66,14 @@ def engine_folder(bundle: Bundle, key: EngineKey) -> Path:
     return bundle.path / ENGINES / folder_name(key)
 
 
-def write_engine(bundle: Bundle, record: EngineRecord, plans: Mapping[str, bytes | memoryview]) -> Path:
-    """Publish an engine whose plans are in memory. Returns its folder.
+def write_engine(bundle: Bundle, record: EngineRecord, plans: Mapping[str, bytes | memoryview], new_engine: NewEngine | None = None) -> Path:
+    """Publish an engine whose plans are in memory, by itself or with those of `new_engines`. Returns its folder.
 
     Raises:
-        BundleError, ResourceError, UsageError: as `staged_engine`.
+        BundleError, ResourceError, UsageError: as `new_engines`.
     """
-    with staged_engine(bundle, record.key, sum(len(plan) for plan in plans.values())) as stage:
+    make = new_engine or (lambda key, needed_bytes: staged_engine(bundle, key, needed_bytes))
+    with make(record.key, sum(len(plan) for plan in plans.values())) as stage:
         for graph, plan in plans.items():
             write_file(stage / record.plans[graph].file, plan)
         write_record(stage, record)
@@ -79,9 +82,17 @@ def write_engine(bundle: Bundle, record: EngineRecord, plans: Mapping[str, bytes
 
 @contextmanager
 def staged_engine(bundle: Bundle, key: EngineKey, needed_bytes: int) -> Iterator[Path]:
-    """Yield an empty folder that becomes the engine of a key under `engines/` when the block ends, in place of one of the same key.
+    """One engine of `new_engines`, by itself."""
+    with new_engines(bundle) as new_engine, new_engine(key, needed_bytes) as stage:
+        yield stage
 
-    Put `needed_bytes` of plans into it, and the record last.
+
+@contextmanager
+def new_engines(bundle: Bundle) -> Iterator[NewEngine]:
+    """Yield a function that makes an empty folder for the engine of a key. All of them appear under `engines/` when this block ends without an
+    exception, in place of those of the same keys; else none does.
+
+    Put as many bytes of plans into a folder as was said, and the record last.
 
     Raises:
         BundleError: `engines` is not a folder.
@@ -89,18 +100,24 @@ def staged_engine(bundle: Bundle, key: EngineKey, needed_bytes: int) -> Iterator
         UsageError: the bundle cannot be written.
     """
     root = bundle.path / ENGINES
-    if os.path.lexists(root) and (root.is_symlink() or not root.is_dir()):
-        raise BundleError(f"{root}: expected a folder", "Remove it.")
-    check_space(bundle.path, needed_bytes + (1 << 20), "the engine", "Free some space, or pass --prune to drop stale engines.")
-    try:
-        with suppress(FileExistsError):
-            new_folder(root)
-    except OSError as error:
-        if (full := no_room(root, error)) is not None:
-            raise full from error
-        raise UsageError(f"{root}: cannot write there: {error.strerror}", "Compile a copy of the bundle in a folder that is writable.") from error
-    with staged_folder(engine_folder(bundle, key), replace=True) as stage:
-        yield stage
+    with staged_folders(replace=True) as staged:
+
+        @contextmanager
+        def new_engine(key: EngineKey, needed_bytes: int) -> Iterator[Path]:
+            if os.path.lexists(root) and (root.is_symlink() or not root.is_dir()):
+                raise BundleError(f"{root}: expected a folder", "Remove it.")
+            check_space(bundle.path, needed_bytes + (1 << 20), "the engine", "Free some space, or pass --prune to drop stale engines.")
+            try:
+                with suppress(FileExistsError):
+                    new_folder(root)
+            except OSError as error:
+                if (full := no_room(root, error)) is not None:
+                    raise full from error
+                raise UsageError(f"{root}: cannot write there: {error.strerror}", "Compile a copy of the bundle in a folder that is writable.") from error
+            with staged(engine_folder(bundle, key)) as stage:
+                yield stage
+
+        yield new_engine
 
 
 def write_record(stage: Path, record: EngineRecord) -> None:
@@ -273,6 +290,26 @@ def mismatch(
     if flags is not None and key.flags != flags:
         reasons.append("built by another version of sdrt, in another way")
     return "; ".join(reasons)
+
+
+def serves_default(record: EngineRecord, manifest: Manifest) -> bool:
+    """Whether an engine takes a request that chooses nothing: the bundle's own size, one picture, a prompt of one chunk, guidance."""
+    if record.size is None or record.batch is None or record.tokens is None or record.branches is None:
+        return True  # any shape
+    width, height = manifest.latents.size
+    own = (width, height, 1, manifest.text.tokens)
+    most = (*record.size, record.batch, record.tokens)
+    if 2 not in record.branches:
+        return False
+    if record.key.target == "openvino":  # static shapes; a batch that is not full is filled up
+        return own == (*most[:2], 1, most[3])
+    factor = manifest.latents.factor
+    for profile in record.key.profiles.get(STEP, ()):
+        pictures, _, rows, columns = profile.shapes["init"][0]
+        least = (columns * factor, rows * factor, pictures, profile.shapes["context"][0][-2])
+        if all(low <= one <= high for low, one, high in zip(least, own, most, strict=True)):
+            return True
+    return False
 
 
 def prune(bundle: Bundle, *, keep: Callable[[EngineRecord], bool]) -> list[Path]:

@@ -186,6 +186,17 @@ def test_standard_library_only(file: str) -> None:
     assert {name.partition(".")[0] for name in imports(file)} <= {*sys.stdlib_module_names, "sdrt"}
 
 
+@pytest.mark.parametrize("file", [file for file in FILES if file != "engine_libraries.py"])
+def test_engines_are_imported_with_their_reports_switched_off(file: str) -> None:
+    """Only `engine_libraries.py` imports them; what a type checker alone reads is left out."""
+    unread = {node for outer in ast.walk(tree(file)) if isinstance(outer, ast.If) and ast.unparse(outer.test) == "TYPE_CHECKING" for node in outer.body}
+    lines = {node.lineno for node in unread}
+    named = [node for node in ast.walk(tree(file)) if isinstance(node, (ast.Import, ast.ImportFrom)) and node.lineno not in lines]
+    found = {alias.name for node in named if isinstance(node, ast.Import) for alias in node.names}
+    found |= {node.module or "" for node in named if isinstance(node, ast.ImportFrom) and not node.level}
+    assert not below(found, "onnxruntime", "openvino")
+
+
 @pytest.mark.parametrize("file", FILES)
 def test_imports_by_string_hide_nothing(file: str) -> None:
     called = {name for name, _ in calls(file)}

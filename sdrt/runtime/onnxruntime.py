@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 
 from sdrt import bundle as names
 from sdrt.bundle import Bundle
+from sdrt.interruptible import interruptible
 from sdrt.runtime.engine import Float, Job, Pixels
-from sdrt.runtime.onnxruntime_model import PRECISION, check_weights, explained, find_saved, import_onnxruntime, open_engine, open_graph
+from sdrt.runtime.onnxruntime_model import PRECISION, check_weights, end_run, explained, find_saved, import_onnxruntime, open_engine, open_graph, run_session
 
 if TYPE_CHECKING:
     import onnxruntime as ort
@@ -32,7 +33,7 @@ class OnnxRuntimeEngine:
         self._bundle, self._threads = bundle, threads
         self._lock = Lock()
         self._saved = find_saved(bundle, self._ort.__version__)
-        self._sessions = self._load(_RUN_GRAPHS)
+        self._sessions = interruptible(lambda: self._load(_RUN_GRAPHS))
 
     def encode_text(self, tokens: NDArray[np.int64], emphasis: Float, clip_skip: int) -> Float:
         context: Float = self._run(names.TEXT_ENCODER, [names.context_output(clip_skip)], {"tokens": tokens, "emphasis": emphasis})[0]
@@ -41,12 +42,15 @@ class OnnxRuntimeEngine:
     def encode_image(self, pixels: Pixels, noise: Float) -> Float:
         with self._lock:  # most pictures start from text: the encoder is loaded when the first image comes
             if names.VAE_ENCODER not in self._sessions:
-                self._sessions |= self._load([names.VAE_ENCODER])
+                self._sessions |= interruptible(lambda: self._load([names.VAE_ENCODER]))
         latents: Float = self._run(names.VAE_ENCODER, list(names.ENCODER_OUTPUTS), {"pixels": pixels, "noise": noise})[0]
         return latents
 
     def denoise(self, job: Job) -> OnnxRuntimeDenoising:
-        return OnnxRuntimeDenoising(self, self._ort, self._sessions[names.STEP], job)
+        try:
+            return OnnxRuntimeDenoising(self, self._ort, self._sessions[names.STEP], job)
+        except RuntimeError as error:  # the graph takes other inputs
+            raise explained(self._ort, names.STEP, error) from error
 
     def decode(self, latents: Float, rounding: float) -> tuple[Pixels, NDArray[np.bool_]]:
         inputs = {"latents": latents, "rounding": np.array([rounding], np.float32)}
@@ -75,10 +79,7 @@ class OnnxRuntimeEngine:
                     check.result()
 
     def _run(self, graph: str, outputs: list[str], inputs: dict[str, Any]) -> list[Any]:
-        try:
-            return list(self._sessions[graph].run(outputs, inputs))
-        except Exception as error:
-            raise explained(self._ort, graph, error) from error
+        return run_session(self._ort, self._sessions[graph], graph, outputs, inputs)
 
 
 class OnnxRuntimeDenoising:
@@ -119,6 +120,7 @@ class OnnxRuntimeDenoising:
                 binding.bind_ortvalue_output(name, value)
             self._bindings.append(binding)
         self._rows = 0
+        self._options = ort.RunOptions()
 
     def step(self) -> None:
         current, before = (self._context_of_row[max(0, row)] for row in (self._rows, self._rows - 1))
@@ -126,7 +128,8 @@ class OnnxRuntimeDenoising:
             for binding in self._bindings:
                 binding.bind_ortvalue_input("context", self._contexts[current])
         try:
-            self._session.run_with_iobinding(self._bindings[self._rows % 2])
+            binding = self._bindings[self._rows % 2]
+            interruptible(lambda: self._session.run_with_iobinding(binding, self._options), lambda: end_run(self._options))
         except Exception as error:
             raise explained(self._ort, names.STEP, error) from error
         self._rows += 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from sdrt.bundle import STEP_TABLES, WEIGHTS, Bundle, open_bundle
 from sdrt.engine_cache import check_all, mismatch, platform_name, read_plan
 from sdrt.engine_record import EngineRecord
 from sdrt.errors import BundleError, CheckFailed, printable
+from sdrt.interruptible import interruptible
 from sdrt.parity import compare, read_reference
 from sdrt.runtime import onnxruntime_model
 from sdrt.runtime.cpu import cpu_identity
@@ -124,15 +126,13 @@ def _openvino_checks(bundle: Bundle, folder: Path, record: EngineRecord, referen
         padded = {name: _more_rows(array, made_for[name][0]) if name in STEP_TABLES else array for name, array in inputs.items()}
         if not stale and {name: array.shape for name, array in padded.items()} == made_for:
             inputs, blob = padded, read_plan(folder, record, graph)
-            compiled = openvino_model.import_blob(ov, core, f"{folder}: {graph}", blob, bundle.file(WEIGHTS), precision, None)
+            compiled = interruptible(partial(openvino_model.import_blob, ov, core, f"{folder}: {graph}", blob, bundle.file(WEIGHTS), precision, None))
         else:
             shapes = {name: array.shape for name, array in inputs.items()}
-            compiled, _ = openvino_model.compile_graph(ov, core, bundle.graph(graph, "fp32"), shapes, precision, None)
-        try:
-            found = compiled.create_infer_request().infer(inputs)
-            outputs = {name: np.asarray(found[name]).astype(array.dtype, copy=False) for name, array in expected.items()}
-        except Exception as error:
-            raise openvino_model.explained(ov, f"{folder}: {graph}", error) from error
+            path = bundle.graph(graph, "fp32")
+            compiled, _ = interruptible(partial(openvino_model.compile_graph, ov, core, path, shapes, precision, None))
+        found = openvino_model.run_once(ov, compiled, f"{folder}: {graph}", inputs)
+        outputs = {name: np.asarray(found[name]).astype(array.dtype, copy=False) for name, array in expected.items()}
         yield from _compared(graph, precision, f"openvino {folder.name}", expected, outputs)
 
 
