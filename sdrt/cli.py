@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import signal
 import sys
 import threading
 import traceback
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn, TextIO
 
 import typer
 from typer.core import TyperGroup
 
-from sdrt import __version__, cli_bench, cli_engines, cli_generate, cli_signature
-from sdrt.cli_output import BUILD_STAGES, BundleArgument, Json, StageProgress, interrupted, print_json, print_report, size_option
+from sdrt import __version__, cli_bench, cli_engines, cli_generate, cli_signature, interruptible
+from sdrt.cli_output import BUILD_STAGES, BundleArgument, Json, StageProgress, interrupted, print_json, print_report, size_option, time_limit
 from sdrt.errors import MachineError, SdrtError, UsageError, printable
 
 BUG, INTERRUPTED = 70, 130
@@ -35,6 +37,9 @@ class ReportingGroup(TyperGroup):
                 number = getattr(signal, name, None)
                 if number is not None and not (name == "SIGHUP" and signal.getsignal(number) is signal.SIG_IGN):  # as nohup leaves it
                     signal.signal(number, _interrupt)
+        if os.name == "posix" and (stderr := sys.__stderr__) is not None and sys.stderr is stderr:
+            raw = io.BufferedWriter(_AsFarAsItGoes(stderr.fileno(), "wb", closefd=False))
+            sys.stderr = io.TextIOWrapper(raw, stderr.encoding, stderr.errors, line_buffering=True)
         try:
             return super().invoke(ctx)
         except SdrtError as error:
@@ -47,7 +52,7 @@ class ReportingGroup(TyperGroup):
                 _bug(ctx, error)
             _fail(ctx, f"{package} is not installed", f"Install it with: pip install 'sdrt[{_PACKAGES[package]}]'", MachineError.exit_code)
         except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader went away, as in `| head`
+            _discard_stdout()  # the reader went away, as in `| head`
             raise typer.Exit(0) from None
         except OSError as error:
             if error.errno not in _NO_ROOM:
@@ -63,6 +68,16 @@ class ReportingGroup(TyperGroup):
             if isinstance(error, RuntimeError) and "can't start new thread" in str(error):
                 _fail(ctx, "no more threads may be started here", "Raise the limit on processes (ulimit -u), or stop other programs.", 6)
             _bug(ctx, error)
+
+
+class _AsFarAsItGoes(io.FileIO):
+    """Stderr as it is, where what cannot be written is left out: a full disk under a log must not fail the work that it tells of."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data) or 0
+        except OSError:
+            return len(memoryview(data).cast("B"))
 
 
 def _bug(ctx: Any, error: Exception) -> NoReturn:
@@ -81,8 +96,27 @@ def _fail(ctx: Any, message: str, fix: str, code: int) -> NoReturn:
     if fix:
         typer.echo(f"  fix: {printable(fix)}", err=True)
     if ctx.find_root().obj == "json":
-        typer.echo(json.dumps({"error": {"message": message, "fix": fix, "exit_code": code}}))
+        with suppress(OSError):  # it may be what has failed
+            typer.echo(json.dumps({"error": {"message": message, "fix": fix, "exit_code": code}}))
+    if not _flushed(sys.stdout):
+        _discard_stdout()
+    if interruptible.abandoned:  # an engine that does not end; taking it down while it works would crash
+        os._exit(code)
     raise typer.Exit(code)
+
+
+def _flushed(stream: TextIO | None) -> bool:
+    """Whether all that was printed has gone out; Python would try again at exit, and say that it cannot."""
+    try:
+        if stream is not None:
+            stream.flush()
+    except OSError:
+        return False
+    return True
+
+
+def _discard_stdout() -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 HELP = {"help_option_names": ["-h", "--help"]}
@@ -222,14 +256,16 @@ def verify(
     bundle: BundleArgument,
     key: Annotated[Path | None, typer.Option("--key", metavar="PUBLIC.pem", help="Also check that this ed25519 key signed the bundle and every engine in it, before anything else.")] = None,
     signature: Annotated[Path | None, typer.Option("--signature", metavar="FILE", help="Where the signature is; NAME.sdrt.sig beside the bundle if not given.")] = None,
+    timeout: Annotated[float, typer.Option("--timeout", metavar="S", help="Seconds after which it ends with exit code 7: a graph may be made to take for ever.")] = 900.0,
     as_json: Json = False,
 ) -> None:  # fmt: skip
     """Check a bundle's hashes, and each graph against the reference outputs kept in it. Exit code 1 if anything differs."""
     ctx.find_root().obj = "json" if as_json else None
     from sdrt.runtime.verify import verify as run_verify
 
-    signed_by = cli_signature.check_signed(bundle, key, signature)
-    checks = run_verify(bundle)
+    with time_limit(timeout, bundle):
+        signed_by = cli_signature.check_signed(bundle, key, signature)
+        checks = run_verify(bundle)
     if as_json:
         print_json({"bundle": str(bundle), "ok": True, "signed_by": signed_by, "checks": [asdict(check) for check in checks]})
         return

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sdrt.cli_output import COMPILE_STAGES, BundleArgument, Json, StageProgress, print_json
+from sdrt.cli_output import COMPILE_STAGES, BundleArgument, Json, StageProgress, print_json, time_limit
 from sdrt.errors import MachineError, SdrtError, UsageError, nearest, printable
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ def compile_bundle(
     device: Annotated[int, typer.Option("--device", metavar="N", help="GPU that tensorrt compiles on, counted from 0.")] = 0,
     force: Annotated[bool, typer.Option("--force", help="Compile again even if the same engine is there.")] = False,
     prune: Annotated[bool, typer.Option("--prune", help="Remove engines that can never run again: of other graphs or weights, of another version of the compiler, damaged.")] = False,
+    timeout: Annotated[float, typer.Option("--timeout", metavar="S", help="Seconds after which it ends with exit code 7, and no engine appears.")] = 7200.0,
     as_json: Json = False,
 ) -> None:  # fmt: skip
     """Compile a bundle into engines for a target. Needs no PyTorch.
@@ -61,7 +63,8 @@ def compile_bundle(
     ]  # fmt: skip
     opened = open_bundle(bundle)
     pruned = _prune(opened) if prune else []
-    reports = [report for options in asked for report in run(opened, options)]
+    with time_limit(timeout, bundle):
+        reports = run(opened, asked)
     if as_json:
         print_json({"bundle": str(opened.path), "engines": [as_fields(report) for report in reports], "pruned": [str(path) for path in pruned]})
         return
@@ -118,16 +121,26 @@ def _automatic() -> str:
     return "openvino"
 
 
-def run(bundle: Bundle, options: CompileOptions) -> list[CompileReport]:
-    """Compile with progress on stderr."""
+def run(bundle: Bundle, asked: Sequence[CompileOptions]) -> list[CompileReport]:
+    """Compile for several targets with progress on stderr; all engines appear together, or none."""
     from sdrt.compile import onnxruntime, openvino, tensorrt
+    from sdrt.compile.together import engines_together
 
-    with StageProgress(COMPILE_STAGES) as progress:
-        if options.target == "openvino":
-            return openvino.compile_bundle(bundle, options, progress)
-        if options.target == "onnxruntime":
-            return [onnxruntime.compile_bundle(bundle, options, progress)]
-        return [tensorrt.compile_bundle(bundle, options, progress)]
+    reports: list[CompileReport] = []
+    if not asked:
+        return reports
+    with ExitStack() as stack:
+        with StageProgress(COMPILE_STAGES) as progress:
+            new_engine = stack.enter_context(engines_together(bundle, progress))
+        for options in asked:
+            with StageProgress(COMPILE_STAGES) as progress:
+                if options.target == "openvino":
+                    reports += openvino.compile_bundle(bundle, options, progress, new_engine)
+                elif options.target == "onnxruntime":
+                    reports.append(onnxruntime.compile_bundle(bundle, options, progress, new_engine))
+                else:
+                    reports.append(tensorrt.compile_bundle(bundle, options, progress, new_engine))
+    return reports
 
 
 def compile_after_build(path: Path, targets: Sequence[str]) -> list[CompileReport]:
@@ -135,14 +148,10 @@ def compile_after_build(path: Path, targets: Sequence[str]) -> list[CompileRepor
     from sdrt.bundle.folder import open_bundle
     from sdrt.compile.report import CompileOptions
 
-    bundle = open_bundle(path)
-    reports = []
-    for name in targets:
-        try:
-            reports += run(bundle, CompileOptions(name))
-        except SdrtError as error:
-            raise type(error)(f"the bundle {path} is built and works; compiling it failed: {error.message}", error.fix) from error
-    return reports
+    try:
+        return run(open_bundle(path), [CompileOptions(name) for name in targets])
+    except SdrtError as error:
+        raise type(error)(f"the bundle {path} is built and works; compiling it failed: {error.message}", error.fix) from error
 
 
 def print_compiled(report: CompileReport) -> None:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from threading import Event
 from typing import Annotated, Any
 
 import typer
 
+from sdrt import interruptible
 from sdrt.errors import UsageError, printable
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout; words and progress stay on stderr.")]
@@ -46,6 +49,14 @@ def size_option(text: str | None) -> tuple[int, int] | None:
     if match is None:
         raise UsageError(f"--size {text}: expected WIDTHxHEIGHT in pixels", "Write it as --size 512x768.")
     return int(match[1]), int(match[2])
+
+
+def time_limit(seconds: float, bundle: Path) -> AbstractContextManager[None]:
+    """The time that `--timeout` gives to a command on a bundle."""
+    if not 0 < seconds <= threading.TIMEOUT_MAX:
+        raise UsageError(f"--timeout {seconds:g}: expected seconds, more than 0", "Leave it out for the default.")
+    fix = "Give it more with --timeout, if you trust the bundle; one that was made to take for ever never ends."
+    return interruptible.time_limit(seconds, str(bundle), fix)
 
 
 def progress_bar() -> Any:

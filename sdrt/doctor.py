@@ -17,6 +17,7 @@ from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
 from typing import Any
 
+from sdrt import engine_libraries
 from sdrt.engine_cache import RTX_SMS, platform_name
 
 WORKS, MISSING, MISMATCHED = "works", "missing", "mismatched"
@@ -190,9 +191,7 @@ def probe_onnxruntime_cuda(gpus: Gpus) -> Backend:
         return Backend(name, MISSING, "onnxruntime-gpu is not installed", f"{replace}pip install {_extra(name)}")
     if not gpus.found:
         return _no_gpu(name, gpus)
-    import onnxruntime
-
-    onnxruntime.preload_dlls()
+    engine_libraries.onnxruntime().preload_dlls()
     if provider not in _run_identity([provider, "CPUExecutionProvider"]):
         missing = _missing_cuda_libraries()
         detail = f"missing {', '.join(missing)}" if missing else "the CUDA provider did not start and gave no reason"
@@ -205,8 +204,8 @@ def probe_onnxruntime_cuda(gpus: Gpus) -> Backend:
 def _run_identity(providers: list[str]) -> list[str]:
     """The providers a session of the one-node model really got, after running it."""
     import numpy as np
-    import onnxruntime
 
+    onnxruntime = engine_libraries.onnxruntime()
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     session = onnxruntime.InferenceSession(_IDENTITY, options, providers=providers)
@@ -242,9 +241,8 @@ def probe_openvino() -> Backend:
         wanted = ".".join(map(str, _OLDEST[name]))
         return Backend(name, MISMATCHED, f"{name} {found}, at least {wanted} is needed", f"pip install --upgrade {_extra(name)}", _versions(name))
     import numpy as np
-    import openvino
 
-    core = openvino.Core()
+    core = engine_libraries.openvino().Core()
     core.compile_model(core.read_model(_IDENTITY), "CPU").create_infer_request().infer({"x": np.ones(1, np.float32)})
     precision = "bfloat16" if "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES") else "float32"
     return Backend(name, WORKS, f"ran a model on {core.get_property('CPU', 'FULL_DEVICE_NAME').strip()}, which computes in {precision}", "", _versions(name))

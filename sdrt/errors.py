@@ -11,7 +11,8 @@
     │   └── BundleError        4  ... a bundle that is not what its manifest says
     ├── MachineError           5  this machine, or an installed version, does not fit
     ├── ResourceError          6  out of disk or memory
-    ├── LockedError            7  locked or timed out
+    ├── LockedError            7  another process holds what is needed
+    ├── TimeLimitError         7  not done in the time allowed
     └── InconclusiveError      8  a measurement that decides nothing
 
 The library raises; only `sdrt.cli` prints and exits. Standard library only.
@@ -78,6 +79,10 @@ class ResourceError(SdrtError):
 
 
 class LockedError(SdrtError):
+    exit_code = 7
+
+
+class TimeLimitError(SdrtError):
     exit_code = 7
 
 

@@ -16,8 +16,8 @@ import secrets
 import shutil
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -46,23 +46,46 @@ def staged_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
         UsageError: `target` exists and `replace` is off, or its parent folder cannot be written.
         ResourceError: the disk is full or a write failed.
     """
-    target = target.absolute()
-    stage = stage_name(target)
-    held = None
-    try:
+    with staged_folders(replace=replace) as staged, staged(target) as stage:
+        yield stage
+
+
+@contextmanager
+def staged_folders(*, replace: bool = False) -> Iterator[Callable[[Path], AbstractContextManager[Path]]]:
+    """Yield a function like `staged_folder` whose targets all appear when this block ends, or none of them if it or a part of it fails.
+
+    A process that is killed between two renames leaves the targets renamed until then, each whole.
+
+    Raises:
+        UsageError, ResourceError: as `staged_folder`.
+    """
+    stages: list[tuple[Path, Path]] = []
+    held: list[int] = []
+
+    @contextmanager
+    def staged(target: Path) -> Iterator[Path]:
+        target = target.absolute()
         with _reported(target):
             _sweep(target)
+            stages.append((stage := stage_name(target), target))
             new_folder(stage)
-            held = _hold(stage)
+            if (descriptor := _hold(stage)) is not None:
+                held.append(descriptor)
             yield stage
             _flush_tree(stage)
-            _put_in_place(stage, target, replace)
-            _flush(target.parent)
+
+    try:
+        yield staged
+        _put_all_in_place(stages, replace)
+        for target in {target.parent: target for _, target in stages}.values():
+            with _reported(target):
+                _flush(target.parent)
     finally:
-        if held is not None:
-            os.close(held)
-        # After an exchange the stage holds the old folder; after an error, the unfinished one.
-        _remove_tree(stage)
+        for descriptor in held:
+            os.close(descriptor)
+        for stage, _ in stages:
+            # After an exchange the stage holds the old folder; after an error, the unfinished one.
+            _remove_tree(stage)
 
 
 @contextmanager
@@ -234,6 +257,24 @@ def _renameat2(old: Path, new: Path, flags: int) -> int:
     if rename is None:
         return errno.ENOSYS
     return ctypes.get_errno() or errno.EINVAL if rename(_AT_FDCWD, os.fsencode(old), _AT_FDCWD, os.fsencode(new), flags) else 0
+
+
+def _put_all_in_place(stages: Sequence[tuple[Path, Path]], replace: bool) -> None:
+    """Put each stage in place of its target; if one cannot be, take the others back."""
+    placed: list[tuple[Path, Path]] = []
+    try:
+        for stage, target in stages:
+            with _reported(target):
+                _put_in_place(stage, target, replace)
+            placed.append((stage, target))
+    except BaseException:
+        for stage, target in reversed(placed):
+            with suppress(OSError):
+                if stage.exists():  # the old folder
+                    _exchange(stage, target)
+                else:
+                    target.rename(stage)
+        raise
 
 
 def _put_in_place(stage: Path, target: Path, replace: bool) -> None:

@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from sdrt.bundle.folder import Bundle, check_files, open_bundle
+from sdrt.bundle.folder import Bundle, open_bundle
 from sdrt.bundle.manifest import MANIFEST, MAX_MANIFEST_BYTES
 from sdrt.document import read_given
-from sdrt.engine_cache import engine_folders, read_intact
+from sdrt.engine_cache import check_all, engine_folders
 from sdrt.engine_record import RECORD
 from sdrt.errors import CheckFailed, InputFileError, MachineError, UsageError, printable
 from sdrt.publish import staged_file, write_file
@@ -62,9 +62,7 @@ def sign(path: Path, private_key: Path, *, output: Path | None = None, force: bo
     if os.path.lexists(target) and not force:
         raise UsageError(f"{target}: exists already", "Choose another --output, or pass --force to sign again.")
     key = _private_key(private_key)
-    check_files(bundle)
-    for folder in engine_folders(bundle):
-        read_intact(folder)
+    check_all(bundle)
     made = Signature(_fingerprint(key.public_key()), {name: key.sign(_bytes(bundle.file(name))) for name in signed_names(bundle)})
     document = {
         "format": FORMAT,

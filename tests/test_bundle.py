@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -19,7 +20,7 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from sdrt.bundle.folder import Bundle, check_files, file_record, is_bundle, open_bundle
-from sdrt.bundle.graphs import GRAPHS
+from sdrt.bundle.graphs import GRAPHS, Dimensions, signatures
 from sdrt.bundle.manifest import (
     FORMAT,
     MAX_MANIFEST_BYTES,
@@ -67,7 +68,8 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def small_graph(graph: str, compute: str) -> Graph:
     path = f"graphs/{graph}.{compute}.onnx"
     component = {"step": "unet", "text_encoder": "text_encoder"}.get(graph, "vae")
-    return Graph(path=path, component=component, inputs=("x",), outputs=("y", "z"), error=1.5e-06)
+    known = signatures(Dimensions(4, 0, 8, 64, 77, (1, 2)))[graph]
+    return Graph(path, component, tuple(known.inputs), tuple(known.outputs), 1.5e-06)
 
 
 COMPONENTS = {"text_encoder": Component("fp16", "fp16"), "unet": Component("fp16", "fp16"), "vae": Component("fp32", "fp32")}
@@ -83,7 +85,11 @@ def small(folder: Path) -> Manifest:
         sdrt="0.0",
         name="smäll",
         family="sd1",
-        architecture={"unet": {"channels": [32, 64]}},
+        architecture={
+            "unet": {"in_channels": 4},
+            "vae": {"latent_channels": 4, "channels": [32, 32, 64, 64]},
+            "clip": {"tokens": 77, "width": 64, "vocabulary": 100, "layers": 2},
+        },
         diffusion=Diffusion(),
         text=(Text(64, 77, 1, 2, 3, (1, 2)),),
         latents=Latents(4, 8, (64, 128), 0),
@@ -279,7 +285,7 @@ def test_format_is_pinned(tmp_path: Path) -> None:
         text=(Text(64, 77, 1, 2, 3, (1,)),),
         latents=Latents(4, 8, (512, 768), 0),
         components=COMPONENTS,
-        graphs={"step": {"fp32": small_graph("step", "fp32")}},
+        graphs={"step": {"fp32": Graph("graphs/step.fp32.onnx", "unet", ("x",), ("y", "z"), 1.5e-06)}},
         sources=(Source("lora", "style.safetensors", "b" * 64, 0.5, 0.25, {"unet": 3}, {"unet": 0.125}),),
         tools={"python": "3.11"},
         files={"graphs/step.fp32.onnx": FileRecord(7, "c" * 64)},
@@ -434,10 +440,13 @@ def test_a_graph_of_another_name(folder: Path) -> None:
     """The table of graphs is open: a reader runs those it knows."""
 
     def add(document: dict[str, Any]) -> None:
-        document["graphs"]["control_depth"] = {"fp32": document["graphs"]["step"]["fp32"]}
-        document["files"]["reference/control_depth.npz"] = document["files"]["reference/step.npz"]
+        document["graphs"]["control_depth"] = {"fp32": document["graphs"]["step"]["fp32"] | {"path": "graphs/control_depth.fp32.onnx"}}
+        for ours, theirs in names.items():
+            document["files"][ours] = document["files"][theirs]
 
-    (folder / "reference/control_depth.npz").write_text("reference/step.npz")
+    names = {"reference/control_depth.npz": "reference/step.npz", "graphs/control_depth.fp32.onnx": "graphs/step.fp32.onnx"}
+    for ours, theirs in names.items():
+        (folder / ours).write_text(theirs)
     edit(folder, add)
     assert "control_depth" in open_bundle(folder).manifest.graphs
 
@@ -533,6 +542,52 @@ def test_b_damaged_manifests_are_refused_or_read(tmp_path_factory: pytest.TempPa
     else:
         assert well_typed(opened.manifest)
         assert opened.manifest.files.keys() == set(FILES)
+
+
+MANY = 10**30
+NUMBERS: list[tuple[str, Any]] = [
+    ("components.unet.storage", "fp8"), ("components.vae.compute", ""),
+    ("diffusion.prediction", "flow"), ("diffusion.prediction", ""), ("diffusion.beta_start", 0.0), ("diffusion.beta_start", -0.5), ("diffusion.beta_start", 0.5),
+    ("diffusion.beta_start", 10**400), ("diffusion.beta_start", float("nan")), ("diffusion.beta_end", 1.0), ("diffusion.beta_end", float("inf")),
+    ("diffusion.num_timesteps", 1), ("diffusion.num_timesteps", 10_001), ("diffusion.num_timesteps", MANY),
+    ("text.0.width", 0), ("text.0.width", 65), ("text.0.width", MANY), ("text.0.tokens", 0), ("text.0.tokens", 1), ("text.0.tokens", 76), ("text.0.tokens", MANY),
+    ("text.0.bos", 100), ("text.0.bos", MANY), ("text.0.eos", 100), ("text.0.pad", 2**63), ("text.0.clip_skip", []), ("text.0.clip_skip", [0]), ("text.0.clip_skip", [3]),
+    ("text.0.clip_skip", [1, 1]), ("text.0.clip_skip", [1]), ("text.0.embeddings", {"bear": [100]}), ("text.0.embeddings", {"bear": [MANY]}),
+    ("latents.channels", 0), ("latents.channels", 5), ("latents.channels", MANY), ("latents.factor", 0), ("latents.factor", 1), ("latents.factor", 16),
+    ("latents.factor", MANY), ("latents.concat_channels", 5), ("latents.concat_channels", MANY), ("latents.size", [64, 0]), ("latents.size", [64, 68]),
+    ("latents.size", [64, 8200]), ("latents.size", [64, MANY]),
+    ("graphs.step.fp32.path", GRAPH_FILES[0]), ("graphs.step.fp32.inputs", ["row"]),
+    ("graphs.step.fp32.error", float("nan")), ("graphs.step.fp32.error", -1.0), ("graphs.text_encoder.fp32.outputs", ["context_skip_1"]),
+    ("sources.0.kind", "plugin"), ("sources.1.scale", float("-inf")), ("files.tokenizer/tokenizer~json.size_bytes", MANY),
+    ("architecture.clip", None), ("architecture.clip.vocabulary", "100"), ("architecture.clip.vocabulary", float("nan")), ("architecture.clip.layers", True),
+    ("architecture.vae.channels", []), ("architecture.vae.channels", 4), ("architecture.unet.in_channels", MANY), ("architecture.unet.other", MANY),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("where", "value"), NUMBERS, ids=lambda value: str(value)[:40])
+def test_b3_values_out_of_range_or_at_odds(folder: Path, where: str, value: Any) -> None:
+    """Opening refuses them, so that nothing later has to check again."""
+
+    def change(document: Any) -> None:
+        *parents, last = [int(part) if part.isdecimal() else part.replace("~", ".") for part in where.split(".")]
+        for part in parents:
+            document = document[part]
+        document[last] = value
+
+    edit(folder, change)
+    refused(folder, "manifest.json")
+
+
+def test_a_manifest_that_this_user_may_not_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = os.open
+
+    def forbidden(path: Any, *arguments: Any, **options: Any) -> int:
+        if str(path).endswith("manifest.json"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return opened(path, *arguments, **options)
+
+    monkeypatch.setattr(os, "open", forbidden)
+    refused(folder, "Permission denied", kind=InputFileError, code=3)
 
 
 # The folder

@@ -551,6 +551,22 @@ def test_reader_that_went_away(here: Path, args: list[str]) -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a POSIX shell")
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize(("stdout", "stderr", "code"), [("/dev/full", None, 6), (None, "/dev/full", 0), ("/dev/full", "/dev/full", 6)])
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_a_full_disk_under_what_is_printed(here: Path, small_bundle: Path, stdout: str | None, stderr: str | None, code: int, options: list[str]) -> None:
+    """The picture is there; what cannot be told on stdout fails the command, what cannot be told on stderr does not."""
+    command = [sys.executable, "-m", "sdrt.cli", "generate", str(small_bundle), "apple", "--steps", "1", "--output", "x.png", *options]
+    with open(stdout or here / "out", "w") as out, open(stderr or here / "err", "w") as err:
+        assert subprocess.run(command, cwd=here, stdout=out, stderr=err, timeout=120).returncode == code
+    assert (here / "x.png").exists()
+    if stderr is None:
+        said = (here / "err").read_text()
+        assert "Traceback" not in said and "No space left" in said
+    else:
+        assert stdout or (here / "out").read_text()
+
+
 def test_no_stdout_at_all(here: Path) -> None:
     done = subprocess.run(["sh", "-c", '"$0" inspect "$1" >&-', str(SCRIPT), str(CHECKPOINT)], capture_output=True, text=True, cwd=here, check=False)
     assert done.returncode == 0

@@ -210,7 +210,7 @@ def test_i7_an_engine_that_another_process_compiles(copied: Path, monkeypatch: p
     (report,) = compile_bundle(open_bundle(copied), options)
     monkeypatch.setenv("SDRT_LOCK_TIMEOUT", "0.2")
     stages = []
-    with locked(report.path), pytest.raises(LockedError, match=f"process {os.getpid()} is writing it") as caught:
+    with locked(report.path.parent), pytest.raises(LockedError, match=f"process {os.getpid()} is writing it") as caught:
         compile_bundle(open_bundle(copied), options, lambda stage, done: stages.append(stage))
     assert caught.value.exit_code == 7 and WAITING in stages
     (report,) = compile_bundle(open_bundle(copied), options)

@@ -30,8 +30,6 @@ from sdrt.runtime import Pipeline
 from sdrt.runtime.engine import Job, Pixels, RunningBatch, tables
 from sdrt.runtime.samplers import SAMPLERS, plan_rows
 
-pytestmark = pytest.mark.usefixtures("tokenizer_read_once")
-
 Expected = Callable[..., Pixels]
 QUICK: dict[str, Any] = {"steps": 3, "cfg": 3.0, "seed": 5}
 LOADED = sorted(graph for graph in GRAPHS if graph != VAE_ENCODER)

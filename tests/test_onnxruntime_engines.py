@@ -485,9 +485,9 @@ def test_a_saved_model_that_computes_something_else(small_bundle: Path, tmp_path
     opened, scales = open_bundle(small_bundle), iter([1.0, 1.001])
     real = optimized_model.outputs_of
 
-    def scaled(session: Any, inputs: Any) -> dict[str, Any]:
+    def scaled(*arguments: Any) -> dict[str, Any]:
         scale = next(scales)
-        return {name: array * np.float32(scale) for name, array in real(session, inputs).items()}
+        return {name: array * np.float32(scale) for name, array in real(*arguments).items()}
 
     monkeypatch.setattr(optimized_model, "outputs_of", scaled)
     with pytest.raises(MachineError, match=r"saved a model whose latents differs by 1\.00e-03, expected at most 1e-04"):

@@ -26,7 +26,7 @@ from test_openvino_model import HAS_BF16, needs_bf16
 from typer.testing import CliRunner
 
 from sdrt import cli_engines
-from sdrt.bundle.folder import Bundle, open_bundle
+from sdrt.bundle.folder import open_bundle
 from sdrt.bundle.graphs import GRAPHS, STEP, TEXT_ENCODER, VAE_DECODER
 from sdrt.bundle.manifest import ENGINES
 from sdrt.cli import app
@@ -97,7 +97,7 @@ def pipe(bundle: Path) -> Iterator[Pipeline]:
 
 @pytest.fixture(scope="module")
 def exact_pipe(exact: Path) -> Iterator[Pipeline]:
-    with Pipeline.load(exact) as loaded:
+    with Pipeline.load(exact, backend="openvino") as loaded:
         yield loaded
 
 
@@ -203,16 +203,16 @@ def test_t1_requests_are_used_again_and_never_by_two_at_once(exact: Path, monkey
     """Four calls that are all inside at once have four requests; of calls one after the other, each takes one of those. Pictures are the same."""
     rng = np.random.default_rng(1)
     latents = rng.standard_normal((4, 1, 4, 8, 12)).astype(np.float32)
-    with Pipeline.load(exact) as loaded:
+    with Pipeline.load(exact, backend="openvino") as loaded:
         engine = loaded._engine
         assert isinstance(engine, OpenVinoEngine)
         infer, used, inside = engine.infer, list[Any](), threading.Barrier(4)
 
-        def watched(request: Any, graph: str) -> None:
+        def watched(request: Any, graph: str, kept: Any) -> None:
             used.append(request)
             if not inside.broken:
                 inside.wait(60)
-            infer(request, graph)
+            infer(request, graph, kept)
 
         monkeypatch.setattr(engine, "infer", watched)
         with ThreadPoolExecutor(4) as pool:
@@ -592,7 +592,7 @@ def test_no_memory_for_a_request(exact: Path, monkeypatch: pytest.MonkeyPatch) -
         def create_infer_request(self) -> Any:
             raise RuntimeError("std::bad_alloc")
 
-    with Pipeline.load(exact) as loaded:
+    with Pipeline.load(exact, backend="openvino") as loaded:
         engine = loaded._engine
         assert isinstance(engine, OpenVinoEngine)
         with monkeypatch.context() as patch:
@@ -621,7 +621,7 @@ def test_failures_are_explained(bundle: Path, tmp_path: Path) -> None:
 def test_an_interrupted_compilation_leaves_nothing(small_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     copy = copied(small_bundle, tmp_path / "flat.sdrt")
 
-    def interrupted(bundle: Bundle, record: Any, plans: Any) -> Path:
+    def interrupted(*_: Any) -> Path:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(compiling, "write_engine", interrupted)

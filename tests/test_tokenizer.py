@@ -1,4 +1,4 @@
-"""The bundle's tokenizer against transformers' CLIP tokenizer, and against byte-pair encoding written out in plain Python."""
+"""The bundle's tokenizer against transformers' CLIP tokenizer, and against byte-pair encoding written out in plain Python with other tables of Unicode."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def test_strings(ours: Tokenizer, clip: Any, text: str) -> None:
 
 
 @settings(max_examples=300, deadline=None, derandomize=True)
-@given(text=st.text(max_size=24))
+@given(text=st.text(st.characters(exclude_categories=("Cs", "Cn")), max_size=24))  # those that this Python knows
 def test_any_text(ours: Tokenizer, clip: Any, text: str) -> None:
     expected = clip(text, add_special_tokens=False).input_ids
     assert ours.tokens(text) == expected

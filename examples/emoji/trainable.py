@@ -23,6 +23,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from sdrt.bpe import read_bpe
 from sdrt.errors import AdapterError
 from sdrt.export.architecture import UNET, Architecture, HypernetworkSpec
 from sdrt.export.checkpoint import open_checkpoint
@@ -30,7 +31,7 @@ from sdrt.export.clip import TextEncoder
 from sdrt.export.embeddings import TOKEN_TABLE
 from sdrt.export.hypernetworks import ACTIVATIONS
 from sdrt.export.keys import diffusers_module
-from sdrt.export.tokenizer import trigger_encoder, write_tokenizer
+from sdrt.export.tokenizer import write_tokenizer
 from sdrt.export.unet import Hypernetworks, UNet
 from sdrt.export.vae import VaeDecoder, VaeEncoder
 from sdrt.publish import staged_file, write_file
@@ -69,7 +70,7 @@ def new_model(architecture: Architecture, name: str, sha256: str, metadata: Mapp
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "tokenizer.json"
         ends = write_tokenizer(path, architecture.clip.vocabulary)
-        tokenize = trigger_encoder(path)
+        tokenize = read_bpe(path).encode
     made = TextEncoder(architecture.clip), UNet(architecture.unet), VaeEncoder(architecture.vae), VaeDecoder(architecture.vae)
     for module in made:
         module.requires_grad_(False)

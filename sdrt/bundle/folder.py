@@ -6,12 +6,14 @@ import hashlib
 import json
 import os
 import stat
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
-from sdrt.bundle.manifest import ENGINES, MANIFEST, MAX_MANIFEST_BYTES, FileRecord, Manifest, read_manifest
+from sdrt.bundle.graphs import dimensions, signatures
+from sdrt.bundle.manifest import ENGINES, MANIFEST, MAX_MANIFEST_BYTES, WEIGHTS, FileRecord, Manifest, read_manifest
 from sdrt.errors import BundleError, InputFileError, printable
+from sdrt.graph_check import check_graph
 
 
 @dataclass(frozen=True)
@@ -25,15 +27,17 @@ class Bundle:
         return self.path / name
 
     def graph(self, graph: str, precision: str) -> Path:
-        """Path of a graph file.
+        """Path of a graph file that `sdrt.graph_check` has read: the one way for an engine to a graph.
 
         Raises:
-            BundleError: the bundle has no such graph at that precision.
+            BundleError: the bundle has no such graph at that precision, or it is not as builds write them.
         """
         record = self.manifest.graphs.get(graph, {}).get(precision)
         if record is None:
             raise BundleError(f"{self.path}: no {precision} {graph} graph", "Build the bundle again with this version of sdrt.")
-        return self.file(record.path)
+        path = self.file(record.path)
+        check_graph(path, self.file(WEIGHTS), self.manifest.files[WEIGHTS].size_bytes)
+        return path
 
 
 def bundle_id(manifest: Manifest) -> str:
@@ -64,7 +68,7 @@ def open_bundle(path: Path) -> Bundle:
     """Read and check a bundle's manifest, and that exactly its files are there with their sizes. Hashes are `check_files`'s.
 
     Raises:
-        InputFileError: there is no such folder, or no manifest in it.
+        InputFileError: there is no such folder, no manifest in it, or it cannot be read.
         MachineError: an older or newer sdrt wrote it.
         BundleError: the manifest or the folder is not what it should be.
     """
@@ -79,6 +83,7 @@ def open_bundle(path: Path) -> Bundle:
     if manifest_file.stat().st_size > MAX_MANIFEST_BYTES:
         raise BundleError(f"{manifest_file}: {manifest_file.stat().st_size:,} bytes, more than the limit of {MAX_MANIFEST_BYTES:,}")
     manifest = read_manifest(manifest_file)
+    _check_signatures(manifest_file, manifest)
     _check_listing(path, manifest)
     return Bundle(path, manifest)
 
@@ -101,6 +106,18 @@ def check_files(bundle: Bundle, names: Iterable[str] | None = None) -> None:
             )
 
 
+def _check_signatures(path: Path, manifest: Manifest) -> None:
+    """That the graphs this sdrt knows take and give what it thinks."""
+    for graph, signature in signatures(dimensions(manifest)).items():
+        for compute, record in manifest.graphs.get(graph, {}).items():
+            for what, found, expected in (("inputs", record.inputs, signature.inputs), ("outputs", record.outputs, signature.outputs)):
+                if found and sorted(found) != sorted(expected):
+                    raise BundleError(
+                        f"{path}: not of the expected form: graphs.{graph}.{compute}.{what}: {printable(repr(found))}: expected {', '.join(expected)}",
+                        "Build the bundle again.",
+                    )
+
+
 def _check_listing(path: Path, manifest: Manifest) -> None:
     found = _regular_files(path)
     for name, record in manifest.files.items():
@@ -110,6 +127,26 @@ def _check_listing(path: Path, manifest: Manifest) -> None:
             raise BundleError(f"{path}: {name}: expected {record.size_bytes:,} bytes, found {found[name]:,}", "Build the bundle again, or copy it again whole.")
     if extra := sorted(found.keys() - manifest.files.keys()):
         raise BundleError(f"{path}: {printable(extra[0])}: not in the manifest", "Remove it, or build the bundle again.")
+
+
+def check_nothing_else(root: Path, names: Collection[str], what: str, fix: str) -> None:
+    """Make sure that below `root` there are no files but the `names`, and no folders but theirs and `engines`. Hidden ones count.
+
+    Raises:
+        BundleError: there is one; it says that it is `what`, and the `fix`.
+    """
+    folders = {ENGINES, *(parent.as_posix() for name in names for parent in PurePosixPath(name).parents)}
+
+    def unreadable(error: OSError) -> None:
+        raise BundleError(f"{root}: {printable(str(error.filename))}: cannot be read: {error.strerror}", "Make it readable for this user.") from error
+
+    for folder, below, files in os.walk(root, onerror=unreadable):
+        for name in [*below, *files]:
+            path = Path(folder) / name
+            relative = path.relative_to(root).as_posix()
+            mode = path.lstat().st_mode
+            if not (relative in names and stat.S_ISREG(mode)) and not (relative in folders and stat.S_ISDIR(mode)):
+                raise BundleError(f"{root}: {printable(relative)}: {what}", fix)
 
 
 def _regular_files(root: Path) -> Mapping[str, int]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path, PurePosixPath
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
-from sdrt.errors import BundleError, MachineError, printable
+from sdrt.document import read_document, strict_json
+from sdrt.errors import BundleError, MachineError, nearest, printable
 from sdrt.publish import write_file
 
 FORMAT = 2
@@ -21,6 +23,18 @@ MAX_MANIFEST_BYTES = 16 << 20
 SIZE_STEP = 8
 """Picture sides are multiples of this."""
 MIN_SIDE, MAX_SIDE = 64, 8192
+MAX_BATCH = 64
+"""Pictures of one model call at most."""
+MAX_CHUNKS = 32
+"""Chunks of one prompt at most: 32 of 75 tokens are 2,400, some 1,700 English words."""
+MAX_BRANCHES = 16
+"""Guidance branches of one picture at most: the negative prompt and 15 parts between `AND`s."""
+
+PRECISIONS = ("fp32", "fp16", "bf16")
+PREDICTIONS = ("epsilon", "v", "sample")
+"""What a network may predict: the noise, v of Salimans and Ho 2022 ("Progressive Distillation"), or the image."""
+SOURCE_KINDS = ("checkpoint", "vae", "lora", "lora-config", "embedding", "hypernetwork")
+MAX_TIMESTEPS = 10_000
 
 
 def graph_path(graph: str, compute: str) -> str:
@@ -131,12 +145,12 @@ class Manifest:
     sdrt: str
     name: str
     family: str
+    architecture: dict[str, Any]
     text: tuple[Text, ...]
     latents: Latents
     components: dict[str, Component]
     graphs: dict[str, dict[str, Graph]]
     files: dict[str, FileRecord]
-    architecture: dict[str, Any] = field(default_factory=dict)
     diffusion: Diffusion = Diffusion()
     sources: tuple[Source, ...] = ()
     tools: dict[str, str] = field(default_factory=dict)
@@ -173,11 +187,13 @@ def read_manifest(path: Path) -> Manifest:
     """Read and check the manifest at `path`. It is untrusted input.
 
     Raises:
+        InputFileError: it cannot be read.
         MachineError: it is of another format: an older or newer sdrt wrote it.
         BundleError: it is not what a manifest should be.
     """
+    data = read_document(path, MAX_MANIFEST_BYTES, "Make it readable for this user.").data
     try:
-        document = json.loads(path.read_bytes(), object_pairs_hook=_unique)
+        document = strict_json(data)
     except (ValueError, RecursionError) as error:
         raise BundleError(f"{path}: not valid JSON: {printable(str(error))}", "Build the bundle again.") from error
     if not isinstance(document, dict):
@@ -192,16 +208,11 @@ def read_manifest(path: Path) -> Manifest:
     if type(version) is not int or version != FORMAT:
         raise BundleError(f"{path}: format: expected {FORMAT}, found {printable(repr(version))}")
     try:
-        return _manifest(document)
+        manifest = _manifest(document)
+        _check_values(manifest)
+        return manifest
     except ValueError as error:
-        raise BundleError(f"{path}: not of the expected form: {printable(str(error))}", "Build the bundle again.") from error
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        raise ValueError("duplicate keys")
-    return result
+        raise BundleError(f"{path}: not of the expected form: {printable(str(error)[:500])}", "Build the bundle again.") from error
 
 
 def _manifest(document: dict[str, Any]) -> Manifest:
@@ -249,6 +260,84 @@ def _read(kind: Any, value: Any, where: str) -> Any:
     if kind is float and type(value) is int:
         return float(value)
     raise ValueError(f"{where}: expected {getattr(kind, '__name__', kind)}, found {value!r}")
+
+
+def _check_values(manifest: Manifest) -> None:
+    """That every number is in its range, every word known, and what is said twice said alike. ValueError otherwise; nothing later checks again."""
+    diffusion, latents = manifest.diffusion, manifest.latents
+    clip, unet, vae = (_part(manifest.architecture, name) for name in ("clip", "unet", "vae"))
+    for name, component in manifest.components.items():
+        _known(f"components.{name}.storage", component.storage, PRECISIONS)
+        _known(f"components.{name}.compute", component.compute, PRECISIONS)
+    _known("diffusion.prediction", diffusion.prediction, PREDICTIONS)
+    if not 0 < diffusion.beta_start <= diffusion.beta_end < 1:
+        raise ValueError(f"diffusion: betas from {diffusion.beta_start} to {diffusion.beta_end}: expected them to rise between 0 and 1")
+    _within("diffusion.num_timesteps", diffusion.num_timesteps, 2, MAX_TIMESTEPS)
+
+    _equal("text.tokens", manifest.text[0].tokens, "clip.tokens", clip.get("tokens"))
+    _equal("text.width", manifest.text[0].width, "clip.width", clip.get("width"))
+    vocabulary, layers = _count("clip.vocabulary", clip.get("vocabulary")), _count("clip.layers", clip.get("layers"))
+    for text in manifest.text:
+        _within("text.tokens", text.tokens, 3, 1 << 10)
+        _within("text.width", text.width, 1, 1 << 16)
+        rows = [("text.bos", text.bos), ("text.eos", text.eos), ("text.pad", text.pad)]
+        rows += [(f"text.embeddings.{trigger}", row) for trigger, several in text.embeddings.items() for row in several]
+        for where, row in rows:
+            _within(where, row, 0, vocabulary - 1)
+        if not text.clip_skip or len(set(text.clip_skip)) != len(text.clip_skip) or not all(1 <= layer <= layers for layer in text.clip_skip):
+            raise ValueError(f"text.clip_skip: {list(text.clip_skip)}: expected different layers from 1 to {layers}")
+
+    _equal("latents.channels", latents.channels, "vae.latent_channels", vae.get("latent_channels"))
+    _within("latents.channels", latents.channels, 1, 1 << 10)
+    levels = vae.get("channels")
+    _equal(
+        "latents.factor", latents.factor, "vae.channels, 2 for each after the first", 2 ** (len(levels) - 1) if isinstance(levels, list) and levels else None
+    )
+    if not 1 <= latents.factor <= SIZE_STEP or SIZE_STEP % latents.factor:
+        raise ValueError(f"latents.factor: {latents.factor}: expected a divisor of {SIZE_STEP}")
+    _equal("latents.concat_channels", latents.channels + latents.concat_channels, "unet.in_channels", unet.get("in_channels"))
+    for side in latents.size:
+        _within("latents.size", side, MIN_SIDE, MAX_SIDE)
+        if side % SIZE_STEP:
+            raise ValueError(f"latents.size: {side}: expected a multiple of {SIZE_STEP}")
+
+    for source in manifest.sources:
+        _known("sources: kind", source.kind, SOURCE_KINDS)
+    for graph, by_compute in manifest.graphs.items():
+        for compute, record in by_compute.items():
+            where = f"graphs.{graph}.{compute}"
+            _known(where, compute, PRECISIONS)
+            _equal(f"{where}.path", record.path, "its graph", graph_path(graph, compute))
+            if record.error < 0:
+                raise ValueError(f"{where}.error: {record.error}: expected 0 or more")
+
+
+def _part(architecture: dict[str, Any], name: str) -> dict[str, Any]:
+    part = architecture.get(name)
+    if not isinstance(part, dict):
+        raise ValueError(f"architecture.{name}: expected an object, found {part!r}")
+    return part
+
+
+def _known(where: str, value: str, choices: Collection[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{where}: {value!r}: expected one of {', '.join(choices)}{nearest(value, choices)}")
+
+
+def _within(where: str, value: int, low: int, high: int) -> None:
+    if not low <= value <= high:
+        raise ValueError(f"{where}: {value}: expected {low} to {high}")
+
+
+def _count(where: str, value: object) -> int:
+    if type(value) is not int or value < 1:
+        raise ValueError(f"architecture.{where}: {value!r}: expected a count")
+    return value
+
+
+def _equal(where: str, value: object, other: str, expected: object) -> None:
+    if value != expected:
+        raise ValueError(f"{where}: {value!r}: expected {expected!r}, by {other}")
 
 
 def _safe_name(name: str) -> str:

@@ -10,13 +10,11 @@ from dataclasses import dataclass
 
 from sdrt.bundle.graphs import STEP, concrete, dimensions, signatures, table_rows
 from sdrt.bundle.manifest import MAX_SIDE, MIN_SIDE, SIZE_STEP, Manifest
-from sdrt.engine_record import Profile
+from sdrt.engine_record import MAX_BATCH, MAX_BRANCHES, MAX_CHUNKS, MAX_ROWS, Profile
 from sdrt.errors import UsageError
 
 Range = tuple[int, int, int]
 Size = tuple[int, int]
-
-MAX_BATCH, MAX_CHUNKS, MAX_BRANCHES, MAX_ROWS = 64, 32, 8, 4096
 
 
 @dataclass(frozen=True)

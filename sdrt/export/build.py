@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sdrt import __version__
+from sdrt.bpe import read_bpe
 from sdrt.bundle.folder import file_record, is_bundle
 from sdrt.bundle.graphs import STEP, TEXT_ENCODER, VAE_DECODER, VAE_ENCODER
 from sdrt.bundle.manifest import (
@@ -47,7 +48,7 @@ from sdrt.export.model_files import is_folder
 from sdrt.export.peft_config import FILE_NAME as CONFIG_NAME
 from sdrt.export.tensor_entry import ITEM_BYTES
 from sdrt.export.tensor_file import open_tensor_file
-from sdrt.export.tokenizer import trigger_encoder, write_tokenizer
+from sdrt.export.tokenizer import write_tokenizer
 from sdrt.export.weights import CODES, Change, Made, write_weights
 from sdrt.lock import locked
 from sdrt.publish import check_space, new_folder, staged_folder
@@ -168,7 +169,7 @@ def build(options: BuildOptions, progress: Progress = lambda stage, done: None) 
             weight_bytes = sum(map(math.prod, shapes.values())) * ITEM_BYTES[CODES[options.precision]]
             with stage("tokenizer", weight_bytes + _REST_BYTES):
                 bos, eos = write_tokenizer(folder / TOKENIZER, vocabulary)
-                notes = check_triggers(embeddings, trigger_encoder(folder / TOKENIZER)) if embeddings else []
+                notes = check_triggers(embeddings, read_bpe(folder / TOKENIZER).encode) if embeddings else []
             with stage("fuse", weight_bytes):
                 weights_file = folder / WEIGHTS
                 written = write_weights(weights_file, tensors, loras, options.precision, lambda done: progress("fuse", done), computed)

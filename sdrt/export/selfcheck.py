@@ -6,6 +6,7 @@ The inputs and the module's outputs are kept in the bundle, for `sdrt verify` to
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,13 @@ import torch
 from numpy.typing import NDArray
 from torch.overrides import TorchFunctionMode
 
+from sdrt import engine_libraries
 from sdrt.bundle.graphs import STEP, TEXT_ENCODER, VAE_DECODER, concrete
 from sdrt.bundle.manifest import MIN_SIDE, SIZE_STEP
 from sdrt.errors import CheckFailed, NonFiniteError
 from sdrt.export.graph import Recipe
 from sdrt.export.tensor_file import TensorFile
+from sdrt.interruptible import interruptible
 from sdrt.parity import compare
 from sdrt.publish import new_file
 
@@ -126,14 +129,14 @@ def run_unoptimised(path: Path, inputs: Mapping[str, NDArray[Any]], compute: str
     outputs back, and to the nodes added last first: good for `bind`'s casts, the first nodes of a float32 graph. Those that it puts itself around
     operators without a half-precision kernel are the last nodes, and good in order of number.
     """
-    import onnxruntime
-
+    onnxruntime = engine_libraries.onnxruntime()
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.execution_order = onnxruntime.ExecutionOrder.DEFAULT if compute == "fp32" else onnxruntime.ExecutionOrder.PRIORITY_BASED
     options.enable_cpu_mem_arena = False
     options.add_session_config_entry("session.disable_prepacking", "1")  # each weight is used once
     options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    run = onnxruntime.RunOptions()
+    session = interruptible(lambda: onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"]))
     outputs = [output.name for output in session.get_outputs()]
-    return dict(zip(outputs, session.run(outputs, dict(inputs)), strict=True))
+    return dict(zip(outputs, interruptible(lambda: session.run(outputs, dict(inputs), run), partial(setattr, run, "terminate", True)), strict=True))

@@ -153,7 +153,7 @@ def load_engine(bundle: Bundle, backend: str, threads: int | None = None, device
     """The engine of a backend by name. What it took is in every result.
 
     `auto` takes the fastest engine the bundle holds: TensorRT's where a GPU answers, else OpenVINO's where it is installed, else ONNX Runtime,
-    which needs none. A GPU's engine that does not fit this GPU, or a shape that no engine was compiled for, is an error with the command to
+    which needs none. One without an engine for what a request asks for by default is passed over, with a warning. A GPU's engine that does not fit this GPU, or a shape that no engine was compiled for, is an error with the command to
     compile it, never a silent step down.
 
     Raises:
@@ -183,9 +183,15 @@ def load_engine(bundle: Bundle, backend: str, threads: int | None = None, device
 def _best(bundle: Bundle) -> str:
     if not bundle.file(ENGINES).is_dir():
         return "onnxruntime"
-    from sdrt.engine_cache import list_engines
+    from sdrt.engine_cache import list_engines, serves_default
 
-    targets = {record.key.target for _, record in list_engines(bundle)}
+    engines = [record for _, record in list_engines(bundle)]
+    targets = {record.key.target for record in engines if serves_default(record, bundle.manifest)}
+    if others := sorted({record.key.target for record in engines} - targets):
+        own = "x".join(map(str, bundle.manifest.latents.size))
+        log.warning(
+            "%s: has engines for %s, but none for its own size %s with guidance; --backend chooses them all the same", bundle.path, ", ".join(others), own
+        )
     compiled = next((target for target in ("tensorrt", "tensorrt-rtx") if target in targets), None)
     if compiled is not None and gpu_count():
         return compiled

@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 
 from sdrt.bundle.folder import Bundle
 from sdrt.bundle.graphs import STEP, TEXT_ENCODER, VAE_DECODER, VAE_ENCODER, Signature, context_output, dimensions, signatures
+from sdrt.interruptible import interruptible
 from sdrt.runtime.engine import BatchShape, Float, Pixels
-from sdrt.runtime.onnxruntime_model import PRECISION, check_weights, explained, find_saved, import_onnxruntime, open_engine, open_graph
+from sdrt.runtime.onnxruntime_model import PRECISION, check_weights, end_run, explained, find_saved, import_onnxruntime, open_engine, open_graph, run_session
 from sdrt.runtime.running_batch import HostMemory, Slots, step_sizes
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ class OnnxRuntimeEngine:
         self._bundle, self._threads = bundle, threads
         self._lock = Lock()
         self._saved = find_saved(bundle, self._ort.__version__)
-        self._sessions = self._load(_RUN_GRAPHS)
+        self._sessions = interruptible(lambda: self._load(_RUN_GRAPHS))
 
     def encode_text(self, tokens: NDArray[np.int64], clip_skip: int) -> Float:
         context: Float = self._run(TEXT_ENCODER, [context_output(clip_skip)], {"tokens": tokens})[0]
@@ -44,13 +45,16 @@ class OnnxRuntimeEngine:
     def encode_image(self, pixels: Pixels, noise: Float) -> Float:
         with self._lock:  # most pictures start from text: the encoder is loaded when the first image comes
             if VAE_ENCODER not in self._sessions:
-                self._sessions |= self._load([VAE_ENCODER])
+                self._sessions |= interruptible(lambda: self._load([VAE_ENCODER]))
         latents: Float = self._run(VAE_ENCODER, ["latents"], {"pixels": pixels, "noise": noise})[0]
         return latents
 
     def open(self, shape: BatchShape, capacity: int) -> Slots:
         signature = signatures(dimensions(self._bundle.manifest))[STEP]
-        memory = _StepMemory(self, self._ort, self._sessions[STEP], signature, step_sizes(shape, capacity, ROWS))
+        try:
+            memory = _StepMemory(self, self._ort, self._sessions[STEP], signature, step_sizes(shape, capacity, ROWS))
+        except RuntimeError as error:  # the graph takes other inputs
+            raise explained(self._ort, STEP, error) from error
         return Slots(memory, signature, shape, capacity, ROWS)
 
     def decode(self, latents: Float, rounding: float) -> tuple[Pixels, NDArray[np.bool_]]:
@@ -80,10 +84,7 @@ class OnnxRuntimeEngine:
                     check.result()
 
     def _run(self, graph: str, outputs: list[str], inputs: dict[str, Any]) -> list[Any]:
-        try:
-            return list(self._sessions[graph].run(outputs, inputs))
-        except Exception as error:
-            raise explained(self._ort, graph, error) from error
+        return run_session(self._ort, self._sessions[graph], graph, outputs, inputs)
 
 
 class _StepMemory(HostMemory):
@@ -100,10 +101,12 @@ class _StepMemory(HostMemory):
                 for name, array in arrays.items():
                     bind(name, ort.OrtValue.ortvalue_from_numpy(array))  # on a CPU it shares the array's memory
             self._bindings.append(binding)
+        self._options = ort.RunOptions()
 
     def call(self) -> None:
         try:
-            self._session.run_with_iobinding(self._bindings[self.calls % 2])
+            binding = self._bindings[self.calls % 2]
+            interruptible(lambda: self._session.run_with_iobinding(binding, self._options), lambda: end_run(self._options))
         except Exception as error:
             raise explained(self._ort, STEP, error) from error
         self.calls += 1

@@ -27,6 +27,7 @@ from sdrt.bundle.manifest import WEIGHTS
 from sdrt.engine_cache import list_engines, mismatch, read_plan
 from sdrt.engine_record import EngineRecord
 from sdrt.errors import MachineError, UsageError
+from sdrt.interruptible import interruptible, wait_for
 from sdrt.runtime.cpu import usable_cores
 from sdrt.runtime.engine import BatchShape, Float, Pixels
 from sdrt.runtime.openvino_model import (
@@ -74,8 +75,7 @@ class OpenVinoEngine:
         """Graphs that had to be compiled because no blob fits; the others were imported."""
         self._default = first = min(self._engines, key=lambda engine: _unlikeness(engine.shape, bundle))
         # In parallel: unpacking weights runs on one core each.
-        with ThreadPoolExecutor(3) as pool:
-            list(pool.map(lambda graph: self._load(first, graph), (STEP, VAE_DECODER, TEXT_ENCODER)))
+        interruptible(lambda: self._load_all(first, (STEP, VAE_DECODER, TEXT_ENCODER)))
 
     def encode_text(self, tokens: NDArray[np.int64], clip_skip: int) -> Float:
         wanted = (context_output(clip_skip),)
@@ -121,10 +121,12 @@ class OpenVinoEngine:
         except Exception as error:
             raise explained(self._ov, f"{self._bundle.path}: {graph}", error) from error
 
-    def infer(self, request: Any, graph: str) -> None:
+    def infer(self, request: Any, graph: str, used: Any) -> None:
+        """Run a request; a signal ends it. `used` keeps the memory of its tensors."""
         with self.explaining(graph):
             request.start_async()
-            request.wait()
+            wait_for(request.wait_for, request.cancel, (request, used))
+            request.wait()  # which raises what went wrong
 
     def decode_with(self, engine: _Loadable, latents: Float, rounding: float) -> tuple[Pixels, NDArray[np.bool_]]:
         """`decode` by a certain engine's decoder."""
@@ -144,10 +146,14 @@ class OpenVinoEngine:
                 request = loaded.compiled.create_infer_request()
             for name, tensor in tensors.items():
                 request.set_tensor(name, tensor)
-        self.infer(request, graph)
+        self.infer(request, graph, tensors)
         copied = tuple(np.array(request.get_tensor(name).data) for name in wanted)
         loaded.idle.append(request)
         return copied
+
+    def _load_all(self, engine: _Loadable, graphs: Sequence[str]) -> None:
+        with ThreadPoolExecutor(len(graphs)) as pool:
+            list(pool.map(lambda graph: self._load(engine, graph), graphs))
 
     def _load(self, engine: _Loadable, graph: str) -> _Loaded:
         """A graph of an engine, loaded once for all engines in which it has the same shapes and precision."""
@@ -159,7 +165,7 @@ class OpenVinoEngine:
                 if key in self._graphs:
                     self._graphs.move_to_end(key)
                     return self._graphs[key]
-            found = _Loaded(self._read(engine, graph))
+            found = _Loaded(interruptible(lambda: self._read(engine, graph)))
             with self._lock:
                 self._graphs[key] = found
                 alike = [other for other in self._graphs if other[0] == graph]
@@ -225,7 +231,7 @@ class _StepMemory(HostMemory):
             self._requests.append(request)
 
     def call(self) -> None:
-        self._engine.infer(self._requests[self.calls % 2], STEP)
+        self._engine.infer(self._requests[self.calls % 2], STEP, self)
         self.calls += 1
 
     def decode(self, slots: Sequence[int], rounding: float) -> tuple[Pixels, NDArray[np.bool_]]:

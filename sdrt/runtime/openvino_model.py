@@ -17,12 +17,14 @@ from typing import Any
 
 import numpy as np
 
+from sdrt import engine_libraries
 from sdrt.bundle.folder import Bundle
 from sdrt.bundle.graphs import STEP, concrete, dimensions, signatures, table_rows
 from sdrt.bundle.manifest import Manifest
 from sdrt.engine_cache import mismatch, platform_name
 from sdrt.engine_record import EngineRecord
 from sdrt.errors import MachineError, ResourceError, SdrtError, UsageError, printable
+from sdrt.interruptible import interruptible
 from sdrt.runtime.cpu import bound_cores, cpu_identity, usable_cores
 
 OLDEST = (2026, 4)
@@ -82,7 +84,7 @@ def import_openvino(where: str) -> Any:
         MachineError: it is not installed, does not load, or is older than what was tested.
     """
     try:
-        import openvino
+        openvino = engine_libraries.openvino()
     except (ImportError, OSError) as error:
         raise MachineError(f"{where}: cannot import openvino: {error}", "Install it with: pip install 'sdrt[openvino]'") from error
     found = str(openvino_version())
@@ -100,10 +102,9 @@ def openvino_version() -> str | None:
     except PackageNotFoundError:
         pass
     try:
-        import openvino
+        return str(engine_libraries.openvino().__version__)
     except (ImportError, OSError):
         return None
-    return str(openvino.__version__)
 
 
 def choose_precision(core: Any, asked: str | None, stored: str) -> str:
@@ -188,6 +189,19 @@ def import_blob(ov: Any, core: Any, where: str, blob: bytes, weights: Path, prec
     settings = compile_properties(precision, threads, counting=counting) | {"ENABLE_WEIGHTLESS": True, "WEIGHTS_PATH": str(weights)}
     try:
         return core.import_model(blob, "CPU", settings)
+    except Exception as error:
+        raise explained(ov, where, error) from error
+
+
+def run_once(ov: Any, compiled: Any, where: str, inputs: Mapping[str, Any]) -> Any:
+    """Run a compiled graph once, and return its outputs by name; a signal ends it. `where` begins what is said of a failure.
+
+    Raises:
+        MachineError, ResourceError: OpenVINO fails.
+    """
+    try:
+        request = compiled.create_infer_request()
+        return interruptible(lambda: request.infer(inputs), request.cancel)
     except Exception as error:
         raise explained(ov, where, error) from error
 

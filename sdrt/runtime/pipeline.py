@@ -21,7 +21,7 @@ from sdrt.runtime.conditioning import Prompts, TextConditioner
 from sdrt.runtime.engine import Engine, Float, Job, Pixels, RunningBatch, load_engine, tables
 from sdrt.runtime.images import Canvas, blank_canvas, canvas, laid_over
 from sdrt.runtime.noise import Draws, draw_noise
-from sdrt.runtime.request import Request, Settings, resolved
+from sdrt.runtime.request import Request, Settings, request_of_settings, resolved
 from sdrt.runtime.samplers import Row, plan_rows
 from sdrt.runtime.tokenizer import Tokenizer
 
@@ -155,7 +155,7 @@ class Pipeline:
         """
         if self._engine is None:
             raise UsageError("pipeline: closed", "Load it again with Pipeline.load.")
-        request = resolved(Request(prompt, **settings), self.bundle.manifest)
+        request = resolved(request_of_settings(prompt, settings), self.bundle.manifest)
         rows = self._rows(request)
         return self._run(self._engine, request, rows, self._read_prompts(request, rows), self._canvas(request))
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from sdrt.bundle.manifest import MAX_SIDE, MIN_SIDE, SIZE_STEP, Manifest
-from sdrt.errors import UsageError, one_of
+from sdrt.errors import UsageError, nearest, one_of
 from sdrt.runtime.conditioning import EMPHASES, SYNTAXES
 from sdrt.runtime.noise import MAX_SEED, NOISES
 from sdrt.runtime.samplers import COMPATS, parse_sampler
@@ -102,6 +102,19 @@ class Request:
         return tuple(range(self.seed, self.seed + self.count))
 
 
+def request_of_settings(prompt: str, settings: Settings) -> Request:
+    """What a call with these keyword arguments asks for, nothing of it checked but their names.
+
+    Raises:
+        UsageError: there is no setting of a name.
+    """
+    known = Settings.__annotations__
+    for name in settings:
+        if name not in known:
+            raise UsageError(f"setting {name!r}: unknown{nearest(name, known)}", f"Choose among: {', '.join(known)}.")
+    return Request(prompt, **settings)
+
+
 def resolved(request: Request, manifest: Manifest) -> Request:
     """The request with every open choice made.
 
@@ -110,7 +123,8 @@ def resolved(request: Request, manifest: Manifest) -> Request:
     """
     compat = one_of("compat", request.compat, COMPATS)
     diffusers = compat == "diffusers"
-    sampler, schedule = parse_sampler(request.sampler, request.schedule, compat)
+    named = None if request.schedule is None else _text("schedule", request.schedule)
+    sampler, schedule = parse_sampler(_text("sampler", request.sampler), named, compat)
     count = _range("count", request.count, 1, MAX_COUNT)
     layers = manifest.clip_skip
     clip_skip = layers[0] if request.clip_skip is None else request.clip_skip
@@ -123,7 +137,7 @@ def resolved(request: Request, manifest: Manifest) -> Request:
         prompt=_text("prompt", request.prompt),
         negative=_text("negative prompt", request.negative),
         steps=_range("steps", request.steps, 1, MAX_STEPS),
-        cfg=_number("cfg", request.cfg),
+        cfg=_number("cfg", request.cfg, "1 to 30 usually"),
         seed=_range("seed", draw_seed() if request.seed is None else request.seed, 0, MAX_SEED - (count - 1)),
         sampler=sampler,
         schedule=schedule,
@@ -152,7 +166,7 @@ def _strength(request: Request, diffusers: bool) -> float | None:
         return None
     if request.strength is None:
         return (0.8 if request.mask is None else 1.0) if diffusers else 0.75
-    strength = _number("strength", request.strength)
+    strength = _number("strength", request.strength, "more than 0 and at most 1")
     if not 0 < strength <= 1:
         raise UsageError(f"strength {strength}: expected more than 0 and at most 1", "0.75 repaints most of an image, 0.3 keeps its composition.")
     return strength
@@ -160,7 +174,7 @@ def _strength(request: Request, diffusers: bool) -> float | None:
 
 def _size(size: tuple[int, int] | None, manifest: Manifest) -> tuple[int, int]:
     chosen = manifest.latents.size if size is None else size
-    if len(chosen) != 2 or not all(isinstance(side, int) for side in chosen):
+    if not isinstance(chosen, (tuple, list)) or len(chosen) != 2 or not all(isinstance(side, int) for side in chosen):
         raise UsageError(f"size {chosen!r}: expected (width, height) in pixels")
     width, height = chosen
     for side in (width, height):
@@ -188,9 +202,9 @@ def _range(name: str, value: int, low: int, high: int) -> int:
     return value
 
 
-def _number(name: str, value: float) -> float:
+def _number(name: str, value: float, usual: str) -> float:
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         raise UsageError(f"{name} {value!r}: expected a number")
     if not math.isfinite(value) or abs(value) > 1e4:
-        raise UsageError(f"{name} {value}: expected a finite number, 1 to 30 usually")
+        raise UsageError(f"{name} {value}: expected a finite number, {usual}")
     return value

@@ -24,9 +24,6 @@ Latents = NDArray[np.float64]
 _DENOISED, _, _NOISE = range(REGISTERS, REGISTERS + 3)
 STATES = REGISTERS + 3
 
-PREDICTIONS = ("epsilon", "v", "sample")
-"""What a network may predict: the noise, v of Salimans and Ho 2022 ("Progressive Distillation"), or the image."""
-
 Noise = Literal["draw"] | tuple[float, float] | None
 """Fresh unit noise of a row: none, the next draw of the picture's stream, or its Brownian path's increment between two sigmas."""
 
@@ -52,7 +49,7 @@ class Row:
 
 
 class Trace:
-    """Records rows while a sampler runs. `prediction` is one of PREDICTIONS; `from_image` says the picture starts from init latents, not noise alone."""
+    """Records rows while a sampler runs. `prediction` is one of the bundle's PREDICTIONS; `from_image` says the picture starts from init latents, not noise alone."""
 
     def __init__(self, levels: Levels, training: Sigmas, prediction: str, *, from_image: bool = False) -> None:
         self.rows: list[Row] = []
