@@ -384,6 +384,8 @@ def test_absent_fields_take_their_defaults_or_are_missed(folder: Path) -> None:
             if (kind, field.name) == (Manifest, "format"):
                 continue
             document = json.loads(whole)
+            for record in document["graphs"]["text_encoder"].values():
+                record["outputs"] = []  # which would tell what `clip_skip` is
             parts: list[dict[str, Any]] = {
                 Manifest: [document], Text: document["text"], Diffusion: [document["diffusion"]], Latents: [document["latents"]],
                 Source: document["sources"], Component: list(document["components"].values()), FileRecord: list(document["files"].values()),
