@@ -251,8 +251,8 @@ def test_the_cache_forgets_what_was_used_longest_ago(conditioner: TextConditione
     assert rows("first") == 0  # moved to the front
     assert rows("one more") == 1
     assert rows("first") == 0 and rows("second") == 1
-    many = " BREAK ".join(f"b{i}" for i in range(CACHED_CHUNKS + 10))
-    assert rows(many) == CACHED_CHUNKS + 10  # more than fits is still encoded whole
+    parts = [" BREAK ".join(f"b{part}x{i}" for i in range(30)) for part in range(5)]
+    assert rows(" AND ".join(parts)) == 150 > CACHED_CHUNKS  # more than fits is still encoded whole
 
 
 def test_pipelines_do_not_share(tokenizer: Tokenizer, engine: Any) -> None:
@@ -421,3 +421,28 @@ def test_embeddings_against_torch(flat_bundle: Path, real: Any, text_model: Any,
     weighted = z[0] * weights[:, None]
     assert relative(found[1], (weighted * (z[0].mean() / weighted.mean())).numpy()) < 1e-4
     assert relative(found[0], z[1].numpy()) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("prompt", "said"),
+    [
+        (" BREAK".join(["cat"] * 33), "more than 32 chunks of 75 tokens"),
+        ("cat " * 2401, "more than 32 chunks of 75 tokens"),
+        ("cat AND " * 15 + "dog", "16 parts between ANDs: expected at most 15"),
+        ("a" * 20_001, "20,001 characters: expected at most 20,000"),
+        ("cat " * 600 + "[" + "|".join(f"dog{i}" for i in range(500)) + "]", "chunks of text over all branches and steps: expected at most 4,096"),
+        ("BREAK " * 31 + " AND ".join(["[a|b]"] * 15), "chunks of text over all branches and steps: expected at most 4,096"),
+    ],
+    ids=["breaks", "words", "parts", "characters", "edits", "parts and edits"],
+)
+def test_t10_a_prompt_has_limits(conditioner: TextConditioner, prompt: str, said: str) -> None:
+    """Nothing that a stranger writes takes more memory than a picture; what is just below a limit is read."""
+    with pytest.raises(UsageError, match=said):
+        conditioner.read(prompt, "", steps=1000, cfg=7)
+
+
+def test_prompts_at_the_limits(conditioner: TextConditioner) -> None:
+    for prompt in (" BREAK".join(["cat"] * 32), "cat " * 2400, "cat AND " * 14 + "dog", "a" * 20_000, "[" + "|".join(f"dog{i}" for i in range(1000)) + "]"):
+        conditioner.read(prompt, "", steps=1000, cfg=7)
+    with pytest.raises(UsageError, match=r"^negative prompt: more than 32 chunks"):
+        conditioner.read("cat", "cat " * 2401, steps=20, cfg=7)

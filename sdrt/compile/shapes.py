@@ -9,14 +9,14 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from sdrt.bundle import MAX_SIDE, MIN_SIDE, SIZE_STEP, STEP, Manifest
+from sdrt.bundle import MAX_BATCH, MAX_BRANCHES, MAX_CHUNKS, MAX_SIDE, MIN_SIDE, SIZE_STEP, STEP, Manifest
 from sdrt.engine_record import Profile
 from sdrt.errors import MachineError, UsageError, printable
 
 Range = tuple[int, int, int]
 Size = tuple[int, int]
 
-MAX_BATCH, MAX_CHUNKS, MAX_BRANCHES, MAX_ROWS = 64, 32, 8, 4096
+MAX_ROWS = 4096
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from sdrt import bundle as names
 from sdrt.bundle import Bundle
+from sdrt.engine_shapes import EngineShapes, JobShape, any_shapes
 from sdrt.runtime.engine import Float, Job, Pixels
 from sdrt.runtime.onnxruntime_model import PRECISION, check_weights, explained, find_saved, import_onnxruntime, open_engine, open_graph
 
@@ -33,6 +34,13 @@ class OnnxRuntimeEngine:
         self._lock = Lock()
         self._saved = find_saved(bundle, self._ort.__version__)
         self._sessions = self._load(_RUN_GRAPHS)
+
+    @property
+    def shapes(self) -> tuple[EngineShapes, ...]:
+        return (any_shapes(self._bundle.manifest),)
+
+    def serves(self, shape: JobShape) -> bool:
+        return True
 
     def encode_text(self, tokens: NDArray[np.int64], emphasis: Float, clip_skip: int) -> Float:
         context: Float = self._run(names.TEXT_ENCODER, [names.context_output(clip_skip)], {"tokens": tokens, "emphasis": emphasis})[0]

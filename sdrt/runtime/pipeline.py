@@ -15,6 +15,7 @@ import numpy as np
 
 from sdrt.bundle import WEIGHTS, Bundle, bundle_id, check_files, open_bundle
 from sdrt.checked import check_file
+from sdrt.engine_shapes import EngineShapes
 from sdrt.errors import NonFiniteError, UsageError
 from sdrt.runtime.conditioning import Prompts, TextConditioner
 from sdrt.runtime.engine import Denoising, Engine, Float, Job, Pixels, Tables, load_engine, tables
@@ -97,10 +98,12 @@ class Pipeline:
         self._conditioner = TextConditioner(tokenizer, bundle.manifest.sources)
 
     @classmethod
-    def load(cls, path: str | Path, *, backend: str = "auto", device: int = 0, threads: int | None = None) -> Pipeline:
+    def load(cls, path: str | Path, *, backend: str = "auto", device: int = 0, threads: int | None = None, on_missing: str = "error") -> Pipeline:
         """Load a bundle after checking every file of it against its manifest; weights that were checked before and are untouched are not read again.
 
-        `device` counts GPUs and is ignored on a CPU; `threads` is for CPU engines, None leaves the choice to them.
+        `device` counts GPUs and is ignored on a CPU; `threads` is for CPU engines, None leaves the choice to them. `on_missing` is what a request gets
+        whose size, prompt length or number of guidance branches no engine of the bundle serves: "error"; "compile", seconds of compiling in memory
+        where the engines are OpenVINO's, an error elsewhere; or "fallback", ONNX Runtime in their place, which the result names.
 
         Raises:
             InputFileError: there is no bundle at `path`.
@@ -118,10 +121,15 @@ class Pipeline:
             # Hashing the weights takes as long as reading them, so it runs beside loading. Data alone cannot harm: it is used after the check.
             checked: Future[None] = pool.submit(check_file, bundle, WEIGHTS)
             try:
-                engine = load_engine(bundle, backend, threads, device)
+                engine = load_engine(bundle, backend, threads, device, on_missing=on_missing)
             finally:
                 checked.result()
         return cls(bundle, engine, Tokenizer(bundle.file("tokenizer/tokenizer.json"), bundle.manifest.text))
+
+    @property
+    def shapes(self) -> tuple[EngineShapes, ...]:
+        """The batches that engines lie ready for. What else a request asks for is up to `on_missing`."""
+        return self._open_engine().shapes
 
     def close(self) -> None:
         """Let go of the engine. Calls that are running finish; later ones raise UsageError."""
@@ -138,6 +146,7 @@ class Pipeline:
 
         Raises:
             UsageError: a setting is out of range, or the pipeline is closed.
+            MissingEngineError: no engine serves what the request asks for, and `on_missing` is "error".
             InputFileError: an init image or mask cannot be read.
             NonFiniteError: latents or pixels came out NaN or infinite. The pipeline stays usable.
             ResourceError: out of memory. The pipeline stays usable.
@@ -151,11 +160,15 @@ class Pipeline:
 
         Settings and errors are those of a call; settings are checked here, before the first step is asked for.
         """
-        if self._engine is None:
-            raise UsageError("pipeline: closed", "Load it again with Pipeline.load.")
+        engine = self._open_engine()
         request = resolved(Request(prompt, **settings), self.bundle.manifest)
         rows = self._rows(request)
-        return self._run(self._engine, request, rows, self._read_prompts(request, rows), self._canvas(request))
+        return self._run(engine, request, rows, self._read_prompts(request, rows), self._canvas(request))
+
+    def _open_engine(self) -> Engine:
+        if self._engine is None:
+            raise UsageError("pipeline: closed", "Load it again with Pipeline.load.")
+        return self._engine
 
     def _rows(self, request: Request) -> list[Row]:
         return plan_rows(
