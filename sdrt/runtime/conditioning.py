@@ -72,7 +72,8 @@ class _Part:
 
 @dataclass(frozen=True)
 class Prompts:
-    """A prompt and its negative as they were read: nothing of them has been encoded. `weights` are those of the branches, the negative's first if `guided`."""
+    """A prompt and its negative as they were read: nothing of them has been encoded. `weights` are those of the branches, the negative's first if `guided`; `contexts` is how many
+    different ones the steps go through."""
 
     parts: tuple[_Part, ...]
     weights: tuple[float, ...]
@@ -80,6 +81,12 @@ class Prompts:
     clip_skip: int
     emphasis: str
     steps: int
+    contexts: int
+
+    @property
+    def chunks(self) -> int:
+        """Of the longest branch: the others are filled up."""
+        return max(part.length for part in self.parts)
 
 
 class TextConditioner:
@@ -142,7 +149,7 @@ class TextConditioner:
             guidance = (rest, *guidance)
         contexts = len({tuple(part.text_at(step) for part in parts) for step in range(steps)})
         _check_in_all("prompts", contexts * len(parts) * max(part.length for part in parts))
-        return Prompts(tuple(parts), guidance, rest != 0, skip, emphasis, steps)
+        return Prompts(tuple(parts), guidance, rest != 0, skip, emphasis, steps, contexts)
 
     def encode(self, engine: Engine, prompts: Prompts) -> Conditioning:
         """Encode what was read; `encode_text` is all that is used of the engine. A chunk that is still cached costs no call of it."""

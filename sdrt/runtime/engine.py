@@ -15,6 +15,7 @@ from sdrt.bundle import ENGINES, Bundle
 from sdrt.engine_shapes import EngineShapes, JobShape
 from sdrt.errors import MachineError, UsageError, nearest, one_of
 from sdrt.runtime.cpu import check_threads
+from sdrt.runtime.request_memory import Demand
 from sdrt.runtime.samplers import Row
 
 log = logging.getLogger("sdrt")
@@ -139,6 +140,16 @@ class Engine(Protocol):
 
     def serves(self, shape: JobShape) -> bool:
         """Whether `denoise` takes a job of this shape, if need be in parts or compiled in memory first."""
+
+    def demand(self, shape: JobShape) -> Demand:
+        """About what memory a job of this shape takes at its peak beside what is loaded: of the machine, or of the GPU.
+
+        Raises:
+            MissingEngineError: no engine serves it.
+        """
+
+    def free_bytes(self, shape: JobShape) -> int | None:
+        """How much of that memory a job of this shape may take; None where that is not known, or running out does no harm."""
 
     def encode_text(self, tokens: NDArray[np.int64], emphasis: Float, clip_skip: int) -> Float:
         """Token ids and weights `[n, 77]` to context `[n, 77, C]`."""

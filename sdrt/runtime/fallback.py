@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from sdrt.engine_shapes import EngineShapes, JobShape
 from sdrt.errors import MissingEngineError
 from sdrt.runtime.engine import Denoising, Engine, Float, Job, Pixels, shape_of
+from sdrt.runtime.request_memory import Demand
 
 log = logging.getLogger("sdrt")
 
@@ -34,6 +35,12 @@ class FallbackEngine:
 
     def serves(self, shape: JobShape) -> bool:
         return True
+
+    def demand(self, shape: JobShape) -> Demand:
+        return self._of(shape).demand(shape)
+
+    def free_bytes(self, shape: JobShape) -> int | None:
+        return self._of(shape).free_bytes(shape)
 
     def encode_text(self, tokens: NDArray[np.int64], emphasis: Float, clip_skip: int) -> Float:
         try:
@@ -69,6 +76,9 @@ class FallbackEngine:
         if job is None or self._first.serves(shape_of(job, self._factor)):
             return self._first.describe(job)
         return self._other().describe(job) | {"instead_of": self._first.backend}
+
+    def _of(self, shape: JobShape) -> Engine:
+        return self._first if self._first.serves(shape) else self._other()
 
     def _other(self) -> Engine:
         with self._lock:

@@ -14,13 +14,24 @@ from numpy.typing import NDArray
 from sdrt import bundle as names
 from sdrt.bundle import Bundle
 from sdrt.engine_shapes import EngineShapes, JobShape, any_shapes
-from sdrt.runtime.engine import Float, Job, Pixels
+from sdrt.memory import available_bytes, rss_bytes
+from sdrt.runtime.engine import Float, Job, Pixels, shape_of
 from sdrt.runtime.onnxruntime_model import PRECISION, check_weights, explained, find_saved, import_onnxruntime, open_engine, open_graph
+from sdrt.runtime.request_memory import Demand, onnxruntime_demand
 
 if TYPE_CHECKING:
     import onnxruntime as ort
 
 _RUN_GRAPHS = (names.STEP, names.VAE_DECODER, names.TEXT_ENCODER)
+
+
+_kept = Demand(0, "")
+"""The largest job that ran. All sessions of the process share what ONNX Runtime took for it and has not given back."""
+
+
+def _keep(demand: Demand) -> None:
+    global _kept
+    _kept = max(_kept, demand, key=lambda one: one.size_bytes)
 
 
 class OnnxRuntimeEngine:
@@ -42,6 +53,13 @@ class OnnxRuntimeEngine:
     def serves(self, shape: JobShape) -> bool:
         return True
 
+    def demand(self, shape: JobShape) -> Demand:
+        return onnxruntime_demand(self._bundle.manifest, shape)
+
+    def free_bytes(self, shape: JobShape) -> int | None:
+        available = available_bytes()
+        return None if available is None else available + min(_kept.size_bytes, rss_bytes() or 0)
+
     def encode_text(self, tokens: NDArray[np.int64], emphasis: Float, clip_skip: int) -> Float:
         context: Float = self._run(names.TEXT_ENCODER, [names.context_output(clip_skip)], {"tokens": tokens, "emphasis": emphasis})[0]
         return context
@@ -60,6 +78,9 @@ class OnnxRuntimeEngine:
         inputs = {"latents": latents, "rounding": np.array([rounding], np.float32)}
         pixels, finite = self._run(names.VAE_DECODER, list(names.DECODER_OUTPUTS), inputs)
         return pixels, finite
+
+    def shape_of(self, job: Job) -> JobShape:
+        return shape_of(job, self._bundle.manifest.latents.factor)
 
     def describe(self, job: Job | None = None) -> dict[str, Any]:
         saved = {} if self._saved is None else {"engine": self._saved[0].name}
@@ -96,6 +117,7 @@ class OnnxRuntimeDenoising:
         self._engine = engine
         self._ort = ort
         self._session = session
+        self._shape = engine.shape_of(job)
         registers = np.zeros((names.REGISTERS, *job.init.shape), np.float32)
         registers[0], registers[1] = job.init, job.unit_noise
         tables = job.tables
@@ -149,4 +171,6 @@ class OnnxRuntimeDenoising:
         return self._engine.decode(self.latents(), rounding)
 
     def close(self) -> None:
-        """Nothing to give back: the job's arrays go with it."""
+        """Nothing to give back: the job's arrays go with it, and what ONNX Runtime took it keeps for the next job."""
+        if self._rows:
+            _keep(self._engine.demand(self._shape))

@@ -28,6 +28,7 @@ from sdrt.engine_cache import list_engines, mismatch, read_plan
 from sdrt.engine_record import EngineRecord
 from sdrt.engine_shapes import EngineShapes, JobShape, shapes_of
 from sdrt.errors import MachineError, MissingEngineError
+from sdrt.memory import available_bytes
 from sdrt.runtime.cpu import usable_cores
 from sdrt.runtime.engine import Denoising, Float, InParts, Job, Pixels, part_of, shape_of
 from sdrt.runtime.openvino_model import (
@@ -39,6 +40,7 @@ from sdrt.runtime.openvino_model import (
     import_openvino,
     openvino_version,
 )
+from sdrt.runtime.request_memory import Demand, openvino_demand
 
 log = logging.getLogger("sdrt")
 
@@ -85,6 +87,21 @@ class OpenVinoEngine:
 
     def serves(self, shape: JobShape) -> bool:
         return self._compile_missing or bool(self._alike(shape))
+
+    def demand(self, shape: JobShape) -> Demand:
+        alike = self._alike(shape)
+        if not alike and not self._compile_missing:
+            raise self._missing(shape)
+        with self._lock:
+            graphs = dict(self._graphs)
+        step_loaded = any(engine.key(names.STEP) in graphs for engine in alike)
+        decoders = [graphs.get(engine.key(names.VAE_DECODER)) for engine in self._engines if engine.job_shape.size == shape.size]
+        decoder_loaded = any(decoder is not None and decoder.idle for decoder in decoders)
+        precision = (alike[0] if alike else self._default).precision
+        return openvino_demand(self._bundle.manifest, shape, precision=precision, step_loaded=step_loaded, decoder_loaded=decoder_loaded)
+
+    def free_bytes(self, shape: JobShape) -> int | None:
+        return available_bytes()
 
     def encode_text(self, tokens: NDArray[np.int64], emphasis: Float, clip_skip: int) -> Float:
         wanted = (names.context_output(clip_skip),)
@@ -221,22 +238,26 @@ class OpenVinoEngine:
             MissingEngineError: that was not asked for.
         """
         manifest, where = self._bundle.manifest, self._bundle.path
-        wanted = shape.words(manifest.latents.factor)
-        command = f"sdrt compile {where} --target openvino {wanted}"
-        if not self._compile_missing:
-            have = "; ".join(dict.fromkeys(engine.shape.words(manifest.latents.factor) for engine in self._engines))
-            error = MissingEngineError(
-                f"no OpenVINO engine for {wanted}; there is: {have}",
-                f"Compile one with: {command}; or choose --on-missing compile or fallback (in Python on_missing=...), or --backend onnxruntime.",
-            )
-            added = _Loadable({}, shape, self._default.precision, manifest.latents.factor)
-            error.data = {"wanted": asdict(added.job_shape), "shapes": [asdict(one) for one in self.shapes]}
-            raise error
-        log.warning("%s: no OpenVINO engine for %s; compiling it in memory, which takes seconds. Keep it with: %s", where, wanted, command)
         inputs = {graph: shape.inputs(graph, manifest) for graph in names.GRAPHS}
         added = _Loadable(inputs, shape, self._default.precision, manifest.latents.factor)
+        if not self._compile_missing:
+            raise self._missing(added.job_shape)
+        log.warning(
+            "%s: no OpenVINO engine for %s; compiling it in memory, which takes seconds. Keep it with: sdrt compile %s --target openvino %s",
+            where, added.job_shape.options, where, added.job_shape.options,
+        )  # fmt: skip
         self._engines = [*self._engines, added]
         return added
+
+    def _missing(self, wanted: JobShape) -> MissingEngineError:
+        have = "; ".join(dict.fromkeys(engine.job_shape.options for engine in self._engines))
+        error = MissingEngineError(
+            f"no OpenVINO engine for {wanted.options}; there is: {have}",
+            f"Compile one with: sdrt compile {self._bundle.path} --target openvino {wanted.options}; "
+            "or choose --on-missing compile or fallback (in Python on_missing=...), or --backend onnxruntime.",
+        )
+        error.data = {"wanted": asdict(wanted), "shapes": [asdict(one) for one in self.shapes]}
+        return error
 
 
 class OpenVinoDenoising:

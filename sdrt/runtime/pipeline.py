@@ -13,15 +13,16 @@ from typing import Any, Unpack
 
 import numpy as np
 
-from sdrt.bundle import WEIGHTS, Bundle, bundle_id, check_files, open_bundle
+from sdrt.bundle import MAX_BRANCHES, MAX_CHUNKS, WEIGHTS, Bundle, bundle_id, check_files, open_bundle
 from sdrt.checked import check_file
-from sdrt.engine_shapes import EngineShapes
+from sdrt.engine_shapes import EngineShapes, JobShape, any_shapes
 from sdrt.errors import NonFiniteError, UsageError
 from sdrt.runtime.conditioning import Prompts, TextConditioner
 from sdrt.runtime.engine import Denoising, Engine, Float, Job, Pixels, Tables, load_engine, tables
 from sdrt.runtime.images import Canvas, blank_canvas, canvas, laid_over
 from sdrt.runtime.noise import Draws, draw_noise
 from sdrt.runtime.request import Request, Settings, resolved
+from sdrt.runtime.request_memory import check_memory, with_own
 from sdrt.runtime.samplers import Row, plan_rows
 from sdrt.runtime.tokenizer import Tokenizer
 
@@ -131,6 +132,27 @@ class Pipeline:
         """The batches that engines lie ready for. What else a request asks for is up to `on_missing`."""
         return self._open_engine().shapes
 
+    def memory_bytes(self, size: tuple[int, int] | None = None, batch: int = 1, *, tokens: int | None = None, branches: int = 2) -> int:
+        """About how much memory a call takes at its peak, beside what the pipeline holds already: of the machine, or of the GPU that runs it.
+
+        `size` is (width, height) in pixels, None the bundle's; `tokens` multiples of 77, None one chunk; `branches` 1 without guidance, 2 with, and one
+        more for each `AND`. On a CPU a call that asks for more than is available raises ResourceError before its first step.
+
+        Raises:
+            MissingEngineError: no engine serves the shape, and `on_missing` is "error".
+            UsageError: a value is out of range, or the pipeline is closed.
+        """
+        manifest = self.bundle.manifest
+        request = resolved(Request("", size=size, batch=batch), manifest)
+        assert request.size is not None
+        chunk = manifest.text.tokens
+        shape = JobShape(request.size, batch, chunk if tokens is None else tokens, branches)
+        if shape.tokens % chunk or not any_shapes(manifest).holds(shape):
+            raise UsageError(
+                f"tokens {shape.tokens}, branches {branches}: expected a multiple of {chunk} up to {chunk * MAX_CHUNKS}, and 1 to {MAX_BRANCHES} branches"
+            )
+        return with_own(self._open_engine().demand(shape), manifest, shape, rows=request.steps, pictures=batch).size_bytes
+
     def close(self) -> None:
         """Let go of the engine. Calls that are running finish; later ones raise UsageError."""
         self._engine = None
@@ -149,7 +171,7 @@ class Pipeline:
             MissingEngineError: no engine serves what the request asks for, and `on_missing` is "error".
             InputFileError: an init image or mask cannot be read.
             NonFiniteError: latents or pixels came out NaN or infinite. The pipeline stays usable.
-            ResourceError: out of memory. The pipeline stays usable.
+            ResourceError: out of memory, or asked for more than there is. The pipeline stays usable.
         """
         (last,) = deque(self.stream(prompt, **settings), maxlen=1)
         assert last.result is not None
@@ -163,12 +185,22 @@ class Pipeline:
         engine = self._open_engine()
         request = resolved(Request(prompt, **settings), self.bundle.manifest)
         rows = self._rows(request)
-        return self._run(engine, request, rows, self._read_prompts(request, rows), self._canvas(request))
+        prompts = self._read_prompts(request, rows)
+        self._check_memory(engine, request, rows, prompts)
+        return self._run(engine, request, rows, prompts, self._canvas(request))
 
     def _open_engine(self) -> Engine:
         if self._engine is None:
             raise UsageError("pipeline: closed", "Load it again with Pipeline.load.")
         return self._engine
+
+    def _check_memory(self, engine: Engine, request: Request, rows: Sequence[Row], prompts: Prompts) -> None:
+        """Before anything is computed: the system ends a process that takes too much, and whatever else it does with it."""
+        assert request.size is not None
+        batch, manifest = min(request.batch, request.count), self.bundle.manifest
+        shape = JobShape(request.size, batch, prompts.chunks * manifest.text.tokens, len(prompts.weights))
+        demand = with_own(engine.demand(shape), manifest, shape, contexts=prompts.contexts, rows=len(rows), pictures=request.count)
+        check_memory(demand, shape, engine.free_bytes(shape))
 
     def _rows(self, request: Request) -> list[Row]:
         return plan_rows(

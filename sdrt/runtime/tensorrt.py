@@ -21,13 +21,14 @@ from numpy.typing import NDArray
 
 from sdrt import bundle as names
 from sdrt.bundle import Bundle
-from sdrt.engine_cache import list_engines, mismatch, read_plan
+from sdrt.engine_cache import list_engines, mismatch, read_plan, state_bytes
 from sdrt.engine_record import EngineRecord
 from sdrt.engine_shapes import EngineShapes, JobShape, shapes_of
 from sdrt.errors import MachineError, MissingEngineError, ResourceError, SdrtError
 from sdrt.runtime.captured_step import Shape, Slot, TensorRtDenoising
 from sdrt.runtime.device_memory import Block, layout
 from sdrt.runtime.engine import Float, Job, Pixels
+from sdrt.runtime.request_memory import Demand
 
 log = logging.getLogger("sdrt")
 
@@ -80,6 +81,15 @@ class TensorRtEngine:
 
     def serves(self, shape: JobShape) -> bool:
         return any(engine.holds(shape) for engine in self.shapes)
+
+    def demand(self, shape: JobShape) -> Demand:
+        if not self.serves(shape):
+            raise self._missing(f"no engine for {shape.options}; there is: {'; '.join(map(str, self.shapes))}")
+        needed = state_bytes(self._bundle.manifest, size=shape.size, batch=shape.batch, tokens=shape.tokens, rows=self.rows, branches=shape.branches)
+        return Demand(needed, f"state {needed:,} bytes")
+
+    def free_bytes(self, shape: JobShape) -> int | None:
+        return None  # a job that finds no room raises ResourceError, and no system ends the process
 
     def encode_text(self, tokens: NDArray[np.int64], emphasis: Float, clip_skip: int) -> Float:
         most = self.record.key.profiles[names.TEXT_ENCODER][0].shapes["tokens"][2][0]
