@@ -84,7 +84,7 @@ class TensorRtEngine:
 
     def demand(self, shape: JobShape) -> Demand:
         if not self.serves(shape):
-            raise self._missing(f"no engine for {shape.options}; there is: {'; '.join(map(str, self.shapes))}")
+            raise self._missing(f"no {self.backend} engine for {shape.options}; there is: {'; '.join(map(str, self.shapes))}", shape)
         needed = state_bytes(self._bundle.manifest, size=shape.size, batch=shape.batch, tokens=shape.tokens, rows=self.rows, branches=shape.branches)
         return Demand(needed, f"state {needed:,} bytes")
 
@@ -348,13 +348,13 @@ class TensorRtEngine:
                 "Close other programs on it, or compile for a smaller --size or --batch.",
             )
 
-    def _missing(self, message: str) -> MissingEngineError:
-        error = MissingEngineError(message, self._compile_hint())
-        error.data = {"shapes": [asdict(one) for one in self.shapes]}
+    def _missing(self, message: str, wanted: JobShape | None = None) -> MissingEngineError:
+        error = MissingEngineError(message, self._compile_hint(*([] if wanted is None else [wanted.options])))
+        error.data = {"shapes": [asdict(one) for one in self.shapes], **({} if wanted is None else {"wanted": asdict(wanted)})}
         return error
 
-    def _compile_hint(self) -> str:
-        return f"Compile for it with: sdrt compile {self._bundle.path} --target {self.backend} --size WxH --batch N"
+    def _compile_hint(self, options: str = "--size WxH --batch N") -> str:
+        return f"Compile for it with: sdrt compile {self._bundle.path} --target {self.backend} {options}"
 
 
 class _Guard:
