@@ -37,6 +37,7 @@ from sdrt.errors import BundleError, MachineError, MissingEngineError, ResourceE
 from sdrt.runtime import Pipeline, cpu, engine, openvino_model
 from sdrt.runtime import openvino as backend
 from sdrt.runtime.engine import Job, Tables
+from sdrt.runtime.onnxruntime import OnnxRuntimeEngine
 from sdrt.runtime.openvino import OpenVinoEngine
 from sdrt.runtime.openvino_model import StepShape, choose_precision, compile_graph, explained, import_blob, import_openvino
 from sdrt.runtime.verify import verify
@@ -657,6 +658,25 @@ def test_threads(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for bound, pinned in ((3, [True, True, False]), (8, [False, False, False])):  # 8 and a quota of 3: others share those 8
         monkeypatch.setattr(openvino_model, "bound_cores", lambda bound=bound: bound)
         assert [openvino_model.compile_properties("fp32", n)["ENABLE_CPU_PINNING"] for n in (None, 3, 2)] == pinned
+
+
+def test_shared_cores(small: Path, small_reference: Pipeline) -> None:
+    """Threads that neither spin nor are pinned draw the same picture."""
+    settings = openvino_model.compile_properties("fp32", None, shared=True)
+    assert settings["ENABLE_CPU_PINNING"] is False and settings["TBB_PARTITIONER"] == "AUTO"
+    assert "TBB_PARTITIONER" not in openvino_model.compile_properties("fp32", None)
+    pictures = []
+    for cores in ("own", "shared"):
+        with Pipeline.load(small, cores=cores) as loaded:
+            pictures.append(loaded("red apple", **APPLE).images)
+    assert np.array_equal(*pictures)
+    with Pipeline.load(small, backend="onnxruntime", cores="shared") as loaded:
+        assert isinstance(loaded._engine, OnnxRuntimeEngine)
+        options = loaded._engine._sessions[STEP].get_session_options()
+        assert options.get_session_config_entry("session.intra_op.allow_spinning") == "0"
+        assert np.array_equal(loaded("red apple", **APPLE).images, small_reference("red apple", **APPLE).images)
+    with pytest.raises(UsageError, match="cores 'share': unknown; did you mean 'shared'"):
+        Pipeline.load(small, cores="share")
 
 
 @pytest.mark.parametrize(("text", "cores"), [("max 100000\n", 8), ("150000 100000\n", 2), ("10000 100000", 1), ("nonsense", 8), (None, 8)])

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from sdrt.bundle import ENGINES, Bundle
 from sdrt.engine_shapes import EngineShapes, JobShape
 from sdrt.errors import MachineError, UsageError, nearest, one_of
-from sdrt.runtime.cpu import check_threads
+from sdrt.runtime.cpu import CORES, check_threads
 from sdrt.runtime.request_memory import Demand
 from sdrt.runtime.samplers import Row
 
@@ -188,8 +188,8 @@ def tables(rows: Sequence[Row], guidance: Sequence[Sequence[float]]) -> Tables:
     )
 
 
-def load_engine(bundle: Bundle, backend: str, threads: int | None = None, device: int = 0, *, on_missing: str = "error") -> Engine:
-    """The engine of a backend by name, with one of `ON_MISSING` for shapes it does not serve. What it took is in every result.
+def load_engine(bundle: Bundle, backend: str, threads: int | None = None, device: int = 0, *, on_missing: str = "error", cores: str = "own") -> Engine:
+    """The engine of a backend by name, with one of `ON_MISSING` for shapes it does not serve, and one of `CORES`. What it took is in every result.
 
     `auto` takes the fastest engine the bundle holds: TensorRT's where a GPU answers, else OpenVINO's where it is installed, else ONNX Runtime,
     which needs none. A GPU's engine that does not fit this GPU, or a shape that no engine was compiled for, is an error with the command to
@@ -200,6 +200,7 @@ def load_engine(bundle: Bundle, backend: str, threads: int | None = None, device
         MachineError: it cannot run here.
     """
     one_of("on_missing", on_missing, ON_MISSING)
+    shared = one_of("cores", cores, CORES) == "shared"
     if backend != "auto" and backend not in BACKENDS:
         raise UsageError(f"backend {backend!r}: unknown{nearest(backend, ['auto', *BACKENDS])}", f"Choose one of: auto, {', '.join(READY)}.")
     if backend not in ("auto", *READY):
@@ -208,12 +209,12 @@ def load_engine(bundle: Bundle, backend: str, threads: int | None = None, device
     if chosen in ("onnxruntime", "openvino"):
         check_threads(threads)
     if chosen == "onnxruntime":
-        return _onnxruntime(bundle, threads)
+        return _onnxruntime(bundle, threads, shared)
     engine: Engine
     if chosen == "openvino":
         from sdrt.runtime.openvino import OpenVinoEngine
 
-        engine = OpenVinoEngine(bundle, threads, compile_missing=on_missing == "compile")
+        engine = OpenVinoEngine(bundle, threads, compile_missing=on_missing == "compile", shared=shared)
     else:
         from sdrt.runtime.tensorrt import TensorRtEngine
 
@@ -222,13 +223,13 @@ def load_engine(bundle: Bundle, backend: str, threads: int | None = None, device
         return engine
     from sdrt.runtime.fallback import FallbackEngine
 
-    return FallbackEngine(engine, lambda: _onnxruntime(bundle, threads), bundle.manifest.latents.factor)
+    return FallbackEngine(engine, lambda: _onnxruntime(bundle, threads, shared), bundle.manifest.latents.factor)
 
 
-def _onnxruntime(bundle: Bundle, threads: int | None) -> Engine:
+def _onnxruntime(bundle: Bundle, threads: int | None, shared: bool) -> Engine:
     from sdrt.runtime.onnxruntime import OnnxRuntimeEngine
 
-    return OnnxRuntimeEngine(bundle, threads)
+    return OnnxRuntimeEngine(bundle, threads, shared=shared)
 
 
 def _best(bundle: Bundle) -> str:

@@ -39,9 +39,10 @@ class OnnxRuntimeEngine:
 
     backend = "onnxruntime"
 
-    def __init__(self, bundle: Bundle, threads: int | None) -> None:
+    def __init__(self, bundle: Bundle, threads: int | None, *, shared: bool = False) -> None:
+        """`shared` says that others keep the cores busy too."""
         self._ort = import_onnxruntime("backend onnxruntime")
-        self._bundle, self._threads = bundle, threads
+        self._bundle, self._threads, self._shared = bundle, threads, shared
         self._lock = Lock()
         self._saved = find_saved(bundle, self._ort.__version__)
         self._sessions = self._load(_RUN_GRAPHS)
@@ -89,8 +90,8 @@ class OnnxRuntimeEngine:
     def open(self, graph: str, profile: Path | None = None) -> ort.InferenceSession:
         """One more session of a graph, from where this engine's own come; with ONNX Runtime's profiler on where `profile` says how its files begin."""
         if self._saved is None:
-            return open_graph(self._ort, self._bundle.graph(graph, PRECISION), self._threads, profile=profile)
-        return open_engine(self._ort, self._saved, graph, self._threads, profile=profile)
+            return open_graph(self._ort, self._bundle.graph(graph, PRECISION), self._threads, profile=profile, shared=self._shared)
+        return open_engine(self._ort, self._saved, graph, self._threads, profile=profile, shared=self._shared)
 
     def _load(self, graphs: Sequence[str]) -> dict[str, ort.InferenceSession]:
         """Sessions load in parallel: folding and packing weights runs on one core each. The weights of saved models are hashed beside that; data alone

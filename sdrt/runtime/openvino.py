@@ -63,10 +63,11 @@ class OpenVinoEngine:
 
     backend = "openvino"
 
-    def __init__(self, bundle: Bundle, threads: int | None, *, compile_missing: bool = False) -> None:
-        """`compile_missing` has shapes that no engine serves compiled in memory, which takes seconds; else they raise MissingEngineError."""
+    def __init__(self, bundle: Bundle, threads: int | None, *, compile_missing: bool = False, shared: bool = False) -> None:
+        """`compile_missing` has shapes that no engine serves compiled in memory, which takes seconds; else they raise MissingEngineError. `shared` says that
+        others keep the cores busy too."""
         self._ov = import_openvino("backend openvino")
-        self._bundle, self._threads, self._compile_missing = bundle, threads or usable_cores(), compile_missing
+        self._bundle, self._threads, self._compile_missing, self._shared = bundle, threads or usable_cores(), compile_missing, shared
         self._core = self._ov.Core()
         self._engines = _usable(bundle, self._core)
         self._lock = Lock()
@@ -204,10 +205,10 @@ class OpenVinoEngine:
             with self._lock:
                 self.compiled += 1
             path = self._bundle.graph(graph, "fp32")
-            return compile_graph(self._ov, self._core, path, engine.shapes(graph), precision, self._threads, counting=counting)[0]
+            return compile_graph(self._ov, self._core, path, engine.shapes(graph), precision, self._threads, counting=counting, shared=self._shared)[0]
         blob = read_plan(engine.folder, engine.record, graph)  # hashed before OpenVINO sees it
         where = str(engine.folder / engine.record.plans[graph].file)
-        return import_blob(self._ov, self._core, where, blob, self._bundle.file(WEIGHTS), precision, self._threads, counting=counting)
+        return import_blob(self._ov, self._core, where, blob, self._bundle.file(WEIGHTS), precision, self._threads, counting=counting, shared=self._shared)
 
     def _of_job(self, job: Job) -> _Loadable:
         """The engine for a job: of its shapes, with the smallest batch that holds its pictures; where none does, with the largest there is."""

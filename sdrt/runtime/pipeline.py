@@ -99,12 +99,15 @@ class Pipeline:
         self._conditioner = TextConditioner(tokenizer, bundle.manifest.sources)
 
     @classmethod
-    def load(cls, path: str | Path, *, backend: str = "auto", device: int = 0, threads: int | None = None, on_missing: str = "error") -> Pipeline:
+    def load(
+        cls, path: str | Path, *, backend: str = "auto", device: int = 0, threads: int | None = None, on_missing: str = "error", cores: str = "own"
+    ) -> Pipeline:
         """Load a bundle after checking every file of it against its manifest; weights that were checked before and are untouched are not read again.
 
         `device` counts GPUs and is ignored on a CPU; `threads` is for CPU engines, None leaves the choice to them. `on_missing` is what a request gets
         whose size, prompt length or number of guidance branches no engine of the bundle serves: "error"; "compile", seconds of compiling in memory
-        where the engines are OpenVINO's, an error elsewhere; or "fallback", ONNX Runtime in their place, which the result names.
+        where the engines are OpenVINO's, an error elsewhere; or "fallback", ONNX Runtime in their place, which the result names. `cores` is "own", or
+        "shared" where other processes keep the CPU's cores busy: docs/deploy.md says what that changes.
 
         Raises:
             InputFileError: there is no bundle at `path`.
@@ -122,7 +125,7 @@ class Pipeline:
             # Hashing the weights takes as long as reading them, so it runs beside loading. Data alone cannot harm: it is used after the check.
             checked: Future[None] = pool.submit(check_file, bundle, WEIGHTS)
             try:
-                engine = load_engine(bundle, backend, threads, device, on_missing=on_missing)
+                engine = load_engine(bundle, backend, threads, device, on_missing=on_missing, cores=cores)
             finally:
                 checked.result()
         return cls(bundle, engine, Tokenizer(bundle.file("tokenizer/tokenizer.json"), bundle.manifest.text))
