@@ -115,10 +115,14 @@ class OpenVinoEngine:
         return np.concatenate([self._call(engine, names.VAE_ENCODER, one, ("latents",))[0] for one in inputs])
 
     def denoise(self, job: Job) -> Denoising:
-        engine, pictures = self._of_job(job), len(job.init)
-        if pictures <= engine.shape.batch:
-            return OpenVinoDenoising(self, self._load(engine, names.STEP).compiled, engine, job)
-        return InParts([self.denoise(part_of(job, first, engine.shape.batch)) for first in range(0, pictures, engine.shape.batch)])
+        most, pictures = self._of_job(job).shape.batch, len(job.init)
+        if pictures <= most:
+            return self._start(job)
+        return InParts([self._start(part_of(job, first, most)) for first in range(0, pictures, most)])
+
+    def _start(self, job: Job) -> OpenVinoDenoising:
+        engine = self._of_job(job)
+        return OpenVinoDenoising(self, self._load(engine, names.STEP).compiled, engine, job)
 
     def decode(self, latents: Float, rounding: float) -> tuple[Pixels, NDArray[np.bool_]]:
         return self.decode_with(self._of_size(*latents.shape[2:]), latents, rounding)
