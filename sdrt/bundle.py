@@ -36,6 +36,12 @@ REGISTERS = 4
 SIZE_STEP = 8
 """Picture sides are multiples of this."""
 MIN_SIDE, MAX_SIDE = 64, 8192
+MAX_BATCH = 64
+"""Pictures of one model call at most."""
+MAX_CHUNKS = 32
+"""Chunks of one prompt at most: 32 of 75 tokens are 2,400, some 1,700 English words."""
+MAX_BRANCHES = 16
+"""Guidance branches of one picture at most: the negative prompt and 15 parts between `AND`s."""
 
 STEP_TABLES = ("timestep", "a", "w", "u", "q", "M", "inpaint", "noise")
 STEP_INPUTS = ("row", *STEP_TABLES, "registers", "context", "mask", "init", "init_noise")

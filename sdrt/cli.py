@@ -10,6 +10,7 @@ import signal
 import sys
 import threading
 import traceback
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -43,7 +44,7 @@ class ReportingGroup(TyperGroup):
         try:
             return super().invoke(ctx)
         except SdrtError as error:
-            _fail(ctx, error.message, error.fix, error.exit_code)
+            _fail(ctx, error.message, error.fix, error.exit_code, error.data)
         except KeyboardInterrupt:
             _fail(ctx, "interrupted; nothing was left behind", "", INTERRUPTED)
         except ModuleNotFoundError as error:
@@ -89,7 +90,7 @@ def _interrupt(*_: object) -> NoReturn:
     raise KeyboardInterrupt
 
 
-def _fail(ctx: Any, message: str, fix: str, code: int) -> NoReturn:
+def _fail(ctx: Any, message: str, fix: str, code: int, data: Mapping[str, Any] | None = None) -> NoReturn:
     if ctx.params.get("debug"):
         traceback.print_exc()
     typer.echo(f"error: {printable(message)}", err=True)
@@ -97,7 +98,7 @@ def _fail(ctx: Any, message: str, fix: str, code: int) -> NoReturn:
         typer.echo(f"  fix: {printable(fix)}", err=True)
     if ctx.find_root().obj == "json":
         with suppress(OSError):  # it may be what has failed
-            typer.echo(json.dumps({"error": {"message": message, "fix": fix, "exit_code": code}}))
+            typer.echo(json.dumps({"error": {"message": message, "fix": fix, "exit_code": code, **(data or {})}}))
     if not _flushed(sys.stdout):
         _discard_stdout()
     if interruptible.abandoned:  # an engine that does not end; taking it down while it works would crash
@@ -158,7 +159,7 @@ def build(
     hypernetwork: Annotated[list[str] | None, typer.Option("--hypernetwork", metavar="FILE[:SCALE]", help="Hypernetwork to build in, AUTOMATIC1111's .pt; may be repeated, they apply in the order given. SCALE (default 1) weighs it.")] = None,
     vae: Annotated[Path | None, typer.Option("--vae", metavar="FILE|DIR", help="VAE to use instead of the checkpoint's own: a file in any layout, a diffusers VAE's folder, or another checkpoint.")] = None,
     ema: Annotated[bool, typer.Option("--ema", help="Take the UNet's averaged (EMA) weights, of a checkpoint that holds both.")] = False,
-    target: Annotated[list[str] | None, typer.Option("--target", metavar="NAME", help="Engine to prepare; may be repeated: onnxruntime runs the bundle as it is, and nothing is saved for it, as that takes gigabytes (sdrt compile does); openvino, tensorrt-rtx and tensorrt compile it for the bundle's size once it is built. auto is tensorrt where it is installed and a GPU answers, else openvino where it is installed, else onnxruntime.")] = None,
+    target: Annotated[list[str] | None, typer.Option("--target", metavar="NAME", help="Engine to prepare; may be repeated: onnxruntime runs the bundle as it is, and nothing is saved for it, as that takes gigabytes (sdrt compile does); openvino, tensorrt-rtx and tensorrt compile it for the bundle's size once it is built, openvino for prompts of up to 75 and of up to 150 tokens. auto is tensorrt where it is installed and a GPU answers, else openvino where it is installed, else onnxruntime.")] = None,
     precision: Annotated[str, typer.Option("--precision", metavar="fp16|bf16|fp32", help="Storage type of the weights. ONNX Runtime computes in float32 whatever it is, OpenVINO in bfloat16 where the CPU has it and this is not fp32.")] = "fp16",
     size: Annotated[str | None, typer.Option("--size", metavar="WxH", help="Default picture size in pixels, multiples of 8; the checkpoint's own if not given. `generate` may choose any other that an engine takes.")] = None,
     clip_skip: Annotated[list[int] | None, typer.Option("--clip-skip", metavar="N", help="Text-encoder layer to use, counted from the end as AUTOMATIC1111 does: 1, the last, if not given. Repeat it to build several; `generate --clip-skip` then chooses, the first being its default.")] = None,
@@ -210,7 +211,7 @@ def build(
             typer.echo(f"{printable(source.name)} at {source.scale:g} applied to {source.applied.get('unet', 0)} attention layers")
     typer.echo(f"built {printable(str(report.path))} ({size_bytes / 1e6:.1f} MB) in {sum(report.stages_s.values()):.1f} s")
     for engine in engines:
-        cli_engines.print_compiled(engine)
+        cli_engines.print_compiled(engine, manifest)
     typer.echo(f'next: sdrt generate {printable(os.path.relpath(report.path))} "your prompt" --output picture.png', err=True)
 
 

@@ -47,9 +47,11 @@ def generate(
     from_png: Annotated[Path | None, typer.Option("--from-png", metavar="F.png", help="Make a picture of sdrt again with its own settings; options given beside it replace them.")] = None,
     preview: Annotated[Path | None, typer.Option("--preview", metavar="DIR", help="Write the estimate of each picture after every model call into this folder while it runs.")] = None,
     contact_sheet: Annotated[Path | None, typer.Option("--contact-sheet", metavar="F.png", help="Write the way from noise to the first picture as one image.")] = None,
-    backend: Annotated[str, typer.Option("--backend", metavar="NAME", help="auto, onnxruntime, openvino, tensorrt-rtx or tensorrt. auto takes the fastest engine in the bundle that can run here; a shape it was not compiled for is an error that says what to do.")] = "auto",
+    backend: Annotated[str, typer.Option("--backend", metavar="NAME", help="auto, onnxruntime, openvino, tensorrt-rtx or tensorrt. auto takes the fastest engine in the bundle that can run here.")] = "auto",
+    on_missing: Annotated[str, typer.Option("--on-missing", metavar="compile|fallback|error", help="What to do for a size, prompt length or number of AND parts that no engine of the bundle serves: compile it in memory, in seconds and anew each time (OpenVINO; on a GPU an error), run it on ONNX Runtime, or end with an error.")] = "compile",
     device: Annotated[int, typer.Option("--device", metavar="N", help="GPU to use, counted from 0; ignored on a CPU.")] = 0,
     threads: Annotated[int | None, typer.Option("--threads", metavar="N", help="CPU threads; the engine's own choice if not given.")] = None,
+    cores: Annotated[str, typer.Option("--cores", metavar="own|shared", help="shared where other processes keep the cores busy too: threads then sleep while they wait, instead of spinning.")] = "own",
     output: Annotated[Path | None, typer.Option("--output", "-o", metavar="F.png", help="PNG to write; several pictures become F-SEED.png. By default BUNDLE-SEED.png in the working folder. A picture sdrt made is replaced; any other file needs --force.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace whatever file is in the way.")] = False,
     as_json: Json = False,
@@ -72,7 +74,7 @@ def generate(
     target = output if output is not None else Path(f"{bundle.name.removesuffix('.sdrt')}-{first}.png")
     paths = [target if count == 1 else target.with_name(f"{target.stem}-{first + i}{target.suffix}") for i in range(max(count, 0))]
     frames: list[Frame] = []
-    with Pipeline.load(bundle, backend=backend, device=device, threads=threads) as pipe:
+    with Pipeline.load(bundle, backend=backend, device=device, threads=threads, on_missing=on_missing, cores=cores) as pipe:
         stream = pipe.stream(**settings)
         _check_pictures([*paths, *([contact_sheet] if contact_sheet is not None else [])], force)
         if preview is not None:

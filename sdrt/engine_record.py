@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any
 
-from sdrt.bundle import GRAPHS, MAX_SIDE, MIN_SIDE, PRECISIONS, SIZE_STEP, STEP, STEP_TABLES, TEXT_ENCODER
+from sdrt.bundle import GRAPHS, MAX_BATCH, MAX_BRANCHES, MAX_CHUNKS, MAX_SIDE, MIN_SIDE, PRECISIONS, SIZE_STEP, STEP, STEP_TABLES, TEXT_ENCODER
 
 FORMAT = 1
 RECORD = "engine.json"
 ANY_SHAPE = ("onnxruntime",)
 """Targets whose engines take any shape, as the bundle's graphs do."""
-MAX_BATCH, MAX_CHUNKS, MAX_BRANCHES, MAX_ROWS = 64, 32, 8, 4096
+MAX_ROWS = 4096
 _MAX_TOKENS, _MAX_SIDE = MAX_CHUNKS << 10, 1 << 24
 
 Shape = tuple[int, ...]

@@ -4,6 +4,7 @@
     ├── CheckFailed            1  a check ran and said no
     │   └── NonFiniteError     1  a latent or pixel is NaN or infinite
     ├── UsageError             2  an argument is out of range or misspelt
+    ├── MissingEngineError     2  a request is in order, but the bundle holds no engine of its shape
     ├── InputFileError         3  a file that was given is bad
     │   ├── CheckpointError    3  ... the checkpoint or VAE
     │   └── AdapterError       3  ... a LoRA
@@ -21,13 +22,16 @@ The library raises; only `sdrt.cli` prints and exits. Standard library only.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 
 class SdrtError(Exception):
     """`message` says where, what was expected and what was found, in one line; `fix` says what to do about it."""
 
     exit_code = 70
+    data: Mapping[str, Any] = {}
+    """What a program may want to know beside the words, as JSON takes it. `--json` prints it with them."""
 
     def __init__(self, message: str, fix: str = "") -> None:
         super().__init__(message)
@@ -47,6 +51,12 @@ class NonFiniteError(CheckFailed):
 
 
 class UsageError(SdrtError):
+    exit_code = 2
+
+
+class MissingEngineError(SdrtError):
+    """`data` has the shape that was `wanted` and the `shapes` that engines of the bundle take, as `sdrt.engine_shapes` has them."""
+
     exit_code = 2
 
 

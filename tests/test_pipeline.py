@@ -20,9 +20,11 @@ from numpy.typing import NDArray
 from reference import TRAINING, psnr
 
 from sdrt.bundle import Bundle, open_bundle
+from sdrt.engine_shapes import JobShape
 from sdrt.errors import BundleError, InputFileError, MachineError, NonFiniteError, ResourceError, UsageError
 from sdrt.runtime import Pipeline, Result, Step
 from sdrt.runtime.engine import Denoising, Engine, Float, Job, Pixels
+from sdrt.runtime.request_memory import Demand
 from sdrt.runtime.tokenizer import Tokenizer
 
 LIKE_DIFFUSERS_DB = 55.0
@@ -288,6 +290,12 @@ class Poisoned:
         self.decode = engine.decode
         self.describe = engine.describe
 
+    def demand(self, shape: JobShape) -> Demand:
+        return Demand(0, "")
+
+    def free_bytes(self, shape: JobShape) -> int | None:
+        return None
+
     def denoise(self, job: Job) -> Denoising:
         return self._engine.denoise(replace(job, unit_noise=np.full_like(job.unit_noise, np.nan)) if self.armed else job)
 
@@ -462,6 +470,12 @@ class FakeEngine:
         self.bad_latents: set[int] = set()
         self.bad_pixels: set[int] = set()
         self.fail_at_row: int | None = None
+
+    def demand(self, shape: JobShape) -> Demand:
+        return Demand(0, "")
+
+    def free_bytes(self, shape: JobShape) -> int | None:
+        return None
 
     def encode_text(self, tokens: NDArray[np.int64], emphasis: Float, clip_skip: int) -> Float:
         self.texts.append((tokens, emphasis, clip_skip))

@@ -9,8 +9,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from sdrt.bundle import MAX_SIDE, MIN_SIDE, SIZE_STEP, STEP, Manifest
-from sdrt.engine_record import MAX_BATCH, MAX_BRANCHES, MAX_CHUNKS, MAX_ROWS, Profile
+from sdrt.bundle import MAX_BATCH, MAX_BRANCHES, MAX_CHUNKS, MAX_SIDE, MIN_SIDE, SIZE_STEP, STEP, Manifest
+from sdrt.engine_record import MAX_ROWS, Profile
 from sdrt.errors import MachineError, UsageError, printable
 
 Range = tuple[int, int, int]

@@ -15,7 +15,7 @@ from operator import itemgetter
 
 import numpy as np
 
-from sdrt.bundle import Source
+from sdrt.bundle import MAX_BRANCHES, Source
 from sdrt.errors import UsageError, one_of, printable
 from sdrt.runtime.chunks import Chunk, chunk_segments, empty_chunk
 from sdrt.runtime.engine import Engine, Float
@@ -30,6 +30,10 @@ _NETWORKS = ("lora", "lyco", "hypernet")
 
 MAX_WEIGHT = 1000.0
 """Largest emphasis, or weight of a part, either sign. Pictures fall apart beyond 2 or so."""
+MAX_CHARACTERS = 20_000
+"""Of one prompt: several times what its chunks can hold, and little enough that reading it takes no time that is felt."""
+MAX_CHUNKS_IN_ALL = 4096
+"""Of a request: chunks of every branch, in every context that prompt editing makes over the steps. 1 GB of encodings for Stable Diffusion 1.5."""
 CACHED_CHUNKS = 128
 """Encoded chunks a pipeline keeps: 30 MB for Stable Diffusion 1.5."""
 MOST_ROWS = 16
@@ -68,7 +72,8 @@ class _Part:
 
 @dataclass(frozen=True)
 class Prompts:
-    """A prompt and its negative as they were read: nothing of them has been encoded. `weights` are those of the branches, the negative's first if `guided`."""
+    """A prompt and its negative as they were read: nothing of them has been encoded. `weights` are those of the branches, the negative's first if `guided`; `contexts` is how many
+    different ones the steps go through."""
 
     parts: tuple[_Part, ...]
     weights: tuple[float, ...]
@@ -76,6 +81,12 @@ class Prompts:
     clip_skip: int
     emphasis: str
     steps: int
+    contexts: int
+
+    @property
+    def chunks(self) -> int:
+        """Of the longest branch: the others are filled up."""
+        return max(part.length for part in self.parts)
 
 
 class TextConditioner:
@@ -115,7 +126,8 @@ class TextConditioner:
 
         Raises:
             UsageError: an unknown name, a layer the bundle was built without, an adapter named in a prompt, a weight beyond `MAX_WEIGHT`,
-                text that is not valid Unicode or longer than `compat` takes.
+                text that is not valid Unicode, longer than `compat` takes, or beyond a limit: `MAX_CHARACTERS`, `MAX_CHUNKS` of a text,
+                `MAX_BRANCHES`, `MAX_CHUNKS_IN_ALL`.
         """
         skip = self._clip_skip(clip_skip)
         one_of("compat", compat, COMPATS)
@@ -124,6 +136,8 @@ class TextConditioner:
         limited = compat == "diffusers" and syntax == "plain"
         self._check_text("prompt", prompt, syntax)
         positive = split_and(prompt) if syntax == "a1111" else (Segment(prompt, 1.0),)
+        if len(positive) >= MAX_BRANCHES:
+            raise UsageError(f"prompt: {len(positive)} parts between ANDs: expected at most {MAX_BRANCHES - 1}", "Join some of them.")
         for part in positive:
             _check_weight("prompt", part)
         guidance = tuple(cfg * part.weight for part in positive)
@@ -133,7 +147,9 @@ class TextConditioner:
             self._check_text("negative prompt", negative, syntax)
             parts.insert(0, self._part("negative prompt", negative, steps, syntax, emphasis, limited))
             guidance = (rest, *guidance)
-        return Prompts(tuple(parts), guidance, rest != 0, skip, emphasis, steps)
+        contexts = len({tuple(part.text_at(step) for part in parts) for step in range(steps)})
+        _check_in_all("prompts", contexts * len(parts) * max(part.length for part in parts))
+        return Prompts(tuple(parts), guidance, rest != 0, skip, emphasis, steps, contexts)
 
     def encode(self, engine: Engine, prompts: Prompts) -> Conditioning:
         """Encode what was read; `encode_text` is all that is used of the engine. A chunk that is still cached costs no call of it."""
@@ -143,12 +159,15 @@ class TextConditioner:
     def _part(self, name: str, text: str, steps: int, syntax: str, emphasis: str, limited: bool) -> _Part:
         schedule = schedule_edits(text, steps) if syntax == "a1111" else ((steps, text),)
         chunks: dict[str, list[Chunk]] = {}
+        in_all = 0
         for _, each in schedule:
             if each not in chunks:
                 segments = parse_attention(each) if syntax == "a1111" and emphasis != "none" else (Segment(each, 1.0),)
                 for segment in segments:
                     _check_weight(name, segment)
-                chunks[each] = chunk_segments(self._tokenizer, segments)
+                chunks[each] = chunk_segments(self._tokenizer, segments, name)
+                in_all += len(chunks[each])
+                _check_in_all(name, in_all)
         longest = max(map(len, chunks.values()))
         if limited and longest > 1:
             limit = self._tokenizer.text.tokens - 2
@@ -233,6 +252,8 @@ class TextConditioner:
     def _check_text(self, name: str, text: str, syntax: str) -> None:
         if not isinstance(text, str):
             raise UsageError(f"{name}: expected text, found {type(text).__name__}")
+        if len(text) > MAX_CHARACTERS:
+            raise UsageError(f"{name}: {len(text):,} characters: expected at most {MAX_CHARACTERS:,}", "Shorten it.")
         try:
             text.encode()
         except UnicodeEncodeError as error:
@@ -268,6 +289,14 @@ def _contexts(part: _Part, encoded: dict[tuple[int, ...], Float], emphasis: str)
             z = (weighted * (old / new) if emphasis == "original" and new != 0 else weighted).astype(np.float32)
         columns.append(z)
     return dict(zip(texts, np.concatenate(columns, axis=1), strict=True))
+
+
+def _check_in_all(name: str, chunks: int) -> None:
+    if chunks > MAX_CHUNKS_IN_ALL:
+        raise UsageError(
+            f"{name}: {chunks:,} chunks of text over all branches and steps: expected at most {MAX_CHUNKS_IN_ALL:,}",
+            "Use fewer edits ([a:b:0.5]), alternations ([a|b]), parts (AND) or words: each edit makes the whole prompt another text.",
+        )
 
 
 def _check_weight(name: str, segment: Segment) -> None:

@@ -13,9 +13,12 @@ from numpy.typing import NDArray
 
 from sdrt import bundle as names
 from sdrt.bundle import Bundle
+from sdrt.engine_shapes import EngineShapes, JobShape, any_shapes
 from sdrt.interruptible import interruptible
-from sdrt.runtime.engine import Float, Job, Pixels
+from sdrt.memory import available_bytes, rss_bytes
+from sdrt.runtime.engine import Float, Job, Pixels, shape_of
 from sdrt.runtime.onnxruntime_model import PRECISION, check_weights, end_run, explained, find_saved, import_onnxruntime, open_engine, open_graph, run_session
+from sdrt.runtime.request_memory import Demand, onnxruntime_demand
 
 if TYPE_CHECKING:
     import onnxruntime as ort
@@ -23,17 +26,41 @@ if TYPE_CHECKING:
 _RUN_GRAPHS = (names.STEP, names.VAE_DECODER, names.TEXT_ENCODER)
 
 
+_kept = Demand(0, "")
+"""The largest job that ran. All sessions of the process share what ONNX Runtime took for it and has not given back."""
+
+
+def _keep(demand: Demand) -> None:
+    global _kept
+    _kept = max(_kept, demand, key=lambda one: one.size_bytes)
+
+
 class OnnxRuntimeEngine:
     """Thread-safe: ONNX Runtime sessions may run from several threads, and every job has its own bindings."""
 
     backend = "onnxruntime"
 
-    def __init__(self, bundle: Bundle, threads: int | None) -> None:
+    def __init__(self, bundle: Bundle, threads: int | None, *, shared: bool = False) -> None:
+        """`shared` says that others keep the cores busy too."""
         self._ort = import_onnxruntime("backend onnxruntime")
-        self._bundle, self._threads = bundle, threads
+        self._bundle, self._threads, self._shared = bundle, threads, shared
         self._lock = Lock()
         self._saved = find_saved(bundle, self._ort.__version__)
         self._sessions = interruptible(lambda: self._load(_RUN_GRAPHS))
+
+    @property
+    def shapes(self) -> tuple[EngineShapes, ...]:
+        return (any_shapes(self._bundle.manifest),)
+
+    def serves(self, shape: JobShape) -> bool:
+        return True
+
+    def demand(self, shape: JobShape) -> Demand:
+        return onnxruntime_demand(self._bundle.manifest, shape)
+
+    def free_bytes(self, shape: JobShape) -> int | None:
+        available = available_bytes()
+        return None if available is None else available + min(_kept.size_bytes, rss_bytes() or 0)
 
     def encode_text(self, tokens: NDArray[np.int64], emphasis: Float, clip_skip: int) -> Float:
         context: Float = self._run(names.TEXT_ENCODER, [names.context_output(clip_skip)], {"tokens": tokens, "emphasis": emphasis})[0]
@@ -57,6 +84,9 @@ class OnnxRuntimeEngine:
         pixels, finite = self._run(names.VAE_DECODER, list(names.DECODER_OUTPUTS), inputs)
         return pixels, finite
 
+    def shape_of(self, job: Job) -> JobShape:
+        return shape_of(job, self._bundle.manifest.latents.factor)
+
     def describe(self, job: Job | None = None) -> dict[str, Any]:
         saved = {} if self._saved is None else {"engine": self._saved[0].name}
         return {"backend": self.backend, "version": self._ort.__version__, "device": "cpu", "compute": PRECISION, "threads": self._threads, **saved}
@@ -64,8 +94,8 @@ class OnnxRuntimeEngine:
     def open(self, graph: str, profile: Path | None = None) -> ort.InferenceSession:
         """One more session of a graph, from where this engine's own come; with ONNX Runtime's profiler on where `profile` says how its files begin."""
         if self._saved is None:
-            return open_graph(self._ort, self._bundle.graph(graph, PRECISION), self._threads, profile=profile)
-        return open_engine(self._ort, self._saved, graph, self._threads, profile=profile)
+            return open_graph(self._ort, self._bundle.graph(graph, PRECISION), self._threads, profile=profile, shared=self._shared)
+        return open_engine(self._ort, self._saved, graph, self._threads, profile=profile, shared=self._shared)
 
     def _load(self, graphs: Sequence[str]) -> dict[str, ort.InferenceSession]:
         """Sessions load in parallel: folding and packing weights runs on one core each. The weights of saved models are hashed beside that; data alone
@@ -89,6 +119,7 @@ class OnnxRuntimeDenoising:
         self._engine = engine
         self._ort = ort
         self._session = session
+        self._shape = engine.shape_of(job)
         registers = np.zeros((names.REGISTERS, *job.init.shape), np.float32)
         registers[0], registers[1] = job.init, job.unit_noise
         tables = job.tables
@@ -144,4 +175,6 @@ class OnnxRuntimeDenoising:
         return self._engine.decode(self.latents(), rounding)
 
     def close(self) -> None:
-        """Nothing to give back: the job's arrays go with it."""
+        """Nothing to give back: the job's arrays go with it, and what ONNX Runtime took it keeps for the next job."""
+        if self._rows:
+            _keep(self._engine.demand(self._shape))

@@ -13,14 +13,16 @@ from typing import Any, Unpack
 
 import numpy as np
 
-from sdrt.bundle import WEIGHTS, Bundle, bundle_id, check_files, open_bundle
+from sdrt.bundle import MAX_BRANCHES, MAX_CHUNKS, WEIGHTS, Bundle, bundle_id, check_files, open_bundle
 from sdrt.checked import check_file
+from sdrt.engine_shapes import EngineShapes, JobShape, any_shapes
 from sdrt.errors import NonFiniteError, UsageError
 from sdrt.runtime.conditioning import Prompts, TextConditioner
 from sdrt.runtime.engine import Denoising, Engine, Float, Job, Pixels, Tables, load_engine, tables
 from sdrt.runtime.images import Canvas, blank_canvas, canvas, laid_over
 from sdrt.runtime.noise import Draws, draw_noise
 from sdrt.runtime.request import Request, Settings, request_of_settings, resolved
+from sdrt.runtime.request_memory import check_memory, with_own
 from sdrt.runtime.samplers import Row, plan_rows
 from sdrt.runtime.tokenizer import Tokenizer
 
@@ -97,10 +99,15 @@ class Pipeline:
         self._conditioner = TextConditioner(tokenizer, bundle.manifest.sources)
 
     @classmethod
-    def load(cls, path: str | Path, *, backend: str = "auto", device: int = 0, threads: int | None = None) -> Pipeline:
+    def load(
+        cls, path: str | Path, *, backend: str = "auto", device: int = 0, threads: int | None = None, on_missing: str = "error", cores: str = "own"
+    ) -> Pipeline:
         """Load a bundle after checking every file of it against its manifest; weights that were checked before and are untouched are not read again.
 
-        `device` counts GPUs and is ignored on a CPU; `threads` is for CPU engines, None leaves the choice to them.
+        `device` counts GPUs and is ignored on a CPU; `threads` is for CPU engines, None leaves the choice to them. `on_missing` is what a request gets
+        whose size, prompt length or number of guidance branches no engine of the bundle serves: "error"; "compile", seconds of compiling in memory
+        where the engines are OpenVINO's, an error elsewhere; or "fallback", ONNX Runtime in their place, which the result names. `cores` is "own", or
+        "shared" where other processes keep the CPU's cores busy: docs/deploy.md says what that changes.
 
         Raises:
             InputFileError: there is no bundle at `path`.
@@ -118,10 +125,36 @@ class Pipeline:
             # Hashing the weights takes as long as reading them, so it runs beside loading. Data alone cannot harm: it is used after the check.
             checked: Future[None] = pool.submit(check_file, bundle, WEIGHTS)
             try:
-                engine = load_engine(bundle, backend, threads, device)
+                engine = load_engine(bundle, backend, threads, device, on_missing=on_missing, cores=cores)
             finally:
                 checked.result()
         return cls(bundle, engine, Tokenizer(bundle.file("tokenizer/tokenizer.json"), bundle.manifest.text))
+
+    @property
+    def shapes(self) -> tuple[EngineShapes, ...]:
+        """The batches that engines lie ready for. What else a request asks for is up to `on_missing`."""
+        return self._open_engine().shapes
+
+    def memory_bytes(self, size: tuple[int, int] | None = None, batch: int = 1, *, tokens: int | None = None, branches: int = 2) -> int:
+        """About how much memory a call takes at its peak, beside what the pipeline holds already: of the machine, or of the GPU that runs it.
+
+        `size` is (width, height) in pixels, None the bundle's; `tokens` multiples of 77, None one chunk; `branches` 1 without guidance, 2 with, and one
+        more for each `AND`. On a CPU a call that asks for more than is available raises ResourceError before its first step.
+
+        Raises:
+            MissingEngineError: no engine serves the shape, and `on_missing` is "error".
+            UsageError: a value is out of range, or the pipeline is closed.
+        """
+        manifest = self.bundle.manifest
+        request = resolved(Request("", size=size, batch=batch), manifest)
+        assert request.size is not None
+        chunk = manifest.text.tokens
+        shape = JobShape(request.size, batch, chunk if tokens is None else tokens, branches)
+        if shape.tokens % chunk or not any_shapes(manifest).holds(shape):
+            raise UsageError(
+                f"tokens {shape.tokens}, branches {branches}: expected a multiple of {chunk} up to {chunk * MAX_CHUNKS}, and 1 to {MAX_BRANCHES} branches"
+            )
+        return with_own(self._open_engine().demand(shape), manifest, shape, rows=request.steps, pictures=batch).size_bytes
 
     def close(self) -> None:
         """Let go of the engine. Calls that are running finish; later ones raise UsageError."""
@@ -138,9 +171,10 @@ class Pipeline:
 
         Raises:
             UsageError: a setting is out of range, or the pipeline is closed.
+            MissingEngineError: no engine serves what the request asks for, and `on_missing` is "error".
             InputFileError: an init image or mask cannot be read.
             NonFiniteError: latents or pixels came out NaN or infinite. The pipeline stays usable.
-            ResourceError: out of memory. The pipeline stays usable.
+            ResourceError: out of memory, or asked for more than there is. The pipeline stays usable.
         """
         (last,) = deque(self.stream(prompt, **settings), maxlen=1)
         assert last.result is not None
@@ -151,11 +185,25 @@ class Pipeline:
 
         Settings and errors are those of a call; settings are checked here, before the first step is asked for.
         """
-        if self._engine is None:
-            raise UsageError("pipeline: closed", "Load it again with Pipeline.load.")
+        engine = self._open_engine()
         request = resolved(request_of_settings(prompt, settings), self.bundle.manifest)
         rows = self._rows(request)
-        return self._run(self._engine, request, rows, self._read_prompts(request, rows), self._canvas(request))
+        prompts = self._read_prompts(request, rows)
+        self._check_memory(engine, request, rows, prompts)
+        return self._run(engine, request, rows, prompts, self._canvas(request))
+
+    def _open_engine(self) -> Engine:
+        if self._engine is None:
+            raise UsageError("pipeline: closed", "Load it again with Pipeline.load.")
+        return self._engine
+
+    def _check_memory(self, engine: Engine, request: Request, rows: Sequence[Row], prompts: Prompts) -> None:
+        """Before anything is computed: the system ends a process that takes too much, and whatever else it does with it."""
+        assert request.size is not None
+        batch, manifest = min(request.batch, request.count), self.bundle.manifest
+        shape = JobShape(request.size, batch, prompts.chunks * manifest.text.tokens, len(prompts.weights))
+        demand = with_own(engine.demand(shape), manifest, shape, contexts=prompts.contexts, rows=len(rows), pictures=request.count)
+        check_memory(demand, shape, engine.free_bytes(shape))
 
     def _rows(self, request: Request) -> list[Row]:
         return plan_rows(

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
-from sdrt.bundle import MAX_SIDE, MIN_SIDE, SIZE_STEP, Manifest
+from sdrt.bundle import MAX_BATCH, MAX_SIDE, MIN_SIDE, SIZE_STEP, Manifest
 from sdrt.errors import UsageError, nearest, one_of
 from sdrt.runtime.conditioning import EMPHASES, SYNTAXES
 from sdrt.runtime.noise import MAX_SEED, NOISES
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     ImageInput = str | Path | Image.Image | NDArray[Any]
 
 RESIZES = ("stretch", "crop", "fill")
-MAX_BATCH, MAX_COUNT, MAX_BLUR = 64, 10_000, 64
+MAX_COUNT, MAX_BLUR = 10_000, 64
 
 
 class Settings(TypedDict, total=False):
