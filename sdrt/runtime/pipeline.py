@@ -26,6 +26,8 @@ from sdrt.runtime.tokenizer import Tokenizer
 
 ROUNDING = {"a1111": 0.0, "diffusers": 0.5}
 """Added before pixels become whole numbers: AUTOMATIC1111 truncates, diffusers rounds."""
+_OF_SOURCE = ("kind", "name", "sha256", "scale", "te_scale", "trigger")
+"""What a result says of each file that went into the bundle."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class Result:
     """Finished pictures: `images` uint8 `[N, H, W, 3]`, the seed of each, and how they came to be.
 
     `timings_ms` holds `total`, `text_encoder`, `image_encoder` (0 without an init image), `denoise`, `decode` and the list `steps`, one entry per
-    model call of every batch. `parameters` are the request's, every open choice made, and the bundle's name and id.
+    model call of every batch. `parameters` are the request's, every open choice made, the bundle's name and id, and what went into it.
     """
 
     images: Pixels
@@ -229,7 +231,9 @@ class Pipeline:
             given = getattr(request, name)
             images |= {name: str(given) if isinstance(given, (str, Path)) else None, f"{name}_sha256": sha256.get(name)}
         fields = asdict(replace(request, init_image=None, mask=None)) | images | {"size": list(request.size or ())}
-        return fields | {"bundle": self.bundle.manifest.name, "bundle_id": bundle_id(self.bundle.manifest), "sdrt": self.bundle.manifest.sdrt}
+        manifest = self.bundle.manifest
+        sources = [{name: getattr(source, name) for name in _OF_SOURCE} for source in manifest.sources]
+        return fields | {"bundle": manifest.name, "bundle_id": bundle_id(manifest), "sources": sources, "sdrt": manifest.sdrt}
 
     def _job(self, engine: Engine, plan: _Plan, seeds: tuple[int, ...], timings: dict[str, Any]) -> Job:
         draws, count = self._draws(plan, seeds), len(seeds)
