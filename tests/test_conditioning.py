@@ -337,13 +337,14 @@ def test_tags_that_are_text(conditioner: TextConditioner, tokenizer: Tokenizer, 
     ("prompt", "options"),
     [
         ("cat <lora:art:0.5:0.8><hypernet:h:1> dog", {}),  # what is built in, at the strength it is built in with
+        ("cat <lora:third:0.333333> dog", {}),  # six digits, as tags are written
         ("cat <lora:other:1><wild:x> dog", {"network_tags": "ignore"}),
         ("cat <lora:art:0.3> dog", {"network_tags": "ignore"}),
         ("cat <lora:art:0.5:0.8> dog", {"syntax": "plain"}),
     ],
 )
 def test_tags_that_change_nothing(tokenizer: Tokenizer, engine: Any, prompt: str, options: dict[str, Any]) -> None:
-    sources = (Source("lora", "art.safetensors", "", 0.8, 0.5), Source("hypernetwork", "h.pt", "", 1.0))
+    sources = (Source("lora", "art.safetensors", "", 0.8, 0.5), Source("lora", "third.pt", "", 1 / 3, 1 / 3), Source("hypernetwork", "h.pt", "", 1.0))
     found = encode(TextConditioner(tokenizer, sources), engine, prompt, steps=1, cfg=1, **options).sets[0]
     np.testing.assert_array_equal(found, [plain(tokenizer, "cat  dog")])
 
