@@ -17,7 +17,7 @@ from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
 from sdrt.document import read_document, strict_json
-from sdrt.errors import BundleError, InputFileError, MachineError, nearest, printable
+from sdrt.errors import BundleError, InputFileError, MachineError, UsageError, nearest, printable
 from sdrt.graph_check import check_graph
 from sdrt.publish import write_file
 
@@ -217,6 +217,21 @@ def is_bundle(path: Path) -> bool:
     except (OSError, ValueError, RecursionError):
         return False
     return isinstance(document, dict) and {"format", "sdrt", "graphs", "files"} <= document.keys()
+
+
+def check_outside_bundles(option: str, folder: Path) -> None:
+    """Refuse to write into a bundle, which would no longer be what its manifest says. Only engines, and what belongs to them, go into one.
+
+    Raises:
+        UsageError: `folder`, where `option` would write, is a bundle or lies in one.
+    """
+    try:
+        place = folder.resolve()
+    except (OSError, RuntimeError):  # a loop of links: opening it says so
+        return
+    for outer in (place, *place.parents):
+        if is_bundle(outer):
+            raise UsageError(f"{option}: would write into the bundle {outer}, which is refused once another file is in it", "Name a place outside of it.")
 
 
 def open_bundle(path: Path) -> Bundle:

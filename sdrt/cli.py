@@ -24,6 +24,8 @@ from sdrt.cli_output import BUILD_STAGES, BundleArgument, Json, StageProgress, i
 from sdrt.errors import MachineError, SdrtError, UsageError, printable
 
 BUG, INTERRUPTED = 70, 130
+_COMMAND_LINE_ERROR: Any = typer.BadParameter.__base__
+"""What the parser raises for options that are missing, unknown or of another type: click's UsageError, or typer's own copy of it."""
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN)
 _PACKAGES = {"torch": "build", "onnx": "build", "onnxscript": "build", "onnx_ir": "build", "onnxruntime": "cpu", "matplotlib": "bench", "openvino": "openvino"}
 
@@ -32,6 +34,7 @@ class ReportingGroup(TyperGroup):
     """Turns errors into one line on stderr, what to do about it, and DESIGN's exit codes. Tracebacks only with --debug."""
 
     def invoke(self, ctx: Any) -> Any:
+        words = [*ctx._protected_args, *ctx.args]
         if threading.current_thread() is threading.main_thread():
             interrupted.clear()
             for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # a stopped build, or one whose terminal went away, cleans up like an interrupted one
@@ -65,6 +68,8 @@ class ReportingGroup(TyperGroup):
             _fail(ctx, "out of memory", "Choose a smaller size or batch, or a machine with more memory.", 6)
         except Exception as error:
             if type(error).__module__.partition(".")[0] in ("typer", "click"):
+                if isinstance(error, _COMMAND_LINE_ERROR) and "--json" in words[: words.index("--") if "--" in words else None]:
+                    _print_error(error.format_message(), "Run the command with --help to see its options.", error.exit_code)
                 raise
             if isinstance(error, RuntimeError) and "can't start new thread" in str(error):
                 _fail(ctx, "no more threads may be started here", "Raise the limit on processes (ulimit -u), or stop other programs.", 6)
@@ -98,12 +103,17 @@ def _fail(ctx: Any, message: str, fix: str, code: int, data: Mapping[str, Any] |
         typer.echo(f"  fix: {printable(fix)}", err=True)
     if ctx.find_root().obj == "json":
         with suppress(OSError):  # it may be what has failed
-            typer.echo(json.dumps({"error": {"message": message, "fix": fix, "exit_code": code, **(data or {})}}))
+            _print_error(message, fix, code, data)
     if not _flushed(sys.stdout):
         _discard_stdout()
     if interruptible.abandoned:  # an engine that does not end; taking it down while it works would crash
         os._exit(code)
     raise typer.Exit(code)
+
+
+def _print_error(message: str, fix: str, code: int, data: Mapping[str, Any] | None = None) -> None:
+    """An error as the JSON object on stdout that `--json` promises."""
+    typer.echo(json.dumps({"error": {"message": message, "fix": fix, "exit_code": code, **(data or {})}}))
 
 
 def _flushed(stream: TextIO | None) -> bool:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from sdrt.bundle import MANIFEST, MAX_MANIFEST_BYTES, Bundle, open_bundle
+from sdrt.bundle import MANIFEST, MAX_MANIFEST_BYTES, Bundle, check_outside_bundles, open_bundle
 from sdrt.document import read_given
 from sdrt.engine_cache import check_all, engine_folders
 from sdrt.engine_record import RECORD
@@ -53,11 +53,12 @@ def sign(path: Path, private_key: Path, *, output: Path | None = None, force: bo
     Raises:
         InputFileError: the key is no ed25519 private key in PEM, or there is no bundle.
         BundleError: the bundle or an engine is not what its manifest or record says; nothing is signed then.
-        UsageError: the signature exists and `force` is off.
+        UsageError: the signature exists and `force` is off, or lies in a bundle.
         MachineError: `cryptography` is not installed.
     """
     bundle = open_bundle(path)
     target = (output or signature_path(path)).absolute()
+    check_outside_bundles("--output", target.parent)
     if os.path.lexists(target) and not force:
         raise UsageError(f"{target}: exists already", "Choose another --output, or pass --force to sign again.")
     key = _private_key(private_key)

@@ -302,10 +302,12 @@ def test_threads(tokenizer: Tokenizer) -> None:
         ({"prompt": "(" * 10_000 + "a"}, "^prompt: 'a' has weight 1e\\+30", "brackets"),
         ({"negative": "(a:-9999)"}, "^negative prompt: 'a' has weight -1e\\+04", "smaller"),
         ({"prompt": "cat AND dog:5000"}, "^prompt: ' dog' has weight 5e\\+03", "smaller"),
-        ({"prompt": "a <lora:x:0.6>"}, "^prompt: <lora:x:0.6>: adapters are baked in when a bundle is built; this one holds lora art.safetensors at 0.8:0.5, hypernetwork h.pt at 1\n", "Take it out"),
-        ({"negative": "<hypernet:\x1b[2J>"}, "^negative prompt: <hypernet:.x1b.2J>: adapters", "Take it out"),
-        ({"prompt": "<lyco:" + "y" * 500 + ">", "syntax": "plain"}, "^prompt: <lyco:y{34}…: adapters", "Take it out"),
-        ({"prompt": "<wild:x>"}, "^prompt: <wild:x>: ", "plain prompt syntax"),
+        ({"prompt": "a <lora:x:0.6>"}, "^prompt: <lora:x:0.6>: adapters are baked in when a bundle is built; this one holds <lora:art:0.5:0.8> <hypernet:h:1>\n", "--network-tags ignore"),
+        ({"negative": "<hypernet:\x1b[2J>"}, "^negative prompt: <hypernet:.x1b.2J>: adapters", "--network-tags ignore"),
+        ({"prompt": "<lyco:" + "y" * 500 + ">", "syntax": "plain"}, "^prompt: <lyco:y{34}…: adapters", "--network-tags ignore"),
+        ({"prompt": "<wild:x>"}, "^prompt: <wild:x>: ", "--network-tags ignore"),
+        ({"prompt": "<lora:art:0.8:0.5>"}, "^prompt: <lora:art:0.8:0.5>: ", "--network-tags ignore"),
+        ({"network_tags": "drop"}, "^network tags 'drop': unknown", "refuse, ignore"),
     ],
 )  # fmt: skip
 def test_bad_input(tokenizer: Tokenizer, engine: Any, options: dict[str, Any], message: str, fix: str) -> None:
@@ -329,6 +331,28 @@ def test_tags_that_are_text(conditioner: TextConditioner, tokenizer: Tokenizer, 
     encode(conditioner, engine, "i <3 you", "<wild:x>", steps=1, cfg=2)
     with pytest.raises(UsageError, match="this one holds none"):
         encode(conditioner, engine, "<wild:x> <lora:y>", steps=1, cfg=2, syntax="plain")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options"),
+    [
+        ("cat <lora:art:0.5:0.8><hypernet:h:1> dog", {}),  # what is built in, at the strength it is built in with
+        ("cat <lora:third:0.333333> dog", {}),  # six digits, as tags are written
+        ("cat <lora:other:1><wild:x> dog", {"network_tags": "ignore"}),
+        ("cat <lora:art:0.3> dog", {"network_tags": "ignore"}),
+        ("cat <lora:art:0.5:0.8> dog", {"syntax": "plain"}),
+    ],
+)
+def test_tags_that_change_nothing(tokenizer: Tokenizer, engine: Any, prompt: str, options: dict[str, Any]) -> None:
+    sources = (Source("lora", "art.safetensors", "", 0.8, 0.5), Source("lora", "third.pt", "", 1 / 3, 1 / 3), Source("hypernetwork", "h.pt", "", 1.0))
+    found = encode(TextConditioner(tokenizer, sources), engine, prompt, steps=1, cfg=1, **options).sets[0]
+    np.testing.assert_array_equal(found, [plain(tokenizer, "cat  dog")])
+
+
+def test_ignored_tags_of_a_negative_prompt(conditioner: TextConditioner, tokenizer: Tokenizer, engine: Any) -> None:
+    """AUTOMATIC1111 takes them for text there."""
+    found = encode(conditioner, engine, "", "<lora:x:1>", steps=1, cfg=2, network_tags="ignore").sets[0]
+    np.testing.assert_array_equal(found[0], plain(tokenizer, "<lora:x:1>"))
 
 
 @pytest.mark.parametrize("prompt", ["\x00", "red\x00apple", "((((", "))]]", "[a:b", "[[[|", "\\", "(:1.3)", ":::", "BREAK", "AND", "\n", "|"])

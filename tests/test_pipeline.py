@@ -345,7 +345,7 @@ def test_guidance_so_large_that_it_overflows(flat: Pipeline) -> None:
         ({"count": 0}, "count 0: expected 1 to"),
         ({"count": -1}, "count -1: expected 1 to"),
         ({"count": 10_001}, "count 10001: expected 1 to 10000"),
-        ({"seed": -1}, "seed -1: expected 0 to 18446744073709551615"),
+        ({"seed": -2}, "seed -2: expected 0 to 18446744073709551615"),
         ({"seed": 2**64}, "seed 18446744073709551616: expected 0 to 18446744073709551615"),
         ({"seed": 2**64 - 1, "count": 2}, "seed 18446744073709551615: expected 0 to 18446744073709551614"),
         ({"size": 5}, r"size 5: expected \(width, height\)"),

@@ -6,7 +6,7 @@ import time
 from collections import deque
 from collections.abc import Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Unpack
@@ -22,12 +22,15 @@ from sdrt.runtime.engine import Denoising, Engine, Float, Job, Pixels, Tables, l
 from sdrt.runtime.images import Canvas, blank_canvas, canvas, laid_over
 from sdrt.runtime.noise import Draws, draw_noise
 from sdrt.runtime.request import Request, Settings, request_of_settings, resolved
+from sdrt.runtime.request_json import IMAGES, request_to_json
 from sdrt.runtime.request_memory import check_memory, with_own
 from sdrt.runtime.samplers import Row, plan_rows
 from sdrt.runtime.tokenizer import Tokenizer
 
 ROUNDING = {"a1111": 0.0, "diffusers": 0.5}
 """Added before pixels become whole numbers: AUTOMATIC1111 truncates, diffusers rounds."""
+_OF_SOURCE = ("kind", "name", "sha256", "scale", "te_scale", "trigger")
+"""What a result says of each file that went into the bundle."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ class Result:
     """Finished pictures: `images` uint8 `[N, H, W, 3]`, the seed of each, and how they came to be.
 
     `timings_ms` holds `total`, `text_encoder`, `image_encoder` (0 without an init image), `denoise`, `decode` and the list `steps`, one entry per
-    model call of every batch. `parameters` are the request's, every open choice made, and the bundle's name and id.
+    model call of every batch. `parameters` are the request's, every open choice made, the bundle's name and id, and what went into it.
     """
 
     images: Pixels
@@ -268,16 +271,15 @@ class Pipeline:
             syntax=request.prompt_syntax,
             emphasis=request.emphasis,
             compat=request.compat,
+            network_tags=request.network_tags,
         )
 
     def _parameters(self, plan: _Plan) -> dict[str, Any]:
-        request, sha256 = plan.request, {} if plan.start is None else plan.start.sha256
-        images: dict[str, Any] = {}
-        for name in ("init_image", "mask"):
-            given = getattr(request, name)
-            images |= {name: str(given) if isinstance(given, (str, Path)) else None, f"{name}_sha256": sha256.get(name)}
-        fields = asdict(replace(request, init_image=None, mask=None)) | images | {"size": list(request.size or ())}
-        return fields | {"bundle": self.bundle.manifest.name, "bundle_id": bundle_id(self.bundle.manifest), "sdrt": self.bundle.manifest.sdrt}
+        manifest, sha256 = self.bundle.manifest, {} if plan.start is None else plan.start.sha256
+        sources = [{name: getattr(source, name) for name in _OF_SOURCE} for source in manifest.sources]
+        made_from = {f"{name}_sha256": sha256.get(name) for name in IMAGES}
+        made_by = {"bundle": manifest.name, "bundle_id": bundle_id(manifest), "sources": sources, "sdrt": manifest.sdrt}
+        return request_to_json(plan.request) | made_from | made_by
 
     def _job(self, engine: Engine, plan: _Plan, seeds: tuple[int, ...], timings: dict[str, Any]) -> Job:
         draws, count = self._draws(plan, seeds), len(seeds)

@@ -6,11 +6,11 @@ import math
 import secrets
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any, BinaryIO, TypedDict
 
 from sdrt.bundle import MAX_BATCH, MAX_SIDE, MIN_SIDE, SIZE_STEP, Manifest
 from sdrt.errors import UsageError, nearest, one_of
-from sdrt.runtime.conditioning import EMPHASES, SYNTAXES
+from sdrt.runtime.conditioning import EMPHASES, NETWORK_TAGS, SYNTAXES
 from sdrt.runtime.noise import MAX_SEED, NOISES
 from sdrt.runtime.samplers import COMPATS, parse_sampler
 from sdrt.runtime.schedule import MAX_STEPS
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from PIL import Image
 
-    ImageInput = str | Path | Image.Image | NDArray[Any]
+    ImageInput = str | Path | bytes | BinaryIO | Image.Image | NDArray[Any]
 
 RESIZES = ("stretch", "crop", "fill")
 MAX_COUNT, MAX_BLUR = 10_000, 64
@@ -42,6 +42,7 @@ class Settings(TypedDict, total=False):
     clip_skip: int | None
     prompt_syntax: str | None
     emphasis: str
+    network_tags: str
     init_image: ImageInput | None
     strength: float | None
     mask: ImageInput | None
@@ -57,7 +58,7 @@ class Request:
     negative: what to steer away from; unused at guidance scale 1.
     steps: 1 to 1000. Samplers of two model calls a step (heun) take nearly twice as many calls.
     cfg: guidance scale, 1 or more usually; 1 turns guidance off and halves the work.
-    seed: 0 to 2**64 - 1; None draws one, which the result names. Picture i of a call has seed + i and its own noise.
+    seed: 0 to 2**64 - 1; None, or -1 as in AUTOMATIC1111, draws one, which the result names. Picture i of a call has seed + i and its own noise.
     sampler: a key or label of `sdrt.runtime.samplers.SAMPLERS`, or diffusers' class name.
     schedule: which noise levels it passes through; None takes the sampler's own.
     size: (width, height) in pixels, multiples of 8 from 64 to 8192; None takes the bundle's.
@@ -68,9 +69,10 @@ class Request:
     clip_skip: text-encoder layer counted from the end, 1 the last, among those the bundle was built with; None takes the first of them.
     prompt_syntax: a1111 or plain; None is plain for diffusers, else a1111.
     emphasis: what `(word:1.2)` does: one of `sdrt.runtime.conditioning.EMPHASES`.
-    init_image: start from this picture instead of noise alone: a path, a Pillow image, or uint8 `[H, W, 3]`.
+    network_tags: refuse or ignore `<lora:name:0.8>` and the like that the bundle does not hold at that strength; what it holds needs no tag.
+    init_image: start from this picture instead of noise alone: a path, the bytes of a file, a file object, a Pillow image, or uint8 `[H, W, 3]`.
     strength: how much of the schedule an init image goes through, more than 0 to 1; None is 0.75 for a1111; 0.8, or 1 under a mask, for diffusers.
-    mask: what to repaint of the init image: white is repainted, black kept. A path, a Pillow image, or uint8 `[H, W]`.
+    mask: what to repaint of the init image: white is repainted, black kept. Given like it; an array may be uint8 `[H, W]`.
     mask_blur: radius in pixels by which the mask's edge is softened, 0 to 64; None is 4 for a1111, 0 for diffusers.
     resize: how an init image of another size is fitted: stretch, crop, or fill (its edges are drawn out).
     """
@@ -90,6 +92,7 @@ class Request:
     clip_skip: int | None = None
     prompt_syntax: str | None = None
     emphasis: str = "original"
+    network_tags: str = "refuse"
     init_image: ImageInput | None = None
     strength: float | None = None
     mask: ImageInput | None = None
@@ -138,7 +141,7 @@ def resolved(request: Request, manifest: Manifest) -> Request:
         negative=_text("negative prompt", request.negative),
         steps=_range("steps", request.steps, 1, MAX_STEPS),
         cfg=_number("cfg", request.cfg, "1 to 30 usually"),
-        seed=_range("seed", draw_seed() if request.seed is None else request.seed, 0, MAX_SEED - (count - 1)),
+        seed=_range("seed", draw_seed() if request.seed in (None, -1) else request.seed, 0, MAX_SEED - (count - 1)),
         sampler=sampler,
         schedule=schedule,
         size=_size(request.size, manifest),
@@ -147,6 +150,7 @@ def resolved(request: Request, manifest: Manifest) -> Request:
         clip_skip=clip_skip,
         prompt_syntax=one_of("prompt syntax", request.prompt_syntax or ("plain" if diffusers else "a1111"), SYNTAXES),
         emphasis=one_of("emphasis", request.emphasis, EMPHASES),
+        network_tags=one_of("network tags", request.network_tags, NETWORK_TAGS),
         strength=_strength(request, diffusers),
         mask_blur=_range("mask blur", blur, 0, MAX_BLUR),
         resize=one_of("resize", request.resize, RESIZES),
