@@ -38,7 +38,7 @@ class ReportingGroup(TyperGroup):
         try:
             return super().invoke(ctx)
         except SdrtError as error:
-            _fail(ctx, error.message, error.fix, error.exit_code)
+            _fail(ctx, error.line, error.fix, error.exit_code)
         except KeyboardInterrupt:
             _fail(ctx, "interrupted; nothing was left behind", "", INTERRUPTED)
         except ModuleNotFoundError as error:

@@ -141,7 +141,7 @@ def compile_after_build(path: Path, targets: Sequence[str]) -> list[CompileRepor
         try:
             reports += run(bundle, CompileOptions(name))
         except SdrtError as error:
-            raise type(error)(f"the bundle {path} is built and works; compiling it failed: {error.message}", error.fix) from error
+            raise type(error)(f"the bundle {path} is built and works; compiling it failed: {error.line}", error.fix) from error
     return reports
 
 

@@ -25,7 +25,7 @@ from simulated_plans import compile_engine
 from sdrt import bundle as names
 from sdrt.bundle import Bundle, open_bundle
 from sdrt.engine_cache import read_engine, read_plan, write_engine
-from sdrt.errors import BundleError, MachineError, NonFiniteError, ResourceError, UsageError
+from sdrt.errors import BundleError, ClosedError, MachineError, MissingEngineError, NonFiniteError, ResourceError, UsageError
 from sdrt.runtime import Pipeline
 from sdrt.runtime.engine import Denoising, Job, Pixels, tables
 from sdrt.runtime.samplers import SAMPLERS, plan_rows
@@ -531,7 +531,7 @@ def test_closing_gives_everything_back(gpu: Gpu, bundle: Path) -> None:
         assert (gpu.used_bytes(), gpu.used_bytes("pinned")) == (0, 0), "without waiting for the garbage collector"
     finally:
         gc.enable()
-    with pytest.raises(UsageError, match="closed"):
+    with pytest.raises(ClosedError, match="closed"):
         pipe("fox", **QUICK)
 
 
@@ -625,7 +625,7 @@ def test_shape_outside_the_profile(pipe: Pipeline, expected: Expected, gpu: Gpu,
     pipe("fox", **QUICK)
     used = gpu.used_bytes()
     high = rf"\[128, 3, 4, 12, 12\]|\[4, 3, 4, 12, 12\]|\[{batch}, 4, 12, 12\]"
-    with pytest.raises(UsageError, match=rf"step: \w+: shape \[.*\], the engine was compiled for \[.*\] to ({high})") as caught:
+    with pytest.raises(MissingEngineError, match=rf"step: \w+: shape \[.*\], the engine was compiled for \[.*\] to ({high})") as caught:
         pipe("fox", size=size, batch=batch, count=batch, steps=2, cfg=3.0, seed=1)
     assert COMMAND.split(" .*")[0] in caught.value.fix and "--size" in caught.value.fix
     assert gpu.used_bytes() == used, "while the error is still held"
@@ -633,7 +633,7 @@ def test_shape_outside_the_profile(pipe: Pipeline, expected: Expected, gpu: Gpu,
 
 
 def test_batch_outside_the_profile(pipe: Pipeline) -> None:
-    with pytest.raises(UsageError, match=r"the engine was compiled for") as caught:
+    with pytest.raises(MissingEngineError, match=r"the engine was compiled for") as caught:
         pipe("fox", batch=4, count=4, **QUICK)
     assert "--batch" in caught.value.fix
 
@@ -641,7 +641,7 @@ def test_batch_outside_the_profile(pipe: Pipeline) -> None:
 def test_branches_outside_the_engine(gpu: Gpu, small_bundle: Path, blank: Path, expected: Expected) -> None:
     compile_engine(blank, graphs=small_bundle, branches=(2,))
     with load(blank) as pipe:
-        with pytest.raises(UsageError, match="1 guidance branches, the engine was compiled for 2"):
+        with pytest.raises(MissingEngineError, match="1 guidance branches, the engine was compiled for 2"):
             pipe("fox", cfg=1.0, steps=2, seed=1)
         same(pipe, expected, **QUICK)
 

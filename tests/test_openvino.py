@@ -32,7 +32,7 @@ from sdrt.compile import openvino as compiling
 from sdrt.compile.openvino import compile_bundle
 from sdrt.compile.report import CompileOptions, CompileReport, GraphReport
 from sdrt.engine_cache import list_engines, read_engine, read_plan, write_engine
-from sdrt.errors import BundleError, MachineError, ResourceError, UsageError
+from sdrt.errors import BundleError, MachineError, MissingEngineError, ResourceError, UsageError
 from sdrt.runtime import Pipeline, cpu, engine, openvino_model
 from sdrt.runtime import openvino as backend
 from sdrt.runtime.engine import Job, Tables
@@ -502,7 +502,7 @@ def test_a_changed_byte(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     ids=["size", "batch"],
 )
 def test_a_shape_without_an_engine(pipe: Pipeline, bundle: Path, arguments: dict[str, Any], wanted: str) -> None:
-    with pytest.raises(UsageError, match=f"no OpenVINO engine for {wanted}; there is: --size 64x64") as raised:
+    with pytest.raises(MissingEngineError, match=f"no OpenVINO engine for {wanted}; there is: --size 64x64") as raised:
         pipe(**{"prompt": "apple", "steps": 1, "cfg": 3.0} | arguments)
     assert f"sdrt compile {bundle} --target openvino {wanted};" in raised.value.fix and "--backend onnxruntime" in raised.value.fix
 
@@ -510,7 +510,7 @@ def test_a_shape_without_an_engine(pipe: Pipeline, bundle: Path, arguments: dict
 def test_a_prompt_without_an_engine(pipe: Pipeline) -> None:
     assert pipe._engine is not None
     for tokens, branches in ((154, 2), (77, 3)):
-        with pytest.raises(UsageError, match=f"no OpenVINO engine for --size 64x64 --batch 1 --tokens {tokens} --branches {branches};"):
+        with pytest.raises(MissingEngineError, match=f"no OpenVINO engine for --size 64x64 --batch 1 --tokens {tokens} --branches {branches};"):
             pipe._engine.denoise(job(2, tokens=tokens, branches=branches, width=8))
 
 

@@ -77,6 +77,11 @@ class Prompts:
     emphasis: str
     steps: int
 
+    @property
+    def length(self) -> int:
+        """Chunks of the longest part: all branches are filled up to it."""
+        return max(part.length for part in self.parts)
+
 
 class TextConditioner:
     """Prompts of one bundle to contexts. Thread-safe; keeps the chunks it encoded last."""

@@ -25,7 +25,7 @@ from sdrt import bundle as names
 from sdrt.bundle import WEIGHTS, Bundle
 from sdrt.engine_cache import list_engines, mismatch, read_plan
 from sdrt.engine_record import EngineRecord
-from sdrt.errors import MachineError, UsageError
+from sdrt.errors import MachineError, MissingEngineError
 from sdrt.runtime.cpu import usable_cores
 from sdrt.runtime.engine import Float, Job, Pixels
 from sdrt.runtime.openvino_model import (
@@ -198,13 +198,14 @@ class OpenVinoEngine:
                 return engine
         raise self._no_engine(width, height, "")
 
-    def _no_engine(self, width: int, height: int, rest: str) -> UsageError:
+    def _no_engine(self, width: int, height: int, rest: str) -> MissingEngineError:
         factor = self._bundle.manifest.latents.factor
         have = "; ".join(dict.fromkeys(engine.shape.words(factor) for engine in self._engines))
         wanted = f"--size {width * factor}x{height * factor} {rest}".rstrip()
-        return UsageError(
-            f"{self._bundle.path}: no OpenVINO engine for {wanted}; there is: {have}",
+        return MissingEngineError(
+            f"no OpenVINO engine for {wanted}; there is: {have}",
             f"Compile one with: sdrt compile {self._bundle.path} --target openvino {wanted}; or choose --backend onnxruntime (in Python backend='onnxruntime'), which takes any shape.",
+            path=self._bundle.path,
         )
 
 

@@ -22,7 +22,7 @@ from sdrt import bundle as names
 from sdrt.bundle import Bundle
 from sdrt.engine_cache import list_engines, mismatch, read_plan
 from sdrt.engine_record import EngineRecord
-from sdrt.errors import MachineError, ResourceError, SdrtError, UsageError
+from sdrt.errors import MachineError, MissingEngineError, ResourceError, SdrtError
 from sdrt.runtime.captured_step import Shape, Slot, TensorRtDenoising
 from sdrt.runtime.device_memory import Block, layout
 from sdrt.runtime.engine import Float, Job, Pixels
@@ -193,14 +193,14 @@ class TensorRtEngine:
         """Choose a profile, then set the shape and address of every input.
 
         Raises:
-            UsageError: a shape is outside what the engine was compiled for.
+            MissingEngineError: a shape is outside what the engine was compiled for.
         """
         ranges = self.record.key.profiles[graph][profile].shapes
         for name, (_, shape) in inputs.items():
             if name in ranges:
                 low, _, high = ranges[name]
                 if len(low) != len(shape) or not all(a <= s <= b for a, s, b in zip(low, shape, high, strict=True)):
-                    raise UsageError(f"{graph}: {name}: shape {list(shape)}, the engine was compiled for {list(low)} to {list(high)}", self._compile_hint())
+                    raise MissingEngineError(f"{graph}: {name}: shape {list(shape)}, the engine was compiled for {list(low)} to {list(high)}", self._compile_hint())
         if context.active_optimization_profile != profile and not context.set_optimization_profile_async(profile, int(self._stream.handle)):
             raise MachineError(f"{graph}: TensorRT refused optimization profile {profile}", self._compile_hint())
         for name, (address, shape) in inputs.items():
@@ -233,7 +233,7 @@ class TensorRtEngine:
         """The step engine's profile for a number of guidance branches."""
         if shape.branches not in self.record.branches:
             built = ", ".join(str(n) for n in self.record.branches)
-            raise UsageError(f"step: {shape.branches} guidance branches, the engine was compiled for {built}", self._compile_hint())
+            raise MissingEngineError(f"step: {shape.branches} guidance branches, the engine was compiled for {built}", self._compile_hint())
         return self.record.branches.index(shape.branches)
 
     def disable_graphs(self, why: str) -> None:
