@@ -58,7 +58,7 @@ def generate(
     ctx.find_root().obj = "json" if as_json else None
     from sdrt.bundle import open_bundle
     from sdrt.runtime import Pipeline
-    from sdrt.runtime.picture_file import read_parameters, save_png
+    from sdrt.runtime.picture_file import read_parameters, save_picture
     from sdrt.runtime.request import draw_seed
 
     for name, path in (("--output", output), ("--contact-sheet", contact_sheet)):
@@ -91,11 +91,10 @@ def generate(
                     _write_previews(preview, step, first)
                 if contact_sheet is not None:
                     frames += _frames(step)
-        manifest = pipe.bundle.manifest
     result = step.result
     assert result is not None
-    for path, image, picture_seed in zip(paths, result.images, result.seeds, strict=True):
-        save_png(path, image, result.parameters | {"seed": picture_seed, "engine": result.engine}, manifest)
+    for i, path in enumerate(paths):
+        save_picture(path, result.encode("png", i))
     if contact_sheet is not None:
         _write_sheet(contact_sheet, frames)
     _report(paths, result, as_json)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from test_images import bomb
 from sdrt.bundle import bundle_id
 from sdrt.errors import InputFileError, UsageError
 from sdrt.runtime import Pipeline
-from sdrt.runtime.picture_file import automatic1111_text, read_parameters, request_of, save_png
+from sdrt.runtime.picture_file import automatic1111_text, encode, read_parameters, request_of, save_picture
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +39,7 @@ def shared(loaded: Pipeline, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
 
 def made(pipe: Pipeline, path: Path, prompt: str = "red apple", **settings: Any) -> Path:
     result = pipe(prompt, **{"steps": 2, "cfg": 3.0, "seed": 5} | settings)
-    save_png(path, result.images[0], result.parameters | {"seed": result.seeds[0], "engine": result.engine}, pipe.bundle.manifest)
+    save_picture(path, encode(result.images[0], result.parameters | {"seed": result.seeds[0], "engine": result.engine}))
     return path
 
 
@@ -74,16 +75,67 @@ def test_what_the_text_says_of_images_and_options(loaded: Pipeline) -> None:
     parameters = loaded("sun", steps=1, seed=1).parameters | {
         "strength": 0.6, "mask": "m.png", "mask_blur": 4, "clip_skip": 2, "noise": "cpu", "emphasis": "no norm", "schedule": "sgm_uniform",
     }  # fmt: skip
-    line = automatic1111_text(parameters, loaded.bundle.manifest).splitlines()[-1]
+    line = automatic1111_text(parameters).splitlines()[-1]
     for part in ("Denoising strength: 0.6", "Mask blur: 4", "Clip skip: 2", "RNG: CPU", "Emphasis: No norm", "Schedule type: SGM Uniform", "Version: sdrt "):
         assert part in line.split(", ") or part in line
 
 
-def test_adapters_are_named(blindbox_bundle: Path) -> None:
+def test_what_was_fused_is_named(loaded: Pipeline) -> None:
+    """Strengths as tags, text encoder first, and hashes of the files; sd_parsers reads the pairs."""
+    fused = [
+        {"kind": "checkpoint", "name": "base.safetensors", "sha256": "a" * 64, "scale": None, "te_scale": None, "trigger": None},
+        {"kind": "vae", "name": "soft.pt", "sha256": "b" * 64, "scale": None, "te_scale": None, "trigger": None},
+        {"kind": "lora", "name": "one.safetensors", "sha256": "c" * 64, "scale": 0.8, "te_scale": 0.8, "trigger": None},
+        {"kind": "lora", "name": "two.pt", "sha256": "d" * 64, "scale": 1.0, "te_scale": 0.25, "trigger": None},
+        {"kind": "embedding", "name": "file.bin", "sha256": "e" * 64, "scale": None, "te_scale": None, "trigger": "cute"},
+        {"kind": "hypernetwork", "name": "net.pt", "sha256": "f" * 64, "scale": 0.5, "te_scale": None, "trigger": None},
+    ]
+    first, pairs = automatic1111_text(loaded("sun", steps=1, seed=1).parameters | {"sources": fused}).splitlines()
+    assert first == "sun <lora:one:0.8> <lora:two:0.25:1> <hypernet:net:0.5>"
+    for part in (
+        "Model hash: aaaaaaaaaa, Model: base, VAE hash: bbbbbbbbbb, VAE: soft.pt", 'Lora hashes: "one: cccccccccccc, two: dddddddddddd"',
+        'TI hashes: "cute: eeeeeeeeeeee"', 'Hypernet hashes: "net: ffffffffffff"',
+    ):  # fmt: skip
+        assert part in pairs
+
+
+def test_a_result_says_what_was_fused(blindbox_bundle: Path) -> None:
     with Pipeline.load(blindbox_bundle, backend="onnxruntime", threads=1) as pipe:
-        text = automatic1111_text(pipe("sun", steps=1, seed=1).parameters, pipe.bundle.manifest)
-        sha256 = pipe.bundle.manifest.sources[1].sha256
-    assert f'Lora hashes: "blindbox: {sha256[:12]}"' in text
+        source, parameters = pipe.bundle.manifest.sources[1], pipe("sun", steps=1, seed=1).parameters
+    assert {"kind": "lora", "name": source.name, "sha256": source.sha256, "scale": 1.0, "te_scale": 1.0, "trigger": None} in parameters["sources"]
+    assert automatic1111_text(parameters).startswith("sun <lora:blindbox:1>\n")
+
+
+@pytest.mark.parametrize("format", ["png", "jpeg", "webp"])
+def test_every_format_says_how_it_was_made(loaded: Pipeline, format: str) -> None:
+    """The text where AUTOMATIC1111 puts it (EXIF's UserComment in UTF-16, but for PNG), the JSON beside it, and the picture."""
+    result = loaded("röd äpple 🍎", steps=2, seed=3)
+    parameters = result.parameters | {"engine": result.engine}
+    data = encode(result.images[0], parameters, format, quality=100)
+    with Image.open(BytesIO(data)) as picture:
+        assert picture.format == format.upper()
+        difference = np.abs(np.asarray(picture.convert("RGB")).astype(int) - result.images[0])
+        assert difference.max() == 0 if format != "jpeg" else difference.mean() < 4  # JPEG halves the resolution of colours
+        if format == "png":
+            text, everything = picture.info["parameters"], picture.info["sdrt"]
+        else:
+            exif = picture.getexif().get_ifd(0x8769)
+            assert exif[0x9286][:8] == b"UNICODE\0"
+            text, everything = exif[0x9286][8:].decode("utf-16-be"), exif[0x927C].removeprefix(b"sdrt\0")
+    assert text == automatic1111_text(parameters) and json.loads(everything) == json.loads(json.dumps(parameters))
+    assert encode(result.images[0], parameters, format, quality=100) == data
+    with pytest.raises(UsageError, match="did you mean"):
+        encode(result.images[0], parameters, format + "x")
+    with pytest.raises(UsageError, match="quality 0"):
+        encode(result.images[0], parameters, format, quality=0)
+
+
+def test_more_text_than_a_jpeg_holds(loaded: Pipeline) -> None:
+    result = loaded("sun", steps=1, seed=3)
+    parameters = result.parameters | {"prompt": "sun " * 10_000}
+    with pytest.raises(UsageError, match="longer than a JPEG's EXIF holds"):
+        encode(result.images[0], parameters, "jpeg")
+    assert len(encode(result.images[0], parameters, "webp")) > 40_000
 
 
 # Replay

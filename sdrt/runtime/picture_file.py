@@ -1,6 +1,7 @@
-"""A finished picture as a PNG that says how it was made: AUTOMATIC1111's `parameters` text, which other tools read, and all of it as JSON.
+"""A finished picture as a PNG, JPEG or WebP that says how it was made: AUTOMATIC1111's text, which other tools read, and all of it as JSON.
 
-The JSON (in the text chunk `sdrt`) is what `request_of` reads back, so that a picture can be made again.
+A PNG holds the text in its chunk `parameters` and the JSON in the chunk `sdrt`; the others hold them as EXIF, in UserComment and MakerNote. The
+JSON is what `request_of` reads back, so that a picture can be made again.
 """
 
 from __future__ import annotations
@@ -14,41 +15,84 @@ from typing import Any
 
 from sdrt.bundle import Manifest, bundle_id, file_record
 from sdrt.document import read_document
-from sdrt.errors import InputFileError, UsageError, printable
-from sdrt.publish import new_file, staged_file
+from sdrt.errors import InputFileError, UsageError, one_of, printable
+from sdrt.publish import staged_file, write_file
 from sdrt.runtime.engine import Pixels
 from sdrt.runtime.images import MAX_FILE_BYTES
 from sdrt.runtime.request import Request
 from sdrt.runtime.samplers import SAMPLERS
 
+PICTURE_FORMATS = ("png", "jpeg", "webp")
 JSON_CHUNK, TEXT_CHUNK = "sdrt", "parameters"
 CONTACT_SHEET = "contact sheet"
 """What a contact sheet says in place of settings."""
+QUALITY = 90
 _MAX_CHUNK = 1 << 20
 _SCHEDULES = {"sgm_uniform": "SGM Uniform", "ddim_uniform": "DDIM"}
 """AUTOMATIC1111's labels where they are not the name with a capital."""
+_EXIF, _USER_COMMENT, _MAKER_NOTE = 0x8769, 0x9286, 0x927C
+_UNICODE, _OURS = b"UNICODE\0", b"sdrt\0"
+"""What the two EXIF values begin with: EXIF's own code for UTF-16, and who wrote the note."""
 
 
-def save_png(path: Path, image: Pixels, parameters: Mapping[str, Any], manifest: Manifest) -> None:
-    """Write one picture, uint8 `[H, W, 3]`, with what `parameters` (a result's, with `seed` the picture's own and `engine`) say of it.
+def encode(image: Pixels, parameters: Mapping[str, Any], format: str = "png", *, quality: int = QUALITY) -> bytes:
+    """One picture as the bytes of a file that says how it was made.
+
+    Args:
+        image: uint8 `[H, W, 3]`.
+        parameters: those of a result, with the picture's own `seed`, and its `engine`.
+        format: png, jpeg or webp.
+        quality: 1 to 100, for jpeg and webp; webp loses nothing at 100.
 
     Raises:
-        ResourceError: the disk is full.
+        UsageError: an unknown format, a quality out of range, or more text than JPEG holds.
     """
     from PIL import Image
     from PIL.PngImagePlugin import PngInfo
 
-    info = PngInfo()
-    info.add_text(TEXT_CHUNK, automatic1111_text(parameters, manifest))
-    info.add_itxt(JSON_CHUNK, json.dumps(dict(parameters), ensure_ascii=False))
-    with staged_file(path) as stage, new_file(stage) as stream:
-        Image.fromarray(image).save(stream, "PNG", pnginfo=info)
+    one_of("format", format, PICTURE_FORMATS)
+    if isinstance(quality, bool) or not isinstance(quality, int) or not 1 <= quality <= 100:
+        raise UsageError(f"quality {quality!r}: expected a whole number from 1 to 100")
+    text, everything = automatic1111_text(parameters), json.dumps(dict(parameters), ensure_ascii=False)
+    stream = BytesIO()
+    picture = Image.fromarray(image)
+    if format == "png":
+        info = PngInfo()
+        info.add_text(TEXT_CHUNK, text)
+        info.add_itxt(JSON_CHUNK, everything)
+        picture.save(stream, "PNG", pnginfo=info)
+        return stream.getvalue()
+    exif = Image.Exif()
+    exif.get_ifd(_EXIF).update({_USER_COMMENT: _UNICODE + text.encode("utf-16-be"), _MAKER_NOTE: _OURS + everything.encode()})
+    if format == "webp":
+        picture.save(stream, "WEBP", quality=quality, lossless=quality == 100, exif=exif)
+        return stream.getvalue()
+    try:
+        picture.save(stream, "JPEG", quality=quality, exif=exif)
+    except ValueError as error:  # one segment holds all of it, 65,533 bytes
+        raise UsageError("format 'jpeg': the prompt and settings are longer than a JPEG's EXIF holds", "Choose png or webp.") from error
+    return stream.getvalue()
 
 
-def automatic1111_text(parameters: Mapping[str, Any], manifest: Manifest) -> str:
-    """The settings as AUTOMATIC1111 writes them under its pictures: prompt, negative prompt, and a line of `Name: value` pairs."""
+def save_picture(path: Path, data: bytes) -> None:
+    """Write the bytes of a picture to a file, whole or not at all.
+
+    Raises:
+        ResourceError: the disk is full.
+        UsageError: the folder cannot be written.
+    """
+    with staged_file(path) as stage:
+        write_file(stage, data)
+
+
+def automatic1111_text(parameters: Mapping[str, Any]) -> str:
+    """The settings as AUTOMATIC1111 writes them under its pictures: prompt, negative prompt, and a line of `Name: value` pairs.
+
+    What was fused is named as its prompts and pairs do: LoRAs and hypernetworks as tags after the prompt, with the hashes of their files.
+    """
     width, height = parameters["size"]
-    checkpoint = next((source for source in manifest.sources if source.kind == "checkpoint"), None)
+    sources = parameters.get("sources", [])
+    of_kind = {kind: [source for source in sources if source["kind"] == kind] for kind in ("checkpoint", "vae", "lora", "embedding", "hypernetwork")}
     pairs: dict[str, Any] = {
         "Steps": parameters["steps"],
         "Sampler": SAMPLERS[parameters["sampler"]].label,
@@ -57,8 +101,10 @@ def automatic1111_text(parameters: Mapping[str, Any], manifest: Manifest) -> str
         "Seed": parameters["seed"],
         "Size": f"{width}x{height}",
     }
-    if checkpoint is not None:
-        pairs |= {"Model hash": checkpoint.sha256[:10], "Model": Path(checkpoint.name).stem}
+    for source in of_kind["checkpoint"][:1]:
+        pairs |= {"Model hash": source["sha256"][:10], "Model": Path(source["name"]).stem}
+    for source in of_kind["vae"][:1]:
+        pairs |= {"VAE hash": source["sha256"][:10], "VAE": source["name"]}
     if parameters["strength"] is not None:
         pairs["Denoising strength"] = f"{parameters['strength']:g}"
     if parameters["clip_skip"] != 1:
@@ -71,14 +117,22 @@ def automatic1111_text(parameters: Mapping[str, Any], manifest: Manifest) -> str
         pairs["RNG"] = "NV"
     if parameters["emphasis"] != "original":
         pairs["Emphasis"] = parameters["emphasis"].capitalize()
-    adapters = [source for source in manifest.sources if source.kind in ("lora", "embedding", "hypernetwork")]
-    if hashes := ", ".join(f"{Path(source.name).stem}: {source.sha256[:12]}" for source in adapters if source.kind == "lora"):
-        pairs["Lora hashes"] = hashes
+    for name, kind in (("Lora hashes", "lora"), ("TI hashes", "embedding"), ("Hypernet hashes", "hypernetwork")):
+        if hashes := ", ".join(f"{source.get('trigger') or Path(source['name']).stem}: {source['sha256'][:12]}" for source in of_kind[kind]):
+            pairs[name] = hashes
     pairs["Version"] = f"sdrt {parameters['sdrt']}"
-    lines = [parameters["prompt"]]
+    lines = [" ".join([parameters["prompt"], *map(_tag, of_kind["lora"] + of_kind["hypernetwork"])])]
     if parameters["negative"]:
         lines.append(f"Negative prompt: {parameters['negative']}")
     return "\n".join([*lines, ", ".join(f"{name}: {_quoted(str(value))}" for name, value in pairs.items())])
+
+
+def _tag(source: Mapping[str, Any]) -> str:
+    """An adapter at its strength as a prompt of AUTOMATIC1111's loads it; a LoRA's text encoder comes first there."""
+    name, scale, text_scale = Path(source["name"]).stem, source["scale"], source.get("te_scale")
+    kind = "lora" if source["kind"] == "lora" else "hypernet"
+    both = f"{scale:g}" if text_scale in (None, scale) else f"{text_scale:g}:{scale:g}"
+    return f"<{kind}:{name}:{both}>"
 
 
 def _quoted(value: str) -> str:
@@ -128,7 +182,7 @@ def _check_unchanged(path: Path, image: str | None, sha256: object) -> None:
 
 
 def read_parameters(path: Path) -> dict[str, Any]:
-    """What `save_png` wrote, as it was.
+    """What `encode` wrote into a PNG, as it was.
 
     Raises:
         InputFileError: there is no such file, or it is no picture that sdrt wrote.

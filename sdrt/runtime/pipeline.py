@@ -23,6 +23,7 @@ from sdrt.runtime.conditioning import Conditioning, Prompts, TextConditioner
 from sdrt.runtime.engine import Denoising, Engine, Float, Job, Pixels, load_engine, tables
 from sdrt.runtime.images import Canvas, blank_canvas, canvas, laid_over
 from sdrt.runtime.noise import Draws, draw_noise
+from sdrt.runtime.picture_file import QUALITY, encode
 from sdrt.runtime.request import Parameters, Request, Settings, resolved
 from sdrt.runtime.samplers import Row, plan_rows
 from sdrt.runtime.tokenizer import Tokenizer
@@ -31,6 +32,8 @@ log = logging.getLogger("sdrt")
 
 ROUNDING = {"a1111": 0.0, "diffusers": 0.5}
 """Added before pixels become whole numbers: AUTOMATIC1111 truncates, diffusers rounds."""
+_OF_SOURCE = ("kind", "name", "sha256", "scale", "te_scale", "trigger")
+"""What a result says of each file that went into the bundle."""
 
 
 class Timings(TypedDict):
@@ -53,7 +56,8 @@ class Result:
     """Finished pictures: `images` uint8 `[N, H, W, 3]`, the seed of each, and how they came to be.
 
     `engine` is what ran: `backend`, `version`, `device`, `compute` (the precision it computes in), and what else the backend has to say.
-    `parameters` are the request's, every open choice made, and the bundle's name and id. Two results are equal if they are the same object.
+    `parameters` are the request's, every open choice made, the bundle's name and id, and what went into it. Two results are equal if they are the
+    same object.
     """
 
     images: Pixels
@@ -67,6 +71,19 @@ class Result:
         prompt, negative = self.parameters["prompt"], self.parameters["negative"]
         own = {name: text if isinstance(text, str) else text[index] for name, text in (("prompt", prompt), ("negative", negative))}
         return {**self.parameters, **own, "seed": self.seeds[index], "engine": self.engine}
+
+    def encode(self, format: str = "png", index: int = 0, *, quality: int = QUALITY) -> bytes:
+        """Picture `index` as the bytes of a file, which says how the picture was made.
+
+        Args:
+            format: png, jpeg or webp.
+            index: which picture, from 0.
+            quality: 1 to 100, for jpeg and webp; webp loses nothing at 100.
+
+        Raises:
+            UsageError: an unknown format, a quality out of range, or more text than a JPEG holds.
+        """
+        return encode(self.images[index], self.picture(index), format, quality=quality)
 
 
 @dataclass(frozen=True)
@@ -381,7 +398,10 @@ class Pipeline:
             images |= {name: str(given) if isinstance(given, (str, Path)) else None, f"{name}_sha256": sha256.get(name)}
         fields = asdict(replace(request, init_image=None, mask=None)) | images | {"size": list(request.size or ())}
         fields |= {name: text if isinstance(text, str) else list(text) for name, text in (("prompt", request.prompt), ("negative", request.negative))}
-        return cast(Parameters, fields | {"bundle": self.bundle.manifest.name, "bundle_id": bundle_id(self.bundle.manifest), "sdrt": self.bundle.manifest.sdrt})
+        manifest = self.bundle.manifest
+        sources = [{name: getattr(source, name) for name in _OF_SOURCE} for source in manifest.sources]
+        fields |= {"bundle": manifest.name, "bundle_id": bundle_id(manifest), "sources": sources, "sdrt": manifest.sdrt}
+        return cast(Parameters, fields)
 
     def _job(self, engine: Engine, plan: _Plan, seeds: tuple[int, ...], said: Sequence[Conditioning], timings: Timings) -> Job:
         draws, count = self._draws(plan, seeds), len(seeds)

@@ -55,7 +55,8 @@ class Parameters(TypedDict):
     """What a result says of its request: JSON, with every open choice made.
 
     The fields of `Request`, `prompt` and `negative` being lists where the request gave lists; `init_image` and `mask` are the paths they were read from,
-    as given, None where they came otherwise, and the `_sha256` of what was read; then the bundle's name and id, and the version of sdrt that built it.
+    as given, None where they came otherwise, and the `_sha256` of what was read; then the bundle's name and id, the files that went into it (kind, name,
+    sha256, scale, te_scale, trigger), and the version of sdrt that built it.
     """
 
     prompt: str | list[str]
@@ -82,6 +83,7 @@ class Parameters(TypedDict):
     resize: str
     bundle: str
     bundle_id: str
+    sources: list[dict[str, Any]]
     sdrt: str
 
 
