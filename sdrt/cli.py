@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
 import signal
 import sys
@@ -17,7 +18,7 @@ import typer
 from typer.core import TyperGroup
 
 from sdrt import __version__, cli_bench, cli_engines, cli_generate, cli_signature
-from sdrt.cli_output import BUILD_STAGES, BundleArgument, Json, StageProgress, interrupted, print_json, print_report, size_option
+from sdrt.cli_output import BUILD_STAGES, BundleArgument, Json, StageProgress, interrupted, print_json, print_report, show_log, size_option
 from sdrt.errors import MachineError, SdrtError, UsageError, printable
 
 BUG, INTERRUPTED = 70, 130
@@ -100,6 +101,7 @@ def _version(value: bool) -> None:
 @app.callback()
 def main(
     debug: Annotated[bool, typer.Option("--debug", help="Print the traceback of an error.")] = False,
+    verbose: Annotated[int, typer.Option("--verbose", "-v", count=True, show_default=False, help="Say on stderr what is done; -vv says more. Warnings are shown in any case.")] = 0,
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")] = False,
 ) -> None:
     """Compile Stable Diffusion and its LoRAs into a bundle, and run it without PyTorch.
@@ -113,6 +115,7 @@ def main(
     Exit codes: 0 ok; 1 a check said no; 2 usage; 3 bad input file; 4 refused as unsafe; 5 this machine does not fit; 6 out of disk or
     memory; 7 locked or timed out; 8 inconclusive; 70 a bug in sdrt; 130 interrupted.
     """
+    show_log((logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)])
 
 
 @app.command(epilog="Example: sdrt build --checkpoint model.safetensors --lora style.safetensors:0.8:0.5 --output styled.sdrt")

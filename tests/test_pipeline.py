@@ -22,12 +22,9 @@ from reference import TRAINING, psnr
 from sdrt.bundle import Bundle, open_bundle
 from sdrt.errors import (
     BundleError,
-    Cancelled,
     ClosedError,
-    DeadlineError,
     InputFileError,
     MachineError,
-    MissingEngineError,
     NonFiniteError,
     ResourceError,
     UsageError,

@@ -143,7 +143,9 @@ class _Course:
         if self.cancelled.is_set():
             raise Cancelled(f"request: cancelled {done}")
         if self._deadline_s is not None and time.monotonic() - self._started >= self._deadline_s:
-            raise DeadlineError(f"request: its deadline of {self._deadline_s:g} s passed {done}", "Ask for fewer steps or a smaller size, or allow it more time.")
+            raise DeadlineError(
+                f"request: its deadline of {self._deadline_s:g} s passed {done}", "Ask for fewer steps or a smaller size, or allow it more time."
+            )
 
 
 class Stream(Iterator[Step]):
@@ -225,6 +227,7 @@ class Pipeline:
             raise UsageError(f"threads {threads}: expected at least 1")
         if device < 0:
             raise UsageError(f"device {device}: expected 0 or more")
+        started = time.perf_counter()
         bundle = open_bundle(Path(path))
         check_files(bundle, [name for name in bundle.manifest.files if name != WEIGHTS])
         with ThreadPoolExecutor(1) as pool:
@@ -234,7 +237,9 @@ class Pipeline:
                 engine = load_engine(bundle, backend, threads, device)
             finally:
                 checked.result()
-        return cls(bundle, engine, Tokenizer(bundle.file("tokenizer/tokenizer.json"), bundle.manifest.text))
+        pipeline = cls(bundle, engine, Tokenizer(bundle.file("tokenizer/tokenizer.json"), bundle.manifest.text))
+        log.info("%s: loaded on %s in %.0f ms", bundle.path, engine.backend, _since(started))
+        return pipeline
 
     def close(self) -> None:
         """Let go of the engine. Calls that are running finish, streams that were asked for too; later ones raise ClosedError."""

@@ -200,7 +200,9 @@ class TensorRtEngine:
             if name in ranges:
                 low, _, high = ranges[name]
                 if len(low) != len(shape) or not all(a <= s <= b for a, s, b in zip(low, shape, high, strict=True)):
-                    raise MissingEngineError(f"{graph}: {name}: shape {list(shape)}, the engine was compiled for {list(low)} to {list(high)}", self._compile_hint())
+                    raise MissingEngineError(
+                        f"{graph}: {name}: shape {list(shape)}, the engine was compiled for {list(low)} to {list(high)}", self._compile_hint()
+                    )
         if context.active_optimization_profile != profile and not context.set_optimization_profile_async(profile, int(self._stream.handle)):
             raise MachineError(f"{graph}: TensorRT refused optimization profile {profile}", self._compile_hint())
         for name, (address, shape) in inputs.items():
