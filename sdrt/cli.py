@@ -101,7 +101,9 @@ def _version(value: bool) -> None:
 @app.callback()
 def main(
     debug: Annotated[bool, typer.Option("--debug", help="Print the traceback of an error.")] = False,
-    verbose: Annotated[int, typer.Option("--verbose", "-v", count=True, show_default=False, help="Say on stderr what is done; -vv says more. Warnings are shown in any case.")] = 0,
+    verbose: Annotated[
+        int, typer.Option("--verbose", "-v", count=True, show_default=False, help="Say on stderr what is done; -vv says more. Warnings are shown in any case.")
+    ] = 0,
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")] = False,
 ) -> None:
     """Compile Stable Diffusion and its LoRAs into a bundle, and run it without PyTorch.
