@@ -31,14 +31,15 @@ from os import PathLike, fspath
 class SdrtError(Exception):
     """What went wrong, in parts for different readers.
 
-    message: where, what was expected and what was found, in one line. Of a UsageError, MissingEngineError, ClosedError, DeadlineError or Cancelled
-        it names no path of this machine but one that the caller gave, so it may be shown to a client.
+    message: where, what was expected and what was found, in one line. Where the class is `public` it names no path of this machine, unless the caller
+        gave it, so it may be shown to a client.
     fix: what to do about it; for whoever runs sdrt. It may name commands and paths.
     path: the file or bundle it is about, where the message leaves it out; empty otherwise. For a log.
     """
 
     exit_code = 70
     http_status = 500
+    public = False
 
     def __init__(self, message: str, fix: str = "", *, path: str | PathLike[str] = "") -> None:
         super().__init__(message)
@@ -66,16 +67,19 @@ class NonFiniteError(CheckFailed):
 class UsageError(SdrtError):
     exit_code = 2
     http_status = 400
+    public = True
 
 
 class MissingEngineError(SdrtError):
     exit_code = 2
     http_status = 503
+    public = True
 
 
 class ClosedError(SdrtError):
     exit_code = 2
     http_status = 503
+    public = True
 
 
 class InputFileError(SdrtError):
@@ -115,6 +119,7 @@ class LockedError(SdrtError):
 
 class DeadlineError(LockedError):
     http_status = 504
+    public = True
 
 
 class InconclusiveError(SdrtError):
@@ -124,6 +129,7 @@ class InconclusiveError(SdrtError):
 class Cancelled(SdrtError):
     exit_code = 130
     http_status = 499
+    public = True
 
 
 def printable(text: str) -> str:

@@ -258,7 +258,7 @@ class Pipeline:
         Raises:
             ClosedError: the pipeline is closed.
         """
-        return self._opened().describe()
+        return self._open_engine().describe()
 
     def __call__(self, prompt: str | Sequence[str], *, deadline_s: float | None = None, **settings: Unpack[Settings]) -> Result:
         """Make `count` pictures of a prompt, or one of each prompt of a list, `batch` at a time. `Request` documents the settings.
@@ -283,7 +283,7 @@ class Pipeline:
         Settings and errors are those of a call. Settings are checked here; the work begins when the first step is asked for. `deadline_s` counts from
         here, so it holds the time that the stream waits for its turn too.
         """
-        engine = self._opened()
+        engine = self._open_engine()
         course = _Course(_deadline(deadline_s))
         request = resolved(Request(prompt, **settings), self.bundle.manifest)
         rows = self._rows(request)
@@ -314,7 +314,7 @@ class Pipeline:
             quick["strength"] = 0.9
         self(prompt, **quick)
 
-    def _opened(self) -> Engine:
+    def _open_engine(self) -> Engine:
         engine = self._engine
         if engine is None:
             raise ClosedError("pipeline: closed", "Load it again with Pipeline.load.")
