@@ -101,14 +101,12 @@ def test_the_application(beside_a_bundle: Path, monkeypatch: pytest.MonkeyPatch)
     """A picture, a mistake, progress, and two clients that go away: what was drawn for them is cancelled."""
     pytest.importorskip("fastapi")
     httpx = pytest.importorskip("httpx")
-    (beside_a_bundle / "app.py").write_text(APP, encoding="utf-8")
-    monkeypatch.syspath_prepend(beside_a_bundle)
-    import app
-
+    names: dict[str, Any] = {"__name__": "app"}
+    exec(compile(APP, "docs/python.md", "exec"), names)
     streams: list[Stream] = []
     real = Pipeline.stream
     monkeypatch.setattr(Pipeline, "stream", lambda *args, **kwargs: streams.append(real(*args, **kwargs)) or streams[-1])
-    with served(app.app) as address, httpx.Client(base_url=address, timeout=60) as client:
+    with served(names["app"]) as address, httpx.Client(base_url=address, timeout=60) as client:
         response = client.post("/picture", json={"prompt": "fox", "steps": 2, "seed": 3})
         assert (response.status_code, response.headers["content-type"]) == (200, "image/png")
         with Image.open(BytesIO(response.content)) as image:
@@ -130,11 +128,12 @@ def test_the_application(beside_a_bundle: Path, monkeypatch: pytest.MonkeyPatch)
                 assert next(answer.iter_lines()) == "event: step"
 
         for leave in (leave_picture, leave_progress):
+            before = len(streams)
             leave()
+            assert len(streams) == before + 1
             left, until = streams[-1], time.monotonic() + 20
             while not left._course.cancelled.is_set() or left._steps.gi_running:
                 assert time.monotonic() < until
                 time.sleep(0.02)
             with pytest.raises(Cancelled):
                 left.result()
-        assert len(streams) == 4
