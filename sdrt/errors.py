@@ -13,8 +13,9 @@
     │   └── BundleError        4 500  ... a bundle that is not what its manifest says
     ├── MachineError           5 500  this machine, or an installed version, does not fit
     ├── ResourceError          6 503  out of disk or memory
-    ├── LockedError            7 503  locked or timed out
-    │   └── DeadlineError      7 504  ... a request's deadline
+    ├── LockedError            7 503  another process holds what is needed
+    ├── TimeLimitError         7 504  not done in the time allowed
+    │   └── DeadlineError      7 504  ... to a request
     ├── InconclusiveError      8 500  a measurement that decides nothing
     └── Cancelled            130 499  a request was cancelled; 499 is nginx's, as nobody waits for the answer
 
@@ -117,8 +118,12 @@ class LockedError(SdrtError):
     http_status = 503
 
 
-class DeadlineError(LockedError):
+class TimeLimitError(SdrtError):
+    exit_code = 7
     http_status = 504
+
+
+class DeadlineError(TimeLimitError):
     public = True
 
 

@@ -24,7 +24,7 @@ from sdrt import errors, runtime
 from sdrt.bundle import open_bundle
 from sdrt.cli import app
 from sdrt.cli_output import show_log
-from sdrt.errors import Cancelled, ClosedError, DeadlineError, LockedError, MissingEngineError, SdrtError, UsageError
+from sdrt.errors import Cancelled, ClosedError, DeadlineError, MissingEngineError, SdrtError, TimeLimitError, UsageError
 from sdrt.runtime import Parameters, Pipeline, Request, Settings, Timings
 from sdrt.runtime.engine import Denoising, Job
 from sdrt.runtime.tokenizer import Tokenizer
@@ -129,7 +129,7 @@ def test_a_deadline(gate: Gate, gated: Pipeline) -> None:
     assert gate.begun.acquire(timeout=20)
     threading.Event().wait(0.06)
     gate.go.release(10)
-    assert isinstance(call.ended().error, DeadlineError) and isinstance(call.error, LockedError) and call.error.exit_code == 7
+    assert isinstance(call.ended().error, DeadlineError) and isinstance(call.error, TimeLimitError) and call.error.exit_code == 7
     assert call.error.message == "request: its deadline of 0.05 s passed after 1 of 3 model calls of picture 1 of 1"
     assert [(denoising.rows, denoising.closed) for denoising in gate.denoisings] == [(1, True)]
     assert gated("fox", deadline_s=np.float32(60), **QUICK).seeds == (5,)

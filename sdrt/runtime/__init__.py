@@ -18,6 +18,7 @@ from sdrt.errors import (
     NonFiniteError,
     ResourceError,
     SdrtError,
+    TimeLimitError,
     UnsafeError,
     UsageError,
 )
@@ -44,6 +45,7 @@ __all__ = [
     "Settings",
     "Step",
     "Stream",
+    "TimeLimitError",
     "Timings",
     "UnsafeError",
     "UsageError",

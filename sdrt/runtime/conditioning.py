@@ -78,7 +78,7 @@ class Prompts:
     steps: int
 
     @property
-    def length(self) -> int:
+    def chunks(self) -> int:
         """Chunks of the longest part: all branches are filled up to it."""
         return max(part.length for part in self.parts)
 

@@ -454,7 +454,7 @@ def _deadline(seconds: float | None) -> float | None:
 
 def _batches(plan: _Plan) -> Iterator[slice]:
     """The pictures of each batch: neighbours whose prompts take equally many chunks, branches and weights. Filling up the shorter ones would change them."""
-    forms = [(plan.prompts[pair].length, plan.prompts[pair].weights) for pair in plan.request.texts]
+    forms = [(plan.prompts[pair].chunks, plan.prompts[pair].weights) for pair in plan.request.texts]
     first = 0
     for here in range(1, len(forms) + 1):
         if here == len(forms) or here - first == plan.request.batch or forms[here] != forms[first]:
