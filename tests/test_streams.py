@@ -101,6 +101,8 @@ def test_another_thread_cancels_within_one_model_call(gate: Gate, gated: Pipelin
     cancelled, other = (gated.stream("fox", **QUICK) for _ in range(2))
     calls = [Running(stream.result) for stream in (cancelled, other)]
     assert gate.begun.acquire(timeout=20) and gate.begun.acquire(timeout=20)
+    with pytest.raises(UsageError, match="another thread reads it"):
+        cancelled.close()
     cancelled.cancel()
     gate.go.release(10)
     first, second = (call.ended() for call in calls)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
+import operator
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from numbers import Real
-from operator import index
 from pathlib import Path
 from threading import Event
 from types import TracebackType
@@ -182,7 +183,13 @@ class Stream(Iterator[Step]):
         self._course.cancelled.set()
 
     def close(self) -> None:
-        """End it, and let go of what it holds. For the thread that reads it."""
+        """End it, and let go of what it holds. For the thread that reads it.
+
+        Raises:
+            UsageError: another thread waits for a step.
+        """
+        if inspect.getgeneratorstate(self._steps) == inspect.GEN_RUNNING:
+            raise UsageError("stream: another thread reads it", "Call cancel, which any thread may.")
         self._steps.close()
 
     def __enter__(self) -> Stream:
@@ -222,7 +229,7 @@ class Pipeline:
             MachineError: the bundle or the backend does not fit this machine.
             UsageError: an argument is out of range.
         """
-        threads, device = None if threads is None else index(threads), index(device)
+        threads, device = None if threads is None else operator.index(threads), operator.index(device)
         if threads is not None and threads < 1:
             raise UsageError(f"threads {threads}: expected at least 1")
         if device < 0:
@@ -345,9 +352,10 @@ class Pipeline:
         rounding = ROUNDING[request.compat]
         images: list[Pixels] = []
         said: dict[tuple[str, str], Conditioning] = {}
+        all_seeds, all_texts = request.seeds, request.texts
         for pictures in _batches(plan):
             course.check(f"after {pictures.start} of {request.count} pictures")
-            seeds, texts = request.seeds[pictures], request.texts[pictures]
+            seeds, texts = all_seeds[pictures], all_texts[pictures]
             encoding = time.perf_counter()
             said = {pair: said[pair] if pair in said else self._conditioner.encode(engine, plan.prompts[pair]) for pair in texts}
             timings["text_encoder"] += _since(encoding)
