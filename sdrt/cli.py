@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import json
+import logging
 import os
 import signal
 import sys
@@ -20,7 +21,7 @@ import typer
 from typer.core import TyperGroup
 
 from sdrt import __version__, cli_bench, cli_engines, cli_generate, cli_signature, interruptible
-from sdrt.cli_output import BUILD_STAGES, BundleArgument, Json, StageProgress, interrupted, print_json, print_report, size_option, time_limit
+from sdrt.cli_output import BUILD_STAGES, BundleArgument, Json, StageProgress, interrupted, print_json, print_report, show_log, size_option, time_limit
 from sdrt.errors import MachineError, SdrtError, UsageError, printable
 
 BUG, INTERRUPTED = 70, 130
@@ -47,7 +48,7 @@ class ReportingGroup(TyperGroup):
         try:
             return super().invoke(ctx)
         except SdrtError as error:
-            _fail(ctx, error.message, error.fix, error.exit_code, error.data)
+            _fail(ctx, error.line, error.fix, error.exit_code, error.data)
         except KeyboardInterrupt:
             _fail(ctx, "interrupted; nothing was left behind", "", INTERRUPTED)
         except ModuleNotFoundError as error:
@@ -145,6 +146,9 @@ def _version(value: bool) -> None:
 @app.callback()
 def main(
     debug: Annotated[bool, typer.Option("--debug", help="Print the traceback of an error.")] = False,
+    verbose: Annotated[
+        int, typer.Option("--verbose", "-v", count=True, show_default=False, help="Say on stderr what is done; -vv says more. Warnings are shown in any case.")
+    ] = 0,
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")] = False,
 ) -> None:
     """Compile Stable Diffusion and its LoRAs into a bundle, and run it without PyTorch.
@@ -158,6 +162,7 @@ def main(
     Exit codes: 0 ok; 1 a check said no; 2 usage; 3 bad input file; 4 refused as unsafe; 5 this machine does not fit; 6 out of disk or
     memory; 7 locked or timed out; 8 inconclusive; 70 a bug in sdrt; 130 interrupted.
     """
+    show_log((logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)])
 
 
 @app.command(epilog="Example: sdrt build --checkpoint model.safetensors --lora style.safetensors:0.8:0.5 --output styled.sdrt")

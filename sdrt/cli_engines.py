@@ -151,7 +151,7 @@ def compile_after_build(path: Path, targets: Sequence[str]) -> list[CompileRepor
     try:
         return run(open_bundle(path), [CompileOptions(name) for name in targets])
     except SdrtError as error:
-        raise type(error)(f"the bundle {path} is built and works; compiling it failed: {error.message}", error.fix) from error
+        raise type(error)(f"the bundle {path} is built and works; compiling it failed: {error.line}", error.fix) from error
 
 
 def print_compiled(report: CompileReport, manifest: Manifest) -> None:

@@ -62,7 +62,7 @@ def generate(
     ctx.find_root().obj = "json" if as_json else None
     from sdrt.bundle import check_outside_bundles, open_bundle
     from sdrt.runtime import Pipeline
-    from sdrt.runtime.picture_file import FORMAT_OF_ENDING, encode, save_new_picture, save_picture
+    from sdrt.runtime.picture_file import FORMAT_OF_ENDING, save_new_picture, save_picture
     from sdrt.runtime.request import Request, resolved
 
     for option, file, endings in (("--output", output, list(FORMAT_OF_ENDING)), ("--contact-sheet", contact_sheet, [".png"])):
@@ -109,8 +109,8 @@ def generate(
         result = step.result
         assert result is not None
         pictures, notes = [], []
-        for path, image, seed in zip(paths, result.images, result.seeds, strict=True):
-            data = encode(image, result.parameters | {"seed": seed, "engine": result.engine}, FORMAT_OF_ENDING[path.suffix.lower()])
+        for index, (path, seed) in enumerate(zip(paths, result.seeds, strict=True)):
+            data = result.encode(FORMAT_OF_ENDING[path.suffix.lower()], index)
             if output is None:
                 path = save_new_picture(path, data)
             else:
@@ -210,13 +210,14 @@ def _differences(path: Path | None, repeated: Mapping[str, Any] | None, result: 
     if repeated is None:
         return
     made_by, engine = repeated.get("engine"), result.engine
+    now: Mapping[str, Any] = result.parameters
     if isinstance(made_by, dict):
-        before, now = ([str(of.get(part)) for part in ("backend", "compute")] for of in (made_by, engine))
-        if before != now:
-            yield f"{path}: made on {' in '.join(before)}, now on {' in '.join(now)}, whose arithmetic rounds otherwise; --backend chooses the engine"
+        before, after = ([str(of.get(part)) for part in ("backend", "compute")] for of in (made_by, engine))
+        if before != after:
+            yield f"{path}: made on {' in '.join(before)}, now on {' in '.join(after)}, whose arithmetic rounds otherwise; --backend chooses the engine"
     for name in ("init_image", "mask"):
         was = repeated.get(name)  # without a name its hash is that of pixels, which a file's cannot equal
-        if was is not None and repeated.get(f"{name}_sha256") != result.parameters[f"{name}_sha256"]:
+        if was is not None and repeated.get(f"{name}_sha256") != now[f"{name}_sha256"]:
             yield f"{path}: made from another {name.replace('_', ' ')} than the one given now"
 
 

@@ -25,7 +25,7 @@ from simulated_plans import compile_engine
 from sdrt import bundle as names
 from sdrt.bundle import Bundle, open_bundle
 from sdrt.engine_cache import read_engine, read_plan, write_engine
-from sdrt.errors import BundleError, MachineError, MissingEngineError, NonFiniteError, ResourceError, UsageError
+from sdrt.errors import BundleError, ClosedError, MachineError, MissingEngineError, NonFiniteError, ResourceError, UsageError
 from sdrt.runtime import Pipeline
 from sdrt.runtime.engine import Denoising, Job, Pixels, tables
 from sdrt.runtime.samplers import SAMPLERS, plan_rows
@@ -529,7 +529,7 @@ def test_closing_gives_everything_back(gpu: Gpu, bundle: Path) -> None:
         assert (gpu.used_bytes(), gpu.used_bytes("pinned")) == (0, 0), "without waiting for the garbage collector"
     finally:
         gc.enable()
-    with pytest.raises(UsageError, match="closed"):
+    with pytest.raises(ClosedError, match="closed"):
         pipe("fox", **QUICK)
 
 

@@ -21,7 +21,7 @@ from reference import TRAINING, psnr
 
 from sdrt.bundle import Bundle, open_bundle
 from sdrt.engine_shapes import JobShape
-from sdrt.errors import BundleError, InputFileError, MachineError, NonFiniteError, ResourceError, UsageError
+from sdrt.errors import BundleError, ClosedError, InputFileError, MachineError, NonFiniteError, ResourceError, UsageError
 from sdrt.runtime import Pipeline, Result, Step
 from sdrt.runtime.engine import Denoising, Engine, Float, Job, Pixels
 from sdrt.runtime.request_memory import Demand
@@ -266,9 +266,9 @@ def test_t7_closed(flat_bundle: Path) -> None:
     with Pipeline.load(flat_bundle, threads=1) as pipeline:
         running = pipeline.stream("fox", seed=1, **QUICK)
         next(running)
-    with pytest.raises(UsageError, match="closed"):
+    with pytest.raises(ClosedError, match="closed"):
         pipeline("fox")
-    with pytest.raises(UsageError, match="closed"):
+    with pytest.raises(ClosedError, match="closed"):
         pipeline.stream("fox")
     *_, last = running  # what runs finishes
     assert last.result is not None

@@ -85,7 +85,7 @@ class Prompts:
 
     @property
     def chunks(self) -> int:
-        """Of the longest branch: the others are filled up."""
+        """Chunks of the longest part: all branches are filled up to it."""
         return max(part.length for part in self.parts)
 
 

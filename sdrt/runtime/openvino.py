@@ -266,6 +266,7 @@ class OpenVinoEngine:
             f"no OpenVINO engine for {wanted.options}; there is: {have}",
             f"Compile one with: sdrt compile {self._bundle.path} --target openvino {wanted.options}; "
             "or choose --on-missing compile or fallback (in Python on_missing=...), or --backend onnxruntime.",
+            path=self._bundle.path,
         )
         error.data = {"wanted": asdict(wanted), "shapes": [asdict(one) for one in self.shapes]}
         return error

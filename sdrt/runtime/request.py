@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral, Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, TypedDict
 
@@ -28,7 +30,7 @@ MAX_COUNT, MAX_BLUR = 10_000, 64
 class Settings(TypedDict, total=False):
     """The keyword arguments of `Pipeline.__call__` and `Pipeline.stream`; `Request` documents them."""
 
-    negative: str
+    negative: str | Sequence[str]
     steps: int
     cfg: float
     seed: int | None
@@ -50,12 +52,49 @@ class Settings(TypedDict, total=False):
     resize: str
 
 
+class Parameters(TypedDict):
+    """What a result says of its request: JSON, with every open choice made.
+
+    The fields of `Request`, `prompt` and `negative` being lists where the request gave lists; `init_image` and `mask` are the paths they were read from,
+    as given, None where they came otherwise, and the `_sha256` of what was read; then the bundle's name and id, the files that went into it (kind, name,
+    sha256, scale, te_scale, trigger), and the version of sdrt that built it.
+    """
+
+    prompt: str | list[str]
+    negative: str | list[str]
+    steps: int
+    cfg: float
+    seed: int
+    sampler: str
+    schedule: str
+    size: list[int]
+    batch: int
+    count: int
+    compat: str
+    noise: str
+    clip_skip: int
+    prompt_syntax: str
+    emphasis: str
+    network_tags: str
+    init_image: str | None
+    init_image_sha256: str | None
+    strength: float | None
+    mask: str | None
+    mask_sha256: str | None
+    mask_blur: int
+    resize: str
+    bundle: str
+    bundle_id: str
+    sources: list[dict[str, Any]]
+    sdrt: str
+
+
 @dataclass(frozen=True)
 class Request:
-    """One call's settings.
+    """One call's settings. Numbers may be numpy's.
 
-    prompt: what to show; may be empty. docs/prompts.md has the syntax.
-    negative: what to steer away from; unused at guidance scale 1.
+    prompt: what to show; may be empty. docs/prompts.md has the syntax. A list gives each picture its own, and `count` is its length then.
+    negative: what to steer away from; unused at guidance scale 1. One for all pictures, or a list as long as that of the prompts.
     steps: 1 to 1000. Samplers of two model calls a step (heun) take nearly twice as many calls.
     cfg: guidance scale, 1 or more usually; 1 turns guidance off and halves the work.
     seed: 0 to 2**64 - 1; None, or -1 as in AUTOMATIC1111, draws one, which the result names. Picture i of a call has seed + i and its own noise.
@@ -77,8 +116,8 @@ class Request:
     resize: how an init image of another size is fitted: stretch, crop, or fill (its edges are drawn out).
     """
 
-    prompt: str
-    negative: str = ""
+    prompt: str | Sequence[str]
+    negative: str | Sequence[str] = ""
     steps: int = 20
     cfg: float = 7.0
     seed: int | None = None
@@ -104,8 +143,14 @@ class Request:
         assert self.seed is not None
         return tuple(range(self.seed, self.seed + self.count))
 
+    @property
+    def texts(self) -> tuple[tuple[str, str], ...]:
+        """The prompt and the negative prompt of each picture."""
+        prompts, negatives = ((text,) * self.count if isinstance(text, str) else tuple(text) for text in (self.prompt, self.negative))
+        return tuple(zip(prompts, negatives, strict=True))
 
-def request_of_settings(prompt: str, settings: Settings) -> Request:
+
+def request_of_settings(prompt: str | Sequence[str], settings: Settings) -> Request:
     """What a call with these keyword arguments asks for, nothing of it checked but their names.
 
     Raises:
@@ -128,17 +173,20 @@ def resolved(request: Request, manifest: Manifest) -> Request:
     diffusers = compat == "diffusers"
     named = None if request.schedule is None else _text("schedule", request.schedule)
     sampler, schedule = parse_sampler(_text("sampler", request.sampler), named, compat)
-    count = _range("count", request.count, 1, MAX_COUNT)
+    prompt, negative, count = _texts(request)
     layers = manifest.text.clip_skip
     clip_skip = layers[0] if request.clip_skip is None else request.clip_skip
+    if isinstance(clip_skip, Integral) and not isinstance(clip_skip, bool):
+        clip_skip = int(clip_skip)
     if clip_skip not in layers or isinstance(clip_skip, bool):
         built = ", ".join(map(str, layers))
         raise UsageError(f"clip skip {clip_skip!r}: this bundle was built for {built}", f"Choose one of them, or build again with --clip-skip {clip_skip}.")
     blur = (0 if diffusers else 4) if request.mask_blur is None else request.mask_blur
     return replace(
         request,
-        prompt=_text("prompt", request.prompt),
-        negative=_text("negative prompt", request.negative),
+        prompt=prompt,
+        negative=negative,
+        count=count,
         steps=_range("steps", request.steps, 1, MAX_STEPS),
         cfg=_number("cfg", request.cfg, "1 to 30 usually"),
         seed=_range("seed", draw_seed() if request.seed in (None, -1) else request.seed, 0, MAX_SEED - (count - 1)),
@@ -162,6 +210,29 @@ def draw_seed() -> int:
     return secrets.randbelow(2**32)
 
 
+def _texts(request: Request) -> tuple[str | tuple[str, ...], str | tuple[str, ...], int]:
+    """The prompt and the negative prompt, each one text or one for each picture, and how many pictures there are."""
+    count = _range("count", request.count, 1, MAX_COUNT)
+    prompt, negative = (_one_or_each(name, text) for name, text in (("prompt", request.prompt), ("negative prompt", request.negative)))
+    if isinstance(prompt, str):
+        if not isinstance(negative, str):
+            raise UsageError(f"negative prompt: a list of {len(negative)}, with one prompt", "Give the prompts as a list too.")
+        return prompt, negative, count
+    if not 1 <= len(prompt) <= MAX_COUNT:
+        raise UsageError(f"prompt: a list of {len(prompt)}, expected 1 to {MAX_COUNT}")
+    if count not in (1, len(prompt)):
+        raise UsageError(f"count {count}: there are {len(prompt)} prompts", "Leave the count out: a list of prompts makes one picture of each.")
+    if not isinstance(negative, str) and len(negative) != len(prompt):
+        raise UsageError(f"negative prompt: a list of {len(negative)}, with {len(prompt)} prompts", "Give one for all, or one for each prompt.")
+    return prompt, negative, len(prompt)
+
+
+def _one_or_each(name: str, value: str | Sequence[str]) -> str | tuple[str, ...]:
+    if isinstance(value, (list, tuple)):
+        return tuple(_text(f"{name} {i}", each) for i, each in enumerate(value, 1))
+    return _text(name, value)
+
+
 def _strength(request: Request, diffusers: bool) -> float | None:
     if request.init_image is None:
         for name, value in (("strength", request.strength), ("mask", request.mask)):
@@ -178,9 +249,9 @@ def _strength(request: Request, diffusers: bool) -> float | None:
 
 def _size(size: tuple[int, int] | None, manifest: Manifest) -> tuple[int, int]:
     chosen = manifest.latents.size if size is None else size
-    if not isinstance(chosen, (tuple, list)) or len(chosen) != 2 or not all(isinstance(side, int) for side in chosen):
+    if not isinstance(chosen, (tuple, list)) or len(chosen) != 2 or not all(isinstance(side, Integral) for side in chosen):
         raise UsageError(f"size {chosen!r}: expected (width, height) in pixels")
-    width, height = chosen
+    width, height = map(int, chosen)
     for side in (width, height):
         if side % SIZE_STEP or not MIN_SIDE <= side <= MAX_SIDE:
             raise UsageError(f"size {width}x{height}: expected multiples of {SIZE_STEP} from {MIN_SIDE} to {MAX_SIDE}", _nearest_size(width, height))
@@ -192,23 +263,23 @@ def _nearest_size(width: int, height: int) -> str:
     return "The nearest is {}x{}.".format(*sides)
 
 
-def _text(name: str, value: str) -> str:
+def _text(name: str, value: object) -> str:
     if not isinstance(value, str):
         raise UsageError(f"{name}: expected text, found {type(value).__name__}")
     return value
 
 
 def _range(name: str, value: int, low: int, high: int) -> int:
-    if not isinstance(value, int) or isinstance(value, bool):
+    if not isinstance(value, Integral) or isinstance(value, bool):
         raise UsageError(f"{name} {value!r}: expected a whole number")
     if not low <= value <= high:
         raise UsageError(f"{name} {value}: expected {low} to {high}")
-    return value
+    return int(value)
 
 
 def _number(name: str, value: float, usual: str) -> float:
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
+    if not isinstance(value, Real) or isinstance(value, bool):
         raise UsageError(f"{name} {value!r}: expected a number")
     if not math.isfinite(value) or abs(value) > 1e4:
         raise UsageError(f"{name} {value}: expected a finite number, {usual}")
-    return value
+    return int(value) if isinstance(value, Integral) else float(value)
