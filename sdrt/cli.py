@@ -19,6 +19,7 @@ from typer.core import TyperGroup
 from sdrt import __version__, cli_bench, cli_engines, cli_generate, cli_signature
 from sdrt.cli_output import BUILD_STAGES, BundleArgument, Json, StageProgress, interrupted, print_json, print_report, size_option
 from sdrt.errors import MachineError, SdrtError, UsageError, printable
+from sdrt.machine.packages import install_command
 
 BUG, INTERRUPTED = 70, 130
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN)
@@ -45,7 +46,7 @@ class ReportingGroup(TyperGroup):
             package = (error.name or "").partition(".")[0]
             if package not in _PACKAGES:
                 _bug(ctx, error)
-            _fail(ctx, f"{package} is not installed", f"Install it with: pip install 'sdrt[{_PACKAGES[package]}]'", MachineError.exit_code)
+            _fail(ctx, f"{package} is not installed", f"Install it with: {install_command(_PACKAGES[package])}", MachineError.exit_code)
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader went away, as in `| head`
             raise typer.Exit(0) from None

@@ -19,6 +19,7 @@ from sdrt.engine_cache import RTX_SMS, folder_name, platform_name, read_intact, 
 from sdrt.engine_record import FORMAT, EngineKey, EngineRecord, Plan
 from sdrt.errors import BundleError, MachineError, UsageError
 from sdrt.lock import locked
+from sdrt.machine.packages import install_command
 from sdrt.publish import sweep_stages
 
 TARGETS = ("tensorrt-rtx", "tensorrt")
@@ -120,7 +121,7 @@ def _gpu(device: int) -> str:
         from cuda.bindings import runtime
         from cuda.core import Device
     except ImportError as error:
-        raise MachineError(f"target tensorrt: {error}", "Install it with: pip install 'sdrt[tensorrt]'") from error
+        raise MachineError(f"target tensorrt: {error}", f"Install it with: {install_command('tensorrt')}") from error
     status, count = runtime.cudaGetDeviceCount()
     if status != runtime.cudaError_t.cudaSuccess or not count:
         raise MachineError(

@@ -16,6 +16,7 @@ from sdrt.checked import check_once
 from sdrt.engine_cache import check_external_data, engine_folders, mismatch, platform_name, read_engine, read_plan
 from sdrt.engine_record import EngineRecord
 from sdrt.errors import MachineError, ResourceError, SdrtError
+from sdrt.machine.packages import install_command
 from sdrt.runtime.cpu import cpu_identity
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ def import_onnxruntime(wanted_by: str) -> Any:
     try:
         import onnxruntime
     except ImportError as error:
-        raise MachineError(f"{wanted_by}: cannot import onnxruntime: {error}", "Install it with: pip install 'sdrt[cpu]'") from error
+        raise MachineError(f"{wanted_by}: cannot import onnxruntime: {error}", f"Install it with: {install_command('cpu')}") from error
     onnxruntime.set_default_logger_severity(3)
     _share_arena(onnxruntime)
     return onnxruntime

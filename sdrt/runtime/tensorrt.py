@@ -23,6 +23,7 @@ from sdrt.bundle import Bundle
 from sdrt.engine_cache import list_engines, mismatch, read_plan
 from sdrt.engine_record import EngineRecord
 from sdrt.errors import MachineError, ResourceError, SdrtError, UsageError
+from sdrt.machine.packages import install_command
 from sdrt.runtime.captured_step import Shape, Slot, TensorRtDenoising
 from sdrt.runtime.device_memory import Block, layout
 from sdrt.runtime.engine import Float, Job, Pixels
@@ -363,7 +364,7 @@ def _import(target: str) -> tuple[Any, Any]:
     try:
         return importlib.import_module(MODULES[target]), importlib.import_module("cuda.core")
     except ImportError as error:
-        raise MachineError(f"backend {target}: {error}", f"Install it with: pip install 'sdrt[{target}]'") from error
+        raise MachineError(f"backend {target}: {error}", f"Install it with: {install_command(target)}") from error
 
 
 def _choose(bundle: Bundle, target: str, compiler: str, sm: str) -> tuple[Path, EngineRecord]:
