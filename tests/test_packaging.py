@@ -85,3 +85,11 @@ def test_the_wheel_alone_makes_a_picture(distributions: Path, small_bundle: Path
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert [picture["path"] for picture in json.loads(done.stdout)["pictures"]] == ["apple.png"] and (tmp_path / "apple.png").exists()
+
+
+def test_the_front_page_is_short_and_its_links_lead_somewhere() -> None:
+    lines = (ROOT / "README.md").read_text().splitlines()
+    assert len(lines) <= 120 and max(map(len, lines)) <= 160
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "examples").rglob("*.md")]
+    links = [(page, link) for page in pages for link in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text()) if "://" not in link]
+    assert not [f"{page.name}: {link}" for page, link in links if not (page.parent / link).exists()]
