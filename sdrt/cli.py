@@ -23,6 +23,7 @@ from typer.core import TyperGroup
 from sdrt import __version__, cli_bench, cli_engines, cli_generate, cli_signature, interruptible
 from sdrt.cli_output import BUILD_STAGES, BundleArgument, Json, StageProgress, interrupted, print_json, print_report, show_log, size_option, time_limit
 from sdrt.errors import MachineError, SdrtError, UsageError, printable
+from sdrt.machine.packages import install_command
 
 BUG, INTERRUPTED = 70, 130
 _COMMAND_LINE_ERROR: Any = typer.BadParameter.__base__
@@ -55,7 +56,7 @@ class ReportingGroup(TyperGroup):
             package = (error.name or "").partition(".")[0]
             if package not in _PACKAGES:
                 _bug(ctx, error)
-            _fail(ctx, f"{package} is not installed", f"Install it with: pip install 'sdrt[{_PACKAGES[package]}]'", MachineError.exit_code)
+            _fail(ctx, f"{package} is not installed", f"Install it with: {install_command(_PACKAGES[package])}", MachineError.exit_code)
         except BrokenPipeError:
             _discard_stdout()  # the reader went away, as in `| head`
             raise typer.Exit(0) from None

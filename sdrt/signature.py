@@ -21,6 +21,7 @@ from sdrt.document import read_given
 from sdrt.engine_cache import check_all, engine_folders
 from sdrt.engine_record import RECORD
 from sdrt.errors import CheckFailed, InputFileError, MachineError, UsageError, printable
+from sdrt.machine.packages import install_command
 from sdrt.publish import staged_file, write_file
 
 if TYPE_CHECKING:
@@ -143,7 +144,7 @@ def _cryptography() -> Any:
         import cryptography.hazmat.primitives.asymmetric.ed25519
         import cryptography.hazmat.primitives.serialization
     except ImportError as error:
-        raise MachineError("cryptography is not installed", "Install it with: pip install 'sdrt[sign]'") from error
+        raise MachineError("cryptography is not installed", f"Install it with: {install_command('sign')}") from error
     return cryptography.hazmat.primitives
 
 

@@ -857,7 +857,7 @@ def test_missing_module(gpu: Gpu, bundle: Path, monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(MachineError, match=f"backend tensorrt-rtx: .*{module}") as caught:
         load(bundle)
-    assert caught.value.fix == "Install it with: pip install 'sdrt[tensorrt-rtx]'"
+    assert caught.value.fix == "Install it with: pip install 'tensorrt-rtx-cu12>=1.7' 'cuda-core>=1.2' 'cuda-bindings>=13'"
 
 
 def test_missing_driver(gpu: Gpu, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -207,7 +207,7 @@ def test_options_that_nothing_reads(small_bundle: Path, option: str) -> None:
 def test_onnxruntime_is_missing(small_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     result = run("compile", small_bundle, "--target", "onnxruntime")
-    assert result.exit_code == 5 and "target onnxruntime: cannot import" in result.stderr and "pip install 'sdrt[cpu]'" in result.stderr
+    assert result.exit_code == 5 and "target onnxruntime: cannot import" in result.stderr and "pip install 'onnxruntime>=1.25'" in result.stderr
 
 
 # What does not fit

@@ -378,7 +378,7 @@ def test_auto_takes_the_fastest_that_runs(bundle: Path, flat_bundle: Path, monke
     assert engine._best(open_bundle(flat_bundle)) == "onnxruntime"
     monkeypatch.setattr(engine, "find_spec", lambda name: None)
     assert engine._best(open_bundle(bundle)) == "onnxruntime"
-    assert "pip install 'sdrt[openvino]'" in caplog.text
+    assert "pip install 'openvino>=2026.4'" in caplog.text
 
 
 def test_build_prepares_what_auto_would_take(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -616,7 +616,7 @@ def test_openvino_is_missing(flat_bundle: Path, bundle: Path, monkeypatch: pytes
     monkeypatch.setitem(sys.modules, "openvino", None)
     for command in (["compile", flat_bundle, "--target", "openvino"], ["generate", bundle, "apple", "--backend", "openvino"]):
         result = run(*command)
-        assert result.exit_code == 5 and "pip install 'sdrt[openvino]'" in result.stderr
+        assert result.exit_code == 5 and "pip install 'openvino>=2026.4'" in result.stderr
 
 
 def test_openvino_is_no_package(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:

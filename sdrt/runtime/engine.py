@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from sdrt.bundle import ENGINES, Bundle
 from sdrt.engine_shapes import EngineShapes, JobShape
 from sdrt.errors import MachineError, UsageError, nearest, one_of
+from sdrt.machine.packages import install_command
 from sdrt.runtime.cpu import CORES, check_threads
 from sdrt.runtime.request_memory import Demand
 from sdrt.runtime.samplers import Row
@@ -251,7 +252,7 @@ def _best(bundle: Bundle) -> str:
     if "openvino" not in targets:
         return "onnxruntime"
     if find_spec("openvino") is None:
-        log.warning("%s: has OpenVINO engines, but openvino is not installed; ONNX Runtime runs it. pip install 'sdrt[openvino]'", bundle.path)
+        log.warning("%s: has OpenVINO engines, but openvino is not installed; ONNX Runtime runs it. %s", bundle.path, install_command("openvino"))
         return "onnxruntime"
     return "openvino"
 

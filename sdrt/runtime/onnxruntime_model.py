@@ -18,6 +18,7 @@ from sdrt.engine_cache import check_external_data, engine_folders, mismatch, pla
 from sdrt.engine_record import EngineRecord
 from sdrt.errors import MachineError, ResourceError, SdrtError
 from sdrt.interruptible import interruptible
+from sdrt.machine.packages import install_command
 from sdrt.runtime.cpu import cpu_identity
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ def import_onnxruntime(wanted_by: str) -> Any:
     try:
         onnxruntime = engine_libraries.onnxruntime()
     except ImportError as error:
-        raise MachineError(f"{wanted_by}: cannot import onnxruntime: {error}", "Install it with: pip install 'sdrt[cpu]'") from error
+        raise MachineError(f"{wanted_by}: cannot import onnxruntime: {error}", f"Install it with: {install_command('cpu')}") from error
     onnxruntime.set_default_logger_severity(_FATAL)  # errors are raised, and told once
     _share_arena(onnxruntime)
     return onnxruntime

@@ -24,6 +24,7 @@ from sdrt.engine_cache import mismatch, platform_name
 from sdrt.engine_record import EngineRecord
 from sdrt.errors import MachineError, ResourceError, SdrtError, UsageError, printable
 from sdrt.interruptible import interruptible
+from sdrt.machine.packages import install_command
 from sdrt.runtime.cpu import bound_cores, cpu_identity, usable_cores
 
 OLDEST = (2026, 4)
@@ -99,11 +100,11 @@ def import_openvino(where: str) -> Any:
     try:
         openvino = engine_libraries.openvino()
     except (ImportError, OSError) as error:
-        raise MachineError(f"{where}: cannot import openvino: {error}", "Install it with: pip install 'sdrt[openvino]'") from error
+        raise MachineError(f"{where}: cannot import openvino: {error}", f"Install it with: {install_command('openvino')}") from error
     found = str(openvino_version())
     if tuple(int(part) for part in re.findall(r"\d+", found)[:2]) < OLDEST:
         raise MachineError(
-            f"{where}: openvino {found}, at least {'.'.join(map(str, OLDEST))} is needed", "Upgrade it with: pip install --upgrade 'sdrt[openvino]'"
+            f"{where}: openvino {found}, at least {'.'.join(map(str, OLDEST))} is needed", f"Upgrade it with: {install_command('openvino', '--upgrade')}"
         )
     return openvino
 

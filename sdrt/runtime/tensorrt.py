@@ -25,6 +25,7 @@ from sdrt.engine_cache import list_engines, mismatch, read_plan, state_bytes
 from sdrt.engine_record import EngineRecord
 from sdrt.engine_shapes import EngineShapes, JobShape, shapes_of
 from sdrt.errors import MachineError, MissingEngineError, ResourceError, SdrtError
+from sdrt.machine.packages import install_command
 from sdrt.runtime.captured_step import Shape, Slot, TensorRtDenoising
 from sdrt.runtime.device_memory import Block, layout
 from sdrt.runtime.engine import Float, Job, Pixels
@@ -387,7 +388,7 @@ def _import(target: str) -> tuple[Any, Any]:
     try:
         return importlib.import_module(MODULES[target]), importlib.import_module("cuda.core")
     except ImportError as error:
-        raise MachineError(f"backend {target}: {error}", f"Install it with: pip install 'sdrt[{target}]'") from error
+        raise MachineError(f"backend {target}: {error}", f"Install it with: {install_command(target)}") from error
 
 
 def _choose(bundle: Bundle, target: str, compiler: str, sm: str) -> tuple[Path, EngineRecord]:
