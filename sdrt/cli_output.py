@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import threading
 from collections.abc import Mapping
@@ -18,6 +19,22 @@ from sdrt.errors import UsageError, printable
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout; words and progress stay on stderr.")]
 BundleArgument = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A folder made by `sdrt build`, such as model.sdrt.")]
+
+
+class _OnStderr(logging.Handler):
+    """The library's log as lines on stderr, wherever that is at the moment."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        typer.echo(f"{record.levelname.lower()}: {printable(self.format(record))}", err=True)
+
+
+def show_log(level: int) -> None:
+    """Print what the library logs from `level` on."""
+    log = logging.getLogger("sdrt")
+    for handler in [handler for handler in log.handlers if isinstance(handler, _OnStderr)]:
+        log.removeHandler(handler)
+    log.addHandler(_OnStderr(level))
+    log.setLevel(level if level < logging.WARNING else logging.NOTSET)
 
 
 def print_json(value: dict[str, Any]) -> None:

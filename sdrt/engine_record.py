@@ -6,13 +6,13 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from sdrt.bundle.graphs import STEP, TEXT_ENCODER, Dimensions, signatures, table_rows
-from sdrt.bundle.manifest import MAX_SIDE, MIN_SIDE, PRECISIONS, SIZE_STEP
+from sdrt.bundle.manifest import MAX_BATCH, MAX_BRANCHES, MAX_CHUNKS, MAX_SIDE, MIN_SIDE, PRECISIONS, SIZE_STEP
 
 FORMAT = 1
 RECORD = "engine.json"
 ANY_SHAPE = ("onnxruntime",)
 """Targets whose engines take any shape, as the bundle's graphs do."""
-MAX_BATCH, MAX_CHUNKS, MAX_BRANCHES, MAX_ROWS = 64, 32, 8, 4096
+MAX_ROWS = 4096
 _TABLES = signatures(Dimensions(1, 0, 1, 1, 1, (1,)))[STEP].tables
 """The tables that the step of every model has."""
 _MAX_TOKENS, _MAX_SIDE = MAX_CHUNKS << 10, 1 << 24

@@ -89,11 +89,12 @@ def staged_folders(*, replace: bool = False) -> Iterator[Callable[[Path], Abstra
 
 
 @contextmanager
-def staged_file(target: Path) -> Iterator[Path]:
-    """Yield a path beside `target`; what `write_file` or `new_file` puts there replaces `target` when the block ends without an exception.
+def staged_file(target: Path, *, replace: bool = True) -> Iterator[Path]:
+    """Yield a path beside `target`; what `write_file` or `new_file` puts there becomes `target` when the block ends without an exception.
 
     Raises:
         UsageError: the folder cannot be written, or a folder is in the way.
+        FileExistsError: something is there, and `replace` is off.
         ResourceError: the disk is full or a write failed.
     """
     target = target.absolute()
@@ -104,12 +105,42 @@ def staged_file(target: Path) -> Iterator[Path]:
         with _reported(target):
             yield stage
             _flush(stage)
-            _point("rename", target)
-            stage.replace(target)
+            if replace:
+                _point("rename", target)
+                stage.replace(target)
+            elif not _rename_to_new(stage, target):
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target))
             _flush(target.parent)
     finally:
         with suppress(OSError):
             stage.unlink()
+
+
+@contextmanager
+def folders_made(option: str, folder: Path) -> Iterator[None]:
+    """Make a folder that is missing, and those it lies in. If the block fails, those that were made go again, unless something is in them.
+
+    Raises:
+        UsageError: `folder`, which `option` gave, cannot be made.
+        ResourceError: the disk is full.
+    """
+    line = [folder.absolute(), *folder.absolute().parents]
+    there = next(place for place in line if os.path.lexists(place))
+    if not there.is_dir():
+        raise UsageError(f"{option} {folder}: {there} is no folder", "Choose another name.")
+    made: list[Path] = []
+    with _reported(folder):
+        for missing in reversed(line[: line.index(there)]):
+            with suppress(FileExistsError):  # another process was first
+                new_folder(missing)
+                made.append(missing)
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):
+            for own in reversed(made):
+                own.rmdir()
+        raise
 
 
 @contextmanager
@@ -219,7 +250,7 @@ def _reported(target: Path) -> Iterator[None]:
         if (full := no_room(target, error)) is not None:
             raise full from error
         if error.errno in (errno.ENOENT, errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG):
-            raise UsageError(f"{target}: cannot write there: {error.strerror}", "Choose another --output; its folder must exist and be writable.") from error
+            raise UsageError(f"{target}: cannot write there: {error.strerror}", "Choose another --output, in a folder that may be written.") from error
         raise
 
 

@@ -83,7 +83,7 @@ def profiles(flat_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> dic
     from sdrt.compile.report import CompileOptions
 
     path = Path(shutil.copytree(flat_bundle, tmp_path_factory.mktemp("layers") / "flat.sdrt"))
-    compile_bundle(open_bundle(path), CompileOptions("openvino", batch=(2, 2), branches=(2,), rows=4, precision="fp32"))
+    compile_bundle(open_bundle(path), CompileOptions("openvino", batch=(2, 2), tokens=(77, 77), branches=(2,), rows=4, precision="fp32"))
     found = {}
     patch = pytest.MonkeyPatch()
     patch.setattr(layers, "machine_peak", lambda: PEAK)

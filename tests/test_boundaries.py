@@ -18,7 +18,7 @@ from conftest import CHECKPOINT, LORA, ROOT
 
 PACKAGE = ROOT / "sdrt"
 FILES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
-COMMAND = [file for file in FILES if file.startswith("cli")]
+COMMAND = [file for file in FILES if file.startswith("cli") or file == "__main__.py"]
 BUILD_ONLY = ("torch", "transformers", "tokenizers", "huggingface_hub", "diffusers", "peft", "safetensors", "onnx", "onnxscript", "onnx_ir")
 
 # Refuses the packages of a build, and every use of a socket.

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from sdrt.bundle.folder import file_record, open_bundle
 from sdrt.bundle.graphs import GRAPHS, STEP, TEXT_ENCODER, VAE_DECODER
 from sdrt.bundle.manifest import TOKENIZER, WEIGHTS, Latents, Text
-from sdrt.errors import CheckFailed, InputFileError, NonFiniteError, SdrtError, UsageError
+from sdrt.errors import CheckFailed, CheckpointError, InputFileError, NonFiniteError, SdrtError, UsageError
 from sdrt.export import build as build_module
 from sdrt.export import graph as graph_module
 from sdrt.export import selfcheck
@@ -329,10 +329,17 @@ def test_what_is_not_ours_is_never_replaced(small_checkpoint: Path, out: Path, m
     assert (contents(out), sorted(out.rglob("*"))) == before
 
 
-@pytest.mark.parametrize("name", ["none/x.sdrt", "file/x.sdrt", "x" * 300], ids=["no folder", "below a file", "name too long"])
+def test_the_folder_of_the_output_is_made(small_checkpoint: Path, small_lora: Path, out: Path) -> None:
+    refused(BuildOptions(small_lora, output=out / "a" / "b" / "x.sdrt"), CheckpointError, "found a LoRA")
+    assert not list(out.iterdir())
+    assert build(BuildOptions(small_checkpoint, output=out / "a" / "b" / "x.sdrt")).path == out / "a" / "b" / "x.sdrt"
+    refused(BuildOptions(small_checkpoint, output=out / "a" / "b" / "x.sdrt" / "y.sdrt"), UsageError, "would write into the bundle")
+
+
+@pytest.mark.parametrize("name", ["file/x.sdrt", "x" * 300], ids=["below a file", "name too long"])
 def test_output_that_cannot_be(small_checkpoint: Path, out: Path, name: str) -> None:
     (out / "file").touch()
-    refused(BuildOptions(small_checkpoint, output=out / name), UsageError, str(out / name))
+    refused(BuildOptions(small_checkpoint, output=out / name), UsageError, str(out / name).removesuffix("/x.sdrt"))
     assert [path.name for path in out.iterdir()] == ["file"]
 
 

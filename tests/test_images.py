@@ -17,7 +17,8 @@ from PIL import Image, ImageDraw, ImageOps
 
 from sdrt.errors import InputFileError, SdrtError, UsageError
 from sdrt.runtime import images
-from sdrt.runtime.images import MAX_PIXELS, RESIZES, blank_canvas, canvas, gaussian_blur, laid_over
+from sdrt.runtime.images import RESIZES, blank_canvas, canvas, gaussian_blur, laid_over
+from sdrt.runtime.picture_input import MAX_PIXELS
 
 
 def photo(width: int, height: int, mode: str = "RGB") -> Image.Image:

@@ -20,9 +20,11 @@ from numpy.typing import NDArray
 from reference import TRAINING, psnr
 
 from sdrt.bundle.folder import Bundle, open_bundle
-from sdrt.errors import BundleError, InputFileError, MachineError, NonFiniteError, ResourceError, UsageError
+from sdrt.engine_shapes import JobShape
+from sdrt.errors import BundleError, ClosedError, InputFileError, MachineError, NonFiniteError, ResourceError, UsageError
 from sdrt.runtime import Pipeline, Result, Step
 from sdrt.runtime.engine import BatchShape, Engine, Float, Job, Pixels, RunningBatch
+from sdrt.runtime.request_memory import Demand
 from sdrt.runtime.tokenizer import Tokenizer
 
 LIKE_DIFFUSERS_DB = 55.0
@@ -264,9 +266,9 @@ def test_t7_closed(flat_bundle: Path) -> None:
     with Pipeline.load(flat_bundle, threads=1) as pipeline:
         running = pipeline.stream("fox", seed=1, **QUICK)
         next(running)
-    with pytest.raises(UsageError, match="closed"):
+    with pytest.raises(ClosedError, match="closed"):
         pipeline("fox")
-    with pytest.raises(UsageError, match="closed"):
+    with pytest.raises(ClosedError, match="closed"):
         pipeline.stream("fox")
     *_, last = running  # what runs finishes
     assert last.result is not None
@@ -287,6 +289,12 @@ class Poisoned:
         self.encode_text = engine.encode_text
         self.decode = engine.decode
         self.describe = engine.describe
+
+    def demand(self, shape: JobShape) -> Demand:
+        return Demand(0, "")
+
+    def free_bytes(self, shape: JobShape) -> int | None:
+        return None
 
     def open(self, shape: BatchShape, capacity: int) -> RunningBatch:
         batch: Any = self._engine.open(shape, capacity)
@@ -341,7 +349,7 @@ def test_guidance_so_large_that_it_overflows(flat: Pipeline) -> None:
         ({"count": 0}, "count 0: expected 1 to"),
         ({"count": -1}, "count -1: expected 1 to"),
         ({"count": 10_001}, "count 10001: expected 1 to 10000"),
-        ({"seed": -1}, "seed -1: expected 0 to 18446744073709551615"),
+        ({"seed": -2}, "seed -2: expected 0 to 18446744073709551615"),
         ({"seed": 2**64}, "seed 18446744073709551616: expected 0 to 18446744073709551615"),
         ({"seed": 2**64 - 1, "count": 2}, "seed 18446744073709551615: expected 0 to 18446744073709551614"),
         ({"size": 5}, r"size 5: expected \(width, height\)"),
@@ -476,6 +484,12 @@ class FakeEngine:
         self.bad_latents: set[int] = set()
         self.bad_pixels: set[int] = set()
         self.fail_at_row: int | None = None
+
+    def demand(self, shape: JobShape) -> Demand:
+        return Demand(0, "")
+
+    def free_bytes(self, shape: JobShape) -> int | None:
+        return None
 
     @property
     def jobs(self) -> list[Job]:

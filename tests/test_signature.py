@@ -232,4 +232,4 @@ def test_without_the_package(bundle: Path, keys: tuple[Path, Path], monkeypatch:
     for name in ("cryptography.hazmat.primitives.asymmetric.ed25519", "cryptography.hazmat.primitives.serialization"):
         monkeypatch.setitem(__import__("sys").modules, name, None)
     result = CliRunner().invoke(app, ["sign", str(bundle), "--key", str(keys[0])])
-    assert result.exit_code == 5 and "pip install 'sdrt[sign]'" in result.stderr
+    assert result.exit_code == 5 and "pip install 'cryptography>=44'" in result.stderr

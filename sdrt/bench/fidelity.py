@@ -37,7 +37,7 @@ def check_references(engine: Engine, bundle: Bundle) -> tuple[list[dict[str, Any
         try:
             found = run(engine, bundle, reference)
         except SdrtError as error:
-            skipped.append(f"fidelity of {graph} not checked: {error.message}")
+            skipped.append(f"fidelity of {graph} not checked: {error.line}")
             continue
         for parity in found:
             checks.append({"graph": graph, **asdict(parity)} | {"error": float(np.nan_to_num(parity.error, nan=1e30, posinf=1e30))})

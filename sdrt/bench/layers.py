@@ -49,17 +49,20 @@ def _on_cpu(pipe: Any, kept: Mapping[str, Any], wall_ms: Mapping[str, float]) ->
     engine = pipe._engine
     peaks = [machine_peak()]
     operators: dict[str, list[Operator]] = {}
+    made_for: dict[str, Mapping[str, tuple[int, ...]]] = {}
     with tempfile.TemporaryDirectory() as folder:
         for graph, inputs in _feeds(pipe.bundle, kept).items():
             if engine.backend == "openvino":
                 path = pipe.bundle.graph(graph, "fp32")
                 compiled, shapes = engine.load_counting(graph, kept["shape"], len(kept["jobs"]))
+                made_for[graph] = shapes
                 operators[graph] = layers_openvino.profile_graph(compiled, layers_openvino.read_attention(path, shapes), inputs, _RUNS)
             else:
                 operators[graph] = layers_onnxruntime.profile_session(engine.session(graph, Path(folder) / graph), graph, inputs, _RUNS)
             peaks.append(machine_peak())  # several moments: others may have been at work in one of them
-    if engine.backend == "openvino":  # its text encoder takes one row of tokens a run, its decoder one picture
-        runs = {TEXT_ENCODER: len(kept["text"][0]), VAE_DECODER: len(kept["latents"])}
+    if engine.backend == "openvino":  # its text encoder takes one row of tokens a run, its decoder one picture, its step as many as it was made for
+        steps = -(-len(kept["jobs"]) // made_for[STEP]["init"][0])
+        runs = {TEXT_ENCODER: len(kept["text"][0]), VAE_DECODER: len(kept["latents"]), STEP: steps}
         wall_ms = {graph: ms / runs.get(graph, 1) for graph, ms in wall_ms.items()}
     peak = {name: max(found[name] for found in peaks) for name in peaks[0]}
     graphs = {graph: analyse(found, total(found), wall_ms.get(graph), peak) for graph, found in operators.items()}

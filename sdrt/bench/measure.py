@@ -273,5 +273,5 @@ def serve() -> None:
     try:
         answer = measure(request)
     except SdrtError as error:
-        answer = {"error": {"kind": type(error).__name__, "message": error.message, "fix": error.fix}}
+        answer = {"error": {"kind": type(error).__name__, "message": error.line, "fix": error.fix}}
     Path(sys.argv[2]).write_text(json.dumps(answer | {"understood": sorted(known)}), encoding="utf-8")

@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 
 from sdrt.bundle.graphs import dimensions, signatures
 from sdrt.bundle.manifest import ENGINES, MANIFEST, MAX_MANIFEST_BYTES, WEIGHTS, FileRecord, Manifest, read_manifest
-from sdrt.errors import BundleError, InputFileError, printable
+from sdrt.errors import BundleError, InputFileError, UsageError, printable
 from sdrt.graph_check import check_graph
 
 
@@ -62,6 +62,21 @@ def is_bundle(path: Path) -> bool:
     except (OSError, ValueError, RecursionError):
         return False
     return isinstance(document, dict) and {"format", "sdrt", "graphs", "files"} <= document.keys()
+
+
+def check_outside_bundles(option: str, folder: Path) -> None:
+    """Refuse to write into a bundle, which would no longer be what its manifest says. Only engines, and what belongs to them, go into one.
+
+    Raises:
+        UsageError: `folder`, where `option` would write, is a bundle or lies in one.
+    """
+    try:
+        place = folder.resolve()
+    except (OSError, RuntimeError):  # a loop of links: opening it says so
+        return
+    for outer in (place, *place.parents):
+        if is_bundle(outer):
+            raise UsageError(f"{option}: would write into the bundle {outer}, which is refused once another file is in it", "Name a place outside of it.")
 
 
 def open_bundle(path: Path) -> Bundle:

@@ -38,6 +38,8 @@ from sdrt.runtime.openvino_model import (
 )
 
 TARGET = "openvino"
+DEFAULT_CHUNKS = (1, 2)
+"""Prompt lengths that engines are made for unless asked otherwise: most prompts are of up to 75 tokens, nearly all of up to 150."""
 _SOURCE = "fp32"
 """The graphs engines are made from. Their weights are stored as the bundle has them; OpenVINO rounds the arithmetic."""
 
@@ -51,7 +53,7 @@ class _Blob:
 def compile_bundle(
     bundle: Bundle, options: CompileOptions, progress: Progress = lambda stage, done: None, joined: NewEngine | None = None
 ) -> list[CompileReport]:
-    """Compile every graph of a bundle: one engine for each number of guidance branches. An intact engine of the same key is left as it is.
+    """Compile every graph of a bundle: one engine for each prompt length and number of guidance branches. An intact engine of the same key is left as it is.
 
     The engines appear together, or with those of the command that `joined` comes from.
 
@@ -107,7 +109,8 @@ def _static_shapes(bundle: Bundle, options: CompileOptions) -> list[StepShape]:
             raise UsageError(f"{option}: from {low} to {high}: OpenVINO engines have static shapes", fix)
     factor = manifest.latents.factor
     height, width = shapes.height[0] // factor, shapes.width[0] // factor
-    return [StepShape(shapes.batch[0], height, width, shapes.tokens[0], branches, shapes.rows) for branches in shapes.branches]
+    lengths = [chunks * manifest.chunk for chunks in DEFAULT_CHUNKS] if options.tokens is None else [shapes.tokens[0]]
+    return [StepShape(shapes.batch[0], height, width, tokens, branches, shapes.rows) for tokens in lengths for branches in shapes.branches]
 
 
 def _key(bundle: Bundle, files: Mapping[str, str], precision: str, inputs: Mapping[str, Mapping[str, tuple[int, ...]]]) -> EngineKey:

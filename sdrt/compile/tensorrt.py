@@ -21,6 +21,7 @@ from sdrt.compile.watch import Progress
 from sdrt.engine_cache import RTX_SMS, NewEngine, engine_folder, platform_name, read_intact, state_bytes, write_engine
 from sdrt.engine_record import FORMAT, EngineKey, EngineRecord, Plan
 from sdrt.errors import BundleError, MachineError, UsageError
+from sdrt.machine.packages import install_command
 
 TARGETS = ("tensorrt-rtx", "tensorrt")
 DEFAULT_SMS = (86, 89, 120)
@@ -121,7 +122,7 @@ def _gpu(device: int) -> str:
         from cuda.bindings import runtime
         from cuda.core import Device
     except ImportError as error:
-        raise MachineError(f"target tensorrt: {error}", "Install it with: pip install 'sdrt[tensorrt]'") from error
+        raise MachineError(f"target tensorrt: {error}", f"Install it with: {install_command('tensorrt')}") from error
     status, count = runtime.cudaGetDeviceCount()
     if status != runtime.cudaError_t.cudaSuccess or not count:
         raise MachineError(

@@ -206,7 +206,7 @@ def serve() -> None:
     try:
         fields, data = _answer(request, answers, stop)
     except SdrtError as error:
-        fields, data = {"error": {"kind": type(error).__name__, "message": error.message, "fix": error.fix}}, memoryview(b"")
+        fields, data = {"error": {"kind": type(error).__name__, "message": error.line, "fix": error.fix}}, memoryview(b"")
     except (KeyboardInterrupt, BrokenPipeError):
         return
     _say(answers, fields | {"data_bytes": data.nbytes, "peak_bytes": peak_rss_bytes()})

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from sdrt import __version__
 from sdrt.bpe import read_bpe
-from sdrt.bundle.folder import file_record, is_bundle
+from sdrt.bundle.folder import check_outside_bundles, file_record, is_bundle
 from sdrt.bundle.graphs import STEP, TEXT_ENCODER, VAE_DECODER, VAE_ENCODER
 from sdrt.bundle.manifest import (
     FORMAT,
@@ -51,7 +51,7 @@ from sdrt.export.tensor_file import open_tensor_file
 from sdrt.export.tokenizer import write_tokenizer
 from sdrt.export.weights import CODES, Change, Made, write_weights
 from sdrt.lock import locked
-from sdrt.publish import check_space, new_folder, staged_folder
+from sdrt.publish import check_space, folders_made, new_folder, staged_folder
 
 if TYPE_CHECKING:
     from sdrt.export.graph import Recipe
@@ -127,6 +127,7 @@ def build(options: BuildOptions, progress: Progress = lambda stage, done: None) 
         stages[name] = stages.get(name, 0.0) + time.perf_counter() - started
 
     with ExitStack() as files:
+        files.enter_context(folders_made("--output", output.parent))
         files.enter_context(locked(output, lambda: progress("waiting for another build of the same output", None)))
         hashing = files.enter_context(ThreadPoolExecutor(1))  # entered before any file is opened: files are closed first, which ends what it does
         _check_output(output, options)
@@ -236,8 +237,9 @@ def default_output(options: BuildOptions) -> Path:
 def _check_output(output: Path, options: BuildOptions) -> None:
     if options.precision not in CODES:
         raise UsageError(f"precision {options.precision!r}: unknown", f"Choose one of: {', '.join(CODES)}.")
-    if not output.name or not output.parent.is_dir():
-        raise UsageError(f"{output}: its folder does not exist", "Create the folder first, or choose another --output.")
+    if not output.name:
+        raise UsageError(f"{output}: expected the name of a new folder", "Choose another --output.")
+    check_outside_bundles("--output", output.parent)
     if os.path.lexists(output):
         if not options.force:
             raise UsageError(f"{output}: exists already", "Choose another --output, or pass --force to replace the bundle.")

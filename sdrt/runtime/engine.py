@@ -13,8 +13,11 @@ from numpy.typing import NDArray
 
 from sdrt.bundle.folder import Bundle
 from sdrt.bundle.manifest import ENGINES
-from sdrt.errors import MachineError, UsageError, nearest
-from sdrt.runtime.cpu import check_threads
+from sdrt.engine_shapes import EngineShapes, JobShape
+from sdrt.errors import MachineError, UsageError, nearest, one_of
+from sdrt.machine.packages import install_command
+from sdrt.runtime.cpu import CORES, check_threads
+from sdrt.runtime.request_memory import Demand
 from sdrt.runtime.samplers import Row
 
 log = logging.getLogger("sdrt")
@@ -24,6 +27,9 @@ Pixels = NDArray[np.uint8]
 
 BACKENDS = ("onnxruntime", "onnxruntime-cuda", "openvino", "tensorrt-rtx", "tensorrt")
 READY = ("onnxruntime", "openvino", "tensorrt-rtx", "tensorrt")
+ON_MISSING = ("compile", "fallback", "error")
+"""What to do for a shape that no engine serves: compile it in memory where that takes seconds, which is on a CPU; run the bundle's graphs on ONNX Runtime; or
+raise MissingEngineError, as `compile` does too for a GPU."""
 
 
 @dataclass(frozen=True, order=True)
@@ -101,10 +107,77 @@ class RunningBatch(Protocol):
         """Give back what the batch holds. Calling it twice is fine; nothing else may be called after it."""
 
 
+class InParts:
+    """A running batch whose parts run one after the other within each step, since no engine takes all its pictures at once. Pictures of a batch do not
+    see each other, so they are the same."""
+
+    def __init__(self, parts: Sequence[RunningBatch]) -> None:
+        self._parts = parts
+        self._places: dict[int, tuple[int, int]] = {}
+        self.capacity = sum(part.capacity for part in parts)
+
+    def join(self, job: Job) -> int:
+        part = next((i for i in range(len(self._parts)) if self._taken(i) < self._parts[i].capacity), 0)
+        slot = next(slot for slot in range(self.capacity + 1) if slot not in self._places)
+        self._places[slot] = part, self._parts[part].join(job)
+        return slot
+
+    def step(self) -> None:
+        for part in self._parts:
+            part.step()
+
+    def leave(self, slot: int) -> None:
+        part, inner = self._places.pop(slot)
+        self._parts[part].leave(inner)
+
+    def latents(self, slots: Sequence[int]) -> Float:
+        return np.concatenate([self._parts[part].latents([inner]) for part, inner in map(self._places.__getitem__, slots)])
+
+    def denoised(self, slots: Sequence[int]) -> Float:
+        return np.concatenate([self._parts[part].denoised([inner]) for part, inner in map(self._places.__getitem__, slots)])
+
+    def decode(self, slots: Sequence[int], rounding: float) -> tuple[Pixels, NDArray[np.bool_]]:
+        decoded = [self._parts[part].decode([inner], rounding) for part, inner in map(self._places.__getitem__, slots)]
+        pixels, finite = zip(*decoded, strict=True)
+        return np.concatenate(pixels), np.concatenate(finite)
+
+    def describe(self) -> dict[str, Any]:
+        return self._parts[0].describe()
+
+    def close(self) -> None:
+        for part in self._parts:
+            part.close()
+
+    def _taken(self, part: int) -> int:
+        return sum(here == part for here, _ in self._places.values())
+
+
+def job_shape(shape: BatchShape, capacity: int, factor: int) -> JobShape:
+    """What a running batch asks of an engine; `factor` pixels a side per latent."""
+    return JobShape((shape.width * factor, shape.height * factor), capacity, shape.tokens, shape.branches)
+
+
 class Engine(Protocol):
     """The graphs of one bundle, ready to run. Thread-safe."""
 
     backend: str
+
+    @property
+    def shapes(self) -> tuple[EngineShapes, ...]:
+        """The batches that engines lie ready for."""
+
+    def serves(self, shape: JobShape) -> bool:
+        """Whether `open` takes a batch of this shape, if need be in parts or compiled in memory first."""
+
+    def demand(self, shape: JobShape) -> Demand:
+        """About what memory a batch of this shape takes at its peak beside what is loaded: of the machine, or of the GPU.
+
+        Raises:
+            MissingEngineError: no engine serves it.
+        """
+
+    def free_bytes(self, shape: JobShape) -> int | None:
+        """How much of that memory a batch of this shape may take; None where that is not known, or running out does no harm."""
 
     def encode_text(self, tokens: NDArray[np.int64], clip_skip: int) -> Float:
         """Token ids `[n, 77]` to context `[n, 77, C]`."""
@@ -116,7 +189,7 @@ class Engine(Protocol):
         """A running batch with all slots free; it may have more of them than asked for.
 
         Raises:
-            UsageError: the engine was not made for this shape or so many pictures.
+            MissingEngineError: no engine serves this shape.
             ResourceError: out of memory.
         """
 
@@ -149,17 +222,20 @@ def tables(rows: Sequence[Row], guidance: Sequence[Sequence[float]]) -> dict[str
     }
 
 
-def load_engine(bundle: Bundle, backend: str, threads: int | None = None, device: int = 0) -> Engine:
-    """The engine of a backend by name. What it took is in every result.
+def load_engine(bundle: Bundle, backend: str, threads: int | None = None, device: int = 0, *, on_missing: str = "error", cores: str = "own") -> Engine:
+    """The engine of a backend by name, with one of `ON_MISSING` for shapes it does not serve, and one of `CORES`. What it took is in every result.
 
     `auto` takes the fastest engine the bundle holds: TensorRT's where a GPU answers, else OpenVINO's where it is installed, else ONNX Runtime,
-    which needs none. One without an engine for what a request asks for by default is passed over, with a warning. A GPU's engine that does not fit this GPU, or a shape that no engine was compiled for, is an error with the command to
-    compile it, never a silent step down.
+    which needs none. One without an engine for what a request asks for by default is passed over, with a warning. A GPU's engine that does not
+    fit this GPU, or a shape that no engine was compiled for, is an error with the command to compile it unless `on_missing` says otherwise,
+    never a silent step down.
 
     Raises:
-        UsageError: no backend has this name, or there are more threads than cores.
+        UsageError: no backend or choice has this name, or there are more threads than cores.
         MachineError: it cannot run here.
     """
+    one_of("on_missing", on_missing, ON_MISSING)
+    shared = one_of("cores", cores, CORES) == "shared"
     if backend != "auto" and backend not in BACKENDS:
         raise UsageError(f"backend {backend!r}: unknown{nearest(backend, ['auto', *BACKENDS])}", f"Choose one of: auto, {', '.join(READY)}.")
     if backend not in ("auto", *READY):
@@ -168,16 +244,27 @@ def load_engine(bundle: Bundle, backend: str, threads: int | None = None, device
     if chosen in ("onnxruntime", "openvino"):
         check_threads(threads)
     if chosen == "onnxruntime":
-        from sdrt.runtime.onnxruntime import OnnxRuntimeEngine
-
-        return OnnxRuntimeEngine(bundle, threads)
+        return _onnxruntime(bundle, threads, shared)
+    engine: Engine
     if chosen == "openvino":
         from sdrt.runtime.openvino import OpenVinoEngine
 
-        return OpenVinoEngine(bundle, threads)
-    from sdrt.runtime.tensorrt import TensorRtEngine
+        engine = OpenVinoEngine(bundle, threads, compile_missing=on_missing == "compile", shared=shared)
+    else:
+        from sdrt.runtime.tensorrt import TensorRtEngine
 
-    return TensorRtEngine(bundle, chosen, device)
+        engine = TensorRtEngine(bundle, chosen, device)
+    if on_missing != "fallback":
+        return engine
+    from sdrt.runtime.fallback import FallbackEngine
+
+    return FallbackEngine(engine, lambda: _onnxruntime(bundle, threads, shared), bundle.manifest.latents.factor)
+
+
+def _onnxruntime(bundle: Bundle, threads: int | None, shared: bool) -> Engine:
+    from sdrt.runtime.onnxruntime import OnnxRuntimeEngine
+
+    return OnnxRuntimeEngine(bundle, threads, shared=shared)
 
 
 def _best(bundle: Bundle) -> str:
@@ -198,7 +285,7 @@ def _best(bundle: Bundle) -> str:
     if "openvino" not in targets:
         return "onnxruntime"
     if find_spec("openvino") is None:
-        log.warning("%s: has OpenVINO engines, but openvino is not installed; ONNX Runtime runs it. pip install 'sdrt[openvino]'", bundle.path)
+        log.warning("%s: has OpenVINO engines, but openvino is not installed; ONNX Runtime runs it. %s", bundle.path, install_command("openvino"))
         return "onnxruntime"
     return "openvino"
 

@@ -1,35 +1,26 @@
-"""Pictures as input: opened safely, fitted to the size asked for, and masks brought to the latents. Owns no arithmetic of the denoising.
+"""Pictures as input: fitted to the size asked for, and masks brought to the latents. Owns no arithmetic of the denoising.
 
 Formulas: AUTOMATIC1111's modules/processing.py and modules/images.py, diffusers' image_processor.py, in our own words.
 """
 
 from __future__ import annotations
 
-import math
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from io import BytesIO
-from pathlib import Path
-from struct import error as struct_error
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sdrt.bundle.manifest import MAX_SIDE
-from sdrt.document import Document, read_document
-from sdrt.errors import InputFileError, UsageError, printable
+from sdrt.errors import UsageError
 from sdrt.runtime.engine import Float, Pixels
+from sdrt.runtime.picture_input import MAX_PIXELS, open_picture
 
 if TYPE_CHECKING:
     from PIL import Image
 
     from sdrt.runtime.request import ImageInput
 
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
-MAX_PIXELS = MAX_SIDE * MAX_SIDE
-MAX_FILE_BYTES = 512 << 20
 _STRIP = 1 << 20
 """Pixels of a mask that are softened at a time."""
 
@@ -42,7 +33,7 @@ class Canvas:
     keep: float32 `[1, h, w]`, where the latents stay the image's (1) and where they are repainted (0); all 0 without a mask.
     masked_pixels: uint8 `[H, W, 3]`, the image with grey where it is repainted, as inpainting models see it; None without a mask.
     overlay: float32 `[H, W, 1]`, how much of the image is laid over the finished picture, 0 to 1; None where the tool lays nothing over it.
-    sha256: of the bytes that `init_image` and `mask` were read from, where they are files.
+    sha256: of what `init_image` and `mask` were read from: the bytes of a file, the pixels of what was in memory.
     """
 
     pixels: Pixels
@@ -63,17 +54,20 @@ def canvas(init: ImageInput, mask: ImageInput | None, size: tuple[int, int], *, 
     """Bring an init image, and the mask that says what to repaint of it (white), to `size` and to the latents.
 
     Raises:
-        InputFileError: a file cannot be read as a picture, or is larger than the limit.
+        InputFileError: it cannot be read as a picture, or is larger than the limits.
         UsageError: the mask is of another size than the image, or an array is no picture.
     """
     sha256: dict[str, str] = {}
-    image = _flattened(_opened("init_image", init, sha256))
+    given = open_picture("init_image", init)
+    sha256["init_image"] = given.sha256
+    image = _flattened(given.image)
     fitted = RESIZES[resize](image, size)
     pixels = np.asarray(fitted, np.uint8)
     shape = (1, size[1] // factor, size[0] // factor)
     if mask is None:
         return Canvas(pixels, np.zeros(shape, np.float32), sha256=sha256)
-    opened = _opened("mask", mask, sha256)
+    drawn = open_picture("mask", mask)
+    sha256["mask"], opened = drawn.sha256, drawn.image
     if opened.size != image.size:
         raise UsageError(
             f"mask: {opened.width}x{opened.height} pixels, the init image has {image.width}x{image.height}", "Draw the mask on a copy of the image."
@@ -216,55 +210,3 @@ def _flattened(image: Image.Image) -> Image.Image:
         white = Image.new("RGBA", rgba.size, "white")
         return Image.alpha_composite(white, rgba).convert("RGB")
     return image.convert("RGB")
-
-
-def _opened(setting: str, source: ImageInput, sha256: dict[str, str]) -> Image.Image:
-    """The picture a setting gives. A file's hash goes into `sha256`, of the bytes the picture is read from: the file may change while one is drawn."""
-    from PIL import Image
-
-    name = setting.replace("_", " ")
-    if isinstance(source, (str, Path)):
-        document = _document(name, Path(source))
-        sha256[setting] = document.sha256
-        return _read(f"{name} {source}", document.data)
-    if isinstance(source, np.ndarray):
-        good = source.dtype == np.uint8 and (source.ndim == 2 or (source.ndim == 3 and source.shape[2] in (3, 4))) and 0 not in source.shape
-        if not good:
-            raise UsageError(f"{name}: array of shape {list(source.shape)} and {source.dtype}, expected uint8 [H, W], [H, W, 3] or [H, W, 4]")
-        image = Image.fromarray(source)
-    elif isinstance(source, Image.Image):
-        image = source
-    else:
-        raise UsageError(f"{name}: expected a path, a Pillow image or an array, found {type(source).__name__}")
-    _check_pixels(name, image)
-    return image
-
-
-def _document(name: str, path: Path) -> Document:
-    try:
-        return read_document(path, MAX_FILE_BYTES)
-    except FileNotFoundError as error:
-        raise InputFileError(f"{name} {path}: no such file") from error
-    except InputFileError as error:
-        raise InputFileError(f"{name} {error.message}", f"Give a {', '.join(FORMATS)} file.") from error
-
-
-def _read(where: str, data: bytes) -> Image.Image:
-    from PIL import Image, ImageOps
-
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(BytesIO(data), formats=FORMATS) as image:
-                _check_pixels(where, image)
-                image.load()
-                return ImageOps.exif_transpose(image)
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise InputFileError(f"{where}: {printable(str(error))}", f"The limit is {MAX_PIXELS:,} pixels: make it smaller.") from error
-    except (OSError, SyntaxError, ValueError, EOFError, struct_error) as error:
-        raise InputFileError(f"{where}: cannot be read as a picture: {printable(str(error))}", f"Give a {', '.join(FORMATS)} file.") from error
-
-
-def _check_pixels(name: str, image: Image.Image) -> None:
-    if math.prod(image.size) > MAX_PIXELS:
-        raise InputFileError(f"{name}: {image.width}x{image.height} pixels, the limit is {MAX_PIXELS:,}", "Make it smaller first.")

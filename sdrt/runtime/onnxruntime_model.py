@@ -18,6 +18,7 @@ from sdrt.engine_cache import check_external_data, engine_folders, mismatch, pla
 from sdrt.engine_record import EngineRecord
 from sdrt.errors import MachineError, ResourceError, SdrtError
 from sdrt.interruptible import interruptible
+from sdrt.machine.packages import install_command
 from sdrt.runtime.cpu import cpu_identity
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ def import_onnxruntime(wanted_by: str) -> Any:
     try:
         onnxruntime = engine_libraries.onnxruntime()
     except ImportError as error:
-        raise MachineError(f"{wanted_by}: cannot import onnxruntime: {error}", "Install it with: pip install 'sdrt[cpu]'") from error
+        raise MachineError(f"{wanted_by}: cannot import onnxruntime: {error}", f"Install it with: {install_command('cpu')}") from error
     onnxruntime.set_default_logger_severity(_FATAL)  # errors are raised, and told once
     _share_arena(onnxruntime)
     return onnxruntime
@@ -65,12 +66,14 @@ def _share_arena(ort: Any) -> None:
             _arena_shared = True
 
 
-def open_graph(ort: Any, path: Path, threads: int | None, *, save_as: Path | None = None, profile: Path | None = None) -> ort.InferenceSession:
+def open_graph(
+    ort: Any, path: Path, threads: int | None, *, save_as: Path | None = None, profile: Path | None = None, shared: bool = False
+) -> ort.InferenceSession:
     """A session of a bundle's graph, optimised now; `save_as` keeps the result there, its weights in a file beside it.
 
-    `profile` is how the files begin that ONNX Runtime's profiler then writes.
+    `profile` is how the files begin that ONNX Runtime's profiler then writes; `shared` says that others keep the cores busy too.
     """
-    options = _options(ort, threads, profile)
+    options = _options(ort, threads, profile, shared)
     if save_as is not None:
         options.optimized_model_filepath = str(save_as)
         options.add_session_config_entry("session.optimized_model_external_initializers_file_name", weights_path(save_as).name)
@@ -83,16 +86,16 @@ def weights_path(model: Path) -> Path:
     return model.with_suffix(".weights")
 
 
-def open_saved(ort: Any, model: bytes, path: Path, threads: int | None, *, profile: Path | None = None) -> ort.InferenceSession:
+def open_saved(ort: Any, model: bytes, path: Path, threads: int | None, *, profile: Path | None = None, shared: bool = False) -> ort.InferenceSession:
     """A session of a saved model, not optimised again. `model` is what its file at `path` holds; its weights are mapped from that folder, which
     ONNX Runtime does not let it leave."""
-    options = _options(ort, threads, profile)
+    options = _options(ort, threads, profile, shared)
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
     return _session(ort, model, options, path)
 
 
-def open_engine(ort: Any, saved: Saved, graph: str, threads: int | None, *, profile: Path | None = None) -> ort.InferenceSession:
+def open_engine(ort: Any, saved: Saved, graph: str, threads: int | None, *, profile: Path | None = None, shared: bool = False) -> ort.InferenceSession:
     """A session of an engine's model, whose hash is compared first. `check_weights` has to be called too, before the session is run.
 
     Raises:
@@ -100,7 +103,7 @@ def open_engine(ort: Any, saved: Saved, graph: str, threads: int | None, *, prof
         MachineError, ResourceError: ONNX Runtime cannot load it.
     """
     folder, record = saved
-    return open_saved(ort, read_plan(folder, record, graph), folder / record.plans[graph].file, threads, profile=profile)
+    return open_saved(ort, read_plan(folder, record, graph), folder / record.plans[graph].file, threads, profile=profile, shared=shared)
 
 
 def check_weights(saved: Saved, graph: str) -> None:
@@ -185,10 +188,12 @@ def explained(ort: Any, where: str, error: Exception) -> SdrtError:
     return MachineError(f"{where}: ONNX Runtime {ort.__version__} failed: {text}", "Run: sdrt verify BUNDLE")
 
 
-def _options(ort: Any, threads: int | None, profile: Path | None) -> ort.SessionOptions:
+def _options(ort: Any, threads: int | None, profile: Path | None, shared: bool) -> ort.SessionOptions:
     options = ort.SessionOptions()
     options.log_severity_level = _FATAL
     options.add_session_config_entry("session.use_env_allocators", "1")
+    if shared:  # a thread that spins takes its core from the one it waits for, where that has been put off it
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if threads is not None:
         options.intra_op_num_threads = threads
     if profile is not None:

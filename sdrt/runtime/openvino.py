@@ -1,7 +1,8 @@
 """The OpenVINO backend: engines of static shapes on the CPU, in bfloat16 where it has it.
 
-An engine serves one size, number of pictures, prompt length and number of guidance branches; a bundle may hold several, and each running batch takes
-the one that fits. Graphs with equal shapes are loaded once, whatever engines they lie in.
+An engine serves one size, number of pictures, prompt length and number of guidance branches; a bundle may hold several, and each running batch
+takes the one that fits; more pictures than any engine takes at once run one part after the other. What no engine serves is compiled in memory, where that was
+asked for. Graphs with equal shapes are loaded once, whatever engines they lie in.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections import OrderedDict, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -22,14 +23,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sdrt.bundle.folder import Bundle
-from sdrt.bundle.graphs import STEP, TEXT_ENCODER, VAE_DECODER, VAE_ENCODER, Signature, context_output, dimensions, signatures
+from sdrt.bundle.graphs import GRAPHS, STEP, TEXT_ENCODER, VAE_DECODER, VAE_ENCODER, Signature, context_output, dimensions, signatures
 from sdrt.bundle.manifest import WEIGHTS
 from sdrt.engine_cache import list_engines, mismatch, read_plan
 from sdrt.engine_record import EngineRecord
-from sdrt.errors import MachineError, UsageError
+from sdrt.engine_shapes import EngineShapes, JobShape, shapes_of
+from sdrt.errors import MachineError, MissingEngineError
 from sdrt.interruptible import interruptible, wait_for
+from sdrt.memory import available_bytes
 from sdrt.runtime.cpu import usable_cores
-from sdrt.runtime.engine import BatchShape, Float, Pixels
+from sdrt.runtime.engine import BatchShape, Float, InParts, Pixels, RunningBatch, job_shape
 from sdrt.runtime.openvino_model import (
     StepShape,
     compile_graph,
@@ -39,6 +42,7 @@ from sdrt.runtime.openvino_model import (
     import_openvino,
     openvino_version,
 )
+from sdrt.runtime.request_memory import Demand, openvino_demand
 from sdrt.runtime.running_batch import HostMemory, Slots, step_sizes
 
 log = logging.getLogger("sdrt")
@@ -58,16 +62,19 @@ class _Loaded:
 
 
 class OpenVinoEngine:
-    """Thread-safe: no two jobs or calls use an infer request at the same time. One that two threads shared would silently mix their pictures."""
+    """Thread-safe: no two batches or calls use an infer request at the same time. One that two threads shared would silently mix their pictures."""
 
     backend = "openvino"
 
-    def __init__(self, bundle: Bundle, threads: int | None) -> None:
+    def __init__(self, bundle: Bundle, threads: int | None, *, compile_missing: bool = False, shared: bool = False) -> None:
+        """`compile_missing` has shapes that no engine serves compiled in memory, which takes seconds; else they raise MissingEngineError. `shared` says that
+        others keep the cores busy too."""
         self._ov = import_openvino("backend openvino")
-        self._bundle, self._threads = bundle, threads or usable_cores()
+        self._bundle, self._threads, self._compile_missing, self._shared = bundle, threads or usable_cores(), compile_missing, shared
         self._core = self._ov.Core()
         self._engines = _usable(bundle, self._core)
         self._lock = Lock()
+        self._adding = Lock()
         self._loading: dict[Any, Lock] = {}
         self._graphs: OrderedDict[Any, _Loaded] = OrderedDict()
         self._version = openvino_version()  # once: it reads the package's files, which takes as long as a small picture's text
@@ -76,6 +83,28 @@ class OpenVinoEngine:
         self._default = first = min(self._engines, key=lambda engine: _unlikeness(engine.shape, bundle))
         # In parallel: unpacking weights runs on one core each.
         interruptible(lambda: self._load_all(first, (STEP, VAE_DECODER, TEXT_ENCODER)))
+
+    @property
+    def shapes(self) -> tuple[EngineShapes, ...]:
+        return tuple(dict.fromkeys(shapes_of(engine.record, self._bundle.manifest) for engine in self._engines if engine.record is not None))
+
+    def serves(self, shape: JobShape) -> bool:
+        return self._compile_missing or bool(self._alike(shape))
+
+    def demand(self, shape: JobShape) -> Demand:
+        alike = self._alike(shape)
+        if not alike and not self._compile_missing:
+            raise self._missing(shape)
+        with self._lock:
+            graphs = dict(self._graphs)
+        step_loaded = any(engine.key(STEP) in graphs for engine in alike)
+        decoders = [graphs.get(engine.key(VAE_DECODER)) for engine in self._engines if engine.job_shape.size == shape.size]
+        decoder_loaded = any(decoder is not None and decoder.idle for decoder in decoders)
+        precision = (alike[0] if alike else self._default).precision
+        return openvino_demand(self._bundle.manifest, shape, precision=precision, step_loaded=step_loaded, decoder_loaded=decoder_loaded)
+
+    def free_bytes(self, shape: JobShape) -> int | None:
+        return available_bytes()
 
     def encode_text(self, tokens: NDArray[np.int64], clip_skip: int) -> Float:
         wanted = (context_output(clip_skip),)
@@ -87,7 +116,14 @@ class OpenVinoEngine:
         inputs: list[Arrays] = [{"pixels": pixels[i : i + 1], "noise": noise[i : i + 1]} for i in range(len(pixels))]
         return np.concatenate([self._call(engine, VAE_ENCODER, one, ("latents",))[0] for one in inputs])
 
-    def open(self, shape: BatchShape, capacity: int) -> Slots:
+    def open(self, shape: BatchShape, capacity: int) -> RunningBatch:
+        parts: list[RunningBatch] = []
+        while capacity > 0:
+            parts.append(self._start(shape, capacity))
+            capacity -= parts[-1].capacity
+        return parts[0] if len(parts) == 1 else InParts(parts)
+
+    def _start(self, shape: BatchShape, capacity: int) -> Slots:
         engine = self._of_batch(shape, capacity)
         made = engine.shape
         signature = signatures(dimensions(self._bundle.manifest))[STEP]
@@ -105,7 +141,7 @@ class OpenVinoEngine:
     def describe_engine(self, engine: _Loadable) -> dict[str, Any]:
         return {
             "backend": self.backend, "version": self._version, "device": "cpu", "compute": engine.precision, "threads": self._threads,
-            "engine": engine.folder.name,
+            "engine": "compiled in memory" if engine.folder is None else engine.folder.name,
         }  # fmt: skip
 
     def tensor(self, array: NDArray[Any]) -> Any:
@@ -183,36 +219,64 @@ class OpenVinoEngine:
 
     def _read(self, engine: _Loadable, graph: str, *, counting: bool = False) -> Any:
         precision = engine.precision
-        if engine.stale:
+        if engine.folder is None or engine.record is None or engine.stale:
             with self._lock:
                 self.compiled += 1
             path = self._bundle.graph(graph, "fp32")
-            return compile_graph(self._ov, self._core, path, engine.shapes(graph), precision, self._threads, counting=counting)[0]
+            return compile_graph(self._ov, self._core, path, engine.shapes(graph), precision, self._threads, counting=counting, shared=self._shared)[0]
         blob = read_plan(engine.folder, engine.record, graph)  # hashed before OpenVINO sees it
         where = str(engine.folder / engine.record.plans[graph].file)
-        return import_blob(self._ov, self._core, where, blob, self._bundle.file(WEIGHTS), precision, self._threads, counting=counting)
+        return import_blob(self._ov, self._core, where, blob, self._bundle.file(WEIGHTS), precision, self._threads, counting=counting, shared=self._shared)
 
-    def _of_batch(self, shape: BatchShape, capacity: int) -> _Loadable:
-        """The engine for a running batch: of its shape, with the smallest number of slots that is enough."""
-        fits = [engine for engine in self._engines if engine.batch_shape == shape and engine.shape.batch >= capacity]
-        if not fits:
-            raise self._no_engine(shape.width, shape.height, f"--batch {capacity} --tokens {shape.tokens} --branches {shape.branches}")
-        return min(fits, key=lambda engine: engine.shape.batch)
+    def _of_batch(self, wanted: BatchShape, capacity: int) -> _Loadable:
+        """The engine for a running batch: of its shape, with the smallest number of slots that is enough; where none is, with the largest there is."""
+        shape = job_shape(wanted, capacity, self._bundle.manifest.latents.factor)
+        with self._adding:
+            alike = self._alike(shape)
+            if not alike:
+                alike = [self._add(StepShape(capacity, wanted.height, wanted.width, wanted.tokens, wanted.branches, self._default.shape.rows))]
+        holding = [engine for engine in alike if engine.shape.batch >= shape.batch]
+        return min(holding, key=lambda engine: engine.shape.batch) if holding else max(alike, key=lambda engine: engine.shape.batch)
+
+    def _alike(self, shape: JobShape) -> list[_Loadable]:
+        """The engines of a size, prompt length and number of branches, whatever their batch."""
+        return [engine for engine in self._engines if replace(shape, batch=0) == replace(engine.job_shape, batch=0)]
 
     def _of_size(self, height: int, width: int) -> _Loadable:
-        for engine in self._engines:
-            if engine.shape.size == (height, width):
-                return engine
-        raise self._no_engine(width, height, "")
+        with self._adding:
+            for engine in self._engines:
+                if engine.shape.size == (height, width):
+                    return engine
+            return self._add(replace(self._default.shape, batch=1, height=height, width=width))
 
-    def _no_engine(self, width: int, height: int, rest: str) -> UsageError:
-        factor = self._bundle.manifest.latents.factor
-        have = "; ".join(dict.fromkeys(engine.shape.words(factor) for engine in self._engines))
-        wanted = f"--size {width * factor}x{height * factor} {rest}".rstrip()
-        return UsageError(
-            f"{self._bundle.path}: no OpenVINO engine for {wanted}; there is: {have}",
-            f"Compile one with: sdrt compile {self._bundle.path} --target openvino {wanted}; or choose --backend onnxruntime (in Python backend='onnxruntime'), which takes any shape.",
+    def _add(self, shape: StepShape) -> _Loadable:
+        """An engine of a shape that has none, to be compiled in memory.
+
+        Raises:
+            MissingEngineError: that was not asked for.
+        """
+        manifest, where = self._bundle.manifest, self._bundle.path
+        inputs = {graph: shape.inputs(graph, manifest) for graph in GRAPHS}
+        added = _Loadable(inputs, shape, self._default.precision, manifest.latents.factor)
+        if not self._compile_missing:
+            raise self._missing(added.job_shape)
+        log.warning(
+            "%s: no OpenVINO engine for %s; compiling it in memory, which takes seconds. Keep it with: sdrt compile %s --target openvino %s",
+            where, added.job_shape.options, where, added.job_shape.options,
+        )  # fmt: skip
+        self._engines = [*self._engines, added]
+        return added
+
+    def _missing(self, wanted: JobShape) -> MissingEngineError:
+        have = "; ".join(dict.fromkeys(engine.job_shape.options for engine in self._engines))
+        error = MissingEngineError(
+            f"no OpenVINO engine for {wanted.options}; there is: {have}",
+            f"Compile one with: sdrt compile {self._bundle.path} --target openvino {wanted.options}; "
+            "or choose --on-missing compile or fallback (in Python on_missing=...), or --backend onnxruntime.",
+            path=self._bundle.path,
         )
+        error.data = {"wanted": asdict(wanted), "shapes": [asdict(one) for one in self.shapes]}
+        return error
 
 
 class _StepMemory(HostMemory):
@@ -245,22 +309,39 @@ class _StepMemory(HostMemory):
 
 
 class _Loadable:
-    """An engine of the bundle and what it is made for, in the precision it computes in here. `stale` says why its blobs do not fit this machine; it
-    is compiled again then, in memory."""
+    """An engine and what it is made for, in the precision it computes in here. One of the bundle has a `folder` and a `record`; if `stale` says why its
+    blobs do not fit this machine, it is compiled again, in memory, as one without a folder is."""
 
-    def __init__(self, folder: Path, record: EngineRecord, precision: str, stale: str) -> None:
-        self.folder, self.record, self.precision, self.stale = folder, record, precision, stale
-        step = self.shapes(STEP)
-        (rows, branches), (batch, _, height, width), tokens = step["w"], step["init"], step["context"][2]
-        self.shape = StepShape(batch, height, width, tokens, branches, (rows - 1) // batch)
-        self.batch_shape = BatchShape(height, width, tokens, branches)
+    def __init__(
+        self,
+        inputs: Mapping[str, Mapping[str, tuple[int, ...]]],
+        shape: StepShape,
+        precision: str,
+        factor: int,
+        *,
+        folder: Path | None = None,
+        record: EngineRecord | None = None,
+        stale: str = "",
+    ) -> None:
+        """`inputs` holds the shape of every input of every graph; `factor` pixels a side per latent."""
+        self._inputs, self.shape, self.precision = inputs, shape, precision
+        self.folder, self.record, self.stale = folder, record, stale
+        self.job_shape = JobShape((shape.width * factor, shape.height * factor), shape.batch, shape.tokens, shape.branches)
 
     def shapes(self, graph: str) -> dict[str, tuple[int, ...]]:
-        return {name: largest for name, (_, _, largest) in self.record.key.profiles[graph][0].shapes.items()}
+        return dict(self._inputs[graph])
 
     def key(self, graph: str) -> Any:
         """Equal for graphs that are the same once loaded."""
-        return graph, self.precision, bool(self.stale), tuple(sorted(self.shapes(graph).items()))
+        return graph, self.precision, self.folder is None or bool(self.stale), tuple(sorted(self.shapes(graph).items()))
+
+
+def _of_bundle(folder: Path, record: EngineRecord, precision: str, stale: str, factor: int) -> _Loadable:
+    """An engine as its record says it was made."""
+    inputs = {graph: {name: largest for name, (_, _, largest) in profiles[0].shapes.items()} for graph, profiles in record.key.profiles.items()}
+    (rows, branches), (batch, _, height, width) = inputs[STEP]["w"], inputs[STEP]["init"]
+    shape = StepShape(batch, height, width, inputs[STEP]["context"][2], branches, (rows - 1) // batch)
+    return _Loadable(inputs, shape, precision, factor, folder=folder, record=record, stale=stale)
 
 
 def _usable(bundle: Bundle, core: Any) -> list[_Loadable]:
@@ -280,7 +361,7 @@ def _usable(bundle: Bundle, core: Any) -> list[_Loadable]:
             reasons.append(f"{folder.name}: {other}")
             continue
         machine, precision = fit(core, bundle, record)
-        (stale if machine else fitting).append(_Loadable(folder, record, precision, machine))
+        (stale if machine else fitting).append(_of_bundle(folder, record, precision, machine, bundle.manifest.latents.factor))
     have = {engine.shape for engine in fitting}
     again = [engine for engine in stale if engine.shape not in have]
     if again:

@@ -25,6 +25,7 @@ from sdrt.engine_cache import mismatch, platform_name
 from sdrt.engine_record import EngineRecord
 from sdrt.errors import MachineError, ResourceError, SdrtError, UsageError, printable
 from sdrt.interruptible import interruptible
+from sdrt.machine.packages import install_command
 from sdrt.runtime.cpu import bound_cores, cpu_identity, usable_cores
 
 OLDEST = (2026, 4)
@@ -86,11 +87,11 @@ def import_openvino(where: str) -> Any:
     try:
         openvino = engine_libraries.openvino()
     except (ImportError, OSError) as error:
-        raise MachineError(f"{where}: cannot import openvino: {error}", "Install it with: pip install 'sdrt[openvino]'") from error
+        raise MachineError(f"{where}: cannot import openvino: {error}", f"Install it with: {install_command('openvino')}") from error
     found = str(openvino_version())
     if tuple(int(part) for part in re.findall(r"\d+", found)[:2]) < OLDEST:
         raise MachineError(
-            f"{where}: openvino {found}, at least {'.'.join(map(str, OLDEST))} is needed", "Upgrade it with: pip install --upgrade 'sdrt[openvino]'"
+            f"{where}: openvino {found}, at least {'.'.join(map(str, OLDEST))} is needed", f"Upgrade it with: {install_command('openvino', '--upgrade')}"
         )
     return openvino
 
@@ -131,22 +132,24 @@ def fit(core: Any, bundle: Bundle, record: EngineRecord) -> tuple[str, str]:
     return why, choose_precision(core, None, made_for) if why else made_for
 
 
-def compile_properties(precision: str, threads: int | None, *, counting: bool = False) -> dict[str, Any]:
+def compile_properties(precision: str, threads: int | None, *, counting: bool = False, shared: bool = False) -> dict[str, Any]:
     """Settings for one caller at a time. Threads are pinned to cores only when all cores are used that this process is bound to: processes that
     share them, as containers do that have a quota of a larger machine, would be pinned to the same ones. With `counting` every operator is timed,
-    which costs time."""
+    which costs time. `shared` cores are kept busy by others too: no thread is pinned, and work is not dealt out beforehand, so that a thread that has its core
+    does what is left of one that lost it."""
     used = threads or usable_cores()
     return {
         "INFERENCE_PRECISION_HINT": _HINTS[precision],
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_NUM_THREADS": used,
-        "ENABLE_CPU_PINNING": used == bound_cores(),
+        "ENABLE_CPU_PINNING": used == bound_cores() and not shared,
+        **({"TBB_PARTITIONER": "AUTO"} if shared else {}),
         **({"PERF_COUNT": True} if counting else {}),
     }
 
 
 def compile_graph(
-    ov: Any, core: Any, path: Path, shapes: Mapping[str, Shape], precision: str, threads: int | None, *, counting: bool = False
+    ov: Any, core: Any, path: Path, shapes: Mapping[str, Shape], precision: str, threads: int | None, *, counting: bool = False, shared: bool = False
 ) -> tuple[Any, tuple[str, ...]]:
     """Read an ONNX graph, fix its shapes, and compile it for this CPU. Also returns the names of its attention operators.
 
@@ -167,7 +170,9 @@ def compile_graph(
         if precision != "fp32":
             _fill_heads(ov, model)
             _keep_boundary(ov, model)
-        return core.compile_model(model, "CPU", compile_properties(precision, threads, counting=counting) | {"CACHE_MODE": "OPTIMIZE_SIZE"}), attention
+        return core.compile_model(
+            model, "CPU", compile_properties(precision, threads, counting=counting, shared=shared) | {"CACHE_MODE": "OPTIMIZE_SIZE"}
+        ), attention
     except Exception as error:
         raise explained(ov, str(path), error) from error
 
@@ -179,14 +184,16 @@ def export_blob(compiled: Any) -> bytes:
     return stream.getvalue()
 
 
-def import_blob(ov: Any, core: Any, where: str, blob: bytes, weights: Path, precision: str, threads: int | None, *, counting: bool = False) -> Any:
+def import_blob(
+    ov: Any, core: Any, where: str, blob: bytes, weights: Path, precision: str, threads: int | None, *, counting: bool = False, shared: bool = False
+) -> Any:
     """The compiled graph of `export_blob`, ready to run. `blob` has been compared with its record: importing is running native code.
 
     Raises:
         MachineError: OpenVINO refuses it.
         ResourceError: out of memory.
     """
-    settings = compile_properties(precision, threads, counting=counting) | {"ENABLE_WEIGHTLESS": True, "WEIGHTS_PATH": str(weights)}
+    settings = compile_properties(precision, threads, counting=counting, shared=shared) | {"ENABLE_WEIGHTLESS": True, "WEIGHTS_PATH": str(weights)}
     try:
         return core.import_model(blob, "CPU", settings)
     except Exception as error:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from threading import RLock
 from typing import Any
@@ -21,12 +22,15 @@ from numpy.typing import NDArray
 
 from sdrt.bundle.folder import Bundle
 from sdrt.bundle.graphs import STEP, TEXT_ENCODER, VAE_DECODER, VAE_ENCODER, Tensor, concrete, context_output, dimensions, signatures
-from sdrt.engine_cache import list_engines, mismatch, read_plan
+from sdrt.engine_cache import list_engines, mismatch, read_plan, state_bytes
 from sdrt.engine_record import EngineRecord
-from sdrt.errors import MachineError, ResourceError, SdrtError, UsageError
+from sdrt.engine_shapes import EngineShapes, JobShape, shapes_of
+from sdrt.errors import MachineError, MissingEngineError, ResourceError, SdrtError
+from sdrt.machine.packages import install_command
 from sdrt.runtime.captured_step import CapturedStep, TensorRtMemory
 from sdrt.runtime.device_memory import Block, layout
 from sdrt.runtime.engine import BatchShape, Float, Pixels
+from sdrt.runtime.request_memory import Demand
 from sdrt.runtime.running_batch import Slots
 
 log = logging.getLogger("sdrt")
@@ -74,6 +78,22 @@ class TensorRtEngine:
         self.settle()  # before the buffers go: a cancelled picture's copies may still be on their way
 
     # Engine protocol
+
+    @property
+    def shapes(self) -> tuple[EngineShapes, ...]:
+        return (shapes_of(self.record, self._bundle.manifest),)
+
+    def serves(self, shape: JobShape) -> bool:
+        return any(engine.holds(shape) for engine in self.shapes)
+
+    def demand(self, shape: JobShape) -> Demand:
+        if not self.serves(shape):
+            raise self._missing(f"no {self.backend} engine for {shape.options}; there is: {'; '.join(map(str, self.shapes))}", shape)
+        needed = state_bytes(self._bundle.manifest, size=shape.size, batch=shape.batch, tokens=shape.tokens, rows=self.rows, branches=shape.branches)
+        return Demand(needed, f"state {needed:,} bytes")
+
+    def free_bytes(self, shape: JobShape) -> int | None:
+        return None  # a job that finds no room raises ResourceError, and no system ends the process
 
     def encode_text(self, tokens: NDArray[np.int64], clip_skip: int) -> Float:
         most = self.record.key.profiles[TEXT_ENCODER][0].shapes["tokens"][2][0]
@@ -219,14 +239,14 @@ class TensorRtEngine:
         """Choose a profile, then set the shape and address of every input.
 
         Raises:
-            UsageError: a shape is outside what the engine was compiled for.
+            MissingEngineError: a shape is outside what the engine was compiled for.
         """
         ranges = self.record.key.profiles[graph][profile].shapes
         for name, (_, shape) in inputs.items():
             if name in ranges:
                 low, _, high = ranges[name]
                 if len(low) != len(shape) or not all(a <= s <= b for a, s, b in zip(low, shape, high, strict=True)):
-                    raise UsageError(f"{graph}: {name}: shape {list(shape)}, the engine was compiled for {list(low)} to {list(high)}", self._compile_hint())
+                    raise self._missing(f"{graph}: {name}: shape {list(shape)}, the engine was compiled for {list(low)} to {list(high)}")
         if context.active_optimization_profile != profile and not context.set_optimization_profile_async(profile, int(self._stream.handle)):
             raise MachineError(f"{graph}: TensorRT refused optimization profile {profile}", self._compile_hint())
         for name, (address, shape) in inputs.items():
@@ -241,7 +261,7 @@ class TensorRtEngine:
         """The step engine's profile for a number of guidance branches."""
         if shape.branches not in self.record.branches:
             built = ", ".join(str(n) for n in self.record.branches)
-            raise UsageError(f"step: {shape.branches} guidance branches, the engine was compiled for {built}", self._compile_hint())
+            raise self._missing(f"step: {shape.branches} guidance branches, the engine was compiled for {built}")
         return self.record.branches.index(shape.branches)
 
     def disable_graphs(self, why: str) -> None:
@@ -337,8 +357,13 @@ class TensorRtEngine:
                 "Close other programs on it, or compile for a smaller --size or --batch.",
             )
 
-    def _compile_hint(self) -> str:
-        return f"Compile for it with: sdrt compile {self._bundle.path} --target {self.backend} --size WxH --batch N"
+    def _missing(self, message: str, wanted: JobShape | None = None) -> MissingEngineError:
+        error = MissingEngineError(message, self._compile_hint(*([] if wanted is None else [wanted.options])))
+        error.data = {"shapes": [asdict(one) for one in self.shapes], **({} if wanted is None else {"wanted": asdict(wanted)})}
+        return error
+
+    def _compile_hint(self, options: str = "--size WxH --batch N") -> str:
+        return f"Compile for it with: sdrt compile {self._bundle.path} --target {self.backend} {options}"
 
 
 class _Guard:
@@ -377,7 +402,7 @@ def _import(target: str) -> tuple[Any, Any]:
     try:
         return importlib.import_module(MODULES[target]), importlib.import_module("cuda.core")
     except ImportError as error:
-        raise MachineError(f"backend {target}: {error}", f"Install it with: pip install 'sdrt[{target}]'") from error
+        raise MachineError(f"backend {target}: {error}", f"Install it with: {install_command(target)}") from error
 
 
 def _choose(bundle: Bundle, target: str, compiler: str, sm: str) -> tuple[Path, EngineRecord]:
