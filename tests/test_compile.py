@@ -30,7 +30,7 @@ from sdrt.bundle.graphs import GRAPHS, STEP, TEXT_ENCODER, VAE_DECODER, VAE_ENCO
 from sdrt.bundle.manifest import ENGINES
 from sdrt.cli import app
 from sdrt.compile import network, tensorrt, worker
-from sdrt.compile.network import Built, Compiler, Demand, build_error, build_graph, input_shapes
+from sdrt.compile.network import Built, Compiler, Demand, build_error, build_graph
 from sdrt.compile.shapes import axes, largest_demand, profiles_of, resolve_shapes
 from sdrt.compile.tensorrt import CompileOptions, CompileReport, compile_bundle, open_compiler
 from sdrt.engine_cache import list_engines, mismatch, platform_name, read_intact, read_plan
@@ -381,20 +381,20 @@ def test_a_graph_the_compiler_cannot_read(rtx: Compiler, tmp_path: Path) -> None
         helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20), helper.make_opsetid("com.microsoft", 1)], ir_version=10), tmp_path / "odd.onnx"
     )
     with pytest.raises(MachineError, match=r"odd\.onnx: step: TensorRT-RTX [\d.]+ cannot read node odd one \(GroupNorm\)"):
-        worker.read_inputs(rtx, {STEP: tmp_path / "odd.onnx"})
+        worker.build(rtx, STEP, tmp_path / "odd.onnx", [], DEMAND, lambda *_: None)
 
 
 def test_a_file_that_is_no_graph(rtx: Compiler, tmp_path: Path) -> None:
     (tmp_path / "bad.onnx").write_bytes(b"\xff" * 100)
     with pytest.raises(MachineError, match=r"bad\.onnx: step: TensorRT-RTX [\d.]+ cannot read"):
-        worker.read_inputs(rtx, {STEP: tmp_path / "bad.onnx"})
+        worker.build(rtx, STEP, tmp_path / "bad.onnx", [], DEMAND, lambda *_: None)
 
 
 def test_weights_that_are_gone(small_bundle: Path, rtx: Compiler, tmp_path: Path) -> None:
     bundle = open_bundle(small_bundle)
     shutil.copy(bundle.graph(VAE_DECODER, bundle.manifest.precision), tmp_path / "alone.onnx")
     with pytest.raises(MachineError, match="cannot read"):
-        worker.read_inputs(rtx, {VAE_DECODER: tmp_path / "alone.onnx"})
+        worker.build(rtx, VAE_DECODER, tmp_path / "alone.onnx", [], DEMAND, lambda *_: None)
 
 
 @pytest.mark.parametrize("file", ["graphs/step.fp16.onnx", "graphs/weights.safetensors"])
@@ -728,9 +728,3 @@ def test_enterprise_without_its_gpu(enterprise: Path, monkeypatch: pytest.Monkey
     with pytest.raises(MachineError, match=r"compiles on a GPU, and none answers here \(cudaErrorInsufficientDriver\)") as raised:
         open_compiler("tensorrt")
     assert "--target tensorrt-rtx" in raised.value.fix
-
-
-def test_inputs_are_read_as_they_are(flat_bundle: Path, rtx: Compiler) -> None:
-    bundle = open_bundle(flat_bundle)
-    path = bundle.graph(TEXT_ENCODER, bundle.manifest.precision)
-    assert input_shapes(rtx, TEXT_ENCODER, path) == {"tokens": ("n", 77), "emphasis": ("n", 77)}

@@ -365,7 +365,7 @@ def test_guidance_so_large_that_it_overflows(flat: Pipeline) -> None:
         ({"cfg": "7"}, "cfg '7': expected a number"),
         ({"guidance": 3}, "setting 'guidance': unknown\nChoose among: negative, steps"),
         ({"sampler_name": "euler"}, "setting 'sampler_name': unknown; did you mean 'sampler'"),
-        ({"init_image": 5}, "init image: expected a path, a Pillow image or an array, found int"),
+        ({"init_image": 5}, "init image: expected a path, bytes, a file object, a Pillow image or an array, found int"),
         ({"init_image": np.zeros((64, 64, 3), np.uint8), "strength": float("nan")}, "strength nan: expected a finite number, more than 0 and at most 1"),
         ({"sampler": "eulr"}, "sampler 'eulr': unknown; did you mean 'euler'"),
         ({"schedule": "leading"}, "schedule 'leading': sampler euler cannot take it"),

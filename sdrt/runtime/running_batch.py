@@ -94,7 +94,6 @@ class Slots:
         self._check(job)
         slot = self._pictures.index(None)
         self._memory.ready()
-        self._pictures[slot] = _Picture(job)
         for name in self._signature.of_picture:
             value = job.contexts[job.context_of_row[0]] if name == "context" else job.inputs[name]
             self._write(name, slot, _with_branches(value, len(self._memory.host(name)[slot])) if self._has_branches(name) else value)
@@ -106,6 +105,7 @@ class Slots:
         self._written.append(("registers", slot, slot + 1))
         self._fill(slot, job, 0)
         self._write("row", slot, self._first_row(slot))
+        self._pictures[slot] = _Picture(job)  # at last: a slot is free until everything of its picture is there
         return slot
 
     def step(self) -> None:
@@ -161,7 +161,7 @@ class Slots:
         following = self._memory.host("next")[first : first + count]
         following[...] = range(first + 1, first + count + 1)
         following[-1] = first if row + count < job.rows else IDLE_ROW
-        # All rows of the slot, used or not, lie side by side from table to table more often. Noise is large: only what is used.
+        # All rows of the slot, used or not: where a batch has one slot, tables then lie side by side and are one copy. Of noise, which is large, only those used.
         self._written += [(name, first, first + (count if name == "noise" else self._rows)) for name in self._signature.tables]
 
     def _first_row(self, slot: int) -> int:
