@@ -16,9 +16,9 @@ from typing import Annotated, Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
-from sdrt import __version__, cli_bench, cli_engines, cli_generate, cli_signature
-from sdrt.cli_output import BUILD_STAGES, BundleArgument, Json, StageProgress, interrupted, print_json, print_report, size_option
-from sdrt.errors import MachineError, SdrtError, UsageError, printable
+from sdrt import __version__, cli_bench, cli_engines, cli_generate, cli_inspect, cli_signature
+from sdrt.cli_output import BUILD_STAGES, BundleArgument, Json, StageProgress, interrupted, print_json, size_option
+from sdrt.errors import MachineError, SdrtError, printable
 
 BUG, INTERRUPTED = 70, 130
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN)
@@ -183,36 +183,7 @@ def build(
 app.command("generate", epilog='Example: sdrt generate emoji.sdrt "red apple" --cfg 3 --seed 7 --count 4 --output apple.png')(cli_generate.generate)
 
 
-@app.command(epilog="Example: sdrt inspect style.safetensors --for model.safetensors")
-def inspect(
-    ctx: typer.Context,
-    path: Annotated[Path, typer.Argument(metavar="FILE|BUNDLE", help="A checkpoint, adapter or VAE in any format, a diffusers folder, or a bundle.")],
-    checkpoint: Annotated[Path | None, typer.Option("--for", metavar="CHECKPOINT", help="Say too whether the file, a LoRA, embedding, hypernetwork or VAE, fits this checkpoint. Exit code 1 if not.")] = None,
-    as_json: Json = False,
-) -> None:  # fmt: skip
-    """Say what a file or bundle is: family, components, adapters, sizes. Reads headers only."""
-    ctx.find_root().obj = "json" if as_json else None
-    from sdrt.bundle import MANIFEST, open_bundle
-    from sdrt.export.inspect import inspect_file
-
-    if os.path.exists(path / MANIFEST) or path.suffix == ".sdrt":
-        if checkpoint is not None:
-            raise UsageError(f"--for {checkpoint}: {path} is a bundle, which goes into no checkpoint", "Give it the file of an adapter or VAE.")
-        opened = open_bundle(path)
-        report: dict[str, Any] = {"path": str(opened.path), "kind": "a bundle", "size_bytes": sum(f.size_bytes for f in opened.manifest.files.values())}
-        report |= asdict(opened.manifest) | {"engines": cli_engines.engines_of(opened)}
-    else:
-        report = inspect_file(path)
-    if checkpoint is not None:
-        from sdrt.export.fitting import fit
-
-        report |= fit(path, report["kind"], checkpoint)
-    if as_json:
-        print_json(report)
-    else:
-        print_report(report)
-    if not report.get("fits", True):
-        raise typer.Exit(1)
+app.command("inspect", epilog="Example: sdrt inspect style.safetensors --for model.safetensors")(cli_inspect.inspect)
 
 
 @app.command(epilog="Example: sdrt verify emoji.sdrt")

@@ -22,6 +22,7 @@ from sdrt.bundle import FileRecord
 from sdrt.errors import CheckpointError, InputFileError
 from sdrt.export.architecture import CLIP, UNET, VAE, Architecture, ClipSpec, UNetSpec, VaeSpec, architecture
 from sdrt.export.checkpoint import Tensor, open_checkpoint, select
+from sdrt.export.inspect import inspect_file
 from sdrt.export.tensor_file import open_tensor_file
 from sdrt.export.weights import write_weights
 
@@ -134,16 +135,57 @@ def test_one_tensor_under_both_text_names(tmp_path: Path) -> None:
     refused(header_only(tmp_path / "x.safetensors", shapes), CLIP + name, CLIP + "text_model." + name)
 
 
-@pytest.mark.parametrize(("text", "size"), [("768x512", (768, 512)), ("64x64", (64, 64)), ("1024x8", (1024, 8))])
+@pytest.mark.parametrize(("text", "size"), [("768x512", (768, 512)), ("64x64", (64, 64))])
 def test_default_size_from_the_metadata(tmp_path: Path, text: str, size: tuple[int, int]) -> None:
     path = header_only(tmp_path / "x.safetensors", expected_shapes(TINY), metadata={"modelspec.resolution": text})
     assert opened(path).size == size
 
 
-@pytest.mark.parametrize("text", ["", "512", "512x", "x512", "512x512x3", "-512x512", "500x512", "0x0", "0x512", "1e3x64", "512 x 512", "9" * 300 + "x8"])
-def test_bad_default_size(tmp_path: Path, text: str) -> None:
-    path = header_only(tmp_path / "x.safetensors", expected_shapes(TINY), metadata={"modelspec.resolution": text})
-    refused(path, "modelspec.resolution", "multiples of 8")
+def test_a_default_size_that_cannot_be_read_is_a_note(tmp_path: Path) -> None:
+    texts = [
+        "",
+        "512",
+        "512x",
+        "x512",
+        "512x768 ",
+        "512x512x3",
+        "-512x512",
+        "500x512",
+        "0x0",
+        "1024x8",
+        "9000x512",
+        "1e3x64",
+        "512 x 512",
+        "٥١٢x512",
+        "9" * 300 + "x8",
+    ]
+    for text in texts:
+        path = header_only(tmp_path / "x.safetensors", expected_shapes(TINY), metadata={"modelspec.resolution": text})
+        checkpoint = open_checkpoint(path)
+        checkpoint.close()
+        (note,) = checkpoint.notes
+        assert checkpoint.architecture.size == (512, 512)
+        assert note.startswith("x.safetensors: modelspec.resolution: expected WIDTHxHEIGHT in multiples of 8") and len(note) < 250
+        assert inspect_file(path)["buildable"] is True and inspect_file(path)["notes"]
+
+
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [
+        ("model.diffusion_model.time_embed.cond_proj.weight", "a latent consistency model"),
+        ("model.diffusion_model.label_emb.0.0.weight", "told a class"),
+        ("model.diffusion_model.input_blocks.1.1.gate", "unknown in a UNet"),
+        ("first_stage_model.decoder.extra.weight", "unknown in a VAE"),
+        (CLIP + "text_model.encoder.layers.0.gate", "unknown in a text encoder"),
+    ],
+)
+def test_a_tensor_that_changes_what_a_network_computes_refuses_the_file(tmp_path: Path, name: str, what: str) -> None:
+    path = header_only(tmp_path / "x.safetensors", expected_shapes(TINY) | {name: (32, 32)})
+    with pytest.raises(CheckpointError) as caught, closing(open_checkpoint(path)) as checkpoint:
+        select(checkpoint, expected_shapes(TINY))
+    assert name in caught.value.message and what in caught.value.message and caught.value.exit_code == 3 and caught.value.fix
+    if "unknown" not in what:
+        assert inspect_file(path)["buildable"] is False
 
 
 @pytest.mark.parametrize(("text", "prediction"), [("epsilon", "epsilon"), ("v", "v"), ("v_prediction", "v")])

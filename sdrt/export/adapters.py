@@ -8,8 +8,8 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,7 +18,20 @@ from sdrt.errors import AdapterError, UsageError, nearest, printable
 from sdrt.export.architecture import CLIP, UNET, UNetSpec, describe
 from sdrt.export.keys import adapter_names
 from sdrt.export.lora import Delta, MisfitError, additive, decomposed, fitting_shape, kinds_of, missing_parts, norm_axis, rank_of
-from sdrt.export.lora_formats import FAMILY_OF_CONTEXT, MAGNITUDE, UP_BIAS, family, grouped, refused_kind, split
+from sdrt.export.lora_formats import (
+    FAMILY_OF_CONTEXT,
+    MAGNITUDE,
+    UP_BIAS,
+    below_base_model,
+    bundled_trigger,
+    family,
+    grouped,
+    is_numbered,
+    numbered_list,
+    refused_kind,
+    split,
+)
+from sdrt.export.numbered_lora import check_numbers, numbered_modules
 from sdrt.export.peft_config import FILE_NAME, PeftConfig, config_beside, config_in_header
 from sdrt.export.tensor_file import TensorFile, open_tensor_file
 
@@ -28,7 +41,8 @@ if TYPE_CHECKING:
 _SHOWN_KEYS = 5
 _BIAS_PARTS = ("diff_b", UP_BIAS)
 _SAME_AS = {"w_norm": "diff", "b_norm": "diff_b"}
-_PEFT_PREFIX = "base_model.model."
+_TAUGHT = "<embed>"
+"""What the header of the first LoRA format says of a key that holds an embedding's vectors."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +58,8 @@ class LoraOption:
 class Lora:
     """An opened adapter of the LoRA family, matched to a model: what it does to each weight, by canonical name. `unmatched` keys were allowed to be.
 
-    `config` is the `adapter_config.json` whose alpha it takes, if it takes one; `notes` are remarks for the user.
+    `config` is the `adapter_config.json` whose alpha it takes, if it takes one; `notes` are remarks for the user. `bundled` gives the keys of the
+    embeddings that the file brings along, by trigger; they are not among the deltas.
     """
 
     option: LoraOption
@@ -54,6 +69,7 @@ class Lora:
     unmatched: tuple[str, ...] = ()
     config: Document | None = None
     notes: tuple[str, ...] = ()
+    bundled: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def config_sha256(self) -> str | None:
@@ -146,7 +162,13 @@ def open_lora(option: LoraOption, shapes: Mapping[str, tuple[int, ...]], spec: U
     try:
         _check_kind(file)
         table = adapter_names([name.removesuffix(".weight") for name in shapes if name.endswith(".weight")], spec)
-        modules, unmatched = _modules(file, table, spec, allow_unmatched)
+        spelled = numbered_list({name: entry.shape for name, entry in file.entries.items()})
+        if numbered := {name.rpartition(":")[0] for name in (spelled.values() or file.entries) if is_numbered(name)}:
+            known = numbered_modules(set(table.values()), spec)
+            check_numbers(file.path, numbered, known, file.metadata.get(next(iter(numbered)).partition(":")[0], ""))
+            table |= known
+        bundled = bundled_keys(file)
+        modules, unmatched = _modules(file, spelled, set(bundled.values()), table, spec, allow_unmatched)
         config = config_in_header(file.path, file.metadata)
         notes = []
         if config is None and any(module.below_base_model for module in modules.values()):
@@ -157,7 +179,7 @@ def open_lora(option: LoraOption, shapes: Mapping[str, tuple[int, ...]], spec: U
         for module in modules.values():
             _add_deltas(file, module, shapes, spec, config, deltas, unmatched, allow_unmatched)
         sha256 = file.sha256()
-        return Lora(option, file, sha256, deltas, tuple(unmatched), config.document if config is not None else None, tuple(notes))
+        return Lora(option, file, sha256, deltas, tuple(unmatched), config.document if config is not None else None, tuple(notes), bundled)
     except BaseException:
         file.close()
         raise
@@ -178,6 +200,24 @@ def _check_kind(file: TensorFile) -> None:
         raise AdapterError(f"{file.path}: expected a LoRA, found {kind}", fix)
 
 
+def bundled_keys(file: TensorFile) -> dict[str, str]:
+    """The keys of the embeddings that a LoRA brings along, by trigger.
+
+    Raises:
+        AdapterError: two keys hold one embedding, or a trigger has characters that no prompt can.
+    """
+    found: dict[str, str] = {}
+    for key in file.entries:
+        trigger = key if file.metadata.get(key) == _TAUGHT else bundled_trigger(key)
+        if trigger is None:
+            continue
+        if trigger in found or not trigger.strip() or not trigger.isprintable():
+            reason = f"is {printable(found[trigger])} too" if trigger in found else "is no word that a prompt can say"
+            raise AdapterError(f"{file.path}: {printable(key)}: the embedding of {printable(trigger)!r} {reason}", "Get the adapter again.")
+        found[trigger] = key
+    return found
+
+
 @dataclass(frozen=True)
 class _Module:
     """The keys of one module in the file, by part; `name` is the file's spelling of it, below peft's `base_model.model.` if it is there."""
@@ -188,18 +228,22 @@ class _Module:
     keys: dict[str, str]
 
 
-def _modules(file: TensorFile, table: Mapping[str, str], spec: UNetSpec, allow_unmatched: bool) -> tuple[dict[str, _Module], list[str]]:
-    """The file's keys by canonical module, and those that belong to none."""
+def _modules(
+    file: TensorFile, spelled: Mapping[str, str], bundled: Collection[str], table: Mapping[str, str], spec: UNetSpec, allow_unmatched: bool
+) -> tuple[dict[str, _Module], list[str]]:
+    """The file's keys but for embeddings by canonical module, and those that belong to none. `spelled` names the keys that say nothing."""
     modules: dict[str, _Module] = {}
     unmatched = []
     for key in file.entries:
-        inner = key.removeprefix(_PEFT_PREFIX)
+        if key in bundled:
+            continue
+        inner = below_base_model(spelled.get(key, key))
         parsed = split(inner)
         if parsed is None or parsed[0] not in table:
             unmatched.append(key)
             continue
         name, canonical, part = parsed[0], table[parsed[0]], _SAME_AS.get(parsed[1], parsed[1])
-        module = modules.setdefault(canonical, _Module(name, canonical, inner != key, {}))
+        module = modules.setdefault(canonical, _Module(name, canonical, inner != spelled.get(key, key), {}))
         if part in module.keys or module.name != name:
             raise AdapterError(f"{file.path}: {printable(key)}: changes {canonical}.weight, which another key of the file changes too")
         module.keys[part] = key
@@ -216,15 +260,36 @@ def _refuse_unmatched(file: TensorFile, unmatched: Sequence[str], modules: Mappi
     base = file.metadata.get("ss_base_model_version", "")
     made_for = _made_for(file, spec) or (f"; it was made for {printable(base)}" if base and not modules else "")
     shown = ", ".join(printable(k) for k in unmatched[:_SHOWN_KEYS])
-    inner = unmatched[0].removeprefix(_PEFT_PREFIX)
+    counted = f"{file.path}: {len(unmatched)} of {len(file.entries)} keys"
+    for key in unmatched:
+        if what := _whole(below_base_model(key), table):
+            raise AdapterError(f"{counted} are no change of a weight: {printable(key)} is {what} ({grouped(unmatched)})", _MERGE)
+    if vectors := [key for key in unmatched if key.startswith("bundle_emb.")]:
+        raise AdapterError(
+            f"{counted} belong to no module of this model{made_for}: {printable(vectors[0])} holds an embedding's vectors for another text encoder",
+            "Use a LoRA made for this checkpoint's family, or pass --allow-unmatched to leave these out.",
+        )
+    inner = below_base_model(unmatched[0])
     name = parsed[0] if (parsed := split(inner)) else inner
     alike = [choice for choice in table if choice[:5] == name[:5]] or table
-    message = (
-        f"{file.path}: {len(unmatched)} of {len(file.entries)} keys belong to no module of this model{made_for}: "
-        f"{shown}{nearest(name, alike)} ({grouped(unmatched)})"
-    )
+    message = f"{counted} belong to no module of this model{made_for}: {shown}{nearest(name, alike)} ({grouped(unmatched)})"
     fix = "Use a LoRA made for this checkpoint's family" + (", or pass --allow-unmatched to fuse the rest." if modules else ".")
     raise AdapterError(message, fix)
+
+
+_MERGE = "Merge the adapter in the tool that trained it (peft: merge_and_unload) and build the merged model, or pass --allow-unmatched to leave these out."
+
+
+def _whole(inner: str, table: Mapping[str, str]) -> str:
+    """What a key is that holds a module's trained values themselves instead of a change of them; empty if it does not."""
+    module, _, leaf = inner.rpartition(".")
+    if leaf not in ("weight", "bias"):
+        return ""
+    if module.endswith(".base_layer"):
+        return f"a whole {leaf}, as peft's bias='lora_only' and 'all' keep it"
+    if ".modules_to_save" in module or module in table:
+        return f"a whole {leaf}, as peft's modules_to_save and bias='all' keep it"
+    return ""
 
 
 def _made_for(file: TensorFile, spec: UNetSpec) -> str:

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from sdrt.bundle import MAX_SIDE, MIN_SIDE, SIZE_STEP
 from sdrt.errors import CheckpointError
 from sdrt.export.lora_formats import is_adapter
 
@@ -30,8 +31,16 @@ HYPERNETWORK_KEY = re.compile(r"(\d{1,6})\.([01])\.(linear\d?\..+)")
 """Width, 0 for keys or 1 for values, and the layer's own name."""
 OPTION_OF_KIND = {"a LoRA": "--lora", "a VAE": "--vae", "a textual-inversion embedding": "--embedding", "a hypernetwork": "--hypernetwork"}
 """How `sdrt build` takes what `describe` calls by these names."""
+_OTHER_UNETS = {
+    "time_embed.cond_proj.": "a latent consistency model, whose UNet is told the guidance scale",
+    "time_embedding.cond_proj.": "a latent consistency model, whose UNet is told the guidance scale",
+    "label_emb.": "a UNet that is told a class or a size",
+}
+"""What a UNet is whose tensors start like this below the prefix."""
 _MAX_TOKENS, _NARROWEST = 16, 64
 """Embeddings that one file may hold before it is another kind of file, and their least width: text encoders are multiples of 64 wide."""
+
+_SIZE = (512, 512)
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -119,6 +128,10 @@ def describe(names: Shapes) -> str:
 
     if not names:
         return "an empty file"
+    if "lora_controlnet" in names:
+        return "a Control-LoRA"
+    if has("ip_adapter.", "image_proj."):
+        return "an IP-Adapter"
     if has("lora_unet_", "lora_te", "lycoris_") or is_adapter(names):
         return "a LoRA"
     if any(HYPERNETWORK_KEY.fullmatch(name) for name in names):
@@ -139,6 +152,12 @@ def describe(names: Shapes) -> str:
         return "an unCLIP model"
     if has("cond_stage_model.model."):
         return "an SD2 model"
+    if has("controlnet_cond_embedding.", "controlnet_mid_block.", "input_hint_block.") or (has("control_model.") and not has(UNET)):
+        return "a ControlNet"
+    if has("adapter.body.", "body.0."):
+        return "a T2I-Adapter"
+    if any(".motion_modules." in name for name in names):
+        return "a motion module of AnimateDiff"
     if has("down_blocks.", "unet.down_blocks."):
         return "a UNet in diffusers naming"
     if has(UNET):
@@ -178,6 +197,9 @@ def architecture(path: Path, shapes: Shapes, metadata: Mapping[str, str]) -> Arc
         _refuse_kind(path, kind)
     if VAE + "decoder.conv_in.weight" not in shapes:
         raise CheckpointError(f"{path}: has no VAE ({VAE}*)", "Supply one with --vae FILE.")
+    for start, what in _OTHER_UNETS.items():
+        if name := next((name for name in shapes if name.startswith(UNET + start)), None):
+            raise CheckpointError(f"{path}: {name}: {what}: not supported yet", "This version of sdrt builds Stable Diffusion 1.x and its inpainting models.")
     unet, vae, clip = unet_spec(path, shapes), vae_spec(path, shapes), clip_spec(path, shapes)
     if unet.context_width != clip.width:
         raise CheckpointError(
@@ -193,7 +215,7 @@ def architecture(path: Path, shapes: Shapes, metadata: Mapping[str, str]) -> Arc
     if stated not in PREDICTIONS:
         raise CheckpointError(f"{path}: modelspec.prediction_type: {stated!r}: not supported yet", f"This version of sdrt knows {', '.join(PREDICTIONS)}.")
     prediction = PREDICTIONS[stated]
-    return Architecture("sd1", prediction, _default_size(path, metadata), clip, unet, vae)
+    return Architecture("sd1", prediction, default_size(metadata)[0], clip, unet, vae)
 
 
 def _refuse_kind(path: Path, kind: str) -> None:
@@ -285,9 +307,14 @@ def clip_spec(path: Path, shapes: Shapes) -> ClipSpec:
     return ClipSpec(width, layers, width // 64, mlp_width, vocabulary, tokens)
 
 
-def _default_size(path: Path, metadata: Mapping[str, str]) -> tuple[int, int]:
-    text = metadata.get("modelspec.resolution", "512x512")
-    width, _, height = text.partition("x")
-    if not (width.isdecimal() and height.isdecimal() and len(text) < 12) or int(width) % 8 or int(height) % 8 or not int(width) or not int(height):
-        raise CheckpointError(f"{path}: modelspec.resolution: expected WIDTHxHEIGHT in multiples of 8, found {text!r}")
-    return int(width), int(height)
+def default_size(metadata: Mapping[str, str]) -> tuple[tuple[int, int], str]:
+    """The picture size that a file's metadata names as (width, height), else 512x512; and a remark where it names one that cannot be read."""
+    text = metadata.get("modelspec.resolution")
+    if text is None:
+        return _SIZE, ""
+    if match := re.fullmatch(r"(\d{1,5})x(\d{1,5})", text, re.ASCII):
+        size = int(match[1]), int(match[2])
+        if all(MIN_SIDE <= side <= MAX_SIDE and side % SIZE_STEP == 0 for side in size):
+            return size, ""
+    limits = f"WIDTHxHEIGHT in multiples of {SIZE_STEP} from {MIN_SIDE} to {MAX_SIDE}"
+    return _SIZE, f"modelspec.resolution: expected {limits}, found {text[:80]!r}; the default size is {_SIZE[0]}x{_SIZE[1]}"

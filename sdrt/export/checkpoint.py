@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sdrt.errors import CheckpointError, nearest, printable
-from sdrt.export.architecture import CLIP, UNET, VAE, Architecture, architecture, describe
+from sdrt.export.architecture import CLIP, UNET, VAE, Architecture, architecture, default_size, describe
 from sdrt.export.checkpoint_names import EMA, canonical_names, ema_name, has_ema, is_vae_attention
+from sdrt.export.diffusers_config import VAE as VAE_CONFIG
+from sdrt.export.diffusers_config import check_sizes
 from sdrt.export.model_files import ModelFiles, open_model, open_vae
 from sdrt.export.tensor_entry import FLOATS, TensorEntry
 from sdrt.export.tensor_file import TensorFile
@@ -20,9 +23,11 @@ if TYPE_CHECKING:
 _IGNORED = (
     "alphas_cumprod", "betas", "log_one_minus_alphas_cumprod", "sqrt_", "posterior_", "lvlb_weights", "logvar", "scale_factor",
     EMA, CLIP + "text_model.embeddings.position_ids", "cond_stage_model.logit_scale", CLIP + "text_projection", CLIP + "logit_scale", VAE + "loss.",
-    "scaled_fp8", "v_pred", "global_step",
+    VAE + "model_ema.", "scaled_fp8", "v_pred", "global_step",
 )  # fmt: skip
-_IGNORED_ENDS = (".scale_input", ".input_scale")
+_IGNORED_ENDS = (".scale_input", ".input_scale", ".scaled_fp8", ".comfy_quant")
+_NETWORKS = {UNET: "UNet", VAE: "VAE", CLIP + "text_model.": "text encoder"}
+_TEXT_LAYER = re.compile(re.escape(CLIP) + r"text_model\.encoder\.layers\.(\d{1,4})\.")
 _FP8_SCALES = (".scale_weight", ".weight_scale")
 
 
@@ -111,6 +116,11 @@ def open_checkpoint(path: Path, vae: Path | None = None, *, ema: bool = False) -
             notes += vae_model.notes
             tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(VAE)} | _vae_tensors(vae_model)
         arch = model_architecture(model, tensors, vae_model)
+        if layers := [name for name in tensors if (match := _TEXT_LAYER.match(name)) and int(match[1]) >= arch.clip.layers]:
+            notes.append(f"{model.name}: its settings use {arch.clip.layers} layers of the text encoder, those after them were left out")
+            tensors = {name: tensor for name, tensor in tensors.items() if name not in set(layers)}
+        if remark := default_size(model.metadata)[1]:
+            notes.append(f"{model.name}: {remark}")
         if arch.prediction != "epsilon":
             notes.append(f"{model.name}: says that it predicts {arch.prediction}")
         return Checkpoint(model, vae_model, tensors, arch, tuple(notes))
@@ -129,6 +139,16 @@ def model_architecture(model: ModelFiles, tensors: Mapping[str, Tensor], vae: Mo
         arch = replace(arch, vae=replace(arch.vae, scale=scale))
     if stated.prediction is not None:
         arch = replace(arch, prediction=stated.prediction)
+    if stated.text_layers is not None:
+        if stated.text_layers > arch.clip.layers:
+            raise CheckpointError(
+                f"{model.path}: text_encoder/config.json: num_hidden_layers: {stated.text_layers}, but the tensors say {arch.clip.layers}",
+                "The folder's files belong to different models; download it again.",
+            )
+        arch = replace(arch, clip=replace(arch.clip, layers=stated.text_layers))
+    check_sizes(model.path, {name: config for name, config in stated.configs.items() if vae is None or name != VAE_CONFIG}, arch)
+    if vae is not None:
+        check_sizes(vae.path, vae.settings.configs, arch)
     if stated.sample_size is not None:
         side = stated.sample_size * 2 ** (len(arch.vae.channels) - 1)
         arch = replace(arch, size=(side, side))
@@ -159,10 +179,10 @@ def canonical_tensors(model: ModelFiles) -> dict[str, Tensor]:
 
 
 def select(checkpoint: Checkpoint, expected: Mapping[str, tuple[int, ...]]) -> tuple[dict[str, Tensor], list[str]]:
-    """The checkpoint's tensors for the expected names and shapes, and the names of those left over that nobody knows.
+    """The checkpoint's tensors for the expected names and shapes, and the names of those left over that belong to no network.
 
     Raises:
-        CheckpointError: one is missing, has another shape, or is not floating-point.
+        CheckpointError: one is missing, has another shape, or is not floating-point; or a network has one more, which changes what it computes.
     """
     missing = [name for name in expected if name not in checkpoint.tensors]
     if missing:
@@ -181,6 +201,13 @@ def select(checkpoint: Checkpoint, expected: Mapping[str, tuple[int, ...]]) -> t
         if entry.dtype not in FLOATS:
             raise CheckpointError(f"{path}: {name}: expected one of {', '.join(FLOATS)}, found {entry.dtype}")
     unknown = [name for name in checkpoint.tensors if name not in expected and not name.startswith(_IGNORED) and not name.endswith(_IGNORED_ENDS)]
+    for prefix, network in _NETWORKS.items():
+        if foreign := [name for name in unknown if name.startswith(prefix)]:
+            others = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
+            raise CheckpointError(
+                f"{checkpoint.tensors[foreign[0]].file.path}: {printable(foreign[0])}{others}: unknown in a {network}, which would compute something else without it",
+                "The checkpoint is of a kind that this version of sdrt does not build, or was put together of several; use another.",
+            )
     return {name: checkpoint.tensors[name] for name in expected}, unknown
 
 

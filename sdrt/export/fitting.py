@@ -51,6 +51,8 @@ def _touched(path: Path, kind: str, checkpoint_path: Path) -> dict[str, Any]:
         lora = open_lora(LoraOption(path), {name: shape for graph in shapes.values() for name, shape in graph.items()}, arch.unet)
         lora.file.close()
         components = [component_of(weight) for weight in lora.deltas]
-        return {"touches": {component: components.count(component) for component in sorted(set(components))}}
+        touched = {component: components.count(component) for component in sorted(set(components))}
+        bundled = {embedding.option.trigger: embedding.vectors for embedding in embeddings.bundled_embeddings([lora], arch.clip)}
+        return {"touches": touched} | ({"embeddings": bundled} if bundled else {})
     finally:
         checkpoint.close()

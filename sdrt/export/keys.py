@@ -87,7 +87,7 @@ def adapter_names(modules: Iterable[str], spec: UNetSpec) -> dict[str, str]:
                 for prefix in ("lora_te_", "lora_te1_", "lycoris_", "lycoris_te_", "lycoris_text_encoder_"):
                     table[prefix + flat] = module
             for dotted in (name, inner, *_old_text(name)):
-                for prefix in ("", "text_encoder.", CLIP):
+                for prefix in ("", "text_encoder.", "text_encoders.clip_l.transformer.", CLIP):  # ComfyUI's and OneTrainer's is the third
                     table[prefix + dotted] = module
     return table
 
