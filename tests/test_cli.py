@@ -222,7 +222,7 @@ def test_inspect_a_checkpoint() -> None:
     words = run("inspect", CHECKPOINT)
     assert words.exit_code == 0
     assert "kind: a Stable Diffusion 1.x model" in words.stdout
-    assert "architecture" not in words.stdout and words.stderr == "all fields: sdrt inspect --all\n"
+    assert "context_width" not in words.stdout and words.stderr == "all fields: sdrt inspect --all\n"
     assert "context_width: 64" in run("inspect", CHECKPOINT, "--all").stdout
 
 

@@ -122,12 +122,14 @@ def read_settings(path: Path, configs: Mapping[str, Mapping[str, Any]], schedule
 
 def _check_settings(path: Path, name: str, document: Mapping[str, Any]) -> None:
     known = {*_USED[name], *_HARMLESS[name], *_SIZES.get(name, {})}
+    for key, allowed in _FIXED[name].items():
+        values = document[key] if isinstance(document.get(key), list) else [document.get(key, allowed[0])]
+        if not all(any(_same(value, good) for good in allowed) for value in values):
+            shown = " or ".join(str(good) for good in allowed[:4]) + (" or another of Stable Diffusion's" if allowed[4:] else "")
+            raise _refused(path, name, key, document[key], shown)
     for key, value in document.items():
-        allowed = _FIXED[name].get(key)
-        if allowed is not None:
-            if not all(any(_same(part, good) for good in allowed) for part in (value if isinstance(value, list) else [value])):
-                raise _refused(path, name, key, value, " or ".join(str(good) for good in allowed[:4]) + (" or another of its kind" if allowed[4:] else ""))
-        elif key not in known and not key.startswith("_") and value is not None:  # what starts with _ is the tool's, null is not set
+        # What starts with _ is the tool's own; null is not set.
+        if key not in known and key not in _FIXED[name] and not key.startswith("_") and value is not None:
             raise _refused(path, name, key, value, "no such setting")
 
 
