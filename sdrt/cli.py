@@ -118,7 +118,7 @@ def main(
 @app.command(epilog="Example: sdrt build --checkpoint model.safetensors --lora style.safetensors:0.8:0.5 --output styled.sdrt")
 def build(
     ctx: typer.Context,
-    checkpoint: Annotated[Path, typer.Option("--checkpoint", metavar="FILE|DIR", help="Stable Diffusion 1.x checkpoint: one .safetensors, .ckpt, .pt or .bin file in any tool's layout, or a folder that diffusers saved. Nothing in it is ever executed.")],
+    checkpoint: Annotated[Path, typer.Option("--checkpoint", metavar="FILE|DIR", help="Stable Diffusion checkpoint: one .safetensors, .ckpt, .pt or .bin file in any tool's layout, or a folder that diffusers saved. Nothing in it is ever executed.")],
     lora: Annotated[list[str] | None, typer.Option("--lora", metavar="FILE[:SCALE[:TE_SCALE]]", help="LoRA, LyCORIS or DoRA file to fuse; may be repeated, and they act in the order given, which matters only where one is a DoRA. SCALE (default 1) weighs its change of the UNet, TE_SCALE (default SCALE) that of the text encoder. AUTOMATIC1111's prompt syntax has the two in the other order.")] = None,
     embedding: Annotated[list[str] | None, typer.Option("--embedding", metavar="FILE[:TRIGGER]", help="Textual-inversion embedding to put into the vocabulary; may be repeated. TRIGGER (default the file's stem) is what a prompt says to use it.")] = None,
     hypernetwork: Annotated[list[str] | None, typer.Option("--hypernetwork", metavar="FILE[:SCALE]", help="Hypernetwork to build in, AUTOMATIC1111's .pt; may be repeated, they apply in the order given. SCALE (default 1) weighs it.")] = None,

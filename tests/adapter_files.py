@@ -12,8 +12,9 @@ from conftest import CHECKPOINT
 from torch import nn
 
 from sdrt.export.adapters import Lora, LoraOption, open_lora
-from sdrt.export.architecture import CLIP, UNET, Architecture, UNetSpec
+from sdrt.export.architecture import Architecture, UNetSpec
 from sdrt.export.checkpoint import open_checkpoint
+from sdrt.export.families.sd1 import CLIP, UNET
 from sdrt.export.graph import recipes
 
 M = TypeVar("M", bound=nn.Module)

@@ -20,10 +20,12 @@ from tiny_model import TINY, Shapes, expected_shapes, header_only, seeded
 
 from sdrt.bundle import FileRecord
 from sdrt.errors import CheckpointError, InputFileError
-from sdrt.export.architecture import CLIP, UNET, VAE, Architecture, ClipSpec, UNetSpec, VaeSpec, architecture
-from sdrt.export.checkpoint import Tensor, open_checkpoint, select
+from sdrt.export.architecture import Architecture, ClipSpec, UNetSpec, VaeSpec, architecture
+from sdrt.export.checkpoint import Tensor, as_parts, open_checkpoint, select
+from sdrt.export.families.sd1 import CLIP, SD1, UNET, VAE
 from sdrt.export.inspect import inspect_file
-from sdrt.export.tensor_file import open_tensor_file
+from sdrt.export.tensor_entry import TensorEntry
+from sdrt.export.tensor_file import TensorFile, open_tensor_file
 from sdrt.export.weights import write_weights
 
 EMOJI_SPEC = Architecture(
@@ -139,6 +141,46 @@ def test_one_tensor_under_both_text_names(tmp_path: Path) -> None:
 def test_default_size_from_the_metadata(tmp_path: Path, text: str, size: tuple[int, int]) -> None:
     path = header_only(tmp_path / "x.safetensors", expected_shapes(TINY), metadata={"modelspec.resolution": text})
     assert opened(path).size == size
+
+
+class Counted(TensorFile):
+    """Knows how many bytes of tensors were asked for."""
+
+    asked = 0
+
+    def _read_bytes(self, entry: TensorEntry) -> bytearray:
+        data = super()._read_bytes(entry)
+        self.asked += len(data)
+        return data
+
+
+def test_tensors_that_are_parts_of_stored_ones(tmp_path: Path) -> None:
+    """Thirds of the rows, and a transpose, from every form of file; no more is read than the part."""
+    joined, matrix = torch.randn(96, 32, generator=torch.Generator().manual_seed(0)), torch.randn(8, 4)
+    component = replace(
+        SD1.text_encoder, rows={"in_proj_weight": ("q.weight", "k.weight", "v.weight"), "in_proj_bias": ("q.bias", "k.bias")}, transposed=("projection",)
+    )
+    stored = {CLIP + "a.in_proj_weight": joined, CLIP + "projection": matrix, "other.projection": matrix.clone()}
+    save_file(stored, tmp_path / "x.safetensors")
+    torch.save(stored, tmp_path / "x.pt")
+    torch.save(stored, tmp_path / "legacy.pt", _use_new_zipfile_serialization=False)
+    torch.save(stored | {CLIP + "a.in_proj_weight": joined.T.contiguous().T}, tmp_path / "strided.pt")
+    for name in ("x.safetensors", "x.pt", "legacy.pt", "strided.pt"):
+        with open_tensor_file(tmp_path / name) as file:
+            file.__class__ = Counted
+            tensors = as_parts(component, {name: Tensor(file, entry) for name, entry in file.entries.items()})
+            assert tensors.keys() == {CLIP + "a.q.weight", CLIP + "a.k.weight", CLIP + "a.v.weight", CLIP + "projection", "other.projection"}
+            for i, part in enumerate("qkv"):
+                tensor = tensors[f"{CLIP}a.{part}.weight"]
+                assert tensor.shape == (32, 32) and torch.equal(tensor.read(), joined[32 * i : 32 * i + 32])
+            assert file.asked == joined.nbytes if name != "strided.pt" else file.asked < 3 * joined.nbytes
+            assert tensors[CLIP + "projection"].shape == (4, 8) and torch.equal(tensors[CLIP + "projection"].read(), matrix.T)
+            assert torch.equal(tensors["other.projection"].read(), matrix)
+    bad = {CLIP + "a.in_proj_weight": torch.ones(4, 2)}, {CLIP + "a.in_proj_bias": torch.ones(())}, {CLIP + "projection": torch.ones(4)}
+    for content in (*bad, {CLIP + "a.in_proj_bias": torch.ones(2), CLIP + "a.k.bias": torch.ones(1)}):
+        save_file(content, tmp_path / "bad.safetensors")
+        with open_tensor_file(tmp_path / "bad.safetensors") as file, pytest.raises(CheckpointError, match=r"equal parts|a matrix|beside it"):
+            as_parts(component, {name: Tensor(file, entry) for name, entry in file.entries.items()})
 
 
 def test_a_default_size_that_cannot_be_read_is_a_note(tmp_path: Path) -> None:

@@ -18,8 +18,9 @@ from safetensors.torch import load_file, save_file
 
 from sdrt.errors import AdapterError, InputFileError
 from sdrt.export.adapters import LoraOption, open_lora
-from sdrt.export.architecture import UNET, describe
 from sdrt.export.embeddings import bundled_embeddings
+from sdrt.export.families.recognise import describe
+from sdrt.export.families.sd1 import UNET
 from sdrt.export.inspect import inspect_file
 from sdrt.export.keys import adapter_names
 from sdrt.export.lora_formats import family, kinds, ranks, split

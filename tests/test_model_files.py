@@ -22,9 +22,9 @@ from test_checkpoint_names import PLAIN
 from tiny_model import expected_shapes, seeded
 
 from sdrt.errors import CheckpointError, InputFileError, SdrtError, UnsafeError
-from sdrt.export.architecture import CLIP, VAE
 from sdrt.export.checkpoint import open_checkpoint, select
 from sdrt.export.diffusers_config import read_settings
+from sdrt.export.families.sd1 import CLIP, VAE
 from sdrt.export.inspect import inspect_file
 from sdrt.export.model_files import open_model, open_vae
 from sdrt.export.weights import write_weights

@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING
 
 from sdrt.document import Document
 from sdrt.errors import AdapterError, UsageError, nearest, printable
-from sdrt.export.architecture import CLIP, UNET, UNetSpec, describe
+from sdrt.export.architecture import UNetSpec
+from sdrt.export.families.recognise import LORA, OPTION_OF_KIND, describe
+from sdrt.export.families.table import CONTEXTS, component_of, family_of
 from sdrt.export.keys import adapter_names
 from sdrt.export.lora import Delta, MisfitError, additive, decomposed, fitting_shape, kinds_of, missing_parts, norm_axis, rank_of
 from sdrt.export.lora_formats import (
-    FAMILY_OF_CONTEXT,
     MAGNITUDE,
     UP_BIAS,
     below_base_model,
@@ -76,7 +77,8 @@ class Lora:
         return self.config.sha256 if self.config is not None else None
 
     def scale(self, weight: str) -> float:
-        return self.option.te_scale if weight.startswith(CLIP) else self.option.scale
+        component = component_of(weight)
+        return self.option.te_scale if component is not None and component.network == "clip" else self.option.scale
 
     def rescales(self, weight: str) -> bool:
         """Whether its change of a weight depends on the weight it meets, as DoRA's does, and so on the adapters before it."""
@@ -194,10 +196,14 @@ def _check_kind(file: TensorFile) -> None:
             "sdrt fuses LoRA, LoCon, LoHa, LoKr, DoRA and full differences; convert the adapter, or train one of these.",
         )
     kind = describe(shapes)
-    if kind != "a LoRA":
-        option = "--vae" if kind == "a VAE" else "--checkpoint" if "model" in kind else ""
-        fix = f"Pass it with {option}." if option else "--lora takes LoRA, LyCORIS and DoRA files."
-        raise AdapterError(f"{file.path}: expected a LoRA, found {kind}", fix)
+    if kind != LORA:
+        raise AdapterError(f"{file.path}: expected {LORA}, found {kind}", how_to_give(kind) or "--lora takes LoRA, LyCORIS and DoRA files.")
+
+
+def how_to_give(kind: str) -> str:
+    """How a build takes a file of that kind, as advice; empty for one that it does not take."""
+    option = OPTION_OF_KIND.get(kind, "--checkpoint" if family_of(kind) is not None else "")
+    return f"Pass it with {option}." if option else ""
 
 
 def bundled_keys(file: TensorFile) -> dict[str, str]:
@@ -295,7 +301,7 @@ def _whole(inner: str, table: Mapping[str, str]) -> str:
 def _made_for(file: TensorFile, spec: UNetSpec) -> str:
     """What family the adapter is for, where that is not the model's own."""
     made_for = family({name: entry.shape for name, entry in file.entries.items()})
-    return f"; it was made for {made_for}" if made_for and made_for != FAMILY_OF_CONTEXT.get(spec.context_width) else ""
+    return f"; it was made for {made_for}" if made_for and made_for != CONTEXTS.get(spec.context_width) else ""
 
 
 def _add_deltas(
@@ -316,7 +322,7 @@ def _add_deltas(
         if config is not None and config.use_dora(module.name) and MAGNITUDE not in keys:
             raise AdapterError(f"{where}: {MAGNITUDE} is missing, and {config.source} says use_dora", "The adapter is incomplete; get it again.")
         try:
-            shape = fitting_shape(entries, weight, 4 if module.canonical == UNET + "input_blocks.0.0" and spec.in_channels > 4 else None)
+            shape = fitting_shape(entries, weight, _plain_channels(module.canonical, spec))
             axis = norm_axis(entries, shape)
             if axis is not None and shape != weight:
                 raise MisfitError(f"DoRA for {shape[1]} input channels")
@@ -362,6 +368,8 @@ def _factor(file: TensorFile, module: _Module, rank: int | None, config: PeftCon
     return 1.0 if alpha == 0 or not rank else alpha / rank  # kohya writes 0 for "no alpha"
 
 
-def component(weight: str) -> str:
-    """The component a canonical weight name belongs to, as reports name it."""
-    return "unet" if weight.startswith(UNET) else "text_encoder" if weight.startswith(CLIP) else "vae"
+def _plain_channels(module: str, spec: UNetSpec) -> int | None:
+    """The input channels of a UNet's first layer in the model without inputs beside the latents, if it is that layer and has more."""
+    component = component_of(module)
+    first = component is not None and component.network == "unet" and module == component.prefix + "input_blocks.0.0"
+    return spec.out_channels if first and spec.in_channels > spec.out_channels else None

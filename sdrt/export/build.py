@@ -22,7 +22,8 @@ from sdrt.errors import ResourceError, SdrtError, UsageError
 from sdrt.export.adapters import Lora, LoraOption, open_lora
 from sdrt.export.architecture import Architecture
 from sdrt.export.checkpoint import Checkpoint, open_checkpoint, select
-from sdrt.export.embeddings import TOKEN_TABLE, Embedding, EmbeddingOption, bundled_embeddings, check_triggers, extended_table, open_embedding, table_rows
+from sdrt.export.embeddings import Embedding, EmbeddingOption, bundled_embeddings, check_triggers, extended_table, open_embedding, table_rows
+from sdrt.export.families.table import family_named
 from sdrt.export.hypernetworks import Hypernetwork, HypernetworkOption, open_hypernetwork
 from sdrt.export.model_files import is_folder
 from sdrt.export.peft_config import FILE_NAME as CONFIG_NAME
@@ -136,8 +137,9 @@ def build(options: BuildOptions, progress: Progress = lambda stage, done: None) 
                 files.callback(hypernetworks[-1].file.close)
             vocabulary, computed = arch.clip.vocabulary, dict[str, Made]()
             if embeddings:
-                computed[TOKEN_TABLE] = extended_table(embeddings, arch.clip)
-                arch = replace(arch, clip=replace(arch.clip, vocabulary=computed[TOKEN_TABLE].shape[0]))
+                table = family_named(arch.family).token_table
+                computed[table] = extended_table(embeddings, arch.clip, table)
+                arch = replace(arch, clip=replace(arch.clip, vocabulary=computed[table].shape[0]))
             if hypernetworks:
                 from sdrt.export.hypernetwork_weights import attach, check_values
 
@@ -149,7 +151,7 @@ def build(options: BuildOptions, progress: Progress = lambda stage, done: None) 
         with staged_folder(output, replace=options.force) as folder:
             for part in ("graphs", "tokenizer", "reference"):
                 new_folder(folder / part)
-            shapes = {name: tensor.entry.shape for name, tensor in tensors.items()} | {name: value.shape for name, value in computed.items()}
+            shapes = {name: tensor.shape for name, tensor in tensors.items()} | {name: value.shape for name, value in computed.items()}
             weight_bytes = sum(map(math.prod, shapes.values())) * ITEM_BYTES[CODES[options.precision]]
             with stage("tokenizer", weight_bytes + _REST_BYTES):
                 bos, eos = write_tokenizer(folder / names.TOKENIZER, vocabulary)

@@ -12,6 +12,8 @@ from typing import Any
 
 from sdrt.errors import CheckpointError, printable
 from sdrt.export.architecture import Architecture
+from sdrt.export.families.family import Family
+from sdrt.export.families.table import BUILDS, FAMILIES
 
 PREDICTION_TYPES = {"epsilon": "epsilon", "v_prediction": "v"}
 UNET, VAE, TEXT, SCHEDULER = "unet/config.json", "vae/config.json", "text_encoder/config.json", "scheduler/scheduler_config.json"
@@ -32,15 +34,14 @@ _FIXED: dict[str, dict[str, tuple[Any, ...]]] = {
         "_class_name": ("AutoencoderKL",), "act_fn": ("silu", "swish"), "norm_num_groups": (32,), "latents_mean": (None,), "latents_std": (None,),
         "shift_factor": (None, 0), "mid_block_add_attention": (True,), "use_quant_conv": (True,), "use_post_quant_conv": (True,),
     },
-    TEXT: {"model_type": ("clip_text_model",), "hidden_act": ("quick_gelu",), "layer_norm_eps": (1e-5,), "use_attention_mask": (False, None)},
+    TEXT: {"model_type": ("clip_text_model",), "layer_norm_eps": (1e-5,), "use_attention_mask": (False, None)},
     SCHEDULER: {
         "_class_name": (
             "DDIMScheduler", "DDPMScheduler", "PNDMScheduler", "LMSDiscreteScheduler", "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler",
             "HeunDiscreteScheduler", "KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler", "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler",
             "DPMSolverSDEScheduler", "DEISMultistepScheduler", "UniPCMultistepScheduler", "LCMScheduler", "TCDScheduler",
         ),
-        "beta_schedule": ("scaled_linear",), "beta_start": (0.00085,), "beta_end": (0.012,), "num_train_timesteps": (1000,), "trained_betas": (None,),
-        "rescale_betas_zero_snr": (False,), "thresholding": (False,), "use_flow_sigmas": (False,), "use_dynamic_shifting": (False,),
+        "trained_betas": (None,), "rescale_betas_zero_snr": (False,), "thresholding": (False,), "use_flow_sigmas": (False,), "use_dynamic_shifting": (False,),
     },
 }  # fmt: skip
 _USED = {
@@ -65,14 +66,12 @@ _HARMLESS = {
         "timestep_scaling", "flow_shift", "time_shift_type", "shift_terminal",
     ),
 }  # fmt: skip
-_OWN_SCHEDULERS = ("PNDMScheduler", "DDIMScheduler")
-"""Of Stable Diffusion 1.x's own folders; any other was chosen for the model."""
 
 
 @dataclass(frozen=True)
 class Settings:
     """None where the files do not say. `sample_size` counts latents a side, `vae_scale` is `VaeSpec.scale`, `text_layers` is how many layers of the
-    text encoder are used. `configs` are the networks' config.json by file name, whose sizes `check_sizes` compares; `notes` are for the user.
+    text encoder are used. `configs` are the networks' config.json by file name, whose sizes `check_sizes` compares, and the scheduler's; `notes` are for the user.
     """
 
     prediction: str | None = None
@@ -93,13 +92,6 @@ def read_settings(path: Path, configs: Mapping[str, Mapping[str, Any]], schedule
     for name, document in (named | {SCHEDULER: scheduler}).items():
         _check_settings(path, name, document)
     unet, text, vae = (named.get(name, {}) for name in (UNET, TEXT, VAE))
-    key = "num_attention_heads" if unet.get("num_attention_heads") is not None else "attention_head_dim"  # diffusers' old misnomer: the number of heads
-    heads = unet.get(key, 8)
-    if any(not _same(n, 8) for n in (heads if isinstance(heads, list) else [heads])):
-        raise _refused(path, UNET, key, heads, "8 heads")
-    width, text_heads = text.get("hidden_size"), text.get("num_attention_heads")
-    if isinstance(width, int) and isinstance(text_heads, int) and width != text_heads * 64:
-        raise _refused(path, TEXT, "num_attention_heads", text_heads, f"{width // 64}, of 64 channels each")
     prediction = scheduler.get("prediction_type", "epsilon") if scheduler else None
     if prediction is not None and not (isinstance(prediction, str) and prediction in PREDICTION_TYPES):
         raise _refused(path, SCHEDULER, "prediction_type", prediction, " or ".join(PREDICTION_TYPES))
@@ -115,27 +107,49 @@ def read_settings(path: Path, configs: Mapping[str, Mapping[str, Any]], schedule
         float(scale) if scale is not None else None,
         size if isinstance(size, int) and not isinstance(size, bool) and 0 < size <= 1024 else None,
         layers,
-        named,
+        named | ({SCHEDULER: scheduler} if scheduler else {}),
         tuple(_sampling(scheduler)),
     )
 
 
 def _check_settings(path: Path, name: str, document: Mapping[str, Any]) -> None:
-    known = {*_USED[name], *_HARMLESS[name], *_SIZES.get(name, {})}
-    for key, allowed in _FIXED[name].items():
-        values = document[key] if isinstance(document.get(key), list) else [document.get(key, allowed[0])]
-        if not all(any(_same(value, good) for good in allowed) for value in values):
-            shown = " or ".join(str(good) for good in allowed[:4]) + (" or another of Stable Diffusion's" if allowed[4:] else "")
-            raise _refused(path, name, key, document[key], shown)
+    known = {*_USED[name], *_HARMLESS[name], *_SIZES.get(name, {}), *(key for family in FAMILIES for key in family.settings.get(name, {}))}
+    _check_fixed(path, name, document, _FIXED[name])
     for key, value in document.items():
         # What starts with _ is the tool's own; null is not set.
         if key not in known and key not in _FIXED[name] and not key.startswith("_") and value is not None:
             raise _refused(path, name, key, value, "no such setting")
 
 
+def _check_fixed(path: Path, name: str, document: Mapping[str, Any], fixed: Mapping[str, tuple[Any, ...]]) -> None:
+    for key, allowed in fixed.items():
+        values = document[key] if isinstance(document.get(key), list) else [document.get(key, allowed[0])]
+        if not all(any(_same(value, good) for good in allowed) for value in values):
+            raise _refused(path, name, key, document[key], " or ".join(str(good) for good in allowed[:4]) + (" or another of its kind" if allowed[4:] else ""))
+
+
+def check_family(path: Path, configs: Mapping[str, Mapping[str, Any]], family: Family) -> None:
+    """Check the settings that differ between families, by file name, once it is known which family it is.
+
+    Raises:
+        CheckpointError: one is another family's.
+    """
+    for name, fixed in family.settings.items():
+        _check_fixed(path, name, configs.get(name, {}), fixed)
+    unet, text = configs.get(UNET, {}), configs.get(TEXT, {})
+    key = "num_attention_heads" if unet.get("num_attention_heads") is not None else "attention_head_dim"  # diffusers' old misnomer: the number of heads
+    heads = unet.get(key, family.heads)
+    if any(not _same(n, family.heads) for n in (heads if isinstance(heads, list) else [heads])):
+        raise _refused(path, UNET, key, heads, f"{family.heads} heads")
+    width, text_heads = text.get("hidden_size"), text.get("num_attention_heads")
+    if isinstance(width, int) and isinstance(text_heads, int) and width != text_heads * family.text_head_width:
+        raise _refused(path, TEXT, "num_attention_heads", text_heads, f"{width // family.text_head_width}, of {family.text_head_width} channels each")
+
+
 def _sampling(scheduler: Mapping[str, Any]) -> list[str]:
-    """A remark where a folder was made to be sampled otherwise than Stable Diffusion's own: a bundle keeps no sampler."""
-    chosen = [str(scheduler["_class_name"])] if scheduler.get("_class_name", _OWN_SCHEDULERS[0]) not in _OWN_SCHEDULERS else []
+    """A remark where a folder was made to be sampled otherwise than its family's own folders: a bundle keeps no sampler."""
+    own = [name for family in FAMILIES for name in family.schedulers]
+    chosen = [str(scheduler["_class_name"])] if scheduler.get("_class_name", own[0]) not in own else []
     if (spacing := scheduler.get("timestep_spacing", "leading")) != "leading":
         chosen.append(f"timestep_spacing {printable(str(spacing))[:40]}")
     chosen += [key for key in ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas") if scheduler.get(key) is True]
@@ -149,7 +163,7 @@ def check_sizes(path: Path, configs: Mapping[str, Mapping[str, Any]], arch: Arch
         CheckpointError: one is not.
     """
     for name, config in configs.items():
-        for key, read in _SIZES[name].items():
+        for key, read in _SIZES.get(name, {}).items():
             found, expected = config.get(key), read(arch)
             if found is not None and not (list(found) == list(expected) if isinstance(found, list) else all(_same(found, size) for size in expected)):
                 shown = expected[0] if len(set(expected)) == 1 else list(expected)
@@ -201,5 +215,5 @@ def _same(found: object, expected: object) -> bool:
 def _refused(path: Path, name: str, key: str, found: object, expected: str) -> CheckpointError:
     return CheckpointError(
         f"{path}: {name}: {key}: expected {expected}, found {printable(repr(found)[:80])}: not supported yet",
-        "This version of sdrt builds Stable Diffusion 1.x and its inpainting models.",
+        BUILDS,
     )

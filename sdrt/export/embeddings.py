@@ -14,8 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdrt.errors import AdapterError, UsageError, printable
-from sdrt.export.adapters import Lora
-from sdrt.export.architecture import CLIP, OPTION_OF_KIND, ClipSpec, describe
+from sdrt.export.adapters import Lora, how_to_give
+from sdrt.export.architecture import ClipSpec
+from sdrt.export.families.recognise import EMBEDDING as KIND
+from sdrt.export.families.recognise import describe
+from sdrt.export.families.table import EMBEDDINGS, TOKENS
 from sdrt.export.tensor_entry import FLOATS, TensorEntry
 from sdrt.export.tensor_file import TensorFile, open_tensor_file
 from sdrt.export.weights import Made
@@ -23,10 +26,6 @@ from sdrt.export.weights import Made
 if TYPE_CHECKING:
     import torch
 
-TOKEN_TABLE = CLIP + "text_model.embeddings.token_embedding.weight"
-KIND = "a textual-inversion embedding"
-FAMILIES = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 1280: "SDXL's second text encoder"}
-"""Who has token vectors of that width."""
 _RETRIEVE = "Get the embedding again, or train it again."
 
 
@@ -114,8 +113,8 @@ def _vectors(file: TensorFile, entry: TensorEntry, clip: ClipSpec) -> int:
         raise AdapterError(f"{where}: expected vectors of shape [count, width], found {list(entry.shape)}", _RETRIEVE)
     width, vectors = entry.shape[-1], 1 if len(entry.shape) == 1 else entry.shape[0]
     if width != clip.width:
-        made_for = f": it was made for {FAMILIES[width]}" if width in FAMILIES else ""
-        needed = f", as {FAMILIES[clip.width]} has" if clip.width in FAMILIES else ""
+        made_for = f": it was made for {TOKENS[width]}" if width in TOKENS else ""
+        needed = f", as {TOKENS[clip.width]} has" if clip.width in TOKENS else ""
         raise AdapterError(
             f"{where}: expected vectors {clip.width} wide{needed}, found {width}{made_for}", "Use an embedding made for this checkpoint's family."
         )
@@ -130,16 +129,14 @@ def _only_entry(file: TensorFile) -> TensorEntry:
     names = {entry.name for entry in found}
     if not found:
         kind = describe({name: entry.shape for name, entry in file.entries.items()})
-        option = OPTION_OF_KIND.get(kind, "--checkpoint" if "model" in kind else "")
-        fix = f"Pass it with {option}." if option else "--embedding takes a textual-inversion embedding."
-        raise AdapterError(f"{file.path}: expected {KIND}, found {kind}", fix)
+        raise AdapterError(f"{file.path}: expected {KIND}, found {kind}", how_to_give(kind) or "--embedding takes a textual-inversion embedding.")
     if output := sorted(name for name in names if name.endswith("_out")):
         raise AdapterError(
             f"{file.path}: {printable(output[0])}: vectors for a text encoder's output, which sdrt does not replace",
             "Train or save the embedding without output vectors (OneTrainer: output embedding off).",
         )
-    if "clip_g" in names:
-        raise AdapterError(f"{file.path}: {', '.join(sorted(names))}: an embedding made for SDXL", "Use an embedding made for this checkpoint's family.")
+    if other := next((EMBEDDINGS[name] for name in names if name in EMBEDDINGS), ""):
+        raise AdapterError(f"{file.path}: {', '.join(sorted(names))}: an embedding made for {other}", "Use an embedding made for this checkpoint's family.")
     if len(found) > 1:
         shown = ", ".join(printable(name) for name in sorted(names)[:5])
         raise AdapterError(f"{file.path}: holds {len(found)} embeddings ({shown}), expected one", "Save each in a file of its own.")
@@ -160,8 +157,8 @@ def read_vectors(embedding: Embedding) -> torch.Tensor:
     return values
 
 
-def extended_table(embeddings: Sequence[Embedding], clip: ClipSpec) -> Made:
-    """The token table with every embedding's vectors appended, in order.
+def extended_table(embeddings: Sequence[Embedding], clip: ClipSpec, table: str) -> Made:
+    """The token table, a tensor's name in the model, with every embedding's vectors appended, in order.
 
     Raises:
         AdapterError: a value is NaN or infinite.
@@ -171,7 +168,7 @@ def extended_table(embeddings: Sequence[Embedding], clip: ClipSpec) -> Made:
     def make(fused: Callable[[str], torch.Tensor]) -> torch.Tensor:
         import torch
 
-        return torch.cat([fused(TOKEN_TABLE), *rows])
+        return torch.cat([fused(table), *rows])
 
     return Made((clip.vocabulary + sum(len(r) for r in rows), clip.width), embeddings[-1].file.path, make)
 
@@ -212,8 +209,8 @@ def summary(file: TensorFile) -> dict[str, Any]:
     """What `inspect` says of an embedding: its trigger, vectors, width and family."""
     found = vector_entries(file)
     widths = sorted({entry.shape[-1] for entry in found if entry.shape})
-    sdxl = "clip_g" in {entry.name for entry in found}
-    families = ["SDXL"] if sdxl else [FAMILIES[width] for width in widths if width in FAMILIES]
+    others = [EMBEDDINGS[entry.name] for entry in found if entry.name in EMBEDDINGS]
+    families = others or [TOKENS[width] for width in widths if width in TOKENS]
     return {
         "use": "--embedding FILE[:TRIGGER]",
         "trigger": file.path.stem,

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 from sdrt.errors import printable
-
-Shapes = Mapping[str, tuple[int, ...]]
+from sdrt.export.families.family import Shapes
+from sdrt.export.families.table import ADAPTERS, CONTEXTS, TEXT_MODULES, TEXTS
 
 DOWN, UP, MID = "lora_down.weight", "lora_up.weight", "lora_mid.weight"
 MAGNITUDE = "lora_magnitude_vector"
@@ -48,19 +48,6 @@ _REFUSED = {
     "ComfyUI's set_weight, whole weights in the place of the model's": (".set_weight",),
 }
 _NUMBERED = re.compile(r"((?:unet|text_encoder):\d{1,6}):(up|down)")
-
-_FAMILY_OF_PREFIX = {
-    "lora_te2_": "SDXL", "text_encoder_2.": "SDXL", "conditioner.embedders.1.": "SDXL", "lora_te3_": "SD3",
-    "lora_unet_double_blocks": "Flux", "lora_unet_single_blocks": "Flux", "transformer.single_transformer_blocks.": "Flux",
-    "double_blocks.": "Flux", "diffusion_model.double_blocks.": "Flux", "lycoris_single_transformer_blocks": "Flux",
-    "lora_unet_joint_blocks": "SD3", "joint_blocks.": "SD3", "diffusion_model.joint_blocks.": "SD3",
-    "lora_transformer_": "SD3 or Flux", "transformer.transformer_blocks.": "SD3 or Flux", "lycoris_transformer_blocks": "SD3 or Flux",
-}  # fmt: skip
-FAMILY_OF_CONTEXT = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 2048: "SDXL"}
-_FAMILY_OF_TEXT = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 1280: "SDXL"}
-_TEXT_ENCODER = (
-    "lora_te", "lycoris_te", "lycoris_text", "lycoris_encoder_layers", "text_encoder", "text_model.", "encoder.layers.", "cond_stage_model.", "conditioner.",
-)  # fmt: skip
 
 
 def split(key: str) -> tuple[str, str] | None:
@@ -131,12 +118,12 @@ def family(shapes: Shapes) -> str:
     for key, shape in shapes.items():
         if parsed := split(below_base_model(key)):
             modules.setdefault(parsed[0], {})[parsed[1]] = shape
-    for prefix, name in _FAMILY_OF_PREFIX.items():
+    for prefix, name in ADAPTERS.items():
         if any(module.startswith(prefix) for module in modules):
             return name
     context, text = ("attn2_to_k", "attn2.to_k", "attn2.processor.to_k"), ("self_attn_q_proj", "self_attn.q_proj", "self_attn.to_q")
     found = ""
-    for endings, table in ((context, FAMILY_OF_CONTEXT), (text, _FAMILY_OF_TEXT)):
+    for endings, table in ((context, CONTEXTS), (text, TEXTS)):
         widths = (_inputs(parts) for module, parts in modules.items() if module.endswith(endings))
         found = found or next((table[width] for width in widths if width in table), "")
     nine = any(_inputs(parts) == 9 for module, parts in modules.items() if module.endswith(("conv_in", "input_blocks_0_0", "input_blocks.0.0")))
@@ -145,7 +132,7 @@ def family(shapes: Shapes) -> str:
 
 def is_text_encoder(module: str) -> bool:
     """Whether a module's name in a file's spelling is one of a text encoder."""
-    return module.startswith(_TEXT_ENCODER)
+    return module.startswith(TEXT_MODULES)
 
 
 def _inputs(parts: Shapes) -> int:

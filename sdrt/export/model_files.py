@@ -19,16 +19,15 @@ from sdrt.bundle import MANIFEST
 from sdrt.document import Document, read_document
 from sdrt.errors import CheckpointError, InputFileError, UnsafeError, nearest, printable
 from sdrt.export.diffusers_config import Settings, read_settings
+from sdrt.export.families.table import BUILDS, FAMILIES
+from sdrt.export.families.table import COMPONENTS as ALL
 from sdrt.export.tensor_entry import TensorEntry
 from sdrt.export.tensor_file import TensorFile, open_tensor_file
 
-COMPONENTS = ("unet", "vae", "text_encoder")
+COMPONENTS = tuple(dict.fromkeys(component.name for component in ALL))
 _UNUSED_COMPONENTS = ("tokenizer", "scheduler", "safety_checker", "feature_extractor", "image_encoder", "requires_safety_checker")
 """Of a pipeline: what sdrt has itself, and what changes no picture. An image encoder serves IP-Adapters only."""
-_PIPELINES = (
-    "StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline", "LatentConsistencyModelPipeline",
-    "LatentConsistencyModelImg2ImgPipeline",
-)  # fmt: skip
+_PIPELINES = tuple(pipeline for family in FAMILIES for pipeline in family.pipelines)
 MAX_DOCUMENT_BYTES = 16 << 20
 _STEMS = {"unet": ("diffusion_pytorch_model",), "vae": ("diffusion_pytorch_model",), "text_encoder": ("model", "pytorch_model")}
 _AGAIN = "Download the folder again."
@@ -120,16 +119,14 @@ def open_model(path: Path) -> ModelFiles:
             if component not in (*COMPONENTS, *_UNUSED_COMPONENTS) and not component.startswith("_") and value not in (None, [None, None], False):
                 raise CheckpointError(
                     f"{path}: model_index.json: a {printable(kind)} with a {printable(component)[:80]}: not supported yet",
-                    "This version of sdrt builds Stable Diffusion 1.x and its inpainting models.",
+                    BUILDS,
                 )
         for component in COMPONENTS:
             if component not in index and not (path / component).is_dir():
-                raise CheckpointError(f"{path}: model_index.json: names no {component}, found {printable(kind)}", "Give a whole Stable Diffusion pipeline.")
+                raise CheckpointError(f"{path}: model_index.json: names no {component}, found {printable(kind)}", "Give the folder of a whole pipeline.")
             folder.component(component, f"{component}/")
         if kind not in _PIPELINES and "_class_name" in index:
-            raise CheckpointError(
-                f"{path}: model_index.json: a {printable(kind)[:80]}: not supported yet", f"This version of sdrt builds the models of {_PIPELINES[0]}."
-            )
+            raise CheckpointError(f"{path}: model_index.json: a {printable(kind)[:80]}: not supported yet", BUILDS)
         configs = {component: folder.document(f"{component}/config.json", _AGAIN) for component in COMPONENTS}
         scheduler = folder.document("scheduler/scheduler_config.json", _AGAIN) if (path / "scheduler").is_dir() else {}
         settings = read_settings(path, configs, scheduler)
@@ -149,9 +146,7 @@ def open_vae(path: Path) -> ModelFiles:
         config = folder.document(f"{below}config.json", "Give a VAE in one file, or a folder with config.json and the weights beside it.")
         kind = config.get("_class_name", "AutoencoderKL")
         if kind != "AutoencoderKL":
-            raise CheckpointError(
-                f"{path}: {below}config.json: expected an AutoencoderKL, found {printable(str(kind))[:80]}", "Give a VAE of Stable Diffusion."
-            )
+            raise CheckpointError(f"{path}: {below}config.json: expected an AutoencoderKL, found {printable(str(kind))[:80]}", BUILDS)
         folder.component("vae", below)
         model = folder.model(read_settings(path, {"vae": config}, {}))
         opened.pop_all()

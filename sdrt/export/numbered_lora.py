@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from sdrt.errors import AdapterError, printable
-from sdrt.export.architecture import CLIP, UNET
+from sdrt.export.families.table import COMPONENTS
 from sdrt.export.keys import Levels, diffusers_prefixes
 
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
@@ -30,13 +30,15 @@ def numbered_modules(modules: Collection[str], levels: Levels) -> dict[str, str]
                 return
             yield from (pattern.format(number) + leaf for leaf in leaves)
 
-    attentions = [UNET + ldm for ldm, diffusers in diffusers_prefixes(levels).items() if ".attentions." in diffusers]
-    ordered = [name for part in _PARTS_OF_THE_UNET for name in attentions if name.startswith(UNET + part)]
-    found = {
-        "unet": [module for prefix in ordered for module in blocks(prefix + "transformer_blocks.{}.", _BLOCK)],
-        "text_encoder": list(blocks(CLIP + "text_model.encoder.layers.{}.", _TEXT_LAYER)),
-    }
-    return {f"{component}:{number}": module for component, names in found.items() for number, module in enumerate(names)}
+    attentions = [ldm for ldm, diffusers in diffusers_prefixes(levels).items() if ".attentions." in diffusers]
+    ordered = [name for part in _PARTS_OF_THE_UNET for name in attentions if name.startswith(part)]
+    patterns = {"unet": ([f"{name}transformer_blocks.{{}}." for name in ordered], _BLOCK), "clip": (["text_model.encoder.layers.{}."], _TEXT_LAYER)}
+    names: dict[str, str] = {}
+    for component in COMPONENTS:
+        below, leaves = patterns.get(component.network, ((), ()))
+        found = [module for pattern in below for module in blocks(component.prefix + pattern, leaves)]
+        names |= {f"{component.name}:{number}": module for number, module in enumerate(found)}
+    return names
 
 
 def check_numbers(path: Path, found: Collection[str], known: Collection[str], trained: str) -> None:

@@ -82,7 +82,8 @@ class TensorFile:
         self.close()
 
     def read_bytes(self, entry: TensorEntry) -> bytearray:
-        """The tensor's bytes, little-endian, row-major; from the first element to the last where the entry has strides.
+        """The tensor's bytes, little-endian, row-major; from the first element to the last where the entry has strides. `TensorEntry.rows` makes an
+        entry of a part, of which no more is read.
 
         Raises:
             InputFileError: the file is shorter than when it was opened, or damaged.
@@ -115,8 +116,8 @@ class TensorFile:
             raise InputFileError(f"{self.path}: {printable(entry.name)}: the file changed during the build", "Run the build again.")
         return data
 
-    def read(self, name: str) -> torch.Tensor:
-        """The tensor as it is stored, row-major.
+    def read(self, name: str, rows: tuple[int, int] | None = None) -> torch.Tensor:
+        """The tensor as it is stored, row-major; or its rows from the first to before the second number, which is all that is read then.
 
         Raises:
             InputFileError: the tensor is not floating-point or integer data that torch can hold; or as `read_bytes`.
@@ -124,7 +125,7 @@ class TensorFile:
         """
         import torch
 
-        entry = self.entries[name]
+        entry = self.entries[name] if rows is None else self.entries[name].rows(*rows)
         kinds = {
             "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn,
             "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
