@@ -12,7 +12,7 @@ from sdrt.export.architecture import Architecture, architecture, default_size
 from sdrt.export.checkpoint_names import EMA, canonical_names, ema_name, has_ema, is_vae_attention
 from sdrt.export.diffusers_config import VAE as VAE_CONFIG
 from sdrt.export.diffusers_config import check_family, check_sizes
-from sdrt.export.families.family import Component
+from sdrt.export.families.family import Component, Family
 from sdrt.export.families.recognise import describe
 from sdrt.export.families.table import COMPONENTS, FAMILIES, component_of, family_named
 from sdrt.export.model_files import ModelFiles, open_model, open_vae
@@ -125,21 +125,11 @@ def open_checkpoint(path: Path, vae: Path | None = None, *, ema: bool = False) -
             tensors = {name: tensor for name, tensor in tensors.items() if not _is_vae(name)} | _vae_tensors(vae_model)
         arch = model_architecture(model, tensors, vae_model)
         family = family_named(arch.family)
-        if model.settings.text_layers is not None:
-            layer = family.text_encoder.prefix + "text_model.encoder.layers."
-            unused = {name for name in tensors if name.startswith(layer) and int(name[len(layer) :].partition(".")[0]) >= arch.clip.layers}
-            if unused:
-                notes.append(f"{model.name}: its settings use {arch.clip.layers} layers of the text encoder, those after them were left out")
-            tensors = {name: tensor for name, tensor in tensors.items() if name not in unused}
-        family = family_named(arch.family)
-        if model.settings.text_layers is not None:
-            layer = family.text_encoder.prefix + "text_model.encoder.layers."
-            unused = {name for name in tensors if name.startswith(layer) and int(name[len(layer) :].partition(".")[0]) >= arch.clip.layers}
-            if unused:
-                notes.append(f"{model.name}: its settings use {arch.clip.layers} layers of the text encoder, those after them were left out")
-            tensors = {name: tensor for name, tensor in tensors.items() if name not in unused}
         if remark := default_size(model.metadata, family)[1]:
             notes.append(f"{model.name}: {remark}")
+        if model.settings.text_layers is not None and (layers := _layers_after(tensors, family, arch.clip.layers)):
+            notes.append(f"{model.name}: its settings use {arch.clip.layers} layers of the text encoder, those after them were left out")
+            tensors = {name: tensor for name, tensor in tensors.items() if name not in layers}
         if arch.prediction != "epsilon":
             notes.append(f"{model.name}: says that it predicts {arch.prediction}")
         return Checkpoint(model, vae_model, tensors, arch, tuple(notes))
@@ -148,6 +138,13 @@ def open_checkpoint(path: Path, vae: Path | None = None, *, ema: bool = False) -
         if vae_model is not None:
             vae_model.close()
         raise
+
+
+def _layers_after(tensors: Mapping[str, Tensor], family: Family, count: int) -> set[str]:
+    """Names of the text encoder's tensors in layers after the first `count`."""
+    start = family.text_encoder.prefix + "text_model.encoder.layers."
+    numbers = {name: name[len(start) :].partition(".")[0] for name in tensors if name.startswith(start)}
+    return {name for name, number in numbers.items() if number.isdecimal() and int(number) >= count}
 
 
 def model_architecture(model: ModelFiles, tensors: Mapping[str, Tensor], vae: ModelFiles | None = None) -> Architecture:
