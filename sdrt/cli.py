@@ -20,9 +20,9 @@ from typing import Annotated, Any, NoReturn, TextIO
 import typer
 from typer.core import TyperGroup
 
-from sdrt import __version__, cli_bench, cli_engines, cli_generate, cli_signature, interruptible
-from sdrt.cli_output import BUILD_STAGES, BundleArgument, Json, StageProgress, interrupted, print_json, print_report, show_log, size_option, time_limit
-from sdrt.errors import MachineError, SdrtError, UsageError, printable
+from sdrt import __version__, cli_bench, cli_engines, cli_generate, cli_inspect, cli_signature, interruptible
+from sdrt.cli_output import BUILD_STAGES, BundleArgument, Json, StageProgress, interrupted, print_json, show_log, size_option, time_limit
+from sdrt.errors import MachineError, SdrtError, printable
 from sdrt.machine.packages import install_command
 
 BUG, INTERRUPTED = 70, 130
@@ -169,7 +169,7 @@ def main(
 @app.command(epilog="Example: sdrt build --checkpoint model.safetensors --lora style.safetensors:0.8:0.5 --output styled.sdrt")
 def build(
     ctx: typer.Context,
-    checkpoint: Annotated[Path, typer.Option("--checkpoint", metavar="FILE|DIR", help="Stable Diffusion 1.x checkpoint: one .safetensors, .ckpt, .pt or .bin file in any tool's layout, or a folder that diffusers saved. Nothing in it is ever executed.")],
+    checkpoint: Annotated[Path, typer.Option("--checkpoint", metavar="FILE|DIR", help="Stable Diffusion checkpoint: one .safetensors, .ckpt, .pt or .bin file in any tool's layout, or a folder that diffusers saved. Nothing in it is ever executed.")],
     lora: Annotated[list[str] | None, typer.Option("--lora", metavar="FILE[:SCALE[:TE_SCALE]]", help="LoRA, LyCORIS or DoRA file to fuse; may be repeated, and they act in the order given, which matters only where one is a DoRA. SCALE (default 1) weighs its change of the UNet, TE_SCALE (default SCALE) that of the text encoder. AUTOMATIC1111's prompt syntax has the two in the other order.")] = None,
     embedding: Annotated[list[str] | None, typer.Option("--embedding", metavar="FILE[:TRIGGER]", help="Textual-inversion embedding to put into the vocabulary; may be repeated. TRIGGER (default the file's stem) is what a prompt says to use it.")] = None,
     hypernetwork: Annotated[list[str] | None, typer.Option("--hypernetwork", metavar="FILE[:SCALE]", help="Hypernetwork to build in, AUTOMATIC1111's .pt; may be repeated, they apply in the order given. SCALE (default 1) weighs it.")] = None,
@@ -234,37 +234,7 @@ def build(
 app.command("generate", epilog='Example: sdrt generate emoji.sdrt "red apple" --cfg 3 --seed 7 --count 4 --output apple.png')(cli_generate.generate)
 
 
-@app.command(epilog="Example: sdrt inspect style.safetensors --for model.safetensors")
-def inspect(
-    ctx: typer.Context,
-    path: Annotated[Path, typer.Argument(metavar="FILE|BUNDLE", help="A checkpoint, adapter or VAE in any format, a diffusers folder, or a bundle.")],
-    checkpoint: Annotated[Path | None, typer.Option("--for", metavar="CHECKPOINT", help="Say too whether the file, a LoRA, embedding, hypernetwork or VAE, fits this checkpoint. Exit code 1 if not.")] = None,
-    as_json: Json = False,
-) -> None:  # fmt: skip
-    """Say what a file or bundle is: family, components, adapters, sizes. Reads headers only."""
-    ctx.find_root().obj = "json" if as_json else None
-    from sdrt.bundle.folder import open_bundle
-    from sdrt.bundle.manifest import MANIFEST
-    from sdrt.export.inspect import inspect_file
-
-    if os.path.exists(path / MANIFEST) or path.suffix == ".sdrt":
-        if checkpoint is not None:
-            raise UsageError(f"--for {checkpoint}: {path} is a bundle, which goes into no checkpoint", "Give it the file of an adapter or VAE.")
-        opened = open_bundle(path)
-        report: dict[str, Any] = {"path": str(opened.path), "kind": "a bundle", "size_bytes": sum(f.size_bytes for f in opened.manifest.files.values())}
-        report |= asdict(opened.manifest) | {"engines": cli_engines.engines_of(opened)}
-    else:
-        report = inspect_file(path)
-    if checkpoint is not None:
-        from sdrt.export.fitting import fit
-
-        report |= fit(path, report["kind"], checkpoint)
-    if as_json:
-        print_json(report)
-    else:
-        print_report(report)
-    if not report.get("fits", True):
-        raise typer.Exit(1)
+app.command("inspect", epilog="Example: sdrt inspect style.safetensors --for model.safetensors")(cli_inspect.inspect)
 
 
 @app.command(epilog="Example: sdrt verify emoji.sdrt")

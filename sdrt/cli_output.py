@@ -42,7 +42,7 @@ def print_json(value: dict[str, Any]) -> None:
 
 
 def print_report(report: dict[str, Any], indent: str = "", bullet: str = "") -> None:
-    """Fields as lines, nested ones indented; of a list of records each begins with a `bullet`."""
+    """Fields as lines, nested ones indented; in a list of records or words each begins with a `bullet`."""
     start, indent = indent + bullet, indent + " " * len(bullet)
     for key, value in report.items():
         if isinstance(value, dict) and value:
@@ -52,6 +52,10 @@ def print_report(report: dict[str, Any], indent: str = "", bullet: str = "") -> 
             typer.echo(f"{start}{printable(key)}:")
             for item in value:
                 print_report(item, indent + "  ", "- ")
+        elif isinstance(value, list) and value and isinstance(value[0], str):
+            typer.echo(f"{start}{printable(key)}:")
+            for item in value:
+                typer.echo(f"{indent}  - {printable(item)}")
         else:
             shown = f"{value:,}" if key.endswith(("bytes", "parameters")) and isinstance(value, int) else list(value) if isinstance(value, tuple) else value
             typer.echo(f"{start}{printable(key)}: {printable(str(shown))}")
@@ -103,7 +107,8 @@ class StageProgress:
     def __init__(self, stages: Mapping[str, float]) -> None:
         self._stages = stages
         self._bar = progress_bar()
-        self._task = self._bar.add_task("starting", total=sum(stages.values()))
+        self._total = sum(stages.values())
+        self._task = self._bar.add_task("starting", total=self._total)
         self._stage = ""
         self._done = 0.0
 
@@ -120,6 +125,8 @@ class StageProgress:
         if stage != self._stage:
             self._done += self._stages.get(self._stage, 0.0)
             self._stage = stage
+            if stage.startswith("bind "):  # the trace came from the cache, and takes none of the time it was given
+                self._total -= self._stages.get(stage.replace("bind", "trace", 1), 0.0)
             if self._bar.disable:
                 typer.echo(f"{stage} …", err=True)
-        self._bar.update(self._task, completed=self._done + self._stages.get(stage, 0.0) * (done or 0.0), description=stage)
+        self._bar.update(self._task, total=self._total, completed=self._done + self._stages.get(stage, 0.0) * (done or 0.0), description=stage)

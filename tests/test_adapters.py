@@ -17,8 +17,8 @@ from safetensors.torch import load, load_file, save_file
 
 from sdrt.errors import AdapterError, CheckpointError, InputFileError, UsageError
 from sdrt.export.adapters import LoraOption, open_lora, parse_lora_option
-from sdrt.export.architecture import CLIP, UNET
 from sdrt.export.checkpoint import Tensor
+from sdrt.export.families.sd1 import CLIP, UNET
 from sdrt.export.tensor_file import open_tensor_file
 from sdrt.export.weights import Change, write_weights
 

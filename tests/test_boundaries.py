@@ -6,6 +6,7 @@ import ast
 import json
 import os
 import pkgutil
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -195,6 +196,24 @@ def test_engines_are_imported_with_their_reports_switched_off(file: str) -> None
     found = {alias.name for node in named if isinstance(node, ast.Import) for alias in node.names}
     found |= {node.module or "" for node in named if isinstance(node, ast.ImportFrom) and not node.level}
     assert not below(found, "onnxruntime", "openvino")
+
+
+def test_families_are_named_in_their_own_folder_only() -> None:
+    """No other file says or compares a family's name, begins a tensor's name as one of them does, or imports one family's file."""
+    own, word = (
+        "export/families/",
+        re.compile(r"\bsd[123x]|\bsdxl|stable diffusion [0-9x]|\bflux\b|diffusion_model\b|first_stage_model|cond_stage_model|conditioner\.", re.IGNORECASE),
+    )
+    offenders = []
+    for file in (file for file in FILES if not file.startswith(own)):
+        nodes = list(ast.walk(tree(file)))
+        documented = {id(node.value) for node in nodes if isinstance(node, ast.Expr)}
+        said = [n.value for n in nodes if isinstance(n, ast.Constant) and isinstance(n.value, str) and id(n) not in documented]
+        offenders += [f"{file}: {text}" for text in said if word.search(text)]
+        offenders += [f"{file}: {name}" for name in imports(file) if re.search(r"families\.(?!family|table|recognise)", name)]
+        compared = [n for n in nodes if isinstance(n, ast.Compare) and any(isinstance(op, (ast.Eq, ast.NotEq, ast.In, ast.NotIn)) for op in n.ops)]
+        offenders += [f"{file}: {ast.unparse(n)}" for n in compared if re.search(r"\bfamily(\.name)?\b(?!\.)", ast.unparse(n))]
+    assert not offenders, "\n".join(offenders)
 
 
 @pytest.mark.parametrize("file", FILES)

@@ -31,7 +31,9 @@ from sdrt.export import selfcheck
 from sdrt.export.adapters import LoraOption
 from sdrt.export.build import BuildOptions, BuildReport, build, default_output
 from sdrt.export.checkpoint import Tensor, open_checkpoint
+from sdrt.export.embeddings import EmbeddingOption
 from sdrt.export.graph import Recipe, recipes, skeleton
+from sdrt.export.hypernetworks import HypernetworkOption
 from sdrt.export.tensor_file import TensorFile, open_tensor_file
 from sdrt.export.weights import Written, layout
 
@@ -706,6 +708,25 @@ def test_leftovers_are_noted(out: Path, tmp_path: Path, quick: None) -> None:
         "1 tensors of the checkpoint are not used, such as my.notes",
         "l.safetensors: 1 keys belong to no module and were left out, such as lora_unet_other.alpha",
     )
+
+
+def test_a_lora_brings_its_embedding(small_checkpoint: Path, small_bundle: Path, small_lora: Path, out: Path, tmp_path: Path, quick: None) -> None:
+    taught = 0.5 * torch.randn(2, 64, generator=torch.Generator().manual_seed(0))
+    save_file(load_file(small_lora) | {"bundle_emb.<toy>.clip_l": taught}, tmp_path / "l.safetensors")
+    report = built_with(out, small_checkpoint, loras=(LoraOption(tmp_path / "l.safetensors"), LoraOption(tmp_path / "l.safetensors", 0.5)))
+    assert report.manifest.text[0].embeddings == {"<toy>": (49408, 49409)}
+    assert [(s.kind, s.name, s.trigger) for s in report.manifest.sources[3:]] == [("embedding", "l.safetensors", "<toy>")]
+    table = load_file(report.path / WEIGHTS)["cond_stage_model.transformer.text_model.embeddings.token_embedding.weight"]
+    assert torch.equal(table[49408:], taught.half()) and not any("belong to no module" in note for note in report.notes)
+    assert set(report.stages_s) >= {"bind step", "bind text_encoder"} and not any(stage.startswith("trace") for stage in report.stages_s)
+
+
+def test_a_missing_file_is_found_before_any_work(small_checkpoint: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build_module, "open_checkpoint", lambda *_, **__: pytest.fail("the checkpoint was opened"))
+    gone = Path("gone.safetensors")
+    for given in ({"loras": (LoraOption(gone),)}, {"embeddings": (EmbeddingOption(gone, "x"),)}, {"hypernetworks": (HypernetworkOption(gone),)}, {"vae": gone}):
+        with pytest.raises(InputFileError, match=r"gone\.safetensors: cannot open"):
+            built_with(out, small_checkpoint, **given)
 
 
 def test_file_names_that_are_not_unicode(small_checkpoint: Path, out: Path, tmp_path: Path, instant: None) -> None:

@@ -240,7 +240,7 @@ def test_i2_stopped_twice(small_checkpoint: Path, tmp_path: Path) -> None:
     with subprocess.Popen(build_command(small_checkpoint, tmp_path / "x.sdrt"), env=ENVIRONMENT, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         for line in process.stderr:
-            if line.startswith("trace step"):
+            if line.startswith("bind step"):
                 process.send_signal(signal.SIGTERM)
                 process.send_signal(signal.SIGINT)
                 break

@@ -226,7 +226,8 @@ def test_inspect_a_checkpoint() -> None:
     words = run("inspect", CHECKPOINT)
     assert words.exit_code == 0
     assert "kind: a Stable Diffusion 1.x model" in words.stdout
-    assert words.stderr == ""
+    assert "context_width" not in words.stdout and words.stderr == "all fields: sdrt inspect --all\n"
+    assert "context_width: 64" in run("inspect", CHECKPOINT, "--all").stdout
 
 
 def test_inspect_a_lora() -> None:
@@ -693,7 +694,7 @@ def test_generate_without_an_engine(here: Path, small_bundle: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
-@pytest.mark.parametrize(("number", "stage"), [(signal.SIGINT, "check step"), (signal.SIGTERM, "fuse"), (signal.SIGHUP, "trace step")], ids=str)
+@pytest.mark.parametrize(("number", "stage"), [(signal.SIGINT, "check step"), (signal.SIGTERM, "fuse"), (signal.SIGHUP, "bind step")], ids=str)
 def test_i2_stopped_build_leaves_nothing(small_checkpoint: Path, here: Path, small_bundle: Path, number: int, stage: str) -> None:
     command = [str(SCRIPT), "build", "--checkpoint", str(small_checkpoint), "--output", "x.sdrt"]
     with subprocess.Popen(command, cwd=here, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8") as build:

@@ -221,7 +221,7 @@ def test_inspect_shows_a_damaged_engine(small_bundle: Path, tmp_path: Path, monk
     stand_in(monkeypatch)
     bundle = open_bundle(fresh(small_bundle, tmp_path / "flat.sdrt"))
     folder = compile_bundle(bundle, CompileOptions("tensorrt-rtx", size=((64, 64), (96, 128)), batch=(1, 4))).path
-    words = run("inspect", bundle.path).stdout
+    words = run("inspect", bundle.path, "--all").stdout
     assert "shapes: 64x64 to 96x128, batch 1 to 4, 77 tokens, 1 or 2 guidance branches" in words and "stale: False" in words
     (folder / "engine.json").write_text("{")
     (engine,) = json.loads(run("inspect", bundle.path, "--json").stdout)["engines"]

@@ -42,12 +42,13 @@ from sdrt.errors import ResourceError, SdrtError, UsageError
 from sdrt.export.adapters import Lora, LoraOption, open_lora
 from sdrt.export.architecture import Architecture
 from sdrt.export.checkpoint import Checkpoint, open_checkpoint, select
-from sdrt.export.embeddings import TOKEN_TABLE, Embedding, EmbeddingOption, check_triggers, extended_table, open_embedding, table_rows
+from sdrt.export.embeddings import Embedding, EmbeddingOption, bundled_embeddings, check_triggers, extended_table, open_embedding, table_rows
+from sdrt.export.families.table import family_named
 from sdrt.export.hypernetworks import Hypernetwork, HypernetworkOption, open_hypernetwork
 from sdrt.export.model_files import is_folder
 from sdrt.export.peft_config import FILE_NAME as CONFIG_NAME
 from sdrt.export.tensor_entry import ITEM_BYTES
-from sdrt.export.tensor_file import open_tensor_file
+from sdrt.export.tensor_file import check_present, open_tensor_file
 from sdrt.export.tokenizer import write_tokenizer
 from sdrt.export.weights import CODES, Change, Made, write_weights
 from sdrt.lock import locked
@@ -110,6 +111,11 @@ def build(options: BuildOptions, progress: Progress = lambda stage, done: None) 
     """
     output = (options.output or default_output(options)).absolute()
     _check_output(output, options)
+    given = [options.checkpoint, *([options.vae] if options.vae is not None else [])]
+    given += [*(o.path for o in options.loras), *(o.path for o in options.embeddings), *(o.path for o in options.hypernetworks)]
+    for path in given:
+        if not is_folder(path):
+            check_present(path)
     stages: dict[str, float] = {}
 
     @contextmanager
@@ -136,7 +142,7 @@ def build(options: BuildOptions, progress: Progress = lambda stage, done: None) 
             files.callback(checkpoint.close)
             sources = hashing.submit(_sources, checkpoint)  # takes as long as importing torch
             arch = _with_options(checkpoint.architecture, options)
-            from sdrt.export.graph import bind, model_dimensions, recipes, skeleton  # imports torch: only after the files are known to be good
+            from sdrt.export.graph import bind, is_traced, model_dimensions, recipes, skeleton  # imports torch: only after the files are known to be good
             from sdrt.export.selfcheck import check
 
             expected = {name: shape for recipe in recipes(arch).values() for name, shape in recipe.weight_shapes().items()}
@@ -145,6 +151,7 @@ def build(options: BuildOptions, progress: Progress = lambda stage, done: None) 
             for option in options.loras:
                 loras.append(open_lora(option, expected, arch.unet, allow_unmatched=options.allow_unmatched))
                 files.callback(loras[-1].file.close)
+            embeddings += bundled_embeddings(loras, arch.clip)
             for learned in options.embeddings:
                 embeddings.append(open_embedding(learned, arch.clip))
                 files.callback(embeddings[-1].file.close)
@@ -153,8 +160,9 @@ def build(options: BuildOptions, progress: Progress = lambda stage, done: None) 
                 files.callback(hypernetworks[-1].file.close)
             vocabulary, computed = arch.clip.vocabulary, dict[str, Made]()
             if embeddings:
-                computed[TOKEN_TABLE] = extended_table(embeddings, arch.clip)
-                arch = replace(arch, clip=replace(arch.clip, vocabulary=computed[TOKEN_TABLE].shape[0]))
+                table = family_named(arch.family).token_table
+                computed[table] = extended_table(embeddings, arch.clip, table)
+                arch = replace(arch, clip=replace(arch.clip, vocabulary=computed[table].shape[0]))
             if hypernetworks:
                 from sdrt.export.hypernetwork_weights import attach, check_values
 
@@ -166,7 +174,7 @@ def build(options: BuildOptions, progress: Progress = lambda stage, done: None) 
         with staged_folder(output, replace=options.force) as folder:
             for part in ("graphs", "tokenizer", "reference"):
                 new_folder(folder / part)
-            shapes = {name: tensor.entry.shape for name, tensor in tensors.items()} | {name: value.shape for name, value in computed.items()}
+            shapes = {name: tensor.shape for name, tensor in tensors.items()} | {name: value.shape for name, value in computed.items()}
             weight_bytes = sum(map(math.prod, shapes.values())) * ITEM_BYTES[CODES[options.precision]]
             with stage("tokenizer", weight_bytes + _REST_BYTES):
                 bos, eos = write_tokenizer(folder / TOKENIZER, vocabulary)
@@ -179,7 +187,7 @@ def build(options: BuildOptions, progress: Progress = lambda stage, done: None) 
             # No bfloat16 graph yet: ONNX Runtime's CPU provider cannot run one, and a build ships nothing it has not checked.
             computes = ("fp32", "fp16") if options.precision == "fp16" else ("fp32",)
             for graph, recipe in made.items():
-                with stage(f"trace {graph}", _GRAPH_BYTES):
+                with stage(f"{'bind' if is_traced(recipe) else 'trace'} {graph}", _GRAPH_BYTES):
                     for compute in computes:
                         model, hit = skeleton(recipe)
                         bind(model, weights_file, written.placed, options.precision, compute, folder / graph_path(graph, compute))
@@ -193,7 +201,7 @@ def build(options: BuildOptions, progress: Progress = lambda stage, done: None) 
                         graphs[graph] = {compute: _graph(recipe, _COMPONENTS[graph], compute, error) for compute, error in errors.items()}
             with stage("write"):
                 checkpoint.check_unchanged()
-                for file in [*(a.file for a in loras), *(a.file for a in embeddings), *(a.file for a in hypernetworks)]:
+                for file in dict.fromkeys([*(a.file for a in loras), *(a.file for a in embeddings), *(a.file for a in hypernetworks)]):
                     file.check_unchanged()
                 for config in [lora.config for lora in loras if lora.config is not None]:
                     config.check_unchanged()

@@ -134,6 +134,14 @@ def _skeleton(model: ir.Model, recipe: Recipe, weights: set[str]) -> ir.Model:
     return model
 
 
+def is_traced(recipe: Recipe) -> bool:
+    """Whether the skeleton of a graph is in the cache, so that `skeleton` need not trace it."""
+    try:
+        return _cached(cache_folder() / "graphs" / _cache_key(recipe)) is not None
+    except OSError:
+        return False
+
+
 def skeleton(recipe: Recipe) -> tuple[ir.Model, bool]:
     """The skeleton of a graph, from the cache or traced and put there. The flag says whether it came from the cache."""
     try:
