@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,7 +15,7 @@ import typer
 from sdrt.cli_bench_tables import print_comparison, print_result, print_trends
 from sdrt.cli_output import Json, print_json
 from sdrt.document import read_given
-from sdrt.errors import InconclusiveError, InputFileError, ResourceError, UsageError, nearest, printable
+from sdrt.errors import InconclusiveError, InputFileError, NotComparableError, ResourceError, UsageError, nearest, printable
 
 if TYPE_CHECKING:
     from sdrt.bench.compare import Comparison
@@ -25,6 +26,10 @@ FORMATS = ("markdown", "junit", "bencher", "github", "csv", "html")
 SCENARIOS = ("single", "batch", "server")
 _STEP_SUMMARY = "GITHUB_STEP_SUMMARY"
 _PROMPTS_BYTES = 1 << 20
+_SAME_THING = "Have both sides measure the same thing: choose with --backend, --size and --threads, or install the same engines for both."
+_SAME_MACHINE = (
+    "Measure both on the same machine with the same settings, or use: sdrt bench ab OLD.sdrt NEW.sdrt; or look at them with: sdrt bench compare --force"
+)
 
 Scenario = Annotated[str, typer.Option("--scenario", metavar="NAME", help="single: one picture after the other; batch: --batch at a time; server: requests arrive at random, --rate per second.")]  # fmt: skip
 Size = Annotated[str | None, typer.Option("--size", metavar="WxH", help="Picture size in pixels; the bundle's own if not given.")]
@@ -57,7 +62,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="
 def bench() -> None:
     """Measure a bundle's latency, and tell whether a change made it slower.
 
-    Exit codes: 0 nothing gated is worse; 1 slower, a counter up, or wrong pictures; 8 cannot tell, or not comparable.
+    Exit codes: 0 nothing gated is worse; 1 slower, a counter up, or wrong pictures; 8 cannot tell; 9 not comparable.
     """
 
 
@@ -71,6 +76,7 @@ def run_command(
     pictures: Pictures = 20, max_pictures: MaxPictures = 30.0, warm_up: WarmUp = 30.0, rate: Rate = 1.0, duration: Duration = 30.0, queue: Queue = 8,
     backend: Backend = "auto", device: Device = 0, threads: Threads = None,
     layers: Annotated[bool, typer.Option("--layers", help="Also profile each graph: slowest operators, arithmetic, share of the machine's measured peak.")] = False,
+    label: Annotated[str | None, typer.Option("--label", metavar="TEXT", help="What to call the bundle in a history and in series of CI systems; its own name if not given. Runs of one label are one series.")] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", metavar="FILE.json", help="Write the result, raw samples included.")] = None,
     history: Annotated[Path | None, typer.Option("--history", metavar="DIR", help="Add this run to the history in a folder.")] = None,
     check_machine: Annotated[bool, typer.Option("--check-machine", help="Only say how small a change this machine can show: with BUNDLE's pictures, or without one by work of numpy's. Exit code 8 if the default margin is out of reach.")] = False,
@@ -105,7 +111,9 @@ def run_command(
     _at_least("--processes", processes, 1)
     opened = open_bundle(bundle)
     check_file(opened, WEIGHTS)  # here, so that the first process does not take longer to load than the others
-    document = run(opened, _with_layers(request, layers), processes, _say)
+    document = run(opened, replace(request, layers=layers), processes, _say)
+    if label is not None:
+        document["bundle"]["label"] = label
     if output is not None:
         write_json(output, document)
     if history is not None:
@@ -174,7 +182,7 @@ def compare_command(
     ctx: typer.Context,
     base: Annotated[Path, typer.Argument(metavar="BASE.json", help="Result of the base.")],
     new: Annotated[Path, typer.Argument(metavar="NEW.json", help="Result of the change.")],
-    force: Annotated[bool, typer.Option("--force", help="Show two results that are not comparable side by side all the same. There is no verdict then, and the exit code stays 8.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Show two results that are not comparable side by side all the same. There is no verdict then, and the exit code stays 9.")] = False,
     config: Config = None, emit: Emit = None, as_json: Json = False,
 ) -> None:  # fmt: skip
     """Judge one result against another. Two separate runs saw two moments of a machine, so margins are doubled; `ab` is the better gate."""
@@ -194,17 +202,21 @@ def ab_command(
     new: Annotated[Path, typer.Argument(metavar="NEW.sdrt", help="Bundle of the change.")],
     scenario: Scenario = "single", size: Size = None, steps: Steps = 20, cfg: Cfg = 7.0, sampler: Sampler = "euler", schedule: Schedule = None,
     prompt: Prompt = "a red apple on a wooden table", prompts: Prompts = None, seed: Seed = 0, batch: Batch = None,
-    pairs: Annotated[int | None, typer.Option("--pairs", metavar="N", help="Pairs of processes; as bench.toml says, or 10.")] = None,
-    max_time: Annotated[float, typer.Option("--max-time", metavar="S", help="Where it stays ambiguous, make further pairs if all it needs fit into this many seconds.")] = 1800.0,
+    pairs: Annotated[int | None, typer.Option("--pairs", metavar="N", help="At most so many pairs of processes; as bench.toml says, or 30. Fewer than 6 decide nothing.")] = None,
+    margin: Annotated[float | None, typer.Option("--margin", metavar="X", help="Margin of the gated timings, such as 0.05; as bench.toml says, or 0.05.")] = None,
+    max_time: Annotated[float, typer.Option("--max-time", metavar="S", help="Begin no pair after the sixth that would end after so many seconds.")] = 900.0,
     old_python: Annotated[Path | None, typer.Option("--old-python", metavar="FILE", help="Interpreter to run OLD.sdrt with, where another version of sdrt is installed; this one if not given. Compares runtimes too.")] = None,
-    pictures: Pictures = 10, max_pictures: MaxPictures = 15.0, warm_up: WarmUp = 10.0, rate: Rate = 1.0, duration: Duration = 30.0, queue: Queue = 8,
+    pictures: Pictures = 20, max_pictures: MaxPictures = 5.0, warm_up: WarmUp = 10.0, rate: Rate = 1.0, duration: Duration = 30.0, queue: Queue = 8,
     backend: Backend = "auto", device: Device = 0, threads: Threads = None, config: Config = None, emit: Emit = None, as_json: Json = False,
 ) -> None:  # fmt: skip
-    """Measure two bundles in turn, A B B A, in fresh processes, and judge. The gate for machines that others use too."""
-    ctx.find_root().obj = "json" if as_json else None
-    from dataclasses import replace
+    """Measure two bundles side by side: pairs of fresh processes that take turns, until the verdict is settled. The gate for machines that others use too.
 
-    from sdrt.bench.run import interleave
+    Where memory does not hold both at once they run one after the other, which tells less. --warm-up is for that.
+    """
+    ctx.find_root().obj = "json" if as_json else None
+    from sdrt.bench.metrics import with_margin
+    from sdrt.bench.run import side_by_side
+    from sdrt.bench.statistics import MAX_PAIRS
     from sdrt.bundle.folder import open_bundle
     from sdrt.bundle.manifest import WEIGHTS
     from sdrt.checked import check_file
@@ -212,7 +224,11 @@ def ab_command(
     targets, gates = _targets(emit), _gates(config, new)
     if pairs is not None:
         _at_least("--pairs", pairs, 1)
+        if pairs > MAX_PAIRS:
+            raise UsageError(f"--pairs {pairs}: expected at most {MAX_PAIRS}", "What so many cannot show takes a quieter machine, or a wider margin.")
         gates = replace(gates, pairs=pairs)
+    if margin is not None:
+        gates = with_margin(gates, margin)
     request = _request(
         old, scenario, size, steps, cfg, sampler, schedule, prompt, prompts, seed, batch, pictures, max_pictures, warm_up, rate, duration, queue, backend, device, threads
     )  # fmt: skip
@@ -223,7 +239,9 @@ def ab_command(
         raise UsageError(f"--old-python {old_python}: expected a Python interpreter", "Write it as --old-python venv-base/bin/python.")
     interpreter = str(old_python.absolute()) if old_python is not None else None
     sides = ((first, replace(request, bundle=str(first.path), python=interpreter)), (second, replace(request, bundle=str(second.path))))
-    _conclude(interleave(*sides, gates, _say, max_s=max_time), targets, as_json)
+    with _one_line() as progress:
+        comparison = side_by_side(*sides, gates, progress, max_s=max_time)
+    _conclude(comparison, targets, as_json)
 
 
 @app.command("trend", epilog="Example: sdrt bench trend runs --html trend.html")
@@ -296,12 +314,6 @@ def _prompts(path: Path | None) -> tuple[str, ...]:
     return prompts
 
 
-def _with_layers(request: Request, layers: bool) -> Request:
-    from dataclasses import replace
-
-    return replace(request, layers=layers)
-
-
 def _at_least(option: str, value: int, least: int) -> None:
     if value < least:
         raise UsageError(f"{option} {value}: expected at least {least}")
@@ -362,8 +374,27 @@ def _say(text: str) -> None:
     typer.echo(text, err=True)
 
 
+@contextmanager
+def _one_line() -> Iterator[Callable[[str], None]]:
+    """Progress as one line that changes, where standard error is a terminal; elsewhere a line each."""
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield _say
+        return
+    with console.status("") as status:
+        yield lambda text: status.update(Text(printable(text)))
+
+
 def _conclude(comparison: Comparison, targets: Sequence[tuple[str, Path]], as_json: bool) -> None:
-    """Write what was asked for, print the table, and end with the verdict's exit code."""
+    """Write what was asked for, print the table, and end with the verdict's exit code.
+
+    Raises:
+        NotComparableError: after that, where there is no verdict. With `as_json` the JSON says so.
+    """
+    from sdrt.bench.compare import listed
     from sdrt.bench.formats import COMPARISON_FORMATS, comparison_markdown
 
     def page() -> str:
@@ -378,10 +409,13 @@ def _conclude(comparison: Comparison, targets: Sequence[tuple[str, Path]], as_js
             {
                 "verdict": comparison.headline, "exit_code": comparison.exit_code, "ran": comparison.ran, "interleaved": comparison.interleaved,
                 "metrics": [asdict(row) | {"failed": row.failed} for row in comparison.rows], "problems": list(comparison.problems), "notes": list(comparison.notes),
+                "different": list(comparison.different),
                 "base": dict(comparison.base), "new": dict(comparison.new),
             }
         )  # fmt: skip
     else:
         print_comparison(comparison)
+    if comparison.different and not as_json:
+        raise NotComparableError(f"not comparable: {listed(comparison.different)}", _SAME_THING if comparison.interleaved else _SAME_MACHINE)
     if comparison.exit_code:
         raise typer.Exit(comparison.exit_code)

@@ -24,7 +24,7 @@ Clock = Callable[[], int]
 class Readings:
     """What the instruments saw since the last `reset`, nanoseconds.
 
-    `inside` is all time within the engine, whatever it was for. `device` times the parts on the GPU, None where there is none. With `keep`, the
+    `inside` is all time within the engine, whatever it was for. `between` is called after each model call, and `waited` is the time it took: that of another process's turn. `device` times the parts on the GPU, None where there is none. With `keep`, the
     last inputs of each graph and the final latents are kept too.
     """
 
@@ -36,6 +36,8 @@ class Readings:
     decode: int = 0
     inside: int = 0
     engine_load: int = 0
+    waited: int = 0
+    between: Callable[[], None] | None = None
     steps: list[int] = field(default_factory=list)
     calls: Counter[str] = field(default_factory=Counter)
     device: DeviceTimes | None = None
@@ -44,7 +46,7 @@ class Readings:
     _depth: int = 0
 
     def reset(self) -> None:
-        self.tokenise = self.text_encoder = self.image_encoder = self.copies = self.decode = self.inside = 0
+        self.tokenise = self.text_encoder = self.image_encoder = self.copies = self.decode = self.inside = self.waited = 0
         self.steps = []
         self.calls = Counter()
         if self.device is not None:
@@ -71,6 +73,10 @@ class TimedBatch:
         taken = readings.clock() - started
         readings.steps.append(taken)
         readings.inside += taken
+        if readings.between is not None:
+            started = readings.clock()
+            readings.between()
+            readings.waited += readings.clock() - started
 
     def latents(self, slots: Any) -> Any:
         return _timed(self._readings, "copies", "latents_copies", self._batch.latents, slots)
