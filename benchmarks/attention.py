@@ -15,8 +15,10 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import openvino as ov
 
+from sdrt import engine_libraries
+
+ov = engine_libraries.openvino()
 SHAPES = ((9216, 8, 40), (4096, 8, 40), (1024, 8, 80), (256, 8, 160))
 """Tokens, heads and width of a head: the largest level of 768x768, and the levels of 512x512 that have attention over more than 64 tokens."""
 PICTURES = 2

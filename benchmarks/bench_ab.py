@@ -21,7 +21,7 @@ from typing import Any
 from sdrt.bench.measure import Request
 from sdrt.bench.metrics import Gates
 from sdrt.bench.run import side_by_side
-from sdrt.bundle import open_bundle
+from sdrt.bundle.folder import open_bundle
 
 SLOWER = """
 import os, time

@@ -52,9 +52,8 @@ def picture(bundle: Path, backend: str, size: tuple[int, int], steps: int, outpu
 
 def compiled_copies(bundle: Path, folder: Path, size: tuple[int, int]) -> dict[str, tuple[Path, str]]:
     """The bundle for each row of the table, with the backend to run it on, and what compiling took on stderr."""
-    import openvino
-
-    from sdrt.bundle import open_bundle
+    from sdrt import engine_libraries
+    from sdrt.bundle.folder import open_bundle
     from sdrt.compile import onnxruntime
     from sdrt.compile.openvino import compile_bundle
     from sdrt.compile.report import CompileOptions
@@ -68,7 +67,7 @@ def compiled_copies(bundle: Path, folder: Path, size: tuple[int, int]) -> dict[s
         f"saved: {sum(graph.build_s for graph in made.graphs.values()):.1f} s, {sum(graph.plan_bytes for graph in made.graphs.values()) / 1e6:.1f} MB",
         file=sys.stderr,
     )
-    able = "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    able = "BF16" in engine_libraries.openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     for precision in ("fp32", "bf16") if able else ("fp32",):
         copy = folder / f"{precision}.sdrt"
         shutil.copytree(bundle, copy, copy_function=os.link, ignore=shutil.ignore_patterns("engines"))
@@ -104,7 +103,7 @@ def main() -> None:
     if arguments.size:
         width, height = (int(side) for side in arguments.size.split("x"))
     else:
-        from sdrt.bundle import open_bundle
+        from sdrt.bundle.folder import open_bundle
 
         width, height = open_bundle(arguments.bundle).manifest.latents.size
     if arguments.child:

@@ -16,8 +16,10 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import openvino as ov
 
+from sdrt import engine_libraries
+
+ov = engine_libraries.openvino()
 PICTURES = 2
 CONVOLUTIONS = ((320, 64), (640, 32), (1280, 16))
 """Channels, and rows and columns, of 3x3 convolutions."""

@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
+import logging
 import os
 import signal
 import sys
 import threading
 import traceback
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn, TextIO
 
 import typer
 from typer.core import TyperGroup
 
-from sdrt import __version__, cli_bench, cli_engines, cli_generate, cli_signature
-from sdrt.cli_output import BUILD_STAGES, BundleArgument, Json, StageProgress, interrupted, print_json, print_report, size_option
-from sdrt.errors import MachineError, SdrtError, UsageError, printable
+from sdrt import __version__, cli_bench, cli_engines, cli_generate, cli_inspect, cli_signature, interruptible
+from sdrt.cli_output import BUILD_STAGES, BundleArgument, Json, StageProgress, interrupted, print_json, show_log, size_option, time_limit
+from sdrt.errors import MachineError, SdrtError, printable
+from sdrt.machine.packages import install_command
 
 BUG, INTERRUPTED = 70, 130
+_COMMAND_LINE_ERROR: Any = typer.BadParameter.__base__
+"""What the parser raises for options that are missing, unknown or of another type: click's UsageError, or typer's own copy of it."""
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN)
 _PACKAGES = {"torch": "build", "onnx": "build", "onnxscript": "build", "onnx_ir": "build", "onnxruntime": "cpu", "matplotlib": "bench", "openvino": "openvino"}
 
@@ -29,25 +36,29 @@ class ReportingGroup(TyperGroup):
     """Turns errors into one line on stderr, what to do about it, and DESIGN's exit codes. Tracebacks only with --debug."""
 
     def invoke(self, ctx: Any) -> Any:
+        words = [*ctx._protected_args, *ctx.args]
         if threading.current_thread() is threading.main_thread():
             interrupted.clear()
             for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # a stopped build, or one whose terminal went away, cleans up like an interrupted one
                 number = getattr(signal, name, None)
                 if number is not None and not (name == "SIGHUP" and signal.getsignal(number) is signal.SIG_IGN):  # as nohup leaves it
                     signal.signal(number, _interrupt)
+        if os.name == "posix" and (stderr := sys.__stderr__) is not None and sys.stderr is stderr:
+            raw = io.BufferedWriter(_AsFarAsItGoes(stderr.fileno(), "wb", closefd=False))
+            sys.stderr = io.TextIOWrapper(raw, stderr.encoding, stderr.errors, line_buffering=True)
         try:
             return super().invoke(ctx)
         except SdrtError as error:
-            _fail(ctx, error.message, error.fix, error.exit_code)
+            _fail(ctx, error.line, error.fix, error.exit_code, error.data)
         except KeyboardInterrupt:
             _fail(ctx, "interrupted; nothing was left behind", "", INTERRUPTED)
         except ModuleNotFoundError as error:
             package = (error.name or "").partition(".")[0]
             if package not in _PACKAGES:
                 _bug(ctx, error)
-            _fail(ctx, f"{package} is not installed", f"Install it with: pip install 'sdrt[{_PACKAGES[package]}]'", MachineError.exit_code)
+            _fail(ctx, f"{package} is not installed", f"Install it with: {install_command(_PACKAGES[package])}", MachineError.exit_code)
         except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader went away, as in `| head`
+            _discard_stdout()  # the reader went away, as in `| head`
             raise typer.Exit(0) from None
         except OSError as error:
             if error.errno not in _NO_ROOM:
@@ -59,10 +70,22 @@ class ReportingGroup(TyperGroup):
             _fail(ctx, "out of memory", "Choose a smaller size or batch, or a machine with more memory.", 6)
         except Exception as error:
             if type(error).__module__.partition(".")[0] in ("typer", "click"):
+                if isinstance(error, _COMMAND_LINE_ERROR) and "--json" in words[: words.index("--") if "--" in words else None]:
+                    _print_error(error.format_message(), "Run the command with --help to see its options.", error.exit_code)
                 raise
             if isinstance(error, RuntimeError) and "can't start new thread" in str(error):
                 _fail(ctx, "no more threads may be started here", "Raise the limit on processes (ulimit -u), or stop other programs.", 6)
             _bug(ctx, error)
+
+
+class _AsFarAsItGoes(io.FileIO):
+    """Stderr as it is, where what cannot be written is left out: a full disk under a log must not fail the work that it tells of."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data) or 0
+        except OSError:
+            return len(memoryview(data).cast("B"))
 
 
 def _bug(ctx: Any, error: Exception) -> NoReturn:
@@ -74,15 +97,39 @@ def _interrupt(*_: object) -> NoReturn:
     raise KeyboardInterrupt
 
 
-def _fail(ctx: Any, message: str, fix: str, code: int) -> NoReturn:
+def _fail(ctx: Any, message: str, fix: str, code: int, data: Mapping[str, Any] | None = None) -> NoReturn:
     if ctx.params.get("debug"):
         traceback.print_exc()
     typer.echo(f"error: {printable(message)}", err=True)
     if fix:
         typer.echo(f"  fix: {printable(fix)}", err=True)
     if ctx.find_root().obj == "json":
-        typer.echo(json.dumps({"error": {"message": message, "fix": fix, "exit_code": code}}))
+        with suppress(OSError):  # it may be what has failed
+            _print_error(message, fix, code, data)
+    if not _flushed(sys.stdout):
+        _discard_stdout()
+    if interruptible.abandoned:  # an engine that does not end; taking it down while it works would crash
+        os._exit(code)
     raise typer.Exit(code)
+
+
+def _print_error(message: str, fix: str, code: int, data: Mapping[str, Any] | None = None) -> None:
+    """An error as the JSON object on stdout that `--json` promises."""
+    typer.echo(json.dumps({"error": {"message": message, "fix": fix, "exit_code": code, **(data or {})}}))
+
+
+def _flushed(stream: TextIO | None) -> bool:
+    """Whether all that was printed has gone out; Python would try again at exit, and say that it cannot."""
+    try:
+        if stream is not None:
+            stream.flush()
+    except OSError:
+        return False
+    return True
+
+
+def _discard_stdout() -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 HELP = {"help_option_names": ["-h", "--help"]}
@@ -100,6 +147,9 @@ def _version(value: bool) -> None:
 @app.callback()
 def main(
     debug: Annotated[bool, typer.Option("--debug", help="Print the traceback of an error.")] = False,
+    verbose: Annotated[
+        int, typer.Option("--verbose", "-v", count=True, show_default=False, help="Say on stderr what is done; -vv says more. Warnings are shown in any case.")
+    ] = 0,
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")] = False,
 ) -> None:
     """Compile Stable Diffusion and its LoRAs into a bundle, and run it without PyTorch.
@@ -113,18 +163,19 @@ def main(
     Exit codes: 0 ok; 1 a check said no; 2 usage; 3 bad input file; 4 refused as unsafe; 5 this machine does not fit; 6 out of disk or
     memory; 7 locked or timed out; 8 inconclusive; 9 not comparable; 70 a bug in sdrt; 130 interrupted.
     """
+    show_log((logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)])
 
 
 @app.command(epilog="Example: sdrt build --checkpoint model.safetensors --lora style.safetensors:0.8:0.5 --output styled.sdrt")
 def build(
     ctx: typer.Context,
-    checkpoint: Annotated[Path, typer.Option("--checkpoint", metavar="FILE|DIR", help="Stable Diffusion 1.x checkpoint: one .safetensors, .ckpt, .pt or .bin file in any tool's layout, or a folder that diffusers saved. Nothing in it is ever executed.")],
+    checkpoint: Annotated[Path, typer.Option("--checkpoint", metavar="FILE|DIR", help="Stable Diffusion checkpoint: one .safetensors, .ckpt, .pt or .bin file in any tool's layout, or a folder that diffusers saved. Nothing in it is ever executed.")],
     lora: Annotated[list[str] | None, typer.Option("--lora", metavar="FILE[:SCALE[:TE_SCALE]]", help="LoRA, LyCORIS or DoRA file to fuse; may be repeated, and they act in the order given, which matters only where one is a DoRA. SCALE (default 1) weighs its change of the UNet, TE_SCALE (default SCALE) that of the text encoder. AUTOMATIC1111's prompt syntax has the two in the other order.")] = None,
     embedding: Annotated[list[str] | None, typer.Option("--embedding", metavar="FILE[:TRIGGER]", help="Textual-inversion embedding to put into the vocabulary; may be repeated. TRIGGER (default the file's stem) is what a prompt says to use it.")] = None,
     hypernetwork: Annotated[list[str] | None, typer.Option("--hypernetwork", metavar="FILE[:SCALE]", help="Hypernetwork to build in, AUTOMATIC1111's .pt; may be repeated, they apply in the order given. SCALE (default 1) weighs it.")] = None,
     vae: Annotated[Path | None, typer.Option("--vae", metavar="FILE|DIR", help="VAE to use instead of the checkpoint's own: a file in any layout, a diffusers VAE's folder, or another checkpoint.")] = None,
     ema: Annotated[bool, typer.Option("--ema", help="Take the UNet's averaged (EMA) weights, of a checkpoint that holds both.")] = False,
-    target: Annotated[list[str] | None, typer.Option("--target", metavar="NAME", help="Engine to prepare; may be repeated: onnxruntime runs the bundle as it is, and nothing is saved for it, as that takes gigabytes (sdrt compile does); openvino, tensorrt-rtx and tensorrt compile it for the bundle's size once it is built. auto is tensorrt where it is installed and a GPU answers, else openvino where it is installed, else onnxruntime.")] = None,
+    target: Annotated[list[str] | None, typer.Option("--target", metavar="NAME", help="Engine to prepare; may be repeated: onnxruntime runs the bundle as it is, and nothing is saved for it, as that takes gigabytes (sdrt compile does); openvino, tensorrt-rtx and tensorrt compile it for the bundle's size once it is built, openvino for prompts of up to 75 and of up to 150 tokens. auto is tensorrt where it is installed and a GPU answers, else openvino where it is installed, else onnxruntime.")] = None,
     precision: Annotated[str, typer.Option("--precision", metavar="fp16|bf16|fp32", help="Storage type of the weights. ONNX Runtime computes in float32 whatever it is, OpenVINO in bfloat16 where the CPU has it and this is not fp32.")] = "fp16",
     size: Annotated[str | None, typer.Option("--size", metavar="WxH", help="Default picture size in pixels, multiples of 8; the checkpoint's own if not given. `generate` may choose any other that an engine takes.")] = None,
     clip_skip: Annotated[list[int] | None, typer.Option("--clip-skip", metavar="N", help="Text-encoder layer to use, counted from the end as AUTOMATIC1111 does: 1, the last, if not given. Repeat it to build several; `generate --clip-skip` then chooses, the first being its default.")] = None,
@@ -176,43 +227,14 @@ def build(
             typer.echo(f"{printable(source.name)} at {source.scale:g} applied to {source.applied.get('unet', 0)} attention layers")
     typer.echo(f"built {printable(str(report.path))} ({size_bytes / 1e6:.1f} MB) in {sum(report.stages_s.values()):.1f} s")
     for engine in engines:
-        cli_engines.print_compiled(engine)
+        cli_engines.print_compiled(engine, manifest)
     typer.echo(f'next: sdrt generate {printable(os.path.relpath(report.path))} "your prompt" --output picture.png', err=True)
 
 
 app.command("generate", epilog='Example: sdrt generate emoji.sdrt "red apple" --cfg 3 --seed 7 --count 4 --output apple.png')(cli_generate.generate)
 
 
-@app.command(epilog="Example: sdrt inspect style.safetensors --for model.safetensors")
-def inspect(
-    ctx: typer.Context,
-    path: Annotated[Path, typer.Argument(metavar="FILE|BUNDLE", help="A checkpoint, adapter or VAE in any format, a diffusers folder, or a bundle.")],
-    checkpoint: Annotated[Path | None, typer.Option("--for", metavar="CHECKPOINT", help="Say too whether the file, a LoRA, embedding, hypernetwork or VAE, fits this checkpoint. Exit code 1 if not.")] = None,
-    as_json: Json = False,
-) -> None:  # fmt: skip
-    """Say what a file or bundle is: family, components, adapters, sizes. Reads headers only."""
-    ctx.find_root().obj = "json" if as_json else None
-    from sdrt.bundle import MANIFEST, open_bundle
-    from sdrt.export.inspect import inspect_file
-
-    if os.path.exists(path / MANIFEST) or path.suffix == ".sdrt":
-        if checkpoint is not None:
-            raise UsageError(f"--for {checkpoint}: {path} is a bundle, which goes into no checkpoint", "Give it the file of an adapter or VAE.")
-        opened = open_bundle(path)
-        report: dict[str, Any] = {"path": str(opened.path), "kind": "a bundle", "size_bytes": sum(f.size_bytes for f in opened.manifest.files.values())}
-        report |= asdict(opened.manifest) | {"engines": cli_engines.engines_of(opened)}
-    else:
-        report = inspect_file(path)
-    if checkpoint is not None:
-        from sdrt.export.fitting import fit
-
-        report |= fit(path, report["kind"], checkpoint)
-    if as_json:
-        print_json(report)
-    else:
-        print_report(report)
-    if not report.get("fits", True):
-        raise typer.Exit(1)
+app.command("inspect", epilog="Example: sdrt inspect style.safetensors --for model.safetensors")(cli_inspect.inspect)
 
 
 @app.command(epilog="Example: sdrt verify emoji.sdrt")
@@ -221,14 +243,16 @@ def verify(
     bundle: BundleArgument,
     key: Annotated[Path | None, typer.Option("--key", metavar="PUBLIC.pem", help="Also check that this ed25519 key signed the bundle and every engine in it, before anything else.")] = None,
     signature: Annotated[Path | None, typer.Option("--signature", metavar="FILE", help="Where the signature is; NAME.sdrt.sig beside the bundle if not given.")] = None,
+    timeout: Annotated[float, typer.Option("--timeout", metavar="S", help="Seconds after which it ends with exit code 7: a graph may be made to take for ever.")] = 900.0,
     as_json: Json = False,
 ) -> None:  # fmt: skip
     """Check a bundle's hashes, and each graph against the reference outputs kept in it. Exit code 1 if anything differs."""
     ctx.find_root().obj = "json" if as_json else None
     from sdrt.runtime.verify import verify as run_verify
 
-    signed_by = cli_signature.check_signed(bundle, key, signature)
-    checks = run_verify(bundle)
+    with time_limit(timeout, bundle):
+        signed_by = cli_signature.check_signed(bundle, key, signature)
+        checks = run_verify(bundle)
     if as_json:
         print_json({"bundle": str(bundle), "ok": True, "signed_by": signed_by, "checks": [asdict(check) for check in checks]})
         return

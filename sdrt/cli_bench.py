@@ -90,10 +90,14 @@ def run_command(
     from sdrt.bench.formats import RESULT_FORMATS, result_markdown
     from sdrt.bench.result import write_json
     from sdrt.bench.run import run
-    from sdrt.bundle import WEIGHTS, open_bundle
+    from sdrt.bundle.folder import check_outside_bundles, open_bundle
+    from sdrt.bundle.manifest import WEIGHTS
     from sdrt.checked import check_file
 
     targets = _targets(emit)
+    for option, folder in (("--output", output and output.parent), ("--history", history)):
+        if folder is not None:
+            check_outside_bundles(option, folder)
     if bundle is None and not check_machine:
         raise UsageError("BUNDLE is missing", "Give a folder made by `sdrt build`, or --check-machine.")
     _refuse_unused(ctx, check_machine, bundle is not None)
@@ -149,7 +153,7 @@ def _refuse_unused(ctx: typer.Context, check_machine: bool, with_bundle: bool) -
 
 def _check_machine(bundle: Path | None, request: Request, limit_s: float, files: Sequence[object], layers: bool, as_json: bool) -> None:
     from sdrt.bench.machine_noise import machine_noise, pictures_of, steady_work
-    from sdrt.bundle import open_bundle
+    from sdrt.bundle.folder import open_bundle
 
     if any(file is not None for file in files) or layers:
         raise UsageError(
@@ -213,7 +217,8 @@ def ab_command(
     from sdrt.bench.metrics import with_margin
     from sdrt.bench.run import side_by_side
     from sdrt.bench.statistics import MAX_PAIRS
-    from sdrt.bundle import WEIGHTS, open_bundle
+    from sdrt.bundle.folder import open_bundle
+    from sdrt.bundle.manifest import WEIGHTS
     from sdrt.checked import check_file
 
     targets, gates = _targets(emit), _gates(config, new)
@@ -250,9 +255,11 @@ def trend_command(
     """Show each metric over past runs, and whether the newest lies beyond Q3 + 3 IQR of those before it, ten at least."""
     ctx.find_root().obj = "json" if as_json else None
     from sdrt.bench import history as runs
+    from sdrt.bundle.folder import check_outside_bundles
 
     found = runs.trends(runs.read(history))
     if page is not None:
+        check_outside_bundles("--html", page.parent)
         from sdrt.bench.report import trend_html
 
         _write(page, trend_html(found))
@@ -323,6 +330,8 @@ def _gates(config: Path | None, new: Path) -> Gates:
 
 def _targets(emit: Sequence[str] | None) -> list[tuple[str, Path]]:
     """`FORMAT=FILE` options taken apart, before anything is measured."""
+    from sdrt.bundle.folder import check_outside_bundles
+
     targets = []
     for text in emit or []:
         name, equals, file = text.partition("=")
@@ -332,6 +341,7 @@ def _targets(emit: Sequence[str] | None) -> list[tuple[str, Path]]:
             raise UsageError(f"--emit {text}: expected FORMAT=FILE", f"Write it as --emit {name}=FILE.")
         if not Path(file).absolute().parent.is_dir():
             raise UsageError(f"--emit {text}: no folder {Path(file).parent}", "Make the folder first.")
+        check_outside_bundles("--emit", Path(file).parent)
         if name == "html":
             import matplotlib  # noqa: F401  missing, it should be missed before the benchmark, not after
         targets.append((name, Path(file)))

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sdrt.cli_output import COMPILE_STAGES, BundleArgument, Json, StageProgress, print_json
+from sdrt.cli_output import COMPILE_STAGES, BundleArgument, Json, StageProgress, print_json, time_limit
 from sdrt.errors import MachineError, SdrtError, UsageError, nearest, printable
 
 if TYPE_CHECKING:
-    from sdrt.bundle import Bundle
+    from sdrt.bundle.folder import Bundle
+    from sdrt.bundle.manifest import Manifest
     from sdrt.compile.report import CompileOptions, CompileReport
     from sdrt.engine_record import EngineRecord
 
@@ -31,12 +33,13 @@ def compile_bundle(
     sm: Annotated[str | None, typer.Option("--sm", metavar="86,89,120", help="GPU generations of tensorrt-rtx: 75, 80, 86, 89, 120, 121. Each adds kernels to the engine. Default 86,89,120.")] = None,
     size: Annotated[str | None, typer.Option("--size", metavar="WxH[:WxH]", help="Picture size in pixels, or the smallest and the largest; the bundle's own if not given.")] = None,
     batch: Annotated[str, typer.Option("--batch", metavar="N[:M]", help="Pictures per model call, or a range.")] = "1",
-    tokens: Annotated[str | None, typer.Option("--tokens", metavar="N[:M]", help="Prompt tokens, multiples of 77, or a range; 77 if not given.")] = None,
+    tokens: Annotated[str | None, typer.Option("--tokens", metavar="N[:M]", help="Prompt tokens, multiples of 77, or a range; if not given 77, for openvino an engine for 77 and one for 154.")] = None,
     branches: Annotated[str, typer.Option("--branches", metavar="1,2", help="Numbers of guidance branches: 1 is guidance off, 2 a prompt and a negative one.")] = "1,2",
     precision: Annotated[str | None, typer.Option("--precision", metavar="NAME", help="Arithmetic: bf16 or fp32 for openvino, which takes bf16 where the CPU has it; a precision of the bundle's graphs for a GPU.")] = None,
     device: Annotated[int, typer.Option("--device", metavar="N", help="GPU that tensorrt compiles on, counted from 0.")] = 0,
     force: Annotated[bool, typer.Option("--force", help="Compile again even if the same engine is there.")] = False,
     prune: Annotated[bool, typer.Option("--prune", help="Remove engines that can never run again: of other graphs or weights, of another version of the compiler, damaged.")] = False,
+    timeout: Annotated[float, typer.Option("--timeout", metavar="S", help="Seconds after which it ends with exit code 7, and no engine appears.")] = 7200.0,
     as_json: Json = False,
 ) -> None:  # fmt: skip
     """Compile a bundle into engines for a target. Needs no PyTorch.
@@ -46,7 +49,7 @@ def compile_bundle(
     `engines/`; `sdrt inspect` lists them. An engine is native code: run those you made, or got from someone you trust.
     """
     ctx.find_root().obj = "json" if as_json else None
-    from sdrt.bundle import open_bundle
+    from sdrt.bundle.folder import open_bundle
     from sdrt.compile.report import CompileOptions
 
     if not target and not prune:
@@ -61,7 +64,8 @@ def compile_bundle(
     ]  # fmt: skip
     opened = open_bundle(bundle)
     pruned = _prune(opened) if prune else []
-    reports = [report for options in asked for report in run(opened, options)]
+    with time_limit(timeout, bundle):
+        reports = run(opened, asked)
     if as_json:
         print_json({"bundle": str(opened.path), "engines": [as_fields(report) for report in reports], "pruned": [str(path) for path in pruned]})
         return
@@ -70,7 +74,7 @@ def compile_bundle(
     if prune and not pruned:
         typer.echo("no stale engines")
     for report in reports:
-        print_compiled(report)
+        print_compiled(report, opened.manifest)
 
 
 def compiled_targets(names: Sequence[str], *, must_compile: bool) -> list[str]:
@@ -118,34 +122,40 @@ def _automatic() -> str:
     return "openvino"
 
 
-def run(bundle: Bundle, options: CompileOptions) -> list[CompileReport]:
-    """Compile with progress on stderr."""
+def run(bundle: Bundle, asked: Sequence[CompileOptions]) -> list[CompileReport]:
+    """Compile for several targets with progress on stderr; all engines appear together, or none."""
     from sdrt.compile import onnxruntime, openvino, tensorrt
+    from sdrt.compile.together import engines_together
 
-    with StageProgress(COMPILE_STAGES) as progress:
-        if options.target == "openvino":
-            return openvino.compile_bundle(bundle, options, progress)
-        if options.target == "onnxruntime":
-            return [onnxruntime.compile_bundle(bundle, options, progress)]
-        return [tensorrt.compile_bundle(bundle, options, progress)]
+    reports: list[CompileReport] = []
+    if not asked:
+        return reports
+    with ExitStack() as stack:
+        with StageProgress(COMPILE_STAGES) as progress:
+            new_engine = stack.enter_context(engines_together(bundle, progress))
+        for options in asked:
+            with StageProgress(COMPILE_STAGES) as progress:
+                if options.target == "openvino":
+                    reports += openvino.compile_bundle(bundle, options, progress, new_engine)
+                elif options.target == "onnxruntime":
+                    reports.append(onnxruntime.compile_bundle(bundle, options, progress, new_engine))
+                else:
+                    reports.append(tensorrt.compile_bundle(bundle, options, progress, new_engine))
+    return reports
 
 
 def compile_after_build(path: Path, targets: Sequence[str]) -> list[CompileReport]:
     """What `sdrt build --target` does once the bundle is there; a failure leaves the bundle as it is and says so."""
-    from sdrt.bundle import open_bundle
+    from sdrt.bundle.folder import open_bundle
     from sdrt.compile.report import CompileOptions
 
-    bundle = open_bundle(path)
-    reports = []
-    for name in targets:
-        try:
-            reports += run(bundle, CompileOptions(name))
-        except SdrtError as error:
-            raise type(error)(f"the bundle {path} is built and works; compiling it failed: {error.message}", error.fix) from error
-    return reports
+    try:
+        return run(open_bundle(path), [CompileOptions(name) for name in targets])
+    except SdrtError as error:
+        raise type(error)(f"the bundle {path} is built and works; compiling it failed: {error.line}", error.fix) from error
 
 
-def print_compiled(report: CompileReport) -> None:
+def print_compiled(report: CompileReport, manifest: Manifest) -> None:
     if report.cached:
         typer.echo(f"already there: {report.path}", err=True)
     for graph, made in report.graphs.items():
@@ -157,23 +167,26 @@ def print_compiled(report: CompileReport) -> None:
                 f"note: {graph}: {len(made.unfused)} attention layers {'' if report.record.key.target == 'openvino' else 'may have no fused kernel and then '}run as several",
                 err=True,
             )
-    for line in engine_lines(report.record):
+    for line in engine_lines(report.record, manifest):
         typer.echo(line)
     typer.echo(f"engine {report.path}")
 
 
-def engine_lines(record: EngineRecord) -> list[str]:
+def engine_lines(record: EngineRecord, manifest: Manifest) -> list[str]:
     """What an engine is for and what it takes on the device, in words."""
+    from sdrt.engine_shapes import shapes_of
+
     key = record.key
+    shapes = shapes_of(record, manifest) if record.size is not None else "any size, batch, prompt and guidance"
     if key.target == "openvino":
         blobs = sum(plan.size_bytes for plan in record.plans.values())
         return [
-            f"{key.target} {key.compiler} for {key.device}, {key.precision}, {_shapes(record)}",
+            f"{key.target} {key.compiler} for {key.device}, {key.precision}, {shapes}",
             f"on disk: {blobs / 1e6:.1f} MB without weights; those are read from the bundle's own file, {record.weight_bytes / 1e6:.1f} MB",
         ]
     if key.target == "onnxruntime":
         return [
-            f"{key.target} {key.compiler} for {key.device}, {key.precision}, {_shapes(record)}",
+            f"{key.target} {key.compiler} for {key.device}, {key.precision}, {shapes}",
             f"on disk: {sum(plan.disk_bytes for plan in record.plans.values()) / 1e6:.1f} MB, weights in float32 among them, which loading maps",
         ]
     activations = [plan.device_memory_bytes for plan in record.plans.values()]
@@ -181,30 +194,9 @@ def engine_lines(record: EngineRecord) -> list[str]:
     largest = f"activations {max(known) / 1e6:.1f} MB" if len(known) == len(activations) else "activations known once a GPU has loaded it"
     plans = sum(plan.size_bytes for plan in record.plans.values())
     return [
-        f"{key.target} {key.compiler} for {key.device}, {key.precision}, {_shapes(record)}",
+        f"{key.target} {key.compiler} for {key.device}, {key.precision}, {shapes}",
         f"memory on the device: plans with weights {plans / 1e6:.1f} MB, state {record.state_bytes / 1e6:.1f} MB at most, {largest}",
     ]
-
-
-def _shapes(record: EngineRecord) -> str:
-    """Sizes, batches, tokens and branches an engine takes, ranges as smallest to largest."""
-    from sdrt.bundle import STEP
-
-    profiles = record.key.profiles.get(STEP)
-    if record.size is None:
-        return "any size, batch, prompt and guidance"
-    width, height = record.size
-    guidance = f"{' or '.join(map(str, record.branches))} guidance branch{'es' * (record.branches != (1,))}"
-    if not profiles or not {"init", "context"} <= profiles[0].shapes.keys():
-        return f"{width}x{height}, batch {record.batch}, {record.tokens} tokens, {guidance}"
-    low, context = profiles[0].shapes["init"][0], profiles[0].shapes["context"][0]
-    factor = height // profiles[0].shapes["init"][2][2]
-    size = _span(f"{low[3] * factor}x{low[2] * factor}", f"{width}x{height}")
-    return f"{size}, batch {_span(str(low[0]), str(record.batch))}, {_span(str(context[1]), str(record.tokens))} tokens, {guidance}"
-
-
-def _span(low: str, high: str) -> str:
-    return low if low == high else f"{low} to {high}"
 
 
 def as_fields(report: CompileReport) -> dict[str, Any]:
@@ -236,6 +228,7 @@ def engines_of(bundle: Bundle) -> list[dict[str, Any]]:
     """The engines of a bundle for `inspect`: what each is for, what it takes, whether it would not run here, and why."""
     from sdrt.doctor import compiler_version, probe_gpus
     from sdrt.engine_cache import engine_folders, mismatch, platform_name, read_engine
+    from sdrt.engine_shapes import shapes_of
     from sdrt.runtime.cpu import cpu_identity
 
     folders = engine_folders(bundle)
@@ -258,7 +251,7 @@ def engines_of(bundle: Bundle) -> list[dict[str, Any]]:
         listed.append(
             {
                 "engine": folder.name, "target": record.key.target, "compiler": record.key.compiler, "device": record.key.device, "precision": record.key.precision,
-                "shapes": _shapes(record), "plan_bytes": sum(plan.disk_bytes for plan in record.plans.values()), "state_bytes": record.state_bytes,
+                "shapes": asdict(shapes_of(record, bundle.manifest)), "plan_bytes": sum(plan.disk_bytes for plan in record.plans.values()), "state_bytes": record.state_bytes,
                 "activation_bytes": max(known) if len(known) == len(memory) else None, "stale": "" not in reasons, **({"why": reasons[0]} if "" not in reasons else {}),
             }
         )  # fmt: skip

@@ -3,18 +3,38 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
+import threading
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from threading import Event
 from typing import Annotated, Any
 
 import typer
 
+from sdrt import interruptible
 from sdrt.errors import UsageError, printable
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout; words and progress stay on stderr.")]
 BundleArgument = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A folder made by `sdrt build`, such as model.sdrt.")]
+
+
+class _OnStderr(logging.Handler):
+    """The library's log as lines on stderr, wherever that is at the moment."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        typer.echo(f"{record.levelname.lower()}: {printable(self.format(record))}", err=True)
+
+
+def show_log(level: int) -> None:
+    """Print what the library logs from `level` on."""
+    log = logging.getLogger("sdrt")
+    for handler in [handler for handler in log.handlers if isinstance(handler, _OnStderr)]:
+        log.removeHandler(handler)
+    log.addHandler(_OnStderr(level))
+    log.setLevel(level if level < logging.WARNING else logging.NOTSET)
 
 
 def print_json(value: dict[str, Any]) -> None:
@@ -22,7 +42,7 @@ def print_json(value: dict[str, Any]) -> None:
 
 
 def print_report(report: dict[str, Any], indent: str = "", bullet: str = "") -> None:
-    """Fields as lines, nested ones indented; of a list of records each begins with a `bullet`."""
+    """Fields as lines, nested ones indented; in a list of records or words each begins with a `bullet`."""
     start, indent = indent + bullet, indent + " " * len(bullet)
     for key, value in report.items():
         if isinstance(value, dict) and value:
@@ -32,6 +52,10 @@ def print_report(report: dict[str, Any], indent: str = "", bullet: str = "") -> 
             typer.echo(f"{start}{printable(key)}:")
             for item in value:
                 print_report(item, indent + "  ", "- ")
+        elif isinstance(value, list) and value and isinstance(value[0], str):
+            typer.echo(f"{start}{printable(key)}:")
+            for item in value:
+                typer.echo(f"{indent}  - {printable(item)}")
         else:
             shown = f"{value:,}" if key.endswith(("bytes", "parameters")) and isinstance(value, int) else list(value) if isinstance(value, tuple) else value
             typer.echo(f"{start}{printable(key)}: {printable(str(shown))}")
@@ -46,6 +70,14 @@ def size_option(text: str | None) -> tuple[int, int] | None:
     if match is None:
         raise UsageError(f"--size {text}: expected WIDTHxHEIGHT in pixels", "Write it as --size 512x768.")
     return int(match[1]), int(match[2])
+
+
+def time_limit(seconds: float, bundle: Path) -> AbstractContextManager[None]:
+    """The time that `--timeout` gives to a command on a bundle."""
+    if not 0 < seconds <= threading.TIMEOUT_MAX:
+        raise UsageError(f"--timeout {seconds:g}: expected seconds, more than 0", "Leave it out for the default.")
+    fix = "Give it more with --timeout, if you trust the bundle; one that was made to take for ever never ends."
+    return interruptible.time_limit(seconds, str(bundle), fix)
 
 
 def progress_bar() -> Any:
@@ -75,7 +107,8 @@ class StageProgress:
     def __init__(self, stages: Mapping[str, float]) -> None:
         self._stages = stages
         self._bar = progress_bar()
-        self._task = self._bar.add_task("starting", total=sum(stages.values()))
+        self._total = sum(stages.values())
+        self._task = self._bar.add_task("starting", total=self._total)
         self._stage = ""
         self._done = 0.0
 
@@ -92,6 +125,8 @@ class StageProgress:
         if stage != self._stage:
             self._done += self._stages.get(self._stage, 0.0)
             self._stage = stage
+            if stage.startswith("bind "):  # the trace came from the cache, and takes none of the time it was given
+                self._total -= self._stages.get(stage.replace("bind", "trace", 1), 0.0)
             if self._bar.disable:
                 typer.echo(f"{stage} …", err=True)
-        self._bar.update(self._task, completed=self._done + self._stages.get(stage, 0.0) * (done or 0.0), description=stage)
+        self._bar.update(self._task, total=self._total, completed=self._done + self._stages.get(stage, 0.0) * (done or 0.0), description=stage)

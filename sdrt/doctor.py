@@ -17,10 +17,13 @@ from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
 from typing import Any
 
+from sdrt import engine_libraries
 from sdrt.engine_cache import RTX_SMS, platform_name
+from sdrt.machine.packages import install_command
 
 WORKS, MISSING, MISMATCHED = "works", "missing", "mismatched"
 BACKENDS = ("onnxruntime", "onnxruntime-cuda", "openvino", "tensorrt-rtx", "tensorrt")
+_EXTRA = dict(zip(BACKENDS, ("cpu", "cuda", "openvino", "tensorrt-rtx", "tensorrt"), strict=True))
 
 _OLDEST = {"tensorrt-rtx": (1, 7), "tensorrt": (11, 0), "cuda-core": (1, 2), "cuda-bindings": (13, 0), "openvino": (2026, 4)}
 _ORT_PACKAGES = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino", "onnxruntime-directml", "onnxruntime-qnn")
@@ -100,11 +103,7 @@ def _isolated(probe: Callable[[], Any], failed: Callable[[str], Any]) -> Any:
 
 
 def _crashed(name: str, why: str) -> Backend:
-    return Backend(name, MISMATCHED, f"does not load: {why}{_named_libraries(why)}", f"pip install --force-reinstall {_extra(name)}", _versions(name))
-
-
-def _extra(name: str) -> str:
-    return f"'sdrt[{dict(zip(BACKENDS, ('cpu', 'cuda', 'openvino', 'tensorrt-rtx', 'tensorrt'), strict=True))[name]}]'"
+    return Backend(name, MISMATCHED, f"does not load: {why}{_named_libraries(why)}", install_command(_EXTRA[name], "--force-reinstall"), _versions(name))
 
 
 def installed(package: str) -> str:
@@ -167,7 +166,7 @@ def _onnxruntime_conflict(wanted: str, name: str) -> Backend | None:
     found = [package for package in _ORT_PACKAGES if installed(package)]
     if len(found) < 2:
         return None
-    fix = f"pip uninstall -y {' '.join(found)} && pip install {_extra(name)}"
+    fix = f"pip uninstall -y {' '.join(found)} && {install_command(_EXTRA[name])}"
     return Backend(name, MISMATCHED, f"{' and '.join(found)} are installed together and overwrite each other", fix, _versions(name))
 
 
@@ -176,7 +175,7 @@ def probe_onnxruntime() -> Backend:
     if conflict := _onnxruntime_conflict(name, name):
         return conflict
     if not any(installed(package) for package in _ORT_PACKAGES):
-        return Backend(name, MISSING, "onnxruntime is not installed", f"pip install {_extra(name)}")
+        return Backend(name, MISSING, "onnxruntime is not installed", install_command(_EXTRA[name]))
     providers = _run_identity(["CPUExecutionProvider"])
     return Backend(name, WORKS, f"ran a model on {', '.join(providers)}", "", _versions(name))
 
@@ -187,26 +186,24 @@ def probe_onnxruntime_cuda(gpus: Gpus) -> Backend:
         return conflict
     if not installed("onnxruntime-gpu"):
         replace = "pip uninstall -y onnxruntime && " if installed("onnxruntime") else ""
-        return Backend(name, MISSING, "onnxruntime-gpu is not installed", f"{replace}pip install {_extra(name)}")
+        return Backend(name, MISSING, "onnxruntime-gpu is not installed", f"{replace}{install_command(_EXTRA[name])}")
     if not gpus.found:
         return _no_gpu(name, gpus)
-    import onnxruntime
-
-    onnxruntime.preload_dlls()
+    engine_libraries.onnxruntime().preload_dlls()
     if provider not in _run_identity([provider, "CPUExecutionProvider"]):
         missing = _missing_cuda_libraries()
         detail = f"missing {', '.join(missing)}" if missing else "the CUDA provider did not start and gave no reason"
         return Backend(name, MISMATCHED, detail, "pip install 'onnxruntime-gpu[cuda,cudnn]'", _versions(name))
     return Backend(
-        name, MISSING, "ONNX Runtime runs on this GPU, but this version of sdrt has no backend for it yet", f"pip install {_extra('tensorrt')}", _versions(name)
+        name, MISSING, "ONNX Runtime runs on this GPU, but this version of sdrt has no backend for it yet", install_command(_EXTRA["tensorrt"]), _versions(name)
     )
 
 
 def _run_identity(providers: list[str]) -> list[str]:
     """The providers a session of the one-node model really got, after running it."""
     import numpy as np
-    import onnxruntime
 
+    onnxruntime = engine_libraries.onnxruntime()
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     session = onnxruntime.InferenceSession(_IDENTITY, options, providers=providers)
@@ -237,14 +234,13 @@ def probe_openvino() -> Backend:
     name = "openvino"
     found = compiler_version(name)
     if found is None:
-        return Backend(name, MISSING, f"{name} is not installed", f"pip install {_extra(name)}")
+        return Backend(name, MISSING, f"{name} is not installed", install_command(_EXTRA[name]))
     if _numbers(found) < _OLDEST[name]:
         wanted = ".".join(map(str, _OLDEST[name]))
-        return Backend(name, MISMATCHED, f"{name} {found}, at least {wanted} is needed", f"pip install --upgrade {_extra(name)}", _versions(name))
+        return Backend(name, MISMATCHED, f"{name} {found}, at least {wanted} is needed", install_command(_EXTRA[name], "--upgrade"), _versions(name))
     import numpy as np
-    import openvino
 
-    core = openvino.Core()
+    core = engine_libraries.openvino().Core()
     core.compile_model(core.read_model(_IDENTITY), "CPU").create_infer_request().infer({"x": np.ones(1, np.float32)})
     precision = "bfloat16" if "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES") else "float32"
     return Backend(name, WORKS, f"ran a model on {core.get_property('CPU', 'FULL_DEVICE_NAME').strip()}, which computes in {precision}", "", _versions(name))
@@ -253,26 +249,28 @@ def probe_openvino() -> Backend:
 def probe_tensorrt(name: str, gpus: Gpus) -> Backend:
     """Whether engines of a target run here: the library, `cuda.core`, versions, and a GPU the library has kernels for."""
     if compiler_version(name) is None:
-        return Backend(name, MISSING, f"{name} is not installed", f"pip install {_extra(name)}", _versions(name))
+        return Backend(name, MISSING, f"{name} is not installed", install_command(_EXTRA[name]), _versions(name))
     if name == "tensorrt-rtx":
         import tensorrt_rtx as trt
     else:
         import tensorrt as trt
     for package in ("cuda-core", "cuda-bindings"):
         if not installed(package):
-            return Backend(name, MISSING, f"{package} is not installed", f"pip install {_extra(name)}", _versions(name))
+            return Backend(name, MISSING, f"{package} is not installed", install_command(_EXTRA[name]), _versions(name))
     import cuda.core  # noqa: F401  its libraries must load too
 
     versions = _versions(name) | {name: str(trt.__version__)}
     for package, oldest in _OLDEST.items():
         if package in versions and _numbers(versions[package]) < oldest:
             wanted = ".".join(map(str, oldest))
-            return Backend(name, MISMATCHED, f"{package} {versions[package]}, at least {wanted} is needed", f"pip install --upgrade {_extra(name)}", versions)
+            return Backend(
+                name, MISMATCHED, f"{package} {versions[package]}, at least {wanted} is needed", install_command(_EXTRA[name], "--upgrade"), versions
+            )
     if not gpus.found:
         return _no_gpu(name, gpus)
     if name == "tensorrt-rtx" and not any(gpu.sm in {f"sm_{sm}" for sm in RTX_SMS} for gpu in gpus.found):
         sms = ", ".join(f"{gpu.name} ({gpu.sm})" for gpu in gpus.found)
-        return Backend(name, MISMATCHED, f"TensorRT-RTX has no kernels for {sms}", f"pip install {_extra('tensorrt')}", versions)
+        return Backend(name, MISMATCHED, f"TensorRT-RTX has no kernels for {sms}", install_command(_EXTRA["tensorrt"]), versions)
     return Backend(name, WORKS, ", ".join(f"{gpu.name} ({gpu.sm})" for gpu in gpus.found), "", versions)
 
 

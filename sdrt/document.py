@@ -7,15 +7,19 @@ library only.
 from __future__ import annotations
 
 import hashlib
+import json
+import math
 import os
 import stat
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from sdrt.errors import InputFileError, printable
 
 _UNSIZED_BYTES = 1 << 16
 """What is read of a file of /proc, whose size is 0 whatever it holds."""
+_MAX_DIGITS = 18
 
 
 @dataclass(frozen=True)
@@ -82,3 +86,32 @@ def read_given(path: Path, limit: int, fix: str) -> Document:
         return read_document(path, limit, fix)
     except FileNotFoundError as error:
         raise InputFileError(f"{path}: cannot be read: {error.strerror}", fix) from error
+
+
+def strict_json(data: bytes) -> Any:
+    """The value of a JSON text in which no name stands twice in an object, and every number is finite and, if whole, of at most 18 digits.
+
+    Raises:
+        ValueError, RecursionError: it is no such text.
+    """
+    return json.loads(data, object_pairs_hook=_unique, parse_int=_whole, parse_float=_finite, parse_constant=_finite)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError("duplicate keys")
+    return result
+
+
+def _whole(text: str) -> int:
+    if len(text.lstrip("-")) > _MAX_DIGITS:
+        raise ValueError(f"a number of {len(text):,} digits")
+    return int(text)
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"the number {text[:20]}, expected a finite one")
+    return number

@@ -13,16 +13,21 @@ import os
 import platform
 import stat
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict
 from io import BufferedReader
 from pathlib import Path
 
-from sdrt.bundle import ENGINES, REGISTERS, WEIGHTS, Bundle, Manifest
-from sdrt.engine_record import FORMAT, RECORD, EngineKey, EngineRecord, record_from, unique
+from sdrt.bundle.folder import Bundle, check_files, check_nothing_else
+from sdrt.bundle.graphs import STEP, VAE_DECODER, dimensions, signatures, table_rows
+from sdrt.bundle.manifest import ENGINES, MANIFEST, WEIGHTS, Manifest
+from sdrt.document import strict_json
+from sdrt.engine_record import FORMAT, RECORD, EngineKey, EngineRecord, record_from
 from sdrt.errors import BundleError, MachineError, UsageError, printable
-from sdrt.publish import check_space, new_folder, no_room, remove_folder, staged_folder, sweep_stages, write_file
+from sdrt.publish import check_space, new_folder, no_room, remove_folder, staged_folders, sweep_stages, write_file
 
+NewEngine = Callable[[EngineKey, int], AbstractContextManager[Path]]
+"""Makes the folder of a new engine, for its key and the bytes that its plans take."""
 MAX_RECORD_BYTES = 1 << 20
 ALIGNMENT = 256
 """TensorRT asks for device buffers that begin on this many bytes."""
@@ -47,15 +52,16 @@ def folder_name(key: EngineKey) -> str:
 
 
 def state_bytes(manifest: Manifest, *, size: tuple[int, int], batch: int, tokens: int, rows: int, branches: int) -> int:
-    """Device memory that one batch of pictures needs beside the engine: registers twice, tables, noise, context, images; in bytes."""
+    """Device memory that a running batch needs beside the engine: the step's inputs and outputs, and the decoder's pixels; in bytes.
+
+    `rows` are those of each picture's slot.
+    """
     width, height = size
-    latent = 4 * batch * manifest.latents.channels * (height // manifest.latents.factor) * (width // manifest.latents.factor)
-    mask = latent // manifest.latents.channels
-    row = 4 * (1 + REGISTERS + branches + REGISTERS + 1 + REGISTERS * (REGISTERS + 2) + 3)
-    context = 4 * branches * batch * tokens * manifest.text.width
-    pixels = 3 * batch * height * width
-    buffers = [REGISTERS * latent, REGISTERS * latent, rows * row, rows * latent, context, mask, latent, latent, latent, pixels]
-    return sum(-(-size_bytes // ALIGNMENT) * ALIGNMENT for size_bytes in buffers)
+    latents = manifest.latents
+    sizes = {"N": batch, "G": branches, "S": table_rows(batch, rows), "T": tokens, "h": height // latents.factor, "w": width // latents.factor}
+    known = signatures(dimensions(manifest))
+    kept = [*known[STEP].inputs.values(), *known[STEP].outputs.values(), known[VAE_DECODER].outputs["pixels"]]
+    return sum(-(-tensor.size_bytes(sizes) // ALIGNMENT) * ALIGNMENT for tensor in kept)
 
 
 def engine_folder(bundle: Bundle, key: EngineKey) -> Path:
@@ -63,13 +69,14 @@ def engine_folder(bundle: Bundle, key: EngineKey) -> Path:
     return bundle.path / ENGINES / folder_name(key)
 
 
-def write_engine(bundle: Bundle, record: EngineRecord, plans: Mapping[str, bytes | memoryview]) -> Path:
-    """Publish an engine whose plans are in memory. Returns its folder.
+def write_engine(bundle: Bundle, record: EngineRecord, plans: Mapping[str, bytes | memoryview], new_engine: NewEngine | None = None) -> Path:
+    """Publish an engine whose plans are in memory, by itself or with those of `new_engines`. Returns its folder.
 
     Raises:
-        BundleError, ResourceError, UsageError: as `staged_engine`.
+        BundleError, ResourceError, UsageError: as `new_engines`.
     """
-    with staged_engine(bundle, record.key, sum(len(plan) for plan in plans.values())) as stage:
+    make = new_engine or (lambda key, needed_bytes: staged_engine(bundle, key, needed_bytes))
+    with make(record.key, sum(len(plan) for plan in plans.values())) as stage:
         for graph, plan in plans.items():
             write_file(stage / record.plans[graph].file, plan)
         write_record(stage, record)
@@ -78,9 +85,17 @@ def write_engine(bundle: Bundle, record: EngineRecord, plans: Mapping[str, bytes
 
 @contextmanager
 def staged_engine(bundle: Bundle, key: EngineKey, needed_bytes: int) -> Iterator[Path]:
-    """Yield an empty folder that becomes the engine of a key under `engines/` when the block ends, in place of one of the same key.
+    """One engine of `new_engines`, by itself."""
+    with new_engines(bundle) as new_engine, new_engine(key, needed_bytes) as stage:
+        yield stage
 
-    Put `needed_bytes` of plans into it, and the record last.
+
+@contextmanager
+def new_engines(bundle: Bundle) -> Iterator[NewEngine]:
+    """Yield a function that makes an empty folder for the engine of a key. All of them appear under `engines/` when this block ends without an
+    exception, in place of those of the same keys; else none does.
+
+    Put as many bytes of plans into a folder as was said, and the record last.
 
     Raises:
         BundleError: `engines` is not a folder.
@@ -88,18 +103,24 @@ def staged_engine(bundle: Bundle, key: EngineKey, needed_bytes: int) -> Iterator
         UsageError: the bundle cannot be written.
     """
     root = bundle.path / ENGINES
-    if os.path.lexists(root) and (root.is_symlink() or not root.is_dir()):
-        raise BundleError(f"{root}: expected a folder", "Remove it.")
-    check_space(bundle.path, needed_bytes + (1 << 20), "the engine", "Free some space, or pass --prune to drop stale engines.")
-    try:
-        with suppress(FileExistsError):
-            new_folder(root)
-    except OSError as error:
-        if (full := no_room(root, error)) is not None:
-            raise full from error
-        raise UsageError(f"{root}: cannot write there: {error.strerror}", "Compile a copy of the bundle in a folder that is writable.") from error
-    with staged_folder(engine_folder(bundle, key), replace=True) as stage:
-        yield stage
+    with staged_folders(replace=True) as staged:
+
+        @contextmanager
+        def new_engine(key: EngineKey, needed_bytes: int) -> Iterator[Path]:
+            if os.path.lexists(root) and (root.is_symlink() or not root.is_dir()):
+                raise BundleError(f"{root}: expected a folder", "Remove it.")
+            check_space(bundle.path, needed_bytes + (1 << 20), "the engine", "Free some space, or pass --prune to drop stale engines.")
+            try:
+                with suppress(FileExistsError):
+                    new_folder(root)
+            except OSError as error:
+                if (full := no_room(root, error)) is not None:
+                    raise full from error
+                raise UsageError(f"{root}: cannot write there: {error.strerror}", "Compile a copy of the bundle in a folder that is writable.") from error
+            with staged(engine_folder(bundle, key)) as stage:
+                yield stage
+
+        yield new_engine
 
 
 def write_record(stage: Path, record: EngineRecord) -> None:
@@ -144,11 +165,12 @@ def read_engine(folder: Path) -> EngineRecord:
         MachineError: a newer sdrt wrote it.
     """
     path = folder / RECORD
-    data, size_bytes = _read_regular(path, MAX_RECORD_BYTES)
-    if size_bytes > MAX_RECORD_BYTES:
-        raise BundleError(f"{path}: {size_bytes:,} bytes, more than the limit of {MAX_RECORD_BYTES:,}", _AGAIN)
+    with _regular(path) as (stream, size_bytes):
+        if size_bytes > MAX_RECORD_BYTES:
+            raise BundleError(f"{path}: {size_bytes:,} bytes, more than the limit of {MAX_RECORD_BYTES:,}", _AGAIN)
+        data = stream.read(size_bytes)
     try:
-        document = json.loads(data, object_pairs_hook=unique)
+        document = strict_json(data)
     except (ValueError, RecursionError) as error:
         raise BundleError(f"{path}: not valid JSON: {printable(str(error))}", _AGAIN) from error
     if not isinstance(document, dict):
@@ -159,7 +181,7 @@ def read_engine(folder: Path) -> EngineRecord:
     try:
         record = record_from(document)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise BundleError(f"{path}: does not have the expected form: {printable(str(error))}", _AGAIN) from error
+        raise BundleError(f"{path}: does not have the expected form: {printable(str(error)[:500])}", _AGAIN) from error
     if folder.name != folder_name(record.key):
         raise BundleError(f"{folder}: lies under another engine's name: its key makes {folder_name(record.key)}", _AGAIN)
     return record
@@ -172,7 +194,8 @@ def read_plan(folder: Path, record: EngineRecord, graph: str) -> bytes:
         BundleError: it is missing, a link, or changed; it names the file.
     """
     plan = record.plans[graph]
-    data, size_bytes = _read_regular(folder / plan.file, plan.size_bytes)
+    with _regular(folder / plan.file) as (stream, size_bytes):
+        data = stream.read(size_bytes) if size_bytes == plan.size_bytes else b""
     if size_bytes != plan.size_bytes or len(data) != plan.size_bytes:
         raise BundleError(f"{folder / plan.file}: expected {plan.size_bytes:,} bytes, found {size_bytes:,}", _AGAIN)
     found = hashlib.sha256(data).hexdigest()
@@ -200,16 +223,38 @@ def check_external_data(folder: Path, record: EngineRecord, graph: str) -> None:
 
 
 def read_intact(folder: Path) -> EngineRecord:
-    """The record of an engine after comparing every file with it.
+    """The record of an engine after comparing every file with it. Nothing else lies in its folder, hidden or not.
 
     Raises:
-        BundleError, MachineError: as `read_engine` and `read_plan`.
+        BundleError, MachineError: as `read_engine` and `read_plan`; or there is something else.
     """
     record = read_engine(folder)
     for graph in record.plans:
         read_plan(folder, record, graph)
         check_external_data(folder, record, graph)
+    check_nothing_else(folder, _files(record), "not in the engine's record", _AGAIN)
     return record
+
+
+def check_all(bundle: Bundle) -> list[tuple[Path, EngineRecord]]:
+    """Compare every file of a bundle with the manifest, every file of its engines with their records, and make sure that there is nothing else,
+    hidden or not: what is there is all that a signature covers. Returns the engines, newest first.
+
+    Raises:
+        BundleError, MachineError: as `check_files` and `read_intact`; or there is something else.
+    """
+    check_files(bundle)
+    engines = [(folder, read_intact(folder)) for folder in engine_folders(bundle)]
+    known = {MANIFEST, *bundle.manifest.files, *(f"{ENGINES}/{folder.name}/{name}" for folder, record in engines for name in _files(record))}
+    fix = "Remove it; what a killed compilation left goes with: sdrt compile BUNDLE --prune"
+    check_nothing_else(bundle.path, known, "not in the manifest, nor part of an engine", fix)
+    return engines
+
+
+def _files(record: EngineRecord) -> set[str]:
+    """Names of the files of an engine's folder."""
+    data = (plan.external_data.file for plan in record.plans.values() if plan.external_data is not None)
+    return {RECORD, *(plan.file for plan in record.plans.values()), *data}
 
 
 def mismatch(
@@ -250,6 +295,26 @@ def mismatch(
     return "; ".join(reasons)
 
 
+def serves_default(record: EngineRecord, manifest: Manifest) -> bool:
+    """Whether an engine takes a request that chooses nothing: the bundle's own size, one picture, a prompt of one chunk, guidance."""
+    if record.size is None or record.batch is None or record.tokens is None or record.branches is None:
+        return True  # any shape
+    width, height = manifest.latents.size
+    own = (width, height, 1, manifest.chunk)
+    most = (*record.size, record.batch, record.tokens)
+    if 2 not in record.branches:
+        return False
+    if record.key.target == "openvino":  # static shapes; a batch that is not full is filled up
+        return own == (*most[:2], 1, most[3])
+    factor = manifest.latents.factor
+    for profile in record.key.profiles.get(STEP, ()):
+        pictures, _, rows, columns = profile.shapes["init"][0]
+        least = (columns * factor, rows * factor, pictures, profile.shapes["context"][0][-2])
+        if all(low <= one <= high for low, one, high in zip(least, own, most, strict=True)):
+            return True
+    return False
+
+
 def prune(bundle: Bundle, *, keep: Callable[[EngineRecord], bool]) -> list[Path]:
     """Remove engines that `keep` does not want, damaged ones, and what killed compilations left. Returns the engines' folders.
 
@@ -273,12 +338,6 @@ def prune(bundle: Bundle, *, keep: Callable[[EngineRecord], bool]) -> list[Path]
 _SOURCES = {"openvino": "fp32"}
 """Targets whose engines are always made from the graphs of one precision."""
 _AGAIN = "Compile it again with the same options, or remove it with: sdrt compile BUNDLE --prune"
-
-
-def _read_regular(path: Path, limit: int) -> tuple[bytes, int]:
-    """At most `limit` bytes of a regular file, and its size."""
-    with _regular(path) as (stream, size_bytes):
-        return stream.read(limit), size_bytes
 
 
 @contextmanager

@@ -5,12 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any
 
-from sdrt.bundle import GRAPHS
+from sdrt.bundle.graphs import STEP, TEXT_ENCODER, Dimensions, signatures, table_rows
+from sdrt.bundle.manifest import MAX_BATCH, MAX_BRANCHES, MAX_CHUNKS, MAX_SIDE, MIN_SIDE, PRECISIONS, SIZE_STEP
 
 FORMAT = 1
 RECORD = "engine.json"
 ANY_SHAPE = ("onnxruntime",)
 """Targets whose engines take any shape, as the bundle's graphs do."""
+MAX_ROWS = 4096
+_TABLES = signatures(Dimensions(1, 0, 1, 1, 1, (1,)))[STEP].tables
+"""The tables that the step of every model has."""
+_MAX_TOKENS, _MAX_SIDE = MAX_CHUNKS << 10, 1 << 24
 
 Shape = tuple[int, ...]
 
@@ -76,7 +81,7 @@ class Plan:
 class EngineRecord:
     """What `engine.json` says. `size` (width, height) in pixels, `batch` and `tokens` are the largest the engine takes.
 
-    `rows` is how many rows the step's tables hold, `branches` the numbers of guidance branches. `state_bytes` is what the pipeline keeps on
+    `rows` is how many rows the step's tables hold for each picture, `branches` the numbers of guidance branches. `state_bytes` is what the pipeline keeps on
     the device beside the engine at those shapes, `weight_bytes` the size of the bundle's weights. An engine of onnxruntime takes any shape: the
     first four are None, it names no branches, and keeps nothing on a device.
     """
@@ -91,14 +96,6 @@ class EngineRecord:
     state_bytes: int
     weight_bytes: int
     plans: dict[str, Plan]
-
-
-def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object without duplicate keys; ValueError otherwise."""
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        raise ValueError("duplicate keys")
-    return result
 
 
 def record_from(document: dict[str, Any]) -> EngineRecord:
@@ -125,14 +122,14 @@ def record_from(document: dict[str, Any]) -> EngineRecord:
     takes_any = target in ANY_SHAPE
     if takes_any and (limits != [None] * 4 or document["branches"] != [] or any(profiles.values())):
         raise ValueError(f"an engine of {target} takes any shape, this one has limits")
-    return EngineRecord(
+    record = EngineRecord(
         format=FORMAT,
         key=EngineKey(
             target=target,
             compiler=_text(key["compiler"]),
             device=_text(key["device"]),
             platform=_text(key["platform"]),
-            precision=_text(key["precision"]),
+            precision=_precision(key["precision"]),
             graphs=graphs,
             weights=_hex(key["weights"]),
             profiles=profiles,
@@ -147,6 +144,57 @@ def record_from(document: dict[str, Any]) -> EngineRecord:
         weight_bytes=_count(document["weight_bytes"]),
         plans=plans,
     )
+    if not takes_any:
+        _check_shapes(record)
+    return record
+
+
+def _check_shapes(record: EngineRecord) -> None:
+    """That an engine's limits are in range, and that its profiles say the same. ValueError otherwise; nothing later checks again."""
+    assert record.size is not None and record.batch is not None and record.tokens is not None and record.rows is not None
+    for side in record.size:
+        if side % SIZE_STEP:
+            raise ValueError(f"size: {side}: expected a multiple of {SIZE_STEP}")
+        _within("size", side, MIN_SIDE, MAX_SIDE)
+    _within("batch", record.batch, 1, MAX_BATCH)
+    _within("tokens", record.tokens, 1, _MAX_TOKENS)
+    _within("rows", record.rows, 2, MAX_ROWS)
+    for count in record.branches:
+        _within("branches", count, 1, MAX_BRANCHES)
+    if not record.branches or len(set(record.branches)) != len(record.branches):
+        raise ValueError(f"branches: {list(record.branches)}: expected different numbers")
+    for graph, profiles in record.key.profiles.items():
+        if len(profiles) != (expected := len(record.branches) if graph == STEP else 1):
+            raise ValueError(f"profiles of {graph}: expected {expected}, found {len(profiles)}")
+    _largest(record.key.profiles, TEXT_ENCODER, 0, "tokens", 2)
+    for i, count in enumerate(record.branches):
+        expected_rows = table_rows(record.batch, record.rows)
+        for table in _TABLES:
+            if _largest(record.key.profiles, STEP, i, table)[0] != expected_rows:
+                raise ValueError(f"step, {table}: expected {expected_rows} rows")
+        if (found := _largest(record.key.profiles, STEP, i, "w", 2)[1]) != count:
+            raise ValueError(f"step, w: {found} guidance branches, expected {count}")
+        pictures, _, height, width = _largest(record.key.profiles, STEP, i, "init", 4)
+        if pictures != record.batch or width * record.size[1] != height * record.size[0] or record.size[0] % width:
+            raise ValueError(f"step, init: {pictures} of {width}x{height}, expected {record.batch} of {record.size[0]}x{record.size[1]} pixels")
+        if (context := _largest(record.key.profiles, STEP, i, "context", 4))[:3] != (pictures, count, record.tokens):
+            raise ValueError(f"step, context: {list(context)}, expected {pictures} of {count} branches of {record.tokens} tokens")
+
+
+def _largest(profiles: dict[str, tuple[Profile, ...]], graph: str, index: int, name: str, rank: int | None = None) -> Shape:
+    """The largest shape of a graph's input in one of its profiles; it has a side, and `rank` of them where that is given."""
+    three = profiles[graph][index].shapes.get(name) if graph in profiles else None
+    if three is None:
+        raise ValueError(f"profiles: no shape for {name} of {graph}")
+    largest = three[2]
+    if not largest or (rank is not None and len(largest) != rank):
+        raise ValueError(f"{graph}, {name}: {len(largest)} sides, expected {'some' if rank is None else rank}")
+    return largest
+
+
+def _within(where: str, value: int, low: int, high: int) -> None:
+    if not low <= value <= high:
+        raise ValueError(f"{where}: {value}: expected {low} to {high}")
 
 
 def _exactly(document: dict[str, Any], kind: type[Any]) -> None:
@@ -159,8 +207,8 @@ def _profile(document: dict[str, Any]) -> Profile:
     shapes = {}
     for name, (low, best, high) in document["shapes"].items():
         three = tuple(tuple(_count(side) for side in shape) for shape in (low, best, high))
-        if not all(0 < a <= b <= c for a, b, c in zip(*three, strict=True)):
-            raise ValueError(f"profile of {name!r}: expected smallest <= best <= largest, found {three}")
+        if not all(0 < a <= b <= c <= _MAX_SIDE for a, b, c in zip(*three, strict=True)):
+            raise ValueError(f"profile of {name!r}: expected smallest <= best <= largest, each 1 to {_MAX_SIDE:,}, found {three}")
         shapes[_text(name)] = three
     return Profile(shapes)  # type: ignore[arg-type]
 
@@ -196,9 +244,13 @@ def _size(value: Any) -> tuple[int, int]:
 
 
 def _graph(name: str) -> str:
-    if name not in GRAPHS:
-        raise ValueError(f"unknown graph {name!r}")
-    return name
+    return _text(name)
+
+
+def _precision(value: object) -> str:
+    if value not in PRECISIONS:
+        raise ValueError(f"precision: {value!r}: expected one of {', '.join(PRECISIONS)}")
+    return str(value)
 
 
 def _text(value: object) -> str:

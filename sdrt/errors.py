@@ -1,19 +1,24 @@
-"""Every error sdrt raises on purpose, and the exit code the command line ends with.
+"""Every error sdrt raises on purpose, the exit code the command line ends with, and the HTTP status that suits it where a request ran into it.
 
-    SdrtError                 70  a bug in sdrt, when nothing finer fits
-    ├── CheckFailed            1  a check ran and said no
-    │   └── NonFiniteError     1  a latent or pixel is NaN or infinite
-    ├── UsageError             2  an argument is out of range or misspelt
-    ├── InputFileError         3  a file that was given is bad
-    │   ├── CheckpointError    3  ... the checkpoint or VAE
-    │   └── AdapterError       3  ... a LoRA
-    ├── UnsafeError            4  refused as unsafe
-    │   └── BundleError        4  ... a bundle that is not what its manifest says
-    ├── MachineError           5  this machine, or an installed version, does not fit
-    ├── ResourceError          6  out of disk or memory
-    ├── LockedError            7  locked or timed out
-    ├── InconclusiveError      8  a measurement that decides nothing
-    └── NotComparableError     9  two measurements of different things
+    SdrtError                 70 500  a bug in sdrt, when nothing finer fits
+    ├── CheckFailed            1 500  a check ran and said no
+    │   └── NonFiniteError     1 500  a latent or pixel is NaN or infinite
+    ├── UsageError             2 400  an argument is out of range or misspelt
+    ├── MissingEngineError     2 503  a request is in order, but the bundle holds no engine of its shape
+    ├── ClosedError            2 503  the pipeline was closed
+    ├── InputFileError         3 400  a file that was given is bad
+    │   ├── CheckpointError    3 400  ... the checkpoint or VAE
+    │   └── AdapterError       3 400  ... a LoRA
+    ├── UnsafeError            4 500  refused as unsafe
+    │   └── BundleError        4 500  ... a bundle that is not what its manifest says
+    ├── MachineError           5 500  this machine, or an installed version, does not fit
+    ├── ResourceError          6 503  out of disk or memory
+    ├── LockedError            7 503  another process holds what is needed
+    ├── TimeLimitError         7 504  not done in the time allowed
+    │   └── DeadlineError      7 504  ... to a request
+    ├── InconclusiveError      8 500  a measurement that decides nothing
+    ├── NotComparableError     9 500  two measurements of different things
+    └── Cancelled            130 499  a request was cancelled; 499 is nginx's, as nobody waits for the answer
 
 The library raises; only `sdrt.cli` prints and exits. Standard library only.
 """
@@ -21,21 +26,39 @@ The library raises; only `sdrt.cli` prints and exits. Standard library only.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from os import PathLike, fspath
+from typing import Any
 
 
 class SdrtError(Exception):
-    """`message` says where, what was expected and what was found, in one line; `fix` says what to do about it."""
+    """What went wrong, in parts for different readers.
+
+    message: where, what was expected and what was found, in one line. Where the class is `public` it names no path of this machine, unless the caller
+        gave it, so it may be shown to a client.
+    fix: what to do about it; for whoever runs sdrt. It may name commands and paths.
+    path: the file or bundle it is about, where the message leaves it out; empty otherwise. For a log.
+    """
 
     exit_code = 70
+    http_status = 500
+    public = False
+    data: Mapping[str, Any] = {}
+    """What a program may want to know beside the words, as JSON takes it. `--json` prints it with them."""
 
-    def __init__(self, message: str, fix: str = "") -> None:
+    def __init__(self, message: str, fix: str = "", *, path: str | PathLike[str] = "") -> None:
         super().__init__(message)
         self.message = message
         self.fix = fix
+        self.path = fspath(path)
+
+    @property
+    def line(self) -> str:
+        """The path, if there is one, and the message."""
+        return f"{self.path}: {self.message}" if self.path else self.message
 
     def __str__(self) -> str:
-        return f"{self.message}\n{self.fix}" if self.fix else self.message
+        return f"{self.line}\n{self.fix}" if self.fix else self.line
 
 
 class CheckFailed(SdrtError):
@@ -48,10 +71,27 @@ class NonFiniteError(CheckFailed):
 
 class UsageError(SdrtError):
     exit_code = 2
+    http_status = 400
+    public = True
+
+
+class MissingEngineError(SdrtError):
+    """`data` has the shape that was `wanted` and the `shapes` that engines of the bundle take, as `sdrt.engine_shapes` has them."""
+
+    exit_code = 2
+    http_status = 503
+    public = True
+
+
+class ClosedError(SdrtError):
+    exit_code = 2
+    http_status = 503
+    public = True
 
 
 class InputFileError(SdrtError):
     exit_code = 3
+    http_status = 400
 
 
 class CheckpointError(InputFileError):
@@ -76,10 +116,21 @@ class MachineError(SdrtError):
 
 class ResourceError(SdrtError):
     exit_code = 6
+    http_status = 503
 
 
 class LockedError(SdrtError):
     exit_code = 7
+    http_status = 503
+
+
+class TimeLimitError(SdrtError):
+    exit_code = 7
+    http_status = 504
+
+
+class DeadlineError(TimeLimitError):
+    public = True
 
 
 class InconclusiveError(SdrtError):
@@ -88,6 +139,12 @@ class InconclusiveError(SdrtError):
 
 class NotComparableError(SdrtError):
     exit_code = 9
+
+
+class Cancelled(SdrtError):
+    exit_code = 130
+    http_status = 499
+    public = True
 
 
 def printable(text: str) -> str:

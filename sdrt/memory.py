@@ -1,40 +1,75 @@
-"""How much memory this process has taken, and how much is left. Serves compile and bench; standard library only."""
+"""How much memory this process has taken, and how much it may still take. Serves compile, runtime and bench; standard library only."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
+
+_PROC, _CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
 
 
 def peak_rss_bytes() -> int | None:
     """Largest resident memory of this process, None where the system does not say. Linux's own count for the program; `getrusage` starts from what the
     parent had."""
-    try:
-        for line in Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
+    if (peak := _status_bytes("VmHWM")) is not None:
+        return peak
     try:
         import resource
     except ImportError:
         return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    found = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return found if sys.platform == "darwin" else found * 1024
+
+
+def rss_bytes() -> int | None:
+    """Resident memory of this process now, None where the system does not say."""
+    return _status_bytes("VmRSS")
 
 
 def available_bytes() -> int | None:
-    """Memory that another process may take before something is pushed out: the system's, or what the control group leaves. None where neither tells."""
-    found = []
-    try:
-        for line in Path("/proc/meminfo").read_text(encoding="ascii", errors="replace").splitlines():
-            if line.startswith("MemAvailable:"):
-                found.append(int(line.split()[1]) * 1024)
-        group = Path("/sys/fs/cgroup")
-        limit = (group / "memory.max").read_text(encoding="ascii").strip()
-        if limit.isdecimal():
-            cache = dict(line.split() for line in (group / "memory.stat").read_text(encoding="ascii").splitlines()).get("inactive_file", "0")
-            found.append(int(limit) - int((group / "memory.current").read_text(encoding="ascii")) + int(cache))
-    except (OSError, ValueError):
-        pass
-    return min(found, default=None)
+    """How much this process may still take before the system has none left or ends it; None where the system does not say, as outside of Linux.
+
+    That is the least of what the machine has, swap included, and of what the limit of each control group leaves that the process lies in, as a container's
+    does. Files that are only cached count as free, as the kernel drops them first.
+    """
+    machine = _fields(_PROC / "meminfo", "kB")
+    if "MemAvailable" not in machine:
+        return None
+    swap = machine.get("SwapFree", 0)
+    return max(0, min([machine["MemAvailable"] + swap, *(left + swap for left in _left_by_groups())]))
+
+
+def _left_by_groups() -> Iterator[int]:
+    """What the limit of each control group around this process leaves, of both versions of control groups."""
+    with suppress(OSError, ValueError):  # ValueError: a system that has its own form of it
+        for line in (_PROC / "self/cgroup").read_text(encoding="utf-8", errors="replace").splitlines():
+            _, controllers, path = line.split(":", 2)
+            if controllers and "memory" not in controllers.split(","):
+                continue
+            root = _CGROUPS / "memory" if controllers else _CGROUPS
+            limit, used = ("memory.limit_in_bytes", "memory.usage_in_bytes") if controllers else ("memory.max", "memory.current")
+            inside = root / path.strip("/")
+            # A container sees its own group as the root, under a path that may be the host's.
+            for group in (folder for folder in (inside, *inside.parents) if folder == root or root in folder.parents):
+                with suppress(OSError, ValueError):  # ValueError: "max", which is no limit
+                    most = int((group / limit).read_text())
+                    cached = _fields(group / "memory.stat")
+                    prefix = "total_" if controllers else ""
+                    yield most - int((group / used).read_text()) + sum(cached.get(f"{prefix}{kind}_file", 0) for kind in ("active", "inactive"))
+
+
+def _status_bytes(name: str) -> int | None:
+    return _fields(_PROC / "self/status", "kB").get(name)
+
+
+def _fields(path: Path, unit: str = "") -> dict[str, int]:
+    """The numbers of a file of names and numbers, in bytes; of one that gives a `unit`, the lines that have it. Empty where it cannot be read."""
+    found: dict[str, int] = {}
+    with suppress(OSError):
+        for line in path.read_text(encoding="ascii", errors="replace").splitlines():
+            parts = line.split()
+            if len(parts) == 2 + bool(unit) and parts[1].isdecimal() and (not unit or parts[2] == unit):
+                found[parts[0].rstrip(":")] = int(parts[1]) * (1024 if unit else 1)
+    return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sdrt.errors import BundleError, printable
+
+MAX_REFERENCE_BYTES = 256 << 20
+"""Of all arrays of a reference together; they are small, whatever the model's size."""
 FLOAT32_LIMIT = 1e-4
 """Largest relative L2 error of a float32 graph."""
 PIXEL_LIMIT = 0.01
@@ -35,10 +40,24 @@ class Parity:
 
 
 def read_reference(path: Path) -> tuple[dict[str, NDArray[Any]], dict[str, NDArray[Any]]]:
-    """The small inputs and the traced network's outputs that the build left for a graph."""
-    with np.load(path, allow_pickle=False) as stored:
-        inputs = {name[3:]: stored[name] for name in stored.files if name.startswith("in.")}
-        expected = {name[4:]: stored[name] for name in stored.files if name.startswith("out.")}
+    """The small inputs and the traced network's outputs that the build left for a graph.
+
+    Raises:
+        BundleError: the file is no archive of arrays, or they are too large.
+    """
+    again = "Build the bundle again."
+    try:
+        with zipfile.ZipFile(path) as archive:
+            size_bytes = sum(member.file_size for member in archive.infolist())
+        if size_bytes > MAX_REFERENCE_BYTES:
+            raise BundleError(f"{path}: arrays of {size_bytes:,} bytes, more than the limit of {MAX_REFERENCE_BYTES:,}", again)
+        with np.load(path, allow_pickle=False) as stored:
+            inputs = {name[3:]: stored[name] for name in stored.files if name.startswith("in.")}
+            expected = {name[4:]: stored[name] for name in stored.files if name.startswith("out.")}
+    except BundleError:
+        raise
+    except Exception as error:  # zipfile and numpy have many ways to say it
+        raise BundleError(f"{path}: cannot be read as arrays: {printable(str(error)[:200])}", again) from error
     return inputs, expected
 
 
@@ -49,12 +68,12 @@ def compare(expected: Mapping[str, NDArray[Any]], found: Mapping[str, NDArray[An
     results = []
     for name, array in expected.items():
         limit = loose if not exact else PIXEL_LIMIT if array.dtype == np.uint8 else FLOAT32_LIMIT
-        results.append(Parity(name, _error(array, found[name], exact), limit))
+        results.append(Parity(name, _error(array, found.get(name), exact), limit))
     return sorted(results, key=lambda parity: (parity.ok, -parity.error / parity.limit))  # failures first, NaN among them
 
 
-def _error(expected: NDArray[Any], found: NDArray[Any], exact: bool) -> float:
-    if expected.shape != found.shape or expected.dtype != found.dtype:
+def _error(expected: NDArray[Any], found: NDArray[Any] | None, exact: bool) -> float:
+    if found is None or expected.shape != found.shape or expected.dtype != found.dtype or not expected.size:
         return float("inf")
     if expected.dtype == np.uint8 and exact:
         difference = np.abs(expected.astype(int) - found.astype(int))

@@ -16,8 +16,8 @@ import secrets
 import shutil
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -46,31 +46,55 @@ def staged_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
         UsageError: `target` exists and `replace` is off, or its parent folder cannot be written.
         ResourceError: the disk is full or a write failed.
     """
-    target = target.absolute()
-    stage = stage_name(target)
-    held = None
-    try:
-        with _reported(target):
-            _sweep(target)
-            new_folder(stage)
-            held = _hold(stage)
-            yield stage
-            _flush_tree(stage)
-            _put_in_place(stage, target, replace)
-            _flush(target.parent)
-    finally:
-        if held is not None:
-            os.close(held)
-        # After an exchange the stage holds the old folder; after an error, the unfinished one.
-        _remove_tree(stage)
+    with staged_folders(replace=replace) as staged, staged(target) as stage:
+        yield stage
 
 
 @contextmanager
-def staged_file(target: Path) -> Iterator[Path]:
-    """Yield a path beside `target`; what `write_file` or `new_file` puts there replaces `target` when the block ends without an exception.
+def staged_folders(*, replace: bool = False) -> Iterator[Callable[[Path], AbstractContextManager[Path]]]:
+    """Yield a function like `staged_folder` whose targets all appear when this block ends, or none of them if it or a part of it fails.
+
+    A process that is killed between two renames leaves the targets renamed until then, each whole.
+
+    Raises:
+        UsageError, ResourceError: as `staged_folder`.
+    """
+    stages: list[tuple[Path, Path]] = []
+    held: list[int] = []
+
+    @contextmanager
+    def staged(target: Path) -> Iterator[Path]:
+        target = target.absolute()
+        with _reported(target):
+            _sweep(target)
+            stages.append((stage := stage_name(target), target))
+            new_folder(stage)
+            if (descriptor := _hold(stage)) is not None:
+                held.append(descriptor)
+            yield stage
+            _flush_tree(stage)
+
+    try:
+        yield staged
+        _put_all_in_place(stages, replace)
+        for target in {target.parent: target for _, target in stages}.values():
+            with _reported(target):
+                _flush(target.parent)
+    finally:
+        for descriptor in held:
+            os.close(descriptor)
+        for stage, _ in stages:
+            # After an exchange the stage holds the old folder; after an error, the unfinished one.
+            _remove_tree(stage)
+
+
+@contextmanager
+def staged_file(target: Path, *, replace: bool = True) -> Iterator[Path]:
+    """Yield a path beside `target`; what `write_file` or `new_file` puts there becomes `target` when the block ends without an exception.
 
     Raises:
         UsageError: the folder cannot be written, or a folder is in the way.
+        FileExistsError: something is there, and `replace` is off.
         ResourceError: the disk is full or a write failed.
     """
     target = target.absolute()
@@ -81,12 +105,42 @@ def staged_file(target: Path) -> Iterator[Path]:
         with _reported(target):
             yield stage
             _flush(stage)
-            _point("rename", target)
-            stage.replace(target)
+            if replace:
+                _point("rename", target)
+                stage.replace(target)
+            elif not _rename_to_new(stage, target):
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target))
             _flush(target.parent)
     finally:
         with suppress(OSError):
             stage.unlink()
+
+
+@contextmanager
+def folders_made(option: str, folder: Path) -> Iterator[None]:
+    """Make a folder that is missing, and those it lies in. If the block fails, those that were made go again, unless something is in them.
+
+    Raises:
+        UsageError: `folder`, which `option` gave, cannot be made.
+        ResourceError: the disk is full.
+    """
+    line = [folder.absolute(), *folder.absolute().parents]
+    there = next(place for place in line if os.path.lexists(place))
+    if not there.is_dir():
+        raise UsageError(f"{option} {folder}: {there} is no folder", "Choose another name.")
+    made: list[Path] = []
+    with _reported(folder):
+        for missing in reversed(line[: line.index(there)]):
+            with suppress(FileExistsError):  # another process was first
+                new_folder(missing)
+                made.append(missing)
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):
+            for own in reversed(made):
+                own.rmdir()
+        raise
 
 
 @contextmanager
@@ -196,7 +250,7 @@ def _reported(target: Path) -> Iterator[None]:
         if (full := no_room(target, error)) is not None:
             raise full from error
         if error.errno in (errno.ENOENT, errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG):
-            raise UsageError(f"{target}: cannot write there: {error.strerror}", "Choose another --output; its folder must exist and be writable.") from error
+            raise UsageError(f"{target}: cannot write there: {error.strerror}", "Choose another --output, in a folder that may be written.") from error
         raise
 
 
@@ -234,6 +288,24 @@ def _renameat2(old: Path, new: Path, flags: int) -> int:
     if rename is None:
         return errno.ENOSYS
     return ctypes.get_errno() or errno.EINVAL if rename(_AT_FDCWD, os.fsencode(old), _AT_FDCWD, os.fsencode(new), flags) else 0
+
+
+def _put_all_in_place(stages: Sequence[tuple[Path, Path]], replace: bool) -> None:
+    """Put each stage in place of its target; if one cannot be, take the others back."""
+    placed: list[tuple[Path, Path]] = []
+    try:
+        for stage, target in stages:
+            with _reported(target):
+                _put_in_place(stage, target, replace)
+            placed.append((stage, target))
+    except BaseException:
+        for stage, target in reversed(placed):
+            with suppress(OSError):
+                if stage.exists():  # the old folder
+                    _exchange(stage, target)
+                else:
+                    target.rename(stage)
+        raise
 
 
 def _put_in_place(stage: Path, target: Path, replace: bool) -> None:

@@ -16,11 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from sdrt.bundle import MANIFEST, MAX_MANIFEST_BYTES, Bundle, check_files, open_bundle
+from sdrt.bundle.folder import Bundle, check_outside_bundles, open_bundle
+from sdrt.bundle.manifest import MANIFEST, MAX_MANIFEST_BYTES
 from sdrt.document import read_given
-from sdrt.engine_cache import engine_folders, read_intact
+from sdrt.engine_cache import check_all, engine_folders
 from sdrt.engine_record import RECORD
 from sdrt.errors import CheckFailed, InputFileError, MachineError, UsageError, printable
+from sdrt.machine.packages import install_command
 from sdrt.publish import staged_file, write_file
 
 if TYPE_CHECKING:
@@ -53,17 +55,16 @@ def sign(path: Path, private_key: Path, *, output: Path | None = None, force: bo
     Raises:
         InputFileError: the key is no ed25519 private key in PEM, or there is no bundle.
         BundleError: the bundle or an engine is not what its manifest or record says; nothing is signed then.
-        UsageError: the signature exists and `force` is off.
+        UsageError: the signature exists and `force` is off, or lies in a bundle.
         MachineError: `cryptography` is not installed.
     """
     bundle = open_bundle(path)
     target = (output or signature_path(path)).absolute()
+    check_outside_bundles("--output", target.parent)
     if os.path.lexists(target) and not force:
         raise UsageError(f"{target}: exists already", "Choose another --output, or pass --force to sign again.")
     key = _private_key(private_key)
-    check_files(bundle)
-    for folder in engine_folders(bundle):
-        read_intact(folder)
+    check_all(bundle)
     made = Signature(_fingerprint(key.public_key()), {name: key.sign(_bytes(bundle.file(name))) for name in signed_names(bundle)})
     document = {
         "format": FORMAT,
@@ -144,7 +145,7 @@ def _cryptography() -> Any:
         import cryptography.hazmat.primitives.asymmetric.ed25519
         import cryptography.hazmat.primitives.serialization
     except ImportError as error:
-        raise MachineError("cryptography is not installed", "Install it with: pip install 'sdrt[sign]'") from error
+        raise MachineError("cryptography is not installed", f"Install it with: {install_command('sign')}") from error
     return cryptography.hazmat.primitives
 
 

@@ -12,8 +12,9 @@ from conftest import CHECKPOINT
 from torch import nn
 
 from sdrt.export.adapters import Lora, LoraOption, open_lora
-from sdrt.export.architecture import CLIP, UNET, UNetSpec
+from sdrt.export.architecture import Architecture, UNetSpec
 from sdrt.export.checkpoint import open_checkpoint
+from sdrt.export.families.sd1 import CLIP, UNET
 from sdrt.export.graph import recipes
 
 M = TypeVar("M", bound=nn.Module)
@@ -36,11 +37,17 @@ EMBEDDING = (
 
 
 @cache
-def model() -> tuple[dict[str, tuple[int, ...]], UNetSpec]:
-    """Names and shapes of the emoji model's weights, and its UNet's sizes."""
+def architecture() -> Architecture:
+    """The emoji model's."""
     checkpoint = open_checkpoint(CHECKPOINT)
     checkpoint.close()
-    arch = checkpoint.architecture
+    return checkpoint.architecture
+
+
+@cache
+def model() -> tuple[dict[str, tuple[int, ...]], UNetSpec]:
+    """Names and shapes of the emoji model's weights, and its UNet's sizes."""
+    arch = architecture()
     return {name: shape for recipe in recipes(arch).values() for name, shape in recipe.weight_shapes().items()}, arch.unet
 
 

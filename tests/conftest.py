@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -67,34 +65,6 @@ def small_lora(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path, module = tmp_path_factory.mktemp("small") / "lora.safetensors", "lora_te_text_model_encoder_layers_0_self_attn_q_proj"
     save_file({f"{module}.lora_down.weight": torch.full((2, 64), 0.1), f"{module}.lora_up.weight": torch.full((64, 2), 0.1)}, path)
     return path
-
-
-@pytest.fixture(scope="session")
-def _tokenizers_by_content() -> dict[bytes, Any]:
-    return {}
-
-
-@pytest.fixture
-def tokenizer_read_once(_tokenizers_by_content: dict[bytes, Any]) -> Iterator[None]:
-    """For tests that load bundles again and again, where parsing the same vocabulary would be most of the time. Encoding changes nothing in it.
-
-    It has a patch of its own: a test's `monkeypatch` must come after its simulated modules, to be undone before they are taken away.
-    """
-    import tokenizers
-
-    class Tokenizer:
-        real = tokenizers.Tokenizer
-
-        @classmethod
-        def from_file(cls, path: str) -> Any:
-            digest = hashlib.sha256(Path(path).read_bytes()).digest()
-            if digest not in _tokenizers_by_content:
-                _tokenizers_by_content[digest] = cls.real.from_file(path)
-            return _tokenizers_by_content[digest]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tokenizers, "Tokenizer", Tokenizer)
-        yield
 
 
 @dataclass(frozen=True)

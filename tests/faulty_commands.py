@@ -198,7 +198,7 @@ def build_first(root: Path, checkpoint: Path) -> Job:
 
 def compile_openvino(root: Path, checkpoint: Path) -> Job:
     """`sdrt compile` of one engine into a bundle that has it already, damaged."""
-    arguments = ["compile", root / "x.sdrt", "--target", "openvino", "--branches", "2", "--precision", "fp32"]
+    arguments = ["compile", root / "x.sdrt", "--target", "openvino", "--tokens", "77", "--branches", "2", "--precision", "fp32"]
     assert in_child(lambda: command(build_arguments(checkpoint, root)) or command(arguments), root / "told") == 0, (root / "told").read_text()
     (root / "x.sdrt").rename(root / "compiled")
     (engine,) = (root / "compiled" / "engines").iterdir()

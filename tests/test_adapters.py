@@ -17,8 +17,8 @@ from safetensors.torch import load, load_file, save_file
 
 from sdrt.errors import AdapterError, CheckpointError, InputFileError, UsageError
 from sdrt.export.adapters import LoraOption, open_lora, parse_lora_option
-from sdrt.export.architecture import CLIP, UNET
 from sdrt.export.checkpoint import Tensor
+from sdrt.export.families.sd1 import CLIP, UNET
 from sdrt.export.tensor_file import open_tensor_file
 from sdrt.export.weights import Change, write_weights
 
@@ -269,9 +269,9 @@ def test_l4_shapes_that_do_not_fit_together(file: Path, up: tuple[int, ...], dow
 @pytest.mark.parametrize(
     ("shapes", "what", "fix"),
     [
-        ({"emb_params": (4, 768)}, "a textual-inversion embedding", "LyCORIS"),
+        ({"emb_params": (4, 768)}, "a textual-inversion embedding", "--embedding"),
         ({"first_stage_model.decoder.conv_in.weight": (8, 4, 3, 3)}, "a VAE", "--vae"),
-        ({"conditioner.embedders.1.model.ln_final.weight": (1280,)}, "an SDXL model", "--checkpoint"),
+        ({"conditioner.embedders.1.model.ln_final.weight": (1280,)}, "an SDXL model", "LyCORIS"),
         ({"some.weight": (2, 2)}, "tensors of no kind", "LyCORIS"),
         ({}, "an empty file", "LyCORIS"),
     ],

@@ -82,10 +82,10 @@ def test_a_real_run(flat_bundle: Path, tmp_path: Path, monkeypatch: pytest.Monke
     assert {"total_ms", "picture_ms", "tokenise_ms", "text_encoder_ms", "step_ms", "decode_ms", "host_ms", "copies_ms", "cold_ms", "load_ms", "engine_load_ms",
             "peak_rss_bytes"} <= result["samples"].keys()  # fmt: skip
     assert len(result["samples"]["step_ms"][0]) == 2 * 4
-    assert {name: result["counters"][name] for name in ("model_calls", "text_encoder_calls", "decode_calls", "jobs")} == {
-        "model_calls": 4, "text_encoder_calls": 1, "decode_calls": 1, "jobs": 1,
+    assert {name: result["counters"][name] for name in ("model_calls", "text_encoder_calls", "decode_calls", "batches")} == {
+        "model_calls": 4, "text_encoder_calls": 1, "decode_calls": 1, "batches": 1,
     }  # fmt: skip
-    assert result["packages"] == ["numpy", "onnxruntime", "sdrt", "tokenizers"]
+    assert result["packages"] == ["numpy", "onnxruntime", "sdrt"]
     checks = {check["graph"]: check["error"] / check["limit"] for check in result["fidelity"]["checks"]}
     assert set(checks) == {"text_encoder", "step", "vae_decoder"} and max(checks.values()) < 0.5
     assert len(result["fidelity"]["picture"]["latents_sketch"]) == 256

@@ -27,7 +27,7 @@ from sdrt.bench.instruments import Readings
 from sdrt.bench.measure import _packages
 from sdrt.bench.metrics import Gates
 from sdrt.bench.result import assemble
-from sdrt.bundle import open_bundle
+from sdrt.bundle.folder import open_bundle
 from sdrt.runtime import Pipeline
 from sdrt.runtime.engine import load_engine
 
@@ -128,12 +128,12 @@ class Wrong:
         found = self.engine.encode_text(*arguments)
         return found * np.float32(1.001) if self.what == "text_encoder" else found
 
-    def denoise(self, job: Any) -> Any:
-        denoising = self.engine.denoise(job)
+    def open(self, *arguments: Any) -> Any:
+        batch = self.engine.open(*arguments)
         if self.what == "step":
-            latents = denoising.latents
-            denoising.latents = lambda: latents() * np.float32(1.001)
-        return denoising
+            latents = batch.latents
+            batch.latents = lambda slots: latents(slots) * np.float32(1.001)
+        return batch
 
     def decode(self, *arguments: Any) -> Any:
         pixels, finite = self.engine.decode(*arguments)

@@ -78,12 +78,12 @@ def test_a_backend_without_a_profile_is_refused_by_name() -> None:
 def profiles(flat_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Profiles of one guided picture of the emoji model, by engine. OpenVINO's takes two pictures at a time and gets one."""
     pytest.importorskip("openvino")
-    from sdrt.bundle import open_bundle
+    from sdrt.bundle.folder import open_bundle
     from sdrt.compile.openvino import compile_bundle
     from sdrt.compile.report import CompileOptions
 
     path = Path(shutil.copytree(flat_bundle, tmp_path_factory.mktemp("layers") / "flat.sdrt"))
-    compile_bundle(open_bundle(path), CompileOptions("openvino", batch=(2, 2), branches=(2,), rows=4, precision="fp32"))
+    compile_bundle(open_bundle(path), CompileOptions("openvino", batch=(2, 2), tokens=(77, 77), branches=(2,), rows=4, precision="fp32"))
     found = {}
     patch = pytest.MonkeyPatch()
     patch.setattr(layers, "machine_peak", lambda: PEAK)

@@ -24,7 +24,7 @@ from sdrt.bench.result import assemble
 from sdrt.bench.run import _gpu_environment
 from sdrt.bench.statistics import SLOWER, from_logs, judge
 from sdrt.bench.throttle import GpuState, Watch, cpu_mhz, cpu_throttles, gpu_state
-from sdrt.bundle import open_bundle
+from sdrt.bundle.folder import open_bundle
 from sdrt.cli import app
 from sdrt.errors import CheckFailed
 

@@ -21,7 +21,7 @@ from sdrt.bench.metrics import Gates
 from sdrt.bench.result import assemble
 from sdrt.bench.run import run, side_by_side
 from sdrt.bench.statistics import SAME, SLOWER
-from sdrt.bundle import Bundle, open_bundle
+from sdrt.bundle.folder import Bundle, open_bundle
 from sdrt.errors import MachineError
 
 
@@ -52,12 +52,13 @@ def test_calls_are_counted_and_other_attributes_passed_on() -> None:
     time = FakeTime()
     readings = Readings(clock=time, keep=True)
     engine = TimedEngine(FakeEngine(time, 1.0), readings)
-    denoising = engine.denoise("job")
-    denoising.step()
-    denoising.latents()
-    denoising.decode(0.5)
-    assert readings.calls == Counter({"jobs": 1, "latents_copies": 1, "decode_calls": 1})  # the latents kept for us are not counted
-    assert readings.kept["job"] == "job" and "latents" in readings.kept
+    batch = engine.open("shape", 1)
+    batch.join("job")
+    batch.step()
+    batch.latents([0])
+    batch.decode([0], 0.5)
+    assert readings.calls == Counter({"batches": 1, "joins": 1, "latents_copies": 1, "decode_calls": 1})  # the latents kept for us are not counted
+    assert (readings.kept["shape"], readings.kept["jobs"]) == ("shape", ["job"]) and "latents" in readings.kept
     assert (engine.extra, engine.backend, engine.describe()["compute"]) == ("untouched", "fake", "fp32")
     readings.reset()
     assert (readings.inside, readings.steps, readings.calls) == (0, [], Counter())
@@ -91,7 +92,7 @@ def test_a_real_pipeline_is_observed_from_its_loading_on(flat_bundle: Path) -> N
     readings = Readings()
     with Pipeline.load(flat_bundle, threads=1, observe=readings.observe) as pipe:
         result = pipe("red apple", steps=3, cfg=3, seed=0)
-        assert readings.calls == {"text_encoder_calls": 1, "jobs": 1, "decode_calls": 1}
+        assert readings.calls == {"text_encoder_calls": 1, "batches": 1, "joins": 1, "decode_calls": 1}
         assert len(readings.steps) == 3 and min(readings.steps) > 0
         assert result.timings_ms["tokenise"] > 0 and readings.engine_load > 0
         assert readings.inside == sum(readings.steps) + readings.text_encoder + readings.copies + readings.decode

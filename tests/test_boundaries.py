@@ -6,6 +6,7 @@ import ast
 import json
 import os
 import pkgutil
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -18,8 +19,8 @@ from conftest import CHECKPOINT, LORA, ROOT
 
 PACKAGE = ROOT / "sdrt"
 FILES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
-COMMAND = [file for file in FILES if file.startswith("cli")]
-BUILD_ONLY = ("torch", "transformers", "diffusers", "peft", "safetensors", "onnx", "onnxscript", "onnx_ir")
+COMMAND = [file for file in FILES if file.startswith("cli") or file == "__main__.py"]
+BUILD_ONLY = ("torch", "transformers", "tokenizers", "huggingface_hub", "diffusers", "peft", "safetensors", "onnx", "onnxscript", "onnx_ir")
 
 # Refuses the packages of a build, and every use of a socket.
 LOCKED_DOWN = f"""
@@ -72,7 +73,7 @@ def test_the_runtime_imports_no_torch() -> None:
 def test_the_runtime_imports_no_engine_until_it_loads_one() -> None:
     loaded = imported_by("sdrt.runtime")
     assert "sdrt.runtime.pipeline" in loaded
-    assert not loaded & {"onnxruntime", "tokenizers", "PIL", "typer", "rich", *BUILD_ONLY}
+    assert not loaded & {"onnxruntime", "PIL", "typer", "rich", *BUILD_ONLY}
 
 
 def test_inspecting_and_choosing_need_no_torch() -> None:
@@ -184,6 +185,35 @@ def test_shared_files_name_no_build_package(file: str) -> None:
 )
 def test_standard_library_only(file: str) -> None:
     assert {name.partition(".")[0] for name in imports(file)} <= {*sys.stdlib_module_names, "sdrt"}
+
+
+@pytest.mark.parametrize("file", [file for file in FILES if file != "engine_libraries.py"])
+def test_engines_are_imported_with_their_reports_switched_off(file: str) -> None:
+    """Only `engine_libraries.py` imports them; what a type checker alone reads is left out."""
+    unread = {node for outer in ast.walk(tree(file)) if isinstance(outer, ast.If) and ast.unparse(outer.test) == "TYPE_CHECKING" for node in outer.body}
+    lines = {node.lineno for node in unread}
+    named = [node for node in ast.walk(tree(file)) if isinstance(node, (ast.Import, ast.ImportFrom)) and node.lineno not in lines]
+    found = {alias.name for node in named if isinstance(node, ast.Import) for alias in node.names}
+    found |= {node.module or "" for node in named if isinstance(node, ast.ImportFrom) and not node.level}
+    assert not below(found, "onnxruntime", "openvino")
+
+
+def test_families_are_named_in_their_own_folder_only() -> None:
+    """No other file says or compares a family's name, begins a tensor's name as one of them does, or imports one family's file."""
+    own, word = (
+        "export/families/",
+        re.compile(r"\bsd[123x]|\bsdxl|stable diffusion [0-9x]|\bflux\b|diffusion_model\b|first_stage_model|cond_stage_model|conditioner\.", re.IGNORECASE),
+    )
+    offenders = []
+    for file in (file for file in FILES if not file.startswith(own)):
+        nodes = list(ast.walk(tree(file)))
+        documented = {id(node.value) for node in nodes if isinstance(node, ast.Expr)}
+        said = [n.value for n in nodes if isinstance(n, ast.Constant) and isinstance(n.value, str) and id(n) not in documented]
+        offenders += [f"{file}: {text}" for text in said if word.search(text)]
+        offenders += [f"{file}: {name}" for name in imports(file) if re.search(r"families\.(?!family|table|recognise)", name)]
+        compared = [n for n in nodes if isinstance(n, ast.Compare) and any(isinstance(op, (ast.Eq, ast.NotEq, ast.In, ast.NotIn)) for op in n.ops)]
+        offenders += [f"{file}: {ast.unparse(n)}" for n in compared if re.search(r"\bfamily(\.name)?\b(?!\.)", ast.unparse(n))]
+    assert not offenders, "\n".join(offenders)
 
 
 @pytest.mark.parametrize("file", FILES)

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from sdrt.errors import UsageError
+from sdrt.errors import ClosedError
 from sdrt.runtime import Pipeline
 
 SETTINGS: dict[str, Any] = {"steps": 3, "cfg": 3.0, "seed": 5, "size": (64, 64)}
@@ -117,7 +117,7 @@ def test_t7_closed_while_it_runs(flat_bundle: Path, expected: Any) -> None:
     thread.start()
     reached.wait()
     loaded.close()
-    with pytest.raises(UsageError, match="closed"):
+    with pytest.raises(ClosedError, match="closed"):
         loaded("red apple", **SETTINGS)
     closed.set()
     thread.join()

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 import time
 from pathlib import Path
 
 import pytest
 
 from sdrt import checked
-from sdrt.bundle import WEIGHTS, Bundle, check_files, open_bundle
+from sdrt.bundle.folder import Bundle, check_files, open_bundle
+from sdrt.bundle.manifest import WEIGHTS
 from sdrt.checked import check_file
 from sdrt.errors import BundleError
 from sdrt.lock import locked
@@ -34,6 +36,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def bundle(flat_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bundle:
     """A copy of a bundle whose weights look a minute old: the clock is ahead, since nothing can set a file's change time."""
     monkeypatch.setenv("SDRT_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("HOME", str(tmp_path))  # so that the copy lies on the file system of the home folder, wherever temporary files are
     copy = tmp_path / "copy.sdrt"
     shutil.copytree(flat_bundle, copy)
     now = time.time_ns
@@ -83,6 +86,51 @@ def test_what_has_just_changed_is_not_remembered(bundle: Bundle, reads: list[str
         check_file(bundle, WEIGHTS)
         check_file(bundle, WEIGHTS)
     assert reads == [WEIGHTS] * 4
+
+
+@pytest.mark.parametrize(
+    "mount",
+    [
+        ("ext4", "/dev/loop7"),
+        ("fuse.sshfs", "host:/x"),
+        ("fuseblk", "/dev/sdb1"),
+        ("nfs4", "host:/x"),
+        ("cifs", "//host/x"),
+        ("9p", "x"),
+        ("vfat", "/dev/sdb1"),
+    ],
+)
+def test_nothing_is_remembered_where_the_times_are_not_this_kernels(
+    bundle: Bundle, reads: list[str], monkeypatch: pytest.MonkeyPatch, mount: tuple[str, str]
+) -> None:
+    monkeypatch.setattr(checked, "_mount", lambda path: mount)
+    check_file(bundle, WEIGHTS)
+    check_file(bundle, WEIGHTS)
+    assert reads == [WEIGHTS] * 2
+
+
+@pytest.mark.skipif(not os.access("/dev/shm", os.W_OK), reason="no file system in memory")
+def test_another_disk_is_read_at_every_start(bundle: Bundle, reads: list[str]) -> None:
+    """It may be swapped for one of the same device number whose file has the same inode, size and times."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        copy = open_bundle(Path(shutil.copytree(bundle.path, Path(folder) / "copy.sdrt")))
+        if copy.path.stat().st_dev in (Path("/").stat().st_dev, bundle.path.stat().st_dev):
+            pytest.skip("no other file system")
+        check_file(copy, WEIGHTS)
+        check_file(copy, WEIGHTS)
+    assert reads == [WEIGHTS] * 2
+
+
+def test_nothing_is_remembered_beyond_a_start_of_the_system(bundle: Bundle, reads: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    check_file(bundle, WEIGHTS)
+    boot = tmp_path / "boot_id"
+    boot.write_text("another\n")
+    monkeypatch.setattr(checked, "_BOOT", boot)
+    check_file(bundle, WEIGHTS)
+    check_file(bundle, WEIGHTS)
+    boot.unlink()
+    check_file(bundle, WEIGHTS)
+    assert reads == [WEIGHTS] * 3
 
 
 def test_a_user_without_a_home(bundle: Bundle, reads: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

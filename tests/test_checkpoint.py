@@ -18,11 +18,14 @@ from hypothesis import strategies as st
 from safetensors.torch import load, save_file
 from tiny_model import TINY, Shapes, expected_shapes, header_only, seeded
 
-from sdrt.bundle import FileRecord
+from sdrt.bundle.manifest import FileRecord
 from sdrt.errors import CheckpointError, InputFileError
-from sdrt.export.architecture import CLIP, UNET, VAE, Architecture, ClipSpec, UNetSpec, VaeSpec, architecture
-from sdrt.export.checkpoint import Tensor, open_checkpoint, select
-from sdrt.export.tensor_file import open_tensor_file
+from sdrt.export.architecture import Architecture, ClipSpec, UNetSpec, VaeSpec, architecture
+from sdrt.export.checkpoint import Tensor, as_parts, open_checkpoint, select
+from sdrt.export.families.sd1 import CLIP, SD1, UNET, VAE
+from sdrt.export.inspect import inspect_file
+from sdrt.export.tensor_entry import TensorEntry
+from sdrt.export.tensor_file import TensorFile, open_tensor_file
 from sdrt.export.weights import write_weights
 
 EMOJI_SPEC = Architecture(
@@ -134,16 +137,97 @@ def test_one_tensor_under_both_text_names(tmp_path: Path) -> None:
     refused(header_only(tmp_path / "x.safetensors", shapes), CLIP + name, CLIP + "text_model." + name)
 
 
-@pytest.mark.parametrize(("text", "size"), [("768x512", (768, 512)), ("64x64", (64, 64)), ("1024x8", (1024, 8))])
+@pytest.mark.parametrize(("text", "size"), [("768x512", (768, 512)), ("64x64", (64, 64))])
 def test_default_size_from_the_metadata(tmp_path: Path, text: str, size: tuple[int, int]) -> None:
     path = header_only(tmp_path / "x.safetensors", expected_shapes(TINY), metadata={"modelspec.resolution": text})
     assert opened(path).size == size
 
 
-@pytest.mark.parametrize("text", ["", "512", "512x", "x512", "512x512x3", "-512x512", "500x512", "0x0", "0x512", "1e3x64", "512 x 512", "9" * 300 + "x8"])
-def test_bad_default_size(tmp_path: Path, text: str) -> None:
-    path = header_only(tmp_path / "x.safetensors", expected_shapes(TINY), metadata={"modelspec.resolution": text})
-    refused(path, "modelspec.resolution", "multiples of 8")
+class Counted(TensorFile):
+    """Knows how many bytes of tensors were asked for."""
+
+    asked = 0
+
+    def _read_bytes(self, entry: TensorEntry) -> bytearray:
+        data = super()._read_bytes(entry)
+        self.asked += len(data)
+        return data
+
+
+def test_tensors_that_are_parts_of_stored_ones(tmp_path: Path) -> None:
+    """Thirds of the rows, and a transpose, from every form of file; no more is read than the part."""
+    joined, matrix = torch.randn(96, 32, generator=torch.Generator().manual_seed(0)), torch.randn(8, 4)
+    component = replace(
+        SD1.text_encoder, rows={"in_proj_weight": ("q.weight", "k.weight", "v.weight"), "in_proj_bias": ("q.bias", "k.bias")}, transposed=("projection",)
+    )
+    stored = {CLIP + "a.in_proj_weight": joined, CLIP + "projection": matrix, "other.projection": matrix.clone()}
+    save_file(stored, tmp_path / "x.safetensors")
+    torch.save(stored, tmp_path / "x.pt")
+    torch.save(stored, tmp_path / "legacy.pt", _use_new_zipfile_serialization=False)
+    torch.save(stored | {CLIP + "a.in_proj_weight": joined.T.contiguous().T}, tmp_path / "strided.pt")
+    for name in ("x.safetensors", "x.pt", "legacy.pt", "strided.pt"):
+        with open_tensor_file(tmp_path / name) as file:
+            file.__class__ = Counted
+            tensors = as_parts(component, {name: Tensor(file, entry) for name, entry in file.entries.items()})
+            assert tensors.keys() == {CLIP + "a.q.weight", CLIP + "a.k.weight", CLIP + "a.v.weight", CLIP + "projection", "other.projection"}
+            for i, part in enumerate("qkv"):
+                tensor = tensors[f"{CLIP}a.{part}.weight"]
+                assert tensor.shape == (32, 32) and torch.equal(tensor.read(), joined[32 * i : 32 * i + 32])
+            assert file.asked == joined.nbytes if name != "strided.pt" else file.asked < 3 * joined.nbytes
+            assert tensors[CLIP + "projection"].shape == (4, 8) and torch.equal(tensors[CLIP + "projection"].read(), matrix.T)
+            assert torch.equal(tensors["other.projection"].read(), matrix)
+    bad = {CLIP + "a.in_proj_weight": torch.ones(4, 2)}, {CLIP + "a.in_proj_bias": torch.ones(())}, {CLIP + "projection": torch.ones(4)}
+    for content in (*bad, {CLIP + "a.in_proj_bias": torch.ones(2), CLIP + "a.k.bias": torch.ones(1)}):
+        save_file(content, tmp_path / "bad.safetensors")
+        with open_tensor_file(tmp_path / "bad.safetensors") as file, pytest.raises(CheckpointError, match=r"equal parts|a matrix|beside it"):
+            as_parts(component, {name: Tensor(file, entry) for name, entry in file.entries.items()})
+
+
+def test_a_default_size_that_cannot_be_read_is_a_note(tmp_path: Path) -> None:
+    texts = [
+        "",
+        "512",
+        "512x",
+        "x512",
+        "512x768 ",
+        "512x512x3",
+        "-512x512",
+        "500x512",
+        "0x0",
+        "1024x8",
+        "9000x512",
+        "1e3x64",
+        "512 x 512",
+        "٥١٢x512",
+        "9" * 300 + "x8",
+    ]
+    for text in texts:
+        path = header_only(tmp_path / "x.safetensors", expected_shapes(TINY), metadata={"modelspec.resolution": text})
+        checkpoint = open_checkpoint(path)
+        checkpoint.close()
+        (note,) = checkpoint.notes
+        assert checkpoint.architecture.size == (512, 512)
+        assert note.startswith("x.safetensors: modelspec.resolution: expected WIDTHxHEIGHT in multiples of 8") and len(note) < 250
+        assert inspect_file(path)["buildable"] is True and inspect_file(path)["notes"]
+
+
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [
+        ("model.diffusion_model.time_embed.cond_proj.weight", "a latent consistency model"),
+        ("model.diffusion_model.label_emb.0.0.weight", "told a class"),
+        ("model.diffusion_model.input_blocks.1.1.gate", "unknown in a UNet"),
+        ("first_stage_model.decoder.extra.weight", "unknown in a VAE"),
+        (CLIP + "text_model.encoder.layers.0.gate", "unknown in a text encoder"),
+    ],
+)
+def test_a_tensor_that_changes_what_a_network_computes_refuses_the_file(tmp_path: Path, name: str, what: str) -> None:
+    path = header_only(tmp_path / "x.safetensors", expected_shapes(TINY) | {name: (32, 32)})
+    with pytest.raises(CheckpointError) as caught, closing(open_checkpoint(path)) as checkpoint:
+        select(checkpoint, expected_shapes(TINY))
+    assert name in caught.value.message and what in caught.value.message and caught.value.exit_code == 3 and caught.value.fix
+    if "unknown" not in what:
+        assert inspect_file(path)["buildable"] is False
 
 
 @pytest.mark.parametrize(("text", "prediction"), [("epsilon", "epsilon"), ("v", "v"), ("v_prediction", "v")])

@@ -14,8 +14,10 @@ from test_checkpoint import SD15, VARIANTS
 from tiny_model import TINY, Shapes, expected_shapes, seeded
 
 from sdrt.errors import CheckpointError
-from sdrt.export.architecture import CLIP, UNET, VAE, Architecture, describe
+from sdrt.export.architecture import Architecture
 from sdrt.export.checkpoint_names import canonical_names, ema_name, has_ema, is_vae_attention
+from sdrt.export.families.recognise import describe
+from sdrt.export.families.sd1 import CLIP, UNET, VAE
 
 PLAIN = replace(TINY, unet=replace(TINY.unet, linear_projections=False))
 PATH = Path("x.safetensors")

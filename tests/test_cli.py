@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import json
 import os
@@ -11,7 +12,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,11 +23,14 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from typer.testing import CliRunner
 
-from sdrt import __version__, bundle, cli_engines
+from sdrt import __version__, cli_engines, publish
+from sdrt.bundle.folder import open_bundle
+from sdrt.bundle.graphs import GRAPHS
 from sdrt.cli import app
 from sdrt.cli_output import print_report
 from sdrt.errors import SdrtError
-from sdrt.runtime import Pipeline
+from sdrt.runtime import Pipeline, picture_file
+from sdrt.runtime.picture_file import save_new_picture
 
 COMMANDS = sorted(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
 SCRIPT = Path(sys.executable).with_name("sdrt")
@@ -181,14 +185,14 @@ def test_build_prints_one_json_object(here: Path, quick: None) -> None:
     result = run("build", "--checkpoint", CHECKPOINT, "--lora", f"{LORA}:0.5:0.25", "--size", "128x64", "--output", output, "--json")
     report = only_json(result)
     assert report["bundle"] == str(output)
-    assert report["cached_traces"] == list(bundle.GRAPHS)
-    assert report["size_bytes"] == sum(record.size_bytes for record in bundle.open_bundle(output).manifest.files.values())
+    assert report["cached_traces"] == list(GRAPHS)
+    assert report["size_bytes"] == sum(record.size_bytes for record in open_bundle(output).manifest.files.values())
     assert [(s["name"], s["scale"], s["te_scale"]) for s in report["sources"]] == [("emoji.safetensors", None, None), ("blindbox.safetensors", 0.5, 0.25)]
-    assert report["errors"].keys() == set(bundle.GRAPHS)
+    assert report["errors"].keys() == set(GRAPHS)
     assert "write" in report["stages_s"]
     for stage in ("read", "fuse", "check step", "write"):
         assert f"{stage} …" in result.stderr.splitlines()
-    assert bundle.open_bundle(output).manifest.latents.size == (128, 64)
+    assert open_bundle(output).manifest.latents.size == (128, 64)
 
 
 def test_build_in_words(here: Path, quick: None) -> None:
@@ -204,7 +208,7 @@ def test_build_in_words(here: Path, quick: None) -> None:
 def test_verify(small_bundle: Path) -> None:
     report = only_json(run("verify", small_bundle, "--json"))
     assert report["ok"] is True
-    assert {check["graph"] for check in report["checks"]} == set(bundle.GRAPHS)
+    assert {check["graph"] for check in report["checks"]} == set(GRAPHS)
     assert all(check["error"] <= check["limit"] for check in report["checks"])
     result = run("verify", small_bundle)
     assert result.exit_code == 0
@@ -222,7 +226,8 @@ def test_inspect_a_checkpoint() -> None:
     words = run("inspect", CHECKPOINT)
     assert words.exit_code == 0
     assert "kind: a Stable Diffusion 1.x model" in words.stdout
-    assert words.stderr == ""
+    assert "context_width" not in words.stdout and words.stderr == "all fields: sdrt inspect --all\n"
+    assert "context_width: 64" in run("inspect", CHECKPOINT, "--all").stdout
 
 
 def test_inspect_a_lora() -> None:
@@ -289,9 +294,89 @@ def test_generate_several(shared: Path, here: Path, loaded: Pipeline) -> None:
             assert json.loads(image.info["sdrt"])["seed"] == seed
 
 
+def test_generate_makes_folders_and_takes_them_back(shared: Path, here: Path) -> None:
+    assert run("generate", shared, "apple", "--steps", 1, "--output", "a/b/x.png", "--contact-sheet", "c/s.png", "--preview", "d/e").exit_code == 0
+    assert (names_in(here), names_in(here / "a/b"), names_in(here / "c"), names_in(here / "d/e")[0][-8:]) == (["a", "c", "d"], ["x.png"], ["s.png"], "-001.png")
+    failed(run("generate", shared, "(apple:9999)", "--output", "f/g/x.png"), 2, "weight")
+    failed(run("generate", shared, "apple", "--output", "a/b/x.png/y.png"), 2, "--output a/b/x.png: ", "x.png is no folder")
+    assert names_in(here) == ["a", "c", "d"]
+
+
+def test_generate_counts_up_and_says_what_it_replaced(shared: Path, here: Path) -> None:
+    """Names that nobody chose replace nothing, whoever made what is there; a name that was chosen replaces a picture of ours and says so."""
+    for prompt in ("teddy", "panda", "panda"):
+        assert run("generate", shared, prompt, "--steps", 1, "--seed", 1).exit_code == 0
+    (here / "small-2.png").write_text("mine")
+    report = only_json(run("generate", shared, "fox", "--steps", 1, "--seed", 1, "--count", 2, "--json"))
+    assert [picture["path"] for picture in report["pictures"]] == ["small-1-4.png", "small-2-2.png"]
+    assert names_in(here) == ["small-1-2.png", "small-1-3.png", "small-1-4.png", "small-1.png", "small-2-2.png", "small-2.png"]
+    with Image.open("small-1.png") as first, Image.open("small-1-2.png") as second:
+        assert [json.loads(image.info["sdrt"])["prompt"] for image in (first, second)] == ["teddy", "panda"]
+    again = run("generate", shared, "fox", "--steps", 1, "--output", "small-1.png")
+    assert again.exit_code == 0 and "note: small-1.png: replaced the picture that was there" in again.stderr
+
+
+def test_counting_up_survives_a_race(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process takes the name between the look and the rename."""
+    (tmp_path / "x.png").write_bytes(b"theirs")
+    monkeypatch.setattr("os.path.lexists", lambda path: False)
+    monkeypatch.setattr(publish, "_renameat2", lambda old, new, flags: errno.EEXIST if os.access(new, os.F_OK) else old.rename(new) and 0)
+    assert save_new_picture(tmp_path / "x.png", b"ours") == tmp_path / "x-2.png"
+    assert (tmp_path / "x.png").read_bytes() == b"theirs" and names_in(tmp_path) == ["x-2.png", "x.png"]
+
+
+def test_generate_as_jpeg_and_webp(shared: Path, here: Path) -> None:
+    for name, format in (("x.jpg", "JPEG"), ("x.webp", "WEBP")):
+        assert run("generate", shared, "apple", "--steps", 1, "--seed", 3, "--output", name).exit_code == 0
+        with Image.open(name) as image:
+            assert image.format == format
+        again = run("generate", shared, "--from-png", name, "--output", f"{format}.png")
+        assert again.exit_code == 0, again.stderr
+    assert Path("JPEG.png").read_bytes() == Path("WEBP.png").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [["--output", "{bundle}/x.png"], ["--output", "{bundle}/engines/a/b/x.png"], ["--contact-sheet", "link/s.png"], ["--preview", "{bundle}/p"], ["--preview", "{bundle}"]],
+    ids=lambda options: " ".join(options),
+)  # fmt: skip
+def test_generate_writes_into_no_bundle(shared: Path, here: Path, options: list[str]) -> None:
+    (here / "link").symlink_to(shared)
+    before = sorted(shared.rglob("*"))
+    failed(
+        run("generate", shared, "apple", "--steps", 1, *(part.format(bundle=shared) for part in options)),
+        2,
+        options[0],
+        f"would write into the bundle {shared}",
+    )
+    assert sorted(shared.rglob("*")) == before
+
+
+def test_nothing_else_writes_into_a_bundle(shared: Path, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = sorted(shared.rglob("*"))
+    failed(run("build", "--checkpoint", CHECKPOINT, "--output", shared / "new" / "x.sdrt"), 2, "would write into the bundle")
+    failed(run("sign", shared, "--key", "none.pem", "--output", shared / "graphs" / "x.sig"), 2, "would write into the bundle")
+    failed(run("bench", "run", shared, "--output", shared / "x.json"), 2, "would write into the bundle")
+    failed(run("bench", "run", shared, "--history", shared / "runs"), 2, "would write into the bundle")
+    failed(run("bench", "run", shared, "--emit", f"csv={shared / 'x.csv'}"), 2, "would write into the bundle")
+    monkeypatch.chdir(shared)
+    failed(run("generate", ".", "apple", "--steps", 1), 2, "--output: would write into the bundle")
+    assert sorted(shared.rglob("*")) == before
+
+
+def test_a_picture_is_named_after_the_folder(shared: Path, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever leads to it."""
+    load = Pipeline.load
+    monkeypatch.setattr(Pipeline, "load", lambda path, **options: load(path.resolve(), **options))  # type: ignore[arg-type]
+    (here / "latest").symlink_to(shared)
+    for way in (shared / "graphs" / "..", "latest"):
+        assert run("generate", way, "apple", "--steps", 1, "--seed", 5).exit_code == 0
+    assert names_in(here) == ["latest", "small-5-2.png", "small-5.png"]
+
+
 def test_generate_draws_and_reports_a_seed(shared: Path, here: Path) -> None:
-    seeds = {only_json(run("generate", shared, "apple", "--steps", 1, "--json"))["pictures"][0]["seed"] for _ in range(2)}
-    assert len(seeds) == 2
+    seeds = {only_json(run("generate", shared, "apple", "--steps", 1, "--json", *asked))["pictures"][0]["seed"] for asked in ((), (), ("--seed", -1))}
+    assert len(seeds) == 3 and min(seeds) >= 0
     assert names_in(here) == sorted(f"small-{seed}.png" for seed in seeds)
 
 
@@ -341,7 +426,7 @@ def test_generate_checks_every_name_before_it_starts(shared: Path, here: Path) -
         (["--cfg", "nan"], ["cfg nan"]),
         (["--cfg", "inf"], ["cfg inf"]),
         (["--cfg", "1e9"], ["cfg 1000000000"]),
-        (["--seed", "-1"], ["seed -1", "18446744073709551615"]),
+        (["--seed", "-2"], ["seed -2", "18446744073709551615"]),
         (["--seed", "18446744073709551616"], ["seed 18446744073709551616"]),
         (["--seed", "18446744073709551615", "--count", "2"], ["seed 18446744073709551615"]),
         (["--batch", "0"], ["batch 0", "1 to 64"]),
@@ -353,8 +438,11 @@ def test_generate_checks_every_name_before_it_starts(shared: Path, here: Path) -
         (["--sampler", ""], ["sampler"]),
         (["--schedule", "karass"], ["karass", "karras"]),
         (["--sampler", "euler", "--schedule", "leading"], ["leading"]),
-        (["--output", "x.jpg"], ["x.jpg", ".png"]),
-        (["--output", "none/x.png"], ["none/x.png", "folder"]),
+        (["--count", "100000000"], ["count 100000000"]),  # before that many names are made
+        (["--network-tags", "drop"], ["network tags 'drop'", "refuse, ignore"]),
+        (["--output", "x.gif"], ["x.gif", ".png or .jpg or .jpeg or .webp"]),
+        (["--output", "x.png", "--contact-sheet", "../here/x.png"], ["--contact-sheet ../here/x.png", "another name than --output"]),
+        (["--output", "new/x-7.png", "--contact-sheet", "./new/x-7.png", "--seed", "7"], ["--contact-sheet new/x-7.png"]),
         (["--output", "x" * 300 + ".png"], ["File name too long"]),
     ],
     ids=lambda value: " ".join(value)[:40],
@@ -388,16 +476,34 @@ def test_long_prompt(shared: Path, here: Path) -> None:
 
 
 def test_failed_picture_leaves_nothing(shared: Path, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(self: Image.Image, target: BinaryIO, *_: object, **__: object) -> None:
-        target.write(b"half")
+    def full(path: Path, data: bytes) -> None:
+        path.write_bytes(data[:40])
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Image.Image, "save", full)
+    monkeypatch.setattr(picture_file, "write_file", full)
     failed(run("generate", shared, "apple", "--steps", 1, "--output", "x.png"), 6, "No space left on device", "x.png")
     assert not names_in(here)
 
 
 # Errors
+
+
+@pytest.mark.parametrize(
+    ("args", "fragment"),
+    [
+        (["generate", "--json"], "Missing argument 'BUNDLE'"),
+        (["generate", "x", "--json", "--widht", "8"], "No such option: --widht"),
+        (["build", "--json", "--checkpoint"], "requires an argument"),
+        (["bench", "run", "x", "--steps", "many", "--json"], "--steps"),
+        (["biuld", "--json"], "biuld"),
+    ],
+)
+def test_a_command_line_that_cannot_be_read_is_json_too(args: list[str], fragment: str) -> None:
+    result = run(*args)
+    error = json.loads(result.stdout)["error"]
+    assert result.exit_code == error["exit_code"] == 2 and fragment in error["message"] and "--help" in error["fix"]
+    assert run(*(arg for arg in args if arg != "--json")).stdout == ""
+    assert run("generate", "--bad", "--", "--json").stdout == ""  # a prompt
 
 
 def test_missing_checkpoint(here: Path) -> None:
@@ -415,7 +521,7 @@ def test_missing_checkpoint(here: Path) -> None:
         (["build", "--checkpoint", CHECKPOINT, "--precision", "int8"], 2, "precision 'int8'"),
         (["build", "--checkpoint", CHECKPOINT, "--size", "64"], 2, "--size 64"),
         (["build", "--checkpoint", CHECKPOINT, "--clip-skip", "0"], 2, "clip skip 0"),
-        (["build", "--checkpoint", CHECKPOINT, "--output", "none/x.sdrt"], 2, "none/x.sdrt"),
+        (["build", "--checkpoint", LORA, "--output", "none/x.sdrt"], 3, "found a LoRA"),  # and no folder is left
         (["build", "--checkpoint", LORA], 3, "found a LoRA"),
         (["build", "--checkpoint", CHECKPOINT, "--lora", CHECKPOINT], 3, "expected a LoRA"),
         (["generate", "none.sdrt", "apple"], 3, "no such bundle"),
@@ -473,8 +579,8 @@ def test_debug_shows_the_traceback(here: Path) -> None:
         (OSError(11, "Resource temporarily unavailable"), 6, ["Resource temporarily unavailable"]),
         (OSError(9, "Bad file descriptor"), 70, ["bug in sdrt"]),
         (KeyboardInterrupt(), 130, ["interrupted"]),
-        (ModuleNotFoundError("No module named 'onnx'", name="onnx"), 5, ["onnx is not installed", "pip install 'sdrt[build]'"]),
-        (ModuleNotFoundError("No module named 'onnxruntime.x'", name="onnxruntime.x"), 5, ["onnxruntime is not installed", "pip install 'sdrt["]),
+        (ModuleNotFoundError("No module named 'onnx'", name="onnx"), 5, ["onnx is not installed", "pip install 'torch>=2.10' 'onnx>=1.21'"]),
+        (ModuleNotFoundError("No module named 'onnxruntime.x'", name="onnxruntime.x"), 5, ["onnxruntime is not installed", "pip install 'onnxruntime>="]),
         (ModuleNotFoundError("No module named 'other'", name="other"), 70, ["other", "bug in sdrt"]),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",
@@ -549,6 +655,22 @@ def test_reader_that_went_away(here: Path, args: list[str]) -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a POSIX shell")
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize(("stdout", "stderr", "code"), [("/dev/full", None, 6), (None, "/dev/full", 0), ("/dev/full", "/dev/full", 6)])
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_a_full_disk_under_what_is_printed(here: Path, small_bundle: Path, stdout: str | None, stderr: str | None, code: int, options: list[str]) -> None:
+    """The picture is there; what cannot be told on stdout fails the command, what cannot be told on stderr does not."""
+    command = [sys.executable, "-m", "sdrt.cli", "generate", str(small_bundle), "apple", "--steps", "1", "--output", "x.png", *options]
+    with open(stdout or here / "out", "w") as out, open(stderr or here / "err", "w") as err:
+        assert subprocess.run(command, cwd=here, stdout=out, stderr=err, timeout=120).returncode == code
+    assert (here / "x.png").exists()
+    if stderr is None:
+        said = (here / "err").read_text()
+        assert "Traceback" not in said and "No space left" in said
+    else:
+        assert stdout or (here / "out").read_text()
+
+
 def test_no_stdout_at_all(here: Path) -> None:
     done = subprocess.run(["sh", "-c", '"$0" inspect "$1" >&-', str(SCRIPT), str(CHECKPOINT)], capture_output=True, text=True, cwd=here, check=False)
     assert done.returncode == 0
@@ -559,19 +681,20 @@ def test_no_stdout_at_all(here: Path) -> None:
 def test_build_without_its_packages(here: Path, missing: str) -> None:
     done = process("build", "--checkpoint", CHECKPOINT, cwd=here, code=f"import sys; sys.modules[{missing!r}] = None")
     assert done.returncode == 5, done.stderr
-    assert done.stderr.splitlines()[-2:] == [f"error: {missing} is not installed", "  fix: Install it with: pip install 'sdrt[build]'"]
+    assert done.stderr.splitlines()[-2] == f"error: {missing} is not installed"
+    assert done.stderr.splitlines()[-1].startswith("  fix: Install it with: pip install 'torch>=2.10' 'onnx>=1.21'")
     assert not names_in(here)
 
 
 def test_generate_without_an_engine(here: Path, small_bundle: Path) -> None:
     done = process("generate", small_bundle, "apple", cwd=here, code="import sys; sys.modules['onnxruntime'] = None")
     assert done.returncode == 5
-    assert "pip install 'sdrt[cpu]'" in done.stderr
+    assert "pip install 'onnxruntime>=1.25'" in done.stderr
     assert not names_in(here)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
-@pytest.mark.parametrize(("number", "stage"), [(signal.SIGINT, "check step"), (signal.SIGTERM, "fuse"), (signal.SIGHUP, "trace step")], ids=str)
+@pytest.mark.parametrize(("number", "stage"), [(signal.SIGINT, "check step"), (signal.SIGTERM, "fuse"), (signal.SIGHUP, "bind step")], ids=str)
 def test_i2_stopped_build_leaves_nothing(small_checkpoint: Path, here: Path, small_bundle: Path, number: int, stage: str) -> None:
     command = [str(SCRIPT), "build", "--checkpoint", str(small_checkpoint), "--output", "x.sdrt"]
     with subprocess.Popen(command, cwd=here, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8") as build:

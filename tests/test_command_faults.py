@@ -18,7 +18,8 @@ from faulty_jobs import names, state
 from test_faults import ENVIRONMENT, HERE, run_python, small_disk
 from typer.testing import CliRunner
 
-from sdrt.bundle import WEIGHTS, open_bundle
+from sdrt.bundle.folder import open_bundle
+from sdrt.bundle.manifest import WEIGHTS
 from sdrt.cli import app
 from sdrt.compile.watch import WAITING
 from sdrt.errors import InputFileError, LockedError, ResourceError
@@ -179,7 +180,7 @@ def test_d1_a_disk_that_fails_under_an_input(tmp_path: Path, small_checkpoint: P
 
 
 def compile_arguments(bundle: Path) -> list[object]:
-    return ["compile", bundle, "--target", "openvino", "--branches", "2", "--precision", "fp32", "--json"]
+    return ["compile", bundle, "--target", "openvino", "--tokens", "77", "--branches", "2", "--precision", "fp32", "--json"]
 
 
 @pytest.fixture
@@ -205,11 +206,11 @@ def test_i7_an_engine_that_another_process_compiles(copied: Path, monkeypatch: p
     from sdrt.compile.openvino import compile_bundle
     from sdrt.compile.report import CompileOptions
 
-    options = CompileOptions("openvino", branches=(2,), precision="fp32")
+    options = CompileOptions("openvino", tokens=(77, 77), branches=(2,), precision="fp32")
     (report,) = compile_bundle(open_bundle(copied), options)
     monkeypatch.setenv("SDRT_LOCK_TIMEOUT", "0.2")
     stages = []
-    with locked(report.path), pytest.raises(LockedError, match=f"process {os.getpid()} is writing it") as caught:
+    with locked(report.path.parent), pytest.raises(LockedError, match=f"process {os.getpid()} is writing it") as caught:
         compile_bundle(open_bundle(copied), options, lambda stage, done: stages.append(stage))
     assert caught.value.exit_code == 7 and WAITING in stages
     (report,) = compile_bundle(open_bundle(copied), options)
@@ -220,7 +221,7 @@ def test_i1_what_a_killed_compilation_left_is_swept_by_one_that_finds_its_engine
     from sdrt.compile.openvino import compile_bundle
     from sdrt.compile.report import CompileOptions
 
-    options = CompileOptions("openvino", branches=(2,), precision="fp32")
+    options = CompileOptions("openvino", tokens=(77, 77), branches=(2,), precision="fp32")
     (report,) = compile_bundle(open_bundle(copied), options)
     (stage := report.path.with_name(f".{report.path.name}-4194999-0123abcd")).mkdir()
     (report,) = compile_bundle(open_bundle(copied), options)

@@ -14,7 +14,8 @@ import torch
 from numpy.typing import NDArray
 from reference import relative
 
-from sdrt.bundle import Source, open_bundle
+from sdrt.bundle.folder import open_bundle
+from sdrt.bundle.manifest import Source
 from sdrt.errors import UsageError
 from sdrt.runtime.conditioning import CACHED_CHUNKS, Conditioning, TextConditioner
 from sdrt.runtime.engine import Float, load_engine
@@ -30,9 +31,8 @@ class CountingEngine:
     def __init__(self) -> None:
         self.calls: list[int] = []
 
-    def encode_text(self, tokens: NDArray[np.int64], emphasis: Float, clip_skip: int) -> Float:
+    def encode_text(self, tokens: NDArray[np.int64], clip_skip: int) -> Float:
         assert tokens.dtype == np.int64 and tokens.shape[1:] == (77,)
-        assert emphasis.dtype == np.float32 and (emphasis == 1).all() and emphasis.shape == tokens.shape
         self.calls.append(len(tokens))
         return vectors(tokens, clip_skip)
 
@@ -45,7 +45,7 @@ def vectors(tokens: NDArray[np.int64], clip_skip: int = 1) -> Float:
 @pytest.fixture(scope="module")
 def tokenizer(flat_bundle: Path) -> Tokenizer:
     bundle = open_bundle(flat_bundle)
-    return Tokenizer(bundle.file("tokenizer/tokenizer.json"), replace(bundle.manifest.text, clip_skip=(1, 2)))
+    return Tokenizer(bundle.file("tokenizer/tokenizer.json"), replace(bundle.manifest.text[0], clip_skip=(1, 2)))
 
 
 @pytest.fixture
@@ -214,7 +214,7 @@ def test_the_mean_is_shared_under_editing(conditioner: TextConditioner, tokenize
 
 def test_a_mean_of_zero_cannot_be_restored(tokenizer: Tokenizer) -> None:
     class Balanced(CountingEngine):
-        def encode_text(self, tokens: NDArray[np.int64], emphasis: Float, clip_skip: int) -> Float:
+        def encode_text(self, tokens: NDArray[np.int64], clip_skip: int) -> Float:
             z = np.zeros((len(tokens), 77, 2), np.float32)
             z[:, 1] = 1, 2
             z[:, 0] = -3, -3
@@ -251,8 +251,8 @@ def test_the_cache_forgets_what_was_used_longest_ago(conditioner: TextConditione
     assert rows("first") == 0  # moved to the front
     assert rows("one more") == 1
     assert rows("first") == 0 and rows("second") == 1
-    many = " BREAK ".join(f"b{i}" for i in range(CACHED_CHUNKS + 10))
-    assert rows(many) == CACHED_CHUNKS + 10  # more than fits is still encoded whole
+    parts = [" BREAK ".join(f"b{part}x{i}" for i in range(30)) for part in range(5)]  # of five parts, and the negative prompt
+    assert rows(" AND ".join(parts)) == 151 > CACHED_CHUNKS  # more than fits is still encoded whole
 
 
 def test_pipelines_do_not_share(tokenizer: Tokenizer, engine: Any) -> None:
@@ -263,7 +263,7 @@ def test_pipelines_do_not_share(tokenizer: Tokenizer, engine: Any) -> None:
 
 def test_a_failed_call_leaves_nothing(conditioner: TextConditioner, engine: Any) -> None:
     class Failing(CountingEngine):
-        def encode_text(self, tokens: NDArray[np.int64], emphasis: Float, clip_skip: int) -> Float:
+        def encode_text(self, tokens: NDArray[np.int64], clip_skip: int) -> Float:
             raise MemoryError
 
     with pytest.raises(MemoryError):
@@ -299,13 +299,15 @@ def test_threads(tokenizer: Tokenizer) -> None:
         ({"emphasis": "no-norm"}, "^emphasis 'no-norm': unknown; did you mean 'no norm'", "original, no norm, none, ignore"),
         ({"compat": "difusers"}, "^compat 'difusers': unknown; did you mean 'diffusers'", "a1111, diffusers"),
         ({"prompt": "(a:1001)"}, "^prompt: 'a' has weight 1e\\+03: expected at most 1000", "smaller"),
-        ({"prompt": "(" * 100_000 + "a"}, "^prompt: 'a' has weight 1e\\+30", "brackets"),
+        ({"prompt": "(" * 10_000 + "a"}, "^prompt: 'a' has weight 1e\\+30", "brackets"),
         ({"negative": "(a:-9999)"}, "^negative prompt: 'a' has weight -1e\\+04", "smaller"),
         ({"prompt": "cat AND dog:5000"}, "^prompt: ' dog' has weight 5e\\+03", "smaller"),
-        ({"prompt": "a <lora:x:0.6>"}, "^prompt: <lora:x:0.6>: adapters are baked in when a bundle is built; this one holds lora art.safetensors at 0.8:0.5, hypernetwork h.pt at 1\n", "Take it out"),
-        ({"negative": "<hypernet:\x1b[2J>"}, "^negative prompt: <hypernet:.x1b.2J>: adapters", "Take it out"),
-        ({"prompt": "<lyco:" + "y" * 500 + ">", "syntax": "plain"}, "^prompt: <lyco:y{34}…: adapters", "Take it out"),
-        ({"prompt": "<wild:x>"}, "^prompt: <wild:x>: ", "plain prompt syntax"),
+        ({"prompt": "a <lora:x:0.6>"}, "^prompt: <lora:x:0.6>: adapters are baked in when a bundle is built; this one holds <lora:art:0.5:0.8> <hypernet:h:1>\n", "--network-tags ignore"),
+        ({"negative": "<hypernet:\x1b[2J>"}, "^negative prompt: <hypernet:.x1b.2J>: adapters", "--network-tags ignore"),
+        ({"prompt": "<lyco:" + "y" * 500 + ">", "syntax": "plain"}, "^prompt: <lyco:y{34}…: adapters", "--network-tags ignore"),
+        ({"prompt": "<wild:x>"}, "^prompt: <wild:x>: ", "--network-tags ignore"),
+        ({"prompt": "<lora:art:0.8:0.5>"}, "^prompt: <lora:art:0.8:0.5>: ", "--network-tags ignore"),
+        ({"network_tags": "drop"}, "^network tags 'drop': unknown", "refuse, ignore"),
     ],
 )  # fmt: skip
 def test_bad_input(tokenizer: Tokenizer, engine: Any, options: dict[str, Any], message: str, fix: str) -> None:
@@ -331,18 +333,39 @@ def test_tags_that_are_text(conditioner: TextConditioner, tokenizer: Tokenizer, 
         encode(conditioner, engine, "<wild:x> <lora:y>", steps=1, cfg=2, syntax="plain")
 
 
+@pytest.mark.parametrize(
+    ("prompt", "options"),
+    [
+        ("cat <lora:art:0.5:0.8><hypernet:h:1> dog", {}),  # what is built in, at the strength it is built in with
+        ("cat <lora:third:0.333333> dog", {}),  # six digits, as tags are written
+        ("cat <lora:other:1><wild:x> dog", {"network_tags": "ignore"}),
+        ("cat <lora:art:0.3> dog", {"network_tags": "ignore"}),
+        ("cat <lora:art:0.5:0.8> dog", {"syntax": "plain"}),
+    ],
+)
+def test_tags_that_change_nothing(tokenizer: Tokenizer, engine: Any, prompt: str, options: dict[str, Any]) -> None:
+    sources = (Source("lora", "art.safetensors", "", 0.8, 0.5), Source("lora", "third.pt", "", 1 / 3, 1 / 3), Source("hypernetwork", "h.pt", "", 1.0))
+    found = encode(TextConditioner(tokenizer, sources), engine, prompt, steps=1, cfg=1, **options).sets[0]
+    np.testing.assert_array_equal(found, [plain(tokenizer, "cat  dog")])
+
+
+def test_ignored_tags_of_a_negative_prompt(conditioner: TextConditioner, tokenizer: Tokenizer, engine: Any) -> None:
+    """AUTOMATIC1111 takes them for text there."""
+    found = encode(conditioner, engine, "", "<lora:x:1>", steps=1, cfg=2, network_tags="ignore").sets[0]
+    np.testing.assert_array_equal(found[0], plain(tokenizer, "<lora:x:1>"))
+
+
 @pytest.mark.parametrize("prompt", ["\x00", "red\x00apple", "((((", "))]]", "[a:b", "[[[|", "\\", "(:1.3)", ":::", "BREAK", "AND", "\n", "|"])
 def test_odd_prompts_are_encoded(conditioner: TextConditioner, engine: Any, prompt: str) -> None:
     found = encode(conditioner, engine, prompt, prompt, steps=3, cfg=7)
     assert all(np.isfinite(z).all() and z.shape[1] % 77 == 0 for z in found.sets)
 
 
-def test_a_prompt_of_100000_characters(conditioner: TextConditioner, engine: Any) -> None:
-    prompt = "".join(f"red ({i}:1.1), " for i in range(7000))
-    assert len(prompt) > 100_000
+def test_a_prompt_of_many_chunks(conditioner: TextConditioner, engine: Any) -> None:
+    prompt = "".join(f"red ({i}:1.1), " for i in range(400))
     found = encode(conditioner, engine, prompt, steps=20, cfg=1)
     chunks = found.sets[0].shape[1] // 77
-    assert found.sets[0].shape == (1, 77 * chunks, WIDTH) and chunks > 400
+    assert found.sets[0].shape == (1, 77 * chunks, WIDTH) and 20 < chunks <= 32
     assert sum(engine.calls) == chunks and max(engine.calls) == 16  # every chunk differs, and no call takes them all
 
 
@@ -397,18 +420,10 @@ def test_against_torch(tokenizer: Tokenizer, real: Any, text_model: Any, clip: A
     assert relative(found, torch.cat(expected, dim=1).numpy()) < 1e-4
 
 
-def test_emphasis_equals_the_graphs(tokenizer: Tokenizer, real: Any) -> None:
-    """The graph weighs tokens and restores the mean too, for those who run it by itself; its mean is a float32 sum, and this model's is near 0."""
-    found = encode(TextConditioner(tokenizer), real, "red (apple:1.3)", steps=1, cfg=1).sets[0]
-    weights = np.ones((1, 77), np.float32)
-    weights[0, 2] = 1.3
-    assert relative(real.encode_text(row(tokenizer, "red apple"), weights, 1), found) < 1e-3
-
-
 def test_embeddings_against_torch(flat_bundle: Path, real: Any, text_model: Any, clip: Any) -> None:
     """Rows of the token table, here ones that are there for other words, stand for a trigger, several vectors and all with its emphasis."""
     bundle = open_bundle(flat_bundle)
-    text = replace(bundle.manifest.text, embeddings={"my-style": (320, 2368, 5000), "easy neg": (7000,)})
+    text = replace(bundle.manifest.text[0], embeddings={"my-style": (320, 2368, 5000), "easy neg": (7000,)})
     conditioner = TextConditioner(Tokenizer(bundle.file("tokenizer/tokenizer.json"), text))
     found = encode(conditioner, real, "a (My-Style:1.4) cat", "easy neg, easy", steps=1, cfg=7).sets[0]
     a, cat, comma, easy = (clip(word, add_special_tokens=False).input_ids for word in ("a", "cat", ",", "easy"))
@@ -421,3 +436,34 @@ def test_embeddings_against_torch(flat_bundle: Path, real: Any, text_model: Any,
     weighted = z[0] * weights[:, None]
     assert relative(found[1], (weighted * (z[0].mean() / weighted.mean())).numpy()) < 1e-4
     assert relative(found[0], z[1].numpy()) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("prompt", "said"),
+    [
+        (" BREAK ".join(["cat"] * 33), "more than 32 chunks of 75 tokens"),
+        ("cat " * 2401, "more than 32 chunks of 75 tokens"),
+        ("cat AND " * 15 + "dog", "16 parts between ANDs: expected at most 15"),
+        ("a" * 20_001, "20,001 characters: expected at most 20,000"),
+        ("cat " * 600 + "[" + "|".join(f"dog{i}" for i in range(500)) + "]", "chunks of text over all branches and steps: expected at most 4,096"),
+        ("BREAK " * 31 + " AND ".join(["[a|b|c|d|e|f|g|h|i]"] * 15), "chunks of text over all branches and steps: expected at most 4,096"),
+    ],
+    ids=["breaks", "words", "parts", "characters", "edits", "parts and edits"],
+)
+def test_t10_a_prompt_has_limits(conditioner: TextConditioner, prompt: str, said: str) -> None:
+    """Nothing that a stranger writes takes more memory than a picture; what is just below a limit is read."""
+    with pytest.raises(UsageError, match=said):
+        conditioner.read(prompt, "", steps=1000, cfg=7)
+
+
+def test_prompts_at_the_limits(conditioner: TextConditioner) -> None:
+    for prompt in (
+        " BREAK ".join(["cat"] * 32),
+        "cat " * 2400,
+        "cat AND " * 14 + "dog",
+        "a" + " " * 19_999,
+        "[" + "|".join(f"dog{i}" for i in range(1000)) + "]",
+    ):
+        conditioner.read(prompt, "", steps=1000, cfg=7)
+    with pytest.raises(UsageError, match=r"^negative prompt: more than 32 chunks"):
+        conditioner.read("cat", "cat " * 2401, steps=20, cfg=7)

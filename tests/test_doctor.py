@@ -110,7 +110,7 @@ def test_a_probe_that_fails(monkeypatch: pytest.MonkeyPatch, probe: str, name: s
     monkeypatch.setattr(doctor, probe, fail)
     backends = by_name(examine().backends)
     assert backends[name].state == MISMATCHED and type(error).__name__ in backends[name].detail
-    assert backends[name].fix.startswith("pip install --force-reinstall 'sdrt[")
+    assert backends[name].fix.startswith("pip install --force-reinstall '")
     if "libcublas" in str(error):
         assert backends[name].detail.endswith("; missing libcublasLt.so.13")
     assert {other: backend.state for other, backend in backends.items() if other != name}.keys() == set(BACKENDS) - {name}
@@ -212,16 +212,16 @@ def test_onnxruntime_twice(packages: dict[str, str], probe: Callable[[], Backend
     backend = probe()
     assert backend.state == MISMATCHED
     assert backend.detail == "onnxruntime and onnxruntime-gpu are installed together and overwrite each other"
-    extra = "cpu" if backend.name == "onnxruntime" else "cuda"
-    assert backend.fix == f"pip uninstall -y onnxruntime onnxruntime-gpu && pip install 'sdrt[{extra}]'"
+    wanted = "onnxruntime>=1.25" if backend.name == "onnxruntime" else "onnxruntime-gpu>=1.25"
+    assert backend.fix == f"pip uninstall -y onnxruntime onnxruntime-gpu && pip install '{wanted}'"
     assert backend.versions == {"onnxruntime": "1.32.0", "onnxruntime-gpu": "1.31.1"}
 
 
 def test_onnxruntime_is_missing(packages: dict[str, str]) -> None:
-    assert doctor.probe_onnxruntime_cuda(ADA).fix == "pip uninstall -y onnxruntime && pip install 'sdrt[cuda]'"
+    assert doctor.probe_onnxruntime_cuda(ADA).fix == "pip uninstall -y onnxruntime && pip install 'onnxruntime-gpu>=1.25'"
     del packages["onnxruntime"]
-    assert (doctor.probe_onnxruntime().state, doctor.probe_onnxruntime().fix) == (MISSING, "pip install 'sdrt[cpu]'")
-    assert doctor.probe_onnxruntime_cuda(ADA).fix == "pip install 'sdrt[cuda]'"
+    assert (doctor.probe_onnxruntime().state, doctor.probe_onnxruntime().fix) == (MISSING, "pip install 'onnxruntime>=1.25'")
+    assert doctor.probe_onnxruntime_cuda(ADA).fix == "pip install 'onnxruntime-gpu>=1.25'"
 
 
 def test_onnxruntime_cuda_names_missing_libraries(packages: dict[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -260,7 +260,7 @@ def test_tensorrt_rtx_works(packages: dict[str, str]) -> None:
 def test_tensorrt_rtx_has_no_kernels_for_a_hopper(packages: dict[str, str]) -> None:
     backend = doctor.probe_tensorrt("tensorrt-rtx", HOPPER)
     assert backend.state == MISMATCHED and "no kernels for NVIDIA H100 80GB HBM3 (sm_90)" in backend.detail
-    assert backend.fix == "pip install 'sdrt[tensorrt]'"
+    assert backend.fix == "pip install 'tensorrt>=11' 'cuda-core>=1.2' 'cuda-bindings>=13'"
     assert doctor.probe_tensorrt("tensorrt-rtx", Gpus(HOPPER.found + ADA.found, "13.0", "")).state == WORKS
 
 
@@ -274,19 +274,19 @@ def test_versions_that_are_too_old(packages: dict[str, str], package: str, versi
     packages[package] = version
     backend = doctor.probe_tensorrt("tensorrt-rtx", ADA)
     assert (backend.state, backend.detail) == (MISMATCHED, f"{package} {version}, at least {wanted} is needed")
-    assert backend.fix == "pip install --upgrade 'sdrt[tensorrt-rtx]'"
+    assert backend.fix == "pip install --upgrade 'tensorrt-rtx-cu12>=1.7' 'cuda-core>=1.2' 'cuda-bindings>=13'"
 
 
 @pytest.mark.parametrize("package", ["tensorrt-rtx-cu12", "cuda-core", "cuda-bindings"])
 def test_packages_that_are_missing(packages: dict[str, str], package: str) -> None:
     del packages[package]
     backend = doctor.probe_tensorrt("tensorrt-rtx", ADA)
-    assert (backend.state, backend.fix) == (MISSING, "pip install 'sdrt[tensorrt-rtx]'")
+    assert (backend.state, backend.fix) == (MISSING, "pip install 'tensorrt-rtx-cu12>=1.7' 'cuda-core>=1.2' 'cuda-bindings>=13'")
 
 
 def test_tensorrt_is_missing(packages: dict[str, str]) -> None:
     backend = doctor.probe_tensorrt("tensorrt", HOPPER)
-    assert (backend.state, backend.fix) == (MISSING, "pip install 'sdrt[tensorrt]'")
+    assert (backend.state, backend.fix) == (MISSING, "pip install 'tensorrt>=11' 'cuda-core>=1.2' 'cuda-bindings>=13'")
     assert doctor.compiler_version("tensorrt") is None and doctor.compiler_version("tensorrt-rtx") == "1.7.1.116"
 
 
@@ -316,7 +316,7 @@ def test_openvino() -> None:
 
 
 @pytest.mark.parametrize(
-    ("version", "state", "fix"), [(None, MISSING, "pip install 'sdrt[openvino]'"), ("2025.4.1", MISMATCHED, "pip install --upgrade 'sdrt[openvino]'")]
+    ("version", "state", "fix"), [(None, MISSING, "pip install 'openvino>=2026.4'"), ("2025.4.1", MISMATCHED, "pip install --upgrade 'openvino>=2026.4'")]
 )
 def test_openvino_missing_or_old(monkeypatch: pytest.MonkeyPatch, version: str | None, state: str, fix: str) -> None:
     monkeypatch.setattr(doctor, "compiler_version", lambda target: version)

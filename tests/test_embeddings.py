@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,10 +13,12 @@ import pytest
 import reference
 import torch
 from conftest import CHECKPOINT, LORA
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from reference import Graphs, relative
 from safetensors.torch import save_file
 
-from sdrt.bundle import open_bundle
+from sdrt.bundle.folder import open_bundle
 from sdrt.errors import AdapterError, InputFileError, SdrtError, UsageError
 from sdrt.export import graph as graph_module
 from sdrt.export.architecture import ClipSpec
@@ -48,11 +52,22 @@ LAYOUTS: dict[str, tuple[str, Callable[[torch.Tensor], Any]]] = {
     "emb_params": ("x.safetensors", lambda v: {"emb_params": v}),
     "a token in safetensors": ("x.safetensors", lambda v: {"<my.style>": v}),
     "float64": ("x.safetensors", lambda v: {"emb_params": v.double()}),
+    "clip_l alone": ("x.safetensors", lambda v: {"clip_l": v}),
+    "text in a PNG": ("x.png", lambda v: png_text(automatic1111(v))),
 }
 
 
+def png_text(document: dict[str, Any]) -> str:
+    """AUTOMATIC1111's EmbeddingEncoder and embedding_to_b64."""
+    return base64.b64encode(json.dumps(document, default=lambda tensor: {"TORCHTENSOR": tensor.tolist()}).encode()).decode()
+
+
 def write(path: Path, content: Any) -> Path:
-    if path.suffix == ".safetensors":
+    if path.suffix == ".png":
+        info = PngInfo()
+        info.add_text("sd-ti-embedding", content)
+        Image.new("RGB", (8, 8)).save(path, pnginfo=info)
+    elif path.suffix == ".safetensors":
         save_file(content, path)
     else:
         torch.save(content, path)
@@ -177,8 +192,42 @@ def test_another_file_given_as_an_embedding(path: Path, found: str, fix: str) ->
     assert fix in refused(path, f"expected a textual-inversion embedding, found {found}").fix
 
 
-def test_e6_picture_given_as_an_embedding() -> None:
-    refused(CHECKPOINT.parent / "flat.png", kind=InputFileError)
+def test_e6_picture_given_as_an_embedding(tmp_path: Path) -> None:
+    plain = tmp_path / "plain.png"
+    Image.new("RGB", (8, 8)).save(plain)
+    assert "in its pixels" in refused(plain, "a picture (PNG) that holds no embedding as text", kind=InputFileError).fix
+    for name, kind in (("x.jpg", "JPEG"), ("x.webp", "WebP")):
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+        refused(tmp_path / name, f"a picture ({kind})", kind=InputFileError)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "?", "e30=", "W10=", "bnVsbA==", png_text({"string_to_param": {"*": {"TORCHTENSOR": [[1.0, 2.0], [1.0]]}}}), png_text({"a": {"TORCHTENSOR": "x"}}),
+             png_text({"a": {"TORCHTENSOR": [[None]]}}), base64.b64encode(b"[" * 100_000).decode(), png_text({"a": {"TORCHTENSOR": [[10**400]]}})]
+)  # fmt: skip
+def test_damaged_text_in_a_picture(tmp_path: Path, text: str) -> None:
+    with pytest.raises(SdrtError, match=r"sd-ti-embedding|values are NaN|expected a textual|expected vectors") as caught:
+        open_embedding(EmbeddingOption(write(tmp_path / "x.png", text), "x"), EMOJI)
+    assert caught.value.exit_code == 3
+
+
+def test_a_picture_cut_short(tmp_path: Path) -> None:
+    whole = write(tmp_path / "whole.png", png_text(automatic1111(vectors(0, 2)))).read_bytes()
+    for length in (8, 9, 20, 40, 60, len(whole) // 2):
+        (tmp_path / "cut.png").write_bytes(whole[:length])
+        with pytest.raises(InputFileError):
+            open_embedding(EmbeddingOption(tmp_path / "cut.png", "x"), EMOJI)
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 64), ()])
+def test_vectors_of_another_rank(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    path = write(tmp_path / "x.safetensors", {"emb_params": torch.ones(shape)})
+    refused(path, f"expected vectors of shape [count, width], found {list(shape)}")
+    assert inspect_file(path)["kind"] == "a textual-inversion embedding"
+
+
+def test_output_vectors_are_refused_by_name(tmp_path: Path) -> None:
+    refused(write(tmp_path / "x.safetensors", {"clip_l": vectors(0, 2), "clip_l_out": vectors(1, 2)}), "clip_l_out: vectors for a text encoder's output")
 
 
 def test_missing_file(tmp_path: Path) -> None:
@@ -214,7 +263,7 @@ def learned_bundle(flat_bundle: Path, files: tuple[Path, Path], tmp_path_factory
 
 def test_manifest_names_triggers_and_rows(learned_bundle: Path, files: tuple[Path, Path]) -> None:
     manifest = open_bundle(learned_bundle).manifest
-    assert manifest.text.embeddings == {"toy": (49408, 49409, 49410), "my style": (49411,)}
+    assert manifest.text[0].embeddings == {"toy": (49408, 49409, 49410), "my style": (49411,)}
     assert manifest.architecture["clip"]["vocabulary"] == 49412
     found = [(s.kind, s.name, s.trigger, s.scale, s.applied) for s in manifest.sources[1:]]
     assert found == [("embedding", "toy.pt", "toy", None, {"text_encoder": 3}), ("embedding", "style.safetensors", "my style", None, {"text_encoder": 1})]
@@ -231,7 +280,7 @@ def test_text_encoder_is_transformers_with_the_rows_added(flat_bundle: Path, lea
     with torch.inference_mode():
         expected = model(torch.from_numpy(tokens)).last_hidden_state.numpy()
         without = model(torch.from_numpy(np.where(tokens >= 49408, 320, tokens))).last_hidden_state.numpy()
-    found = Graphs(learned_bundle).run("text_encoder", precision, tokens=tokens, emphasis=np.ones(tokens.shape, np.float32))["context_skip_1"]
+    found = Graphs(learned_bundle).run("text_encoder", precision, tokens=tokens)["context_skip_1"]
     for i in range(2):
         assert relative(found[i], expected[i]) < limit < relative(without[i], expected[i])
 

@@ -16,8 +16,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sdrt import engine_cache, engine_record, publish
-from sdrt.bundle import ENGINES, GRAPHS, WEIGHTS, Bundle, open_bundle
+from sdrt.bundle.folder import Bundle, open_bundle
+from sdrt.bundle.graphs import GRAPHS, STEP, Dimensions, signatures
+from sdrt.bundle.manifest import ENGINES, WEIGHTS
 from sdrt.engine_cache import (
+    check_all,
     engine_folders,
     folder_name,
     key_digest,
@@ -31,7 +34,8 @@ from sdrt.engine_cache import (
     write_engine,
 )
 from sdrt.engine_record import EngineKey, EngineRecord, Plan, Profile
-from sdrt.errors import BundleError, MachineError, ResourceError, UsageError
+from sdrt.errors import BundleError, CheckFailed, MachineError, ResourceError, UsageError
+from sdrt.runtime.verify import verify
 
 PLANS = {graph: f"native code of {graph}".encode() * 50 for graph in GRAPHS}
 
@@ -43,9 +47,16 @@ def bundle(flat_bundle: Path, tmp_path: Path) -> Bundle:
     return open_bundle(tmp_path / "flat.sdrt")
 
 
+def step_profile(branches: int) -> Profile:
+    """Of one or two pictures of 64x64 to 128x128 pixels."""
+    tables = dict.fromkeys(signatures(Dimensions(4, 0, 8, 64, 77, (1,)))[STEP].tables, ((129,), (129,), (257,)))
+    tables |= {"w": ((129, branches), (129, branches), (257, branches)), "init": ((1, 4, 8, 8), (1, 4, 8, 8), (2, 4, 16, 16))}
+    return Profile(tables | {"context": ((1, branches, 77, 64), (1, branches, 77, 64), (2, branches, 77, 64))})
+
+
 def record_for(bundle: Bundle, **changes: Any) -> EngineRecord:
     """A record whose key fits the bundle, `changes` of the key aside."""
-    manifest, square = bundle.manifest, ((1, 4, 8, 8), (1, 4, 8, 8), (2, 4, 16, 16))
+    manifest, latents = bundle.manifest, Profile({"latents": ((1, 4, 8, 8), (1, 4, 8, 8), (2, 4, 16, 16))})
     key = EngineKey(
         target="tensorrt-rtx",
         compiler="1.7.1.116",
@@ -54,7 +65,8 @@ def record_for(bundle: Bundle, **changes: Any) -> EngineRecord:
         precision="fp16",
         graphs={graph: manifest.files[manifest.graphs[graph]["fp16"].path].sha256 for graph in GRAPHS},
         weights=manifest.files[WEIGHTS].sha256,
-        profiles={graph: (Profile({"latents": square}),) * (2 if graph == "step" else 1) for graph in GRAPHS},
+        profiles=dict.fromkeys(GRAPHS, (latents,))
+        | {"step": (step_profile(1), step_profile(2)), "text_encoder": (Profile({"tokens": ((1, 77), (2, 77), (2, 77))}),)},
         flags=("no_tf32",),
     )
     plans = {graph: Plan(f"{graph}.plan", len(data), hashlib.sha256(data).hexdigest(), None) for graph, data in PLANS.items()}
@@ -225,6 +237,11 @@ def test_a_plan_that_is_a_pipe(bundle: Bundle, engine: Path) -> None:
         read_plan(engine, read_engine(engine), "step")
 
 
+def every_shape(document: dict[str, Any], name: str, shape: list[int]) -> None:
+    """Smallest, best and largest shape of an input in the first of the step's profiles."""
+    document["key"]["profiles"]["step"][0]["shapes"][name] = [shape] * 3
+
+
 @pytest.mark.parametrize(
     ("change", "fragment"),
     [
@@ -239,7 +256,7 @@ def test_a_plan_that_is_a_pipe(bundle: Bundle, engine: Path) -> None:
         (lambda d: d.update(format="1"), "format"),
         (lambda d: d.update(plans={}), "different graphs"),
         (lambda d: d["plans"].pop("step"), "different graphs"),
-        (lambda d: d["plans"].update(other=d["plans"]["step"]), "unknown graph 'other'"),
+        (lambda d: d["plans"].update(other=d["plans"]["step"]), "different graphs"),
         (lambda d: d["plans"]["step"].update(sha256="0" * 63), "expected a sha256"),
         (lambda d: d["plans"]["step"].update(size_bytes=1.5), "expected a count"),
         (lambda d: d["plans"]["step"].update(device_memory_bytes="4"), "expected a count"),
@@ -254,6 +271,33 @@ def test_a_plan_that_is_a_pipe(bundle: Bundle, engine: Path) -> None:
         (lambda d: d["key"]["profiles"]["step"][0]["shapes"].update(latents=[[2], [1], [3]]), "expected smallest <= best <= largest"),
         (lambda d: d["key"]["profiles"]["step"][0]["shapes"].update(latents=[[1, 2], [1], [3]]), "engine.json"),
         (lambda d: d["key"]["profiles"]["step"][0]["shapes"].update(latents=[[0], [1], [3]]), "expected smallest <= best <= largest"),
+        (lambda d: d["key"]["profiles"]["step"].pop(), "profiles of step: expected 2, found 1"),
+        (lambda d: d["key"]["profiles"]["vae_decoder"].clear(), "profiles of vae_decoder: expected 1, found 0"),
+        (lambda d: d["key"]["profiles"]["step"][0]["shapes"].pop("w"), "no shape for w of step"),
+        (lambda d: d["key"]["profiles"]["text_encoder"][0]["shapes"].pop("tokens"), "no shape for tokens of text_encoder"),
+        (lambda d: every_shape(d, "w", []), "w: 0 sides"),
+        (lambda d: every_shape(d, "q", []), "q: 0 sides"),
+        (lambda d: every_shape(d, "w", [1, 2]), "w: expected 257 rows"),
+        (lambda d: every_shape(d, "w", [10**9, 2]), "expected smallest <= best <= largest, each 1 to 16,777,216"),
+        (lambda d: every_shape(d, "w", [10**30, 2]), "a number of 31 digits"),
+        (lambda d: every_shape(d, "w", [257, 3]), "3 guidance branches, expected 1"),
+        (lambda d: every_shape(d, "init", [2, 4, 16]), "init: 3 sides, expected 4"),
+        (lambda d: every_shape(d, "init", [2, 4, 16, 8]), "init: 2 of 8x16, expected 2 of 128x128 pixels"),
+        (lambda d: every_shape(d, "init", [3, 4, 16, 16]), "init: 3 of 16x16, expected 2"),
+        (lambda d: every_shape(d, "context", [77]), "context: 1 sides, expected 4"),
+        (lambda d: every_shape(d, "context", [2, 1, 154, 64]), "expected 2 of 1 branches of 77 tokens"),
+        (lambda d: d.update(size=[128, 132]), "expected a multiple of 8"),
+        (lambda d: d.update(size=[128, 0]), "expected 64 to 8192"),
+        (lambda d: d.update(batch=0), "batch: 0: expected 1 to 64"),
+        (lambda d: d.update(tokens=10**9), "tokens: 1000000000: expected 1 to"),
+        (lambda d: d.update(rows=5000), "rows: 5000: expected 2 to 4096"),
+        (lambda d: d.update(branches=[]), "branches"),
+        (lambda d: d.update(branches=[1, 1]), "branches: [1, 1]: expected different numbers"),
+        (lambda d: d.update(branches=[1, 9]), "branches: 9: expected 1 to 8"),
+        (lambda d: d["key"].update(precision="zz"), "precision: 'zz': expected one of fp32, fp16, bf16"),
+        (lambda d: d["key"].update(precision=[]), "precision: []"),
+        (lambda d: d["plans"]["step"].update(size_bytes=10**30), "a number of 31 digits"),
+        (lambda d: d.update(state_bytes=float("nan")), "the number NaN"),
         (lambda d: d["key"].update(device=3), "expected a word"),
         (lambda d: d["key"].update(compiler=""), "expected a word"),
     ],
@@ -293,6 +337,33 @@ def test_a_record_of_a_newer_format(engine: Path) -> None:
     with pytest.raises(MachineError, match="engine format 2; this sdrt reads format 1") as raised:
         read_engine(engine)
     assert "Upgrade sdrt" in raised.value.fix
+
+
+def test_a_plan_said_to_be_huge_is_not_read(bundle: Bundle) -> None:
+    record = record_for(bundle)
+    record = replace(record, plans=record.plans | {"step": replace(record.plans["step"], size_bytes=10**17)})
+    folder = write_engine(bundle, record, PLANS)
+    with pytest.raises(BundleError, match="expected 100,000,000,000,000,000 bytes"):
+        read_plan(folder, read_engine(folder), "step")
+
+
+@pytest.mark.parametrize("name", ["extra.plan", ".hidden", "folder", "link"])
+@pytest.mark.parametrize("place", ["engine", "engines", "graphs", "."])
+def test_b2_nothing_else_may_lie_in_a_bundle_that_is_verified_or_signed(bundle: Bundle, engine: Path, tmp_path: Path, place: str, name: str) -> None:
+    """Hidden files may lie in a bundle that is used, as file managers leave them; a signature covers all there is, or is not given."""
+    assert [folder for folder, _ in check_all(bundle)] == [engine]
+    where = {"engine": engine, "engines": engine.parent}.get(place, bundle.path / place) / name
+    if name == "folder":
+        where.mkdir()
+    elif name == "link":
+        where.symlink_to(tmp_path)
+    else:
+        where.write_bytes(b"x")
+    with pytest.raises(BundleError, match=name.replace(".", r"\.")) as caught:
+        check_all(bundle)
+    assert caught.value.exit_code == 4
+    with pytest.raises(CheckFailed, match=name.replace(".", r"\.")):
+        verify(bundle.path)
 
 
 def test_engines_that_are_links(bundle: Bundle, engine: Path, tmp_path: Path) -> None:
@@ -373,10 +444,11 @@ def test_another_graph(bundle: Bundle, graph: str) -> None:
 
 def test_state_bytes(bundle: Bundle) -> None:
     """The sum over the step's buffers, each rounded up to 256 bytes, written out."""
-    width = bundle.manifest.text.width
-    latent, rows = 4 * 3 * 4 * 8 * 12, 128
-    buffers = [4 * latent, 4 * latent, rows * 4 * (1 + 4 + 2 + 4 + 1 + 24 + 3), rows * latent, 4 * 6 * 77 * width, latent // 4, latent, latent, latent]
-    buffers.append(3 * 3 * 64 * 96)
+    width = bundle.manifest.context_width
+    latent, rows = 4 * 3 * 4 * 8 * 12, 1 + 3 * 128
+    tables = [8 * rows, *(4 * rows * columns for columns in (1, 8, 2, 2, 8, 1, 8 * 11, 3)), rows * latent // 3]
+    buffers = [8 * 3, *tables, 8 * latent, 4 * 3 * 2 * 77 * width, latent // 4, latent, latent]
+    buffers += [8 * latent, 8 * 3, latent, 3 * 3 * 64 * 96]
     assert state_bytes(bundle.manifest, size=(96, 64), batch=3, tokens=77, rows=128, branches=2) == sum((b + 255) // 256 * 256 for b in buffers)
 
 

@@ -16,7 +16,9 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageOps
 
 from sdrt.errors import InputFileError, SdrtError, UsageError
-from sdrt.runtime.images import MAX_PIXELS, RESIZES, blank_canvas, canvas, gaussian_blur, laid_over
+from sdrt.runtime import images
+from sdrt.runtime.images import RESIZES, blank_canvas, canvas, gaussian_blur, laid_over
+from sdrt.runtime.picture_input import MAX_PIXELS
 
 
 def photo(width: int, height: int, mode: str = "RGB") -> Image.Image:
@@ -54,6 +56,22 @@ def test_stretch_is_what_diffusers_does() -> None:
 def test_every_mode_gives_the_size(source: tuple[int, int], size: tuple[int, int], resize: str) -> None:
     pixels = made(photo(*source), size=size, resize=resize).pixels
     assert pixels.shape == (size[1], size[0], 3) and pixels.dtype == np.uint8
+
+
+@pytest.mark.parametrize("source", [(200, 100), (100, 200), (641, 480), (64, 96), (30, 21), (1000, 3), (3, 1001)])
+def test_crop_of_a_picture_too_thin_to_be_scaled_whole(source: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only what stays is scaled, and comes out the same but for rounding."""
+    expected = made(photo(*source), resize="crop").pixels.astype(int)
+    monkeypatch.setattr(images, "MAX_PIXELS", 0)
+    assert np.abs(RESIZES["crop"](photo(*source), (64, 96)) - expected).max() <= 1
+
+
+@pytest.mark.parametrize("size", [(1, 1_000_001), (1_000_001, 1)])
+def test_crop_of_a_line(size: tuple[int, int]) -> None:
+    """Whole, it would be scaled to billions of pixels."""
+    line = photo(*size)
+    middle = line.crop(tuple(max(0, side // 2 - 20) for side in size) + tuple(min(side, side // 2 + 21) for side in size))
+    assert np.abs(made(line, resize="crop").pixels.astype(int) - made(middle, resize="crop").pixels).max() <= 1
 
 
 def test_crop_keeps_the_middle() -> None:

@@ -10,7 +10,8 @@ import torch
 from conftest import CHECKPOINT, LORA
 from safetensors import safe_open
 
-from sdrt.export.architecture import CLIP, UNET, UNetSpec
+from sdrt.export.architecture import UNetSpec
+from sdrt.export.families.sd1 import CLIP, UNET
 from sdrt.export.keys import adapter_names, diffusers_module
 from sdrt.export.unet import UNet
 

@@ -5,19 +5,24 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from random import Random
 
 import pytest
+import reference
 import torch
-from adapter_files import EMBEDDING, KERNEL, LINEAR, NORM, POINTWISE, QUERY, SQUARE, TEXT, model, opened
-from safetensors.torch import save_file
+from adapter_files import EMBEDDING, KERNEL, LINEAR, NORM, POINTWISE, QUERY, SQUARE, TEXT, architecture, model, opened
+from conftest import CHECKPOINT
+from safetensors.torch import load_file, save_file
 
 from sdrt.errors import AdapterError, InputFileError
 from sdrt.export.adapters import LoraOption, open_lora
-from sdrt.export.architecture import UNET, describe
+from sdrt.export.embeddings import bundled_embeddings
+from sdrt.export.families.recognise import describe
+from sdrt.export.families.sd1 import UNET
 from sdrt.export.inspect import inspect_file
+from sdrt.export.keys import adapter_names
 from sdrt.export.lora_formats import family, kinds, ranks, split
 
 Tensors = dict[str, torch.Tensor]
@@ -80,7 +85,19 @@ def peft_alone(module: tuple[str, str, str], part: str) -> str:
 
 
 def comfy(module: tuple[str, str, str], part: str) -> str:
-    return "diffusion_model." + module[0].removeprefix(UNET) + f".lora_{part}.weight" if module[0].startswith(UNET) else kohya(module, part)
+    return (
+        "diffusion_model." + module[0].removeprefix(UNET) + f".lora_{part}.weight"
+        if module[0].startswith(UNET)
+        else f"text_encoders.clip_l.transformer.{module[2]}.lora_{part}.weight"
+    )
+
+
+def peft_state(module: tuple[str, str, str], part: str) -> str:
+    return peft(module, part).replace(".weight", ".default_0.weight")
+
+
+def peft_below_component(module: tuple[str, str, str], part: str) -> str:
+    return f"{component(module)}base_model.model.{module[2]}.lora_{'A' if part == 'down' else 'B'}.weight"
 
 
 def diffusers(module: tuple[str, str, str], part: str) -> str:
@@ -99,7 +116,7 @@ def diffusers_old(module: tuple[str, str, str], part: str) -> str:
     return diffusers(module, part)
 
 
-SPELLINGS = [kohya, kohya_ldm, onetrainer, lycoris, peft, peft_alone, comfy, diffusers, lora_layer, diffusers_old]
+SPELLINGS = [kohya, kohya_ldm, onetrainer, lycoris, peft, peft_alone, peft_state, peft_below_component, comfy, diffusers, lora_layer, diffusers_old]
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS, ids=lambda spelling: spelling.__name__)
@@ -158,8 +175,8 @@ REFUSED = {
     "BOFT of peft": {"base_model.model.{}.boft_R": (1, 4, 24, 24), "base_model.model.{}.boft_s": (96, 1)},
     "AdaLoRA": {"base_model.model.{}.lora_A": (4, 64), "base_model.model.{}.lora_B": (96, 4), "base_model.model.{}.lora_E": (4, 1)},
     "VeRA": {"base_model.model.{}.vera_lambda_b": (96,), "base_model.model.{}.vera_lambda_d": (4,)},
-    "first format of all": {"unet:12:up": (96, 4), "unet:12:down": (4, 64), "text_encoder:0:up": (64, 4), "<s1>": (64,)},
-    "first format of all, a list": {"0": (96, 4), "1": (4, 64), "2": (96, 4), "3": (4, 96)},
+    "ComfyUI's set_weight": {"{}.set_weight": (96, 64)},
+    "motion LoRA of AnimateDiff": {"down_blocks.0.motion_modules.0.temporal_transformer.to_q_lora.down.weight": (4, 64)},
 }
 
 
@@ -169,7 +186,7 @@ def test_l6_kinds_that_are_refused_by_name(file: Path, kind: str, shapes: dict[s
     name = LINEAR[2] if any("base_model" in key for key in shapes) else LINEAR[1]
     tensors = {key.format(name): torch.ones(shape) for key, shape in shapes.items()}
     up, down = seeded((256, 4), (4, 64))
-    for more in ({}, {} if "list" in kind else {kohya(TEXT, "up"): up, kohya(TEXT, "down"): down}):
+    for more in ({}, {kohya(TEXT, "up"): up, kohya(TEXT, "down"): down}):
         for allowed in (False, True):
             error = refused(file, tensors | more, kind.removesuffix(" of peft").strip(), "not supported", allow_unmatched=allowed)
             assert "LoHa" in error.fix
@@ -177,11 +194,122 @@ def test_l6_kinds_that_are_refused_by_name(file: Path, kind: str, shapes: dict[s
     assert report["kind"] == "a LoRA" and report["buildable"] is False and "not supported" in report["why"]
 
 
-def test_first_format_as_torch_saved_it(tmp_path: Path) -> None:
-    torch.save(seeded((96, 4), (4, 64), (96, 4), (4, 96)), tmp_path / "old.pt")
-    with pytest.raises(AdapterError, match="the first format of all") as caught:
-        opened(tmp_path / "old.pt")
-    assert caught.value.exit_code == 3
+# The first format, which numbers the modules
+
+
+def numbered() -> dict[str, list[str]]:
+    """The modules of the emoji model in the order of the first format, by diffusers' names: diffusers' own order of blocks, and within a
+    transformer block that of diffusers 0.10, whose constructor made attn1, ff and attn2 one after the other.
+    """
+    weights = {name: tensor for name, tensor in load_file(CHECKPOINT).items() if "position_ids" not in name}
+    sizes = {name: asdict(part) for name, part in (("unet", architecture().unet), ("clip", architecture().clip))}
+    unet = [
+        f"{name}.{part}.{layer}"
+        for name, block in reference.unet(weights, sizes["unet"]).named_modules()
+        if type(block).__name__ == "BasicTransformerBlock"
+        for part, layers in (("attn1", block.attn1), ("ff.net.0", block.ff.net[0]), ("attn2", block.attn2))
+        for layer, module in layers.named_modules()
+        if isinstance(module, torch.nn.Linear)
+    ]
+    text = reference.text_model(weights, sizes["clip"])
+    attentions = [name for name, module in text.named_modules() if isinstance(module, torch.nn.Linear) and ".self_attn." in name]
+    return {"unet": unet, "text_encoder": [name if name.startswith("text_model.") else f"text_model.{name}" for name in attentions]}
+
+
+@pytest.fixture(scope="module")
+def first_format() -> tuple[Tensors, Tensors, Tensors]:
+    """The same random LoRA in the first format, in diffusers' spelling, and as the lists that torch saved, the UNet's before the text encoder's."""
+    shapes, spec = model()
+    known = adapter_names([name.removesuffix(".weight") for name in shapes if name.endswith(".weight")], spec)
+    old: Tensors = {}
+    new: Tensors = {}
+    for component, modules in numbered().items():
+        for i, module in enumerate(modules):
+            shape = shapes[known[f"{component}.{module}"] + ".weight"]
+            up, down = seeded((shape[0], 4), (4, shape[1]), seed=len(old))
+            old |= {f"{component}:{i}:up": up, f"{component}:{i}:down": down}
+            new |= {f"{component}.{module}.lora_B.weight": up, f"{component}.{module}.lora_A.weight": down}
+    return old, new, {"<s1>": torch.randn(1, 64), "<s2>": torch.randn(2, 64)}
+
+
+def test_first_format_is_the_same_lora_in_names(first_format: tuple[Tensors, Tensors, Tensors], file: Path, tmp_path: Path) -> None:
+    old, new, vectors = first_format
+    save_file(new, tmp_path / "new.safetensors")
+    save_file(old | vectors, file, {"unet": '["CrossAttention", "Attention", "GEGLU"]', "<s1>": "<embed>", "<s2>": "<embed>", "unet:0:rank": "4"})
+    torch.save([tensor for key, tensor in old.items() if key.startswith("unet")], tmp_path / "unet.pt")
+    torch.save([tensor for key, tensor in old.items() if key.startswith("text")], tmp_path / "text.pt")
+    expected = opened(tmp_path / "new.safetensors")
+    found = [opened(path) for path in (file, tmp_path / "unet.pt", tmp_path / "text.pt")]
+    assert found[0].bundled == {"<s1>": "<s1>", "<s2>": "<s2>"} and found[0].unmatched == ()
+    assert found[0].deltas.keys() == expected.deltas.keys() == {*found[1].deltas, *found[2].deltas}
+    for weight in expected.deltas:
+        zeros = torch.zeros(model()[0][weight])
+        change = expected.change(weight, zeros)
+        assert torch.equal(found[0].change(weight, zeros), change)
+        assert torch.equal(found[1 if weight.startswith(UNET) else 2].change(weight, zeros), change)
+    for adapter in (expected, *found):
+        adapter.file.close()
+    report = inspect_file(file)
+    assert report["modules"] == {"text_encoder": 8, "unet": len(old) // 2 - 8} and report["embeddings"] == {"<s1>": [1, 64], "<s2>": [2, 64]}
+    assert inspect_file(tmp_path / "text.pt")["modules"] == {"text_encoder": 8}
+
+
+def test_first_format_of_other_modules_is_refused(first_format: tuple[Tensors, Tensors, Tensors], file: Path) -> None:
+    """More modules, fewer, or another order: never a number taken for another module."""
+    old = first_format[0]
+    more = {f"unet:500:{part}": old[f"unet:0:{part}"].clone() for part in ("up", "down")}
+    header = {"unet": '["ResnetBlock2D", "Attention"]'}
+    for tensors in (old | more, {key: tensor for key, tensor in old.items() if not key.startswith("unet:0:")}):
+        save_file(tensors, file, header)
+        for allowed in (False, True):
+            with pytest.raises(AdapterError, match=r"the first format of all.*ResnetBlock2D.*all attention layers of this model"):
+                opened(file, allow_unmatched=allowed)
+    order = [0, 1, 2, 3, 5, 6, 7, 8, 4]  # attn1, attn2, ff, as later versions of diffusers have it
+    moved = {f"unet:{i // 9 * 9 + order[i % 9]}:{part}": i for i in range(len(old) // 2 - 8) for part in ("up", "down")}
+    shuffled = {key: old[f"unet:{i}:{key.rpartition(':')[2]}"] for key, i in moved.items()}
+    refused(file, shuffled, "do not make a change of a weight")
+
+
+# Embeddings that a LoRA brings along
+
+
+def test_bundled_embeddings_are_taken_and_counted(file: Path) -> None:
+    up, down = seeded((96, 4), (4, 64))
+    pair = {kohya(LINEAR, "up"): up, kohya(LINEAR, "down"): down}
+    save_file(pair | {"bundle_emb.<a>.clip_l": torch.ones(2, 64), "bundle_emb.my.style.string_to_param.*": torch.zeros(3, 64)}, file)
+    adapter = opened(file)
+    adapter.file.close()
+    assert adapter.unmatched == () and len(adapter.deltas) == 1
+    assert adapter.bundled == {"<a>": "bundle_emb.<a>.clip_l", "my.style": "bundle_emb.my.style.string_to_param.*"}
+    clip = architecture().clip
+    found = bundled_embeddings([adapter, adapter], clip)  # the same file twice
+    assert [(embedding.option.trigger, embedding.vectors) for embedding in found] == [("<a>", 2), ("my.style", 3)]
+    assert inspect_file(file)["embeddings"] == {"<a>": [2, 64], "my.style": [3, 64]}
+    with pytest.raises(AdapterError, match=r"bundle_emb\.<a>\.clip_l: expected vectors 768 wide"):
+        bundled_embeddings([adapter], replace(clip, width=768))
+    refused(file, pair | {"bundle_emb.<a>.clip_g": torch.ones(2, 1280)}, "an embedding's vectors for another text encoder")
+    refused(file, pair | {"bundle_emb.a\n.clip_l": torch.ones(2, 64)}, "no word that a prompt can say")
+
+
+@pytest.mark.parametrize("key", [f"base_model.model.{TEXT[2]}.base_layer.bias", f"base_model.model.{KERNEL[2]}.weight", f"base_model.model.{NORM[2]}.bias"])
+def test_whole_values_of_peft_are_named(file: Path, key: str) -> None:
+    up, down = seeded((96, 4), (4, 64))
+    error = refused(file, {peft_alone(LINEAR, "up"): up, peft_alone(LINEAR, "down"): down, key: torch.ones(8)}, key, "a whole ", "peft's")
+    assert "merge_and_unload" in error.fix and "--allow-unmatched" in error.fix
+
+
+OTHER_FILES = {
+    "an IP-Adapter": {"ip_adapter.1.to_k_ip.weight": (64, 64), "image_proj.proj.weight": (64, 64)},
+    "a ControlNet": {"control_model.input_hint_block.0.weight": (16, 3, 3, 3), "control_model.time_embed.0.weight": (64, 64)},
+    "a Control-LoRA": {"lora_controlnet": (), "input_blocks.0.0.up": (64, 4), "input_blocks.0.0.down": (4, 4)},
+    "a T2I-Adapter": {"body.0.block1.weight": (64, 64, 3, 3), "conv_in.weight": (64, 192, 3, 3)},
+    "a motion module of AnimateDiff": {"down_blocks.0.motion_modules.0.temporal_transformer.proj_in.weight": (64, 64)},
+}
+
+
+@pytest.mark.parametrize(("kind", "shapes"), OTHER_FILES.items())
+def test_files_of_other_kinds_are_named(file: Path, kind: str, shapes: dict[str, tuple[int, ...]]) -> None:
+    refused(file, {name: torch.ones(shape) for name, shape in shapes.items()}, f"expected a LoRA, found {kind}")
 
 
 # Families

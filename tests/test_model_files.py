@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import os
 import shutil
 import subprocess
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,9 @@ from test_checkpoint_names import PLAIN
 from tiny_model import expected_shapes, seeded
 
 from sdrt.errors import CheckpointError, InputFileError, SdrtError, UnsafeError
-from sdrt.export.architecture import VAE
 from sdrt.export.checkpoint import open_checkpoint, select
+from sdrt.export.diffusers_config import read_settings
+from sdrt.export.families.sd1 import CLIP, VAE
 from sdrt.export.inspect import inspect_file
 from sdrt.export.model_files import open_model, open_vae
 from sdrt.export.weights import write_weights
@@ -260,6 +262,19 @@ def test_settings_that_are_left_out_are_stable_diffusions(folder: Path) -> None:
         ("unet/config.json", "time_cond_proj_dim", 256),
         ("unet/config.json", "act_fn", "gelu"),
         ("unet/config.json", "flip_sin_to_cos", False),
+        ("unet/config.json", "_class_name", "UNet3DConditionModel"),
+        ("unet/config.json", "downsample_padding", 0),
+        ("unet/config.json", "resnet_skip_time_act", True),
+        ("unet/config.json", "time_embedding_act_fn", "gelu"),
+        ("unet/config.json", "timestep_post_act", "silu"),
+        ("unet/config.json", "cross_attention_norm", "layer_norm"),
+        ("unet/config.json", "encoder_hid_dim_type", "text_proj"),
+        ("unet/config.json", "only_cross_attention", [False, True]),
+        ("unet/config.json", "something_new", 1),
+        ("scheduler/scheduler_config.json", "_class_name", "FlowMatchEulerDiscreteScheduler"),
+        ("scheduler/scheduler_config.json", "thresholding", True),
+        ("text_encoder/config.json", "num_hidden_layers", 0),
+        ("text_encoder/config.json", "use_attention_mask", True),
         ("vae/config.json", "scaling_factor", 0),
         ("vae/config.json", "scaling_factor", "0.18"),
         ("vae/config.json", "scaling_factor", 10**400),
@@ -274,12 +289,75 @@ def test_settings_that_sdrt_does_not_compute(folder: Path, file: str, key: str, 
     refused(folder, f"{file}: {key}: expected ", "not supported yet", kind=CheckpointError)
 
 
+@pytest.mark.parametrize(
+    ("file", "key", "value"),
+    [
+        ("text_encoder/config.json", "max_position_embeddings", 50),
+        ("text_encoder/config.json", "num_hidden_layers", 9),
+        ("text_encoder/config.json", "vocab_size", 51),
+        ("unet/config.json", "layers_per_block", 2),
+        ("unet/config.json", "block_out_channels", [32, 32]),
+        ("unet/config.json", "down_block_types", ["DownBlock2D", "DownBlock2D"]),
+        ("unet/config.json", "use_linear_projection", not PLAIN.unet.linear_projections),
+        ("vae/config.json", "layers_per_block", 3),
+        ("vae/config.json", "latent_channels", 16),
+    ],
+)
+def test_sizes_that_contradict_the_tensors(folder: Path, file: str, key: str, value: object) -> None:
+    changed(folder / file, **{key: value})
+    refused(folder, f"{file}: {key}: ", "but the tensors say", kind=CheckpointError)
+
+
+def test_fewer_layers_of_the_text_encoder_than_the_file_has(tmp_path: Path, saved: Path) -> None:
+    """How folders bake clip skip in. transformers then loads as many layers as the settings say."""
+    from transformers import CLIPTextModel
+
+    folder, arch = Path(shutil.copytree(saved, tmp_path / "skip")), replace(PLAIN, clip=replace(PLAIN.clip, layers=3))
+    reference.text_model(seeded(arch), asdict(arch.clip)).save_pretrained(folder / "text_encoder")
+    changed(folder / "text_encoder" / "config.json", num_hidden_layers=2)
+    checkpoint = open_checkpoint(folder)
+    with closing(checkpoint):
+        assert checkpoint.architecture.clip.layers == 2 and "2 layers of the text encoder" in checkpoint.notes[0]
+        chosen, unknown = select(checkpoint, expected_shapes(checkpoint.architecture))
+        theirs = CLIPTextModel.from_pretrained(folder / "text_encoder").state_dict()
+        ours = {name.partition("text_model.")[2]: tensor for name, tensor in chosen.items() if name.startswith(CLIP)}
+        assert not unknown and ours.keys() == {name.removeprefix("text_model.") for name in theirs if "position_ids" not in name}
+        assert all(torch.equal(ours[name.removeprefix("text_model.")].read(), value) for name, value in theirs.items())
+
+
+def test_schedulers() -> None:
+    """Every scheduler that diffusers takes for Stable Diffusion is read, and noted where the folder was made for another than its own."""
+    import diffusers
+    from diffusers.schedulers import KarrasDiffusionSchedulers
+
+    def notes(name: str, **more: Any) -> tuple[str, ...]:
+        parameters = inspect.signature(getattr(diffusers, name).__init__).parameters.values()
+        written = {p.name: p.default for p in parameters if p.default is not p.empty} | reference.TRAINING | {"_class_name": name}
+        return read_settings(Path("folder"), {}, written | more).notes
+
+    names = {kind.name for kind in KarrasDiffusionSchedulers} - {"EDMEulerScheduler"}  # which has another preconditioning
+    for name in (*names, "LCMScheduler", "TCDScheduler"):
+        assert (notes(name) == ()) == (name in ("DDIMScheduler", "PNDMScheduler")) and all(name in note for note in notes(name)), name
+    assert notes("DDIMScheduler", timestep_spacing="trailing") == (
+        "scheduler/scheduler_config.json: says timestep_spacing trailing; a bundle keeps no sampler: choose with --sampler and --schedule of sdrt generate",
+    )
+    with pytest.raises(CheckpointError, match="_class_name: expected DDIMScheduler or"):
+        notes("EDMEulerScheduler")
+
+
+def test_folders_that_are_no_pipeline(folder: Path, small_bundle: Path) -> None:
+    assert "sdrt generate" in refused(small_bundle, "expected a checkpoint, found a bundle", kind=CheckpointError).fix
+    assert "the folder above" in refused(folder / "unet", "found one network of it", kind=CheckpointError).fix
+
+
 def test_pipelines_of_other_families(folder: Path) -> None:
     changed(folder / "model_index.json", _class_name="StableDiffusionXLPipeline", text_encoder_2=["transformers", "CLIPTextModelWithProjection"])
     refused(folder, "a StableDiffusionXLPipeline with a text_encoder_2: not supported yet", kind=CheckpointError)
     changed(folder / "model_index.json", _class_name="FluxPipeline", text_encoder_2=..., unet=..., transformer=["diffusers", "FluxTransformer2DModel"])
     refused(folder, "a FluxPipeline with a transformer: not supported yet", kind=CheckpointError)
     changed(folder / "model_index.json", transformer=[None, None])
+    refused(folder, "a FluxPipeline: not supported yet", kind=CheckpointError)
+    changed(folder / "model_index.json", _class_name="StableDiffusionPipeline")
     shutil.rmtree(folder / "unet")
     refused(folder, "names no unet", kind=CheckpointError)
 

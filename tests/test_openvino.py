@@ -26,22 +26,27 @@ from test_openvino_model import HAS_BF16, needs_bf16
 from typer.testing import CliRunner
 
 from sdrt import cli_engines
-from sdrt.bundle import ENGINES, GRAPHS, STEP, TEXT_ENCODER, VAE_DECODER, Bundle, open_bundle
+from sdrt.bundle.folder import open_bundle
+from sdrt.bundle.graphs import GRAPHS, STEP, TEXT_ENCODER, VAE_DECODER
+from sdrt.bundle.manifest import ENGINES
 from sdrt.cli import app
 from sdrt.compile import openvino as compiling
 from sdrt.compile.openvino import compile_bundle
 from sdrt.compile.report import CompileOptions, CompileReport, GraphReport
 from sdrt.engine_cache import list_engines, read_engine, read_plan, write_engine
-from sdrt.errors import BundleError, MachineError, ResourceError, UsageError
+from sdrt.engine_shapes import EngineShapes
+from sdrt.errors import BundleError, MachineError, MissingEngineError, ResourceError, UsageError
 from sdrt.runtime import Pipeline, cpu, engine, openvino_model
 from sdrt.runtime import openvino as backend
-from sdrt.runtime.engine import Job, Tables
+from sdrt.runtime.engine import Job
+from sdrt.runtime.onnxruntime import OnnxRuntimeEngine
 from sdrt.runtime.openvino import OpenVinoEngine
 from sdrt.runtime.openvino_model import StepShape, choose_precision, compile_graph, explained, import_blob, import_openvino
 from sdrt.runtime.verify import verify
 
 ov = import_openvino("tests")
 PSNR_DB = {"bf16": 30.0, "fp32": 45.0}
+SHORT = (77, 77)
 APPLE: dict[str, Any] = {"steps": 6, "cfg": 3.0, "seed": 11}
 
 
@@ -62,7 +67,7 @@ def copied(source: Path, to: Path) -> Path:
 def reports(flat_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> list[CompileReport]:
     """Engines for 64x64 with one and two guidance branches, as this CPU computes fastest, from the bundle of `bundle`."""
     path = copied(flat_bundle, tmp_path_factory.mktemp("openvino") / "flat.sdrt")
-    return compile_bundle(open_bundle(path), CompileOptions("openvino"))
+    return compile_bundle(open_bundle(path), CompileOptions("openvino", tokens=SHORT))
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +79,7 @@ def bundle(reports: list[CompileReport]) -> Path:
 def small(small_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The small bundle with the same two engines, for tests that compile again, copy or change engines."""
     path = copied(small_bundle, tmp_path_factory.mktemp("openvino") / "small.sdrt")
-    compile_bundle(open_bundle(path), CompileOptions("openvino"))
+    compile_bundle(open_bundle(path), CompileOptions("openvino", tokens=SHORT))
     return path
 
 
@@ -83,7 +88,7 @@ def exact(small_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A float32 engine of the small bundle for two pictures of 96x64, with tables of four rows."""
     path = copied(small_bundle, tmp_path_factory.mktemp("exact") / "exact.sdrt")
     size = (96, 64)
-    compile_bundle(open_bundle(path), CompileOptions("openvino", size=(size, size), batch=(2, 2), branches=(2,), rows=4, precision="fp32"))
+    compile_bundle(open_bundle(path), CompileOptions("openvino", size=(size, size), batch=(2, 2), tokens=SHORT, branches=(2,), rows=4, precision="fp32"))
     return path
 
 
@@ -95,7 +100,7 @@ def pipe(bundle: Path) -> Iterator[Pipeline]:
 
 @pytest.fixture(scope="module")
 def exact_pipe(exact: Path) -> Iterator[Pipeline]:
-    with Pipeline.load(exact) as loaded:
+    with Pipeline.load(exact, backend="openvino") as loaded:
         yield loaded
 
 
@@ -140,41 +145,43 @@ def job(rows: int, *, tokens: int = 77, branches: int = 2, width: int = 12) -> J
     def drawn(*shape: int) -> Any:
         return rng.standard_normal(shape, np.float32)
 
-    mixed = 0.3 * drawn(rows, 4, 6)
-    a, u, q, w = 0.5 * drawn(rows, 4), 0.3 * drawn(rows, 4), 0.3 * drawn(rows), drawn(rows, branches)
-    made = Tables(np.linspace(999, 1, rows, dtype=np.float32), a, w, u, q, mixed, np.zeros((rows, 3), np.float32))
+    tables = {
+        "timestep": np.linspace(999, 1, rows, dtype=np.float32), "a": 0.3 * drawn(rows, 8), "w": drawn(rows, branches), "v": drawn(rows, branches),
+        "u": 0.2 * drawn(rows, 8), "q": 0.3 * drawn(rows), "M": 0.2 * drawn(rows, 8, 11), "inpaint": np.zeros((rows, 3), np.float32),
+        "noise": drawn(rows, 4, 8, width),
+    }  # fmt: skip
     sets = tuple(drawn(branches, tokens, 64) for _ in range(2))
-    changing = tuple(row // 3 % 2 for row in range(rows))
-    shape = (4, 8, width)
-    noise = np.zeros((rows, 1, *shape), np.float32)
-    return Job(made, noise, sets, changing, np.zeros((1, *shape), np.float32), drawn(1, *shape), np.zeros((1, 1, *shape[1:]), np.float32))
+    inputs = {"init": np.zeros((4, 8, width), np.float32), "init_noise": drawn(4, 8, width), "mask": np.zeros((1, 8, width), np.float32)}
+    return Job(tables, inputs, sets, tuple(row // 3 % 2 for row in range(rows)))
 
 
 def test_contexts_change_between_rows(exact_pipe: Pipeline, small_reference: Pipeline) -> None:
     latents = []
     for pipeline in (exact_pipe, small_reference):
         assert pipeline._engine is not None
-        denoising = pipeline._engine.denoise(job(7))
+        batch = pipeline._engine.open(job(7).shape, 1)
+        slot = batch.join(job(7))
         for _ in range(7):
-            denoising.step()
-        latents.append(denoising.latents())
-        denoising.close()
-        denoising.close()
+            batch.step()
+        latents.append(batch.latents([slot]))
+        batch.close()
+        batch.close()
     assert np.linalg.norm(latents[0] - latents[1]) <= 1e-4 * np.linalg.norm(latents[1])
 
 
-def test_what_a_job_reads_outlives_its_setup(exact_pipe: Pipeline) -> None:
-    """A picture that does not fill its engine is filled up: OpenVINO keeps the addresses of these copies, so somebody must keep the copies."""
+def test_what_a_batch_reads_outlives_its_setup(exact_pipe: Pipeline) -> None:
+    """OpenVINO keeps the addresses of what it reads, so somebody must keep the memory."""
     engine = exact_pipe._engine
     assert engine is not None
-    expected = engine.denoise(job(2))
-    denoising = engine.denoise(job(2))
+    batches = [engine.open(job(2).shape, 1) for _ in range(2)]
     garbage = [np.full(size // 4, np.nan, np.float32) for size in (768, 3072) for _ in range(2000)]  # the sizes of mask, init and unit noise
-    for one in (denoising, expected):
-        one.step()
-        one.step()
-    assert len(garbage) == 4000 and np.isfinite(denoising.latents()).all()
-    assert np.array_equal(denoising.latents(), expected.latents())
+    latents = []
+    for batch in batches:
+        slot = batch.join(job(2))
+        batch.step()
+        batch.step()
+        latents.append(batch.latents([slot]))
+    assert len(garbage) == 4000 and np.isfinite(latents).all() and np.array_equal(*latents)
 
 
 def test_images_are_encoded(exact_pipe: Pipeline, small_reference: Pipeline) -> None:
@@ -199,16 +206,16 @@ def test_t1_requests_are_used_again_and_never_by_two_at_once(exact: Path, monkey
     """Four calls that are all inside at once have four requests; of calls one after the other, each takes one of those. Pictures are the same."""
     rng = np.random.default_rng(1)
     latents = rng.standard_normal((4, 1, 4, 8, 12)).astype(np.float32)
-    with Pipeline.load(exact) as loaded:
+    with Pipeline.load(exact, backend="openvino") as loaded:
         engine = loaded._engine
         assert isinstance(engine, OpenVinoEngine)
         infer, used, inside = engine.infer, list[Any](), threading.Barrier(4)
 
-        def watched(request: Any, graph: str) -> None:
+        def watched(request: Any, graph: str, kept: Any) -> None:
             used.append(request)
             if not inside.broken:
                 inside.wait(60)
-            infer(request, graph)
+            infer(request, graph, kept)
 
         monkeypatch.setattr(engine, "infer", watched)
         with ThreadPoolExecutor(4) as pool:
@@ -317,7 +324,7 @@ def test_a_second_start_compiles_nothing(bundle: Path, monkeypatch: pytest.Monke
     with Pipeline.load(bundle, threads=1) as loaded:
         assert loaded("red apple", steps=1, seed=1).engine["threads"] == 1
         assert isinstance(loaded._engine, OpenVinoEngine) and loaded._engine.compiled == 0
-    result = run("compile", bundle, "--target", "openvino")
+    result = run("compile", bundle, "--target", "openvino", "--tokens", 77)
     assert result.exit_code == 0 and result.stderr.count("already there") == 2
     assert "without weights" in result.stdout
 
@@ -375,7 +382,7 @@ def test_auto_takes_the_fastest_that_runs(bundle: Path, flat_bundle: Path, monke
     assert engine._best(open_bundle(flat_bundle)) == "onnxruntime"
     monkeypatch.setattr(engine, "find_spec", lambda name: None)
     assert engine._best(open_bundle(bundle)) == "onnxruntime"
-    assert "pip install 'sdrt[openvino]'" in caplog.text
+    assert "pip install 'openvino>=2026.4'" in caplog.text
 
 
 def test_build_prepares_what_auto_would_take(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -489,29 +496,125 @@ def test_a_changed_byte(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     intact = next((f, r) for f, r in list_engines(open_bundle(small)) if r.branches == (1,))
     report = GraphReport(0.0, 0.0, 1, 1, (), None)
     monkeypatch.setattr(compiling, "_compile", lambda *args: compiling._Blob(read_plan(*intact, args[3]), report))
-    (mended,) = compile_bundle(open_bundle(copy), CompileOptions("openvino", branches=(1,)))
+    (mended,) = compile_bundle(open_bundle(copy), CompileOptions("openvino", branches=(1,), tokens=SHORT))
     assert not mended.cached and read_engine(mended.path) == mended.record
 
 
-@pytest.mark.parametrize(
-    ("arguments", "wanted"),
-    [
-        ({"size": (128, 64)}, "--size 128x64 --batch 1 --tokens 77 --branches 2"),
-        ({"batch": 2, "count": 2}, "--size 64x64 --batch 2 --tokens 77 --branches 2"),
-    ],
-    ids=["size", "batch"],
-)
-def test_a_shape_without_an_engine(pipe: Pipeline, bundle: Path, arguments: dict[str, Any], wanted: str) -> None:
-    with pytest.raises(UsageError, match=f"no OpenVINO engine for {wanted}; there is: --size 64x64") as raised:
-        pipe(**{"prompt": "apple", "steps": 1, "cfg": 3.0} | arguments)
-    assert f"sdrt compile {bundle} --target openvino {wanted};" in raised.value.fix and "--backend onnxruntime" in raised.value.fix
+LONG = "red apple BREAK green apple"
+MISSING = [
+    ("red apple", {"size": (64, 96)}, "--size 64x96 --batch 1 --tokens 77 --branches 2"),
+    (LONG, {}, "--size 64x64 --batch 1 --tokens 154 --branches 2"),
+    ("red apple AND grey apple", {"batch": 2, "count": 2}, "--size 64x64 --batch 2 --tokens 77 --branches 3"),
+]
 
 
-def test_a_prompt_without_an_engine(pipe: Pipeline) -> None:
-    assert pipe._engine is not None
-    for tokens, branches in ((154, 2), (77, 3)):
-        with pytest.raises(UsageError, match=f"no OpenVINO engine for --size 64x64 --batch 1 --tokens {tokens} --branches {branches};"):
-            pipe._engine.denoise(job(2, tokens=tokens, branches=branches, width=8))
+@pytest.mark.parametrize(("prompt", "settings", "wanted"), MISSING, ids=["size", "tokens", "branches"])
+def test_a_shape_without_an_engine(pipe: Pipeline, prompt: str, settings: dict[str, Any], wanted: str) -> None:
+    with pytest.raises(MissingEngineError, match=f"^no OpenVINO engine for {wanted}; there is: --size 64x64") as raised:
+        pipe(prompt, **APPLE | settings)
+    assert f" --target openvino {wanted};" in raised.value.fix and "--backend onnxruntime" in raised.value.fix
+    assert ".sdrt" not in raised.value.message and raised.value.path.endswith(".sdrt")  # the message may be shown to a client
+
+
+def test_a_shape_without_an_engine_as_data(small: Path) -> None:
+    result = run("generate", small, LONG, "--on-missing", "error", "--json")
+    assert result.exit_code == 2
+    told = json.loads(result.stdout)["error"]
+    taken = {"size": [[64, 64], [64, 64]], "batch": [1, 1], "tokens": [77, 77]}
+    assert told["wanted"] == {"size": [64, 64], "batch": 1, "tokens": 154, "branches": 2}
+    assert sorted(told["shapes"], key=lambda one: one["branches"]) == [{**taken, "branches": [1]}, {**taken, "branches": [2]}]
+    listed = json.loads(run("inspect", small, "--json").stdout)["engines"]
+    assert [engine["shapes"] for engine in listed] == told["shapes"]
+    with Pipeline.load(small) as loaded:
+        assert sorted(loaded.shapes, key=lambda one: one.branches) == [EngineShapes(((64, 64), (64, 64)), (1, 1), (77, 77), (n,)) for n in (1, 2)]
+
+
+def test_engines_are_made_for_short_and_long_prompts(small: Path, tmp_path: Path) -> None:
+    opened = open_bundle(small)
+    assert [(s.tokens, s.branches) for s in compiling._static_shapes(opened, CompileOptions("openvino"))] == [(77, 1), (77, 2), (154, 1), (154, 2)]
+    assert [s.tokens for s in compiling._static_shapes(opened, CompileOptions("openvino", tokens=(231, 231), branches=(2,)))] == [231]
+
+
+def test_a_batch_without_an_engine_runs_one_by_one(pipe: Pipeline) -> None:
+    settings: dict[str, Any] = APPLE | {"count": 3, "sampler": "euler_a"}
+    together, alone = pipe("red apple", batch=3, **settings), pipe("red apple", **settings)
+    assert np.array_equal(together.images, alone.images) and together.seeds == alone.seeds
+    assert together.engine == alone.engine
+
+
+def test_each_part_of_a_batch_has_its_own_pictures_inputs(small: Path, small_reference: Pipeline) -> None:
+    """Five pictures that differ in everything, on engines of one and of two pictures."""
+    rng = np.random.default_rng(3)
+    made = job(4, width=8)
+
+    def drawn(*shape: int) -> Any:
+        return rng.standard_normal(shape, np.float32)
+
+    several = [
+        replace(
+            made,
+            tables={**made.tables, "noise": drawn(4, 4, 8, 8), "inpaint": np.full((4, 3), 0.5, np.float32)},
+            inputs={"init": drawn(4, 8, 8), "init_noise": drawn(4, 8, 8), "mask": rng.integers(0, 2, (1, 8, 8)).astype(np.float32)},
+            contexts=(drawn(2, 77, 64), drawn(2, 77, 64)),
+        )
+        for _ in range(5)
+    ]
+    latents = []
+    engines = [OpenVinoEngine(open_bundle(small), 1), small_reference._engine]
+    for one in engines:
+        assert one is not None
+        batch = one.open(made.shape, 5)
+        slots = [batch.join(each) for each in several]
+        for _ in range(4):
+            batch.step()
+        latents.append(batch.latents(slots))
+        batch.close()
+    tolerance = 2e-2 if HAS_BF16 else 1e-4
+    errors = [np.linalg.norm(a - b) / np.linalg.norm(b) for a, b in zip(*latents, strict=True)]
+    assert len(errors) == 5 and max(errors) <= tolerance
+
+
+@pytest.mark.parametrize(("prompt", "settings", "wanted"), MISSING, ids=["size", "tokens", "branches"])
+def test_a_shape_without_an_engine_is_compiled_in_memory(
+    small: Path, small_reference: Pipeline, prompt: str, settings: dict[str, Any], wanted: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with Pipeline.load(small, on_missing="compile") as loaded:
+        ready = loaded.shapes
+        first, again = (loaded(prompt, **APPLE | settings) for _ in range(2))
+        assert loaded.shapes == ready
+    (said,) = [record.message for record in caplog.records if record.levelno == logging.WARNING]
+    assert "compiling it in memory" in said and said.endswith(f"sdrt compile {small} --target openvino {wanted}")
+    assert first.engine["backend"] == "openvino" and first.engine["engine"] == "compiled in memory"
+    assert np.array_equal(first.images, again.images)
+    assert psnr(first.images, small_reference(prompt, **APPLE | settings).images) >= PSNR_DB[first.engine["compute"]]
+
+
+def test_an_image_of_another_size_is_compiled_for_once(small: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The encoder of the init image comes before the step, of the same new engine."""
+    image = np.random.default_rng(0).integers(0, 256, (96, 64, 3), np.uint8)
+    with Pipeline.load(small, on_missing="compile") as loaded:
+        loaded("red apple", **APPLE | {"size": (64, 96), "init_image": image})
+    assert caplog.text.count("compiling it in memory") == 1
+
+
+@pytest.mark.parametrize(("prompt", "settings", "wanted"), MISSING, ids=["size", "tokens", "branches"])
+def test_a_shape_without_an_engine_falls_back(
+    small: Path, small_reference: Pipeline, prompt: str, settings: dict[str, Any], wanted: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with Pipeline.load(small, on_missing="fallback", threads=1) as loaded:
+        found, own = loaded(prompt, **APPLE | settings), loaded("red apple", **APPLE)
+        found = loaded(prompt, **APPLE | settings)
+    assert found.engine["backend"] == "onnxruntime" and found.engine["instead_of"] == "openvino"
+    assert own.engine["backend"] == "openvino" and "instead_of" not in own.engine
+    assert caplog.text.count(f"no openvino engine for {wanted}; onnxruntime runs it") == 1
+    assert psnr(found.images, small_reference(prompt, **APPLE | settings).images) >= PSNR_DB["fp32"]
+
+
+def test_the_command_compiles_what_is_missing(small: Path, tmp_path: Path) -> None:
+    result = run("generate", small, LONG, "--steps", 1, "--output", tmp_path / "a.png", "--json")
+    assert result.exit_code == 0 and json.loads(result.stdout)["engine"]["engine"] == "compiled in memory"
+    result = run("generate", small, LONG, "--on-missing", "compil")
+    assert result.exit_code == 2 and "did you mean 'compile'?" in result.stderr
 
 
 def test_no_engine(flat_bundle: Path, tmp_path: Path) -> None:
@@ -523,7 +626,7 @@ def test_openvino_is_missing(flat_bundle: Path, bundle: Path, monkeypatch: pytes
     monkeypatch.setitem(sys.modules, "openvino", None)
     for command in (["compile", flat_bundle, "--target", "openvino"], ["generate", bundle, "apple", "--backend", "openvino"]):
         result = run(*command)
-        assert result.exit_code == 5 and "pip install 'sdrt[openvino]'" in result.stderr
+        assert result.exit_code == 5 and "pip install 'openvino>=2026.4'" in result.stderr
 
 
 def test_openvino_is_no_package(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -568,6 +671,25 @@ def test_threads(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert [openvino_model.compile_properties("fp32", n)["ENABLE_CPU_PINNING"] for n in (None, 3, 2)] == pinned
 
 
+def test_shared_cores(small: Path, small_reference: Pipeline) -> None:
+    """Threads that neither spin nor are pinned draw the same picture."""
+    settings = openvino_model.compile_properties("fp32", None, shared=True)
+    assert settings["ENABLE_CPU_PINNING"] is False and settings["TBB_PARTITIONER"] == "AUTO"
+    assert "TBB_PARTITIONER" not in openvino_model.compile_properties("fp32", None)
+    pictures = []
+    for cores in ("own", "shared"):
+        with Pipeline.load(small, cores=cores) as loaded:
+            pictures.append(loaded("red apple", **APPLE).images)
+    assert np.array_equal(*pictures)
+    with Pipeline.load(small, backend="onnxruntime", cores="shared") as loaded:
+        assert isinstance(loaded._engine, OnnxRuntimeEngine)
+        options = loaded._engine._sessions[STEP].get_session_options()
+        assert options.get_session_config_entry("session.intra_op.allow_spinning") == "0"
+        assert np.array_equal(loaded("red apple", **APPLE).images, small_reference("red apple", **APPLE).images)
+    with pytest.raises(UsageError, match="cores 'share': unknown; did you mean 'shared'"):
+        Pipeline.load(small, cores="share")
+
+
 @pytest.mark.parametrize(("text", "cores"), [("max 100000\n", 8), ("150000 100000\n", 2), ("10000 100000", 1), ("nonsense", 8), (None, 8)])
 def test_a_container_may_have_fewer_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str | None, cores: int) -> None:
     quota = tmp_path / "cpu.max"
@@ -588,12 +710,12 @@ def test_no_memory_for_a_request(exact: Path, monkeypatch: pytest.MonkeyPatch) -
         def create_infer_request(self) -> Any:
             raise RuntimeError("std::bad_alloc")
 
-    with Pipeline.load(exact) as loaded:
+    with Pipeline.load(exact, backend="openvino") as loaded:
         engine = loaded._engine
         assert isinstance(engine, OpenVinoEngine)
         with monkeypatch.context() as patch:
             patch.setattr(engine, "_load", lambda *_: backend._Loaded(Full()))
-            for call in (lambda: engine.decode(np.zeros((1, 4, 8, 12), np.float32), 0.5), lambda: engine.denoise(job(2))):
+            for call in (lambda: engine.decode(np.zeros((1, 4, 8, 12), np.float32), 0.5), lambda: engine.open(job(2).shape, 1)):
                 with pytest.raises(ResourceError, match=rf"^{re.escape(str(exact))}: (vae_decoder|step): out of memory"):
                     call()
         assert engine.decode(np.zeros((1, 4, 8, 12), np.float32), 0.5)[1].all()
@@ -617,7 +739,7 @@ def test_failures_are_explained(bundle: Path, tmp_path: Path) -> None:
 def test_an_interrupted_compilation_leaves_nothing(small_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     copy = copied(small_bundle, tmp_path / "flat.sdrt")
 
-    def interrupted(bundle: Bundle, record: Any, plans: Any) -> Path:
+    def interrupted(*_: Any) -> Path:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(compiling, "write_engine", interrupted)
@@ -634,3 +756,23 @@ def test_a_bundle_that_changed_is_not_compiled(small_bundle: Path, tmp_path: Pat
     weights.write_bytes(data)
     with pytest.raises(BundleError, match=r"weights.safetensors: changed"):
         compile_bundle(open_bundle(copy), CompileOptions("openvino"))
+
+
+def test_a_warm_pipeline_has_loaded_all_it_needs(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Graphs that most pictures do without, and both numbers of guidance branches."""
+    photo = np.zeros((64, 64, 3), np.uint8)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("a graph is loaded")
+
+    for how in ("openvino", "onnxruntime"):
+        with Pipeline.load(small, backend=how, threads=1) as loaded:
+            monkeypatch.setattr(loaded._engine, "_read" if how == "openvino" else "open", refuse)
+            with pytest.raises(AssertionError, match="a graph is loaded"):
+                loaded("apple", steps=2, init_image=photo)
+            monkeypatch.undo()
+            loaded.warm_up(init_image=photo)
+            monkeypatch.setattr(loaded._engine, "_read" if how == "openvino" else "open", refuse)
+            for cfg in (1.0, 7.0):
+                loaded("apple", steps=2, cfg=cfg, init_image=photo)
+            monkeypatch.undo()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,12 @@ from sd_parsers import ParserManager
 from test_cli import failed, run
 from test_images import bomb
 
-from sdrt.bundle import bundle_id
+from sdrt.bundle.folder import bundle_id
 from sdrt.errors import InputFileError, UsageError
 from sdrt.runtime import Pipeline
-from sdrt.runtime.picture_file import automatic1111_text, read_parameters, request_of, save_png
+from sdrt.runtime.infotext import infotext
+from sdrt.runtime.picture_file import encode, parameters_of, read_said, save_picture
+from sdrt.runtime.picture_settings import settings_to_repeat
 
 
 @pytest.fixture(scope="module")
@@ -36,9 +39,17 @@ def shared(loaded: Pipeline, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     return loaded.bundle.path
 
 
+def read_parameters(path: Path) -> dict[str, Any]:
+    return parameters_of(path, read_said(path))
+
+
+def repeated(path: Path, pipe: Pipeline) -> dict[str, Any]:
+    return settings_to_repeat(path, read_parameters(path), pipe.bundle.manifest, {})
+
+
 def made(pipe: Pipeline, path: Path, prompt: str = "red apple", **settings: Any) -> Path:
     result = pipe(prompt, **{"steps": 2, "cfg": 3.0, "seed": 5} | settings)
-    save_png(path, result.images[0], result.parameters | {"seed": result.seeds[0], "engine": result.engine}, pipe.bundle.manifest)
+    save_picture(path, encode(result.images[0], result.parameters | {"seed": result.seeds[0], "engine": result.engine}))
     return path
 
 
@@ -74,16 +85,67 @@ def test_what_the_text_says_of_images_and_options(loaded: Pipeline) -> None:
     parameters = loaded("sun", steps=1, seed=1).parameters | {
         "strength": 0.6, "mask": "m.png", "mask_blur": 4, "clip_skip": 2, "noise": "cpu", "emphasis": "no norm", "schedule": "sgm_uniform",
     }  # fmt: skip
-    line = automatic1111_text(parameters, loaded.bundle.manifest).splitlines()[-1]
+    line = infotext(parameters).splitlines()[-1]
     for part in ("Denoising strength: 0.6", "Mask blur: 4", "Clip skip: 2", "RNG: CPU", "Emphasis: No norm", "Schedule type: SGM Uniform", "Version: sdrt "):
         assert part in line.split(", ") or part in line
 
 
-def test_adapters_are_named(blindbox_bundle: Path) -> None:
+def test_what_was_fused_is_named(loaded: Pipeline) -> None:
+    """Strengths as tags, text encoder first, and hashes of the files; sd_parsers reads the pairs."""
+    fused = [
+        {"kind": "checkpoint", "name": "base.safetensors", "sha256": "a" * 64, "scale": None, "te_scale": None, "trigger": None},
+        {"kind": "vae", "name": "soft.pt", "sha256": "b" * 64, "scale": None, "te_scale": None, "trigger": None},
+        {"kind": "lora", "name": "one.safetensors", "sha256": "c" * 64, "scale": 0.8, "te_scale": 0.8, "trigger": None},
+        {"kind": "lora", "name": "two.pt", "sha256": "d" * 64, "scale": 1.0, "te_scale": 0.25, "trigger": None},
+        {"kind": "embedding", "name": "file.bin", "sha256": "e" * 64, "scale": None, "te_scale": None, "trigger": "cute"},
+        {"kind": "hypernetwork", "name": "net.pt", "sha256": "f" * 64, "scale": 0.5, "te_scale": None, "trigger": None},
+    ]
+    first, pairs = infotext(loaded("sun", steps=1, seed=1).parameters | {"sources": fused}).splitlines()
+    assert first == "sun <lora:one:0.8> <lora:two:0.25:1> <hypernet:net:0.5>"
+    for part in (
+        "Model hash: aaaaaaaaaa, Model: base, VAE hash: bbbbbbbbbb, VAE: soft.pt", 'Lora hashes: "one: cccccccccccc, two: dddddddddddd"',
+        'TI hashes: "cute: eeeeeeeeeeee"', 'Hypernet hashes: "net: ffffffffffff"',
+    ):  # fmt: skip
+        assert part in pairs
+
+
+def test_a_result_says_what_was_fused(blindbox_bundle: Path) -> None:
     with Pipeline.load(blindbox_bundle, backend="onnxruntime", threads=1) as pipe:
-        text = automatic1111_text(pipe("sun", steps=1, seed=1).parameters, pipe.bundle.manifest)
-        sha256 = pipe.bundle.manifest.sources[1].sha256
-    assert f'Lora hashes: "blindbox: {sha256[:12]}"' in text
+        source, parameters = pipe.bundle.manifest.sources[1], pipe("sun", steps=1, seed=1).parameters
+    assert {"kind": "lora", "name": source.name, "sha256": source.sha256, "scale": 1.0, "te_scale": 1.0, "trigger": None} in parameters["sources"]
+    assert infotext(parameters).startswith("sun <lora:blindbox:1>\n")
+
+
+@pytest.mark.parametrize("format", ["png", "jpeg", "webp"])
+def test_every_format_says_how_it_was_made(loaded: Pipeline, format: str) -> None:
+    """The text where AUTOMATIC1111 puts it (EXIF's UserComment in UTF-16, but for PNG), the JSON beside it, and the picture."""
+    result = loaded("röd äpple 🍎", steps=2, seed=3)
+    parameters = result.parameters | {"engine": result.engine}
+    data = encode(result.images[0], parameters, format, quality=100)
+    with Image.open(BytesIO(data)) as picture:
+        assert picture.format == format.upper()
+        difference = np.abs(np.asarray(picture.convert("RGB")).astype(int) - result.images[0])
+        assert difference.max() == 0 if format != "jpeg" else difference.mean() < 4  # JPEG halves the resolution of colours
+        if format == "png":
+            text, everything = picture.info["parameters"], picture.info["sdrt"]
+        else:
+            exif = picture.getexif().get_ifd(0x8769)
+            assert exif[0x9286][:8] == b"UNICODE\0"
+            text, everything = exif[0x9286][8:].decode("utf-16-be"), exif[0x927C].removeprefix(b"sdrt\0")
+    assert text == infotext(parameters) and json.loads(everything) == json.loads(json.dumps(parameters))
+    assert encode(result.images[0], parameters, format, quality=100) == data
+    with pytest.raises(UsageError, match="did you mean"):
+        encode(result.images[0], parameters, format + "x")
+    with pytest.raises(UsageError, match="quality 0"):
+        encode(result.images[0], parameters, format, quality=0)
+
+
+def test_more_text_than_a_jpeg_holds(loaded: Pipeline) -> None:
+    result = loaded("sun", steps=1, seed=3)
+    parameters = result.parameters | {"prompt": "sun " * 10_000}
+    with pytest.raises(UsageError, match="longer than a JPEG's EXIF holds"):
+        encode(result.images[0], parameters, "jpeg")
+    assert len(encode(result.images[0], parameters, "webp")) > 40_000
 
 
 # Replay
@@ -145,16 +207,49 @@ def test_replay_from_an_image(shared: Path) -> None:
     run("generate", shared, "--from-png", "x.png", "-o", "y.png")
     with Image.open("x.png") as a, Image.open("y.png") as b:
         assert np.array_equal(np.asarray(a), np.asarray(b))
+    same = run("generate", shared, "--from-png", "x.png", "--init-image", "init.png", "-o", "z.png")
     Image.effect_noise((64, 64), 91).save("init.png")
+    other = run("generate", shared, "--from-png", "x.png", "--init-image", "init.png", "-o", "z.png")
+    assert "made from another" not in same.stderr and "note: x.png: made from another init image than the one given now" in other.stderr
     failed(run("generate", shared, "--from-png", "x.png", "-o", "y.png"), 2, "init.png, which has changed since")
     Path("init.png").unlink()
-    failed(run("generate", shared, "--from-png", "x.png", "-o", "y.png"), 3, "init.png, which cannot be read")
+    failed(run("generate", shared, "--from-png", "x.png", "-o", "y.png"), 3, "init.png, and no init.png that can be read is beside it", "--init-image")
+
+
+def test_a_picture_made_from_memory_knows_it(loaded: Pipeline, shared: Path) -> None:
+    start = Image.effect_noise((64, 64), 90).convert("RGB")
+    start.save("init.png")
+    path = made(loaded, Path("x.png"), init_image=start, strength=0.5)
+    failed(run("generate", shared, "--from-png", path, "-o", "y.png"), 3, "made from a picture that was no file", "--init-image")
+    again = run("generate", shared, "--from-png", path, "--init-image", "init.png", "-o", "y.png")
+    assert again.exit_code == 0 and "made from another" not in again.stderr, again.stderr
+    with Image.open(path) as a, Image.open("y.png") as b:
+        assert np.array_equal(np.asarray(a), np.asarray(b))
+
+
+def test_settings_from_another_tool_s_picture(shared: Path) -> None:
+    info = PngInfo()
+    info.add_text(
+        "parameters", "sun <lora:x:1>\nSteps: 2, Sampler: DPM++ 2M, Schedule type: Karras, CFG scale: 3, Seed: 77, Size: 72x64, Model hash: 0123456789"
+    )
+    Image.new("RGB", (8, 8)).save("theirs.png", pnginfo=info)
+    done = run("generate", shared, "--settings-from", "theirs.png", "--steps", 3, "-o", "x.png")
+    assert done.exit_code == 0, done.stderr
+    assert "note: theirs.png: not used: <lora:x:1>" in done.stderr and "not used: Model hash: 0123456789" in done.stderr
+    parameters = read_parameters(Path("x.png"))
+    assert {name: parameters[name] for name in ("prompt", "steps", "sampler", "schedule", "cfg", "seed", "size")} == {
+        "prompt": "sun ", "steps": 3, "sampler": "dpmpp_2m", "schedule": "karras", "cfg": 3.0, "seed": 77, "size": [72, 64],
+    }  # fmt: skip
+    report = json.loads(run("generate", shared, "--settings-from", "theirs.png", "-o", "x.png", "--json").stdout)
+    assert len(report["notes"]) == 3 and report["notes"][2] == "x.png: replaced the picture that was there"
+    failed(run("generate", shared, "--from-png", "theirs.png"), 3, "does not say how sdrt made it", "--settings-from")
+    failed(run("generate", shared, "--from-png", "x.png", "--settings-from", "x.png"), 2, "Give one of the two")
 
 
 def test_replay_with_another_bundle(loaded: Pipeline, blindbox_bundle: Path, tmp_path: Path) -> None:
     path = made(loaded, tmp_path / "x.png")
     with Pipeline.load(blindbox_bundle, backend="onnxruntime", threads=1) as other, pytest.raises(UsageError) as raised:
-        request_of(path, other.bundle.manifest, read_parameters(path))
+        repeated(path, other)
     for name in ("flat", "blindbox", bundle_id(loaded.bundle.manifest), bundle_id(other.bundle.manifest)):
         assert name in raised.value.message
 
@@ -163,7 +258,7 @@ def test_a_copy_under_another_name_is_the_same_bundle(loaded: Pipeline, flat_bun
     copy = Path(shutil.copytree(flat_bundle, tmp_path / "other.sdrt"))
     path = made(loaded, tmp_path / "x.png")
     with Pipeline.load(copy, backend="onnxruntime", threads=1) as other:
-        assert request_of(path, other.bundle.manifest, read_parameters(path)).seed == 5
+        assert repeated(path, other)["seed"] == 5
 
 
 def tampered(loaded: Pipeline, path: Path, **changes: Any) -> Path:
@@ -176,17 +271,30 @@ def tampered(loaded: Pipeline, path: Path, **changes: Any) -> Path:
 
 
 @pytest.mark.parametrize(
-    "changes", [{"steps": "LEFT OUT"}, {"size": 64}, {"size": {}}, {"sampler": 5}, {"schedule": None}, {"prompt": None}, {"steps": [1]}, {"seed": {}}]
+    "changes",
+    [
+        {"prompt": "LEFT OUT"},
+        {"init_image": 5},
+        {"mask": 7.5},
+        {"size": 64},
+        {"size": {}},
+        {"sampler": 5},
+        {"prompt": None},
+        {"steps": [1]},
+        {"steps": "many"},
+        {"cfg": "x"},
+        {"size": [1]},
+        {"size": ["a", "b"]},
+        {"seed": {}},
+    ],
 )
 def test_settings_that_are_not_ours(loaded: Pipeline, tmp_path: Path, changes: dict[str, Any]) -> None:
     with pytest.raises(InputFileError, match=r"x\.png: its settings are not of the expected form"):
         path = tampered(loaded, tmp_path / "x.png", **changes)
-        request_of(path, loaded.bundle.manifest, read_parameters(path))
+        repeated(path, loaded)
 
 
-@pytest.mark.parametrize(
-    "changes", [{"steps": 0}, {"steps": "many"}, {"size": [1, 2]}, {"size": ["a", "b"]}, {"size": []}, {"sampler": "eulr"}, {"seed": -1}, {"cfg": "x"}]
-)
+@pytest.mark.parametrize("changes", [{"steps": 0}, {"size": [1, 2]}, {"sampler": "eulr"}, {"seed": -2}, {"cfg": 1e9}])
 def test_settings_out_of_range(loaded: Pipeline, shared: Path, changes: dict[str, Any]) -> None:
     failed(run("generate", shared, "--from-png", tampered(loaded, Path("x.png"), **changes), "-o", "y.png"), 2)
 
@@ -201,8 +309,8 @@ def test_pictures_that_say_nothing(shared: Path) -> None:
     info.add_itxt("sdrt", "[1]")
     Image.new("RGB", (8, 8)).save("list.png", pnginfo=info)
     for name, message in (
-        ("plain.png", "does not say how it was made"),
-        ("text.png", "cannot be read as a PNG"),
+        ("plain.png", "does not say how sdrt made it"),
+        ("text.png", "cannot be read as a picture: it is none of PNG, JPEG, WEBP"),
         ("none.png", "no such file"),
         ("broken.png", "its settings are damaged"),
         ("list.png", "its settings are damaged"),
@@ -216,7 +324,7 @@ def test_pictures_that_say_nothing(shared: Path) -> None:
 def test_a_picture_of_absurd_size(shared: Path) -> None:
     """Its header alone makes the library refuse it, in a way of its own."""
     bomb(Path("huge.png"))
-    failed(run("generate", shared, "--from-png", "huge.png", "-o", "y.png"), 3, "huge.png", "cannot be read as a PNG")
+    failed(run("generate", shared, "--from-png", "huge.png", "-o", "y.png"), 3, "huge.png", "cannot be read as a picture")
     failed(run("generate", shared, "moon", "--steps", 1, "-o", "huge.png"), 2, "huge.png", "exists and is not a picture sdrt made")
 
 

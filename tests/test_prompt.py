@@ -11,7 +11,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from sdrt.runtime.prompt import BREAK, HUGE, Segment, network_tags, parse_attention, schedule_edits, split_and
+from sdrt.runtime.prompt import BREAK, HUGE, NetworkTag, Segment, network_tag, parse_attention, parse_network_tag, schedule_edits, split_and, without_networks
 
 SYNTAX = st.sampled_from(
     ["(", ")", "[", "]", ":", "|", "\\", "\\(", "\\\\", ":1.3)", ":.5", ":3]", ": 0.5 ]", "::2]", " BREAK ", "BREAK", " AND ", "a", "b c", ", ", "\n", "1", "-2", "é", "日", "[a|b]", "<lora:x:1>"]
@@ -149,7 +149,7 @@ def test_text_without_syntax_is_kept(prompt: str) -> None:
     assert pairs(prompt) == [(prompt, 1.0)]
     assert schedule_edits(prompt, 20) == ((20, prompt),)
     assert split_and(prompt) == (Segment(prompt.rstrip(), 1.0),)
-    assert not list(network_tags(prompt))
+    assert without_networks(prompt, lambda *_: False) == prompt
 
 
 def test_weights_saturate() -> None:
@@ -297,16 +297,48 @@ def test_a_schedule_covers_all_steps(prompt: str, steps: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("prompt", "expected"),
+    ("prompt", "expected", "left"),
     [
-        ("a <lora:x:0.8> b <hypernet:y>", [("lora", "<lora:x:0.8>"), ("hypernet", "<hypernet:y>")]),
-        ("<lora:a<lora:b>", [("lora", "<lora:a<lora:b>")]),
-        ("<lora:> <lora> <:x> < lora:x> <lora:x", []),
-        ("<3: x > y", [("3", "<3: x >")]),
+        ("a <lora:x:0.8> b <hypernet:y>", [("lora", "<lora:x:0.8>"), ("hypernet", "<hypernet:y>")], "a  b <hypernet:y>"),
+        ("<lora:a<lora:b>", [("lora", "<lora:a<lora:b>")], ""),
+        ("<lora:> <lora> <:x> < lora:x> <lora:x", [], "<lora:> <lora> <:x> < lora:x> <lora:x"),
+        ("<3: x > y", [("3", "<3: x >")], " y"),
     ],
 )
-def test_network_tags(prompt: str, expected: list[tuple[str, str]]) -> None:
-    assert list(network_tags(prompt)) == expected
+def test_tags_are_found_and_taken_out(prompt: str, expected: list[tuple[str, str]], left: str) -> None:
+    found: list[tuple[str, str]] = []
+
+    def keep(kind: str, tag: str) -> bool:
+        found.append((kind, tag))
+        return kind == "hypernet"
+
+    assert without_networks(prompt, keep) == left
+    assert found == expected
+
+
+@pytest.mark.parametrize(
+    ("tag", "expected"),
+    [
+        ("<lora:x>", NetworkTag("lora", "x", 1, 1)),
+        ("<lora:x:0.8>", NetworkTag("lora", "x", 0.8, 0.8)),
+        ("<lora:x:0.5:0.8>", NetworkTag("lora", "x", 0.8, 0.5)),
+        ("<lyco:x:unet=0.8>", NetworkTag("lora", "x", 0.8, 1)),
+        ("<lora:x:te=0.5:unet=0.8>", NetworkTag("lora", "x", 0.8, 0.5)),
+        ("<hypernet:a b:.5>", NetworkTag("hypernetwork", "a b", 0.5, 0.5)),
+        ("<lora:x:much>", None),
+        ("<lora:x:1:1:8>", None),
+        ("<lora:x:dyn=8>", None),
+        ("<wild:x:1>", None),
+    ],
+)
+def test_what_a_tag_asks_for(tag: str, expected: NetworkTag | None) -> None:
+    assert parse_network_tag(tag) == expected
+
+
+@pytest.mark.parametrize(("kind", "scale", "te_scale"), [("lora", 0.8, 0.8), ("lora", 1.0, 0.25), ("lora", -1.5, 0.0), ("hypernetwork", 0.5, None)])
+def test_a_tag_that_is_written_is_read(kind: str, scale: float, te_scale: float | None) -> None:
+    read = parse_network_tag(network_tag(kind, "folder/a:b<1>.v2.safetensors", scale, te_scale))
+    assert read == NetworkTag(kind, "a_b_1_.v2", scale, scale if te_scale is None else te_scale)
 
 
 # Texts made to break a parser
@@ -341,7 +373,7 @@ def test_t10_hostile_prompts_end(name: str) -> None:
     prompt = HOSTILE[name](LONG)
     parse_attention(prompt)
     split_and(prompt)
-    list(network_tags(prompt))
+    without_networks(prompt, lambda *_: False)
     assert schedule_edits(prompt, 20)[-1][0] == 20
 
 

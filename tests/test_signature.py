@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from cryptography.hazmat.primitives.serialization import BestAvailableEncryption, Encoding, NoEncryption, PrivateFormat, PublicFormat
 from typer.testing import CliRunner
 
-from sdrt.bundle import open_bundle
+from sdrt.bundle.folder import check_files, open_bundle
 from sdrt.cli import app
 from sdrt.errors import BundleError, CheckFailed, InputFileError, SdrtError, UsageError
 from sdrt.signature import check_signature, sign, signature_path
@@ -48,7 +48,7 @@ def bundle(flat_bundle: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def engine(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An engine in the bundle; its record is not read by these tests."""
-    monkeypatch.setattr("sdrt.signature.read_intact", lambda folder: None)
+    monkeypatch.setattr("sdrt.signature.check_all", check_files)
     folder = bundle / "engines" / "tensorrt-0123456789abcdef"
     folder.mkdir(parents=True)
     (folder / "engine.json").write_text("{}")
@@ -232,4 +232,4 @@ def test_without_the_package(bundle: Path, keys: tuple[Path, Path], monkeypatch:
     for name in ("cryptography.hazmat.primitives.asymmetric.ed25519", "cryptography.hazmat.primitives.serialization"):
         monkeypatch.setitem(__import__("sys").modules, name, None)
     result = CliRunner().invoke(app, ["sign", str(bundle), "--key", str(keys[0])])
-    assert result.exit_code == 5 and "pip install 'sdrt[sign]'" in result.stderr
+    assert result.exit_code == 5 and "pip install 'cryptography>=44'" in result.stderr

@@ -193,12 +193,19 @@ def test_p10_big_endian(tmp_path: Path) -> None:
 
 
 def test_p10_frames_and_protocols(tmp_path: Path) -> None:
-    """Frames may straddle opcodes here: they are hints for a reader's buffer and change nothing."""
-    body = text("step") + b"K\x05s."
-    for frame in (0, 3, len(body) + 1, 1 << 40):
-        path = zipped_pickle(tmp_path / "x.ckpt", b"\x80\x04\x95" + struct.pack("<Q", frame) + b"}" + body)
-        with open_tensor_file(path) as file:
+    """A frame may end at any opcode. Where it ends within one, readers differ: some read the rest of it from behind what they had in their buffer."""
+
+    def framed(length: int, body: bytes) -> bytes:
+        return b"\x95" + struct.pack("<Q", length) + body
+
+    body = b"}" + text("step") + b"K\x05s."
+    for length in (0, 1, len(body) - 4, len(body)):
+        with open_tensor_file(zipped_pickle(tmp_path / "x.ckpt", b"\x80\x04" + framed(length, body))) as file:
             assert file.tree == {"step": 5}
+    for length, message in ((3, "goes on behind the end of its frame"), (len(body) + 1, "are left"), (1 << 40, "are left")):
+        refused(zipped_pickle(tmp_path / "x.ckpt", b"\x80\x04" + framed(length, body)), message)
+    refused(zipped_pickle(tmp_path / "x.ckpt", b"\x80\x04" + framed(len(body) + 9, framed(len(body), body))), "within another")
+    refused(zipped_pickle(tmp_path / "x.ckpt", b"\x80\x04" + framed(len(body) + 1, body + b"N")), "1 bytes before the end of its frame")
     refused(zipped_pickle(tmp_path / "x.ckpt", b"\x80\x06}."), "pickle protocol 6, expected at most 5")
     for protocol in range(6):
         with open_tensor_file(

@@ -23,14 +23,15 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from sdrt.bpe import read_bpe
 from sdrt.errors import AdapterError
-from sdrt.export.architecture import UNET, Architecture, HypernetworkSpec
+from sdrt.export.architecture import Architecture, HypernetworkSpec
 from sdrt.export.checkpoint import open_checkpoint
 from sdrt.export.clip import TextEncoder
-from sdrt.export.embeddings import TOKEN_TABLE
+from sdrt.export.families.sd1 import SD1, UNET
 from sdrt.export.hypernetworks import ACTIVATIONS
 from sdrt.export.keys import diffusers_module
-from sdrt.export.tokenizer import trigger_encoder, write_tokenizer
+from sdrt.export.tokenizer import write_tokenizer
 from sdrt.export.unet import Hypernetworks, UNet
 from sdrt.export.vae import VaeDecoder, VaeEncoder
 from sdrt.publish import staged_file, write_file
@@ -69,7 +70,7 @@ def new_model(architecture: Architecture, name: str, sha256: str, metadata: Mapp
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "tokenizer.json"
         ends = write_tokenizer(path, architecture.clip.vocabulary)
-        tokenize = trigger_encoder(path)
+        tokenize = read_bpe(path).encode
     made = TextEncoder(architecture.clip), UNet(architecture.unet), VaeEncoder(architecture.vae), VaeDecoder(architecture.vae)
     for module in made:
         module.requires_grad_(False)
@@ -104,8 +105,7 @@ class Trainable:
 
 
 def _encode(model: Model, tokens: Tensor, changed: dict[str, Tensor] | None = None) -> Tensor:
-    emphasis = torch.ones(tokens.shape)
-    return functional_call(model.clip, changed or {}, (tokens, emphasis))[0]
+    return functional_call(model.clip, changed or {}, (tokens,))[0]
 
 
 def _learned(values: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -172,13 +172,13 @@ def lora(model: Model, rank: int, alpha: float, random: torch.Generator) -> Trai
 
 def embedding(model: Model, vectors: int, initial: str, random: torch.Generator) -> Trainable:
     """`vectors` rows after the token table's own, which begin as those of the words `initial`, repeated, with a little noise."""
-    table = model.clip.state_dict()[TOKEN_TABLE]
+    table = model.clip.state_dict()[SD1.token_table]
     words = model.tokenize(initial)
     begun = torch.stack([table[words[i % len(words)]] for i in range(vectors)])
     parameters = _learned({"vectors": begun + 0.1 * begun.std() * torch.randn(begun.shape, generator=random)})
 
     def context(tokens: Tensor) -> Tensor:
-        return _encode(model, tokens, {TOKEN_TABLE: torch.cat([table, parameters["vectors"]])})
+        return _encode(model, tokens, {SD1.token_table: torch.cat([table, parameters["vectors"]])})
 
     def save_file(path: Path, steps: int) -> None:
         found = parameters["vectors"].detach().clone()

@@ -73,13 +73,18 @@ class Readings:
         self.device.around(graph, stream, start)
 
 
-class TimedDenoising:
-    """A `Denoising` that times each call."""
+class TimedBatch:
+    """A `RunningBatch` that times each call."""
 
-    def __init__(self, denoising: Any, readings: Readings) -> None:
-        self._denoising = denoising
-        self._step = denoising.step
+    def __init__(self, batch: Any, readings: Readings) -> None:
+        self._batch = batch
+        self._step = batch.step
         self._readings = readings
+
+    def join(self, job: Any) -> Any:
+        if self._readings.keep:
+            self._readings.kept.setdefault("jobs", []).append(job)
+        return _timed(self._readings, "copies", "joins", self._batch.join, job)
 
     def step(self) -> None:
         readings = self._readings
@@ -93,21 +98,21 @@ class TimedDenoising:
             readings.between()
             readings.waited += readings.clock() - started
 
-    def latents(self) -> Any:
-        return _timed(self._readings, "copies", "latents_copies", self._denoising.latents)
+    def latents(self, slots: Any) -> Any:
+        return _timed(self._readings, "copies", "latents_copies", self._batch.latents, slots)
 
-    def denoised(self) -> Any:
-        return _timed(self._readings, "copies", "denoised_copies", self._denoising.denoised)
+    def denoised(self, slots: Any) -> Any:
+        return _timed(self._readings, "copies", "denoised_copies", self._batch.denoised, slots)
 
-    def decode(self, *arguments: Any) -> Any:
+    def decode(self, slots: Any, rounding: float) -> Any:
         if self._readings.keep:
             counted = self._readings.calls.copy()
-            self._readings.kept["latents"] = self._denoising.latents()
+            self._readings.kept["latents"] = self._batch.latents(slots)
             self._readings.calls = counted  # a copy of ours, not of the pipeline's
-        return _timed(self._readings, "decode", "decode_calls", self._denoising.decode, *arguments)
+        return _timed(self._readings, "decode", "decode_calls", self._batch.decode, slots, rounding)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._denoising, name)
+        return getattr(self._batch, name)
 
 
 class TimedEngine:
@@ -125,10 +130,10 @@ class TimedEngine:
     def encode_image(self, *arguments: Any) -> Any:
         return _timed(self._readings, "image_encoder", "image_encoder_calls", self._engine.encode_image, *arguments)
 
-    def denoise(self, job: Any) -> TimedDenoising:
+    def open(self, shape: Any, capacity: int) -> TimedBatch:
         if self._readings.keep:
-            self._readings.kept["job"] = job
-        return TimedDenoising(_timed(self._readings, "copies", "jobs", self._engine.denoise, job), self._readings)
+            self._readings.kept |= {"shape": shape, "jobs": []}
+        return TimedBatch(_timed(self._readings, "copies", "batches", self._engine.open, shape, capacity), self._readings)
 
     def decode(self, *arguments: Any) -> Any:
         return _timed(self._readings, "decode", "decode_calls", self._engine.decode, *arguments)

@@ -14,6 +14,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from sdrt import engine_libraries
 from sdrt.bench.operators import Operator, attention_flops, fitted, matrix_flops, operator
 
 Attention = tuple[tuple[int, ...], ...]
@@ -27,8 +28,7 @@ def profile_graph(compiled: Any, attention: Sequence[Attention], inputs: Mapping
 
     `attention` are the attention operators of its ONNX graph. `inputs` are cut or padded to the engine's shapes.
     """
-    import openvino as ov
-
+    ov = engine_libraries.openvino()
     request = compiled.create_infer_request()
     for port in compiled.inputs:
         array = fitted(inputs[port.get_any_name()], tuple(port.get_shape()))
@@ -80,9 +80,7 @@ def _is_attention(inputs: Sequence[tuple[int, ...]], attention: Attention) -> bo
 
 def read_attention(path: Path, shapes: Mapping[str, Sequence[int]]) -> list[Attention]:
     """The different attention operators of an ONNX graph at these input shapes."""
-    import openvino as ov
-
-    model = ov.Core().read_model(str(path))
+    model = engine_libraries.openvino().Core().read_model(str(path))
     model.reshape({name: list(shape) for name, shape in shapes.items()})
     operators = [op for op in model.get_ordered_ops() if op.get_type_name() == _ATTENTION]
     return list(dict.fromkeys(tuple(tuple(op.input(i).get_shape()) for i in range(3)) for op in operators))

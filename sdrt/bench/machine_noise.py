@@ -17,7 +17,7 @@ from sdrt.bench.metrics import METRICS
 from sdrt.bench.run import Progress
 from sdrt.bench.statistics import MAX_PAIRS, MIN_PAIRS, detectable, paired, usable, visible
 from sdrt.bench.throttle import cpu_throttles
-from sdrt.bundle import Bundle
+from sdrt.bundle.folder import Bundle
 from sdrt.errors import CheckFailed
 
 PROCESSES = 12

@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from sdrt.bench.device_times import DEVICE_METRICS
-from sdrt.bundle import STEP
+from sdrt.bundle.graphs import STEP
 from sdrt.errors import MachineError, SdrtError
 from sdrt.memory import peak_rss_bytes
 
 if TYPE_CHECKING:
     from sdrt.bench.instruments import Readings
     from sdrt.bench.throttle import Watch
-    from sdrt.bundle import Bundle
+    from sdrt.bundle.folder import Bundle
     from sdrt.runtime import Pipeline
 
 _FIT_SHARES = (0.25, 0.5)
@@ -259,7 +259,7 @@ def _sustained(
         from statistics import median
 
         from sdrt.bench.layers import profile
-        from sdrt.bundle import TEXT_ENCODER, VAE_DECODER
+        from sdrt.bundle.graphs import TEXT_ENCODER, VAE_DECODER
 
         host = {TEXT_ENCODER: "text_encoder_ms", STEP: "step_ms", VAE_DECODER: "decode_ms"}
         taken = {graph: samples.get(DEVICE_METRICS[graph]) or samples.get(name) for graph, name in host.items()}  # without the copies, where that is known
@@ -289,7 +289,7 @@ def _packages(modules: list[str]) -> set[str]:
 
 def _engine_bytes(bundle: Bundle, engine: dict[str, Any]) -> dict[str, int]:
     """What the engine that ran reads: a compiled engine's plans, or the graphs of its precision with the weights."""
-    from sdrt.bundle import ENGINES, WEIGHTS
+    from sdrt.bundle.manifest import ENGINES, WEIGHTS
 
     files = bundle.manifest.files
     if "engine" in engine:
@@ -330,5 +330,5 @@ def serve(turns: _Turns | None = None) -> None:
     try:
         answer = measure(request, turns)
     except SdrtError as error:
-        answer = {"error": {"kind": type(error).__name__, "message": error.message, "fix": error.fix}}
+        answer = {"error": {"kind": type(error).__name__, "message": error.line, "fix": error.fix}}
     Path(sys.argv[2]).write_text(json.dumps(answer | {"understood": sorted(known)}), encoding="utf-8")

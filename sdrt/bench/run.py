@@ -20,7 +20,8 @@ from sdrt.bench.metrics import Gates
 from sdrt.bench.result import Document, assemble
 from sdrt.bench.statistics import MIN_PAIRS
 from sdrt.bench.turns import Answers, Pairs
-from sdrt.bundle import WEIGHTS, Bundle
+from sdrt.bundle.folder import Bundle
+from sdrt.bundle.manifest import WEIGHTS
 
 Measure = Callable[[Request], Mapping[str, Any]]
 """Measures one bundle in one process and returns what the process answered."""

@@ -14,7 +14,7 @@ from typing import Any
 
 from sdrt.bench.child import Child, in_fresh_process, measuring, understood
 from sdrt.bench.measure import ONCE, Request
-from sdrt.bundle import WEIGHTS
+from sdrt.bundle.manifest import WEIGHTS
 from sdrt.errors import MachineError, ResourceError
 from sdrt.memory import available_bytes
 

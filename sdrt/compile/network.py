@@ -19,6 +19,7 @@ from sdrt.compile.watch import Progress, make_log, make_monitor
 from sdrt.engine_cache import COMPILERS
 from sdrt.engine_record import Profile
 from sdrt.errors import MachineError, ResourceError, SdrtError, printable
+from sdrt.machine.packages import install_command
 from sdrt.publish import cache_folder, staged_file, write_file
 
 logger = logging.getLogger("sdrt")
@@ -105,16 +106,7 @@ def library(target: str) -> Any:
 
         return tensorrt
     except (ImportError, OSError) as error:
-        raise MachineError(f"target {target}: cannot import {COMPILERS[target]}: {error}", f"Install it with: pip install 'sdrt[{target}]'") from error
-
-
-def input_shapes(compiler: Compiler, graph: str, path: Path) -> dict[str, tuple[Side, ...]]:
-    """The inputs of an ONNX file as TensorRT reads it, by name.
-
-    Raises:
-        MachineError: it cannot read the file; the error names the node.
-    """
-    return {str(tensor.name): sides for tensor, sides in _inputs(_parse(compiler, graph, path).network)}
+        raise MachineError(f"target {target}: cannot import {COMPILERS[target]}: {error}", f"Install it with: {install_command(target)}") from error
 
 
 def build_graph(compiler: Compiler, graph: str, path: Path, profiles: Sequence[Profile], demand: Demand, progress: Progress, stop: Event) -> Built:

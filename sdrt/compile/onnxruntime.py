@@ -11,15 +11,16 @@ from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 
-from sdrt.bundle import GRAPHS, WEIGHTS, Bundle, check_files, file_record
+from sdrt.bundle.folder import Bundle, check_files, file_record
+from sdrt.bundle.graphs import GRAPHS
+from sdrt.bundle.manifest import WEIGHTS
 from sdrt.compile import worker
 from sdrt.compile.report import CompileOptions, CompileReport, GraphReport
-from sdrt.compile.watch import WAITING, Progress
-from sdrt.engine_cache import engine_folder, platform_name, read_intact, staged_engine, write_record
+from sdrt.compile.together import engines_together
+from sdrt.compile.watch import Progress
+from sdrt.engine_cache import NewEngine, engine_folder, platform_name, read_intact, write_record
 from sdrt.engine_record import FORMAT, EngineKey, EngineRecord, ExternalData, Plan
 from sdrt.errors import BundleError, MachineError, UsageError
-from sdrt.lock import locked
-from sdrt.publish import sweep_stages
 from sdrt.runtime.cpu import cpu_identity
 from sdrt.runtime.onnxruntime_model import FLAGS, PRECISION, TARGET, import_onnxruntime, weights_path
 
@@ -31,15 +32,17 @@ _READ = ("target", "force")
 """Options that count here."""
 
 
-def compile_bundle(bundle: Bundle, options: CompileOptions, progress: Progress = lambda stage, done: None) -> CompileReport:
+def compile_bundle(bundle: Bundle, options: CompileOptions, progress: Progress = lambda stage, done: None, joined: NewEngine | None = None) -> CompileReport:
     """Save every graph of a bundle as ONNX Runtime has optimised it for this CPU. An intact engine of the same key is left as it is.
+
+    The engine appears by itself, or with those of the command that `joined` comes from.
 
     Raises:
         UsageError: an option was given that these engines have no use for.
         BundleError: a graph, the weights or a reference are missing or changed.
         MachineError: ONNX Runtime is not installed or fails, or what it saved computes something else.
         ResourceError: out of memory or disk.
-        LockedError: another process that compiles the same engine did not end in time.
+        LockedError: another process that compiles this bundle did not end in time.
         KeyboardInterrupt: interrupted; nothing was left behind.
     """
     _refuse_unread(options)
@@ -62,15 +65,15 @@ def compile_bundle(bundle: Bundle, options: CompileOptions, progress: Progress =
         flags=FLAGS,
     )
     folder = engine_folder(bundle, key)
-    with locked(folder, lambda: progress(WAITING, None)):
-        sweep_stages(folder.parent)
+    with engines_together(bundle, progress, joined) as new_engine:
         if not options.force:
             with suppress(BundleError, MachineError):  # missing or damaged: compiled again
                 return CompileReport(folder, read_intact(folder), True, {})
         plans: dict[str, Plan] = {}
         reports: dict[str, GraphReport] = {}
-        needed_bytes = weights.size_bytes * (1 if manifest.precision == PRECISION else 2) + _MARGIN_BYTES
-        with staged_engine(bundle, key, needed_bytes) as stage:
+        widened = any(component.storage != PRECISION for component in manifest.components.values())
+        needed_bytes = weights.size_bytes * (2 if widened else 1) + _MARGIN_BYTES
+        with new_engine(key, needed_bytes) as stage:
             for graph in GRAPHS:
                 progress(f"compile {graph}", None)
                 made, peak_bytes = worker.save_model(graph, bundle.graph(graph, PRECISION), stage, bundle.file(references[graph]), version)

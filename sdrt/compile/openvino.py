@@ -13,15 +13,17 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from sdrt.bundle import ENGINES, GRAPHS, WEIGHTS, Bundle, check_files
+from sdrt.bundle.folder import Bundle, check_files
+from sdrt.bundle.graphs import GRAPHS
+from sdrt.bundle.manifest import WEIGHTS
 from sdrt.compile.report import CompileOptions, CompileReport, GraphReport
 from sdrt.compile.shapes import resolve_shapes
-from sdrt.compile.watch import WAITING, Progress
-from sdrt.engine_cache import folder_name, platform_name, read_intact, state_bytes, write_engine
+from sdrt.compile.together import engines_together
+from sdrt.compile.watch import Progress
+from sdrt.engine_cache import NewEngine, engine_folder, platform_name, read_intact, state_bytes, write_engine
 from sdrt.engine_record import FORMAT, EngineKey, EngineRecord, Plan, Profile
 from sdrt.errors import BundleError, MachineError, UsageError
-from sdrt.lock import locked
-from sdrt.publish import sweep_stages
+from sdrt.interruptible import interruptible
 from sdrt.runtime.cpu import cpu_identity
 from sdrt.runtime.openvino_model import (
     FLAGS,
@@ -36,6 +38,8 @@ from sdrt.runtime.openvino_model import (
 )
 
 TARGET = "openvino"
+DEFAULT_CHUNKS = (1, 2)
+"""Prompt lengths that engines are made for unless asked otherwise: most prompts are of up to 75 tokens, nearly all of up to 150."""
 _SOURCE = "fp32"
 """The graphs engines are made from. Their weights are stored as the bundle has them; OpenVINO rounds the arithmetic."""
 
@@ -46,15 +50,19 @@ class _Blob:
     report: GraphReport
 
 
-def compile_bundle(bundle: Bundle, options: CompileOptions, progress: Progress = lambda stage, done: None) -> list[CompileReport]:
-    """Compile every graph of a bundle: one engine for each number of guidance branches. An intact engine of the same key is left as it is.
+def compile_bundle(
+    bundle: Bundle, options: CompileOptions, progress: Progress = lambda stage, done: None, joined: NewEngine | None = None
+) -> list[CompileReport]:
+    """Compile every graph of a bundle: one engine for each prompt length and number of guidance branches. An intact engine of the same key is left as it is.
+
+    The engines appear together, or with those of the command that `joined` comes from.
 
     Raises:
         UsageError: an option is out of range, a range where one value is needed, or does not belong to the target.
         BundleError: a graph or the weights are missing or changed.
         MachineError: OpenVINO is not installed, too old, or refuses a graph.
         ResourceError: out of memory or disk.
-        LockedError: another process that compiles the same engine did not end in time.
+        LockedError: another process that compiles this bundle did not end in time.
         KeyboardInterrupt: interrupted; nothing was left behind.
     """
     manifest = bundle.manifest
@@ -67,12 +75,11 @@ def compile_bundle(bundle: Bundle, options: CompileOptions, progress: Progress =
     check_files(bundle, [WEIGHTS, *files.values()])
     made: dict[Any, _Blob] = {}  # graphs that two engines have in common are compiled once
     reports = []
-    for shape in shapes:
-        inputs = {graph: shape.inputs(graph, manifest) for graph in GRAPHS}
-        key = _key(bundle, files, precision, inputs)
-        folder = bundle.path / ENGINES / folder_name(key)
-        with locked(folder, lambda: progress(WAITING, None)):
-            sweep_stages(folder.parent)
+    with engines_together(bundle, progress, joined) as new_engine:
+        for shape in shapes:
+            inputs = {graph: shape.inputs(graph, manifest) for graph in GRAPHS}
+            key = _key(bundle, files, precision, inputs)
+            folder = engine_folder(bundle, key)
             if not options.force:
                 with suppress(BundleError, MachineError):  # missing or damaged: compiled again
                     reports.append(CompileReport(folder, read_intact(folder), True, {}))
@@ -86,7 +93,7 @@ def compile_bundle(bundle: Bundle, options: CompileOptions, progress: Progress =
                 blobs[graph] = made[known]
             progress("write", None)
             record = _record(bundle, shape, key, blobs)
-            written = write_engine(bundle, record, {graph: blob.data for graph, blob in blobs.items()})
+            written = write_engine(bundle, record, {graph: blob.data for graph, blob in blobs.items()}, new_engine)
             reports.append(CompileReport(written, record, False, {graph: blob.report for graph, blob in blobs.items()}))
     return reports
 
@@ -102,7 +109,8 @@ def _static_shapes(bundle: Bundle, options: CompileOptions) -> list[StepShape]:
             raise UsageError(f"{option}: from {low} to {high}: OpenVINO engines have static shapes", fix)
     factor = manifest.latents.factor
     height, width = shapes.height[0] // factor, shapes.width[0] // factor
-    return [StepShape(shapes.batch[0], height, width, shapes.tokens[0], branches, shapes.rows) for branches in shapes.branches]
+    lengths = [chunks * manifest.chunk for chunks in DEFAULT_CHUNKS] if options.tokens is None else [shapes.tokens[0]]
+    return [StepShape(shapes.batch[0], height, width, tokens, branches, shapes.rows) for tokens in lengths for branches in shapes.branches]
 
 
 def _key(bundle: Bundle, files: Mapping[str, str], precision: str, inputs: Mapping[str, Mapping[str, tuple[int, ...]]]) -> EngineKey:
@@ -124,9 +132,10 @@ def _key(bundle: Bundle, files: Mapping[str, str], precision: str, inputs: Mappi
 
 def _compile(ov: Any, core: Any, bundle: Bundle, graph: str, shapes: Mapping[str, tuple[int, ...]], precision: str) -> _Blob:
     started = time.perf_counter()
-    compiled, attention = compile_graph(ov, core, bundle.graph(graph, _SOURCE), shapes, precision, None)
+    path = bundle.graph(graph, _SOURCE)
+    compiled, attention = interruptible(lambda: compile_graph(ov, core, path, shapes, precision, None))
     build_s = time.perf_counter() - started
-    data = export_blob(compiled)
+    data = interruptible(lambda: export_blob(compiled))
     return _Blob(data, GraphReport(0.0, build_s, layer_count(compiled), len(data), unfused_attention(compiled, attention), None))
 
 

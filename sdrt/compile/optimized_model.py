@@ -31,10 +31,10 @@ def save_model(graph: str, path: Path, folder: Path, reference: Path) -> dict[st
         started = time.perf_counter()
         session = open_graph(ort, path, None, save_as=model)
         build_s = time.perf_counter() - started
-        expected = outputs_of(session, inputs)
+        expected = outputs_of(ort, session, graph, inputs)
         del session  # several gigabytes
         saved = open_saved(ort, model.read_bytes(), model, None)
-        found = outputs_of(saved, inputs)
+        found = outputs_of(ort, saved, graph, inputs)
     except Exception as error:
         raise _reported(ort, graph, folder, error) from error
     worst = compare(expected, found, PRECISION)[0]

@@ -12,7 +12,8 @@ from sdrt.engine_record import EngineRecord
 
 @dataclass(frozen=True)
 class CompileOptions:
-    """What to compile. Ranges are (smallest, largest); `size` None takes the bundle's, `tokens` None one chunk.
+    """What to compile. Ranges are (smallest, largest); `size` None takes the bundle's, `tokens` None one chunk, for openvino
+    an engine for one and another for two.
 
     onnxruntime takes none of these options. `precision` None takes the bundle's, for openvino the fastest this CPU has unless the bundle is stored in float32.
     `sms` are GPU generations for tensorrt-rtx, None for the default; `device` is the GPU for tensorrt, counted from 0.

@@ -9,31 +9,35 @@ from __future__ import annotations
 import hashlib
 from contextlib import suppress
 
-from sdrt.bundle import ENGINES, GRAPHS, WEIGHTS, Bundle, check_files
+from sdrt.bundle.folder import Bundle, check_files
+from sdrt.bundle.graphs import GRAPHS
+from sdrt.bundle.manifest import WEIGHTS
 from sdrt.compile import worker
 from sdrt.compile.network import Compiler, Demand, build_flags, import_compiler, library
 from sdrt.compile.report import CompileOptions, CompileReport, GraphReport
 from sdrt.compile.shapes import largest_demand, profiles_of, resolve_shapes
-from sdrt.compile.watch import WAITING, Progress
-from sdrt.engine_cache import RTX_SMS, folder_name, platform_name, read_intact, state_bytes, write_engine
+from sdrt.compile.together import engines_together
+from sdrt.compile.watch import Progress
+from sdrt.engine_cache import RTX_SMS, NewEngine, engine_folder, platform_name, read_intact, state_bytes, write_engine
 from sdrt.engine_record import FORMAT, EngineKey, EngineRecord, Plan
 from sdrt.errors import BundleError, MachineError, UsageError
-from sdrt.lock import locked
-from sdrt.publish import sweep_stages
+from sdrt.machine.packages import install_command
 
 TARGETS = ("tensorrt-rtx", "tensorrt")
 DEFAULT_SMS = (86, 89, 120)
 
 
-def compile_bundle(bundle: Bundle, options: CompileOptions, progress: Progress = lambda stage, done: None) -> CompileReport:
+def compile_bundle(bundle: Bundle, options: CompileOptions, progress: Progress = lambda stage, done: None, joined: NewEngine | None = None) -> CompileReport:
     """Compile every graph of a bundle into an engine in its `engines` folder. An intact engine of the same key is left as it is.
+
+    The engine appears by itself, or with those of the command that `joined` comes from.
 
     Raises:
         UsageError: an option is out of range or does not belong to the target.
         BundleError: a graph or the weights are missing or changed.
         MachineError: the compiler is not installed, has no GPU to build on, or refuses a graph.
         ResourceError: out of memory or disk.
-        LockedError: another process that compiles the same engine did not end in time.
+        LockedError: another process that compiles this bundle did not end in time.
         KeyboardInterrupt: interrupted; nothing was left behind.
     """
     manifest = bundle.manifest
@@ -44,8 +48,7 @@ def compile_bundle(bundle: Bundle, options: CompileOptions, progress: Progress =
     files = {graph: manifest.graphs[graph][precision].path for graph in GRAPHS}
     progress("read", None)
     check_files(bundle, [WEIGHTS, *files.values()])
-    inputs = worker.read_inputs(compiler, paths)
-    profiles = {graph: profiles_of(inputs[graph], graph, shapes, manifest) for graph in GRAPHS}
+    profiles = {graph: profiles_of(graph, shapes, manifest) for graph in GRAPHS}
     key = EngineKey(
         target=options.target,
         compiler=compiler.version,
@@ -57,9 +60,8 @@ def compile_bundle(bundle: Bundle, options: CompileOptions, progress: Progress =
         profiles=profiles,
         flags=build_flags(compiler.trt),
     )
-    folder = bundle.path / ENGINES / folder_name(key)
-    with locked(folder, lambda: progress(WAITING, None)):
-        sweep_stages(folder.parent)
+    folder = engine_folder(bundle, key)
+    with engines_together(bundle, progress, joined) as new_engine:
         if not options.force:
             with suppress(BundleError, MachineError):  # missing or damaged: compiled again
                 return CompileReport(folder, read_intact(folder), True, {})
@@ -87,7 +89,7 @@ def compile_bundle(bundle: Bundle, options: CompileOptions, progress: Progress =
             weight_bytes=manifest.files[WEIGHTS].size_bytes,
             plans=plans,
         )
-        return CompileReport(write_engine(bundle, record, data), record, False, reports)
+        return CompileReport(write_engine(bundle, record, data, new_engine), record, False, reports)
 
 
 def open_compiler(target: str, sms: tuple[int, ...] | None = None, device: int = 0) -> Compiler:
@@ -120,7 +122,7 @@ def _gpu(device: int) -> str:
         from cuda.bindings import runtime
         from cuda.core import Device
     except ImportError as error:
-        raise MachineError(f"target tensorrt: {error}", "Install it with: pip install 'sdrt[tensorrt]'") from error
+        raise MachineError(f"target tensorrt: {error}", f"Install it with: {install_command('tensorrt')}") from error
     status, count = runtime.cudaGetDeviceCount()
     if status != runtime.cudaError_t.cudaSuccess or not count:
         raise MachineError(

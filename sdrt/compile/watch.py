@@ -13,7 +13,7 @@ from typing import Any
 Progress = Callable[[str, float | None], None]
 """Called with the stage's name and how much of it is done, 0 to 1, or None where that is not known. May be called from another thread."""
 
-WAITING = "waiting for another process that compiles the same engine"
+WAITING = "waiting for another process that compiles this bundle"
 """A stage: two compilations of one engine would do the same work twice."""
 
 log = logging.getLogger("sdrt")

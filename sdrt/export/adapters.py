@@ -8,17 +8,31 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sdrt.document import Document
 from sdrt.errors import AdapterError, UsageError, nearest, printable
-from sdrt.export.architecture import CLIP, UNET, UNetSpec, describe
+from sdrt.export.architecture import UNetSpec
+from sdrt.export.families.recognise import LORA, OPTION_OF_KIND, describe
+from sdrt.export.families.table import CONTEXTS, component_of, family_of
 from sdrt.export.keys import adapter_names
 from sdrt.export.lora import Delta, MisfitError, additive, decomposed, fitting_shape, kinds_of, missing_parts, norm_axis, rank_of
-from sdrt.export.lora_formats import FAMILY_OF_CONTEXT, MAGNITUDE, UP_BIAS, family, grouped, refused_kind, split
+from sdrt.export.lora_formats import (
+    MAGNITUDE,
+    UP_BIAS,
+    below_base_model,
+    bundled_trigger,
+    family,
+    grouped,
+    is_numbered,
+    numbered_list,
+    refused_kind,
+    split,
+)
+from sdrt.export.numbered_lora import check_numbers, numbered_modules
 from sdrt.export.peft_config import FILE_NAME, PeftConfig, config_beside, config_in_header
 from sdrt.export.tensor_file import TensorFile, open_tensor_file
 
@@ -28,7 +42,8 @@ if TYPE_CHECKING:
 _SHOWN_KEYS = 5
 _BIAS_PARTS = ("diff_b", UP_BIAS)
 _SAME_AS = {"w_norm": "diff", "b_norm": "diff_b"}
-_PEFT_PREFIX = "base_model.model."
+_TAUGHT = "<embed>"
+"""What the header of the first LoRA format says of a key that holds an embedding's vectors."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +59,8 @@ class LoraOption:
 class Lora:
     """An opened adapter of the LoRA family, matched to a model: what it does to each weight, by canonical name. `unmatched` keys were allowed to be.
 
-    `config` is the `adapter_config.json` whose alpha it takes, if it takes one; `notes` are remarks for the user.
+    `config` is the `adapter_config.json` whose alpha it takes, if it takes one; `notes` are remarks for the user. `bundled` gives the keys of the
+    embeddings that the file brings along, by trigger; they are not among the deltas.
     """
 
     option: LoraOption
@@ -54,13 +70,15 @@ class Lora:
     unmatched: tuple[str, ...] = ()
     config: Document | None = None
     notes: tuple[str, ...] = ()
+    bundled: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def config_sha256(self) -> str | None:
         return self.config.sha256 if self.config is not None else None
 
     def scale(self, weight: str) -> float:
-        return self.option.te_scale if weight.startswith(CLIP) else self.option.scale
+        component = component_of(weight)
+        return self.option.te_scale if component is not None and component.network == "clip" else self.option.scale
 
     def rescales(self, weight: str) -> bool:
         """Whether its change of a weight depends on the weight it meets, as DoRA's does, and so on the adapters before it."""
@@ -146,7 +164,13 @@ def open_lora(option: LoraOption, shapes: Mapping[str, tuple[int, ...]], spec: U
     try:
         _check_kind(file)
         table = adapter_names([name.removesuffix(".weight") for name in shapes if name.endswith(".weight")], spec)
-        modules, unmatched = _modules(file, table, spec, allow_unmatched)
+        spelled = numbered_list({name: entry.shape for name, entry in file.entries.items()})
+        if numbered := {name.rpartition(":")[0] for name in (spelled.values() or file.entries) if is_numbered(name)}:
+            known = numbered_modules(set(table.values()), spec)
+            check_numbers(file.path, numbered, known, file.metadata.get(next(iter(numbered)).partition(":")[0], ""))
+            table |= known
+        bundled = bundled_keys(file)
+        modules, unmatched = _modules(file, spelled, set(bundled.values()), table, spec, allow_unmatched)
         config = config_in_header(file.path, file.metadata)
         notes = []
         if config is None and any(module.below_base_model for module in modules.values()):
@@ -157,7 +181,7 @@ def open_lora(option: LoraOption, shapes: Mapping[str, tuple[int, ...]], spec: U
         for module in modules.values():
             _add_deltas(file, module, shapes, spec, config, deltas, unmatched, allow_unmatched)
         sha256 = file.sha256()
-        return Lora(option, file, sha256, deltas, tuple(unmatched), config.document if config is not None else None, tuple(notes))
+        return Lora(option, file, sha256, deltas, tuple(unmatched), config.document if config is not None else None, tuple(notes), bundled)
     except BaseException:
         file.close()
         raise
@@ -172,10 +196,32 @@ def _check_kind(file: TensorFile) -> None:
             "sdrt fuses LoRA, LoCon, LoHa, LoKr, DoRA and full differences; convert the adapter, or train one of these.",
         )
     kind = describe(shapes)
-    if kind != "a LoRA":
-        option = "--vae" if kind == "a VAE" else "--checkpoint" if "model" in kind else ""
-        fix = f"Pass it with {option}." if option else "--lora takes LoRA, LyCORIS and DoRA files."
-        raise AdapterError(f"{file.path}: expected a LoRA, found {kind}", fix)
+    if kind != LORA:
+        raise AdapterError(f"{file.path}: expected {LORA}, found {kind}", how_to_give(kind) or "--lora takes LoRA, LyCORIS and DoRA files.")
+
+
+def how_to_give(kind: str) -> str:
+    """How a build takes a file of that kind, as advice; empty for one that it does not take."""
+    option = OPTION_OF_KIND.get(kind, "--checkpoint" if family_of(kind) is not None else "")
+    return f"Pass it with {option}." if option else ""
+
+
+def bundled_keys(file: TensorFile) -> dict[str, str]:
+    """The keys of the embeddings that a LoRA brings along, by trigger.
+
+    Raises:
+        AdapterError: two keys hold one embedding, or a trigger has characters that no prompt can.
+    """
+    found: dict[str, str] = {}
+    for key in file.entries:
+        trigger = key if file.metadata.get(key) == _TAUGHT else bundled_trigger(key)
+        if trigger is None:
+            continue
+        if trigger in found or not trigger.strip() or not trigger.isprintable():
+            reason = f"is {printable(found[trigger])} too" if trigger in found else "is no word that a prompt can say"
+            raise AdapterError(f"{file.path}: {printable(key)}: the embedding of {printable(trigger)!r} {reason}", "Get the adapter again.")
+        found[trigger] = key
+    return found
 
 
 @dataclass(frozen=True)
@@ -188,18 +234,22 @@ class _Module:
     keys: dict[str, str]
 
 
-def _modules(file: TensorFile, table: Mapping[str, str], spec: UNetSpec, allow_unmatched: bool) -> tuple[dict[str, _Module], list[str]]:
-    """The file's keys by canonical module, and those that belong to none."""
+def _modules(
+    file: TensorFile, spelled: Mapping[str, str], bundled: Collection[str], table: Mapping[str, str], spec: UNetSpec, allow_unmatched: bool
+) -> tuple[dict[str, _Module], list[str]]:
+    """The file's keys but for embeddings by canonical module, and those that belong to none. `spelled` names the keys that say nothing."""
     modules: dict[str, _Module] = {}
     unmatched = []
     for key in file.entries:
-        inner = key.removeprefix(_PEFT_PREFIX)
+        if key in bundled:
+            continue
+        inner = below_base_model(spelled.get(key, key))
         parsed = split(inner)
         if parsed is None or parsed[0] not in table:
             unmatched.append(key)
             continue
         name, canonical, part = parsed[0], table[parsed[0]], _SAME_AS.get(parsed[1], parsed[1])
-        module = modules.setdefault(canonical, _Module(name, canonical, inner != key, {}))
+        module = modules.setdefault(canonical, _Module(name, canonical, inner != spelled.get(key, key), {}))
         if part in module.keys or module.name != name:
             raise AdapterError(f"{file.path}: {printable(key)}: changes {canonical}.weight, which another key of the file changes too")
         module.keys[part] = key
@@ -216,21 +266,42 @@ def _refuse_unmatched(file: TensorFile, unmatched: Sequence[str], modules: Mappi
     base = file.metadata.get("ss_base_model_version", "")
     made_for = _made_for(file, spec) or (f"; it was made for {printable(base)}" if base and not modules else "")
     shown = ", ".join(printable(k) for k in unmatched[:_SHOWN_KEYS])
-    inner = unmatched[0].removeprefix(_PEFT_PREFIX)
+    counted = f"{file.path}: {len(unmatched)} of {len(file.entries)} keys"
+    for key in unmatched:
+        if what := _whole(below_base_model(key), table):
+            raise AdapterError(f"{counted} are no change of a weight: {printable(key)} is {what} ({grouped(unmatched)})", _MERGE)
+    if vectors := [key for key in unmatched if key.startswith("bundle_emb.")]:
+        raise AdapterError(
+            f"{counted} belong to no module of this model{made_for}: {printable(vectors[0])} holds an embedding's vectors for another text encoder",
+            "Use a LoRA made for this checkpoint's family, or pass --allow-unmatched to leave these out.",
+        )
+    inner = below_base_model(unmatched[0])
     name = parsed[0] if (parsed := split(inner)) else inner
     alike = [choice for choice in table if choice[:5] == name[:5]] or table
-    message = (
-        f"{file.path}: {len(unmatched)} of {len(file.entries)} keys belong to no module of this model{made_for}: "
-        f"{shown}{nearest(name, alike)} ({grouped(unmatched)})"
-    )
+    message = f"{counted} belong to no module of this model{made_for}: {shown}{nearest(name, alike)} ({grouped(unmatched)})"
     fix = "Use a LoRA made for this checkpoint's family" + (", or pass --allow-unmatched to fuse the rest." if modules else ".")
     raise AdapterError(message, fix)
+
+
+_MERGE = "Merge the adapter in the tool that trained it (peft: merge_and_unload) and build the merged model, or pass --allow-unmatched to leave these out."
+
+
+def _whole(inner: str, table: Mapping[str, str]) -> str:
+    """What a key is that holds a module's trained values themselves instead of a change of them; empty if it does not."""
+    module, _, leaf = inner.rpartition(".")
+    if leaf not in ("weight", "bias"):
+        return ""
+    if module.endswith(".base_layer"):
+        return f"a whole {leaf}, as peft's bias='lora_only' and 'all' keep it"
+    if ".modules_to_save" in module or module in table:
+        return f"a whole {leaf}, as peft's modules_to_save and bias='all' keep it"
+    return ""
 
 
 def _made_for(file: TensorFile, spec: UNetSpec) -> str:
     """What family the adapter is for, where that is not the model's own."""
     made_for = family({name: entry.shape for name, entry in file.entries.items()})
-    return f"; it was made for {made_for}" if made_for and made_for != FAMILY_OF_CONTEXT.get(spec.context_width) else ""
+    return f"; it was made for {made_for}" if made_for and made_for != CONTEXTS.get(spec.context_width) else ""
 
 
 def _add_deltas(
@@ -251,7 +322,7 @@ def _add_deltas(
         if config is not None and config.use_dora(module.name) and MAGNITUDE not in keys:
             raise AdapterError(f"{where}: {MAGNITUDE} is missing, and {config.source} says use_dora", "The adapter is incomplete; get it again.")
         try:
-            shape = fitting_shape(entries, weight, 4 if module.canonical == UNET + "input_blocks.0.0" and spec.in_channels > 4 else None)
+            shape = fitting_shape(entries, weight, _plain_channels(module.canonical, spec))
             axis = norm_axis(entries, shape)
             if axis is not None and shape != weight:
                 raise MisfitError(f"DoRA for {shape[1]} input channels")
@@ -297,6 +368,8 @@ def _factor(file: TensorFile, module: _Module, rank: int | None, config: PeftCon
     return 1.0 if alpha == 0 or not rank else alpha / rank  # kohya writes 0 for "no alpha"
 
 
-def component(weight: str) -> str:
-    """The component a canonical weight name belongs to, as reports name it."""
-    return "unet" if weight.startswith(UNET) else "text_encoder" if weight.startswith(CLIP) else "vae"
+def _plain_channels(module: str, spec: UNetSpec) -> int | None:
+    """The input channels of a UNet's first layer in the model without inputs beside the latents, if it is that layer and has more."""
+    component = component_of(module)
+    first = component is not None and component.network == "unet" and module == component.prefix + "input_blocks.0.0"
+    return spec.out_channels if first and spec.in_channels > spec.out_channels else None

@@ -11,29 +11,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from sdrt.bundle.manifest import MAX_SIDE, MIN_SIDE, SIZE_STEP
 from sdrt.errors import CheckpointError
-from sdrt.export.lora_formats import is_adapter
+from sdrt.export.families.family import Family, Shapes
+from sdrt.export.families.recognise import OPTION_OF_KIND, UNET_ALONE, VAE, describe
+from sdrt.export.families.table import BUILDS, FAMILIES, family_of
 
-UNET = "model.diffusion_model."
-VAE = "first_stage_model."
-CLIP = "cond_stage_model.transformer."
 NORM_GROUPS = 32
 PREDICTIONS = {"epsilon": "epsilon", "eps": "epsilon", "v": "v", "v_prediction": "v"}
-SD1, SD1_INPAINTING = "a Stable Diffusion 1.x model", "a Stable Diffusion 1.x inpainting model"
-INPAINTING_CHANNELS = 9
-"""Latents 4, mask 1, latents of the masked image 4."""
 
 MAX_BLOCKS = 100
 """Blocks of one kind in a row. Real models stay far below; the limit keeps a forged header from costing minutes."""
-
-HYPERNETWORK_KEY = re.compile(r"(\d{1,6})\.([01])\.(linear\d?\..+)")
-"""Width, 0 for keys or 1 for values, and the layer's own name."""
-OPTION_OF_KIND = {"a LoRA": "--lora", "a VAE": "--vae", "a textual-inversion embedding": "--embedding", "a hypernetwork": "--hypernetwork"}
-"""How `sdrt build` takes what `describe` calls by these names."""
-_MAX_TOKENS, _NARROWEST = 16, 64
-"""Embeddings that one file may hold before it is another kind of file, and their least width: text encoders are multiples of 64 wide."""
-
-Shapes = Mapping[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -74,7 +62,7 @@ class UNetSpec:
 class VaeSpec:
     """Sizes of a VAE. `channels` has one entry per level, finest first; one latent covers 2 ** (levels - 1) pixels a side.
 
-    `scale` multiplies latents after encoding and divides them before decoding (0.18215 for SD 1.x and 2.x).
+    `scale` multiplies latents after encoding and divides them before decoding .
     """
 
     channels: tuple[int, ...]
@@ -111,74 +99,22 @@ class Architecture:
     vae: VaeSpec
 
 
-def describe(names: Shapes) -> str:
-    """What a set of tensor names is, in words: a family sdrt builds, one it does not build yet, or another kind of file."""
-
-    def has(*prefixes: str) -> bool:
-        return any(name.startswith(prefix) for name in names for prefix in prefixes)
-
-    if not names:
-        return "an empty file"
-    if has("lora_unet_", "lora_te", "lycoris_") or is_adapter(names):
-        return "a LoRA"
-    if any(HYPERNETWORK_KEY.fullmatch(name) for name in names):
-        return "a hypernetwork"
-    if _are_embeddings(names):
-        return "a textual-inversion embedding"
-    if has("model.diffusion_model.double_blocks.", "double_blocks."):
-        return "a Flux model"
-    if has("model.diffusion_model.joint_blocks.", "joint_blocks."):
-        return "an SD3 model"
-    if "conditioner.embedders.1.model.ln_final.weight" in names:
-        return "an SDXL model"
-    if (width := names.get("conditioner.embedders.0.model.ln_final.weight")) is not None:
-        return "an SD2 model" if width == (1024,) else "an SDXL refiner"
-    if has("depth_model."):
-        return "an SD2 depth model"
-    if has("embedder.model."):
-        return "an unCLIP model"
-    if has("cond_stage_model.model."):
-        return "an SD2 model"
-    if has("down_blocks.", "unet.down_blocks."):
-        return "a UNet in diffusers naming"
-    if has(UNET):
-        conv_in = names.get(UNET + "input_blocks.0.0.weight", ())
-        channels = conv_in[1] if len(conv_in) == 4 else 4
-        context = next((s[-1] for n, s in names.items() if n.startswith(UNET) and n.endswith("attn2.to_k.weight") and s), 0)
-        special = {7: "an x4 upscaler", 8: "an instruct-pix2pix model"}
-        if channels not in (4, INPAINTING_CHANNELS):
-            return special.get(channels, f"a UNet of {channels} input channels")
-        if not has(CLIP):
-            return {1024: "an SD2 UNet without its text encoder", 2048: "an SDXL UNet without its text encoders"}.get(
-                context, "a Stable Diffusion UNet without its text encoder"
-            )
-        return SD1_INPAINTING if channels == INPAINTING_CHANNELS else SD1
-    if has(VAE, "decoder.up.", "encoder.down."):
-        return "a VAE"
-    if has(CLIP, "text_model."):
-        return "a CLIP text encoder"
-    return "tensors of no kind that sdrt knows"
-
-
-def _are_embeddings(names: Shapes) -> bool:
-    """AUTOMATIC1111's and SDXL's names, or a few tensors of vectors under names that are no layer's: tokens, as diffusers saves them."""
-    if any(name.startswith("string_to_param.") for name in names) or names.keys() <= {"emb_params", "clip_l", "clip_g"}:
-        return True
-    return len(names) <= _MAX_TOKENS and all(len(s) in (1, 2) and s[-1] >= _NARROWEST and not n.endswith((".weight", ".bias")) for n, s in names.items())
-
-
 def architecture(path: Path, shapes: Shapes, metadata: Mapping[str, str]) -> Architecture:
-    """Infer the architecture of a Stable Diffusion 1.x checkpoint from canonical tensor names and shapes.
+    """Infer the architecture of a checkpoint from canonical tensor names and shapes.
 
     Raises:
-        CheckpointError: the file is of another family or kind, a component is missing, or shapes contradict each other.
+        CheckpointError: the file is of a family or kind that is not built, a component is missing, or shapes contradict each other.
     """
     kind = describe(shapes)
-    if kind not in (SD1, SD1_INPAINTING):
-        _refuse_kind(path, kind)
-    if VAE + "decoder.conv_in.weight" not in shapes:
-        raise CheckpointError(f"{path}: has no VAE ({VAE}*)", "Supply one with --vae FILE.")
-    unet, vae, clip = unet_spec(path, shapes), vae_spec(path, shapes), clip_spec(path, shapes)
+    family = family_of(kind)
+    if family is None:
+        raise _refused(path, kind)
+    if family.vae.prefix + "decoder.conv_in.weight" not in shapes:
+        raise CheckpointError(f"{path}: has no VAE ({family.vae.prefix}*)", "Supply one with --vae FILE.")
+    for start, what in family.refused.items():
+        if name := next((name for name in shapes if name.startswith(family.unet.prefix + start)), None):
+            raise CheckpointError(f"{path}: {name}: {what}: not supported yet", BUILDS)
+    unet, vae, clip = unet_spec(path, shapes, family), vae_spec(path, shapes, family), clip_spec(path, shapes, family)
     if unet.context_width != clip.width:
         raise CheckpointError(
             f"{path}: the UNet attends to contexts {unet.context_width} wide, the text encoder gives {clip.width}", "The components are of different models."
@@ -189,26 +125,24 @@ def architecture(path: Path, shapes: Shapes, metadata: Mapping[str, str]) -> Arc
         )
     if "ztsnr" in shapes:
         raise CheckpointError(f"{path}: ztsnr: trained to zero signal at the last step: not supported yet", "Use a checkpoint without it.")
-    stated = metadata.get("modelspec.prediction_type", "v" if "v_pred" in shapes else "epsilon")
+    stated = metadata.get("modelspec.prediction_type", "v" if "v_pred" in shapes else family.prediction)
     if stated not in PREDICTIONS:
         raise CheckpointError(f"{path}: modelspec.prediction_type: {stated!r}: not supported yet", f"This version of sdrt knows {', '.join(PREDICTIONS)}.")
-    prediction = PREDICTIONS[stated]
-    return Architecture("sd1", prediction, _default_size(path, metadata), clip, unet, vae)
+    return Architecture(family.name, PREDICTIONS[stated], default_size(metadata, family)[0], clip, unet, vae)
 
 
-def _refuse_kind(path: Path, kind: str) -> None:
-    fixes = {
-        "a LoRA": "Pass it with --lora, and the checkpoint it was trained on with --checkpoint.",
-        "a VAE": "Pass it with --vae, and a whole checkpoint with --checkpoint.",
-        "a textual-inversion embedding": "Pass it with --embedding, and the checkpoint it was trained on with --checkpoint.",
-        "a hypernetwork": "Pass it with --hypernetwork, and the checkpoint it was trained on with --checkpoint.",
-        "a Stable Diffusion UNet without its text encoder": "Give a whole checkpoint: no option supplies the text encoder.",
-    }
-    if "not supported yet" in fixes.get(kind, "") or kind in fixes or kind.startswith(("tensors", "an empty", "a CLIP")):
-        raise CheckpointError(
-            f"{path}: expected a Stable Diffusion 1.x checkpoint, found {kind}", fixes.get(kind, "Give a whole checkpoint in one .safetensors file.")
-        )
-    raise CheckpointError(f"{path}: {kind}: not supported yet", "This version of sdrt builds Stable Diffusion 1.x and its inpainting models.")
+def _refused(path: Path, kind: str) -> CheckpointError:
+    """Why a file of that kind is no checkpoint that is built, and how it is given to a build if it is part of one."""
+    if kind in OPTION_OF_KIND:
+        of_it = "a whole checkpoint" if kind == VAE else "the checkpoint it was trained on"
+        fix = f"Pass it with {OPTION_OF_KIND[kind]}, and {of_it} with --checkpoint."
+    elif kind == UNET_ALONE:
+        fix = "Give a whole checkpoint: no option supplies the text encoder."
+    elif kind.startswith(("tensors", "an empty", "a CLIP")):
+        fix = "Give a whole checkpoint in one .safetensors file."
+    else:
+        return CheckpointError(f"{path}: {kind}: not supported yet", BUILDS)
+    return CheckpointError(f"{path}: expected a {' or '.join(family.title for family in FAMILIES)} checkpoint, found {kind}", fix)
 
 
 def _shape(path: Path, shapes: Shapes, name: str, rank: int) -> tuple[int, ...]:
@@ -230,9 +164,10 @@ def block_count(path: Path, shapes: Shapes, pattern: str) -> int:
     return count
 
 
-def unet_spec(path: Path, shapes: Shapes) -> UNetSpec:
-    """Sizes of the UNet below `model.diffusion_model.`, walked along its input blocks."""
-    shapes = {name[len(UNET) :]: shape for name, shape in shapes.items() if name.startswith(UNET)}
+def unet_spec(path: Path, shapes: Shapes, family: Family) -> UNetSpec:
+    """Sizes of the UNet, walked along its input blocks."""
+    prefix = family.unet.prefix
+    shapes = {name[len(prefix) :]: shape for name, shape in shapes.items() if name.startswith(prefix)}
     base, in_channels = _shape(path, shapes, "input_blocks.0.0.weight", 4)[:2]
     channels, res_blocks, depths, width, linear = [base], [0], [0], 0, False
     for i in range(1, block_count(path, shapes, "input_blocks.{}.")):
@@ -250,44 +185,51 @@ def unet_spec(path: Path, shapes: Shapes) -> UNetSpec:
             linear = len(shapes.get(block + "1.proj_in.weight", ())) == 2
     middle = block_count(path, shapes, "middle_block.1.transformer_blocks.{}.")
     if not width or not middle:
-        raise CheckpointError(f"{path}: {UNET}*: no cross-attention found in the UNet", "This version of sdrt builds Stable Diffusion 1.x.")
+        raise CheckpointError(f"{path}: {prefix}*: no cross-attention found in the UNet", BUILDS)
     if 0 in res_blocks:
-        raise CheckpointError(f"{path}: {UNET}input_blocks: level {res_blocks.index(0)} has no residual block", "The file is incomplete; download it again.")
-    heads = 8
+        raise CheckpointError(f"{path}: {prefix}input_blocks: level {res_blocks.index(0)} has no residual block", "The file is incomplete; download it again.")
+    heads = family.heads
     for level in channels:
         if level % NORM_GROUPS or level % heads:
-            raise CheckpointError(f"{path}: {UNET}*: {level} channels in a level, expected a multiple of {NORM_GROUPS} groups and {heads} heads")
+            raise CheckpointError(f"{path}: {prefix}*: {level} channels in a level, expected a multiple of {NORM_GROUPS} groups and {heads} heads")
     out_channels = _shape(path, shapes, "out.2.weight", 4)[0]
     return UNetSpec(in_channels, out_channels, tuple(channels), tuple(res_blocks), tuple(depths), middle, width, linear, heads, None)
 
 
-def vae_spec(path: Path, shapes: Shapes) -> VaeSpec:
-    """Sizes of the VAE below `first_stage_model.`, from its decoder."""
-    shapes = {name[len(VAE) :]: shape for name, shape in shapes.items() if name.startswith(VAE)}
+def vae_spec(path: Path, shapes: Shapes, family: Family) -> VaeSpec:
+    """Sizes of the VAE, from its decoder."""
+    prefix = family.vae.prefix
+    shapes = {name[len(prefix) :]: shape for name, shape in shapes.items() if name.startswith(prefix)}
     latent_channels = _shape(path, shapes, "decoder.conv_in.weight", 4)[1]
     levels = block_count(path, shapes, "decoder.up.{}.")
     channels = tuple(_shape(path, shapes, f"decoder.up.{i}.block.0.conv1.weight", 4)[0] for i in range(levels))
     res_blocks = block_count(path, shapes, "decoder.up.0.block.{}.") - 1
     if levels < 2 or res_blocks < 1 or any(c % NORM_GROUPS for c in channels):
-        raise CheckpointError(f"{path}: {VAE}decoder: unexpected sizes: {levels} levels of {list(channels)} channels, {res_blocks + 1} blocks each")
-    return VaeSpec(channels, res_blocks, latent_channels, 0.18215)
+        raise CheckpointError(f"{path}: {prefix}decoder: unexpected sizes: {levels} levels of {list(channels)} channels, {res_blocks + 1} blocks each")
+    return VaeSpec(channels, res_blocks, latent_channels, family.latent_scale)
 
 
-def clip_spec(path: Path, shapes: Shapes) -> ClipSpec:
-    """Sizes of the text encoder below `cond_stage_model.transformer.`."""
-    shapes = {name[len(CLIP + "text_model.") :]: shape for name, shape in shapes.items() if name.startswith(CLIP + "text_model.")}
+def clip_spec(path: Path, shapes: Shapes, family: Family) -> ClipSpec:
+    """Sizes of the text encoder."""
+    prefix = family.text_encoder.prefix + "text_model."
+    shapes = {name[len(prefix) :]: shape for name, shape in shapes.items() if name.startswith(prefix)}
     vocabulary, width = _shape(path, shapes, "embeddings.token_embedding.weight", 2)
     tokens = _shape(path, shapes, "embeddings.position_embedding.weight", 2)[0]
     layers = block_count(path, shapes, "encoder.layers.{}.")
     mlp_width = _shape(path, shapes, "encoder.layers.0.mlp.fc1.weight", 2)[0]
-    if width % 64:
-        raise CheckpointError(f"{path}: {CLIP}*: text width {width}, expected a multiple of 64 channels a head")
-    return ClipSpec(width, layers, width // 64, mlp_width, vocabulary, tokens)
+    if width % family.text_head_width:
+        raise CheckpointError(f"{path}: {prefix}*: text width {width}, expected a multiple of {family.text_head_width} channels a head")
+    return ClipSpec(width, layers, width // family.text_head_width, mlp_width, vocabulary, tokens)
 
 
-def _default_size(path: Path, metadata: Mapping[str, str]) -> tuple[int, int]:
-    text = metadata.get("modelspec.resolution", "512x512")
-    width, _, height = text.partition("x")
-    if not (width.isdecimal() and height.isdecimal() and len(text) < 12) or int(width) % 8 or int(height) % 8 or not int(width) or not int(height):
-        raise CheckpointError(f"{path}: modelspec.resolution: expected WIDTHxHEIGHT in multiples of 8, found {text!r}")
-    return int(width), int(height)
+def default_size(metadata: Mapping[str, str], family: Family) -> tuple[tuple[int, int], str]:
+    """The picture size that a file's metadata names as (width, height), else the family's; and a remark where it names one that cannot be read."""
+    text = metadata.get("modelspec.resolution")
+    if text is None:
+        return family.size, ""
+    if match := re.fullmatch(r"(\d{1,5})x(\d{1,5})", text, re.ASCII):
+        size = int(match[1]), int(match[2])
+        if all(MIN_SIDE <= side <= MAX_SIDE and side % SIZE_STEP == 0 for side in size):
+            return size, ""
+    limits = f"WIDTHxHEIGHT in multiples of {SIZE_STEP} from {MIN_SIDE} to {MAX_SIDE}"
+    return family.size, f"modelspec.resolution: expected {limits}, found {text[:80]!r}; the default size is {family.size[0]}x{family.size[1]}"

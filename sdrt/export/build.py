@@ -16,22 +16,43 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sdrt import __version__
-from sdrt import bundle as names
-from sdrt.bundle import Diffusion, Graph, Latents, Manifest, Source, Text, file_record, graph_path, is_bundle, write_manifest
+from sdrt.bpe import read_bpe
+from sdrt.bundle.folder import check_outside_bundles, file_record, is_bundle
+from sdrt.bundle.graphs import STEP, TEXT_ENCODER, VAE_DECODER, VAE_ENCODER
+from sdrt.bundle.manifest import (
+    FORMAT,
+    MAX_SIDE,
+    MIN_SIDE,
+    SIZE_STEP,
+    TOKENIZER,
+    UNET,
+    WEIGHTS,
+    Component,
+    Diffusion,
+    Graph,
+    Latents,
+    Manifest,
+    Source,
+    Text,
+    graph_path,
+    reference_path,
+    write_manifest,
+)
 from sdrt.errors import ResourceError, SdrtError, UsageError
 from sdrt.export.adapters import Lora, LoraOption, open_lora
 from sdrt.export.architecture import Architecture
 from sdrt.export.checkpoint import Checkpoint, open_checkpoint, select
-from sdrt.export.embeddings import TOKEN_TABLE, Embedding, EmbeddingOption, check_triggers, extended_table, open_embedding, table_rows
+from sdrt.export.embeddings import Embedding, EmbeddingOption, bundled_embeddings, check_triggers, extended_table, open_embedding, table_rows
+from sdrt.export.families.table import family_named
 from sdrt.export.hypernetworks import Hypernetwork, HypernetworkOption, open_hypernetwork
 from sdrt.export.model_files import is_folder
 from sdrt.export.peft_config import FILE_NAME as CONFIG_NAME
 from sdrt.export.tensor_entry import ITEM_BYTES
-from sdrt.export.tensor_file import open_tensor_file
-from sdrt.export.tokenizer import trigger_encoder, write_tokenizer
+from sdrt.export.tensor_file import check_present, open_tensor_file
+from sdrt.export.tokenizer import write_tokenizer
 from sdrt.export.weights import CODES, Change, Made, write_weights
 from sdrt.lock import locked
-from sdrt.publish import check_space, new_folder, staged_folder
+from sdrt.publish import check_space, folders_made, new_folder, staged_folder
 
 if TYPE_CHECKING:
     from sdrt.export.graph import Recipe
@@ -66,6 +87,8 @@ class BuildReport:
     cached: tuple[str, ...]
 
 
+_COMPONENTS = {TEXT_ENCODER: "text_encoder", STEP: UNET, VAE_DECODER: "vae", VAE_ENCODER: "vae"}
+"""The component whose weights each graph takes."""
 _GRAPH_BYTES, _REFERENCE_BYTES = 4 << 20, 4 << 20
 """Room to find before a graph in all its precisions, and its reference, is written: more than any of Stable Diffusion 1.5 takes."""
 _REST_BYTES = 4 * (_GRAPH_BYTES + _REFERENCE_BYTES)
@@ -88,6 +111,11 @@ def build(options: BuildOptions, progress: Progress = lambda stage, done: None) 
     """
     output = (options.output or default_output(options)).absolute()
     _check_output(output, options)
+    given = [options.checkpoint, *([options.vae] if options.vae is not None else [])]
+    given += [*(o.path for o in options.loras), *(o.path for o in options.embeddings), *(o.path for o in options.hypernetworks)]
+    for path in given:
+        if not is_folder(path):
+            check_present(path)
     stages: dict[str, float] = {}
 
     @contextmanager
@@ -105,6 +133,7 @@ def build(options: BuildOptions, progress: Progress = lambda stage, done: None) 
         stages[name] = stages.get(name, 0.0) + time.perf_counter() - started
 
     with ExitStack() as files:
+        files.enter_context(folders_made("--output", output.parent))
         files.enter_context(locked(output, lambda: progress("waiting for another build of the same output", None)))
         hashing = files.enter_context(ThreadPoolExecutor(1))  # entered before any file is opened: files are closed first, which ends what it does
         _check_output(output, options)
@@ -113,7 +142,7 @@ def build(options: BuildOptions, progress: Progress = lambda stage, done: None) 
             files.callback(checkpoint.close)
             sources = hashing.submit(_sources, checkpoint)  # takes as long as importing torch
             arch = _with_options(checkpoint.architecture, options)
-            from sdrt.export.graph import bind, recipes, skeleton  # imports torch: only after the files are known to be good
+            from sdrt.export.graph import bind, is_traced, model_dimensions, recipes, skeleton  # imports torch: only after the files are known to be good
             from sdrt.export.selfcheck import check
 
             expected = {name: shape for recipe in recipes(arch).values() for name, shape in recipe.weight_shapes().items()}
@@ -122,6 +151,7 @@ def build(options: BuildOptions, progress: Progress = lambda stage, done: None) 
             for option in options.loras:
                 loras.append(open_lora(option, expected, arch.unet, allow_unmatched=options.allow_unmatched))
                 files.callback(loras[-1].file.close)
+            embeddings += bundled_embeddings(loras, arch.clip)
             for learned in options.embeddings:
                 embeddings.append(open_embedding(learned, arch.clip))
                 files.callback(embeddings[-1].file.close)
@@ -130,8 +160,9 @@ def build(options: BuildOptions, progress: Progress = lambda stage, done: None) 
                 files.callback(hypernetworks[-1].file.close)
             vocabulary, computed = arch.clip.vocabulary, dict[str, Made]()
             if embeddings:
-                computed[TOKEN_TABLE] = extended_table(embeddings, arch.clip)
-                arch = replace(arch, clip=replace(arch.clip, vocabulary=computed[TOKEN_TABLE].shape[0]))
+                table = family_named(arch.family).token_table
+                computed[table] = extended_table(embeddings, arch.clip, table)
+                arch = replace(arch, clip=replace(arch.clip, vocabulary=computed[table].shape[0]))
             if hypernetworks:
                 from sdrt.export.hypernetwork_weights import attach, check_values
 
@@ -143,20 +174,20 @@ def build(options: BuildOptions, progress: Progress = lambda stage, done: None) 
         with staged_folder(output, replace=options.force) as folder:
             for part in ("graphs", "tokenizer", "reference"):
                 new_folder(folder / part)
-            shapes = {name: tensor.entry.shape for name, tensor in tensors.items()} | {name: value.shape for name, value in computed.items()}
+            shapes = {name: tensor.shape for name, tensor in tensors.items()} | {name: value.shape for name, value in computed.items()}
             weight_bytes = sum(map(math.prod, shapes.values())) * ITEM_BYTES[CODES[options.precision]]
             with stage("tokenizer", weight_bytes + _REST_BYTES):
-                bos, eos = write_tokenizer(folder / names.TOKENIZER, vocabulary)
-                notes = check_triggers(embeddings, trigger_encoder(folder / names.TOKENIZER)) if embeddings else []
+                bos, eos = write_tokenizer(folder / TOKENIZER, vocabulary)
+                notes = check_triggers(embeddings, read_bpe(folder / TOKENIZER).encode) if embeddings else []
             with stage("fuse", weight_bytes):
-                weights_file = folder / names.WEIGHTS
+                weights_file = folder / WEIGHTS
                 written = write_weights(weights_file, tensors, loras, options.precision, lambda done: progress("fuse", done), computed)
                 changes = written.changes
             cached = []
             # No bfloat16 graph yet: ONNX Runtime's CPU provider cannot run one, and a build ships nothing it has not checked.
             computes = ("fp32", "fp16") if options.precision == "fp16" else ("fp32",)
             for graph, recipe in made.items():
-                with stage(f"trace {graph}", _GRAPH_BYTES):
+                with stage(f"{'bind' if is_traced(recipe) else 'trace'} {graph}", _GRAPH_BYTES):
                     for compute in computes:
                         model, hit = skeleton(recipe)
                         bind(model, weights_file, written.placed, options.precision, compute, folder / graph_path(graph, compute))
@@ -166,24 +197,25 @@ def build(options: BuildOptions, progress: Progress = lambda stage, done: None) 
                 for graph, recipe in made.items():
                     with stage(f"check {graph}", _REFERENCE_BYTES):
                         paths = {compute: folder / graph_path(graph, compute) for compute in computes}
-                        errors = check(recipe, weights, paths, folder / "reference" / f"{graph}.npz")
-                        graphs[graph] = {compute: _graph(recipe, options.precision, compute, error) for compute, error in errors.items()}
+                        errors = check(recipe, weights, paths, folder / reference_path(graph))
+                        graphs[graph] = {compute: _graph(recipe, _COMPONENTS[graph], compute, error) for compute, error in errors.items()}
             with stage("write"):
                 checkpoint.check_unchanged()
-                for file in [*(a.file for a in loras), *(a.file for a in embeddings), *(a.file for a in hypernetworks)]:
+                for file in dict.fromkeys([*(a.file for a in loras), *(a.file for a in embeddings), *(a.file for a in hypernetworks)]):
                     file.check_unchanged()
                 for config in [lora.config for lora in loras if lora.config is not None]:
                     config.check_unchanged()
+                sizes = model_dimensions(arch)
                 manifest = Manifest(
-                    format=names.FORMAT,
+                    format=FORMAT,
                     sdrt=__version__,
                     name=output.name.removesuffix(".sdrt"),
                     family=arch.family,
                     architecture={"unet": asdict(arch.unet), "vae": asdict(arch.vae), "clip": asdict(arch.clip)},
                     diffusion=Diffusion(prediction=arch.prediction),
-                    text=Text(arch.clip.width, arch.clip.tokens, bos, eos, eos, arch.clip.clip_skip, table_rows(embeddings, vocabulary)),
-                    latents=Latents(arch.vae.latent_channels, 2 ** (len(arch.vae.channels) - 1), arch.size, arch.unet.in_channels - arch.vae.latent_channels),
-                    precision=options.precision,
+                    text=(Text(arch.clip.width, arch.clip.tokens, bos, eos, eos, arch.clip.clip_skip, table_rows(embeddings, vocabulary)),),
+                    latents=Latents(sizes.channels, sizes.factor, arch.size, sizes.concat_channels),
+                    components=dict.fromkeys(_COMPONENTS.values(), Component(options.precision, computes[-1])),
                     graphs=graphs,
                     sources=(
                         *sources.result(),
@@ -213,8 +245,9 @@ def default_output(options: BuildOptions) -> Path:
 def _check_output(output: Path, options: BuildOptions) -> None:
     if options.precision not in CODES:
         raise UsageError(f"precision {options.precision!r}: unknown", f"Choose one of: {', '.join(CODES)}.")
-    if not output.name or not output.parent.is_dir():
-        raise UsageError(f"{output}: its folder does not exist", "Create the folder first, or choose another --output.")
+    if not output.name:
+        raise UsageError(f"{output}: expected the name of a new folder", "Choose another --output.")
+    check_outside_bundles("--output", output.parent)
     if os.path.lexists(output):
         if not options.force:
             raise UsageError(f"{output}: exists already", "Choose another --output, or pass --force to replace the bundle.")
@@ -225,8 +258,8 @@ def _check_output(output: Path, options: BuildOptions) -> None:
 def _with_options(arch: Architecture, options: BuildOptions) -> Architecture:
     width, height = options.size or arch.size
     for side in (width, height):
-        if side % names.SIZE_STEP or not names.MIN_SIDE <= side <= names.MAX_SIDE:
-            raise UsageError(f"size {width}x{height}: expected multiples of {names.SIZE_STEP} from {names.MIN_SIDE} to {names.MAX_SIDE}")
+        if side % SIZE_STEP or not MIN_SIDE <= side <= MAX_SIDE:
+            raise UsageError(f"size {width}x{height}: expected multiples of {SIZE_STEP} from {MIN_SIDE} to {MAX_SIDE}")
     for layer in options.clip_skip:
         if not 1 <= layer <= arch.clip.layers:
             raise UsageError(f"clip skip {layer}: this text encoder has {arch.clip.layers} layers", f"Choose 1 to {arch.clip.layers}.")
@@ -266,11 +299,9 @@ def _hypernetwork_source(hypernetwork: Hypernetwork) -> Source:
     return Source("hypernetwork", option.path.name, hypernetwork.sha256, option.scale, applied={"unet": hypernetwork.layers} if option.scale != 0 else {})
 
 
-def _graph(recipe: Recipe, weights: str, compute: str, error: float) -> Graph:
-    from sdrt.export.precision import ISLANDS
-
-    islands = ISLANDS[recipe.graph] if compute != "fp32" else ()
-    return Graph(graph_path(recipe.graph, compute), weights, compute, islands, tuple(recipe.inputs), tuple(recipe.outputs), float(f"{error:.1e}"))
+def _graph(recipe: Recipe, component: str, compute: str, error: float) -> Graph:
+    signature = recipe.signature
+    return Graph(graph_path(recipe.graph, compute), component, tuple(signature.inputs), tuple(signature.outputs), float(f"{error:.1e}"))
 
 
 def _tools() -> dict[str, str]:

@@ -8,8 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sdrt.errors import CheckpointError, nearest, printable
-from sdrt.export.architecture import CLIP, UNET, VAE, Architecture, architecture, describe
+from sdrt.export.architecture import Architecture, architecture, default_size
 from sdrt.export.checkpoint_names import EMA, canonical_names, ema_name, has_ema, is_vae_attention
+from sdrt.export.diffusers_config import VAE as VAE_CONFIG
+from sdrt.export.diffusers_config import check_family, check_sizes
+from sdrt.export.families.family import Component, Family
+from sdrt.export.families.recognise import describe
+from sdrt.export.families.table import COMPONENTS, FAMILIES, component_of, family_named
 from sdrt.export.model_files import ModelFiles, open_model, open_vae
 from sdrt.export.tensor_entry import FLOATS, TensorEntry
 from sdrt.export.tensor_file import TensorFile
@@ -18,11 +23,11 @@ if TYPE_CHECKING:
     import torch
 
 _IGNORED = (
-    "alphas_cumprod", "betas", "log_one_minus_alphas_cumprod", "sqrt_", "posterior_", "lvlb_weights", "logvar", "scale_factor",
-    EMA, CLIP + "text_model.embeddings.position_ids", "cond_stage_model.logit_scale", CLIP + "text_projection", CLIP + "logit_scale", VAE + "loss.",
-    "scaled_fp8", "v_pred", "global_step",
+    "alphas_cumprod", "betas", "log_one_minus_alphas_cumprod", "sqrt_", "posterior_", "lvlb_weights", "logvar", "scale_factor", EMA, "scaled_fp8", "v_pred",
+    "global_step", *(start for family in FAMILIES for start in family.ignored),
+    *(component.prefix + start for component in COMPONENTS for start in component.ignored),
 )  # fmt: skip
-_IGNORED_ENDS = (".scale_input", ".input_scale")
+_IGNORED_ENDS = (".scale_input", ".input_scale", ".scaled_fp8", ".comfy_quant")
 _FP8_SCALES = (".scale_weight", ".weight_scale")
 
 
@@ -30,28 +35,36 @@ _FP8_SCALES = (".scale_weight", ".weight_scale")
 class Tensor:
     """Where a tensor of the model lies: its entry within its file, and how the model takes it.
 
-    `reshaped` is the model's shape where the file has another for the same values; `scale` is the entry of the number that an 8-bit weight is
-    to be multiplied by.
+    `rows` are the first and the one after the last of the stored rows that it is, None for all; a `transposed` matrix has them as its columns.
+    `reshaped` is the model's shape where the file has another for the same values; `scale` is the entry of the number that an 8-bit weight is to be
+    multiplied by.
     """
 
     file: TensorFile
     entry: TensorEntry
     reshaped: tuple[int, ...] | None = None
     scale: TensorEntry | None = None
+    rows: tuple[int, int] | None = None
+    transposed: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return self.entry.shape if self.reshaped is None else self.reshaped
+        """In the model."""
+        if self.reshaped is not None:
+            return self.reshaped
+        stored = self.entry.shape if self.rows is None else (self.rows[1] - self.rows[0], *self.entry.shape[1:])
+        return stored[::-1] if self.transposed else stored
 
     def read(self) -> torch.Tensor:
-        """The stored values in the model's shape, in the stored type; 8-bit floats as float32, scaled. Raises as `TensorFile.read` does.
+        """The stored values in the model's shape, in the stored type; 8-bit floats as float32, scaled. No more of the file is read than that.
 
         Raises:
             CheckpointError: the scale of an 8-bit weight is no finite number.
+            InputFileError, UnsafeError: as `TensorFile.read`.
         """
         import torch
 
-        stored = self.file.read(self.entry.name)
+        stored = self.file.read(self.entry.name, self.rows)
         if self.entry.dtype.startswith("F8"):
             stored = stored.float()  # hardly any operator takes 8-bit floats
         if self.scale is not None:
@@ -59,7 +72,7 @@ class Tensor:
             if scale.numel() != 1 or not bool(torch.isfinite(scale).all()):
                 raise CheckpointError(f"{self.file.path}: {printable(self.scale.name)}: expected one finite number, found shape {list(scale.shape)}")
             stored = stored * scale.reshape(())
-        return stored.reshape(self.shape)
+        return (stored.T if self.transposed else stored).reshape(self.shape).contiguous()
 
 
 @dataclass(frozen=True)
@@ -109,8 +122,14 @@ def open_checkpoint(path: Path, vae: Path | None = None, *, ema: bool = False) -
         if vae is not None:
             vae_model = open_vae(vae)
             notes += vae_model.notes
-            tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(VAE)} | _vae_tensors(vae_model)
+            tensors = {name: tensor for name, tensor in tensors.items() if not _is_vae(name)} | _vae_tensors(vae_model)
         arch = model_architecture(model, tensors, vae_model)
+        family = family_named(arch.family)
+        if remark := default_size(model.metadata, family)[1]:
+            notes.append(f"{model.name}: {remark}")
+        if model.settings.text_layers is not None and (layers := _layers_after(tensors, family, arch.clip.layers)):
+            notes.append(f"{model.name}: its settings use {arch.clip.layers} layers of the text encoder, those after them were left out")
+            tensors = {name: tensor for name, tensor in tensors.items() if name not in layers}
         if arch.prediction != "epsilon":
             notes.append(f"{model.name}: says that it predicts {arch.prediction}")
         return Checkpoint(model, vae_model, tensors, arch, tuple(notes))
@@ -121,6 +140,13 @@ def open_checkpoint(path: Path, vae: Path | None = None, *, ema: bool = False) -
         raise
 
 
+def _layers_after(tensors: Mapping[str, Tensor], family: Family, count: int) -> set[str]:
+    """Names of the text encoder's tensors in layers after the first `count`."""
+    start = family.text_encoder.prefix + "text_model.encoder.layers."
+    numbers = {name: name[len(start) :].partition(".")[0] for name in tensors if name.startswith(start)}
+    return {name for name, number in numbers.items() if number.isdecimal() and int(number) >= count}
+
+
 def model_architecture(model: ModelFiles, tensors: Mapping[str, Tensor], vae: ModelFiles | None = None) -> Architecture:
     """The architecture that tensors by canonical name make, with what the model's and the VAE's own settings say. Raises as `architecture` does."""
     arch = architecture(model.path, {name: tensor.shape for name, tensor in tensors.items()}, model.metadata)
@@ -129,6 +155,17 @@ def model_architecture(model: ModelFiles, tensors: Mapping[str, Tensor], vae: Mo
         arch = replace(arch, vae=replace(arch.vae, scale=scale))
     if stated.prediction is not None:
         arch = replace(arch, prediction=stated.prediction)
+    if stated.text_layers is not None:
+        if stated.text_layers > arch.clip.layers:
+            raise CheckpointError(
+                f"{model.path}: text_encoder/config.json: num_hidden_layers: {stated.text_layers}, but the tensors say {arch.clip.layers}",
+                "The folder's files belong to different models; download it again.",
+            )
+        arch = replace(arch, clip=replace(arch.clip, layers=stated.text_layers))
+    own = {name: config for name, config in stated.configs.items() if vae is None or name != VAE_CONFIG}
+    for path, configs in [(model.path, own), *([(vae.path, vae.settings.configs)] if vae is not None else [])]:
+        check_family(path, configs, family_named(arch.family))
+        check_sizes(path, configs, arch)
     if stated.sample_size is not None:
         side = stated.sample_size * 2 ** (len(arch.vae.channels) - 1)
         arch = replace(arch, size=(side, side))
@@ -151,6 +188,8 @@ def canonical_tensors(model: ModelFiles) -> dict[str, Tensor]:
             )
         matrix = is_vae_attention(canonical) and len(stored.entry.shape) == 2
         tensors[canonical] = Tensor(stored.file, stored.entry, (*stored.entry.shape, 1, 1) if matrix else None)
+    for component in COMPONENTS:
+        tensors = as_parts(component, tensors)
     for name in [name for name in tensors if name.endswith(_FP8_SCALES)]:
         weight = name.rpartition(".")[0] + ".weight"
         if weight in tensors and tensors[weight].entry.dtype.startswith("F8"):
@@ -158,17 +197,47 @@ def canonical_tensors(model: ModelFiles) -> dict[str, Tensor]:
     return tensors
 
 
-def select(checkpoint: Checkpoint, expected: Mapping[str, tuple[int, ...]]) -> tuple[dict[str, Tensor], list[str]]:
-    """The checkpoint's tensors for the expected names and shapes, and the names of those left over that nobody knows.
+def as_parts(component: Component, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of a component as the model has them: a stored one that holds several as these, a stored transpose as the matrix.
 
     Raises:
-        CheckpointError: one is missing, has another shape, or is not floating-point.
+        CheckpointError: a stored tensor's rows do not divide into its parts, or the file has one of these too; or it is no matrix.
+    """
+    found: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        where, shape = f"{tensor.file.path}: {printable(tensor.entry.name)}", list(tensor.entry.shape)
+        below = name.startswith(component.prefix)
+        end = next((end for end in component.rows if below and name.endswith(end)), None)
+        if end is not None:
+            parts = component.rows[end]
+            if not shape or shape[0] % len(parts):
+                raise CheckpointError(f"{where}: expected rows in {len(parts)} equal parts, found shape {shape}")
+            count = shape[0] // len(parts)
+            made = {name.removesuffix(end) + part: replace(tensor, rows=(i * count, (i + 1) * count)) for i, part in enumerate(parts)}
+            if twice := made.keys() & tensors.keys():
+                raise CheckpointError(f"{where}: holds {printable(min(twice))}, which the file has beside it")
+            found |= made
+        elif below and name.endswith(component.transposed):
+            if len(shape) != 2:
+                raise CheckpointError(f"{where}: expected a matrix, found shape {shape}")
+            found[name] = replace(tensor, transposed=True)
+        else:
+            found[name] = tensor
+    return found
+
+
+def select(checkpoint: Checkpoint, expected: Mapping[str, tuple[int, ...]]) -> tuple[dict[str, Tensor], list[str]]:
+    """The checkpoint's tensors for the expected names and shapes, and the names of those left over that belong to no network.
+
+    Raises:
+        CheckpointError: one is missing, has another shape, or is not floating-point; or one of the expected networks has one more, which
+            changes what it computes.
     """
     missing = [name for name in expected if name not in checkpoint.tensors]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         left_over = checkpoint.tensors.keys() - expected.keys()
-        path = checkpoint.vae.path if checkpoint.vae is not None and missing[0].startswith(VAE) else checkpoint.model.path
+        path = checkpoint.vae.path if checkpoint.vae is not None and _is_vae(missing[0]) else checkpoint.model.path
         raise CheckpointError(
             f"{path}: {missing[0]}: missing{more}{nearest(missing[0], left_over)}",
             "The file is incomplete; download it again, or supply the VAE with --vae FILE.",
@@ -181,13 +250,21 @@ def select(checkpoint: Checkpoint, expected: Mapping[str, tuple[int, ...]]) -> t
         if entry.dtype not in FLOATS:
             raise CheckpointError(f"{path}: {name}: expected one of {', '.join(FLOATS)}, found {entry.dtype}")
     unknown = [name for name in checkpoint.tensors if name not in expected and not name.startswith(_IGNORED) and not name.endswith(_IGNORED_ENDS)]
+    asked = [component for component in COMPONENTS if any(name.startswith(component.prefix) for name in expected)]
+    for component in asked:
+        if foreign := [name for name in unknown if name.startswith(component.prefix + component.computes)]:
+            others = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
+            raise CheckpointError(
+                f"{checkpoint.tensors[foreign[0]].file.path}: {printable(foreign[0])}{others}: unknown in a {component.title}, which would compute something else without it",
+                "The checkpoint is of a kind that this version of sdrt does not build, or was put together of several; use another.",
+            )
     return {name: checkpoint.tensors[name] for name in expected}, unknown
 
 
 def _averaged(model: ModelFiles, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     if not has_ema(tensors):
         raise CheckpointError(f"{model.path}: has no averaged weights ({EMA}*)", "Leave out --ema.")
-    unet = {name: ema_name(name) for name in tensors if name.startswith(UNET)}
+    unet = {name: ema_name(name) for name in tensors if (component := component_of(name)) is not None and component.network == "unet"}
     if len(set(unet.values())) != len(unet):
         raise CheckpointError(f"{model.path}: two weights of the UNet have one averaged weight", "Leave out --ema.")
     averaged = {name: tensors[ema] for name, ema in unet.items() if ema in tensors}
@@ -197,8 +274,13 @@ def _averaged(model: ModelFiles, tensors: Mapping[str, Tensor]) -> dict[str, Ten
 
 
 def _vae_tensors(model: ModelFiles) -> dict[str, Tensor]:
-    tensors = canonical_tensors(model)
-    if VAE + "decoder.conv_in.weight" not in tensors:
-        found = describe({name: tensor.shape for name, tensor in tensors.items()})
+    tensors = {name: tensor for name, tensor in canonical_tensors(model).items() if _is_vae(name)}
+    if not any(name.endswith("decoder.conv_in.weight") for name in tensors):
+        found = describe({name: tensor.shape for name, tensor in canonical_tensors(model).items()})
         raise CheckpointError(f"{model.path}: expected a VAE, found {found}", "Give a VAE in LDM's or diffusers' naming, or a checkpoint that holds one.")
-    return {name: tensor for name, tensor in tensors.items() if name.startswith(VAE)}
+    return tensors
+
+
+def _is_vae(name: str) -> bool:
+    component = component_of(name)
+    return component is not None and component.network == "vae"

@@ -1,7 +1,7 @@
 """Every spelling of a checkpoint's tensor names, and the canonical one: LDM names for UNet and VAE, Hugging Face's CLIP names for the text encoder.
 
-Three things differ between tools: the prefix of a component (`model.diffusion_model.`, `unet.`, none ...), the names below it (LDM's or diffusers'),
-and a few leaves (the VAE's attention has three spellings). Imports no torch.
+Three things differ between tools: the prefix of a component (the family says which), the names below it (LDM's or diffusers'), and a few
+leaves (the VAE's attention has three spellings). Imports no torch.
 """
 
 from __future__ import annotations
@@ -11,30 +11,16 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from sdrt.export.architecture import CLIP, UNET, VAE, Shapes, block_count, describe
+from sdrt.export.architecture import block_count
+from sdrt.export.families.family import Component, Shapes
+from sdrt.export.families.recognise import ADAPTERS, describe
+from sdrt.export.families.table import COMPONENTS, component_of
 from sdrt.export.keys import OUTER, RESNET, diffusers_prefixes
 
 EMA = "model_ema."
 MIN_EMA_KEYS = 100
 """A checkpoint has EMA weights if more than this many names start with `model_ema.`; pruned files keep a few counters of theirs."""
 
-_PREFIXES = {
-    UNET: (UNET, "diffusion_model.", "unet."),
-    VAE: (VAE, "vae."),
-    CLIP: (CLIP, "conditioner.embedders.0.transformer.", "text_encoders.clip_l.transformer.", "text_encoder."),
-}
-# Without any prefix: what must be there for a component to be taken for one, and how its names start.
-_BARE = {
-    UNET: (
-        ("input_blocks.0.0.weight", "conv_in.weight"),
-        ("input_blocks.", "middle_block.", "output_blocks.", "time_embed.", "out.", "label_emb.", "down_blocks.", "mid_block.", "up_blocks.", "conv_in.", "conv_out.", "conv_norm_out.", "time_embedding.", "add_embedding."),
-    ),
-    VAE: (("decoder.conv_in.weight",), ("decoder.", "encoder.conv_", "encoder.down", "encoder.mid", "encoder.norm_out.", "quant_conv.", "post_quant_conv.")),
-    CLIP: (
-        ("text_model.embeddings.token_embedding.weight", "embeddings.token_embedding.weight"),
-        ("text_model.", "embeddings.", "encoder.layers.", "final_layer_norm."),
-    ),
-}  # fmt: skip
 _VAE_ATTENTION = {
     "query": "q", "key": "k", "value": "v", "proj_attn": "proj_out", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out", "group_norm": "norm",
 }  # fmt: skip
@@ -54,12 +40,12 @@ def canonical_names(path: Path, shapes: Shapes) -> dict[str, str]:
         CheckpointError: a forged number of blocks.
     """
     names = {name: name for name in shapes}
-    if describe(shapes) in ("a LoRA", "a hypernetwork", "a textual-inversion embedding"):
+    if describe(shapes) in ADAPTERS:
         return names
-    for component, prefixes in _PREFIXES.items():
-        below = _below(shapes, component, prefixes)
-        spelled = {UNET: _ldm_unet, VAE: _ldm_vae, CLIP: _text_model}[component](path, {rest: shapes[name] for name, rest in below.items()})
-        names |= {name: component + spelled[rest] for name, rest in below.items()}
+    for component in COMPONENTS:
+        below = _below(shapes, component)
+        spelled = _SPELLED[component.network](path, {rest: shapes[name] for name, rest in below.items()})
+        names |= {name: component.prefix + spelled[rest] for name, rest in below.items()}
     return names
 
 
@@ -75,16 +61,16 @@ def has_ema(names: Iterable[str]) -> bool:
 
 def is_vae_attention(name: str) -> bool:
     """Whether a canonical name is a weight that some tools store as a matrix and LDM as a 1x1 convolution."""
-    return name.startswith(VAE) and re.search(r"\.mid\.attn_1\.(q|k|v|proj_out)\.weight$", name) is not None
+    component = component_of(name)
+    return component is not None and component.network == "vae" and re.search(r"\.mid\.attn_1\.(q|k|v|proj_out)\.weight$", name) is not None
 
 
-def _below(shapes: Shapes, component: str, prefixes: tuple[str, ...]) -> dict[str, str]:
+def _below(shapes: Shapes, component: Component) -> dict[str, str]:
     """Names of a component to what follows its prefix. Bare names count only where none has a prefix."""
-    below = {name: name.removeprefix(prefix) for prefix in prefixes for name in shapes if name.startswith(prefix)}
-    needed, starts = _BARE[component]
-    if below or not any(name in shapes for name in needed):
+    below = {name: name.removeprefix(prefix) for prefix in component.prefixes for name in shapes if name.startswith(prefix)}
+    if below or not any(name in shapes for name in component.needed):
         return below
-    return {name: name for name in shapes if name.startswith(starts)}
+    return {name: name for name in shapes if name.startswith(component.bare)}
 
 
 def _ldm_unet(path: Path, shapes: Shapes) -> dict[str, str]:
@@ -137,3 +123,7 @@ def _text_model(path: Path, shapes: Shapes) -> dict[str, str]:
     """Files of 2022, and what transformers 5 saves, lack `text_model.`."""
     old = ("embeddings.", "encoder.", "final_layer_norm.")
     return {name: "text_model." + name if name.startswith(old) else name for name in shapes}
+
+
+_SPELLED = {"unet": _ldm_unet, "vae": _ldm_vae, "clip": _text_model}
+"""How each network's names below its prefix are made canonical."""

@@ -1,7 +1,7 @@
 """Reads learned embeddings (textual inversion, Gal et al. 2022): which tensor of the file holds the vectors, for whom, under which trigger.
 
-Layouts: AUTOMATIC1111's `string_to_param`, diffusers' one tensor under its token, `emb_params`, SDXL's `clip_l` and `clip_g`. Nothing is
-read but headers until `read_vectors`. The vectors become rows of the bundle's token table.
+Layouts: AUTOMATIC1111's `string_to_param`, also as text within a PNG, diffusers' one tensor under its token, `emb_params`, `clip_l` alone, SDXL's
+`clip_l` and `clip_g`, and what a LoRA brings along. Nothing is read but headers until `read_vectors`. The vectors become rows of the bundle's token table.
 """
 
 from __future__ import annotations
@@ -14,7 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdrt.errors import AdapterError, UsageError, printable
-from sdrt.export.architecture import CLIP, OPTION_OF_KIND, ClipSpec, describe
+from sdrt.export.adapters import Lora, how_to_give
+from sdrt.export.architecture import ClipSpec
+from sdrt.export.families.recognise import EMBEDDING as KIND
+from sdrt.export.families.recognise import describe
+from sdrt.export.families.table import EMBEDDINGS, TOKENS
 from sdrt.export.tensor_entry import FLOATS, TensorEntry
 from sdrt.export.tensor_file import TensorFile, open_tensor_file
 from sdrt.export.weights import Made
@@ -22,10 +26,6 @@ from sdrt.export.weights import Made
 if TYPE_CHECKING:
     import torch
 
-TOKEN_TABLE = CLIP + "text_model.embeddings.token_embedding.weight"
-KIND = "a textual-inversion embedding"
-FAMILIES = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 1280: "SDXL's second text encoder"}
-"""Who has token vectors of that width."""
 _RETRIEVE = "Get the embedding again, or train it again."
 
 
@@ -82,23 +82,46 @@ def open_embedding(option: EmbeddingOption, clip: ClipSpec) -> Embedding:
     file = open_tensor_file(option.path)
     try:
         entry = _only_entry(file)
-        where = f"{file.path}: {printable(entry.name)}"
-        if entry.dtype not in FLOATS:
-            raise AdapterError(f"{where}: expected one of {', '.join(FLOATS)}, found {entry.dtype}", _RETRIEVE)
-        width, vectors = entry.shape[-1], 1 if len(entry.shape) == 1 else entry.shape[0]
-        if width != clip.width:
-            made_for = f": it was made for {FAMILIES[width]}" if width in FAMILIES else ""
-            needed = f", as {FAMILIES[clip.width]} has" if clip.width in FAMILIES else ""
-            raise AdapterError(
-                f"{where}: expected vectors {clip.width} wide{needed}, found {width}{made_for}", "Use an embedding made for this checkpoint's family."
-            )
-        limit = clip.tokens - 2
-        if not 1 <= vectors <= limit:
-            raise AdapterError(f"{where}: {vectors} vectors, expected 1 to {limit}, what a chunk of a prompt holds", _RETRIEVE)
-        return Embedding(option, file, file.sha256(), entry, vectors)
+        return Embedding(option, file, file.sha256(), entry, _vectors(file, entry, clip))
     except BaseException:
         file.close()
         raise
+
+
+def bundled_embeddings(loras: Sequence[Lora], clip: ClipSpec) -> list[Embedding]:
+    """The embeddings that LoRAs bring along, under their own triggers, each once however often its LoRA is given. They share the LoRA's open file.
+
+    Raises:
+        AdapterError: as `open_embedding`.
+    """
+    found: dict[tuple[str, str], Embedding] = {}
+    for lora in loras:
+        for trigger, key in lora.bundled.items():
+            if (lora.sha256, key) not in found:
+                entry = lora.file.entries[key]
+                option = EmbeddingOption(lora.option.path, trigger)
+                found[lora.sha256, key] = Embedding(option, lora.file, lora.sha256, entry, _vectors(lora.file, entry, clip))
+    return list(found.values())
+
+
+def _vectors(file: TensorFile, entry: TensorEntry, clip: ClipSpec) -> int:
+    """How many vectors a tensor holds, once it is known to fit a text encoder."""
+    where = f"{file.path}: {printable(entry.name)}"
+    if entry.dtype not in FLOATS:
+        raise AdapterError(f"{where}: expected one of {', '.join(FLOATS)}, found {entry.dtype}", _RETRIEVE)
+    if len(entry.shape) not in (1, 2):
+        raise AdapterError(f"{where}: expected vectors of shape [count, width], found {list(entry.shape)}", _RETRIEVE)
+    width, vectors = entry.shape[-1], 1 if len(entry.shape) == 1 else entry.shape[0]
+    if width != clip.width:
+        made_for = f": it was made for {TOKENS[width]}" if width in TOKENS else ""
+        needed = f", as {TOKENS[clip.width]} has" if clip.width in TOKENS else ""
+        raise AdapterError(
+            f"{where}: expected vectors {clip.width} wide{needed}, found {width}{made_for}", "Use an embedding made for this checkpoint's family."
+        )
+    limit = clip.tokens - 2
+    if not 1 <= vectors <= limit:
+        raise AdapterError(f"{where}: {vectors} vectors, expected 1 to {limit}, what a chunk of a prompt holds", _RETRIEVE)
+    return vectors
 
 
 def _only_entry(file: TensorFile) -> TensorEntry:
@@ -106,11 +129,14 @@ def _only_entry(file: TensorFile) -> TensorEntry:
     names = {entry.name for entry in found}
     if not found:
         kind = describe({name: entry.shape for name, entry in file.entries.items()})
-        option = OPTION_OF_KIND.get(kind, "--checkpoint" if "model" in kind else "")
-        fix = f"Pass it with {option}." if option else "--embedding takes a textual-inversion embedding."
-        raise AdapterError(f"{file.path}: expected {KIND}, found {kind}", fix)
-    if names & {"clip_l", "clip_g"}:
-        raise AdapterError(f"{file.path}: {', '.join(sorted(names))}: an embedding made for SDXL", "Use an embedding made for this checkpoint's family.")
+        raise AdapterError(f"{file.path}: expected {KIND}, found {kind}", how_to_give(kind) or "--embedding takes a textual-inversion embedding.")
+    if output := sorted(name for name in names if name.endswith("_out")):
+        raise AdapterError(
+            f"{file.path}: {printable(output[0])}: vectors for a text encoder's output, which sdrt does not replace",
+            "Train or save the embedding without output vectors (OneTrainer: output embedding off).",
+        )
+    if other := next((EMBEDDINGS[name] for name in names if name in EMBEDDINGS), ""):
+        raise AdapterError(f"{file.path}: {', '.join(sorted(names))}: an embedding made for {other}", "Use an embedding made for this checkpoint's family.")
     if len(found) > 1:
         shown = ", ".join(printable(name) for name in sorted(names)[:5])
         raise AdapterError(f"{file.path}: holds {len(found)} embeddings ({shown}), expected one", "Save each in a file of its own.")
@@ -131,8 +157,8 @@ def read_vectors(embedding: Embedding) -> torch.Tensor:
     return values
 
 
-def extended_table(embeddings: Sequence[Embedding], clip: ClipSpec) -> Made:
-    """The token table with every embedding's vectors appended, in order.
+def extended_table(embeddings: Sequence[Embedding], clip: ClipSpec, table: str) -> Made:
+    """The token table, a tensor's name in the model, with every embedding's vectors appended, in order.
 
     Raises:
         AdapterError: a value is NaN or infinite.
@@ -142,7 +168,7 @@ def extended_table(embeddings: Sequence[Embedding], clip: ClipSpec) -> Made:
     def make(fused: Callable[[str], torch.Tensor]) -> torch.Tensor:
         import torch
 
-        return torch.cat([fused(TOKEN_TABLE), *rows])
+        return torch.cat([fused(table), *rows])
 
     return Made((clip.vocabulary + sum(len(r) for r in rows), clip.width), embeddings[-1].file.path, make)
 
@@ -171,8 +197,8 @@ def check_triggers(embeddings: Sequence[Embedding], encode: Callable[[str], Sequ
             raise UsageError(f"--embedding {path}: trigger {trigger!r}: the tokenizer sees nothing in it", "Choose a word: --embedding FILE:TRIGGER.")
         if (other := known.setdefault(ids, embedding)) is not embedding:
             raise UsageError(
-                f"--embedding {path}: trigger {trigger!r} is that of {other.file.path} too ({other.option.trigger!r}): one trigger cannot stand for two embeddings",
-                "Give one of them another trigger: --embedding FILE:TRIGGER.",
+                f"{path}: trigger {trigger!r} is that of {other.file.path} too ({other.option.trigger!r}): one trigger cannot stand for two embeddings",
+                "Give one of them another trigger: --embedding FILE:TRIGGER. One that a LoRA brings along keeps its own.",
             )
         if len(ids) == 1:
             notes.append(f"{path.name}: the trigger {trigger!r} is a word of the vocabulary: every prompt with that word uses the embedding")
@@ -182,13 +208,13 @@ def check_triggers(embeddings: Sequence[Embedding], encode: Callable[[str], Sequ
 def summary(file: TensorFile) -> dict[str, Any]:
     """What `inspect` says of an embedding: its trigger, vectors, width and family."""
     found = vector_entries(file)
-    widths = sorted({entry.shape[-1] for entry in found})
-    sdxl = bool({"clip_l", "clip_g"} & {entry.name for entry in found})
-    families = ["SDXL"] if sdxl else [FAMILIES[width] for width in widths if width in FAMILIES]
+    widths = sorted({entry.shape[-1] for entry in found if entry.shape})
+    others = [EMBEDDINGS[entry.name] for entry in found if entry.name in EMBEDDINGS]
+    families = others or [TOKENS[width] for width in widths if width in TOKENS]
     return {
         "use": "--embedding FILE[:TRIGGER]",
         "trigger": file.path.stem,
-        "vectors": max((1 if len(entry.shape) == 1 else entry.shape[0] for entry in found), default=0),
+        "vectors": max((1 if len(entry.shape) < 2 else entry.shape[0] for entry in found), default=0),
         "width": widths[0] if len(widths) == 1 else widths,
         "base_family": ", ".join(families) or "unknown",
     }

@@ -8,9 +8,9 @@ from typing import Any
 from sdrt.errors import SdrtError, UsageError
 from sdrt.export import embeddings, hypernetworks
 from sdrt.export.adapters import LoraOption, open_lora
-from sdrt.export.adapters import component as component_of
-from sdrt.export.architecture import OPTION_OF_KIND
 from sdrt.export.checkpoint import open_checkpoint, select
+from sdrt.export.families.recognise import EMBEDDING, HYPERNETWORK, OPTION_OF_KIND, VAE
+from sdrt.export.families.table import component_name
 
 
 def fit(path: Path, kind: str, checkpoint_path: Path) -> dict[str, Any]:
@@ -31,26 +31,28 @@ def fit(path: Path, kind: str, checkpoint_path: Path) -> dict[str, Any]:
 
 
 def _touched(path: Path, kind: str, checkpoint_path: Path) -> dict[str, Any]:
-    checkpoint = open_checkpoint(checkpoint_path, path if kind == "a VAE" else None)
+    checkpoint = open_checkpoint(checkpoint_path, path if kind == VAE else None)
     try:
         arch = checkpoint.architecture
-        if kind == embeddings.KIND:
+        if kind == EMBEDDING:
             embedding = embeddings.open_embedding(embeddings.EmbeddingOption(path, path.stem), arch.clip)
             embedding.file.close()
             return {"touches": {"text_encoder": embedding.vectors}}
-        if kind == hypernetworks.KIND:
+        if kind == HYPERNETWORK:
             hypernetwork = hypernetworks.open_hypernetwork(hypernetworks.HypernetworkOption(path), arch.unet)
             hypernetwork.file.close()
             return {"touches": {"unet": hypernetwork.layers}}
         from sdrt.export.graph import recipes  # imports torch, whose modules know every weight's name
 
         shapes = {graph: recipe.weight_shapes() for graph, recipe in recipes(arch).items()}
-        if kind == "a VAE":
+        if kind == VAE:
             expected = {name: shape for graph in ("vae_decoder", "vae_encoder") for name, shape in shapes[graph].items()}
             return {"touches": {"vae": len(select(checkpoint, expected)[0])}}
         lora = open_lora(LoraOption(path), {name: shape for graph in shapes.values() for name, shape in graph.items()}, arch.unet)
         lora.file.close()
-        components = [component_of(weight) for weight in lora.deltas]
-        return {"touches": {component: components.count(component) for component in sorted(set(components))}}
+        components = [component_name(weight) for weight in lora.deltas]
+        touched = {component: components.count(component) for component in sorted(set(components))}
+        bundled = {embedding.option.trigger: embedding.vectors for embedding in embeddings.bundled_embeddings([lora], arch.clip)}
+        return {"touches": touched} | ({"embeddings": bundled} if bundled else {})
     finally:
         checkpoint.close()

@@ -18,13 +18,14 @@ from pathlib import Path
 from typing import Any
 
 from sdrt.errors import AdapterError, UsageError, nearest, printable
-from sdrt.export.architecture import HYPERNETWORK_KEY, OPTION_OF_KIND, HypernetworkSpec, UNetSpec, describe
+from sdrt.export.adapters import how_to_give
+from sdrt.export.architecture import HypernetworkSpec, UNetSpec
+from sdrt.export.families.recognise import HYPERNETWORK as KIND
+from sdrt.export.families.recognise import HYPERNETWORK_KEY, describe
+from sdrt.export.families.table import CONTEXTS
 from sdrt.export.tensor_entry import FLOATS
 from sdrt.export.tensor_file import TensorFile, open_tensor_file
 
-KIND = "a hypernetwork"
-FAMILIES = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 2048: "SDXL"}
-"""Whose text context is that wide."""
 ACTIVATIONS = {
     "relu": "ReLU", "leakyrelu": "LeakyReLU", "elu": "ELU", "swish": "Hardswish", "tanh": "Tanh", "sigmoid": "Sigmoid", "celu": "ELU", "gelu": "GELU",
     "hardshrink": "Hardshrink", "hardsigmoid": "Hardsigmoid", "hardswish": "Hardswish", "hardtanh": "Hardtanh", "logsigmoid": "LogSigmoid", "mish": "Mish",
@@ -113,7 +114,7 @@ def open_hypernetwork(option: HypernetworkOption, unet: UNetSpec, *, allow_unmat
         widths, known = [layers[0] for layers in spec.layers], attention_widths(unet)
         unmatched = tuple(width for width in widths if width not in known)
         if unmatched and (len(unmatched) == len(widths) or not (unet.context_width in widths or allow_unmatched)):
-            family = next((FAMILIES[width] for width in unmatched if width in FAMILIES), "")
+            family = next((CONTEXTS[width] for width in unmatched if width in CONTEXTS), "")
             raise AdapterError(
                 f"{file.path}: has networks for contexts {_words(widths)} wide, expected some of {_words(sorted(known))}"
                 + (f"; it was made for {family}" if family else ""),
@@ -136,10 +137,7 @@ def read_structure(file: TensorFile) -> tuple[HypernetworkSpec, dict[tuple[int, 
     """
     kind = describe({name: entry.shape for name, entry in file.entries.items()})
     if kind != KIND:
-        option = OPTION_OF_KIND.get(kind, "--checkpoint" if "model" in kind else "")
-        raise AdapterError(
-            f"{file.path}: expected {KIND}, found {kind}", f"Pass it with {option}." if option else "--hypernetwork takes AUTOMATIC1111's .pt files."
-        )
+        raise AdapterError(f"{file.path}: expected {KIND}, found {kind}", how_to_give(kind) or "--hypernetwork takes AUTOMATIC1111's .pt files.")
     settings = _settings(file)
     activation = _activation(file, settings)
     networks: dict[tuple[int, str], dict[int, dict[str, str]]] = {}
@@ -259,5 +257,5 @@ def summary(file: TensorFile) -> dict[str, Any]:
         "layer_norm": spec.layer_norm,
         "activate_output": spec.activate_output,
         "form": "linear: folded into the weights of keys and values" if spec.activation is None and not spec.layer_norm else "traced into the UNet",
-        "base_family": ", ".join(FAMILIES[width] for width in widths if width in FAMILIES) or "unknown",
+        "base_family": ", ".join(CONTEXTS[width] for width in widths if width in CONTEXTS) or "unknown",
     }

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from sdrt.errors import SdrtError
 from sdrt.export import embeddings, hypernetworks
-from sdrt.export.adapters import component
-from sdrt.export.architecture import VAE, describe
+from sdrt.export.adapters import bundled_keys
+from sdrt.export.architecture import default_size
 from sdrt.export.checkpoint import canonical_tensors, model_architecture
-from sdrt.export.lora_formats import family, is_text_encoder, kinds, ranks, refused_kind, split
+from sdrt.export.families.recognise import EMBEDDING, HYPERNETWORK, LORA, describe
+from sdrt.export.families.table import component_name, family_of
+from sdrt.export.lora_formats import below_base_model, family, is_text_encoder, kinds, numbered_list, ranks, refused_kind, split
 from sdrt.export.model_files import open_model
 
 
@@ -34,15 +37,16 @@ def inspect_file(path: Path) -> dict[str, Any]:
             "types": dict(Counter(tensor.entry.dtype for tensor in tensors.values()).most_common()),
             "metadata": {key: value[:200] for key, value in sorted(model.metadata.items())},
         }
-        if model.notes:
-            report["notes"] = list(model.notes)
-        if report["kind"] == "a LoRA":
-            return report | _lora(shapes)
-        if report["kind"] == embeddings.KIND:
+        built = family_of(report["kind"])
+        if notes := [*model.notes, *([remark] if built and (remark := default_size(model.metadata, built)[1]) else [])]:
+            report["notes"] = notes
+        if report["kind"] == LORA:
+            return report | _lora(shapes, bundled_keys(next(iter(model.files.values()))))
+        if report["kind"] == EMBEDDING:
             return report | embeddings.summary(next(iter(model.files.values())))
-        if report["kind"] == hypernetworks.KIND:
+        if report["kind"] == HYPERNETWORK:
             return report | hypernetworks.summary(next(iter(model.files.values())))
-        components = Counter(_component(name) for name in shapes)
+        components = Counter(component_name(name) for name in shapes)
         report["components"] = {name: {"tensors": count, "parameters": _parameters(shapes, name)} for name, count in sorted(components.items())}
         try:
             arch = model_architecture(model, tensors)
@@ -52,19 +56,22 @@ def inspect_file(path: Path) -> dict[str, Any]:
         return report | {"buildable": True, "family": arch.family, "prediction": arch.prediction, "size": list(arch.size), "architecture": sizes}
 
 
-def _component(name: str) -> str:
-    kind = component(name)
-    return kind if kind != "vae" or name.startswith(VAE) else "other"
-
-
 def _parameters(shapes: dict[str, tuple[int, ...]], wanted: str) -> int:
-    return sum(math.prod(shape) for name, shape in shapes.items() if _component(name) == wanted)
+    return sum(math.prod(shape) for name, shape in shapes.items() if component_name(name) == wanted)
 
 
-def _lora(shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
-    modules = {parsed[0] for name in shapes if (parsed := split(name.removeprefix("base_model.model.")))}
+def _lora(shapes: dict[str, tuple[int, ...]], bundled: Mapping[str, str]) -> dict[str, Any]:
+    spelled = numbered_list(shapes)
+    shapes = {spelled.get(key, key): shape for key, shape in shapes.items()}
+    modules = {parsed[0] for name in shapes if (parsed := split(below_base_model(name)))}
     components = Counter("text_encoder" if is_text_encoder(name) else "unet" for name in modules)
-    report: dict[str, Any] = {"modules": dict(components), "kinds": kinds(shapes), "ranks": {str(rank): count for rank, count in ranks(shapes).items()}}
+    report: dict[str, Any] = {
+        "modules": {name: components[name] for name in sorted(components)},
+        "kinds": kinds(shapes),
+        "ranks": {str(rank): count for rank, count in ranks(shapes).items()},
+    }
+    if bundled:
+        report["embeddings"] = {trigger: list(shapes[key]) for trigger, key in sorted(bundled.items())}
     if made_for := family(shapes):
         report["made_for"] = made_for
     if refused := refused_kind(shapes):

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Protocol
 
-from sdrt.export.architecture import CLIP, UNET, UNetSpec
+from sdrt.export.architecture import UNetSpec
+from sdrt.export.families.table import component_of
 
 RESNET = {
     "in_layers.0": "norm1", "in_layers.2": "conv1", "emb_layers.1": "time_emb_proj",
@@ -52,7 +53,7 @@ def diffusers_prefixes(spec: Levels) -> dict[str, str]:
 
 
 def diffusers_module(module: str, spec: UNetSpec) -> str:
-    """The diffusers name of a UNet module, given its LDM name below `model.diffusion_model.`; KeyError if there is none."""
+    """The diffusers name of a UNet module, given its LDM name below the UNet's prefix; KeyError if there is none."""
     if module in OUTER:
         return OUTER[module]
     for ldm, diffusers in diffusers_prefixes(spec).items():
@@ -71,24 +72,18 @@ def adapter_names(modules: Iterable[str], spec: UNetSpec) -> dict[str, str]:
     """
     table: dict[str, str] = {}
     for module in modules:
-        if module.startswith(UNET):
-            ldm = module[len(UNET) :]
-            for name in (ldm, diffusers_module(ldm, spec)):
-                flat = name.replace(".", "_")
-                for prefix in ("lora_unet_", "lycoris_", "lycoris_unet_"):
-                    table[prefix + flat] = module
-                for dotted in (name, *_old_attention(name)):
-                    for prefix in ("", "unet.", "diffusion_model.", UNET):
-                        table[prefix + dotted] = module
-        elif module.startswith(CLIP):
-            name = module[len(CLIP) :]
-            inner = name.removeprefix("text_model.")  # transformers 5 has no outer `text_model`
-            for flat in (name.replace(".", "_"), inner.replace(".", "_")):
-                for prefix in ("lora_te_", "lora_te1_", "lycoris_", "lycoris_te_", "lycoris_text_encoder_"):
-                    table[prefix + flat] = module
-            for dotted in (name, inner, *_old_text(name)):
-                for prefix in ("", "text_encoder.", CLIP):
-                    table[prefix + dotted] = module
+        component = component_of(module)
+        if component is None or not component.adapters_flat:
+            continue
+        name = module[len(component.prefix) :]
+        if component.network == "unet":
+            names = [name, diffusers_module(name, spec)]
+            dotted = [spelling for name in names for spelling in (name, *_old_attention(name))]
+        else:
+            names = [name, name.removeprefix("text_model.")]  # transformers 5 has no outer `text_model`
+            dotted = [*names, *_old_text(name)]
+        table |= {prefix + name.replace(".", "_"): module for name in names for prefix in component.adapters_flat}
+        table |= {prefix + name: module for name in dotted for prefix in component.adapters_dotted}
     return table
 
 

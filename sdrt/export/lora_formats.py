@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 from sdrt.errors import printable
-
-Shapes = Mapping[str, tuple[int, ...]]
+from sdrt.export.families.family import Shapes
+from sdrt.export.families.table import ADAPTERS, CONTEXTS, TEXT_MODULES, TEXTS
 
 DOWN, UP, MID = "lora_down.weight", "lora_up.weight", "lora_mid.weight"
 MAGNITUDE = "lora_magnitude_vector"
@@ -24,14 +24,18 @@ _OWN_NAMES = (
     "lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t1", "lokr_t2",
 )  # fmt: skip
 _PARTS = {f".{part}": part for part in _OWN_NAMES} | {
-    ".lora_A.weight": DOWN, ".lora_B.weight": UP, ".lora_A.default.weight": DOWN, ".lora_B.default.weight": UP,
-    ".lora_B.bias": UP_BIAS, ".lora_B.default.bias": UP_BIAS,
+    ".lora_A.weight": DOWN, ".lora_B.weight": UP, ".lora_B.bias": UP_BIAS,
     ".lora_embedding_A": "lora_embedding_A", ".lora_embedding_B": "lora_embedding_B",
-    ".lora_magnitude_vector": MAGNITUDE, ".lora_magnitude_vector.weight": MAGNITUDE, ".lora_magnitude_vector.default.weight": MAGNITUDE,
+    ".lora_magnitude_vector": MAGNITUDE, ".lora_magnitude_vector.weight": MAGNITUDE,
     ".lora.down.weight": DOWN, ".lora.up.weight": UP, "_lora.down.weight": DOWN, "_lora.up.weight": UP,
     ".lora_layer.down.weight": DOWN, ".lora_layer.up.weight": UP, ".lora_linear_layer.down.weight": DOWN, ".lora_linear_layer.up.weight": UP,
 }  # fmt: skip
 _KEY = re.compile("(.+?)(" + "|".join(re.escape(suffix) for suffix in _PARTS) + ")", re.DOTALL)
+_ADAPTER_NAME = re.compile(r"(\.lora_(?:A|B|magnitude_vector|embedding_A|embedding_B))\.(?!(?:weight|bias)$)[^.]+(\.weight|\.bias|)", re.DOTALL)
+"""peft's state dictionaries name the adapter ("default", "default_0", ...) within each key; its files do not."""
+_BASE_MODEL = re.compile(r"(unet\.|text_encoder\.|)base_model\.model\.")
+_BUNDLED = re.compile(r"bundle_emb\.(.+?)\.(string_to_param\..+|[^.]+)", re.DOTALL)
+_VECTORS = ("emb_params", "clip_l")
 
 _REFUSED = {
     "IA3": (".on_input", ".ia3_l"),
@@ -41,46 +45,70 @@ _REFUSED = {
     "T-LoRA": (".lambda_layer",),
     "AdaLoRA": (".lora_E",),
     "VeRA": (".vera_lambda_b",),
+    "ComfyUI's set_weight, whole weights in the place of the model's": (".set_weight",),
 }
-_FIRST_FORMAT = re.compile(r"(unet|text_encoder):\d+:\w+")
-
-_FAMILY_OF_PREFIX = {
-    "lora_te2_": "SDXL", "text_encoder_2.": "SDXL", "conditioner.embedders.1.": "SDXL", "lora_te3_": "SD3",
-    "lora_unet_double_blocks": "Flux", "lora_unet_single_blocks": "Flux", "transformer.single_transformer_blocks.": "Flux",
-    "double_blocks.": "Flux", "diffusion_model.double_blocks.": "Flux", "lycoris_single_transformer_blocks": "Flux",
-    "lora_unet_joint_blocks": "SD3", "joint_blocks.": "SD3", "diffusion_model.joint_blocks.": "SD3",
-    "lora_transformer_": "SD3 or Flux", "transformer.transformer_blocks.": "SD3 or Flux", "lycoris_transformer_blocks": "SD3 or Flux",
-}  # fmt: skip
-FAMILY_OF_CONTEXT = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 2048: "SDXL"}
-_FAMILY_OF_TEXT = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 1280: "SDXL"}
-_TEXT_ENCODER = (
-    "lora_te", "lycoris_te", "lycoris_text", "lycoris_encoder_layers", "text_encoder", "text_model.", "encoder.layers.", "cond_stage_model.", "conditioner.",
-)  # fmt: skip
+_NUMBERED = re.compile(r"((?:unet|text_encoder):\d{1,6}):(up|down)")
 
 
 def split(key: str) -> tuple[str, str] | None:
     """The module's name in the file's spelling and the part's in LyCORIS's, or None if the key has no part's ending."""
+    if numbered := _NUMBERED.fullmatch(key):
+        return numbered[1], UP if numbered[2] == "up" else DOWN
+    start = key.rfind(".lora_")
+    if start >= 0 and (named := _ADAPTER_NAME.fullmatch(key, start)):
+        key = key[:start] + named[1] + named[2]
     match = _KEY.fullmatch(key)
     return (match[1], _PARTS[match[2]]) if match else None
 
 
+def below_base_model(key: str) -> str:
+    """A key without peft's `base_model.model.`, at its start or below a component's name; the key itself where there is none."""
+    match = _BASE_MODEL.match(key)
+    return match[1] + key[match.end() :] if match else key
+
+
+def bundled_trigger(key: str) -> str | None:
+    """The trigger of an embedding that a LoRA brings along, if the key holds its vectors.
+
+    AUTOMATIC1111 writes `bundle_emb.NAME.string_to_param.*`, OneTrainer `bundle_emb.NAME.clip_l`.
+    """
+    match = _BUNDLED.fullmatch(key)
+    return match[1] if match and (match[2] in _VECTORS or match[2].startswith("string_to_param.")) else None
+
+
+def is_numbered(key: str) -> bool:
+    """Whether a key is one of the first LoRA format, which numbers the modules (`sdrt.export.numbered_lora`)."""
+    return _NUMBERED.fullmatch(key) is not None
+
+
+def numbered_list(shapes: Shapes) -> dict[str, str]:
+    """The first LoRA format as torch saved it, a bare list of the matrices up and down in turn: each key to its numbered name. Empty for any other file.
+
+    All layers of a text encoder's attentions are one width in and out, which no UNet's are.
+    """
+    if len(shapes) < 2 or len(shapes) % 2 or shapes.keys() != {str(number) for number in range(len(shapes))}:
+        return {}
+    pairs = [(shapes[str(number)], shapes[str(number + 1)]) for number in range(0, len(shapes), 2)]
+    if not all(len(up) >= 2 and len(down) >= 2 and up[1] == down[0] for up, down in pairs):
+        return {}
+    component = "text_encoder" if len({up[0] for up, _ in pairs} | {down[1] for _, down in pairs}) == 1 else "unet"
+    return {key: f"{component}:{int(key) // 2}:{'down' if int(key) % 2 else 'up'}" for key in shapes}
+
+
 def is_adapter(shapes: Shapes) -> bool:
     """Whether the names are those of an adapter of the LoRA family, one that sdrt fuses or one that it refuses."""
-    return any((parsed := split(key)) is not None and parsed[1] != "alpha" for key in shapes) or refused_kind(shapes) is not None
+    known = any((parsed := split(key)) is not None and parsed[1] != "alpha" for key in shapes)
+    return known or bool(numbered_list(shapes)) or refused_kind(shapes) is not None
 
 
 def refused_kind(shapes: Shapes) -> tuple[str, str] | None:
     """The kind of an adapter that sdrt does not fuse, and the key that shows it; None for any other file."""
     for key, shape in shapes.items():
-        if _FIRST_FORMAT.fullmatch(key):
-            return "a LoRA in the first format of all, whose keys number the modules", key
+        if ".motion_modules." in key and split(key):
+            return "a motion LoRA of AnimateDiff", key
         for kind, endings in _REFUSED.items():
             if key.endswith(endings):
                 return ("BOFT" if kind == "OFT" and len(shape) == 4 else kind), key
-    if len(shapes) >= 2 and all(key.isdecimal() for key in shapes):
-        first, second, *_ = shapes.items()
-        if len(first[1]) >= 2 and len(second[1]) >= 2 and first[1][1] == second[1][0]:
-            return "a LoRA in the first format of all, a list of matrices without names", first[0]
     return None
 
 
@@ -88,14 +116,14 @@ def family(shapes: Shapes) -> str:
     """The model family an adapter was made for, told by its names or by the widths it attends to; empty if they do not tell."""
     modules: dict[str, dict[str, tuple[int, ...]]] = {}
     for key, shape in shapes.items():
-        if parsed := split(key.removeprefix("base_model.model.")):
+        if parsed := split(below_base_model(key)):
             modules.setdefault(parsed[0], {})[parsed[1]] = shape
-    for prefix, name in _FAMILY_OF_PREFIX.items():
+    for prefix, name in ADAPTERS.items():
         if any(module.startswith(prefix) for module in modules):
             return name
     context, text = ("attn2_to_k", "attn2.to_k", "attn2.processor.to_k"), ("self_attn_q_proj", "self_attn.q_proj", "self_attn.to_q")
     found = ""
-    for endings, table in ((context, FAMILY_OF_CONTEXT), (text, _FAMILY_OF_TEXT)):
+    for endings, table in ((context, CONTEXTS), (text, TEXTS)):
         widths = (_inputs(parts) for module, parts in modules.items() if module.endswith(endings))
         found = found or next((table[width] for width in widths if width in table), "")
     nine = any(_inputs(parts) == 9 for module, parts in modules.items() if module.endswith(("conv_in", "input_blocks_0_0", "input_blocks.0.0")))
@@ -104,7 +132,7 @@ def family(shapes: Shapes) -> str:
 
 def is_text_encoder(module: str) -> bool:
     """Whether a module's name in a file's spelling is one of a text encoder."""
-    return module.startswith(_TEXT_ENCODER)
+    return module.startswith(TEXT_MODULES)
 
 
 def _inputs(parts: Shapes) -> int:

@@ -15,13 +15,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sdrt.bundle.manifest import MANIFEST
 from sdrt.document import Document, read_document
 from sdrt.errors import CheckpointError, InputFileError, UnsafeError, nearest, printable
 from sdrt.export.diffusers_config import Settings, read_settings
+from sdrt.export.families.table import BUILDS, FAMILIES
+from sdrt.export.families.table import COMPONENTS as ALL
 from sdrt.export.tensor_entry import TensorEntry
 from sdrt.export.tensor_file import TensorFile, open_tensor_file
 
-COMPONENTS = ("unet", "vae", "text_encoder")
+COMPONENTS = tuple(dict.fromkeys(component.name for component in ALL))
+_UNUSED_COMPONENTS = ("tokenizer", "scheduler", "safety_checker", "feature_extractor", "image_encoder", "requires_safety_checker")
+"""Of a pipeline: what sdrt has itself, and what changes no picture. An image encoder serves IP-Adapters only."""
+_PIPELINES = tuple(pipeline for family in FAMILIES for pipeline in family.pipelines)
 MAX_DOCUMENT_BYTES = 16 << 20
 _STEMS = {"unet": ("diffusion_pytorch_model",), "vae": ("diffusion_pytorch_model",), "text_encoder": ("model", "pytorch_model")}
 _AGAIN = "Download the folder again."
@@ -98,23 +104,34 @@ def open_model(path: Path) -> ModelFiles:
         return ModelFiles(path, {path.name: file}, {}, stored, file.metadata, Settings(), file.notes)
     with ExitStack() as opened:
         folder = _Folder(path, opened)
+        if os.path.exists(path / MANIFEST):
+            raise CheckpointError(
+                f"{path}: expected a checkpoint, found a bundle, which is built already",
+                f"Draw with it: sdrt generate {path} PROMPT, or build another from the checkpoint it came from.",
+            )
+        if not os.path.lexists(path / "model_index.json") and os.path.exists(path / "config.json"):
+            raise CheckpointError(f"{path}: expected a whole pipeline, found one network of it (config.json)", "Give the folder above, with model_index.json.")
         index = folder.document(
             "model_index.json", "It is what diffusers saves beside the folders unet, vae and text_encoder; give such a folder, or one file."
         )
         kind = str(index.get("_class_name"))
-        for component in ("transformer", "text_encoder_2", "text_encoder_3", "prior"):
-            if index.get(component) not in (None, [None, None]):
+        for component, value in index.items():
+            if component not in (*COMPONENTS, *_UNUSED_COMPONENTS) and not component.startswith("_") and value not in (None, [None, None], False):
                 raise CheckpointError(
-                    f"{path}: model_index.json: a {printable(kind)} with a {component}: not supported yet",
-                    "This version of sdrt builds Stable Diffusion 1.x and its inpainting models.",
+                    f"{path}: model_index.json: a {printable(kind)} with a {printable(component)[:80]}: not supported yet",
+                    BUILDS,
                 )
         for component in COMPONENTS:
             if component not in index and not (path / component).is_dir():
-                raise CheckpointError(f"{path}: model_index.json: names no {component}, found {printable(kind)}", "Give a whole Stable Diffusion pipeline.")
+                raise CheckpointError(f"{path}: model_index.json: names no {component}, found {printable(kind)}", "Give the folder of a whole pipeline.")
             folder.component(component, f"{component}/")
+        if kind not in _PIPELINES and "_class_name" in index:
+            raise CheckpointError(f"{path}: model_index.json: a {printable(kind)[:80]}: not supported yet", BUILDS)
         configs = {component: folder.document(f"{component}/config.json", _AGAIN) for component in COMPONENTS}
         scheduler = folder.document("scheduler/scheduler_config.json", _AGAIN) if (path / "scheduler").is_dir() else {}
-        model = folder.model(read_settings(path, configs, scheduler))
+        settings = read_settings(path, configs, scheduler)
+        folder.notes += [f"{path.absolute().name}: {note}" for note in settings.notes]
+        model = folder.model(settings)
         opened.pop_all()
         return model
 
@@ -129,9 +146,7 @@ def open_vae(path: Path) -> ModelFiles:
         config = folder.document(f"{below}config.json", "Give a VAE in one file, or a folder with config.json and the weights beside it.")
         kind = config.get("_class_name", "AutoencoderKL")
         if kind != "AutoencoderKL":
-            raise CheckpointError(
-                f"{path}: {below}config.json: expected an AutoencoderKL, found {printable(str(kind))[:80]}", "Give a VAE of Stable Diffusion."
-            )
+            raise CheckpointError(f"{path}: {below}config.json: expected an AutoencoderKL, found {printable(str(kind))[:80]}", BUILDS)
         folder.component("vae", below)
         model = folder.model(read_settings(path, {"vae": config}, {}))
         opened.pop_all()

@@ -29,7 +29,7 @@ class PickleBytes:
     def __init__(self, stream: BinaryIO, end: int) -> None:
         self._stream = stream
         self._start = stream.tell()
-        self._end = end
+        self.end = end
 
     def tell(self) -> int:
         return self._stream.tell()
@@ -39,15 +39,15 @@ class PickleBytes:
         return self._stream.read(count)
 
     def readline(self) -> bytes:
-        line = self._stream.readline(min(MAX_LINE_BYTES, self._end - self.tell()))
+        line = self._stream.readline(min(MAX_LINE_BYTES, self.end - self.tell()))
         if len(line) == MAX_LINE_BYTES:
             raise MalformedPickle(f"a line of more than {MAX_LINE_BYTES:,} bytes")
         self._check(0)
         return line
 
     def _check(self, count: int) -> None:
-        if not 0 <= count <= self._end - self.tell():
-            raise MalformedPickle(f"truncated: {count:,} bytes wanted, {self._end - self.tell():,} are left")
+        if not 0 <= count <= self.end - self.tell():
+            raise MalformedPickle(f"truncated: {count:,} bytes wanted, {self.end - self.tell():,} are left")
         if self.tell() + count - self._start > MAX_PICKLE_BYTES:
             raise MalformedPickle(f"longer than the limit of {MAX_PICKLE_BYTES:,} bytes")
 
@@ -79,12 +79,14 @@ class _Interpreter:
         self.below: list[list[Any]] = []
         self.memo: dict[int, Any] = {}
         self.copied = 0
+        self.frame_end = 0
 
     def run(self, source: PickleBytes) -> Any:
         for count, (opcode, argument, position) in enumerate(genops(source)):  # type: ignore[arg-type]
             if count >= MAX_OPCODES:
                 raise MalformedPickle(f"more opcodes than the limit of {MAX_OPCODES:,}")
             name = opcode.name
+            self.check_frame(name, argument, position or 0, source)
             if name in _PUSHED:
                 self.stack.append(argument)
             elif name == "STOP":
@@ -98,6 +100,20 @@ class _Interpreter:
             else:
                 raise self._unsafe(f"the opcode {name} at byte {position}, which stands for code or objects outside the file")
         raise MalformedPickle("it does not end")
+
+    def check_frame(self, name: str, argument: Any, position: int, source: PickleBytes) -> None:
+        """Frames hold whole opcodes, lie one behind the other, and the last ends with the pickle: readers differ on any other."""
+        end = source.tell()
+        if position < self.frame_end < end:
+            raise MalformedPickle(f"{name} at byte {position} goes on behind the end of its frame")
+        if name == "FRAME":
+            if position < self.frame_end:
+                raise MalformedPickle(f"a frame at byte {position}, within another")
+            if argument > source.end - end:
+                raise MalformedPickle(f"a frame of {argument:,} bytes, {source.end - end:,} are left")
+            self.frame_end = end + argument
+        if name == "STOP" and end < self.frame_end:
+            raise MalformedPickle(f"STOP at byte {position}, {self.frame_end - end:,} bytes before the end of its frame")
 
     def _unsafe(self, what: str) -> UnsafeError:
         return UnsafeError(

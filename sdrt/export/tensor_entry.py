@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 from sdrt.export.zip_members import Member
 
@@ -43,3 +44,12 @@ class TensorEntry:
     size_bytes: int
     storage: Member | None = None
     strides: tuple[int, ...] = ()
+
+    def rows(self, start: int, stop: int) -> TensorEntry:
+        """The entry of the rows from `start` to before `stop`, along the first dimension."""
+        assert self.shape and 0 <= start <= stop <= self.shape[0], (self.name, self.shape, start, stop)
+        shape = (stop - start, *self.shape[1:])
+        row = math.prod(self.shape[1:])
+        item = ITEM_BYTES[self.dtype]
+        step = self.strides[0] if self.strides else row
+        return replace(self, shape=shape, offset=self.offset + start * step * item, size_bytes=math.prod(shape) * item)

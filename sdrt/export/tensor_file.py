@@ -1,4 +1,4 @@
-"""Opens a file of tensors, safetensors or what torch.save wrote: names, types and shapes at once, data on demand. Never executes what it reads.
+"""Opens a file of tensors, safetensors, what torch.save wrote, or a PNG that carries an embedding: names, types and shapes at once, data on demand. Never executes what it reads.
 
 A safetensors header is checked more strictly than the safetensors library does (format document: safetensors README): duplicate keys,
 holes and trailing bytes are refused, and every message names the file and the tensor. torch is imported only when data is read.
@@ -20,6 +20,7 @@ from threading import Lock
 from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn
 
 from sdrt.errors import InputFileError, UnsafeError, printable
+from sdrt.export.png_embedding import read_png_embedding
 from sdrt.export.tensor_entry import ITEM_BYTES, MAX_RANK, MAX_TENSORS, TensorEntry
 from sdrt.export.torch_archive import read_legacy_archive, read_zip_archive
 from sdrt.export.zip_members import Member, check_member, read_member
@@ -31,6 +32,8 @@ MAX_HEADER_BYTES = 100_000_000
 _BLOCK_BYTES = 1 << 20
 MAX_SEPARATORS = 4_000_000
 """Brackets, colons and commas in a header, those within metadata's text included: 100,000 tensors have 1.5 million. Bounds what parsing takes."""
+_PNG = b"\x89PNG\r\n\x1a\n"
+_PICTURES = {"JPEG": (b"\xff\xd8\xff",), "GIF": (b"GIF87a", b"GIF89a"), "JPEG XL": (b"\xff\x0a", b"\x00\x00\x00\x0cJXL ")}
 PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
 _LEGACY_TEXT_START = b"L119547037146038801333356L"  # torch's magic number, as protocol 0 spells it
 
@@ -40,10 +43,18 @@ class TensorFile:
 
     `entries` are its tensors by name. `tree` is the same as the file nests it: dictionaries, lists, text and numbers, with entries as leaves; a
     safetensors file is one flat dictionary. Below a `state_dict`, both start there. `metadata` is a safetensors file's own; `notes` are for the user.
+    `decoded` holds the tensors' bytes where the file spells them in another way, and the entries' offsets count from its start.
     """
 
     def __init__(
-        self, path: Path, stream: BinaryIO, entries: Mapping[str, TensorEntry], metadata: Mapping[str, str], tree: Any, notes: tuple[str, ...] = ()
+        self,
+        path: Path,
+        stream: BinaryIO,
+        entries: Mapping[str, TensorEntry],
+        metadata: Mapping[str, str],
+        tree: Any,
+        notes: tuple[str, ...] = (),
+        decoded: bytes | None = None,
     ) -> None:
         self.path = path
         self.entries = entries
@@ -51,6 +62,7 @@ class TensorFile:
         self.tree = tree
         self.notes = notes
         self._stream = stream
+        self._decoded = decoded
         self._lock = Lock()  # from a seek to the end of the read that follows it
         self._opened = _identity(os.fstat(stream.fileno()))
         self._sha256: str | None = None
@@ -70,7 +82,8 @@ class TensorFile:
         self.close()
 
     def read_bytes(self, entry: TensorEntry) -> bytearray:
-        """The tensor's bytes, little-endian, row-major; from the first element to the last where the entry has strides.
+        """The tensor's bytes, little-endian, row-major; from the first element to the last where the entry has strides. `TensorEntry.rows` makes an
+        entry of a part, of which no more is read.
 
         Raises:
             InputFileError: the file is shorter than when it was opened, or damaged.
@@ -83,6 +96,8 @@ class TensorFile:
         size, start = entry.size_bytes, entry.offset
         if entry.strides and size:
             size = (1 + sum((n - 1) * stride for n, stride in zip(entry.shape, entry.strides, strict=True))) * (size // math.prod(entry.shape))
+        if self._decoded is not None:
+            return bytearray(self._decoded[start : start + size])
         member = entry.storage
         if member is not None and member.deflated_bytes is not None:
             if self._inflated is None or self._inflated[0] != member:
@@ -101,8 +116,8 @@ class TensorFile:
             raise InputFileError(f"{self.path}: {printable(entry.name)}: the file changed during the build", "Run the build again.")
         return data
 
-    def read(self, name: str) -> torch.Tensor:
-        """The tensor as it is stored, row-major.
+    def read(self, name: str, rows: tuple[int, int] | None = None) -> torch.Tensor:
+        """The tensor as it is stored, row-major; or its rows from the first to before the second number, which is all that is read then.
 
         Raises:
             InputFileError: the tensor is not floating-point or integer data that torch can hold; or as `read_bytes`.
@@ -110,7 +125,7 @@ class TensorFile:
         """
         import torch
 
-        entry = self.entries[name]
+        entry = self.entries[name] if rows is None else self.entries[name].rows(*rows)
         kinds = {
             "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn,
             "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
@@ -173,22 +188,15 @@ def open_tensor_file(path: Path) -> TensorFile:
         InputFileError: the file is missing, not a regular file, of another format, malformed, or past a limit; the message says which.
         UnsafeError: bytes follow the last tensor, so the file may be two files in one; or a pickle names anything but tensors and plain values.
     """
-    try:
-        # O_NONBLOCK: opening a FIFO must not wait for a writer.
-        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise InputFileError(f"{printable(str(path))}: cannot open: {reason}{_similar_file(path)}", "Check the path.") from error
-    status = os.fstat(descriptor)
-    if not stat.S_ISREG(status.st_mode):
-        os.close(descriptor)
-        kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a device, pipe or socket"
-        raise InputFileError(f"{path}: expected a file of tensors, found {kind}", "Give one .safetensors, .ckpt, .pt or .bin file.")
-    stream = os.fdopen(descriptor, "rb", buffering=0)
+    stream = _opened(path)
     try:
         with _reading(path):
+            status = os.fstat(stream.fileno())
             size, start = status.st_size, stream.read(512) or b""  # None: a file of /proc that has nothing to read yet
         header_bytes = int.from_bytes(start[:8], "little")
+        if start.startswith(_PNG):
+            entries, tree, decoded = read_png_embedding(path, stream)
+            return TensorFile(path, stream, entries, {}, tree, (), decoded)
         if not (start[8:9] == b"{" and header_bytes <= MAX_HEADER_BYTES and 8 + header_bytes <= size):
             read = read_zip_archive if start.startswith(b"PK\x03\x04") else read_legacy_archive if _is_pickle(path, start) else None
             if read is None:
@@ -203,6 +211,30 @@ def open_tensor_file(path: Path) -> TensorFile:
     except BaseException:
         stream.close()
         raise
+
+
+def check_present(path: Path) -> None:
+    """Check that a file of tensors is there and may be read, before work that takes its time.
+
+    Raises:
+        InputFileError: it is missing, cannot be opened, or is no regular file.
+    """
+    _opened(path).close()
+
+
+def _opened(path: Path) -> BinaryIO:
+    try:
+        # O_NONBLOCK: opening a FIFO must not wait for a writer.
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise InputFileError(f"{printable(str(path))}: cannot open: {reason}{_similar_file(path)}", "Check the path.") from error
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(descriptor)
+        kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a device, pipe or socket"
+        raise InputFileError(f"{path}: expected a file of tensors, found {kind}", "Give one .safetensors, .ckpt, .pt or .bin file.")
+    return os.fdopen(descriptor, "rb", buffering=0)
 
 
 @contextmanager
@@ -243,6 +275,10 @@ def _refuse(path: Path, start: bytes, size: int, header_bytes: int) -> NoReturn:
         raise InputFileError(f"{path}: {size} bytes{', all zero at the start' if size >= 8 else ''}: an empty or truncated download", again)
     if start.startswith(b"version https://git-lfs"):
         raise InputFileError(f"{path}: a git-lfs pointer, not the file itself", "Fetch the file with: git lfs pull")
+    if picture := next((name for name, marks in _PICTURES.items() if start.startswith(marks)), None) or ("WebP" if start[8:12] == b"WEBP" else None):
+        raise InputFileError(
+            f"{path}: a picture ({picture}), expected a model's file", "Give a model, adapter or bundle; of pictures only a PNG can hold an embedding."
+        )
     if start[257:262] == b"ustar":
         raise InputFileError(f"{path}: a tar archive (the form of torch before 0.2?), expected safetensors", "Save it again with a later torch.")
     if start.startswith(b"GGUF"):

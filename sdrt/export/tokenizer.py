@@ -1,16 +1,17 @@
-"""Makes the bundle's tokenizer.json from CLIP's published merges (see data/NOTICE), for the `tokenizers` library to read at run time."""
+"""Makes the bundle's tokenizer.json from CLIP's published merges (see data/NOTICE). `sdrt.bpe` reads it, and so does the `tokenizers` library."""
 
 from __future__ import annotations
 
 import gzip
-from collections.abc import Callable
+import json
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
+from sdrt.bpe import BOS, END_OF_WORD, EOS, byte_symbols
 from sdrt.errors import CheckpointError
 from sdrt.publish import write_file
 
-BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 _MERGES = 49152 - 256 - 2  # CLIP's vocabulary: bytes, bytes ending a word, merges, two specials
 _WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
@@ -20,16 +21,9 @@ def vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
     text = gzip.decompress(files("sdrt.export").joinpath("data", "bpe_simple_vocab_16e6.txt.gz").read_bytes()).decode()
     lines = text.split("\n")[1 : _MERGES + 1]
     merges = [(first, second) for first, second in (line.split() for line in lines)]
-    alphabet = _byte_symbols()
-    tokens = [*alphabet, *(symbol + "</w>" for symbol in alphabet), *("".join(pair) for pair in merges), BOS, EOS]
+    alphabet = byte_symbols()
+    tokens = [*alphabet, *(symbol + END_OF_WORD for symbol in alphabet), *("".join(pair) for pair in merges), BOS, EOS]
     return {token: index for index, token in enumerate(tokens)}, merges
-
-
-def _byte_symbols() -> list[str]:
-    """GPT-2's printable symbol for each byte, in CLIP's order: printable bytes as themselves, then the rest from U+0100 on."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = 256 - len(printable)
-    return [chr(code) for code in printable] + [chr(256 + i) for i in range(others)]
 
 
 def write_tokenizer(path: Path, size: int) -> tuple[int, int]:
@@ -38,32 +32,47 @@ def write_tokenizer(path: Path, size: int) -> tuple[int, int]:
     Raises:
         CheckpointError: the text encoder's token table has not CLIP's size.
     """
-    from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
-
     tokens, merges = vocabulary()
     if size != len(tokens):
         raise CheckpointError(
             f"token_embedding: expected {len(tokens):,} tokens, CLIP's vocabulary, found {size:,}",
             "This version of sdrt builds models with CLIP's own vocabulary.",
         )
-    tokenizer = Tokenizer(models.BPE(vocab=tokens, merges=merges, unk_token=EOS, end_of_word_suffix="</w>"))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()])
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(_WORDS), behavior="removed", invert=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    tokenizer.add_special_tokens([BOS, EOS])
-    write_file(path, tokenizer.to_str().encode())
+    write_file(path, json.dumps(_document(tokens, merges), ensure_ascii=False, separators=(",", ":")).encode())
     return tokens[BOS], tokens[EOS]
 
 
-def trigger_encoder(path: Path) -> Callable[[str], list[int]]:
-    """A function from words to token ids, without start and end, by a tokenizer.json."""
-    from tokenizers import Tokenizer
-
-    tokenizer = Tokenizer.from_file(str(path))
-
-    def encode(text: str) -> list[int]:
-        ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
-        return ids
-
-    return encode
+def _document(tokens: dict[str, int], merges: list[tuple[str, str]]) -> dict[str, Any]:
+    """The file as the `tokenizers` library writes it, so that other tools can read it; `sdrt.bpe.TOKENIZER_SHA256` is its hash."""
+    special = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [{"id": tokens[token], "content": token, **special} for token in (BOS, EOS)],
+        "normalizer": {
+            "type": "Sequence",
+            "normalizers": [{"type": "NFC"}, {"type": "Replace", "pattern": {"Regex": r"\s+"}, "content": " "}, {"type": "Lowercase"}],
+        },
+        "pre_tokenizer": {
+            "type": "Sequence",
+            "pretokenizers": [
+                {"type": "Split", "pattern": {"Regex": _WORDS}, "behavior": "Removed", "invert": True},
+                {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
+            ],
+        },
+        "post_processor": None,
+        "decoder": None,
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": EOS,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": END_OF_WORD,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": False,
+            "vocab": tokens,
+            "merges": merges,
+        },
+    }

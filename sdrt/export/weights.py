@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sdrt.bundle import FileRecord
+from sdrt.bundle.manifest import FileRecord
 from sdrt.errors import AdapterError, CheckpointError
-from sdrt.export.adapters import Lora, component
+from sdrt.export.adapters import Lora
 from sdrt.export.checkpoint import Tensor
+from sdrt.export.families.table import component_name
 from sdrt.export.tensor_entry import ITEM_BYTES
 from sdrt.publish import new_file
 
@@ -172,7 +173,7 @@ def _changes(norms: Mapping[str, tuple[float, float]]) -> dict[str, Change]:
     """By component: how many modules changed, and by how much in all."""
     by_component: dict[str, dict[str, tuple[float, float]]] = defaultdict(dict)
     for weight, pair in norms.items():
-        by_component[component(weight)][weight] = pair
+        by_component[component_name(weight)][weight] = pair
     changes = {}
     for name, pairs in sorted(by_component.items()):
         change, whole = (math.hypot(*(pair[i] for pair in pairs.values())) for i in (0, 1))

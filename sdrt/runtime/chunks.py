@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from sdrt.bundle import Text
+from sdrt.bundle.manifest import MAX_CHUNKS, Text
+from sdrt.errors import UsageError
 from sdrt.runtime.prompt import BREAK, Segment
 from sdrt.runtime.tokenizer import Tokenizer
 
@@ -26,13 +27,13 @@ def empty_chunk(text: Text) -> Chunk:
     return _framed([], [], text)
 
 
-def chunk_segments(tokenizer: Tokenizer, segments: Iterable[Segment]) -> list[Chunk]:
-    """Cut a prompt into chunks, at least one. Each segment is tokenised alone.
+def chunk_segments(tokenizer: Tokenizer, segments: Iterable[Segment], name: str = "prompt") -> list[Chunk]:
+    """Cut a prompt into chunks, 1 to `MAX_CHUNKS`. Each segment is tokenised alone. `name` begins what is raised.
 
     A learned embedding takes as many places as it has vectors, all with its segment's emphasis, and lies in one chunk.
 
     Raises:
-        UsageError: not valid Unicode.
+        UsageError: not valid Unicode, or too long.
     """
     capacity = tokenizer.text.tokens - 2
     chunks: list[Chunk] = []
@@ -42,6 +43,10 @@ def chunk_segments(tokenizer: Tokenizer, segments: Iterable[Segment]) -> list[Ch
 
     def close() -> None:
         nonlocal tokens, weights, comma
+        if len(chunks) == MAX_CHUNKS:
+            raise UsageError(
+                f"{name}: more than {MAX_CHUNKS} chunks of {capacity} tokens", "Shorten it, or leave out BREAKs: each ends a chunk, however short."
+            )
         chunks.append(_framed(tokens, weights, tokenizer.text))
         tokens, weights, comma = [], [], None
 

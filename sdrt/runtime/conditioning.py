@@ -6,6 +6,7 @@ prompt, and one encoding then serves every emphasis. docs/prompts.md has the rul
 
 from __future__ import annotations
 
+import math
 import threading
 from bisect import bisect_left
 from collections import Counter, OrderedDict
@@ -15,21 +16,24 @@ from operator import itemgetter
 
 import numpy as np
 
-from sdrt.bundle import Source
+from sdrt.bundle.manifest import MAX_BRANCHES, Source
 from sdrt.errors import UsageError, one_of, printable
 from sdrt.runtime.chunks import Chunk, chunk_segments, empty_chunk
 from sdrt.runtime.engine import Engine, Float
-from sdrt.runtime.prompt import Segment, network_tags, parse_attention, schedule_edits, split_and
+from sdrt.runtime.prompt import NETWORKS, Segment, network_name, network_tag, parse_attention, parse_network_tag, schedule_edits, split_and, without_networks
 from sdrt.runtime.samplers import COMPATS
 from sdrt.runtime.tokenizer import Tokenizer
 
 SYNTAXES = ("a1111", "plain")
 EMPHASES = ("original", "no norm", "none", "ignore")
-
-_NETWORKS = ("lora", "lyco", "hypernet")
+NETWORK_TAGS = ("refuse", "ignore")
 
 MAX_WEIGHT = 1000.0
 """Largest emphasis, or weight of a part, either sign. Pictures fall apart beyond 2 or so."""
+MAX_CHARACTERS = 20_000
+"""Of one prompt: several times what its chunks can hold, and little enough that reading it takes no time that is felt."""
+MAX_CHUNKS_IN_ALL = 4096
+"""Of a request: chunks of every branch, in every context that prompt editing makes over the steps. 1 GB of encodings for Stable Diffusion 1.5."""
 CACHED_CHUNKS = 128
 """Encoded chunks a pipeline keeps: 30 MB for Stable Diffusion 1.5."""
 MOST_ROWS = 16
@@ -68,7 +72,8 @@ class _Part:
 
 @dataclass(frozen=True)
 class Prompts:
-    """A prompt and its negative as they were read: nothing of them has been encoded. `weights` are those of the branches, the negative's first if `guided`."""
+    """A prompt and its negative as they were read: nothing of them has been encoded. `weights` are those of the branches, the negative's first if `guided`; `contexts` is how many
+    different ones the steps go through."""
 
     parts: tuple[_Part, ...]
     weights: tuple[float, ...]
@@ -76,6 +81,12 @@ class Prompts:
     clip_skip: int
     emphasis: str
     steps: int
+    contexts: int
+
+    @property
+    def chunks(self) -> int:
+        """Chunks of the longest part: all branches are filled up to it."""
+        return max(part.length for part in self.parts)
 
 
 class TextConditioner:
@@ -100,6 +111,7 @@ class TextConditioner:
         syntax: str | None = None,
         emphasis: str = "original",
         compat: str = "a1111",
+        network_tags: str = "refuse",
     ) -> Prompts:
         """Read a prompt and, if it is guided, a negative prompt.
 
@@ -112,28 +124,38 @@ class TextConditioner:
             syntax: one of `SYNTAXES`; None is plain for diffusers, else a1111.
             emphasis: one of `EMPHASES`: restore each chunk's mean, do not, take brackets as text, or read them but do not weigh.
             compat: one of `COMPATS`. diffusers has no second chunk: in its plain syntax a longer prompt is an error.
+            network_tags: one of `NETWORK_TAGS`: what becomes of `<lora:name:0.8>` that the bundle does not hold at that strength. Refused, or
+                ignored as AUTOMATIC1111 ignores what it does not find: taken out of a prompt, and text in a negative one.
 
         Raises:
             UsageError: an unknown name, a layer the bundle was built without, an adapter named in a prompt, a weight beyond `MAX_WEIGHT`,
-                text that is not valid Unicode or longer than `compat` takes.
+                text that is not valid Unicode, longer than `compat` takes, or beyond a limit: `MAX_CHARACTERS`, `MAX_CHUNKS` of a text,
+                `MAX_BRANCHES`, `MAX_CHUNKS_IN_ALL`.
         """
         skip = self._clip_skip(clip_skip)
         one_of("compat", compat, COMPATS)
         one_of("emphasis", emphasis, EMPHASES)
         syntax = one_of("prompt syntax", syntax if syntax is not None else "plain" if compat == "diffusers" else "a1111", SYNTAXES)
         limited = compat == "diffusers" and syntax == "plain"
-        self._check_text("prompt", prompt, syntax)
+        one_of("network tags", network_tags, NETWORK_TAGS)
+        self._check_text("prompt", prompt)
+        prompt = self._without_networks(prompt, syntax, network_tags)
         positive = split_and(prompt) if syntax == "a1111" else (Segment(prompt, 1.0),)
+        if len(positive) >= MAX_BRANCHES:
+            raise UsageError(f"prompt: {len(positive)} parts between ANDs: expected at most {MAX_BRANCHES - 1}", "Join some of them.")
         for part in positive:
             _check_weight("prompt", part)
         guidance = tuple(cfg * part.weight for part in positive)
         parts = [self._part("prompt", part.text, steps, syntax, emphasis, limited) for part in positive]
         rest = 1 - sum(guidance)
         if rest != 0:
-            self._check_text("negative prompt", negative, syntax)
+            self._check_text("negative prompt", negative)
+            self._check_negative_networks(negative, network_tags)
             parts.insert(0, self._part("negative prompt", negative, steps, syntax, emphasis, limited))
             guidance = (rest, *guidance)
-        return Prompts(tuple(parts), guidance, rest != 0, skip, emphasis, steps)
+        contexts = len({tuple(part.text_at(step) for part in parts) for step in range(steps)})
+        _check_in_all("prompts", contexts * len(parts) * max(part.length for part in parts))
+        return Prompts(tuple(parts), guidance, rest != 0, skip, emphasis, steps, contexts)
 
     def encode(self, engine: Engine, prompts: Prompts) -> Conditioning:
         """Encode what was read; `encode_text` is all that is used of the engine. A chunk that is still cached costs no call of it."""
@@ -143,12 +165,15 @@ class TextConditioner:
     def _part(self, name: str, text: str, steps: int, syntax: str, emphasis: str, limited: bool) -> _Part:
         schedule = schedule_edits(text, steps) if syntax == "a1111" else ((steps, text),)
         chunks: dict[str, list[Chunk]] = {}
+        in_all = 0
         for _, each in schedule:
             if each not in chunks:
                 segments = parse_attention(each) if syntax == "a1111" and emphasis != "none" else (Segment(each, 1.0),)
                 for segment in segments:
                     _check_weight(name, segment)
-                chunks[each] = chunk_segments(self._tokenizer, segments)
+                chunks[each] = chunk_segments(self._tokenizer, segments, name)
+                in_all += len(chunks[each])
+                _check_in_all(name, in_all)
         longest = max(map(len, chunks.values()))
         if limited and longest > 1:
             limit = self._tokenizer.text.tokens - 2
@@ -211,7 +236,7 @@ class TextConditioner:
         for first in range(0, len(missing), at_once):
             rows = missing[first : first + at_once]
             tokens = np.array(rows, np.int64)
-            contexts = engine.encode_text(tokens, np.ones(tokens.shape, np.float32), skip)
+            contexts = engine.encode_text(tokens, skip)
             found.update((row, context.copy()) for row, context in zip(rows, contexts, strict=True))  # a view would keep the whole batch
         with self._lock:
             self._cache.update(((skip, row), found[row]) for row in missing)
@@ -230,23 +255,63 @@ class TextConditioner:
             )
         return clip_skip
 
-    def _check_text(self, name: str, text: str, syntax: str) -> None:
+    def _check_text(self, name: str, text: str) -> None:
         if not isinstance(text, str):
             raise UsageError(f"{name}: expected text, found {type(text).__name__}")
+        if len(text) > MAX_CHARACTERS:
+            raise UsageError(f"{name}: {len(text):,} characters: expected at most {MAX_CHARACTERS:,}", "Shorten it.")
         try:
             text.encode()
         except UnicodeEncodeError as error:
             raise UsageError(f"{name}: not valid Unicode text: {error}", "Remove the lone surrogates.") from error
-        for kind, tag in network_tags(text):
-            if kind in _NETWORKS:
-                fix = "Take it out of the prompt; to change adapters, build another bundle with sdrt build --lora or --hypernetwork."
-            elif syntax == "a1111" and name == "prompt":  # AUTOMATIC1111 drops what it does not know, but not from the negative prompt
-                fix = "Take it out of the prompt, as AUTOMATIC1111 does unasked, or choose the plain prompt syntax, where it is text."
-            else:
-                continue
-            adapters = [source for source in self._sources if source.kind in ("lora", "hypernetwork")]
-            baked = ", ".join(f"{source.kind} {printable(source.name)} at {_scales(source)}" for source in adapters)
-            raise UsageError(f"{name}: {_short(tag)}: adapters are baked in when a bundle is built; this one holds {baked or 'none'}", fix)
+
+    def _without_networks(self, prompt: str, syntax: str, network_tags: str) -> str:
+        """The prompt without tags of adapters: those that are simply true, and all if they are to be ignored. Plain syntax takes other kinds for text."""
+
+        def keep(kind: str, tag: str) -> bool:
+            if kind not in NETWORKS and syntax == "plain":
+                return True
+            if network_tags == "refuse" and not is_fused(tag, self._sources):
+                raise self._refused("prompt", tag)
+            return False
+
+        return without_networks(prompt, keep)
+
+    def _check_negative_networks(self, negative: str, network_tags: str) -> None:
+        """There AUTOMATIC1111 takes tags for text, which is hardly meant."""
+
+        def keep(kind: str, tag: str) -> bool:
+            if kind in NETWORKS and network_tags == "refuse":
+                raise self._refused("negative prompt", tag)
+            return True
+
+        without_networks(negative, keep)
+
+    def _refused(self, name: str, tag: str) -> UsageError:
+        adapters = [source for source in self._sources if source.kind in ("lora", "hypernetwork")]
+        baked = " ".join(network_tag(source.kind, source.name, source.scale or 0.0, source.te_scale) for source in adapters)
+        return UsageError(
+            f"{name}: {_short(tag)}: adapters are baked in when a bundle is built; this one holds {baked or 'none'}",
+            "Leave it out with --network-tags ignore (network_tags='ignore'), or build another bundle with sdrt build --lora or --hypernetwork.",
+        )
+
+
+def is_fused(tag: str, sources: Iterable[Source]) -> bool:
+    """Whether a `<lora:...>` or `<hypernet:...>` names what is built in, at the strength it is built in with."""
+    asked = parse_network_tag(tag)
+    if asked is None:
+        return False
+    for source in sources:
+        if source.kind == asked.kind and network_name(source.name) == asked.name and source.scale is not None:
+            te_scale = source.scale if source.te_scale is None else source.te_scale
+            if _same(asked.scale, source.scale) and (source.kind == "hypernetwork" or _same(asked.te_scale, te_scale)):
+                return True
+    return False
+
+
+def _same(written: float, scale: float) -> bool:
+    """Whether a strength in a prompt is the one that was built in; tags hold six digits of it."""
+    return math.isclose(written, scale, rel_tol=1e-5)
 
 
 def _contexts(part: _Part, encoded: dict[tuple[int, ...], Float], emphasis: str) -> dict[str, Float]:
@@ -270,16 +335,19 @@ def _contexts(part: _Part, encoded: dict[tuple[int, ...], Float], emphasis: str)
     return dict(zip(texts, np.concatenate(columns, axis=1), strict=True))
 
 
+def _check_in_all(name: str, chunks: int) -> None:
+    if chunks > MAX_CHUNKS_IN_ALL:
+        raise UsageError(
+            f"{name}: {chunks:,} chunks of text over all branches and steps: expected at most {MAX_CHUNKS_IN_ALL:,}",
+            "Use fewer edits ([a:b:0.5]), alternations ([a|b]), parts (AND) or words: each edit makes the whole prompt another text.",
+        )
+
+
 def _check_weight(name: str, segment: Segment) -> None:
     if abs(segment.weight) > MAX_WEIGHT:
         raise UsageError(
             f"{name}: '{_short(segment.text)}' has weight {segment.weight:.3g}: expected at most {MAX_WEIGHT:g}", "Use fewer brackets or a smaller number."
         )
-
-
-def _scales(source: Source) -> str:
-    """The scale of an adapter, and of its text encoder half where that differs."""
-    return f"{source.scale:g}" + ("" if source.te_scale in (None, source.scale) else f":{source.te_scale:g}")
 
 
 def _short(text: str) -> str:

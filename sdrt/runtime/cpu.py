@@ -10,6 +10,10 @@ from pathlib import Path
 
 from sdrt.errors import UsageError, printable
 
+CORES = ("own", "shared")
+"""Whether the cores are this process's alone, or others keep them busy too: on shared ones threads sleep instead of spinning while they wait, may move to another
+core, and take over each other's work."""
+
 _CPUINFO = Path("/proc/cpuinfo")
 _CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 # What the kernels of an inference library are chosen by; other flags change nothing that an engine depends on.

@@ -1,9 +1,9 @@
-"""What the pipeline needs of a backend: the Engine and Denoising protocols, and how a backend is chosen."""
+"""What the pipeline needs of a backend: the Engine and RunningBatch protocols, and how a backend is chosen."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any, Protocol
@@ -11,9 +11,13 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from sdrt.bundle import ENGINES, Bundle
-from sdrt.errors import MachineError, UsageError, nearest
-from sdrt.runtime.cpu import check_threads
+from sdrt.bundle.folder import Bundle
+from sdrt.bundle.manifest import ENGINES
+from sdrt.engine_shapes import EngineShapes, JobShape
+from sdrt.errors import MachineError, UsageError, nearest, one_of
+from sdrt.machine.packages import install_command
+from sdrt.runtime.cpu import CORES, check_threads
+from sdrt.runtime.request_memory import Demand
 from sdrt.runtime.samplers import Row
 
 log = logging.getLogger("sdrt")
@@ -23,57 +27,134 @@ Pixels = NDArray[np.uint8]
 
 BACKENDS = ("onnxruntime", "onnxruntime-cuda", "openvino", "tensorrt-rtx", "tensorrt")
 READY = ("onnxruntime", "openvino", "tensorrt-rtx", "tensorrt")
+ON_MISSING = ("compile", "fallback", "error")
+"""What to do for a shape that no engine serves: compile it in memory where that takes seconds, which is on a CPU; run the bundle's graphs on ONNX Runtime; or
+raise MissingEngineError, as `compile` does too for a GPU."""
 
 
-@dataclass(frozen=True)
-class Tables:
-    """The step graph's tables, float32, S rows: timestep, q `[S]`; a, u `[S, R]`; w `[S, G]`; M `[S, R, R+2]`; inpaint `[S, 3]` (k, b, c)."""
+@dataclass(frozen=True, order=True)
+class BatchShape:
+    """What all pictures of a running batch share: latent rows and columns, prompt tokens, guidance branches."""
 
-    timestep: Float
-    a: Float
-    w: Float
-    u: Float
-    q: Float
-    M: Float
-    inpaint: Float
+    height: int
+    width: int
+    tokens: int
+    branches: int
 
 
 @dataclass(frozen=True)
 class Job:
-    """One batch of N pictures to denoise, all float32.
+    """One picture to denoise. Names, types and the shapes behind the first axis are those of the step's inputs (`sdrt.bundle.graphs`).
 
-    noise `[S, N, 4, h, w]`; contexts: sets of `[G*N, T, C]`, branch-major, all of one shape; context_of_row: which of them each of the S
-    rows takes; init and unit_noise `[N, 4, h, w]` (registers 0 and 1 at the start); mask `[N, 1, h, w]`, 1 keeps; concat `[G*N, C, h, w]`,
-    what an inpainting model sees beside the latents, None for models that take none.
+    tables: the picture's own rows, `[S, ...]` each, one per model call; noise is one of them. `next` is the batch's to fill in.
+    inputs: what belongs to the picture: `mask` `[1, h, w]`, 1 keeps; `init` and `init_noise` `[C, h, w]`, registers 0 and 1 at the start; `concat`
+    `[G, C, h, w]` for models that see it beside the latents.
+    contexts: sets of `[G, T, W]`, all of one shape. context_of_row: which of them each of the S rows takes.
     """
 
-    tables: Tables
-    noise: Float
+    tables: Mapping[str, Float]
+    inputs: Mapping[str, Float]
     contexts: tuple[Float, ...]
     context_of_row: tuple[int, ...]
-    init: Float
-    unit_noise: Float
-    mask: Float
-    concat: Float | None = None
+
+    @property
+    def rows(self) -> int:
+        """Model calls of the picture."""
+        return len(self.context_of_row)
+
+    @property
+    def shape(self) -> BatchShape:
+        height, width = self.inputs["init"].shape[1:]
+        branches, tokens, _ = self.contexts[0].shape
+        return BatchShape(height, width, tokens, branches)
 
 
-class Denoising(Protocol):
-    """One job on its way. Not thread-safe; the engine it came from is."""
+class RunningBatch(Protocol):
+    """Slots for pictures of one shape that are denoised together. Not thread-safe; the engine it came from is.
+
+    `capacity` is the number of slots. A picture may have fewer guidance branches than the batch. After its last row it stays as it is, whatever
+    steps follow, until it leaves.
+    """
+
+    capacity: int
+
+    def join(self, job: Job) -> int:
+        """Put a picture into a free slot and return the slot, 0 to `capacity` - 1. No other slot is touched.
+
+        Raises:
+            UsageError: no slot is free, or the picture is of another shape.
+        """
 
     def step(self) -> None:
-        """Run the next row of the tables."""
+        """One model call for every picture: the next row of each. It may still be running on the device when this returns."""
 
-    def latents(self) -> Float:
-        """Register 0 after the last row that ran, `[N, 4, h, w]`, copied to the host."""
+    def leave(self, slot: int) -> None:
+        """Free a slot, finished or not."""
 
-    def denoised(self) -> Float:
-        """The last row's denoised estimate, `[N, 4, h, w]`, copied to the host."""
+    def latents(self, slots: Sequence[int]) -> Float:
+        """Register 0 of slots after the last step, `[len(slots), C, h, w]`, copied to the host."""
 
-    def decode(self, rounding: float) -> tuple[Pixels, NDArray[np.bool_]]:
-        """Register 0 as pixels `[N, H, W, 3]`, and whether each picture was finite before the clamp `[N]`."""
+    def denoised(self, slots: Sequence[int]) -> Float:
+        """The denoised estimates of the last step, `[len(slots), C, h, w]`, copied to the host."""
+
+    def decode(self, slots: Sequence[int], rounding: float) -> tuple[Pixels, NDArray[np.bool_]]:
+        """Register 0 of slots as pixels `[len(slots), H, W, 3]`, and whether each picture was finite before the clamp."""
+
+    def describe(self) -> dict[str, Any]:
+        """What runs: as `Engine.describe`, for the engine that this batch took."""
 
     def close(self) -> None:
-        """Give back what the job holds. Calling it twice is fine; nothing else may be called after it."""
+        """Give back what the batch holds. Calling it twice is fine; nothing else may be called after it."""
+
+
+class InParts:
+    """A running batch whose parts run one after the other within each step, since no engine takes all its pictures at once. Pictures of a batch do not
+    see each other, so they are the same."""
+
+    def __init__(self, parts: Sequence[RunningBatch]) -> None:
+        self._parts = parts
+        self._places: dict[int, tuple[int, int]] = {}
+        self.capacity = sum(part.capacity for part in parts)
+
+    def join(self, job: Job) -> int:
+        part = next((i for i in range(len(self._parts)) if self._taken(i) < self._parts[i].capacity), 0)
+        slot = next(slot for slot in range(self.capacity + 1) if slot not in self._places)
+        self._places[slot] = part, self._parts[part].join(job)
+        return slot
+
+    def step(self) -> None:
+        for part in self._parts:
+            part.step()
+
+    def leave(self, slot: int) -> None:
+        part, inner = self._places.pop(slot)
+        self._parts[part].leave(inner)
+
+    def latents(self, slots: Sequence[int]) -> Float:
+        return np.concatenate([self._parts[part].latents([inner]) for part, inner in map(self._places.__getitem__, slots)])
+
+    def denoised(self, slots: Sequence[int]) -> Float:
+        return np.concatenate([self._parts[part].denoised([inner]) for part, inner in map(self._places.__getitem__, slots)])
+
+    def decode(self, slots: Sequence[int], rounding: float) -> tuple[Pixels, NDArray[np.bool_]]:
+        decoded = [self._parts[part].decode([inner], rounding) for part, inner in map(self._places.__getitem__, slots)]
+        pixels, finite = zip(*decoded, strict=True)
+        return np.concatenate(pixels), np.concatenate(finite)
+
+    def describe(self) -> dict[str, Any]:
+        return self._parts[0].describe()
+
+    def close(self) -> None:
+        for part in self._parts:
+            part.close()
+
+    def _taken(self, part: int) -> int:
+        return sum(here == part for here, _ in self._places.values())
+
+
+def job_shape(shape: BatchShape, capacity: int, factor: int) -> JobShape:
+    """What a running batch asks of an engine; `factor` pixels a side per latent."""
+    return JobShape((shape.width * factor, shape.height * factor), capacity, shape.tokens, shape.branches)
 
 
 class Engine(Protocol):
@@ -81,19 +162,42 @@ class Engine(Protocol):
 
     backend: str
 
-    def encode_text(self, tokens: NDArray[np.int64], emphasis: Float, clip_skip: int) -> Float:
-        """Token ids and weights `[n, 77]` to context `[n, 77, C]`."""
+    @property
+    def shapes(self) -> tuple[EngineShapes, ...]:
+        """The batches that engines lie ready for."""
+
+    def serves(self, shape: JobShape) -> bool:
+        """Whether `open` takes a batch of this shape, if need be in parts or compiled in memory first."""
+
+    def demand(self, shape: JobShape) -> Demand:
+        """About what memory a batch of this shape takes at its peak beside what is loaded: of the machine, or of the GPU.
+
+        Raises:
+            MissingEngineError: no engine serves it.
+        """
+
+    def free_bytes(self, shape: JobShape) -> int | None:
+        """How much of that memory a batch of this shape may take; None where that is not known, or running out does no harm."""
+
+    def encode_text(self, tokens: NDArray[np.int64], clip_skip: int) -> Float:
+        """Token ids `[n, 77]` to context `[n, 77, C]`."""
 
     def encode_image(self, pixels: Pixels, noise: Float) -> Float:
         """Pixels `[N, H, W, 3]` and unit noise `[N, 4, h, w]` (zeros for the posterior's mean) to latents `[N, 4, h, w]`."""
 
-    def denoise(self, job: Job) -> Denoising: ...
+    def open(self, shape: BatchShape, capacity: int) -> RunningBatch:
+        """A running batch with all slots free; it may have more of them than asked for.
+
+        Raises:
+            MissingEngineError: no engine serves this shape.
+            ResourceError: out of memory.
+        """
 
     def decode(self, latents: Float, rounding: float) -> tuple[Pixels, NDArray[np.bool_]]:
         """Latents `[N, 4, h, w]` to pixels `[N, H, W, 3]` and whether each picture was finite before the clamp `[N]`."""
 
-    def describe(self, job: Job | None = None) -> dict[str, Any]:
-        """What runs: library and version, precision, threads or device; with a job what runs that, else what runs the bundle's own size."""
+    def describe(self) -> dict[str, Any]:
+        """What runs the bundle's own size: library and version, precision, threads or device."""
 
 
 class Observer(Protocol):
@@ -127,34 +231,42 @@ Observe = Callable[[Callable[[], Engine]], Engine]
 """Calls what it is given, which loads the engine, and returns what a pipeline is to use: that engine, or one of its own around it."""
 
 
-def tables(rows: Sequence[Row], guidance: Sequence[Sequence[float]]) -> Tables:
-    """Rows as the graph takes them. `guidance` weighs the branches of the guidance batch for each row; each sums to 1."""
+def tables(rows: Sequence[Row], guidance: Sequence[Sequence[float]]) -> dict[str, Float]:
+    """Rows as the graph takes them, all tables but `noise` and `next`.
+
+    `guidance` weighs the branches of the guidance batch for each row; each sums to 1. No sampler keeps the second combination: `v` is 0.
+    """
 
     def column(values: list[Any]) -> Float:
         return np.array(values, dtype=np.float32)
 
-    return Tables(
-        timestep=column([row.timestep for row in rows]),
-        a=column([row.a for row in rows]),
-        w=column(list(guidance)),
-        u=column([row.u for row in rows]),
-        q=column([row.q for row in rows]),
-        M=column([row.M for row in rows]),
-        inpaint=column([row.inpaint for row in rows]),
-    )
+    w = column(list(guidance))
+    return {
+        "timestep": column([row.timestep for row in rows]),
+        "a": column([row.a for row in rows]),
+        "w": w,
+        "v": np.zeros_like(w),
+        "u": column([row.u for row in rows]),
+        "q": column([row.q for row in rows]),
+        "M": column([row.M for row in rows]),
+        "inpaint": column([row.inpaint for row in rows]),
+    }
 
 
-def load_engine(bundle: Bundle, backend: str, threads: int | None = None, device: int = 0) -> Engine:
-    """The engine of a backend by name. What it took is in every result.
+def load_engine(bundle: Bundle, backend: str, threads: int | None = None, device: int = 0, *, on_missing: str = "error", cores: str = "own") -> Engine:
+    """The engine of a backend by name, with one of `ON_MISSING` for shapes it does not serve, and one of `CORES`. What it took is in every result.
 
     `auto` takes the fastest engine the bundle holds: TensorRT's where a GPU answers, else OpenVINO's where it is installed, else ONNX Runtime,
-    which needs none. A GPU's engine that does not fit this GPU, or a shape that no engine was compiled for, is an error with the command to
-    compile it, never a silent step down.
+    which needs none. One without an engine for what a request asks for by default is passed over, with a warning. A GPU's engine that does not
+    fit this GPU, or a shape that no engine was compiled for, is an error with the command to compile it unless `on_missing` says otherwise,
+    never a silent step down.
 
     Raises:
-        UsageError: no backend has this name, or there are more threads than cores.
+        UsageError: no backend or choice has this name, or there are more threads than cores.
         MachineError: it cannot run here.
     """
+    one_of("on_missing", on_missing, ON_MISSING)
+    shared = one_of("cores", cores, CORES) == "shared"
     if backend != "auto" and backend not in BACKENDS:
         raise UsageError(f"backend {backend!r}: unknown{nearest(backend, ['auto', *BACKENDS])}", f"Choose one of: auto, {', '.join(READY)}.")
     if backend not in ("auto", *READY):
@@ -163,31 +275,48 @@ def load_engine(bundle: Bundle, backend: str, threads: int | None = None, device
     if chosen in ("onnxruntime", "openvino"):
         check_threads(threads)
     if chosen == "onnxruntime":
-        from sdrt.runtime.onnxruntime import OnnxRuntimeEngine
-
-        return OnnxRuntimeEngine(bundle, threads)
+        return _onnxruntime(bundle, threads, shared)
+    engine: Engine
     if chosen == "openvino":
         from sdrt.runtime.openvino import OpenVinoEngine
 
-        return OpenVinoEngine(bundle, threads)
-    from sdrt.runtime.tensorrt import TensorRtEngine
+        engine = OpenVinoEngine(bundle, threads, compile_missing=on_missing == "compile", shared=shared)
+    else:
+        from sdrt.runtime.tensorrt import TensorRtEngine
 
-    return TensorRtEngine(bundle, chosen, device)
+        engine = TensorRtEngine(bundle, chosen, device)
+    if on_missing != "fallback":
+        return engine
+    from sdrt.runtime.fallback import FallbackEngine
+
+    return FallbackEngine(engine, lambda: _onnxruntime(bundle, threads, shared), bundle.manifest.latents.factor)
+
+
+def _onnxruntime(bundle: Bundle, threads: int | None, shared: bool) -> Engine:
+    from sdrt.runtime.onnxruntime import OnnxRuntimeEngine
+
+    return OnnxRuntimeEngine(bundle, threads, shared=shared)
 
 
 def _best(bundle: Bundle) -> str:
     if not bundle.file(ENGINES).is_dir():
         return "onnxruntime"
-    from sdrt.engine_cache import list_engines
+    from sdrt.engine_cache import list_engines, serves_default
 
-    targets = {record.key.target for _, record in list_engines(bundle)}
+    engines = [record for _, record in list_engines(bundle)]
+    targets = {record.key.target for record in engines if serves_default(record, bundle.manifest)}
+    if others := sorted({record.key.target for record in engines} - targets):
+        own = "x".join(map(str, bundle.manifest.latents.size))
+        log.warning(
+            "%s: has engines for %s, but none for its own size %s with guidance; --backend chooses them all the same", bundle.path, ", ".join(others), own
+        )
     compiled = next((target for target in ("tensorrt", "tensorrt-rtx") if target in targets), None)
     if compiled is not None and gpu_count():
         return compiled
     if "openvino" not in targets:
         return "onnxruntime"
     if find_spec("openvino") is None:
-        log.warning("%s: has OpenVINO engines, but openvino is not installed; ONNX Runtime runs it. pip install 'sdrt[openvino]'", bundle.path)
+        log.warning("%s: has OpenVINO engines, but openvino is not installed; ONNX Runtime runs it. %s", bundle.path, install_command("openvino"))
         return "onnxruntime"
     return "openvino"
 

@@ -1,35 +1,28 @@
-"""Pictures as input: opened safely, fitted to the size asked for, and masks brought to the latents. Owns no arithmetic of the denoising.
+"""Pictures as input: fitted to the size asked for, and masks brought to the latents. Owns no arithmetic of the denoising.
 
 Formulas: AUTOMATIC1111's modules/processing.py and modules/images.py, diffusers' image_processor.py, in our own words.
 """
 
 from __future__ import annotations
 
-import math
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from io import BytesIO
-from pathlib import Path
-from struct import error as struct_error
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sdrt.bundle import MAX_SIDE
-from sdrt.document import Document, read_document
-from sdrt.errors import InputFileError, UsageError, printable
+from sdrt.errors import UsageError
 from sdrt.runtime.engine import Float, Pixels
+from sdrt.runtime.picture_input import MAX_PIXELS, open_picture
 
 if TYPE_CHECKING:
     from PIL import Image
 
     from sdrt.runtime.request import ImageInput
 
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
-MAX_PIXELS = MAX_SIDE * MAX_SIDE
-MAX_FILE_BYTES = 512 << 20
+_STRIP = 1 << 20
+"""Pixels of a mask that are softened at a time."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +33,7 @@ class Canvas:
     keep: float32 `[1, h, w]`, where the latents stay the image's (1) and where they are repainted (0); all 0 without a mask.
     masked_pixels: uint8 `[H, W, 3]`, the image with grey where it is repainted, as inpainting models see it; None without a mask.
     overlay: float32 `[H, W, 1]`, how much of the image is laid over the finished picture, 0 to 1; None where the tool lays nothing over it.
-    sha256: of the bytes that `init_image` and `mask` were read from, where they are files.
+    sha256: of what `init_image` and `mask` were read from: the bytes of a file, the pixels of what was in memory.
     """
 
     pixels: Pixels
@@ -61,17 +54,20 @@ def canvas(init: ImageInput, mask: ImageInput | None, size: tuple[int, int], *, 
     """Bring an init image, and the mask that says what to repaint of it (white), to `size` and to the latents.
 
     Raises:
-        InputFileError: a file cannot be read as a picture, or is larger than the limit.
+        InputFileError: it cannot be read as a picture, or is larger than the limits.
         UsageError: the mask is of another size than the image, or an array is no picture.
     """
     sha256: dict[str, str] = {}
-    image = _flattened(_opened("init_image", init, sha256))
+    given = open_picture("init_image", init)
+    sha256["init_image"] = given.sha256
+    image = _flattened(given.image)
     fitted = RESIZES[resize](image, size)
     pixels = np.asarray(fitted, np.uint8)
     shape = (1, size[1] // factor, size[0] // factor)
     if mask is None:
         return Canvas(pixels, np.zeros(shape, np.float32), sha256=sha256)
-    opened = _opened("mask", mask, sha256)
+    drawn = open_picture("mask", mask)
+    sha256["mask"], opened = drawn.sha256, drawn.image
     if opened.size != image.size:
         raise UsageError(
             f"mask: {opened.width}x{opened.height} pixels, the init image has {image.width}x{image.height}", "Draw the mask on a copy of the image."
@@ -128,13 +124,24 @@ def gaussian_blur(grey: NDArray[np.uint8], sigma: int) -> NDArray[np.uint8]:
     taps = np.exp(-(np.arange(-reach, reach + 1, dtype=np.float64) ** 2) / (2 * sigma**2))
     taps /= taps.sum()
     result = grey
-    for axis in (1, 0):
-        pad = [(0, 0), (0, 0)]
-        pad[axis] = (reach, reach)
-        mode = "reflect" if result.shape[axis] > 1 else "edge"
-        padded = np.pad(result.astype(np.float64), pad, mode=mode)  # type: ignore[call-overload]
-        windows = np.lib.stride_tricks.sliding_window_view(padded, 2 * reach + 1, axis=axis)
-        result = np.around(windows @ taps).clip(0, 255).astype(np.uint8)
+    for _ in range(2):
+        result = np.ascontiguousarray(_filtered_rows(result, taps).T)
+    return result
+
+
+def _filtered_rows(rows: NDArray[np.uint8], taps: NDArray[np.float64]) -> NDArray[np.uint8]:
+    """Every row convolved with the taps, through Fourier transforms: the time does not grow with the radius, nor the memory with the mask."""
+    reach, width = len(taps) // 2, rows.shape[1]
+    if width == 1:
+        return rows
+    length = -(-(width + 2 * reach) // 128) * 128
+    spectrum = np.fft.rfft(taps, length)
+    result = np.empty_like(rows)
+    strip = max(1, _STRIP // length)
+    for top in range(0, len(rows), strip):
+        padded = np.pad(rows[top : top + strip], ((0, 0), (reach, reach)), mode="reflect")
+        convolved = np.fft.irfft(np.fft.rfft(padded, length) * spectrum, length)
+        result[top : top + strip] = np.around(convolved[:, 2 * reach : 2 * reach + width]).clip(0, 255)
     return result
 
 
@@ -147,12 +154,21 @@ def stretch(image: Image.Image, size: tuple[int, int]) -> Image.Image:
 
 def crop(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     """Cover the size, and cut off what stands out on both sides."""
-    return _centred(_scaled(image, size, cover=True), size)
+    from PIL import Image
+
+    (width, height), (whole_width, whole_height) = size, _scaled_size(image, size, cover=True)
+    if whole_width * whole_height <= MAX_PIXELS:
+        return _centred(stretch(image, (whole_width, whole_height)), size)
+    # So thin that most of it is cut off: only what stays is scaled.
+    across, down = image.width / whole_width, image.height / whole_height
+    left, top = -((width - whole_width) // 2), -((height - whole_height) // 2)
+    box = (left * across, top * down, (left + width) * across, (top + height) * down)
+    return image.resize(size, Image.Resampling.LANCZOS, box=box)
 
 
 def fill(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     """Fit within the size, and draw the outermost pixels out to its edges."""
-    scaled = _scaled(image, size, cover=False)
+    scaled = stretch(image, _scaled_size(image, size, cover=False))
     result = _centred(scaled, size)
     (width, height), left, top = size, (size[0] - scaled.width) // 2, (size[1] - scaled.height) // 2
     right, bottom = left + scaled.width, top + scaled.height
@@ -168,10 +184,10 @@ def fill(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     return result
 
 
-def _scaled(image: Image.Image, size: tuple[int, int], *, cover: bool) -> Image.Image:
+def _scaled_size(image: Image.Image, size: tuple[int, int], *, cover: bool) -> tuple[int, int]:
     (width, height), wider = size, size[0] * image.height > size[1] * image.width
     scaled = (width, image.height * width // image.width) if wider == cover else (image.width * height // image.height, height)
-    return stretch(image, (max(1, scaled[0]), max(1, scaled[1])))
+    return max(1, scaled[0]), max(1, scaled[1])
 
 
 def _centred(image: Image.Image, size: tuple[int, int]) -> Image.Image:
@@ -194,55 +210,3 @@ def _flattened(image: Image.Image) -> Image.Image:
         white = Image.new("RGBA", rgba.size, "white")
         return Image.alpha_composite(white, rgba).convert("RGB")
     return image.convert("RGB")
-
-
-def _opened(setting: str, source: ImageInput, sha256: dict[str, str]) -> Image.Image:
-    """The picture a setting gives. A file's hash goes into `sha256`, of the bytes the picture is read from: the file may change while one is drawn."""
-    from PIL import Image
-
-    name = setting.replace("_", " ")
-    if isinstance(source, (str, Path)):
-        document = _document(name, Path(source))
-        sha256[setting] = document.sha256
-        return _read(f"{name} {source}", document.data)
-    if isinstance(source, np.ndarray):
-        good = source.dtype == np.uint8 and (source.ndim == 2 or (source.ndim == 3 and source.shape[2] in (3, 4))) and 0 not in source.shape
-        if not good:
-            raise UsageError(f"{name}: array of shape {list(source.shape)} and {source.dtype}, expected uint8 [H, W], [H, W, 3] or [H, W, 4]")
-        image = Image.fromarray(source)
-    elif isinstance(source, Image.Image):
-        image = source
-    else:
-        raise UsageError(f"{name}: expected a path, a Pillow image or an array, found {type(source).__name__}")
-    _check_pixels(name, image)
-    return image
-
-
-def _document(name: str, path: Path) -> Document:
-    try:
-        return read_document(path, MAX_FILE_BYTES)
-    except FileNotFoundError as error:
-        raise InputFileError(f"{name} {path}: no such file") from error
-    except InputFileError as error:
-        raise InputFileError(f"{name} {error.message}", f"Give a {', '.join(FORMATS)} file.") from error
-
-
-def _read(where: str, data: bytes) -> Image.Image:
-    from PIL import Image, ImageOps
-
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(BytesIO(data), formats=FORMATS) as image:
-                _check_pixels(where, image)
-                image.load()
-                return ImageOps.exif_transpose(image)
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise InputFileError(f"{where}: {printable(str(error))}", f"The limit is {MAX_PIXELS:,} pixels: make it smaller.") from error
-    except (OSError, SyntaxError, ValueError, EOFError, struct_error) as error:
-        raise InputFileError(f"{where}: cannot be read as a picture: {printable(str(error))}", f"Give a {', '.join(FORMATS)} file.") from error
-
-
-def _check_pixels(name: str, image: Image.Image) -> None:
-    if math.prod(image.size) > MAX_PIXELS:
-        raise InputFileError(f"{name}: {image.width}x{image.height} pixels, the limit is {MAX_PIXELS:,}", "Make it smaller first.")

@@ -11,11 +11,14 @@ from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
-from sdrt.bundle import Bundle
+from sdrt import engine_libraries
+from sdrt.bundle.folder import Bundle
 from sdrt.checked import check_once
 from sdrt.engine_cache import check_external_data, engine_folders, mismatch, platform_name, read_engine, read_plan
 from sdrt.engine_record import EngineRecord
 from sdrt.errors import MachineError, ResourceError, SdrtError
+from sdrt.interruptible import interruptible
+from sdrt.machine.packages import install_command
 from sdrt.runtime.cpu import cpu_identity
 
 if TYPE_CHECKING:
@@ -25,6 +28,7 @@ log = logging.getLogger("sdrt")
 
 TARGET = "onnxruntime"
 PRECISION = "fp32"
+_FATAL = 4
 _APART_BYTES = 1024
 """Weights from this size on lie in the file beside a saved graph; ONNX Runtime wants to see smaller ones, such as shapes, in the graph."""
 FLAGS = ("ORT_ENABLE_ALL", f"external data from {_APART_BYTES} bytes")
@@ -35,10 +39,10 @@ Saved = tuple[Path, EngineRecord]
 
 def import_onnxruntime(wanted_by: str) -> Any:
     try:
-        import onnxruntime
+        onnxruntime = engine_libraries.onnxruntime()
     except ImportError as error:
-        raise MachineError(f"{wanted_by}: cannot import onnxruntime: {error}", "Install it with: pip install 'sdrt[cpu]'") from error
-    onnxruntime.set_default_logger_severity(3)
+        raise MachineError(f"{wanted_by}: cannot import onnxruntime: {error}", f"Install it with: {install_command('cpu')}") from error
+    onnxruntime.set_default_logger_severity(_FATAL)  # errors are raised, and told once
     _share_arena(onnxruntime)
     return onnxruntime
 
@@ -62,12 +66,14 @@ def _share_arena(ort: Any) -> None:
             _arena_shared = True
 
 
-def open_graph(ort: Any, path: Path, threads: int | None, *, save_as: Path | None = None, profile: Path | None = None) -> ort.InferenceSession:
+def open_graph(
+    ort: Any, path: Path, threads: int | None, *, save_as: Path | None = None, profile: Path | None = None, shared: bool = False
+) -> ort.InferenceSession:
     """A session of a bundle's graph, optimised now; `save_as` keeps the result there, its weights in a file beside it.
 
-    `profile` is how the files begin that ONNX Runtime's profiler then writes.
+    `profile` is how the files begin that ONNX Runtime's profiler then writes; `shared` says that others keep the cores busy too.
     """
-    options = _options(ort, threads, profile)
+    options = _options(ort, threads, profile, shared)
     if save_as is not None:
         options.optimized_model_filepath = str(save_as)
         options.add_session_config_entry("session.optimized_model_external_initializers_file_name", weights_path(save_as).name)
@@ -80,16 +86,16 @@ def weights_path(model: Path) -> Path:
     return model.with_suffix(".weights")
 
 
-def open_saved(ort: Any, model: bytes, path: Path, threads: int | None, *, profile: Path | None = None) -> ort.InferenceSession:
+def open_saved(ort: Any, model: bytes, path: Path, threads: int | None, *, profile: Path | None = None, shared: bool = False) -> ort.InferenceSession:
     """A session of a saved model, not optimised again. `model` is what its file at `path` holds; its weights are mapped from that folder, which
     ONNX Runtime does not let it leave."""
-    options = _options(ort, threads, profile)
+    options = _options(ort, threads, profile, shared)
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
     return _session(ort, model, options, path)
 
 
-def open_engine(ort: Any, saved: Saved, graph: str, threads: int | None, *, profile: Path | None = None) -> ort.InferenceSession:
+def open_engine(ort: Any, saved: Saved, graph: str, threads: int | None, *, profile: Path | None = None, shared: bool = False) -> ort.InferenceSession:
     """A session of an engine's model, whose hash is compared first. `check_weights` has to be called too, before the session is run.
 
     Raises:
@@ -97,7 +103,7 @@ def open_engine(ort: Any, saved: Saved, graph: str, threads: int | None, *, prof
         MachineError, ResourceError: ONNX Runtime cannot load it.
     """
     folder, record = saved
-    return open_saved(ort, read_plan(folder, record, graph), folder / record.plans[graph].file, threads, profile=profile)
+    return open_saved(ort, read_plan(folder, record, graph), folder / record.plans[graph].file, threads, profile=profile, shared=shared)
 
 
 def check_weights(saved: Saved, graph: str) -> None:
@@ -140,18 +146,37 @@ def find_saved(bundle: Bundle, version: str) -> Saved | None:
 def run_graph(path: Path, inputs: dict[str, Any]) -> dict[str, Any]:
     """Run one graph of a bundle once, optimised as in use, and return its outputs by name."""
     ort = import_onnxruntime("backend onnxruntime")
-    return outputs_of(open_graph(ort, path, None), inputs)
+    return outputs_of(ort, open_graph(ort, path, None), str(path), inputs)
 
 
 def run_engine(saved: Saved, graph: str, inputs: dict[str, Any]) -> dict[str, Any]:
     """Run one model of an engine once and return its outputs by name. Its weights have been checked."""
     ort = import_onnxruntime("backend onnxruntime")
-    return outputs_of(open_engine(ort, saved, graph, None), inputs)
+    return outputs_of(ort, open_engine(ort, saved, graph, None), f"{saved[0]}: {graph}", inputs)
 
 
-def outputs_of(session: ort.InferenceSession, inputs: dict[str, Any]) -> dict[str, Any]:
+def outputs_of(ort: Any, session: ort.InferenceSession, where: str, inputs: dict[str, Any]) -> dict[str, Any]:
+    """All outputs of a session by name. `where` begins what is said of a failure."""
     outputs = [output.name for output in session.get_outputs()]
-    return dict(zip(outputs, session.run(outputs, inputs), strict=True))
+    return dict(zip(outputs, run_session(ort, session, where, outputs, inputs), strict=True))
+
+
+def run_session(ort: Any, session: ort.InferenceSession, where: str, outputs: list[str], inputs: dict[str, Any]) -> list[Any]:
+    """Run a session once; a signal ends it. `where` begins what is said of a failure.
+
+    Raises:
+        MachineError, ResourceError: ONNX Runtime fails.
+    """
+    options = ort.RunOptions()
+    try:
+        return list(interruptible(lambda: session.run(outputs, inputs, options), lambda: end_run(options)))
+    except Exception as error:
+        raise explained(ort, where, error) from error
+
+
+def end_run(options: ort.RunOptions) -> None:
+    """Have the run that was given these options end after the operator it is at."""
+    options.terminate = True
 
 
 def explained(ort: Any, where: str, error: Exception) -> SdrtError:
@@ -163,10 +188,12 @@ def explained(ort: Any, where: str, error: Exception) -> SdrtError:
     return MachineError(f"{where}: ONNX Runtime {ort.__version__} failed: {text}", "Run: sdrt verify BUNDLE")
 
 
-def _options(ort: Any, threads: int | None, profile: Path | None) -> ort.SessionOptions:
+def _options(ort: Any, threads: int | None, profile: Path | None, shared: bool) -> ort.SessionOptions:
     options = ort.SessionOptions()
-    options.log_severity_level = 3
+    options.log_severity_level = _FATAL
     options.add_session_config_entry("session.use_env_allocators", "1")
+    if shared:  # a thread that spins takes its core from the one it waits for, where that has been put off it
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if threads is not None:
         options.intra_op_num_threads = threads
     if profile is not None:
@@ -177,6 +204,7 @@ def _options(ort: Any, threads: int | None, profile: Path | None) -> ort.Session
 
 def _session(ort: Any, model: str | bytes, options: ort.SessionOptions, path: Path) -> ort.InferenceSession:
     try:
-        return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        session: ort.InferenceSession = interruptible(lambda: ort.InferenceSession(model, options, providers=["CPUExecutionProvider"]))
+        return session
     except Exception as error:
         raise explained(ort, f"{path}", error) from error

@@ -1,7 +1,8 @@
 """The OpenVINO backend: engines of static shapes on the CPU, in bfloat16 where it has it.
 
-An engine serves one size, number of pictures, prompt length and number of guidance branches; a bundle may hold several, and each job takes the
-one that fits. Graphs with equal shapes are loaded once, whatever engines they lie in.
+An engine serves one size, number of pictures, prompt length and number of guidance branches; a bundle may hold several, and each running batch
+takes the one that fits; more pictures than any engine takes at once run one part after the other. What no engine serves is compiled in memory, where that was
+asked for. Graphs with equal shapes are loaded once, whatever engines they lie in.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections import OrderedDict, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -21,13 +22,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sdrt import bundle as names
-from sdrt.bundle import WEIGHTS, Bundle
+from sdrt.bundle.folder import Bundle
+from sdrt.bundle.graphs import GRAPHS, STEP, TEXT_ENCODER, VAE_DECODER, VAE_ENCODER, Signature, context_output, dimensions, signatures
+from sdrt.bundle.manifest import WEIGHTS
 from sdrt.engine_cache import list_engines, mismatch, read_plan
 from sdrt.engine_record import EngineRecord
-from sdrt.errors import MachineError, UsageError
+from sdrt.engine_shapes import EngineShapes, JobShape, shapes_of
+from sdrt.errors import MachineError, MissingEngineError
+from sdrt.interruptible import interruptible, wait_for
+from sdrt.memory import available_bytes
 from sdrt.runtime.cpu import usable_cores
-from sdrt.runtime.engine import Float, Job, Pixels
+from sdrt.runtime.engine import BatchShape, Float, InParts, Pixels, RunningBatch, job_shape
 from sdrt.runtime.openvino_model import (
     StepShape,
     compile_graph,
@@ -37,6 +42,8 @@ from sdrt.runtime.openvino_model import (
     import_openvino,
     openvino_version,
 )
+from sdrt.runtime.request_memory import Demand, openvino_demand
+from sdrt.runtime.running_batch import HostMemory, Slots, step_sizes
 
 log = logging.getLogger("sdrt")
 
@@ -55,16 +62,19 @@ class _Loaded:
 
 
 class OpenVinoEngine:
-    """Thread-safe: no two jobs or calls use an infer request at the same time. One that two threads shared would silently mix their pictures."""
+    """Thread-safe: no two batches or calls use an infer request at the same time. One that two threads shared would silently mix their pictures."""
 
     backend = "openvino"
 
-    def __init__(self, bundle: Bundle, threads: int | None) -> None:
+    def __init__(self, bundle: Bundle, threads: int | None, *, compile_missing: bool = False, shared: bool = False) -> None:
+        """`compile_missing` has shapes that no engine serves compiled in memory, which takes seconds; else they raise MissingEngineError. `shared` says that
+        others keep the cores busy too."""
         self._ov = import_openvino("backend openvino")
-        self._bundle, self._threads = bundle, threads or usable_cores()
+        self._bundle, self._threads, self._compile_missing, self._shared = bundle, threads or usable_cores(), compile_missing, shared
         self._core = self._ov.Core()
         self._engines = _usable(bundle, self._core)
         self._lock = Lock()
+        self._adding = Lock()
         self._loading: dict[Any, Lock] = {}
         self._graphs: OrderedDict[Any, _Loaded] = OrderedDict()
         self._version = openvino_version()  # once: it reads the package's files, which takes as long as a small picture's text
@@ -72,34 +82,67 @@ class OpenVinoEngine:
         """Graphs that had to be compiled because no blob fits; the others were imported."""
         self._default = first = min(self._engines, key=lambda engine: _unlikeness(engine.shape, bundle))
         # In parallel: unpacking weights runs on one core each.
-        with ThreadPoolExecutor(3) as pool:
-            list(pool.map(lambda graph: self._load(first, graph), (names.STEP, names.VAE_DECODER, names.TEXT_ENCODER)))
+        interruptible(lambda: self._load_all(first, (STEP, VAE_DECODER, TEXT_ENCODER)))
 
-    def encode_text(self, tokens: NDArray[np.int64], emphasis: Float, clip_skip: int) -> Float:
-        wanted = (names.context_output(clip_skip),)
-        inputs: list[Arrays] = [{"tokens": tokens[i : i + 1], "emphasis": emphasis[i : i + 1]} for i in range(len(tokens))]
-        return np.concatenate([self._call(self._default, names.TEXT_ENCODER, one, wanted)[0] for one in inputs])
+    @property
+    def shapes(self) -> tuple[EngineShapes, ...]:
+        return tuple(dict.fromkeys(shapes_of(engine.record, self._bundle.manifest) for engine in self._engines if engine.record is not None))
+
+    def serves(self, shape: JobShape) -> bool:
+        return self._compile_missing or bool(self._alike(shape))
+
+    def demand(self, shape: JobShape) -> Demand:
+        alike = self._alike(shape)
+        if not alike and not self._compile_missing:
+            raise self._missing(shape)
+        with self._lock:
+            graphs = dict(self._graphs)
+        step_loaded = any(engine.key(STEP) in graphs for engine in alike)
+        decoders = [graphs.get(engine.key(VAE_DECODER)) for engine in self._engines if engine.job_shape.size == shape.size]
+        decoder_loaded = any(decoder is not None and decoder.idle for decoder in decoders)
+        precision = (alike[0] if alike else self._default).precision
+        return openvino_demand(self._bundle.manifest, shape, precision=precision, step_loaded=step_loaded, decoder_loaded=decoder_loaded)
+
+    def free_bytes(self, shape: JobShape) -> int | None:
+        return available_bytes()
+
+    def encode_text(self, tokens: NDArray[np.int64], clip_skip: int) -> Float:
+        wanted = (context_output(clip_skip),)
+        inputs: list[Arrays] = [{"tokens": tokens[i : i + 1]} for i in range(len(tokens))]
+        return np.concatenate([self._call(self._default, TEXT_ENCODER, one, wanted)[0] for one in inputs])
 
     def encode_image(self, pixels: Pixels, noise: Float) -> Float:
         engine = self._of_size(*noise.shape[2:])
         inputs: list[Arrays] = [{"pixels": pixels[i : i + 1], "noise": noise[i : i + 1]} for i in range(len(pixels))]
-        return np.concatenate([self._call(engine, names.VAE_ENCODER, one, ("latents",))[0] for one in inputs])
+        return np.concatenate([self._call(engine, VAE_ENCODER, one, ("latents",))[0] for one in inputs])
 
-    def denoise(self, job: Job) -> OpenVinoDenoising:
-        engine = self._of_job(job)
-        return OpenVinoDenoising(self, self._load(engine, names.STEP).compiled, engine, job)
+    def open(self, shape: BatchShape, capacity: int) -> RunningBatch:
+        parts: list[RunningBatch] = []
+        while capacity > 0:
+            parts.append(self._start(shape, capacity))
+            capacity -= parts[-1].capacity
+        return parts[0] if len(parts) == 1 else InParts(parts)
+
+    def _start(self, shape: BatchShape, capacity: int) -> Slots:
+        engine = self._of_batch(shape, capacity)
+        made = engine.shape
+        signature = signatures(dimensions(self._bundle.manifest))[STEP]
+        memory = _StepMemory(self, self._load(engine, STEP).compiled, engine, signature, step_sizes(shape, made.batch, made.rows))
+        return Slots(memory, signature, shape, made.batch, made.rows)
 
     def decode(self, latents: Float, rounding: float) -> tuple[Pixels, NDArray[np.bool_]]:
         return self.decode_with(self._of_size(*latents.shape[2:]), latents, rounding)
 
-    def describe(self, job: Job | None = None) -> dict[str, Any]:
-        engine = self._default if job is None else self._of_job(job)
+    def describe(self) -> dict[str, Any]:
+        return self.describe_engine(self._default)
+
+    # What running batches use
+
+    def describe_engine(self, engine: _Loadable) -> dict[str, Any]:
         return {
             "backend": self.backend, "version": self._version, "device": "cpu", "compute": engine.precision, "threads": self._threads,
-            "engine": engine.folder.name,
+            "engine": "compiled in memory" if engine.folder is None else engine.folder.name,
         }  # fmt: skip
-
-    # What jobs use
 
     def tensor(self, array: NDArray[Any]) -> Any:
         """An array as OpenVINO's tensor, sharing its memory. The tensor keeps the array; a request that was given it keeps neither, only the address."""
@@ -114,16 +157,18 @@ class OpenVinoEngine:
         except Exception as error:
             raise explained(self._ov, f"{self._bundle.path}: {graph}", error) from error
 
-    def infer(self, request: Any, graph: str) -> None:
+    def infer(self, request: Any, graph: str, used: Any) -> None:
+        """Run a request; a signal ends it. `used` keeps the memory of its tensors."""
         with self.explaining(graph):
             request.start_async()
-            request.wait()
+            wait_for(request.wait_for, request.cancel, (request, used))
+            request.wait()  # which raises what went wrong
 
     def decode_with(self, engine: _Loadable, latents: Float, rounding: float) -> tuple[Pixels, NDArray[np.bool_]]:
         """`decode` by a certain engine's decoder."""
         offset, wanted = np.array([rounding], np.float32), ("pixels", "finite")
         inputs = [{"latents": latents[i : i + 1], "rounding": offset} for i in range(len(latents))]
-        pixels, finite = zip(*(self._call(engine, names.VAE_DECODER, one, wanted) for one in inputs), strict=True)
+        pixels, finite = zip(*(self._call(engine, VAE_DECODER, one, wanted) for one in inputs), strict=True)
         return np.concatenate(pixels), np.concatenate(finite).astype(np.bool_)
 
     def _call(self, engine: _Loadable, graph: str, inputs: Arrays, wanted: tuple[str, ...]) -> tuple[NDArray[Any], ...]:
@@ -137,10 +182,14 @@ class OpenVinoEngine:
                 request = loaded.compiled.create_infer_request()
             for name, tensor in tensors.items():
                 request.set_tensor(name, tensor)
-        self.infer(request, graph)
+        self.infer(request, graph, tensors)
         copied = tuple(np.array(request.get_tensor(name).data) for name in wanted)
         loaded.idle.append(request)
         return copied
+
+    def _load_all(self, engine: _Loadable, graphs: Sequence[str]) -> None:
+        with ThreadPoolExecutor(len(graphs)) as pool:
+            list(pool.map(lambda graph: self._load(engine, graph), graphs))
 
     def _load(self, engine: _Loadable, graph: str) -> _Loaded:
         """A graph of an engine, loaded once for all engines in which it has the same shapes and precision."""
@@ -152,7 +201,7 @@ class OpenVinoEngine:
                 if key in self._graphs:
                     self._graphs.move_to_end(key)
                     return self._graphs[key]
-            found = _Loaded(self._read(engine, graph))
+            found = _Loaded(interruptible(lambda: self._read(engine, graph)))
             with self._lock:
                 self._graphs[key] = found
                 alike = [other for other in self._graphs if other[0] == graph]
@@ -163,134 +212,136 @@ class OpenVinoEngine:
                 _give_memory_back()
         return found
 
-    def load_counting(self, graph: str, job: Job) -> tuple[Any, Mapping[str, tuple[int, ...]]]:
-        """A graph of the engine that `job` takes, loaded once more with a counter on every operator, and its input shapes. For profiles only."""
-        engine = self._of_job(job)
+    def load_counting(self, graph: str, shape: BatchShape, capacity: int) -> tuple[Any, Mapping[str, tuple[int, ...]]]:
+        """A graph of the engine that such a batch takes, loaded once more with a counter on every operator, and its input shapes. For profiles only."""
+        engine = self._of_batch(shape, capacity)
         return self._read(engine, graph, counting=True), engine.shapes(graph)
 
     def _read(self, engine: _Loadable, graph: str, *, counting: bool = False) -> Any:
         precision = engine.precision
-        if engine.stale:
+        if engine.folder is None or engine.record is None or engine.stale:
             with self._lock:
                 self.compiled += 1
             path = self._bundle.graph(graph, "fp32")
-            return compile_graph(self._ov, self._core, path, engine.shapes(graph), precision, self._threads, counting=counting)[0]
+            return compile_graph(self._ov, self._core, path, engine.shapes(graph), precision, self._threads, counting=counting, shared=self._shared)[0]
         blob = read_plan(engine.folder, engine.record, graph)  # hashed before OpenVINO sees it
         where = str(engine.folder / engine.record.plans[graph].file)
-        return import_blob(self._ov, self._core, where, blob, self._bundle.file(WEIGHTS), precision, self._threads, counting=counting)
+        return import_blob(self._ov, self._core, where, blob, self._bundle.file(WEIGHTS), precision, self._threads, counting=counting, shared=self._shared)
 
-    def _of_job(self, job: Job) -> _Loadable:
-        """The engine for a job: of its shapes, with the smallest batch that holds its pictures."""
-        pictures, _, height, width = job.init.shape
-        tokens, branches = job.contexts[0].shape[1], job.tables.w.shape[1]
-        fits = [
-            engine for engine in self._engines
-            if (engine.shape.height, engine.shape.width, engine.shape.tokens, engine.shape.branches) == (height, width, tokens, branches)
-            and engine.shape.batch >= pictures
-        ]  # fmt: skip
-        if not fits:
-            raise self._no_engine(width, height, f"--batch {pictures} --tokens {tokens} --branches {branches}")
-        return min(fits, key=lambda engine: engine.shape.batch)
+    def _of_batch(self, wanted: BatchShape, capacity: int) -> _Loadable:
+        """The engine for a running batch: of its shape, with the smallest number of slots that is enough; where none is, with the largest there is."""
+        shape = job_shape(wanted, capacity, self._bundle.manifest.latents.factor)
+        with self._adding:
+            alike = self._alike(shape)
+            if not alike:
+                alike = [self._add(StepShape(capacity, wanted.height, wanted.width, wanted.tokens, wanted.branches, self._default.shape.rows))]
+        holding = [engine for engine in alike if engine.shape.batch >= shape.batch]
+        return min(holding, key=lambda engine: engine.shape.batch) if holding else max(alike, key=lambda engine: engine.shape.batch)
+
+    def _alike(self, shape: JobShape) -> list[_Loadable]:
+        """The engines of a size, prompt length and number of branches, whatever their batch."""
+        return [engine for engine in self._engines if replace(shape, batch=0) == replace(engine.job_shape, batch=0)]
 
     def _of_size(self, height: int, width: int) -> _Loadable:
-        for engine in self._engines:
-            if engine.shape.size == (height, width):
-                return engine
-        raise self._no_engine(width, height, "")
+        with self._adding:
+            for engine in self._engines:
+                if engine.shape.size == (height, width):
+                    return engine
+            return self._add(replace(self._default.shape, batch=1, height=height, width=width))
 
-    def _no_engine(self, width: int, height: int, rest: str) -> UsageError:
-        factor = self._bundle.manifest.latents.factor
-        have = "; ".join(dict.fromkeys(engine.shape.words(factor) for engine in self._engines))
-        wanted = f"--size {width * factor}x{height * factor} {rest}".rstrip()
-        return UsageError(
-            f"{self._bundle.path}: no OpenVINO engine for {wanted}; there is: {have}",
-            f"Compile one with: sdrt compile {self._bundle.path} --target openvino {wanted}; or choose --backend onnxruntime (in Python backend='onnxruntime'), which takes any shape.",
+    def _add(self, shape: StepShape) -> _Loadable:
+        """An engine of a shape that has none, to be compiled in memory.
+
+        Raises:
+            MissingEngineError: that was not asked for.
+        """
+        manifest, where = self._bundle.manifest, self._bundle.path
+        inputs = {graph: shape.inputs(graph, manifest) for graph in GRAPHS}
+        added = _Loadable(inputs, shape, self._default.precision, manifest.latents.factor)
+        if not self._compile_missing:
+            raise self._missing(added.job_shape)
+        log.warning(
+            "%s: no OpenVINO engine for %s; compiling it in memory, which takes seconds. Keep it with: sdrt compile %s --target openvino %s",
+            where, added.job_shape.options, where, added.job_shape.options,
+        )  # fmt: skip
+        self._engines = [*self._engines, added]
+        return added
+
+    def _missing(self, wanted: JobShape) -> MissingEngineError:
+        have = "; ".join(dict.fromkeys(engine.job_shape.options for engine in self._engines))
+        error = MissingEngineError(
+            f"no OpenVINO engine for {wanted.options}; there is: {have}",
+            f"Compile one with: sdrt compile {self._bundle.path} --target openvino {wanted.options}; "
+            "or choose --on-missing compile or fallback (in Python on_missing=...), or --backend onnxruntime.",
+            path=self._bundle.path,
         )
+        error.data = {"wanted": asdict(wanted), "shapes": [asdict(one) for one in self.shapes]}
+        return error
 
 
-class OpenVinoDenoising:
-    """Two infer requests in turn, over two sets of registers: what one row writes the next reads, where it lies."""
+class _StepMemory(HostMemory):
+    """Two infer requests in turn, over two places of what is fed back: what one call writes the next reads, where it lies."""
 
-    def __init__(self, engine: OpenVinoEngine, compiled: Any, loadable: _Loadable, job: Job) -> None:
-        self._engine, self._job, self._loadable = engine, job, loadable
-        self._shape = shape = loadable.shape
-        self._pictures = len(job.init)
-        self._row = 0
-        rows, batch = shape.rows, shape.batch
-        self._tables = {name: np.zeros((rows, *table.shape[1:]), np.float32) for name, table in vars(job.tables).items()}
-        self._tables["noise"] = np.zeros((rows, batch, *job.noise.shape[2:]), np.float32)
-        self._rows = [np.zeros(1, np.int64), np.zeros(1, np.int64)]
-        self._fill_tables()
-        init, unit_noise = _padded(job.init, batch), _padded(job.unit_noise, batch)
-        self._registers = [np.zeros((names.REGISTERS, *init.shape), np.float32) for _ in range(2)]
-        self._registers[0][0], self._registers[0][1] = init, unit_noise
-        self._denoised = np.zeros_like(init)
-        constant: dict[str, NDArray[Any]] = {**self._tables, "mask": _padded(job.mask, batch), "init": init, "init_noise": unit_noise}
-        if job.concat is not None:
-            constant["concat"] = _padded(job.concat, batch, shape.branches)
-        # Tensors are kept as long as the requests that read them: what was filled up is a copy that nobody else has.
-        self._constant = {name: engine.tensor(array) for name, array in constant.items()}
-        self._contexts = [engine.tensor(_padded(context, batch, shape.branches)) for context in job.contexts]
-        states = [(engine.tensor(self._registers[i]), engine.tensor(self._rows[i])) for i in (0, 1)]
-        denoised = engine.tensor(self._denoised)
-        self._requests = []
-        for here, there in ((0, 1), (1, 0)):
-            bound = {**self._constant, **dict(zip(("registers", "row"), states[here], strict=True)), "context": self._contexts[job.context_of_row[0]]}
-            bound |= dict(zip(names.STEP_OUTPUTS, (*states[there], denoised), strict=True))
-            with engine.explaining(names.STEP):
+    def __init__(self, engine: OpenVinoEngine, compiled: Any, loadable: _Loadable, signature: Signature, sizes: Mapping[str, int]) -> None:
+        super().__init__(signature, sizes)
+        self._engine, self._loadable = engine, loadable
+        self._requests: list[Any] = []
+        for side in (0, 1):
+            with engine.explaining(STEP):
                 request = compiled.create_infer_request()
-                for name, tensor in bound.items():
-                    request.set_tensor(name, tensor)
+                for arrays in self.bound(side):
+                    for name, array in arrays.items():
+                        request.set_tensor(name, engine.tensor(array))  # a request keeps the address alone; the array is kept by this object
             self._requests.append(request)
 
-    def step(self) -> None:
-        if self._row and self._row % self._shape.rows == 0:
-            self._fill_tables()
-        contexts = self._job.context_of_row
-        if self._row and contexts[self._row] != contexts[self._row - 1]:
-            for request in self._requests:
-                request.set_tensor("context", self._contexts[contexts[self._row]])
-        self._engine.infer(self._requests[self._row % 2], names.STEP)
-        self._row += 1
+    def call(self) -> None:
+        self._engine.infer(self._requests[self.calls % 2], STEP, self)
+        self.calls += 1
 
-    def latents(self) -> Float:
-        return self._registers[self._row % 2][0, : self._pictures].copy()
+    def decode(self, slots: Sequence[int], rounding: float) -> tuple[Pixels, NDArray[np.bool_]]:
+        return self._engine.decode_with(self._loadable, self.latents(slots), rounding)
 
-    def denoised(self) -> Float:
-        return self._denoised[: self._pictures].copy()
-
-    def decode(self, rounding: float) -> tuple[Pixels, NDArray[np.bool_]]:
-        return self._engine.decode_with(self._loadable, self.latents(), rounding)
+    def describe(self) -> dict[str, Any]:
+        return self._engine.describe_engine(self._loadable)
 
     def close(self) -> None:
         self._requests.clear()
 
-    def _fill_tables(self) -> None:
-        """Write the rows from the current one on, as many as the engine's tables hold, and start them at 0."""
-        for name, table in (*vars(self._job.tables).items(), ("noise", self._job.noise)):
-            part = table[self._row : self._row + self._shape.rows]
-            if name == "noise":
-                part = _padded(part, self._shape.batch, axis=1)
-            self._tables[name][: len(part)] = part
-        self._rows[self._row % 2][0] = 0
-
 
 class _Loadable:
-    """An engine of the bundle and what it is made for, in the precision it computes in here. `stale` says why its blobs do not fit this machine; it
-    is compiled again then, in memory."""
+    """An engine and what it is made for, in the precision it computes in here. One of the bundle has a `folder` and a `record`; if `stale` says why its
+    blobs do not fit this machine, it is compiled again, in memory, as one without a folder is."""
 
-    def __init__(self, folder: Path, record: EngineRecord, precision: str, stale: str) -> None:
-        self.folder, self.record, self.precision, self.stale = folder, record, precision, stale
-        step = self.shapes(names.STEP)
-        (rows, branches), (batch, _, height, width) = step["w"], step["init"]
-        self.shape = StepShape(batch, height, width, step["context"][1], branches, rows)
+    def __init__(
+        self,
+        inputs: Mapping[str, Mapping[str, tuple[int, ...]]],
+        shape: StepShape,
+        precision: str,
+        factor: int,
+        *,
+        folder: Path | None = None,
+        record: EngineRecord | None = None,
+        stale: str = "",
+    ) -> None:
+        """`inputs` holds the shape of every input of every graph; `factor` pixels a side per latent."""
+        self._inputs, self.shape, self.precision = inputs, shape, precision
+        self.folder, self.record, self.stale = folder, record, stale
+        self.job_shape = JobShape((shape.width * factor, shape.height * factor), shape.batch, shape.tokens, shape.branches)
 
     def shapes(self, graph: str) -> dict[str, tuple[int, ...]]:
-        return {name: largest for name, (_, _, largest) in self.record.key.profiles[graph][0].shapes.items()}
+        return dict(self._inputs[graph])
 
     def key(self, graph: str) -> Any:
         """Equal for graphs that are the same once loaded."""
-        return graph, self.precision, bool(self.stale), tuple(sorted(self.shapes(graph).items()))
+        return graph, self.precision, self.folder is None or bool(self.stale), tuple(sorted(self.shapes(graph).items()))
+
+
+def _of_bundle(folder: Path, record: EngineRecord, precision: str, stale: str, factor: int) -> _Loadable:
+    """An engine as its record says it was made."""
+    inputs = {graph: {name: largest for name, (_, _, largest) in profiles[0].shapes.items()} for graph, profiles in record.key.profiles.items()}
+    (rows, branches), (batch, _, height, width) = inputs[STEP]["w"], inputs[STEP]["init"]
+    shape = StepShape(batch, height, width, inputs[STEP]["context"][2], branches, (rows - 1) // batch)
+    return _Loadable(inputs, shape, precision, factor, folder=folder, record=record, stale=stale)
 
 
 def _usable(bundle: Bundle, core: Any) -> list[_Loadable]:
@@ -310,7 +361,7 @@ def _usable(bundle: Bundle, core: Any) -> list[_Loadable]:
             reasons.append(f"{folder.name}: {other}")
             continue
         machine, precision = fit(core, bundle, record)
-        (stale if machine else fitting).append(_Loadable(folder, record, precision, machine))
+        (stale if machine else fitting).append(_of_bundle(folder, record, precision, machine, bundle.manifest.latents.factor))
     have = {engine.shape for engine in fitting}
     again = [engine for engine in stale if engine.shape not in have]
     if again:
@@ -346,15 +397,3 @@ def _unlikeness(shape: StepShape, bundle: Bundle) -> tuple[int, ...]:
     latents = bundle.manifest.latents
     own_size = latents.size[1] // latents.factor, latents.size[0] // latents.factor
     return shape.size != own_size, shape.batch, shape.tokens, shape.branches != 2
-
-
-def _padded(array: Float, batch: int, branches: int = 1, *, axis: int = 0) -> Float:
-    """`array` with as many pictures as the engine takes, the last one repeated; its first axis holds `branches` groups of them.
-
-    The pictures of a batch do not see each other, so the last, smaller batch of a run takes the same engine.
-    """
-    pictures = array.shape[axis] // branches
-    if pictures == batch:
-        return np.ascontiguousarray(array)
-    chosen = [branch * pictures + min(i, pictures - 1) for branch in range(branches) for i in range(batch)]
-    return np.ascontiguousarray(array.take(chosen, axis=axis))

@@ -17,11 +17,15 @@ from typing import Any
 
 import numpy as np
 
-from sdrt import bundle as names
-from sdrt.bundle import Bundle, Manifest
+from sdrt import engine_libraries
+from sdrt.bundle.folder import Bundle
+from sdrt.bundle.graphs import STEP, concrete, dimensions, signatures, table_rows
+from sdrt.bundle.manifest import Manifest
 from sdrt.engine_cache import mismatch, platform_name
 from sdrt.engine_record import EngineRecord
 from sdrt.errors import MachineError, ResourceError, SdrtError, UsageError, printable
+from sdrt.interruptible import interruptible
+from sdrt.machine.packages import install_command
 from sdrt.runtime.cpu import bound_cores, cpu_identity, usable_cores
 
 OLDEST = (2026, 4)
@@ -48,7 +52,7 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True, order=True)
 class StepShape:
-    """What a step engine is made for: pictures, latent rows and columns, prompt tokens, guidance branches, table rows."""
+    """What a step engine is made for: pictures, latent rows and columns, prompt tokens, guidance branches, table rows of each picture."""
 
     batch: int
     height: int
@@ -69,23 +73,9 @@ class StepShape:
 
     def inputs(self, graph: str, manifest: Manifest) -> dict[str, Shape]:
         """Static shapes of a graph's inputs. The text encoder takes one chunk at a time, the VAE one picture."""
-        latent = (manifest.latents.channels, self.height, self.width)
-        pictures, registers, rows = (self.batch, *latent), names.REGISTERS, self.rows
-        factor = manifest.latents.factor
-        if graph == names.TEXT_ENCODER:
-            return {"tokens": (1, manifest.text.tokens), "emphasis": (1, manifest.text.tokens)}
-        if graph == names.VAE_DECODER:
-            return {"latents": (1, *latent), "rounding": (1,)}
-        if graph == names.VAE_ENCODER:
-            return {"pixels": (1, factor * self.height, factor * self.width, 3), "noise": (1, *latent)}
-        rest = self.size
-        concat = {"concat": (self.branches * self.batch, manifest.latents.concat_channels, *rest)} if manifest.latents.concat_channels else {}
-        return {
-            "row": (1,), "timestep": (rows,), "a": (rows, registers), "w": (rows, self.branches), "u": (rows, registers), "q": (rows,),
-            "M": (rows, registers, registers + 2), "inpaint": (rows, 3), "noise": (rows, *pictures), "registers": (registers, *pictures),
-            "context": (self.branches * self.batch, self.tokens, manifest.text.width), "mask": (self.batch, 1, *rest),
-            "init": pictures, "init_noise": pictures, **concat,
-        }  # fmt: skip
+        pictures = self.batch if graph == STEP else 1
+        sizes = {"N": pictures, "G": self.branches, "S": table_rows(pictures, self.rows), "T": self.tokens, "h": self.height, "w": self.width, "n": 1}
+        return {name: concrete(tensor.shape, sizes) for name, tensor in signatures(dimensions(manifest))[graph].inputs.items()}
 
 
 def import_openvino(where: str) -> Any:
@@ -95,13 +85,13 @@ def import_openvino(where: str) -> Any:
         MachineError: it is not installed, does not load, or is older than what was tested.
     """
     try:
-        import openvino
+        openvino = engine_libraries.openvino()
     except (ImportError, OSError) as error:
-        raise MachineError(f"{where}: cannot import openvino: {error}", "Install it with: pip install 'sdrt[openvino]'") from error
+        raise MachineError(f"{where}: cannot import openvino: {error}", f"Install it with: {install_command('openvino')}") from error
     found = str(openvino_version())
     if tuple(int(part) for part in re.findall(r"\d+", found)[:2]) < OLDEST:
         raise MachineError(
-            f"{where}: openvino {found}, at least {'.'.join(map(str, OLDEST))} is needed", "Upgrade it with: pip install --upgrade 'sdrt[openvino]'"
+            f"{where}: openvino {found}, at least {'.'.join(map(str, OLDEST))} is needed", f"Upgrade it with: {install_command('openvino', '--upgrade')}"
         )
     return openvino
 
@@ -113,10 +103,9 @@ def openvino_version() -> str | None:
     except PackageNotFoundError:
         pass
     try:
-        import openvino
+        return str(engine_libraries.openvino().__version__)
     except (ImportError, OSError):
         return None
-    return str(openvino.__version__)
 
 
 def choose_precision(core: Any, asked: str | None, stored: str) -> str:
@@ -143,22 +132,24 @@ def fit(core: Any, bundle: Bundle, record: EngineRecord) -> tuple[str, str]:
     return why, choose_precision(core, None, made_for) if why else made_for
 
 
-def compile_properties(precision: str, threads: int | None, *, counting: bool = False) -> dict[str, Any]:
+def compile_properties(precision: str, threads: int | None, *, counting: bool = False, shared: bool = False) -> dict[str, Any]:
     """Settings for one caller at a time. Threads are pinned to cores only when all cores are used that this process is bound to: processes that
     share them, as containers do that have a quota of a larger machine, would be pinned to the same ones. With `counting` every operator is timed,
-    which costs time."""
+    which costs time. `shared` cores are kept busy by others too: no thread is pinned, and work is not dealt out beforehand, so that a thread that has its core
+    does what is left of one that lost it."""
     used = threads or usable_cores()
     return {
         "INFERENCE_PRECISION_HINT": _HINTS[precision],
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_NUM_THREADS": used,
-        "ENABLE_CPU_PINNING": used == bound_cores(),
+        "ENABLE_CPU_PINNING": used == bound_cores() and not shared,
+        **({"TBB_PARTITIONER": "AUTO"} if shared else {}),
         **({"PERF_COUNT": True} if counting else {}),
     }
 
 
 def compile_graph(
-    ov: Any, core: Any, path: Path, shapes: Mapping[str, Shape], precision: str, threads: int | None, *, counting: bool = False
+    ov: Any, core: Any, path: Path, shapes: Mapping[str, Shape], precision: str, threads: int | None, *, counting: bool = False, shared: bool = False
 ) -> tuple[Any, tuple[str, ...]]:
     """Read an ONNX graph, fix its shapes, and compile it for this CPU. Also returns the names of its attention operators.
 
@@ -179,7 +170,9 @@ def compile_graph(
         if precision != "fp32":
             _fill_heads(ov, model)
             _keep_boundary(ov, model)
-        return core.compile_model(model, "CPU", compile_properties(precision, threads, counting=counting) | {"CACHE_MODE": "OPTIMIZE_SIZE"}), attention
+        return core.compile_model(
+            model, "CPU", compile_properties(precision, threads, counting=counting, shared=shared) | {"CACHE_MODE": "OPTIMIZE_SIZE"}
+        ), attention
     except Exception as error:
         raise explained(ov, str(path), error) from error
 
@@ -191,16 +184,31 @@ def export_blob(compiled: Any) -> bytes:
     return stream.getvalue()
 
 
-def import_blob(ov: Any, core: Any, where: str, blob: bytes, weights: Path, precision: str, threads: int | None, *, counting: bool = False) -> Any:
+def import_blob(
+    ov: Any, core: Any, where: str, blob: bytes, weights: Path, precision: str, threads: int | None, *, counting: bool = False, shared: bool = False
+) -> Any:
     """The compiled graph of `export_blob`, ready to run. `blob` has been compared with its record: importing is running native code.
 
     Raises:
         MachineError: OpenVINO refuses it.
         ResourceError: out of memory.
     """
-    settings = compile_properties(precision, threads, counting=counting) | {"ENABLE_WEIGHTLESS": True, "WEIGHTS_PATH": str(weights)}
+    settings = compile_properties(precision, threads, counting=counting, shared=shared) | {"ENABLE_WEIGHTLESS": True, "WEIGHTS_PATH": str(weights)}
     try:
         return core.import_model(blob, "CPU", settings)
+    except Exception as error:
+        raise explained(ov, where, error) from error
+
+
+def run_once(ov: Any, compiled: Any, where: str, inputs: Mapping[str, Any]) -> Any:
+    """Run a compiled graph once, and return its outputs by name; a signal ends it. `where` begins what is said of a failure.
+
+    Raises:
+        MachineError, ResourceError: OpenVINO fails.
+    """
+    try:
+        request = compiled.create_infer_request()
+        return interruptible(lambda: request.infer(inputs), request.cancel)
     except Exception as error:
         raise explained(ov, where, error) from error
 

@@ -2,53 +2,103 @@
 
 from __future__ import annotations
 
+import inspect
+import logging
+import operator
 import time
-from collections import deque
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
+from numbers import Real
 from pathlib import Path
+from threading import Event
 from types import TracebackType
-from typing import Any, Unpack
+from typing import Any, TypedDict, Unpack, cast
 
 import numpy as np
 
-from sdrt.bundle import WEIGHTS, Bundle, bundle_id, check_files, open_bundle
+from sdrt.bundle.folder import Bundle, bundle_id, check_files, open_bundle
+from sdrt.bundle.manifest import MAX_BRANCHES, MAX_CHUNKS, WEIGHTS
 from sdrt.checked import check_file
-from sdrt.errors import NonFiniteError, UsageError
-from sdrt.runtime.conditioning import Prompts, TextConditioner
-from sdrt.runtime.engine import Denoising, Engine, Float, Job, Observe, Pixels, Tables, load_engine, tables
+from sdrt.engine_shapes import EngineShapes, JobShape, any_shapes
+from sdrt.errors import Cancelled, ClosedError, DeadlineError, MissingEngineError, NonFiniteError, UsageError
+from sdrt.runtime.conditioning import Conditioning, Prompts, TextConditioner
+from sdrt.runtime.engine import Engine, Float, Job, Observe, Pixels, RunningBatch, load_engine, tables
 from sdrt.runtime.images import Canvas, blank_canvas, canvas, laid_over
 from sdrt.runtime.noise import Draws, draw_noise
-from sdrt.runtime.request import Request, Settings, resolved
+from sdrt.runtime.picture_file import QUALITY, encode
+from sdrt.runtime.request import Parameters, Request, Settings, request_of_settings, resolved
+from sdrt.runtime.request_json import IMAGES, request_to_json
+from sdrt.runtime.request_memory import check_memory, with_own
 from sdrt.runtime.samplers import Row, plan_rows
 from sdrt.runtime.tokenizer import Tokenizer
 
+log = logging.getLogger("sdrt")
+
 ROUNDING = {"a1111": 0.0, "diffusers": 0.5}
 """Added before pixels become whole numbers: AUTOMATIC1111 truncates, diffusers rounds."""
+_OF_SOURCE = ("kind", "name", "sha256", "scale", "te_scale", "trigger")
+"""What a result says of each file that went into the bundle."""
 
 
-@dataclass(frozen=True)
+class Timings(TypedDict):
+    """How long the parts of a request took, in milliseconds, all its pictures together.
+
+    `tokenise` is reading the prompts, before `total` begins. `image_encoder` is 0 without an init image. `steps` has one entry per model call of
+    every batch, and `denoise` is their sum. `total` holds whatever the reader of a stream did between its steps too.
+    """
+
+    total: float
+    tokenise: float
+    text_encoder: float
+    image_encoder: float
+    denoise: float
+    decode: float
+    steps: list[float]
+
+
+@dataclass(frozen=True, eq=False)
 class Result:
     """Finished pictures: `images` uint8 `[N, H, W, 3]`, the seed of each, and how they came to be.
 
-    `timings_ms` holds `total`, and beside it `tokenise`, reading the prompts before that starts; of the total `text_encoder`, `image_encoder` (0 without an init image), `denoise`, `decode` and the list `steps`, one entry per
-    model call of every batch. `parameters` are the request's, every open choice made, and the bundle's name and id.
+    `engine` is what ran: `backend`, `version`, `device`, `compute` (the precision it computes in), and what else the backend has to say.
+    `parameters` are the request's, every open choice made, the bundle's name and id, and what went into it. Two results are equal if they are the
+    same object.
     """
 
     images: Pixels
     seeds: tuple[int, ...]
-    timings_ms: dict[str, Any]
+    timings_ms: Timings
     engine: dict[str, Any]
-    parameters: dict[str, Any]
+    parameters: Parameters
+
+    def picture(self, index: int) -> dict[str, Any]:
+        """What a file of one picture says: `parameters` with the seed and the prompts of picture `index`, and the engine. JSON."""
+        prompt, negative = self.parameters["prompt"], self.parameters["negative"]
+        own = {name: text if isinstance(text, str) else text[index] for name, text in (("prompt", prompt), ("negative", negative))}
+        return {**self.parameters, **own, "seed": self.seeds[index], "engine": self.engine}
+
+    def encode(self, format: str = "png", index: int = 0, *, quality: int = QUALITY) -> bytes:
+        """Picture `index` as the bytes of a file, which says how the picture was made.
+
+        Args:
+            format: png, jpeg or webp.
+            index: which picture, from 0.
+            quality: 1 to 100, for jpeg and webp; webp loses nothing at 100.
+
+        Raises:
+            UsageError: an unknown format, a quality out of range, or more text than a JPEG holds.
+        """
+        return encode(self.images[index], self.picture(index), format, quality=quality)
 
 
 @dataclass(frozen=True)
 class Step:
     """A model call that has just finished. `result` is set on the last one only.
 
-    `picture` is the index of the first picture of the batch it belongs to, `index` counts its model calls from 1 to `count`.
+    `picture` is the index of the first picture of the batch it belongs to, `index` counts its model calls from 1 to `count`. What it gives to look at
+    lives until the stream is asked for the next step; later it raises UsageError.
     """
 
     index: int
@@ -56,25 +106,104 @@ class Step:
     picture: int
     pictures: int
     sigma: float
-    _denoising: Denoising = field(repr=False)
+    _batch: RunningBatch = field(repr=False)
+    _slots: tuple[int, ...] = field(repr=False)
     _engine: Engine = field(repr=False)
     _rounding: float = field(repr=False)
+    _course: _Course = field(repr=False)
+    _place: int = field(repr=False)
     result: Result | None = None
 
     def denoised(self) -> Float:
-        """The denoised estimate, latents `[N, 4, h, w]`. Read it before asking the stream for the next step."""
-        return self._denoising.denoised()
+        """The denoised estimate, latents `[N, 4, h, w]`."""
+        self._course.check_place(self._place)
+        return self._batch.denoised(self._slots)
 
     def preview(self) -> Pixels:
-        """The denoised estimate decoded, uint8 `[N, H, W, 3]`; costs one decode. Read it before asking for the next step."""
-        return self._engine.decode(self._denoising.denoised(), self._rounding)[0]
+        """The denoised estimate decoded, uint8 `[N, H, W, 3]`; costs one decode."""
+        return self._engine.decode(self.denoised(), self._rounding)[0]
 
     def noisy_preview(self) -> Pixels:
         """The latents as they are, noise and all, decoded, uint8 `[N, H, W, 3]`; costs one decode. Until the last call they are brought to unit variance."""
-        latents = self._denoising.latents()
+        self._course.check_place(self._place)
+        latents = self._batch.latents(self._slots)
         if self.index < self.count:
             latents = latents / np.maximum(1, latents.std(axis=(1, 2, 3), keepdims=True))
         return self._engine.decode(latents, self._rounding)[0]
+
+
+class _Course:
+    """How far a stream is and when it has to end: what it shares with its steps, and with the thread that cancels it."""
+
+    def __init__(self, deadline_s: float | None) -> None:
+        self.place = 0
+        """Counts up whenever what the newest step gives to look at is about to go."""
+        self.cancelled = Event()
+        self._deadline_s = deadline_s
+        self._started = time.monotonic()
+
+    def check_place(self, place: int) -> None:
+        if place != self.place:
+            raise UsageError("step: passed already", "Read a step before asking the stream for the next one.")
+
+    def check(self, done: str) -> None:
+        """Raise if the request was cancelled or its deadline has passed; `done` says how far it is."""
+        if self.cancelled.is_set():
+            raise Cancelled(f"request: cancelled {done}")
+        if self._deadline_s is not None and time.monotonic() - self._started >= self._deadline_s:
+            raise DeadlineError(
+                f"request: its deadline of {self._deadline_s:g} s passed {done}", "Ask for fewer steps or a smaller size, or allow it more time."
+            )
+
+
+class Stream(Iterator[Step]):
+    """The model calls of a request, each run when it is asked for. One thread at a time reads it; `cancel` may be called from any.
+
+    Leaving the loop over it, `close` and `with` end it early too. An error ends it.
+    """
+
+    def __init__(self, steps: Generator[Step, None, None], course: _Course) -> None:
+        self._steps, self._course = steps, course  # neither knows the stream, so that what it holds is given back when the loop over it is left
+        self._result: Result | None = None
+
+    def __next__(self) -> Step:
+        step = next(self._steps)
+        self._result = step.result
+        return step
+
+    def result(self) -> Result:
+        """Run all that is left, and return the pictures.
+
+        Raises:
+            Cancelled, DeadlineError: it ended early.
+            UsageError: it was closed before its end.
+        """
+        for _ in self:
+            pass
+        if self._result is None:
+            self._course.check("before its end")
+            raise UsageError("stream: closed before its end", "Ask the pipeline for another.")
+        return self._result
+
+    def cancel(self) -> None:
+        """End it from another thread: a call that waits for a step raises Cancelled as soon as the model call that runs has ended. Other requests go on."""
+        self._course.cancelled.set()
+
+    def close(self) -> None:
+        """End it, and let go of what it holds. For the thread that reads it.
+
+        Raises:
+            UsageError: another thread waits for a step.
+        """
+        if inspect.getgeneratorstate(self._steps) == inspect.GEN_RUNNING:
+            raise UsageError("stream: another thread reads it", "Call cancel, which any thread may.")
+        self._steps.close()
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
 
 
 @dataclass(frozen=True)
@@ -83,9 +212,8 @@ class _Plan:
 
     request: Request
     rows: list[Row]
-    tables: Tables
-    contexts: tuple[Float, ...]
-    context_of_row: tuple[int, ...]
+    prompts: Mapping[tuple[str, str], Prompts]
+    tokenise_ms: float
     start: Canvas | None
 
 
@@ -99,12 +227,16 @@ class Pipeline:
 
     @classmethod
     def load(
-        cls, path: str | Path, *, backend: str = "auto", device: int = 0, threads: int | None = None, observe: Observe | None = None
+        cls, path: str | Path, *, backend: str = "auto", device: int = 0, threads: int | None = None, on_missing: str = "error", cores: str = "own",
+        observe: Observe | None = None,
     ) -> Pipeline:  # fmt: skip
         """Load a bundle after checking every file of it against its manifest; weights that were checked before and are untouched are not read again.
 
-        `device` counts GPUs and is ignored on a CPU; `threads` is for CPU engines, None leaves the choice to them. `observe` may put something between the pipeline
-        and its engine, as a benchmark does.
+        `device` counts GPUs and is ignored on a CPU; `threads` is for CPU engines, None leaves the choice to them. `on_missing` is what a request gets
+        whose size, prompt length or number of guidance branches no engine of the bundle serves: "error"; "compile", seconds of compiling in memory
+        where the engines are OpenVINO's, an error elsewhere; or "fallback", ONNX Runtime in their place, which the result names. `cores` is "own", or
+        "shared" where other processes keep the CPU's cores busy: docs/deploy.md says what that changes. `observe` may put
+        something between the pipeline and its engine, as a benchmark does.
 
         Raises:
             InputFileError: there is no bundle at `path`.
@@ -112,24 +244,54 @@ class Pipeline:
             MachineError: the bundle or the backend does not fit this machine.
             UsageError: an argument is out of range.
         """
+        threads, device = None if threads is None else operator.index(threads), operator.index(device)
         if threads is not None and threads < 1:
             raise UsageError(f"threads {threads}: expected at least 1")
         if device < 0:
             raise UsageError(f"device {device}: expected 0 or more")
+        started = time.perf_counter()
         bundle = open_bundle(Path(path))
         check_files(bundle, [name for name in bundle.manifest.files if name != WEIGHTS])
         with ThreadPoolExecutor(1) as pool:
             # Hashing the weights takes as long as reading them, so it runs beside loading. Data alone cannot harm: it is used after the check.
             checked: Future[None] = pool.submit(check_file, bundle, WEIGHTS)
             try:
-                load = partial(load_engine, bundle, backend, threads, device)
+                load = partial(load_engine, bundle, backend, threads, device, on_missing=on_missing, cores=cores)
                 engine = load() if observe is None else observe(load)
             finally:
                 checked.result()
-        return cls(bundle, engine, Tokenizer(bundle.file("tokenizer/tokenizer.json"), bundle.manifest.text))
+        pipeline = cls(bundle, engine, Tokenizer(bundle.file("tokenizer/tokenizer.json"), bundle.manifest.text[0]))
+        log.info("%s: loaded on %s in %.0f ms", bundle.path, engine.backend, _since(started))
+        return pipeline
+
+    @property
+    def shapes(self) -> tuple[EngineShapes, ...]:
+        """The batches that engines lie ready for. What else a request asks for is up to `on_missing`."""
+        return self._open_engine().shapes
+
+    def memory_bytes(self, size: tuple[int, int] | None = None, batch: int = 1, *, tokens: int | None = None, branches: int = 2) -> int:
+        """About how much memory a call takes at its peak, beside what the pipeline holds already: of the machine, or of the GPU that runs it.
+
+        `size` is (width, height) in pixels, None the bundle's; `tokens` multiples of 77, None one chunk; `branches` 1 without guidance, 2 with, and one
+        more for each `AND`. On a CPU a call that asks for more than is available raises ResourceError before its first step.
+
+        Raises:
+            MissingEngineError: no engine serves the shape, and `on_missing` is "error".
+            UsageError: a value is out of range, or the pipeline is closed.
+        """
+        manifest = self.bundle.manifest
+        request = resolved(Request("", size=size, batch=batch), manifest)
+        assert request.size is not None
+        chunk = manifest.chunk
+        shape = JobShape(request.size, batch, chunk if tokens is None else tokens, branches)
+        if shape.tokens % chunk or not any_shapes(manifest).holds(shape):
+            raise UsageError(
+                f"tokens {shape.tokens}, branches {branches}: expected a multiple of {chunk} up to {chunk * MAX_CHUNKS}, and 1 to {MAX_BRANCHES} branches"
+            )
+        return with_own(self._open_engine().demand(shape), manifest, shape, rows=request.steps, pictures=batch).size_bytes
 
     def close(self) -> None:
-        """Let go of the engine. Calls that are running finish; later ones raise UsageError."""
+        """Let go of the engine. Calls that are running finish, streams that were asked for too; later ones raise ClosedError."""
         self._engine = None
 
     def __enter__(self) -> Pipeline:
@@ -138,32 +300,87 @@ class Pipeline:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
-    def __call__(self, prompt: str, **settings: Unpack[Settings]) -> Result:
-        """Make `count` pictures of a prompt, `batch` at a time. `sdrt.runtime.request.Request` documents the settings.
+    @property
+    def engine(self) -> dict[str, Any]:
+        """What runs a picture of the bundle's own size: `backend`, `version`, `device`, `compute`, and what else the backend has to say.
 
         Raises:
-            UsageError: a setting is out of range, or the pipeline is closed.
+            ClosedError: the pipeline is closed.
+        """
+        return self._open_engine().describe()
+
+    def __call__(self, prompt: str | Sequence[str], *, deadline_s: float | None = None, **settings: Unpack[Settings]) -> Result:
+        """Make `count` pictures of a prompt, or one of each prompt of a list, `batch` at a time. `Request` documents the settings.
+
+        `deadline_s` is how many seconds it may take; it is looked at between model calls.
+
+        Raises:
+            UsageError: a setting is out of range.
+            MissingEngineError: no engine of the bundle serves what the settings ask for, and `on_missing` is "error".
+            ClosedError: the pipeline is closed.
             InputFileError: an init image or mask cannot be read.
-            NonFiniteError: latents or pixels came out NaN or infinite. The pipeline stays usable.
-            ResourceError: out of memory. The pipeline stays usable.
+            DeadlineError: it took too long. The pipeline stays usable, here and below.
+            NonFiniteError: latents or pixels came out NaN or infinite.
+            ResourceError: out of memory, or asked for more than there is.
+            MachineError: the engine failed.
         """
-        (last,) = deque(self.stream(prompt, **settings), maxlen=1)
-        assert last.result is not None
-        return last.result
+        return self.stream(prompt, deadline_s=deadline_s, **settings).result()
 
-    def stream(self, prompt: str, **settings: Unpack[Settings]) -> Generator[Step, None, None]:
-        """The same as a generator over model calls: for progress, previews, and cancelling by leaving the loop.
+    def stream(self, prompt: str | Sequence[str], *, deadline_s: float | None = None, **settings: Unpack[Settings]) -> Stream:
+        """The same, a model call at a time: for progress, previews, and cancelling.
 
-        Settings and errors are those of a call; settings are checked here, before the first step is asked for.
+        Settings and errors are those of a call. Settings are checked here; the work begins when the first step is asked for. `deadline_s` counts from
+        here, so it holds the time that the stream waits for its turn too.
         """
-        if self._engine is None:
-            raise UsageError("pipeline: closed", "Load it again with Pipeline.load.")
-        request = resolved(Request(prompt, **settings), self.bundle.manifest)
+        engine = self._open_engine()
+        course = _Course(_deadline(deadline_s))
+        request = resolved(request_of_settings(prompt, settings), self.bundle.manifest)
         rows = self._rows(request)
         started = time.perf_counter()
         prompts = self._read_prompts(request, rows)
-        tokenise_ms = _since(started)
-        return self._run(self._engine, request, rows, prompts, self._canvas(request), tokenise_ms)
+        plan = _Plan(request, rows, prompts, _since(started), self._canvas(request))
+        self._check_memory(engine, plan)
+        return Stream(self._run(engine, plan, course), course)
+
+    def warm_up(self, prompt: str | Sequence[str] = "", **settings: Unpack[Settings]) -> None:
+        """Draw something small of the same shape as a call with these settings, so that the first such call is as fast as later ones.
+
+        The shape is made of size, batch, whether there is guidance, how long the prompt is and how many parts joined by AND it has, whether there is
+        an init image and a mask. Without `cfg` both shapes are drawn, with guidance and without; the latter only if the bundle has an engine for it.
+
+        Raises:
+            The errors of a call.
+        """
+        self._draw_quickly(prompt, settings)
+        if "cfg" not in settings:
+            try:
+                self._draw_quickly(prompt, {**settings, "cfg": 1.0})
+            except MissingEngineError as error:
+                log.info("not warmed up without guidance: %s", error.line)
+
+    def _draw_quickly(self, prompt: str | Sequence[str], settings: Settings) -> None:
+        quick: Settings = {**settings, "sampler": "euler", "schedule": None, "steps": 3, "seed": 0}  # three: two buffers take turns
+        if isinstance(prompt, str):
+            quick["count"] = settings.get("batch", 1)
+        if settings.get("init_image") is not None:
+            quick["strength"] = 0.9
+        self(prompt, **quick)
+
+    def _open_engine(self) -> Engine:
+        engine = self._engine
+        if engine is None:
+            raise ClosedError("pipeline: closed", "Load it again with Pipeline.load.")
+        return engine
+
+    def _check_memory(self, engine: Engine, plan: _Plan) -> None:
+        """Before anything is computed: the system ends a process that takes too much, and whatever else it does with it."""
+        request, manifest, prompts = plan.request, self.bundle.manifest, plan.prompts.values()
+        assert request.size is not None
+        chunks, branches = max(each.chunks for each in prompts), max(len(each.weights) for each in prompts)
+        shape = JobShape(request.size, min(request.batch, request.count), chunks * manifest.chunk, branches)
+        contexts = max(each.contexts for each in prompts)
+        demand = with_own(engine.demand(shape), manifest, shape, contexts=contexts, rows=len(plan.rows), pictures=request.count)
+        check_memory(demand, shape, engine.free_bytes(shape))
 
     def _rows(self, request: Request) -> list[Row]:
         return plan_rows(
@@ -183,89 +400,103 @@ class Pipeline:
             return blank_canvas(request.size, factor) if self.bundle.manifest.latents.concat_channels else None
         return canvas(request.init_image, request.mask, request.size, resize=request.resize, blur=request.mask_blur, compat=request.compat, factor=factor)
 
-    def _run(
-        self, engine: Engine, request: Request, rows: list[Row], prompts: Prompts, start: Canvas | None, tokenise_ms: float
-    ) -> Generator[Step, None, None]:
+    def _run(self, engine: Engine, plan: _Plan, course: _Course) -> Generator[Step, None, None]:
+        request, rows = plan.request, plan.rows
         started = time.perf_counter()
-        timings: dict[str, Any] = {"tokenise": tokenise_ms, "image_encoder": 0.0, "denoise": 0.0, "decode": 0.0, "steps": []}
-        said = self._conditioner.encode(engine, prompts)
-        timings["text_encoder"] = _since(started)
-        # AUTOMATIC1111 counts a prompt's steps in model calls; an image's schedule ends before the count does.
-        of_row = [min(row, len(said.set_of_step) - 1) for row in range(len(rows))]
-        weights = [said.weights[step] for step in of_row]
-        plan = _Plan(request, rows, tables(rows, weights), said.sets, tuple(said.set_of_step[step] for step in of_row), start)
+        timings: Timings = {"total": 0.0, "tokenise": plan.tokenise_ms, "text_encoder": 0.0, "image_encoder": 0.0, "denoise": 0.0, "decode": 0.0, "steps": []}
         rounding = ROUNDING[request.compat]
         images: list[Pixels] = []
-        for first in range(0, request.count, request.batch):
-            seeds = request.seeds[first : first + request.batch]
-            job = self._job(engine, plan, seeds, timings)
-            denoising = engine.denoise(job)
+        said: dict[tuple[str, str], Conditioning] = {}
+        all_seeds, all_texts = request.seeds, request.texts
+        for pictures in _batches(plan):
+            course.check(f"after {pictures.start} of {request.count} pictures")
+            seeds, texts = all_seeds[pictures], all_texts[pictures]
+            encoding = time.perf_counter()
+            said = {pair: said[pair] if pair in said else self._conditioner.encode(engine, plan.prompts[pair]) for pair in texts}
+            timings["text_encoder"] += _since(encoding)
+            jobs = self._jobs(engine, plan, seeds, [said[pair] for pair in texts], timings)
+            batch = engine.open(jobs[0].shape, len(jobs))
             try:
+                slots = tuple(batch.join(job) for job in jobs)
                 for index, row in enumerate(rows, 1):
+                    course.check(f"after {index - 1} of {len(rows)} model calls of picture {pictures.start + 1} of {request.count}")
+                    course.place += 1
                     step_started = time.perf_counter()
-                    denoising.step()
+                    batch.step()
                     timings["steps"].append(_since(step_started))
-                    step = Step(index, len(rows), first, request.count, row.sigma, denoising, engine, rounding)
+                    step = Step(index, len(rows), pictures.start, request.count, row.sigma, batch, slots, engine, rounding, course, course.place)
                     if index < len(rows):
                         yield step
-                images.append(_decode(denoising, seeds, rounding, timings))
-                if start is not None:
-                    images[-1] = np.stack([laid_over(picture, start) for picture in images[-1]])
-                if first + request.batch >= request.count:
+                course.check(f"before picture {pictures.start + 1} of {request.count} was decoded")
+                images.append(_decode(batch, slots, seeds, rounding, timings))
+                if plan.start is not None:
+                    images[-1] = np.stack([laid_over(picture, plan.start) for picture in images[-1]])
+                if pictures.stop == request.count:
                     timings["denoise"] = sum(timings["steps"])
                     timings["total"] = _since(started)
-                    step = replace(step, result=Result(np.concatenate(images), request.seeds, timings, engine.describe(job), self._parameters(plan)))
+                    log.debug("%d pictures of %dx%d in %.0f ms", request.count, *(request.size or ()), timings["total"])
+                    step = replace(step, result=Result(np.concatenate(images), request.seeds, timings, batch.describe(), self._parameters(plan)))
                 yield step
             finally:
-                denoising.close()
+                course.place += 1
+                batch.close()
 
-    def _read_prompts(self, request: Request, rows: Sequence[Row]) -> Prompts:
+    def _read_prompts(self, request: Request, rows: Sequence[Row]) -> dict[tuple[str, str], Prompts]:
+        """Each different pair of prompt and negative prompt, read once."""
         calls_a_step = 2 if len(rows) > len({row.step for row in rows}) else 1
-        return self._conditioner.read(
-            request.prompt,
-            request.negative,
-            steps=request.steps * calls_a_step,
-            cfg=request.cfg,
-            clip_skip=request.clip_skip,
-            syntax=request.prompt_syntax,
-            emphasis=request.emphasis,
-            compat=request.compat,
-        )
 
-    def _parameters(self, plan: _Plan) -> dict[str, Any]:
-        request, sha256 = plan.request, {} if plan.start is None else plan.start.sha256
-        images: dict[str, Any] = {}
-        for name in ("init_image", "mask"):
-            given = getattr(request, name)
-            images |= {name: str(given) if isinstance(given, (str, Path)) else None, f"{name}_sha256": sha256.get(name)}
-        fields = asdict(replace(request, init_image=None, mask=None)) | images | {"size": list(request.size or ())}
-        return fields | {"bundle": self.bundle.manifest.name, "bundle_id": bundle_id(self.bundle.manifest), "sdrt": self.bundle.manifest.sdrt}
+        def read(prompt: str, negative: str) -> Prompts:
+            return self._conditioner.read(
+                prompt,
+                negative,
+                steps=request.steps * calls_a_step,
+                cfg=request.cfg,
+                clip_skip=request.clip_skip,
+                syntax=request.prompt_syntax,
+                emphasis=request.emphasis,
+                compat=request.compat,
+                network_tags=request.network_tags,
+            )
 
-    def _job(self, engine: Engine, plan: _Plan, seeds: tuple[int, ...], timings: dict[str, Any]) -> Job:
-        draws, count = self._draws(plan, seeds), len(seeds)
-        unit_noise = np.stack([draw.unit for draw in draws])
-        noise = np.stack([draw.steps for draw in draws], axis=1)
+        return {pair: read(*pair) for pair in dict.fromkeys(request.texts)}
+
+    def _parameters(self, plan: _Plan) -> Parameters:
+        manifest, sha256 = self.bundle.manifest, {} if plan.start is None else plan.start.sha256
+        sources = [{name: getattr(source, name) for name in _OF_SOURCE} for source in manifest.sources]
+        made_from = {f"{name}_sha256": sha256.get(name) for name in IMAGES}
+        made_by = {"bundle": manifest.name, "bundle_id": bundle_id(manifest), "sources": sources, "sdrt": manifest.sdrt}
+        return cast(Parameters, request_to_json(plan.request) | made_from | made_by)
+
+    def _jobs(self, engine: Engine, plan: _Plan, seeds: tuple[int, ...], said: Sequence[Conditioning], timings: Timings) -> list[Job]:
+        draws = self._draws(plan, seeds)
         started = time.perf_counter()
-        init = np.zeros_like(unit_noise)
+        init = np.zeros((len(seeds), *draws[0].unit.shape), np.float32)
         if plan.start is not None and draws[0].encode is not None:
             init = _encoded(engine, plan.start.pixels, [draw.encode for draw in draws])
         concat = self._concat(engine, plan, draws) if self.bundle.manifest.latents.concat_channels else None
         timings["image_encoder"] += _since(started) if plan.start is not None else 0.0
-        keep = np.zeros_like(unit_noise[:, :1])
+        keep = np.zeros_like(init[0, :1])
         # diffusers leaves an inpainting model to itself: what it keeps comes through its own inputs.
         if plan.start is not None and not (concat is not None and plan.request.compat == "diffusers"):
-            keep = np.repeat(plan.start.keep[None], count, axis=0)
-        contexts = tuple(np.repeat(context, count, axis=0) for context in plan.contexts)
-        return Job(plan.tables, noise, contexts, plan.context_of_row, init, unit_noise, keep, concat)
+            keep = plan.start.keep
+        jobs = []
+        for i, (draw, each) in enumerate(zip(draws, said, strict=True)):
+            # AUTOMATIC1111 counts a prompt's steps in model calls; an image's schedule ends before the count does.
+            of_row = [min(row, len(each.set_of_step) - 1) for row in range(len(plan.rows))]
+            numbers = {**tables(plan.rows, [each.weights[step] for step in of_row]), "noise": draw.steps}
+            inputs = {"init": init[i], "init_noise": draw.unit, "mask": keep}
+            if concat is not None:
+                inputs["concat"] = np.repeat(concat[i][None], len(each.weights[0]), axis=0)
+            jobs.append(Job(numbers, inputs, each.sets, tuple(each.set_of_step[step] for step in of_row)))
+        return jobs
 
     def _concat(self, engine: Engine, plan: _Plan, draws: Sequence[Draws]) -> Float:
-        """What an inpainting model sees beside the latents: the mask (1 repaints), and the image with grey under it."""
+        """What an inpainting model sees beside the latents, `[N, 5, h, w]`: the mask (1 repaints), and the image with grey under it."""
         assert plan.start is not None
         start = plan.start
         masked = _encoded(engine, start.pixels if start.masked_pixels is None else start.masked_pixels, [draw.masked for draw in draws])
         repaint = np.ones_like(start.keep) if plan.request.mask is None else 1 - start.keep
-        both = np.concatenate([np.repeat(repaint[None], len(draws), axis=0), masked], axis=1)
-        return np.tile(both, (plan.tables.w.shape[1], 1, 1, 1)).astype(np.float32)
+        return np.concatenate([np.repeat(repaint[None], len(draws), axis=0), masked], axis=1).astype(np.float32)
 
     def _draws(self, plan: _Plan, seeds: tuple[int, ...]) -> list[Draws]:
         request, latents = plan.request, self.bundle.manifest.latents
@@ -277,17 +508,33 @@ class Pipeline:
         return [draw_noise(seed, request.noise, shape, plan.rows, compat=request.compat, encode=encode, masked=masked) for seed in seeds]
 
 
+def _deadline(seconds: float | None) -> float | None:
+    if seconds is not None and not (isinstance(seconds, Real) and not isinstance(seconds, bool) and seconds > 0):
+        raise UsageError(f"deadline {seconds!r}: expected seconds, more than 0")
+    return None if seconds is None else float(seconds)
+
+
+def _batches(plan: _Plan) -> Iterator[slice]:
+    """The pictures of each batch: neighbours whose prompts take equally many chunks, branches and weights. Filling up the shorter ones would change them."""
+    forms = [(plan.prompts[pair].chunks, plan.prompts[pair].weights) for pair in plan.request.texts]
+    first = 0
+    for here in range(1, len(forms) + 1):
+        if here == len(forms) or here - first == plan.request.batch or forms[here] != forms[first]:
+            yield slice(first, here)
+            first = here
+
+
 def _encoded(engine: Engine, pixels: Pixels, posterior: Sequence[Float | None]) -> Float:
     """One image to the latents of each picture, sampled with the noise given, or the posterior's mean."""
     noise = np.stack([np.zeros_like(posterior[0]) if draw is None else draw for draw in posterior])
     return engine.encode_image(np.repeat(pixels[None], len(posterior), axis=0), noise)
 
 
-def _decode(denoising: Denoising, seeds: tuple[int, ...], rounding: float, timings: dict[str, Any]) -> Pixels:
+def _decode(batch: RunningBatch, slots: Sequence[int], seeds: tuple[int, ...], rounding: float, timings: Timings) -> Pixels:
     started = time.perf_counter()
-    pixels, finite = denoising.decode(rounding)
+    pixels, finite = batch.decode(slots, rounding)
     if not finite.all():
-        if not np.isfinite(denoising.latents()).all():
+        if not np.isfinite(batch.latents(slots)).all():
             raise NonFiniteError(f"denoising: latents of seeds {list(seeds)} are NaN or infinite", "Check the bundle with: sdrt verify BUNDLE")
         bad = [seed for seed, ok in zip(seeds, finite, strict=True) if not ok]
         raise NonFiniteError(

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
+from pathlib import PurePath
 
 HUGE = 1e30
 """Weights saturate here, so that they stay finite; what encodes a prompt refuses far smaller ones."""
@@ -25,6 +26,9 @@ _WHEN = re.compile(r"\s*([+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?)\
 _NETWORK = re.compile(r"<(\w+):(?=[^>])")
 
 _EXACT_DEPTH = 64
+
+NETWORKS = ("lora", "lyco", "hypernet")
+"""Kinds of `<kind:...>` that load an adapter in AUTOMATIC1111; it drops any other from a prompt."""
 
 
 @dataclass(frozen=True)
@@ -53,15 +57,67 @@ def _part(text: str) -> Segment:
     return Segment(text, 1.0)
 
 
-def network_tags(prompt: str) -> Iterator[tuple[str, str]]:
-    """Every `<kind:arguments>` of a prompt, as its kind and its whole text. In AUTOMATIC1111 they load adapters."""
+def without_networks(prompt: str, keep: Callable[[str, str], bool]) -> str:
+    """The prompt without its `<kind:arguments>`, as AUTOMATIC1111 encodes it, but for those of which `keep(kind, whole text)` is true."""
+    kept, done = [], 0
+    for kind, start, end in _networks(prompt):
+        if not keep(kind, prompt[start:end]):
+            kept.append(prompt[done:start])
+            done = end
+    return "".join([*kept, prompt[done:]])
+
+
+def network_tag(kind: str, file: str, scale: float, te_scale: float | None) -> str:
+    """How a prompt of AUTOMATIC1111's loads the adapter in a file, a lora or hypernetwork; the text encoder's strength comes first there."""
+    both = f"{scale:g}" if te_scale in (None, scale) else f"{te_scale:g}:{scale:g}"
+    return f"<{'lora' if kind == 'lora' else 'hypernet'}:{network_name(file)}:{both}>"
+
+
+def network_name(file: str) -> str:
+    """What a tag calls the adapter in a file: the name without its ending, and without what would end the tag."""
+    return "".join("_" if c in "<>:" or not c.isprintable() else c for c in PurePath(file).stem)
+
+
+@dataclass(frozen=True)
+class NetworkTag:
+    """What a `<lora:name:te:unet>` or `<hypernet:name:scale>` asks for: `scale` is the UNet's, or the hypernetwork's."""
+
+    kind: str
+    name: str
+    scale: float
+    te_scale: float
+
+
+def parse_network_tag(tag: str) -> NetworkTag | None:
+    """A tag of one of the kinds in `NETWORKS`; None if it is of no form that AUTOMATIC1111 reads.
+
+    Its numbers are the text encoder's strength, 1 if it is left out, then the UNet's, the text encoder's if left out; or they are named,
+    `te=0.5` and `unet=0.8`.
+    """
+    kind, *items = tag[1:-1].split(":")
+    if kind not in NETWORKS:
+        return None
+    named = dict(item.split("=", 1) for item in items if "=" in item)
+    placed = [item for item in items if "=" not in item]
+    if not placed or named.keys() - {"te", "unet"} or len(placed) > 3:
+        return None
+    try:
+        te_scale = float(named.get("te", placed[1] if len(placed) > 1 else 1.0))
+        scale = float(named.get("unet", placed[2] if len(placed) > 2 else te_scale))
+    except ValueError:
+        return None
+    return NetworkTag("hypernetwork" if kind == "hypernet" else "lora", placed[0], scale, te_scale)
+
+
+def _networks(prompt: str) -> Iterator[tuple[str, int, int]]:
+    """Kind, start and end of every `<kind:arguments>`."""
     start = 0
     while match := _NETWORK.search(prompt, start):
         end = prompt.find(">", match.end())
         if end < 0:
             return
         start = end + 1
-        yield match.group(1), prompt[match.start() : start]
+        yield match.group(1), match.start(), start
 
 
 # Emphasis

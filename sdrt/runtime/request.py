@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral, Real
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any, BinaryIO, TypedDict
 
-from sdrt.bundle import MAX_SIDE, MIN_SIDE, SIZE_STEP, Manifest
-from sdrt.errors import UsageError, one_of
-from sdrt.runtime.conditioning import EMPHASES, SYNTAXES
+from sdrt.bundle.manifest import MAX_BATCH, MAX_SIDE, MIN_SIDE, SIZE_STEP, Manifest
+from sdrt.errors import UsageError, nearest, one_of
+from sdrt.runtime.conditioning import EMPHASES, NETWORK_TAGS, SYNTAXES
 from sdrt.runtime.noise import MAX_SEED, NOISES
 from sdrt.runtime.samplers import COMPATS, parse_sampler
 from sdrt.runtime.schedule import MAX_STEPS
@@ -19,16 +21,16 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from PIL import Image
 
-    ImageInput = str | Path | Image.Image | NDArray[Any]
+    ImageInput = str | Path | bytes | BinaryIO | Image.Image | NDArray[Any]
 
 RESIZES = ("stretch", "crop", "fill")
-MAX_BATCH, MAX_COUNT, MAX_BLUR = 64, 10_000, 64
+MAX_COUNT, MAX_BLUR = 10_000, 64
 
 
 class Settings(TypedDict, total=False):
     """The keyword arguments of `Pipeline.__call__` and `Pipeline.stream`; `Request` documents them."""
 
-    negative: str
+    negative: str | Sequence[str]
     steps: int
     cfg: float
     seed: int | None
@@ -42,6 +44,7 @@ class Settings(TypedDict, total=False):
     clip_skip: int | None
     prompt_syntax: str | None
     emphasis: str
+    network_tags: str
     init_image: ImageInput | None
     strength: float | None
     mask: ImageInput | None
@@ -49,15 +52,52 @@ class Settings(TypedDict, total=False):
     resize: str
 
 
+class Parameters(TypedDict):
+    """What a result says of its request: JSON, with every open choice made.
+
+    The fields of `Request`, `prompt` and `negative` being lists where the request gave lists; `init_image` and `mask` are the paths they were read from,
+    as given, None where they came otherwise, and the `_sha256` of what was read; then the bundle's name and id, the files that went into it (kind, name,
+    sha256, scale, te_scale, trigger), and the version of sdrt that built it.
+    """
+
+    prompt: str | list[str]
+    negative: str | list[str]
+    steps: int
+    cfg: float
+    seed: int
+    sampler: str
+    schedule: str
+    size: list[int]
+    batch: int
+    count: int
+    compat: str
+    noise: str
+    clip_skip: int
+    prompt_syntax: str
+    emphasis: str
+    network_tags: str
+    init_image: str | None
+    init_image_sha256: str | None
+    strength: float | None
+    mask: str | None
+    mask_sha256: str | None
+    mask_blur: int
+    resize: str
+    bundle: str
+    bundle_id: str
+    sources: list[dict[str, Any]]
+    sdrt: str
+
+
 @dataclass(frozen=True)
 class Request:
-    """One call's settings.
+    """One call's settings. Numbers may be numpy's.
 
-    prompt: what to show; may be empty. docs/prompts.md has the syntax.
-    negative: what to steer away from; unused at guidance scale 1.
+    prompt: what to show; may be empty. docs/prompts.md has the syntax. A list gives each picture its own, and `count` is its length then.
+    negative: what to steer away from; unused at guidance scale 1. One for all pictures, or a list as long as that of the prompts.
     steps: 1 to 1000. Samplers of two model calls a step (heun) take nearly twice as many calls.
     cfg: guidance scale, 1 or more usually; 1 turns guidance off and halves the work.
-    seed: 0 to 2**64 - 1; None draws one, which the result names. Picture i of a call has seed + i and its own noise.
+    seed: 0 to 2**64 - 1; None, or -1 as in AUTOMATIC1111, draws one, which the result names. Picture i of a call has seed + i and its own noise.
     sampler: a key or label of `sdrt.runtime.samplers.SAMPLERS`, or diffusers' class name.
     schedule: which noise levels it passes through; None takes the sampler's own.
     size: (width, height) in pixels, multiples of 8 from 64 to 8192; None takes the bundle's.
@@ -68,15 +108,16 @@ class Request:
     clip_skip: text-encoder layer counted from the end, 1 the last, among those the bundle was built with; None takes the first of them.
     prompt_syntax: a1111 or plain; None is plain for diffusers, else a1111.
     emphasis: what `(word:1.2)` does: one of `sdrt.runtime.conditioning.EMPHASES`.
-    init_image: start from this picture instead of noise alone: a path, a Pillow image, or uint8 `[H, W, 3]`.
+    network_tags: refuse or ignore `<lora:name:0.8>` and the like that the bundle does not hold at that strength; what it holds needs no tag.
+    init_image: start from this picture instead of noise alone: a path, the bytes of a file, a file object, a Pillow image, or uint8 `[H, W, 3]`.
     strength: how much of the schedule an init image goes through, more than 0 to 1; None is 0.75 for a1111; 0.8, or 1 under a mask, for diffusers.
-    mask: what to repaint of the init image: white is repainted, black kept. A path, a Pillow image, or uint8 `[H, W]`.
+    mask: what to repaint of the init image: white is repainted, black kept. Given like it; an array may be uint8 `[H, W]`.
     mask_blur: radius in pixels by which the mask's edge is softened, 0 to 64; None is 4 for a1111, 0 for diffusers.
     resize: how an init image of another size is fitted: stretch, crop, or fill (its edges are drawn out).
     """
 
-    prompt: str
-    negative: str = ""
+    prompt: str | Sequence[str]
+    negative: str | Sequence[str] = ""
     steps: int = 20
     cfg: float = 7.0
     seed: int | None = None
@@ -90,6 +131,7 @@ class Request:
     clip_skip: int | None = None
     prompt_syntax: str | None = None
     emphasis: str = "original"
+    network_tags: str = "refuse"
     init_image: ImageInput | None = None
     strength: float | None = None
     mask: ImageInput | None = None
@@ -101,6 +143,25 @@ class Request:
         assert self.seed is not None
         return tuple(range(self.seed, self.seed + self.count))
 
+    @property
+    def texts(self) -> tuple[tuple[str, str], ...]:
+        """The prompt and the negative prompt of each picture."""
+        prompts, negatives = ((text,) * self.count if isinstance(text, str) else tuple(text) for text in (self.prompt, self.negative))
+        return tuple(zip(prompts, negatives, strict=True))
+
+
+def request_of_settings(prompt: str | Sequence[str], settings: Settings) -> Request:
+    """What a call with these keyword arguments asks for, nothing of it checked but their names.
+
+    Raises:
+        UsageError: there is no setting of a name.
+    """
+    known = Settings.__annotations__
+    for name in settings:
+        if name not in known:
+            raise UsageError(f"setting {name!r}: unknown{nearest(name, known)}", f"Choose among: {', '.join(known)}.")
+    return Request(prompt, **settings)
+
 
 def resolved(request: Request, manifest: Manifest) -> Request:
     """The request with every open choice made.
@@ -110,21 +171,25 @@ def resolved(request: Request, manifest: Manifest) -> Request:
     """
     compat = one_of("compat", request.compat, COMPATS)
     diffusers = compat == "diffusers"
-    sampler, schedule = parse_sampler(request.sampler, request.schedule, compat)
-    count = _range("count", request.count, 1, MAX_COUNT)
-    layers = manifest.text.clip_skip
+    named = None if request.schedule is None else _text("schedule", request.schedule)
+    sampler, schedule = parse_sampler(_text("sampler", request.sampler), named, compat)
+    prompt, negative, count = _texts(request)
+    layers = manifest.clip_skip
     clip_skip = layers[0] if request.clip_skip is None else request.clip_skip
+    if isinstance(clip_skip, Integral) and not isinstance(clip_skip, bool):
+        clip_skip = int(clip_skip)
     if clip_skip not in layers or isinstance(clip_skip, bool):
         built = ", ".join(map(str, layers))
         raise UsageError(f"clip skip {clip_skip!r}: this bundle was built for {built}", f"Choose one of them, or build again with --clip-skip {clip_skip}.")
     blur = (0 if diffusers else 4) if request.mask_blur is None else request.mask_blur
     return replace(
         request,
-        prompt=_text("prompt", request.prompt),
-        negative=_text("negative prompt", request.negative),
+        prompt=prompt,
+        negative=negative,
+        count=count,
         steps=_range("steps", request.steps, 1, MAX_STEPS),
-        cfg=_number("cfg", request.cfg),
-        seed=_range("seed", draw_seed() if request.seed is None else request.seed, 0, MAX_SEED - (count - 1)),
+        cfg=_number("cfg", request.cfg, "1 to 30 usually"),
+        seed=_range("seed", draw_seed() if request.seed in (None, -1) else request.seed, 0, MAX_SEED - (count - 1)),
         sampler=sampler,
         schedule=schedule,
         size=_size(request.size, manifest),
@@ -133,6 +198,7 @@ def resolved(request: Request, manifest: Manifest) -> Request:
         clip_skip=clip_skip,
         prompt_syntax=one_of("prompt syntax", request.prompt_syntax or ("plain" if diffusers else "a1111"), SYNTAXES),
         emphasis=one_of("emphasis", request.emphasis, EMPHASES),
+        network_tags=one_of("network tags", request.network_tags, NETWORK_TAGS),
         strength=_strength(request, diffusers),
         mask_blur=_range("mask blur", blur, 0, MAX_BLUR),
         resize=one_of("resize", request.resize, RESIZES),
@@ -144,6 +210,29 @@ def draw_seed() -> int:
     return secrets.randbelow(2**32)
 
 
+def _texts(request: Request) -> tuple[str | tuple[str, ...], str | tuple[str, ...], int]:
+    """The prompt and the negative prompt, each one text or one for each picture, and how many pictures there are."""
+    count = _range("count", request.count, 1, MAX_COUNT)
+    prompt, negative = (_one_or_each(name, text) for name, text in (("prompt", request.prompt), ("negative prompt", request.negative)))
+    if isinstance(prompt, str):
+        if not isinstance(negative, str):
+            raise UsageError(f"negative prompt: a list of {len(negative)}, with one prompt", "Give the prompts as a list too.")
+        return prompt, negative, count
+    if not 1 <= len(prompt) <= MAX_COUNT:
+        raise UsageError(f"prompt: a list of {len(prompt)}, expected 1 to {MAX_COUNT}")
+    if count not in (1, len(prompt)):
+        raise UsageError(f"count {count}: there are {len(prompt)} prompts", "Leave the count out: a list of prompts makes one picture of each.")
+    if not isinstance(negative, str) and len(negative) != len(prompt):
+        raise UsageError(f"negative prompt: a list of {len(negative)}, with {len(prompt)} prompts", "Give one for all, or one for each prompt.")
+    return prompt, negative, len(prompt)
+
+
+def _one_or_each(name: str, value: str | Sequence[str]) -> str | tuple[str, ...]:
+    if isinstance(value, (list, tuple)):
+        return tuple(_text(f"{name} {i}", each) for i, each in enumerate(value, 1))
+    return _text(name, value)
+
+
 def _strength(request: Request, diffusers: bool) -> float | None:
     if request.init_image is None:
         for name, value in (("strength", request.strength), ("mask", request.mask)):
@@ -152,7 +241,7 @@ def _strength(request: Request, diffusers: bool) -> float | None:
         return None
     if request.strength is None:
         return (0.8 if request.mask is None else 1.0) if diffusers else 0.75
-    strength = _number("strength", request.strength)
+    strength = _number("strength", request.strength, "more than 0 and at most 1")
     if not 0 < strength <= 1:
         raise UsageError(f"strength {strength}: expected more than 0 and at most 1", "0.75 repaints most of an image, 0.3 keeps its composition.")
     return strength
@@ -160,9 +249,9 @@ def _strength(request: Request, diffusers: bool) -> float | None:
 
 def _size(size: tuple[int, int] | None, manifest: Manifest) -> tuple[int, int]:
     chosen = manifest.latents.size if size is None else size
-    if len(chosen) != 2 or not all(isinstance(side, int) for side in chosen):
+    if not isinstance(chosen, (tuple, list)) or len(chosen) != 2 or not all(isinstance(side, Integral) for side in chosen):
         raise UsageError(f"size {chosen!r}: expected (width, height) in pixels")
-    width, height = chosen
+    width, height = map(int, chosen)
     for side in (width, height):
         if side % SIZE_STEP or not MIN_SIDE <= side <= MAX_SIDE:
             raise UsageError(f"size {width}x{height}: expected multiples of {SIZE_STEP} from {MIN_SIDE} to {MAX_SIDE}", _nearest_size(width, height))
@@ -174,23 +263,23 @@ def _nearest_size(width: int, height: int) -> str:
     return "The nearest is {}x{}.".format(*sides)
 
 
-def _text(name: str, value: str) -> str:
+def _text(name: str, value: object) -> str:
     if not isinstance(value, str):
         raise UsageError(f"{name}: expected text, found {type(value).__name__}")
     return value
 
 
 def _range(name: str, value: int, low: int, high: int) -> int:
-    if not isinstance(value, int) or isinstance(value, bool):
+    if not isinstance(value, Integral) or isinstance(value, bool):
         raise UsageError(f"{name} {value!r}: expected a whole number")
     if not low <= value <= high:
         raise UsageError(f"{name} {value}: expected {low} to {high}")
-    return value
+    return int(value)
 
 
-def _number(name: str, value: float) -> float:
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
+def _number(name: str, value: float, usual: str) -> float:
+    if not isinstance(value, Real) or isinstance(value, bool):
         raise UsageError(f"{name} {value!r}: expected a number")
     if not math.isfinite(value) or abs(value) > 1e4:
-        raise UsageError(f"{name} {value}: expected a finite number, 1 to 30 usually")
-    return value
+        raise UsageError(f"{name} {value}: expected a finite number, {usual}")
+    return int(value) if isinstance(value, Integral) else float(value)

@@ -9,14 +9,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
-from sdrt.bundle import Diffusion
-from sdrt.errors import BundleError, UsageError, nearest, one_of
+from sdrt.bundle.manifest import Diffusion
+from sdrt.errors import UsageError, nearest, one_of
 from sdrt.runtime import levels as lv
 from sdrt.runtime import sigma_samplers as by_sigma
 from sdrt.runtime import timestep_samplers as by_timestep
 from sdrt.runtime.levels import Levels, Request
 from sdrt.runtime.schedule import ALIASES, MAX_STEPS, SCHEDULES, SPACINGS, training_sigmas
-from sdrt.runtime.trace import PREDICTIONS, Noise, Row, Trace
+from sdrt.runtime.trace import Noise, Row, Trace
 
 __all__ = ["COMPATS", "SAMPLERS", "Noise", "Recipe", "Row", "Sampler", "parse_sampler", "plan_rows"]
 
@@ -182,15 +182,12 @@ def plan_rows(
 
     Raises:
         UsageError: steps or strength are out of range, or leave no model call.
-        BundleError: what the manifest says of the network makes no sense.
     """
     most = min(MAX_STEPS, diffusion.num_timesteps)
     if not 1 <= steps <= most:
         raise UsageError(f"steps {steps}: expected 1 to {most}", "20 to 30 suit most samplers.")
     if strength is not None and not 0 < strength <= 1:
         raise UsageError(f"strength {strength}: expected more than 0 and at most 1", "0.75 repaints most of an image, 0.3 keeps its composition.")
-    if diffusion.prediction not in PREDICTIONS:
-        raise BundleError(f"manifest.json, diffusion.prediction: {diffusion.prediction!r}: expected one of {', '.join(PREDICTIONS)}", "Build the bundle again.")
     training = training_sigmas(diffusion)
     how = recipe(sampler, compat)
     levels = how.levels(Request(schedule, steps, training, strength, fix_steps))

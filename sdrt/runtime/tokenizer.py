@@ -1,11 +1,12 @@
-"""Prompt to token ids: CLIP's byte-pair encoding, read from the bundle's tokenizer.json by the `tokenizers` library; learned embeddings by trigger."""
+"""Prompt to token ids: CLIP's byte-pair encoding, and learned embeddings by trigger."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
 
-from sdrt.bundle import Text
+from sdrt.bpe import END_OF_WORD, read_bpe
+from sdrt.bundle.manifest import Text
 from sdrt.errors import BundleError, UsageError, printable
 
 
@@ -16,13 +17,11 @@ class Tokenizer:
         """Read the vocabulary and the triggers of `text.embeddings`.
 
         Raises:
-            BundleError: a trigger has no tokens, the tokens of another one, or more rows than a chunk holds.
+            BundleError: the file is not CLIP's tokenizer; or a trigger has no tokens, the tokens of another one, or more rows than a chunk holds.
         """
-        from tokenizers import Tokenizer as Backend
-
-        self._backend = Backend.from_file(str(file))
+        self._bpe = read_bpe(file)
         self.text = text
-        self.comma: int | None = self._backend.token_to_id(",</w>")
+        self.comma: int | None = self._bpe.ids.get("," + END_OF_WORD)
         self._triggers: dict[int, list[tuple[list[int], tuple[int, ...]]]] = {}
         for trigger, rows in text.embeddings.items():
             self._add_trigger(trigger, rows)
@@ -34,10 +33,9 @@ class Tokenizer:
             UsageError: not valid Unicode.
         """
         try:
-            ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
-        except (UnicodeEncodeError, TypeError) as error:
+            return self._bpe.encode(text)
+        except UnicodeEncodeError as error:
             raise UsageError(f"prompt: not valid Unicode text: {error}", "Remove the lone surrogates.") from error
-        return ids
 
     def embedding_at(self, tokens: Sequence[int], position: int) -> tuple[tuple[int, ...], int] | None:
         """The rows of the learned embedding whose trigger starts at `position`, the longest first, and how many tokens the trigger has."""

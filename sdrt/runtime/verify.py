@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sdrt.bundle import STEP_TABLES, WEIGHTS, Bundle, check_files, open_bundle
-from sdrt.engine_cache import engine_folders, mismatch, platform_name, read_intact, read_plan
+from sdrt.bundle.folder import Bundle, open_bundle
+from sdrt.bundle.graphs import STEP, dimensions, signatures
+from sdrt.bundle.manifest import WEIGHTS, reference_path
+from sdrt.engine_cache import check_all, mismatch, platform_name, read_plan
 from sdrt.engine_record import EngineRecord
-from sdrt.errors import BundleError, CheckFailed
+from sdrt.errors import BundleError, CheckFailed, printable
+from sdrt.interruptible import interruptible
 from sdrt.parity import compare, read_reference
 from sdrt.runtime import onnxruntime_model
 from sdrt.runtime.cpu import cpu_identity
@@ -22,6 +26,8 @@ from sdrt.runtime.cpu import cpu_identity
 log = logging.getLogger("sdrt")
 
 Arrays = dict[str, NDArray[Any]]
+Reference = tuple[Arrays, Arrays]
+"""Inputs of a graph and the outputs they should give, by name."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +41,7 @@ class GraphCheck:
 
 
 def verify(path: Path) -> list[GraphCheck]:
-    """Check every file's hash, engines' too, then run every graph on its reference inputs, through ONNX Runtime and each engine for a CPU.
+    """Check every file's hash, engines' too, and that there is no other file; then run every graph on its reference inputs, through ONNX Runtime and each engine for a CPU.
 
     Engines for GPUs are not run.
 
@@ -46,21 +52,21 @@ def verify(path: Path) -> list[GraphCheck]:
     """
     try:
         bundle = open_bundle(path)
-        check_files(bundle)
-        engines = [(folder, read_intact(folder)) for folder in engine_folders(bundle)]
+        engines = check_all(bundle)
+        references = {graph: _reference(bundle, graph) for graph in bundle.manifest.graphs}
     except BundleError as error:
         raise CheckFailed(error.message, error.fix) from error
     checks: list[GraphCheck] = []
     for graph, by_precision in bundle.manifest.graphs.items():
-        inputs, expected = read_reference(bundle.file(f"reference/{graph}.npz"))
-        for precision, record in by_precision.items():
-            found = onnxruntime_model.run_graph(bundle.graph(graph, precision), inputs)
-            checks += _compared(graph, record.compute, "onnxruntime", expected, found)
+        inputs, expected = references[graph]
+        for compute in by_precision:
+            found = onnxruntime_model.run_graph(bundle.graph(graph, compute), inputs)
+            checks += _compared(graph, compute, "onnxruntime", expected, found)
     for folder, engine in engines:
         if engine.key.target == "openvino":
-            checks += _openvino_checks(bundle, folder, engine)
+            checks += _openvino_checks(bundle, folder, engine, references)
         elif engine.key.target == onnxruntime_model.TARGET:
-            checks += _onnxruntime_checks(bundle, folder, engine)
+            checks += _onnxruntime_checks(bundle, folder, engine, references)
     if bad := [check for check in checks if not check.error <= check.limit]:
         where = f"{bundle.path}: {bad[0].graph}: {bad[0].output}: {bad[0].backend}"
         raise CheckFailed(
@@ -69,12 +75,27 @@ def verify(path: Path) -> list[GraphCheck]:
     return checks
 
 
+def _reference(bundle: Bundle, graph: str) -> Reference:
+    """A graph's inputs and the outputs it should give.
+
+    Raises:
+        BundleError: the file is no archive of arrays, or of other ones.
+    """
+    path = bundle.file(reference_path(graph))
+    inputs, expected = read_reference(path)
+    for record in bundle.manifest.graphs[graph].values():
+        for kind, found, named in (("inputs", inputs, record.inputs), ("outputs", expected, record.outputs)):
+            if named and found.keys() != set(named):
+                raise BundleError(f"{path}: {kind} {printable(', '.join(sorted(found))[:200])}: expected {', '.join(sorted(named))}", "Build the bundle again.")
+    return inputs, expected
+
+
 def _compared(graph: str, compute: str, backend: str, expected: Arrays, found: Arrays) -> Iterator[GraphCheck]:
     for parity in compare(expected, found, compute):
         yield GraphCheck(graph, compute, backend, parity.output, parity.error, parity.limit)
 
 
-def _onnxruntime_checks(bundle: Bundle, folder: Path, record: EngineRecord) -> Iterator[GraphCheck]:
+def _onnxruntime_checks(bundle: Bundle, folder: Path, record: EngineRecord, references: Mapping[str, Reference]) -> Iterator[GraphCheck]:
     """Every saved model against the reference, where it was made for this machine; elsewhere it never runs."""
     if mismatch(record, bundle):
         return  # of other graphs or weights: never used
@@ -83,12 +104,12 @@ def _onnxruntime_checks(bundle: Bundle, folder: Path, record: EngineRecord) -> I
         log.warning("%s: only its hashes are checked: %s", folder, why)
         return
     for graph in record.plans:
-        inputs, expected = read_reference(bundle.file(f"reference/{graph}.npz"))
+        inputs, expected = references[graph]
         found = onnxruntime_model.run_engine((folder, record), graph, inputs)
         yield from _compared(graph, record.key.precision, f"onnxruntime {folder.name}", expected, found)
 
 
-def _openvino_checks(bundle: Bundle, folder: Path, record: EngineRecord) -> Iterator[GraphCheck]:
+def _openvino_checks(bundle: Bundle, folder: Path, record: EngineRecord, references: Mapping[str, Reference]) -> Iterator[GraphCheck]:
     """Every graph of an engine against the reference: its blob where that was made for this machine and the reference's shapes, else the
     same graph compiled the same way for those shapes."""
     from sdrt.runtime import openvino_model
@@ -98,23 +119,25 @@ def _openvino_checks(bundle: Bundle, folder: Path, record: EngineRecord) -> Iter
     if openvino_model.openvino_version() is None:
         log.warning("%s: only its hashes are checked: openvino is not installed", folder)
         return
+    tables = signatures(dimensions(bundle.manifest))[STEP].tables
     ov = openvino_model.import_openvino("backend openvino")
     core = ov.Core()
     stale, precision = openvino_model.fit(core, bundle, record)
     for graph in record.plans:
-        inputs, expected = read_reference(bundle.file(f"reference/{graph}.npz"))
+        inputs, expected = references[graph]
         made_for = {name: largest for name, (_, _, largest) in record.key.profiles[graph][0].shapes.items()}
-        padded = {name: _more_rows(array, made_for[name][0]) if name in STEP_TABLES else array for name, array in inputs.items()}
+        padded = {name: _more_rows(array, made_for[name][0]) if graph == STEP and name in tables else array for name, array in inputs.items()}
         if not stale and {name: array.shape for name, array in padded.items()} == made_for:
             inputs, blob = padded, read_plan(folder, record, graph)
-            compiled = openvino_model.import_blob(ov, core, f"{folder}: {graph}", blob, bundle.file(WEIGHTS), precision, None)
+            compiled = interruptible(partial(openvino_model.import_blob, ov, core, f"{folder}: {graph}", blob, bundle.file(WEIGHTS), precision, None))
         else:
             shapes = {name: array.shape for name, array in inputs.items()}
-            compiled, _ = openvino_model.compile_graph(ov, core, bundle.graph(graph, "fp32"), shapes, precision, None)
-        found = compiled.create_infer_request().infer(inputs)
+            path = bundle.graph(graph, "fp32")
+            compiled, _ = interruptible(partial(openvino_model.compile_graph, ov, core, path, shapes, precision, None))
+        found = openvino_model.run_once(ov, compiled, f"{folder}: {graph}", inputs)
         outputs = {name: np.asarray(found[name]).astype(array.dtype, copy=False) for name, array in expected.items()}
         yield from _compared(graph, precision, f"openvino {folder.name}", expected, outputs)
 
 
 def _more_rows(table: NDArray[Any], rows: int) -> NDArray[Any]:
-    return np.concatenate([table, np.zeros((rows - len(table), *table.shape[1:]), table.dtype)])
+    return np.concatenate([table, np.zeros((max(rows - len(table), 0), *table.shape[1:]), table.dtype)])
