@@ -26,7 +26,7 @@ from sdrt.bundle.folder import open_bundle
 SLOWER = """
 import os, time
 from sdrt.bench import instruments
-begin, share = instruments.TimedDenoising.__init__, float(os.environ["SLOWER"])
+begin, share = instruments.TimedBatch.__init__, float(os.environ["SLOWER"])
 def slowed(self, *arguments):
     begin(self, *arguments)
     step = self._step
@@ -37,7 +37,7 @@ def slowed(self, *arguments):
         while time.perf_counter() < end:
             pass
     self._step = longer
-instruments.TimedDenoising.__init__ = slowed
+instruments.TimedBatch.__init__ = slowed
 """
 
 
