@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy as np
 
 from sdrt.export.architecture import Architecture, ClipSpec, UNetSpec, VaeSpec
+from sdrt.export.families.keys import diffusers_module
 from sdrt.export.families.sd1 import CLIP, UNET
 from sdrt.export.graph import recipes
-from sdrt.export.keys import diffusers_module
 
 SD15 = Architecture(
     "sd1",

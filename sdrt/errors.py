@@ -20,7 +20,7 @@
     ├── NotComparableError     9 500  two measurements of different things
     └── Cancelled            130 499  a request was cancelled; 499 is nginx's, as nobody waits for the answer
 
-The library raises; only `sdrt.cli` prints and exits. Standard library only.
+The library raises; only `sdrt.cli.app` prints and exits. Standard library only.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class UsageError(SdrtError):
 
 
 class MissingEngineError(SdrtError):
-    """`data` has the shape that was `wanted` and the `shapes` that engines of the bundle take, as `sdrt.engine_shapes` has them."""
+    """`data` has the shape that was `wanted` and the `shapes` that engines of the bundle take, as `sdrt.engines.shapes` has them."""
 
     exit_code = 2
     http_status = 503

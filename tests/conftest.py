@@ -31,7 +31,7 @@ def flat_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def blindbox_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The emoji checkpoint with its LoRA at scale 1, weights in float16."""
-    from sdrt.export.adapters import LoraOption
+    from sdrt.export.adapters.match import LoraOption
     from sdrt.export.build import BuildOptions, build
 
     return build(BuildOptions(CHECKPOINT, (LoraOption(LORA),), output=tmp_path_factory.mktemp("blindbox") / "blindbox.sdrt")).path

@@ -14,7 +14,7 @@ import typer
 import yaml
 from conftest import ROOT
 
-from sdrt.cli import app
+from sdrt.cli.app import app
 
 ACTION: dict[str, Any] = yaml.safe_load((ROOT / "action.yml").read_text())
 CALLS = "calls"

@@ -62,8 +62,17 @@ def modules_of(folder: str) -> list[str]:
 
 
 def test_the_runtime_imports_no_torch() -> None:
-    modules = [*modules_of("runtime"), *modules_of("compile"), "sdrt", "sdrt.bundle", "sdrt.errors", "sdrt.publish", "sdrt.parity", "sdrt.cli"]
-    assert {"sdrt.runtime.pipeline", "sdrt.runtime.onnxruntime", "sdrt.runtime.verify", "sdrt.compile"} <= set(modules)
+    modules = [
+        *modules_of("runtime"),
+        *modules_of("compile"),
+        "sdrt",
+        "sdrt.bundle",
+        "sdrt.errors",
+        "sdrt.files.publish",
+        "sdrt.bundle.reference",
+        "sdrt.cli.app",
+    ]
+    assert {"sdrt.runtime.pipeline", "sdrt.runtime.backends.onnxruntime.engine", "sdrt.runtime.verify", "sdrt.compile"} <= set(modules)
     loaded = imported_by(*modules)
     assert set(modules) <= loaded
     assert not loaded & {*BUILD_ONLY, "onnxruntime", "openvino", "tensorrt", "tensorrt_rtx", "cuda"}
@@ -78,7 +87,7 @@ def test_the_runtime_imports_no_engine_until_it_loads_one() -> None:
 
 def test_inspecting_and_choosing_need_no_torch() -> None:
     """What reads headers only, and what the command imports before it knows that a file is good."""
-    loaded = imported_by("sdrt.export.inspect", "sdrt.export.adapters", "sdrt.export.checkpoint", "sdrt.export.architecture", "sdrt.export.build")
+    loaded = imported_by("sdrt.export.inspect", "sdrt.export.adapters.match", "sdrt.export.read.checkpoint", "sdrt.export.architecture", "sdrt.export.build")
     assert not loaded & {"torch", "onnx", "onnxscript", "onnx_ir", "onnxruntime"}
 
 
@@ -92,7 +101,7 @@ def test_generate_without_torch(blindbox_bundle: Path, tmp_path: Path) -> None:
 
     from sdrt.runtime import Pipeline
 
-    script = LOCKED_DOWN + "from sdrt.cli import app\napp()"
+    script = LOCKED_DOWN + "from sdrt.cli.app import app\napp()"
     arguments = ["red apple", "--steps", "6", "--cfg", "3", "--seed", "11", "--sampler", "euler_a", "--output", "apple.png", "--json"]
     report = json.loads(run_python(script, "generate", str(blindbox_bundle), *arguments, cwd=tmp_path))
     assert report["pictures"] == [{"path": "apple.png", "seed": 11}]
@@ -154,40 +163,40 @@ def in_folder(folder: str) -> list[str]:
 
 
 def test_the_files_are_found() -> None:
-    assert {"cli.py", "bundle.py", "export/build.py", "runtime/pipeline.py", "compile/__init__.py"} <= set(FILES)
+    assert {"cli/app.py", "bundle.py", "export/build.py", "runtime/pipeline.py", "compile/__init__.py"} <= set(FILES)
     assert {"sdrt.bundle", "sdrt.export.graph", "sdrt.export.selfcheck.check"} <= imports("export/build.py")  # also those inside functions
 
 
 @pytest.mark.parametrize("file", in_folder("export"))
 def test_export_names_neither_runtime_nor_compile(file: str) -> None:
-    assert not below(imports(file), "sdrt.runtime", "sdrt.compile", "sdrt.cli")
+    assert not below(imports(file), "sdrt.runtime", "sdrt.compile", "sdrt.cli.app")
 
 
 @pytest.mark.parametrize("file", in_folder("runtime"))
 def test_runtime_names_neither_export_nor_compile(file: str) -> None:
-    assert not below(imports(file), "sdrt.export", "sdrt.compile", "sdrt.cli", *BUILD_ONLY)
+    assert not below(imports(file), "sdrt.export", "sdrt.compile", "sdrt.cli.app", *BUILD_ONLY)
 
 
 @pytest.mark.parametrize("file", in_folder("compile"))
 def test_compile_names_no_build_package(file: str) -> None:
-    assert not below(imports(file), "sdrt.cli", "torch", "transformers", "diffusers")
+    assert not below(imports(file), "sdrt.cli.app", "torch", "transformers", "diffusers")
 
 
 @pytest.mark.parametrize("file", [file for file in FILES if "/" not in file])
 def test_shared_files_name_no_build_package(file: str) -> None:
     assert not below(imports(file), *BUILD_ONLY)
     if file not in COMMAND:
-        assert not below(imports(file), "sdrt.export", "sdrt.runtime", "sdrt.compile", "sdrt.cli")
+        assert not below(imports(file), "sdrt.export", "sdrt.runtime", "sdrt.compile", "sdrt.cli.app")
 
 
 @pytest.mark.parametrize(
-    "file", sorted({"bundle.py", "errors.py", "publish.py", *(f for f in FILES if "tandard library only" in (ast.get_docstring(tree(f)) or ""))})
+    "file", sorted({"bundle.py", "errors.py", "files/publish.py", *(f for f in FILES if "tandard library only" in (ast.get_docstring(tree(f)) or ""))})
 )
 def test_standard_library_only(file: str) -> None:
     assert {name.partition(".")[0] for name in imports(file)} <= {*sys.stdlib_module_names, "sdrt"}
 
 
-@pytest.mark.parametrize("file", [file for file in FILES if file != "engine_libraries.py"])
+@pytest.mark.parametrize("file", [file for file in FILES if file != "machine/engine_libraries.py"])
 def test_engines_are_imported_with_their_reports_switched_off(file: str) -> None:
     """Only `engine_libraries.py` imports them; what a type checker alone reads is left out."""
     unread = {node for outer in ast.walk(tree(file)) if isinstance(outer, ast.If) and ast.unparse(outer.test) == "TYPE_CHECKING" for node in outer.body}
@@ -234,14 +243,14 @@ def test_only_the_command_prints_and_exits(file: str) -> None:
 
 
 def test_the_command_does_print() -> None:
-    assert "typer.echo" in {name for name, _ in calls("cli.py")}
+    assert "typer.echo" in {name for name, _ in calls("cli/app.py")}
 
 
 # The network
 
 
 def test_build_and_generate_without_network(no_network: None, tmp_path: Path) -> None:
-    from sdrt.export.adapters import LoraOption
+    from sdrt.export.adapters.match import LoraOption
     from sdrt.export.build import BuildOptions, build
     from sdrt.runtime import Pipeline
 
@@ -251,8 +260,8 @@ def test_build_and_generate_without_network(no_network: None, tmp_path: Path) ->
 
 
 def test_tracing_without_network(no_network: None) -> None:
-    from sdrt.export.checkpoint import open_checkpoint
     from sdrt.export.graph import recipes, trace
+    from sdrt.export.read.checkpoint import open_checkpoint
 
     checkpoint = open_checkpoint(CHECKPOINT)
     checkpoint.close()

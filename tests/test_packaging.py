@@ -80,7 +80,7 @@ def test_the_wheel_alone_makes_a_picture(distributions: Path, small_bundle: Path
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path / "site")
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")} | {"PYTHONPATH": str(tmp_path / "site")}
-    script = f"import sdrt; assert sdrt.__file__.startswith({str(tmp_path)!r}); from sdrt.cli import app; app()"
+    script = f"import sdrt; assert sdrt.__file__.startswith({str(tmp_path)!r}); from sdrt.cli.app import app; app()"
     command = [sys.executable, "-c", script, "generate", str(small_bundle), "apple", "--steps", "1", "--output", "apple.png", "--json"]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

@@ -26,9 +26,9 @@ from torch import Tensor
 from trainable import Model, Trainable
 
 from sdrt.errors import InputFileError, SdrtError, UsageError
-from sdrt.export.checkpoint import open_checkpoint
-from sdrt.export.hypernetworks import ACTIVATIONS
-from sdrt.publish import staged_file, write_file
+from sdrt.export.adapters.hypernetwork import ACTIVATIONS
+from sdrt.export.read.checkpoint import open_checkpoint
+from sdrt.files.publish import staged_file, write_file
 
 HERE = Path(__file__).parent
 UNCAPTIONED = 0.1

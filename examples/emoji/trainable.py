@@ -23,18 +23,18 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from sdrt.bpe import read_bpe
+from sdrt.bundle.bpe import read_bpe
 from sdrt.errors import AdapterError
+from sdrt.export.adapters.hypernetwork import ACTIVATIONS
 from sdrt.export.architecture import Architecture, HypernetworkSpec
-from sdrt.export.checkpoint import open_checkpoint
-from sdrt.export.clip import TextEncoder
+from sdrt.export.families.keys import diffusers_module
 from sdrt.export.families.sd1 import SD1, UNET
-from sdrt.export.hypernetworks import ACTIVATIONS
-from sdrt.export.keys import diffusers_module
+from sdrt.export.networks.clip import TextEncoder
+from sdrt.export.networks.unet import Hypernetworks, UNet
+from sdrt.export.networks.vae import VaeDecoder, VaeEncoder
+from sdrt.export.read.checkpoint import open_checkpoint
 from sdrt.export.tokenizer import write_tokenizer
-from sdrt.export.unet import Hypernetworks, UNet
-from sdrt.export.vae import VaeDecoder, VaeEncoder
-from sdrt.publish import staged_file, write_file
+from sdrt.files.publish import staged_file, write_file
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from sdrt.bundle.folder import Bundle
 from sdrt.bundle.graphs import REGISTERS, STEP, TEXT_ENCODER, VAE_DECODER, context_output, dimensions, signatures
 from sdrt.bundle.manifest import reference_path
+from sdrt.bundle.reference import Parity, compare
 from sdrt.errors import SdrtError
-from sdrt.parity import Parity, compare
 from sdrt.runtime.engine import Engine, Job
 
 SKETCH = 256

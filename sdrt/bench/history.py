@@ -14,8 +14,8 @@ from typing import Any
 from sdrt.bench.metrics import METRICS
 from sdrt.bench.result import SCHEMA, check_schema, parse_json, series, series_key
 from sdrt.bench.statistics import fence
-from sdrt.document import read_given
 from sdrt.errors import InputFileError, LockedError, ResourceError, UsageError
+from sdrt.files.read import read_given
 
 FILE = "history.jsonl"
 MAX_HISTORY_BYTES = 256 << 20
@@ -85,7 +85,7 @@ def _whole_bytes(descriptor: int, end: int) -> int:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Hold a lock beside the file. Those of `sdrt.lock` only save work and may be gone without; here two writers would tear lines."""
+    """Hold a lock beside the file. Those of `sdrt.files.lock` only save work and may be gone without; here two writers would tear lines."""
     with path.open("a+b") as stream:
         deadline = time.monotonic() + _LOCK_S
         while not _try_lock(stream.fileno()):

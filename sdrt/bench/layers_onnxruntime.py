@@ -10,7 +10,7 @@ from typing import Any
 
 from sdrt.bench.operators import Operator, matrix_flops, operator
 from sdrt.errors import MachineError
-from sdrt.runtime.onnxruntime_model import import_onnxruntime, open_graph
+from sdrt.runtime.backends.onnxruntime.model import import_onnxruntime, open_graph
 
 _PACKED = ("MatMul", "FusedMatMul", "MatMulIntegerToFloat")
 _FLOAT_BYTES = 4

@@ -14,8 +14,8 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from sdrt import engine_libraries
 from sdrt.bench.operators import Operator, attention_flops, fitted, matrix_flops, operator
+from sdrt.machine import engine_libraries
 
 Attention = tuple[tuple[int, ...], ...]
 """Shapes `[n, heads, rows, width]` of an attention's query, key and value."""

@@ -17,7 +17,7 @@ from typing import IO, TYPE_CHECKING, Any
 from sdrt.bench.device_times import DEVICE_METRICS
 from sdrt.bundle.graphs import STEP
 from sdrt.errors import MachineError, SdrtError
-from sdrt.memory import peak_rss_bytes
+from sdrt.machine.memory import peak_rss_bytes
 
 if TYPE_CHECKING:
     from sdrt.bench.instruments import Readings

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from sdrt.bench.statistics import MAX_PAIRS
-from sdrt.document import read_document
 from sdrt.errors import InputFileError, UsageError, nearest, printable
+from sdrt.files.read import read_document
 
 MAX_GATES_BYTES = 1 << 20
 UNPAIRED_FACTOR = 2.0

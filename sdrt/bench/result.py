@@ -15,9 +15,9 @@ from typing import Any, NoReturn
 
 from sdrt.bench.metrics import METRICS
 from sdrt.bench.statistics import detectable, fit_cost, summarise, usable
-from sdrt.document import read_given
 from sdrt.errors import InputFileError, MachineError, printable
-from sdrt.publish import staged_file, write_file
+from sdrt.files.publish import staged_file, write_file
+from sdrt.files.read import read_given
 
 SCHEMA = 1
 MAX_RESULT_BYTES = 256 << 20

@@ -16,7 +16,7 @@ from sdrt.bench.child import Child, in_fresh_process, measuring, understood
 from sdrt.bench.measure import ONCE, Request
 from sdrt.bundle.manifest import WEIGHTS
 from sdrt.errors import MachineError, ResourceError
-from sdrt.memory import available_bytes
+from sdrt.machine.memory import available_bytes
 
 Answers = tuple[Mapping[str, Any], Mapping[str, Any]]
 """What the old and the new side's process answered."""

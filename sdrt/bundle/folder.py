@@ -10,10 +10,10 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from sdrt.bundle.graph_check import check_graph
 from sdrt.bundle.graphs import dimensions, signatures
 from sdrt.bundle.manifest import ENGINES, MANIFEST, MAX_MANIFEST_BYTES, WEIGHTS, FileRecord, Manifest, read_manifest
 from sdrt.errors import BundleError, InputFileError, UsageError, printable
-from sdrt.graph_check import check_graph
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Bundle:
         return self.path / name
 
     def graph(self, graph: str, precision: str) -> Path:
-        """Path of a graph file that `sdrt.graph_check` has read: the one way for an engine to a graph.
+        """Path of a graph file that `sdrt.bundle.graph_check` has read: the one way for an engine to a graph.
 
         Raises:
             BundleError: the bundle has no such graph at that precision, or it is not as builds write them.

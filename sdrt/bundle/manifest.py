@@ -9,9 +9,9 @@ from pathlib import Path, PurePosixPath
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
-from sdrt.document import read_document, strict_json
 from sdrt.errors import BundleError, MachineError, nearest, printable
-from sdrt.publish import write_file
+from sdrt.files.publish import write_file
+from sdrt.files.read import read_document, strict_json
 
 FORMAT = 2
 MANIFEST = "manifest.json"

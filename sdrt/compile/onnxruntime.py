@@ -15,14 +15,14 @@ from sdrt.bundle.folder import Bundle, check_files, file_record
 from sdrt.bundle.graphs import GRAPHS
 from sdrt.bundle.manifest import WEIGHTS
 from sdrt.compile import worker
-from sdrt.compile.report import CompileOptions, CompileReport, GraphReport
+from sdrt.compile.options import CompileOptions, CompileReport, GraphReport
 from sdrt.compile.together import engines_together
 from sdrt.compile.watch import Progress
-from sdrt.engine_cache import NewEngine, engine_folder, platform_name, read_intact, write_record
-from sdrt.engine_record import FORMAT, EngineKey, EngineRecord, ExternalData, Plan
+from sdrt.engines.record import FORMAT, EngineKey, EngineRecord, ExternalData, Plan
+from sdrt.engines.store import NewEngine, engine_folder, platform_name, read_intact, write_record
 from sdrt.errors import BundleError, MachineError, UsageError
-from sdrt.runtime.cpu import cpu_identity
-from sdrt.runtime.onnxruntime_model import FLAGS, PRECISION, TARGET, import_onnxruntime, weights_path
+from sdrt.machine.cpu import cpu_identity
+from sdrt.runtime.backends.onnxruntime.model import FLAGS, PRECISION, TARGET, import_onnxruntime, weights_path
 
 log = logging.getLogger("sdrt")
 

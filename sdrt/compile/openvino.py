@@ -16,16 +16,16 @@ from typing import Any
 from sdrt.bundle.folder import Bundle, check_files
 from sdrt.bundle.graphs import GRAPHS
 from sdrt.bundle.manifest import WEIGHTS
-from sdrt.compile.report import CompileOptions, CompileReport, GraphReport
+from sdrt.compile.options import CompileOptions, CompileReport, GraphReport
 from sdrt.compile.shapes import resolve_shapes
 from sdrt.compile.together import engines_together
 from sdrt.compile.watch import Progress
-from sdrt.engine_cache import NewEngine, engine_folder, platform_name, read_intact, state_bytes, write_engine
-from sdrt.engine_record import FORMAT, EngineKey, EngineRecord, Plan, Profile
+from sdrt.engines.record import FORMAT, EngineKey, EngineRecord, Plan, Profile
+from sdrt.engines.store import NewEngine, engine_folder, platform_name, read_intact, state_bytes, write_engine
 from sdrt.errors import BundleError, MachineError, UsageError
-from sdrt.interruptible import interruptible
-from sdrt.runtime.cpu import cpu_identity
-from sdrt.runtime.openvino_model import (
+from sdrt.machine.cpu import cpu_identity
+from sdrt.machine.interruptible import interruptible
+from sdrt.runtime.backends.openvino.model import (
     FLAGS,
     StepShape,
     choose_precision,

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from sdrt.bundle.reference import compare, read_reference
 from sdrt.errors import MachineError, ResourceError, SdrtError
-from sdrt.parity import compare, read_reference
-from sdrt.runtime.onnxruntime_model import PRECISION, explained, import_onnxruntime, open_graph, open_saved, outputs_of
+from sdrt.runtime.backends.onnxruntime.model import PRECISION, explained, import_onnxruntime, open_graph, open_saved, outputs_of
 
 _NOT_WRITTEN = ("Failed to write external initializers", "Protobuf serialization failed", "No space left")
 """What ONNX Runtime says of a file that it could not write; it does not say why."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from sdrt.bundle.graphs import STEP, concrete, dimensions, signatures, table_rows
 from sdrt.bundle.manifest import MAX_BATCH, MAX_BRANCHES, MAX_CHUNKS, MAX_SIDE, MIN_SIDE, SIZE_STEP, Manifest
-from sdrt.engine_record import MAX_ROWS, Profile
+from sdrt.engines.record import MAX_ROWS, Profile
 from sdrt.errors import UsageError
 
 Range = tuple[int, int, int]

@@ -13,13 +13,13 @@ from sdrt.bundle.folder import Bundle, check_files
 from sdrt.bundle.graphs import GRAPHS
 from sdrt.bundle.manifest import WEIGHTS
 from sdrt.compile import worker
-from sdrt.compile.network import Compiler, Demand, build_flags, import_compiler, library
-from sdrt.compile.report import CompileOptions, CompileReport, GraphReport
+from sdrt.compile.options import CompileOptions, CompileReport, GraphReport
 from sdrt.compile.shapes import largest_demand, profiles_of, resolve_shapes
+from sdrt.compile.tensorrt_network import Compiler, Demand, build_flags, import_compiler, library
 from sdrt.compile.together import engines_together
 from sdrt.compile.watch import Progress
-from sdrt.engine_cache import RTX_SMS, NewEngine, engine_folder, platform_name, read_intact, state_bytes, write_engine
-from sdrt.engine_record import FORMAT, EngineKey, EngineRecord, Plan
+from sdrt.engines.record import FORMAT, EngineKey, EngineRecord, Plan
+from sdrt.engines.store import RTX_SMS, NewEngine, engine_folder, platform_name, read_intact, state_bytes, write_engine
 from sdrt.errors import BundleError, MachineError, UsageError
 from sdrt.machine.packages import install_command
 

@@ -8,9 +8,9 @@ from contextlib import contextmanager
 from sdrt.bundle.folder import Bundle
 from sdrt.bundle.manifest import ENGINES
 from sdrt.compile.watch import WAITING, Progress
-from sdrt.engine_cache import NewEngine, new_engines
-from sdrt.lock import locked
-from sdrt.publish import sweep_stages
+from sdrt.engines.store import NewEngine, new_engines
+from sdrt.files.lock import locked
+from sdrt.files.publish import sweep_stages
 
 
 @contextmanager

@@ -27,12 +27,12 @@ from threading import Event, Thread
 from typing import Any, BinaryIO
 
 from sdrt import errors
-from sdrt.compile.network import Built, Compiler, Demand, build_error, build_graph, import_compiler
 from sdrt.compile.optimized_model import save_model as save_model_here
+from sdrt.compile.tensorrt_network import Built, Compiler, Demand, build_error, build_graph, import_compiler
 from sdrt.compile.watch import Progress
-from sdrt.engine_record import Profile
+from sdrt.engines.record import Profile
 from sdrt.errors import MachineError, ResourceError, SdrtError
-from sdrt.memory import peak_rss_bytes
+from sdrt.machine.memory import peak_rss_bytes
 
 _GRACE_S = 1.0
 _STDERR_BYTES = 1 << 16

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sdrt import __version__
-from sdrt.bpe import read_bpe
+from sdrt.bundle.bpe import read_bpe
 from sdrt.bundle.folder import check_outside_bundles, file_record, is_bundle
 from sdrt.bundle.graphs import STEP, TEXT_ENCODER, VAE_DECODER, VAE_ENCODER
 from sdrt.bundle.manifest import (
@@ -39,20 +39,20 @@ from sdrt.bundle.manifest import (
     write_manifest,
 )
 from sdrt.errors import ResourceError, SdrtError, UsageError
-from sdrt.export.adapters import Lora, LoraOption, open_lora
+from sdrt.export.adapters.embedding import Embedding, EmbeddingOption, bundled_embeddings, check_triggers, extended_table, open_embedding, table_rows
+from sdrt.export.adapters.hypernetwork import Hypernetwork, HypernetworkOption, open_hypernetwork
+from sdrt.export.adapters.match import Lora, LoraOption, open_lora
+from sdrt.export.adapters.settings import FILE_NAME as CONFIG_NAME
 from sdrt.export.architecture import Architecture
-from sdrt.export.checkpoint import Checkpoint, open_checkpoint, select
-from sdrt.export.embeddings import Embedding, EmbeddingOption, bundled_embeddings, check_triggers, extended_table, open_embedding, table_rows
 from sdrt.export.families.table import family_named
-from sdrt.export.hypernetworks import Hypernetwork, HypernetworkOption, open_hypernetwork
-from sdrt.export.model_files import is_folder
-from sdrt.export.peft_config import FILE_NAME as CONFIG_NAME
-from sdrt.export.tensor_entry import ITEM_BYTES
-from sdrt.export.tensor_file import check_present, open_tensor_file
+from sdrt.export.read.checkpoint import Checkpoint, open_checkpoint, select
+from sdrt.export.read.model_files import is_folder
+from sdrt.export.read.tensor_entry import ITEM_BYTES
+from sdrt.export.read.tensor_file import check_present, open_tensor_file
 from sdrt.export.tokenizer import write_tokenizer
 from sdrt.export.weights import CODES, Change, Made, write_weights
-from sdrt.lock import locked
-from sdrt.publish import check_space, folders_made, new_folder, staged_folder
+from sdrt.files.lock import locked
+from sdrt.files.publish import check_space, folders_made, new_folder, staged_folder
 
 if TYPE_CHECKING:
     from sdrt.export.graph import Recipe
@@ -164,7 +164,7 @@ def build(options: BuildOptions, progress: Progress = lambda stage, done: None) 
                 computed[table] = extended_table(embeddings, arch.clip, table)
                 arch = replace(arch, clip=replace(arch.clip, vocabulary=computed[table].shape[0]))
             if hypernetworks:
-                from sdrt.export.hypernetwork_weights import attach, check_values
+                from sdrt.export.adapters.hypernetwork_weights import attach, check_values
 
                 check_values(hypernetworks)
                 unet, attached = attach(hypernetworks, arch.unet, expected)

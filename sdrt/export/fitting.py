@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from sdrt.errors import SdrtError, UsageError
-from sdrt.export import embeddings, hypernetworks
-from sdrt.export.adapters import LoraOption, open_lora
-from sdrt.export.checkpoint import open_checkpoint, select
+from sdrt.export.adapters import embedding as embeddings
+from sdrt.export.adapters import hypernetwork as hypernetworks
+from sdrt.export.adapters.match import LoraOption, open_lora
 from sdrt.export.families.recognise import EMBEDDING, HYPERNETWORK, OPTION_OF_KIND, VAE
 from sdrt.export.families.table import component_name
+from sdrt.export.read.checkpoint import open_checkpoint, select
 
 
 def fit(path: Path, kind: str, checkpoint_path: Path) -> dict[str, Any]:

@@ -25,13 +25,13 @@ from torch.export import Dim
 from sdrt.bundle.graphs import STEP, TEXT_ENCODER, VAE_DECODER, VAE_ENCODER, Dimensions, Shape, Signature, concrete, signatures
 from sdrt.errors import LockedError
 from sdrt.export.architecture import NORM_GROUPS, Architecture
-from sdrt.export.clip import TextEncoder
+from sdrt.export.networks.clip import TextEncoder
+from sdrt.export.networks.step import Step
+from sdrt.export.networks.vae import VaeDecoder, VaeEncoder
 from sdrt.export.precision import HALF, to_half
-from sdrt.export.step import Step
-from sdrt.export.vae import VaeDecoder, VaeEncoder
 from sdrt.export.weights import Placed
-from sdrt.lock import locked
-from sdrt.publish import cache_folder, staged_folder, write_file
+from sdrt.files.lock import locked
+from sdrt.files.publish import cache_folder, staged_folder, write_file
 
 OPSET = 23
 _SOURCES = {

@@ -10,14 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from sdrt.errors import SdrtError
-from sdrt.export import embeddings, hypernetworks
-from sdrt.export.adapters import bundled_keys
+from sdrt.export.adapters import embedding as embeddings
+from sdrt.export.adapters import hypernetwork as hypernetworks
+from sdrt.export.adapters.match import bundled_keys
+from sdrt.export.adapters.spelling import below_base_model, family, is_text_encoder, kinds, numbered_list, ranks, refused_kind, split
 from sdrt.export.architecture import default_size
-from sdrt.export.checkpoint import canonical_tensors, model_architecture
 from sdrt.export.families.recognise import EMBEDDING, HYPERNETWORK, LORA, describe
 from sdrt.export.families.table import component_name, family_of
-from sdrt.export.lora_formats import below_base_model, family, is_text_encoder, kinds, numbered_list, ranks, refused_kind, split
-from sdrt.export.model_files import open_model
+from sdrt.export.read.checkpoint import canonical_tensors, model_architecture
+from sdrt.export.read.model_files import open_model
 
 
 def inspect_file(path: Path) -> dict[str, Any]:

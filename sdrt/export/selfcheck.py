@@ -15,15 +15,15 @@ import torch
 from numpy.typing import NDArray
 from torch.overrides import TorchFunctionMode
 
-from sdrt import engine_libraries
 from sdrt.bundle.graphs import STEP, TEXT_ENCODER, VAE_DECODER, concrete
 from sdrt.bundle.manifest import MIN_SIDE, SIZE_STEP
+from sdrt.bundle.reference import compare
 from sdrt.errors import CheckFailed, NonFiniteError
 from sdrt.export.graph import Recipe
-from sdrt.export.tensor_file import TensorFile
-from sdrt.interruptible import interruptible
-from sdrt.parity import compare
-from sdrt.publish import new_file
+from sdrt.export.read.tensor_file import TensorFile
+from sdrt.files.publish import new_file
+from sdrt.machine import engine_libraries
+from sdrt.machine.interruptible import interruptible
 
 Arrays = dict[str, NDArray[Any]]
 

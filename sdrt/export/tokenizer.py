@@ -1,4 +1,4 @@
-"""Makes the bundle's tokenizer.json from CLIP's published merges (see data/NOTICE). `sdrt.bpe` reads it, and so does the `tokenizers` library."""
+"""Makes the bundle's tokenizer.json from CLIP's published merges (see data/NOTICE). `sdrt.bundle.bpe` reads it, and so does the `tokenizers` library."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from sdrt.bpe import BOS, END_OF_WORD, EOS, byte_symbols
+from sdrt.bundle.bpe import BOS, END_OF_WORD, EOS, byte_symbols
 from sdrt.errors import CheckpointError
-from sdrt.publish import write_file
+from sdrt.files.publish import write_file
 
 _MERGES = 49152 - 256 - 2  # CLIP's vocabulary: bytes, bytes ending a word, merges, two specials
 _WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
@@ -43,7 +43,7 @@ def write_tokenizer(path: Path, size: int) -> tuple[int, int]:
 
 
 def _document(tokens: dict[str, int], merges: list[tuple[str, str]]) -> dict[str, Any]:
-    """The file as the `tokenizers` library writes it, so that other tools can read it; `sdrt.bpe.TOKENIZER_SHA256` is its hash."""
+    """The file as the `tokenizers` library writes it, so that other tools can read it; `sdrt.bundle.bpe.TOKENIZER_SHA256` is its hash."""
     special = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     return {
         "version": "1.0",

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING
 
 from sdrt.bundle.manifest import FileRecord
 from sdrt.errors import AdapterError, CheckpointError
-from sdrt.export.adapters import Lora
-from sdrt.export.checkpoint import Tensor
+from sdrt.export.adapters.match import Lora
 from sdrt.export.families.table import component_name
-from sdrt.export.tensor_entry import ITEM_BYTES
-from sdrt.publish import new_file
+from sdrt.export.read.checkpoint import Tensor
+from sdrt.export.read.tensor_entry import ITEM_BYTES
+from sdrt.files.publish import new_file
 
 if TYPE_CHECKING:
     import torch

@@ -13,12 +13,12 @@ from numpy.typing import NDArray
 
 from sdrt.bundle.folder import Bundle
 from sdrt.bundle.manifest import ENGINES
-from sdrt.engine_shapes import EngineShapes, JobShape
+from sdrt.engines.shapes import EngineShapes, JobShape
 from sdrt.errors import MachineError, UsageError, nearest, one_of
+from sdrt.machine.cpu import CORES, check_threads
 from sdrt.machine.packages import install_command
-from sdrt.runtime.cpu import CORES, check_threads
 from sdrt.runtime.request_memory import Demand
-from sdrt.runtime.samplers import Row
+from sdrt.runtime.sampling.registry import Row
 
 log = logging.getLogger("sdrt")
 
@@ -278,22 +278,22 @@ def load_engine(bundle: Bundle, backend: str, threads: int | None = None, device
         return _onnxruntime(bundle, threads, shared)
     engine: Engine
     if chosen == "openvino":
-        from sdrt.runtime.openvino import OpenVinoEngine
+        from sdrt.runtime.backends.openvino.engine import OpenVinoEngine
 
         engine = OpenVinoEngine(bundle, threads, compile_missing=on_missing == "compile", shared=shared)
     else:
-        from sdrt.runtime.tensorrt import TensorRtEngine
+        from sdrt.runtime.backends.tensorrt.engine import TensorRtEngine
 
         engine = TensorRtEngine(bundle, chosen, device)
     if on_missing != "fallback":
         return engine
-    from sdrt.runtime.fallback import FallbackEngine
+    from sdrt.runtime.backends.fallback import FallbackEngine
 
     return FallbackEngine(engine, lambda: _onnxruntime(bundle, threads, shared), bundle.manifest.latents.factor)
 
 
 def _onnxruntime(bundle: Bundle, threads: int | None, shared: bool) -> Engine:
-    from sdrt.runtime.onnxruntime import OnnxRuntimeEngine
+    from sdrt.runtime.backends.onnxruntime.engine import OnnxRuntimeEngine
 
     return OnnxRuntimeEngine(bundle, threads, shared=shared)
 
@@ -301,7 +301,7 @@ def _onnxruntime(bundle: Bundle, threads: int | None, shared: bool) -> Engine:
 def _best(bundle: Bundle) -> str:
     if not bundle.file(ENGINES).is_dir():
         return "onnxruntime"
-    from sdrt.engine_cache import list_engines, serves_default
+    from sdrt.engines.store import list_engines, serves_default
 
     engines = [record for _, record in list_engines(bundle)]
     targets = {record.key.target for record in engines if serves_default(record, bundle.manifest)}

@@ -20,19 +20,19 @@ import numpy as np
 
 from sdrt.bundle.folder import Bundle, bundle_id, check_files, open_bundle
 from sdrt.bundle.manifest import MAX_BRANCHES, MAX_CHUNKS, WEIGHTS
-from sdrt.checked import check_file
-from sdrt.engine_shapes import EngineShapes, JobShape, any_shapes
+from sdrt.bundle.remembered import check_file
+from sdrt.engines.shapes import EngineShapes, JobShape, any_shapes
 from sdrt.errors import Cancelled, ClosedError, DeadlineError, MissingEngineError, NonFiniteError, UsageError
-from sdrt.runtime.conditioning import Conditioning, Prompts, TextConditioner
 from sdrt.runtime.engine import Engine, Float, Job, Observe, Pixels, RunningBatch, load_engine, tables
-from sdrt.runtime.images import Canvas, blank_canvas, canvas, laid_over
-from sdrt.runtime.noise import Draws, draw_noise
-from sdrt.runtime.picture_file import QUALITY, encode
+from sdrt.runtime.pictures.canvas import Canvas, blank_canvas, canvas, laid_over
+from sdrt.runtime.pictures.file import QUALITY, encode
+from sdrt.runtime.prompts.conditioning import Conditioning, Prompts, TextConditioner
+from sdrt.runtime.prompts.tokenizer import Tokenizer
 from sdrt.runtime.request import Parameters, Request, Settings, request_of_settings, resolved
 from sdrt.runtime.request_json import IMAGES, request_to_json
 from sdrt.runtime.request_memory import check_memory, with_own
-from sdrt.runtime.samplers import Row, plan_rows
-from sdrt.runtime.tokenizer import Tokenizer
+from sdrt.runtime.sampling.noise import Draws, draw_noise
+from sdrt.runtime.sampling.registry import Row, plan_rows
 
 log = logging.getLogger("sdrt")
 

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any, BinaryIO, TypedDict
 
 from sdrt.bundle.manifest import MAX_BATCH, MAX_SIDE, MIN_SIDE, SIZE_STEP, Manifest
 from sdrt.errors import UsageError, nearest, one_of
-from sdrt.runtime.conditioning import EMPHASES, NETWORK_TAGS, SYNTAXES
-from sdrt.runtime.noise import MAX_SEED, NOISES
-from sdrt.runtime.samplers import COMPATS, parse_sampler
-from sdrt.runtime.schedule import MAX_STEPS
+from sdrt.runtime.prompts.conditioning import EMPHASES, NETWORK_TAGS, SYNTAXES
+from sdrt.runtime.sampling.noise import MAX_SEED, NOISES
+from sdrt.runtime.sampling.registry import COMPATS, parse_sampler
+from sdrt.runtime.sampling.schedule import MAX_STEPS
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -98,7 +98,7 @@ class Request:
     steps: 1 to 1000. Samplers of two model calls a step (heun) take nearly twice as many calls.
     cfg: guidance scale, 1 or more usually; 1 turns guidance off and halves the work.
     seed: 0 to 2**64 - 1; None, or -1 as in AUTOMATIC1111, draws one, which the result names. Picture i of a call has seed + i and its own noise.
-    sampler: a key or label of `sdrt.runtime.samplers.SAMPLERS`, or diffusers' class name.
+    sampler: a key or label of `sdrt.runtime.sampling.registry.SAMPLERS`, or diffusers' class name.
     schedule: which noise levels it passes through; None takes the sampler's own.
     size: (width, height) in pixels, multiples of 8 from 64 to 8192; None takes the bundle's.
     batch: pictures per model call, 1 to 64.
@@ -107,7 +107,7 @@ class Request:
     noise: nv (AUTOMATIC1111's default, NVIDIA's generator) or cpu (PyTorch's); None is nv for a1111 and cpu for diffusers.
     clip_skip: text-encoder layer counted from the end, 1 the last, among those the bundle was built with; None takes the first of them.
     prompt_syntax: a1111 or plain; None is plain for diffusers, else a1111.
-    emphasis: what `(word:1.2)` does: one of `sdrt.runtime.conditioning.EMPHASES`.
+    emphasis: what `(word:1.2)` does: one of `sdrt.runtime.prompts.conditioning.EMPHASES`.
     network_tags: refuse or ignore `<lora:name:0.8>` and the like that the bundle does not hold at that strength; what it holds needs no tag.
     init_image: start from this picture instead of noise alone: a path, the bytes of a file, a file object, a Pillow image, or uint8 `[H, W, 3]`.
     strength: how much of the schedule an init image goes through, more than 0 to 1; None is 0.75 for a1111; 0.8, or 1 under a mask, for diffusers.

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from sdrt.bundle.graphs import REGISTERS
 from sdrt.bundle.manifest import WEIGHTS, Manifest
-from sdrt.engine_shapes import JobShape
+from sdrt.engines.shapes import JobShape
 from sdrt.errors import BundleError, ResourceError
 
 _FLOAT = 4

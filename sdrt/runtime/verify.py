@@ -15,13 +15,13 @@ from numpy.typing import NDArray
 from sdrt.bundle.folder import Bundle, open_bundle
 from sdrt.bundle.graphs import STEP, dimensions, signatures
 from sdrt.bundle.manifest import WEIGHTS, reference_path
-from sdrt.engine_cache import check_all, mismatch, platform_name, read_plan
-from sdrt.engine_record import EngineRecord
+from sdrt.bundle.reference import compare, read_reference
+from sdrt.engines.record import EngineRecord
+from sdrt.engines.store import check_all, mismatch, platform_name, read_plan
 from sdrt.errors import BundleError, CheckFailed, printable
-from sdrt.interruptible import interruptible
-from sdrt.parity import compare, read_reference
-from sdrt.runtime import onnxruntime_model
-from sdrt.runtime.cpu import cpu_identity
+from sdrt.machine.cpu import cpu_identity
+from sdrt.machine.interruptible import interruptible
+from sdrt.runtime.backends.onnxruntime import model as onnxruntime_model
 
 log = logging.getLogger("sdrt")
 
@@ -112,7 +112,7 @@ def _onnxruntime_checks(bundle: Bundle, folder: Path, record: EngineRecord, refe
 def _openvino_checks(bundle: Bundle, folder: Path, record: EngineRecord, references: Mapping[str, Reference]) -> Iterator[GraphCheck]:
     """Every graph of an engine against the reference: its blob where that was made for this machine and the reference's shapes, else the
     same graph compiled the same way for those shapes."""
-    from sdrt.runtime import openvino_model
+    from sdrt.runtime.backends.openvino import model as openvino_model
 
     if mismatch(record, bundle, target="openvino"):
         return  # of other graphs or weights: never used

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 
+from sdrt.export.adapters.spelling import is_adapter
 from sdrt.export.families.family import Shapes, Sign
 from sdrt.export.families.others import OTHERS
 from sdrt.export.families.table import COMPONENTS, FAMILIES
-from sdrt.export.lora_formats import is_adapter
 
 LORA, VAE, EMBEDDING, HYPERNETWORK = "a LoRA", "a VAE", "a textual-inversion embedding", "a hypernetwork"
 ADAPTERS = (LORA, HYPERNETWORK, EMBEDDING)

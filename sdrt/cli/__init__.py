@@ -1,0 +1,1 @@
+"""The `sdrt` command, a file a command. Its files alone print and exit."""

@@ -1,0 +1,278 @@
+"""Compiling one graph inside TensorRT: parse it, set its shapes, let attention without a fused kernel decompose, build.
+
+Runs in a process of its own (`sdrt.compile.worker`). One way over both libraries: `trt` is the tensorrt_rtx or tensorrt module.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Event
+from typing import Any
+
+from sdrt.compile.watch import Progress, make_log, make_monitor
+from sdrt.engines.record import Profile
+from sdrt.engines.store import COMPILERS
+from sdrt.errors import MachineError, ResourceError, SdrtError, printable
+from sdrt.files.publish import cache_folder, staged_file, write_file
+from sdrt.machine.packages import install_command
+
+logger = logging.getLogger("sdrt")
+
+_FUSED_HEAD = range(12, 257)
+"""Sizes of an attention head that have fused kernels in half precision."""
+_NOT_FUSED = "is_decomposable"
+_MEMORY = re.compile(r"out of memory|outofmemory|bad_alloc|insufficient memory|not enough memory|failed to allocate|allocation failed", re.IGNORECASE)
+_NO_KERNEL = re.compile(r"could not find any implementation for node ([^\n]{1,200})", re.IGNORECASE)
+
+Side = int | str
+"""A side of an input's shape: a number, or the name of a free axis."""
+
+
+@dataclass(frozen=True)
+class Compiler:
+    """A library and what it compiles for. `device` is as in the engine's key, `gpu` counts from 0 where the library needs one, `sms` where not."""
+
+    trt: Any
+    target: str
+    version: str
+    device: str
+    gpu: int | None
+    sms: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return f"{COMPILERS[self.target]} {self.version}"
+
+
+@dataclass(frozen=True)
+class Demand:
+    """The dimension that asks for most memory, in words, and the flag that lowers it."""
+
+    words: str
+    flag: str
+
+
+@dataclass(frozen=True)
+class Built:
+    """A compiled graph: its plan, seconds, layers of the network, attention layers allowed to run without a fused kernel, activation bytes if known,
+    and the network's outputs in its own order."""
+
+    plan: memoryview
+    parse_s: float
+    build_s: float
+    layers: int
+    unfused: tuple[str, ...]
+    device_memory_bytes: int | None
+    outputs: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Network:
+    """A parsed graph. The parser and what it read must outlive the build."""
+
+    builder: Any
+    network: Any
+    parser: Any
+    log: Any
+
+
+def import_compiler(target: str, device: str, gpu: int | None, sms: tuple[int, ...]) -> Compiler:
+    """A target's library for a device that is known; its GPU becomes this thread's current one, on which TensorRT builds."""
+    trt = library(target)
+    if gpu is not None:
+        from cuda.core import Device
+
+        Device(gpu).set_current()
+    return Compiler(trt, target, str(trt.__version__), device, gpu, sms)
+
+
+def library(target: str) -> Any:
+    """The module of a target.
+
+    Raises:
+        MachineError: it is not installed, or does not load.
+    """
+    try:
+        if target == "tensorrt-rtx":
+            import tensorrt_rtx
+
+            return tensorrt_rtx
+        import tensorrt
+
+        return tensorrt
+    except (ImportError, OSError) as error:
+        raise MachineError(f"target {target}: cannot import {COMPILERS[target]}: {error}", f"Install it with: {install_command(target)}") from error
+
+
+def build_graph(compiler: Compiler, graph: str, path: Path, profiles: Sequence[Profile], demand: Demand, progress: Progress, stop: Event) -> Built:
+    """Compile one graph with a profile for each of `profiles`; axes on which all agree are static. Ends soon after `stop` is set.
+
+    Attention that has no fused kernel is decomposed on the network: the ONNX file stays portable.
+
+    Raises:
+        MachineError: the graph cannot be read or compiled.
+        ResourceError: out of memory.
+        KeyboardInterrupt: stopped.
+    """
+    log = make_log(compiler.trt)
+    decompose_all = False
+    while True:
+        started = time.perf_counter()
+        parsed = _parse(compiler, graph, path)
+        config = parsed.builder.create_builder_config()
+        _configure(compiler, config)
+        _set_shapes(parsed, config, profiles)
+        unfused = _decompose(compiler.trt, parsed.network, everything=decompose_all)
+        monitor = make_monitor(compiler.trt, lambda done: progress(graph, done), stop)
+        config.progress_monitor = monitor
+        parse_s, started = time.perf_counter() - started, time.perf_counter()
+        with _timing_cache(compiler, config):
+            plan = parsed.builder.build_serialized_network(parsed.network, config)
+        build_s = time.perf_counter() - started
+        if monitor.error is not None:
+            raise monitor.error
+        if plan is not None:
+            outputs = tuple(str(parsed.network.get_output(i).name) for i in range(parsed.network.num_outputs))
+            return Built(memoryview(plan), parse_s, build_s, parsed.network.num_layers, unfused, _device_memory(compiler, log, plan), outputs)
+        if stop.is_set():
+            raise KeyboardInterrupt
+        if decompose_all or not any(_NOT_FUSED in line for line in parsed.log.lines):
+            raise build_error(f"{path}: {graph}: {compiler}", parsed.log.lines, demand)
+        decompose_all = True
+
+
+def build_error(where: str, lines: Sequence[str], demand: Demand) -> SdrtError:
+    """A build that gave no plan as an error, from what was logged: for memory and missing kernels it names the dimension and the flag."""
+    fix = f"What asks for most is {demand.words}: lower {demand.flag}"
+    for line in lines:
+        if _MEMORY.search(line):
+            return ResourceError(f"{where}: out of memory: {_short(line)}", f"{fix}, or free memory on this machine.")
+        if no_kernel := _NO_KERNEL.search(line):
+            return MachineError(f"{where}: no kernel for node {_short(no_kernel[1])}", f"{fix}, or build the bundle with another --precision.")
+    return MachineError(f"{where}: gave no engine: {_short(lines[-1]) if lines else 'no reason given'}", "Run: sdrt doctor")
+
+
+def _short(line: str) -> str:
+    return printable(" ".join(line.split())[:300])
+
+
+def _parse(compiler: Compiler, graph: str, path: Path) -> _Network:
+    trt = compiler.trt
+    log = make_log(trt)
+    builder = trt.Builder(log)
+    # Networks are always strongly typed in TensorRT-RTX and from TensorRT 11 on; there the flag is ignored.
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(network, log)
+    if not parser.parse_from_file(str(path)):  # by path: the weights lie beside the graph
+        where, why = "the file", "no reason given"
+        if parser.num_errors:
+            first = parser.get_error(0)
+            where = f"node {first.node_name()} ({first.node_operator()})" if first.node_name() else where
+            why = first.desc()
+        raise MachineError(
+            f"{path}: {graph}: {compiler} cannot read {printable(where)}: {_short(why)}",
+            "Build the bundle again with this version of sdrt, or install the version of TensorRT it was tested with.",
+        )
+    return _Network(builder, network, parser, log)
+
+
+def _inputs(network: Any) -> list[tuple[Any, tuple[Side, ...]]]:
+    """Each input with its sides."""
+    tensors = [network.get_input(i) for i in range(network.num_inputs)]
+    return [(tensor, tuple(side if side >= 0 else tensor.get_dimension_name(i) or f"axis {i}" for i, side in enumerate(tensor.shape))) for tensor in tensors]
+
+
+def _configure(compiler: Compiler, config: Any) -> None:
+    trt = compiler.trt
+    for flag in build_flags(trt):
+        if flag == "require_user_allocation":
+            config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
+    config.clear_flag(trt.BuilderFlag.TF32)
+    config.max_aux_streams = 0
+    if compiler.sms:
+        config.num_compute_capabilities = len(compiler.sms)
+        for i, sm in enumerate(compiler.sms):
+            config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{sm}"), i)
+
+
+def build_flags(trt: Any) -> tuple[str, ...]:
+    """What every engine is built with beside its shapes, as its key names it.
+
+    User allocation refuses a network that a CUDA graph could not capture, where the library has the flag. Without TF32, what the graph says is
+    float32 is float32. Without auxiliary streams there is one chain of kernels: less memory, and nothing to fork in a captured graph.
+    """
+    return (*(("require_user_allocation",) if hasattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION") else ()), "no_tf32", "no_auxiliary_streams")
+
+
+def _set_shapes(parsed: _Network, config: Any, profiles: Sequence[Profile]) -> None:
+    """Fix every axis that all profiles agree on; add the profiles if any axis is left free."""
+    free = []
+    for tensor, sides in _inputs(parsed.network):
+        every = [shape for profile in profiles for shape in profile.shapes[tensor.name]]
+        sizes = [{shape[i] for shape in every} for i in range(len(sides))]
+        tensor.shape = tuple(size.pop() if len(size) == 1 else -1 for size in sizes)
+        if -1 in tuple(tensor.shape):
+            free.append(str(tensor.name))
+    for profile in profiles if free else ():
+        made = parsed.builder.create_optimization_profile()
+        for name in free:
+            made.set_shape(name, *profile.shapes[name])
+        config.add_optimization_profile(made)
+
+
+def _decompose(trt: Any, network: Any, *, everything: bool) -> tuple[str, ...]:
+    """Let attention layers that may lack a fused kernel run as several kernels: float32, unusual head sizes, one head of free shape."""
+    chosen = []
+    for i in range(network.num_layers):
+        layer = network.get_layer(i)
+        if layer.type != trt.LayerType.ATTENTION_INPUT:
+            continue
+        layer.__class__ = trt.IAttentionInputLayer  # the bindings give out the base class
+        attention = layer.attention
+        query = attention.get_input(0)  # [B, H, S, D]
+        shape = tuple(query.shape)
+        if everything or query.dtype == trt.DataType.FLOAT or shape[-1] not in _FUSED_HEAD or (shape[1] == 1 and -1 in shape):
+            attention.decomposable = True
+            chosen.append(str(attention.name))
+    return tuple(chosen)
+
+
+@contextmanager
+def _timing_cache(compiler: Compiler, config: Any) -> Iterator[None]:
+    """Enterprise TensorRT measures kernels on the GPU; what it measured is kept for that version and GPU in the user's cache folder."""
+    if compiler.gpu is None:
+        yield
+        return
+    name = re.sub(r"[^\w.]+", "-", f"{compiler.version}-{compiler.device}")
+    file, blob = None, b""
+    with suppress(OSError):  # the cache only saves time
+        file = cache_folder() / "timing" / f"{name}.cache"
+        blob = file.read_bytes()
+    cache = config.create_timing_cache(blob) or config.create_timing_cache(b"")
+    config.set_timing_cache(cache, False)
+    yield
+    if file is None:
+        return
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with staged_file(file) as stage:
+            write_file(stage, memoryview(config.get_timing_cache().serialize()))
+    except (OSError, SdrtError) as error:
+        logger.info("timing cache not written: %s", error)
+
+
+def _device_memory(compiler: Compiler, log: Any, plan: Any) -> int | None:
+    """Bytes of activations the engine takes, where its GPU is here: only a loaded engine says."""
+    if compiler.gpu is None:
+        return None
+    engine = compiler.trt.Runtime(log).deserialize_cuda_engine(plan)
+    if engine is None:
+        raise MachineError(
+            f"{compiler}: cannot load the engine it has just made: {_short(log.lines[-1]) if log.lines else 'no reason given'}", "Run: sdrt doctor"
+        )
+    return int(engine.device_memory_size_v2)

@@ -1,0 +1,220 @@
+"""Reads learned embeddings (textual inversion, Gal et al. 2022): which tensor of the file holds the vectors, for whom, under which trigger.
+
+Layouts: AUTOMATIC1111's `string_to_param`, also as text within a PNG, diffusers' one tensor under its token, `emb_params`, `clip_l` alone, SDXL's
+`clip_l` and `clip_g`, and what a LoRA brings along. Nothing is read but headers until `read_vectors`. The vectors become rows of the bundle's token table.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sdrt.errors import AdapterError, UsageError, printable
+from sdrt.export.adapters.match import Lora, how_to_give
+from sdrt.export.architecture import ClipSpec
+from sdrt.export.families.recognise import EMBEDDING as KIND
+from sdrt.export.families.recognise import describe
+from sdrt.export.families.table import EMBEDDINGS, TOKENS
+from sdrt.export.read.tensor_entry import FLOATS, TensorEntry
+from sdrt.export.read.tensor_file import TensorFile, open_tensor_file
+from sdrt.export.weights import Made
+
+if TYPE_CHECKING:
+    import torch
+
+_RETRIEVE = "Get the embedding again, or train it again."
+
+
+@dataclass(frozen=True)
+class EmbeddingOption:
+    """An `--embedding` argument. `trigger` is what a prompt says to use it."""
+
+    path: Path
+    trigger: str
+
+
+@dataclass(frozen=True)
+class Embedding:
+    """An opened embedding that fits a model: `vectors` of them in `entry`, which is `[width]` or `[vectors, width]`."""
+
+    option: EmbeddingOption
+    file: TensorFile
+    sha256: str
+    entry: TensorEntry
+    vectors: int
+
+
+def parse_embedding_option(text: str) -> EmbeddingOption:
+    """`FILE[:TRIGGER]` as typed; the trigger is the file's stem if not given. A colon inside the path (`C:\\x`, an existing `a:b.pt`) is kept.
+
+    Raises:
+        UsageError: the trigger is empty or has characters that no prompt can.
+    """
+    path, trigger = text, None
+    match = re.fullmatch(r"(.+):([^:/\\]*)", text, re.DOTALL)
+    if match and not os.path.exists(text):
+        path, trigger = match[1], match[2]
+    chosen = Path(path).stem if trigger is None else trigger
+    if not chosen.strip() or not chosen.isprintable():
+        raise UsageError(f"--embedding {printable(text)}: trigger {printable(chosen)!r}: expected words", "Write it as --embedding style.pt:my-style.")
+    return EmbeddingOption(Path(path), chosen)
+
+
+def vector_entries(file: TensorFile) -> list[TensorEntry]:
+    """The tensors of an embedding file that hold vectors, whatever its layout; none if it is another kind of file."""
+    if describe({name: entry.shape for name, entry in file.entries.items()}) != KIND:
+        return []
+    entries = list(file.entries.values())
+    return [entry for entry in entries if entry.name.startswith("string_to_param.")] or entries
+
+
+def open_embedding(option: EmbeddingOption, clip: ClipSpec) -> Embedding:
+    """Open an embedding and check that it fits a text encoder.
+
+    Raises:
+        AdapterError: the file is no embedding, holds several or too many vectors, or its width is another model's, whose family is named.
+        InputFileError: the file is malformed.
+    """
+    file = open_tensor_file(option.path)
+    try:
+        entry = _only_entry(file)
+        return Embedding(option, file, file.sha256(), entry, _vectors(file, entry, clip))
+    except BaseException:
+        file.close()
+        raise
+
+
+def bundled_embeddings(loras: Sequence[Lora], clip: ClipSpec) -> list[Embedding]:
+    """The embeddings that LoRAs bring along, under their own triggers, each once however often its LoRA is given. They share the LoRA's open file.
+
+    Raises:
+        AdapterError: as `open_embedding`.
+    """
+    found: dict[tuple[str, str], Embedding] = {}
+    for lora in loras:
+        for trigger, key in lora.bundled.items():
+            if (lora.sha256, key) not in found:
+                entry = lora.file.entries[key]
+                option = EmbeddingOption(lora.option.path, trigger)
+                found[lora.sha256, key] = Embedding(option, lora.file, lora.sha256, entry, _vectors(lora.file, entry, clip))
+    return list(found.values())
+
+
+def _vectors(file: TensorFile, entry: TensorEntry, clip: ClipSpec) -> int:
+    """How many vectors a tensor holds, once it is known to fit a text encoder."""
+    where = f"{file.path}: {printable(entry.name)}"
+    if entry.dtype not in FLOATS:
+        raise AdapterError(f"{where}: expected one of {', '.join(FLOATS)}, found {entry.dtype}", _RETRIEVE)
+    if len(entry.shape) not in (1, 2):
+        raise AdapterError(f"{where}: expected vectors of shape [count, width], found {list(entry.shape)}", _RETRIEVE)
+    width, vectors = entry.shape[-1], 1 if len(entry.shape) == 1 else entry.shape[0]
+    if width != clip.width:
+        made_for = f": it was made for {TOKENS[width]}" if width in TOKENS else ""
+        needed = f", as {TOKENS[clip.width]} has" if clip.width in TOKENS else ""
+        raise AdapterError(
+            f"{where}: expected vectors {clip.width} wide{needed}, found {width}{made_for}", "Use an embedding made for this checkpoint's family."
+        )
+    limit = clip.tokens - 2
+    if not 1 <= vectors <= limit:
+        raise AdapterError(f"{where}: {vectors} vectors, expected 1 to {limit}, what a chunk of a prompt holds", _RETRIEVE)
+    return vectors
+
+
+def _only_entry(file: TensorFile) -> TensorEntry:
+    found = vector_entries(file)
+    names = {entry.name for entry in found}
+    if not found:
+        kind = describe({name: entry.shape for name, entry in file.entries.items()})
+        raise AdapterError(f"{file.path}: expected {KIND}, found {kind}", how_to_give(kind) or "--embedding takes a textual-inversion embedding.")
+    if output := sorted(name for name in names if name.endswith("_out")):
+        raise AdapterError(
+            f"{file.path}: {printable(output[0])}: vectors for a text encoder's output, which sdrt does not replace",
+            "Train or save the embedding without output vectors (OneTrainer: output embedding off).",
+        )
+    if other := next((EMBEDDINGS[name] for name in names if name in EMBEDDINGS), ""):
+        raise AdapterError(f"{file.path}: {', '.join(sorted(names))}: an embedding made for {other}", "Use an embedding made for this checkpoint's family.")
+    if len(found) > 1:
+        shown = ", ".join(printable(name) for name in sorted(names)[:5])
+        raise AdapterError(f"{file.path}: holds {len(found)} embeddings ({shown}), expected one", "Save each in a file of its own.")
+    return found[0]
+
+
+def read_vectors(embedding: Embedding) -> torch.Tensor:
+    """The vectors, float32 `[vectors, width]`.
+
+    Raises:
+        AdapterError: a value is NaN or infinite.
+    """
+    import torch
+
+    values = embedding.file.read(embedding.entry.name).to(torch.float32).reshape(embedding.vectors, -1)
+    if bad := int((~torch.isfinite(values)).sum()):
+        raise AdapterError(f"{embedding.file.path}: {printable(embedding.entry.name)}: {bad} of {values.numel()} values are NaN or infinite", _RETRIEVE)
+    return values
+
+
+def extended_table(embeddings: Sequence[Embedding], clip: ClipSpec, table: str) -> Made:
+    """The token table, a tensor's name in the model, with every embedding's vectors appended, in order.
+
+    Raises:
+        AdapterError: a value is NaN or infinite.
+    """
+    rows = [read_vectors(embedding) for embedding in embeddings]
+
+    def make(fused: Callable[[str], torch.Tensor]) -> torch.Tensor:
+        import torch
+
+        return torch.cat([fused(table), *rows])
+
+    return Made((clip.vocabulary + sum(len(r) for r in rows), clip.width), embeddings[-1].file.path, make)
+
+
+def table_rows(embeddings: Sequence[Embedding], vocabulary: int) -> dict[str, tuple[int, ...]]:
+    """The rows of the token table that each trigger stands for: appended after the `vocabulary` own ones, in order."""
+    rows, first = {}, vocabulary
+    for embedding in embeddings:
+        rows[embedding.option.trigger] = tuple(range(first, first + embedding.vectors))
+        first += embedding.vectors
+    return rows
+
+
+def check_triggers(embeddings: Sequence[Embedding], encode: Callable[[str], Sequence[int]]) -> list[str]:
+    """Check that each trigger is something of its own to the tokenizer. Returns remarks for the user.
+
+    Raises:
+        UsageError: two triggers have the same token ids (letter case and Unicode form do not tell them apart), or one has none.
+    """
+    known: dict[tuple[int, ...], Embedding] = {}
+    notes = []
+    for embedding in embeddings:
+        trigger, path = embedding.option.trigger, embedding.file.path
+        ids = tuple(encode(trigger))
+        if not ids:
+            raise UsageError(f"--embedding {path}: trigger {trigger!r}: the tokenizer sees nothing in it", "Choose a word: --embedding FILE:TRIGGER.")
+        if (other := known.setdefault(ids, embedding)) is not embedding:
+            raise UsageError(
+                f"{path}: trigger {trigger!r} is that of {other.file.path} too ({other.option.trigger!r}): one trigger cannot stand for two embeddings",
+                "Give one of them another trigger: --embedding FILE:TRIGGER. One that a LoRA brings along keeps its own.",
+            )
+        if len(ids) == 1:
+            notes.append(f"{path.name}: the trigger {trigger!r} is a word of the vocabulary: every prompt with that word uses the embedding")
+    return notes
+
+
+def summary(file: TensorFile) -> dict[str, Any]:
+    """What `inspect` says of an embedding: its trigger, vectors, width and family."""
+    found = vector_entries(file)
+    widths = sorted({entry.shape[-1] for entry in found if entry.shape})
+    others = [EMBEDDINGS[entry.name] for entry in found if entry.name in EMBEDDINGS]
+    families = others or [TOKENS[width] for width in widths if width in TOKENS]
+    return {
+        "use": "--embedding FILE[:TRIGGER]",
+        "trigger": file.path.stem,
+        "vectors": max((1 if len(entry.shape) < 2 else entry.shape[0] for entry in found), default=0),
+        "width": widths[0] if len(widths) == 1 else widths,
+        "base_family": ", ".join(families) or "unknown",
+    }

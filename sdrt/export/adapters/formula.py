@@ -1,0 +1,245 @@
+"""The algebra of the LoRA family: from an adapter's matrices to what they add to one weight, in float32.
+
+W is a weight `[out, in, *kernel]`, ΔW its change, r the rank. Sources: Hu et al. 2021 (LoRA, eq. 3); LyCORIS modules and functional/*.py (LoCon, LoHa after
+Hyeon-Woo et al. 2022 (FedPara), LoKr); Liu et al. 2024 (DoRA, eq. 5) with LyCORIS's two axes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from sdrt.export.adapters.spelling import DOWN, MAGNITUDE, MID, UP, UP_BIAS
+
+if TYPE_CHECKING:
+    import torch
+
+Shape = tuple[int, ...]
+Read = Callable[[str], "torch.Tensor"]
+"""Reads a part by its name, in float32 and known to be finite (indices as they are)."""
+
+
+@dataclass(frozen=True)
+class Delta:
+    """What one adapter does to one weight. `keys` are the parts' keys in its file; `factor` is alpha over rank.
+
+    `shape` is what the matrices make: that of the weight, or of its first four input channels where a model for inpainting has more.
+    `norm_axis` is the axis of W that DoRA's magnitudes run along: 0 one for each output, 1 one for each input; None without DoRA.
+    """
+
+    keys: Mapping[str, str]
+    shape: Shape
+    factor: float = 1.0
+    norm_axis: int | None = None
+
+
+class MisfitError(Exception):
+    """The shapes of an adapter's parts make no change of the weight; says what they are."""
+
+
+_SPARSE = ("bias_indices", "bias_values", "bias_size")
+_KINDS = {
+    "LoRA": (UP, DOWN, MID, *_SPARSE),
+    "LoRA of an embedding": ("lora_embedding_A", "lora_embedding_B"),
+    "LoHa": ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2"),
+    "LoKr": ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t1", "lokr_t2"),
+    "full difference": ("diff",),
+}
+
+
+def kinds_of(parts: Mapping[str, object]) -> list[str]:
+    """The kinds of change that the parts of one module's weight belong to. An alpha or a magnitude tells none."""
+    return [kind for kind, own in _KINDS.items() if any(part in parts for part in own)]
+
+
+def missing_parts(parts: Mapping[str, object]) -> tuple[str, ...]:
+    """What the parts of one module's weight lack to be a whole change, or an empty tuple."""
+    kind = next(iter(kinds_of(parts)), "LoRA")
+    needed: list[str] = []
+    if kind == "LoRA":
+        needed = [UP, DOWN, *(_SPARSE if any(part in parts for part in _SPARSE) else ())]
+    elif kind == "LoRA of an embedding":
+        needed = list(_KINDS[kind])
+    elif kind == "LoHa":
+        needed = list(_KINDS[kind][: 6 if "hada_t1" in parts or "hada_t2" in parts else 4])
+    elif kind == "LoKr":
+        for whole in ("lokr_w1", "lokr_w2"):
+            if whole not in parts:
+                needed += [f"{whole}_a", f"{whole}_b"] if f"{whole}_a" in parts or f"{whole}_b" in parts else [whole]
+    return tuple(part for part in needed if part not in parts)
+
+
+def rank_of(shapes: Mapping[str, Shape]) -> int | None:
+    """The rank that divides alpha; None where alpha does not count (a difference, a LoKr of two whole matrices)."""
+    for part in (DOWN, "hada_w1_b", "lora_embedding_A", "lokr_w2_b", "lokr_w1_b"):
+        if part in shapes:
+            return shapes[part][0] if shapes[part] else 0
+    return None
+
+
+def fitting_shape(shapes: Mapping[str, Shape], weight: Shape, channels: int | None = None) -> Shape:
+    """The shape the parts' change takes on: the weight's, or the same with `channels` inputs.
+
+    Raises:
+        MisfitError: they make no such change.
+    """
+    made = _made(shapes)
+    candidates = [weight] + ([(weight[0], channels, *weight[2:])] if channels is not None and len(weight) == 4 else [])
+    for shape in candidates:
+        if _stripped(made) == _stripped(shape) or made == (shape[0], math.prod(shape[1:])):
+            return shape
+    raise MisfitError(_described(shapes))
+
+
+def _stripped(shape: Shape) -> Shape:
+    """The shape without a kernel of 1x1: linear layers and 1x1 convolutions are written as either."""
+    return shape[:2] if len(shape) > 2 and all(size == 1 for size in shape[2:]) else shape
+
+
+def _described(shapes: Mapping[str, Shape]) -> str:
+    names = {DOWN: "down", UP: "up", MID: "mid"}
+    order = (UP, DOWN, MID)
+    shown = sorted(
+        (part for part in shapes if part not in ("alpha", "dora_scale", MAGNITUDE)), key=lambda part: (order.index(part) if part in order else len(order), part)
+    )
+    return " and ".join(f"{names.get(part, part)} {list(shapes[part])}" for part in shown)
+
+
+def _made(shapes: Mapping[str, Shape]) -> Shape:
+    """The shape of the change, or MisfitError. A factor may be flattened to two dimensions."""
+
+    def check(good: bool) -> None:
+        if not good:
+            raise MisfitError(_described(shapes))
+
+    def product(a: Shape, b: Shape, core: Shape | None) -> Shape:
+        """`[out, r] @ [r, in, *kernel]`, or with a core `[r, r, *kernel]` between `[r, out]` and `[r, in]`."""
+        check(len(a) >= 2 and len(b) >= 2 and 0 not in a + b)
+        if core is None:
+            check(math.prod(a[1:]) == b[0])
+            return (a[0], *b[1:])
+        check(len(core) >= 2 and len(a) == len(b) == 2 and core[:2] == (a[0], b[0]))
+        return (a[1], b[1], *core[2:])
+
+    if DOWN in shapes:
+        up, down, mid = shapes[UP], shapes[DOWN], shapes.get(MID)
+        if mid is None:
+            return product(up, down, None)
+        check(len(_stripped(up)) == 2 and len(_stripped(down)) == 2)
+        return product(_stripped(up)[::-1], _stripped(down), mid)
+    if "lora_embedding_A" in shapes:
+        a, b = shapes["lora_embedding_A"], shapes["lora_embedding_B"]
+        check(len(a) == len(b) == 2 and a[0] == b[1] and 0 not in a + b)
+        return a[1], b[0]
+    if "hada_w1_a" in shapes:
+        one, two = (product(shapes[f"hada_{w}_a"], shapes[f"hada_{w}_b"], shapes.get(f"hada_{t}")) for w, t in (("w1", "t1"), ("w2", "t2")))
+        check(one == two)
+        return one
+    if "diff" in shapes:
+        check(len(shapes["diff"]) >= 1)
+        return shapes["diff"]
+    small = shapes["lokr_w1"] if "lokr_w1" in shapes else product(shapes["lokr_w1_a"], shapes["lokr_w1_b"], None)
+    large = shapes["lokr_w2"] if "lokr_w2" in shapes else product(shapes["lokr_w2_a"], shapes["lokr_w2_b"], shapes.get("lokr_t2"))
+    small = _stripped(small)
+    check(len(small) == 2 and len(large) >= 2 and 0 not in small + large)
+    return (small[0] * large[0], small[1] * large[1], *large[2:])
+
+
+def norm_axis(parts: Mapping[str, Shape], shape: Shape) -> int | None:
+    """Which axis DoRA's magnitudes run along: peft's always the outputs, LyCORIS's as their shape says; None without DoRA.
+
+    Raises:
+        MisfitError: they run along neither.
+    """
+    if MAGNITUDE in parts:
+        if math.prod(parts[MAGNITUDE]) == shape[0]:
+            return 0
+        raise MisfitError(f"{MAGNITUDE} {list(parts[MAGNITUDE])}")
+    if "dora_scale" not in parts:
+        return None
+    scale = parts["dora_scale"]
+    if len(scale) >= 2:
+        if scale[0] == shape[0] and math.prod(scale) == shape[0]:
+            return 0
+        if scale[1] == shape[1] and math.prod(scale) == shape[1]:
+            return 1
+    elif math.prod(scale) in shape[:2] and scale:
+        return 0 if scale[0] == shape[0] else 1
+    raise MisfitError(f"dora_scale {list(scale)}")
+
+
+def additive(delta: Delta, read: Read) -> torch.Tensor:
+    """ΔW with its factor, float32 of `delta.shape`; DoRA's rescaling is not in it.
+
+    Raises:
+        MisfitError: a sparse residual points outside the weight.
+    """
+    keys = delta.keys
+    if DOWN in keys:
+        down, up = read(DOWN), read(UP)
+        made = _core(read(MID), up.flatten(1).T, down.flatten(1)) if MID in keys else up.flatten(1) @ down.flatten(1)
+    elif "lora_embedding_A" in keys:
+        made = (read("lora_embedding_B") @ read("lora_embedding_A")).T
+    elif "hada_w1_a" in keys:
+        made = _product(keys, read, "hada_w1", "hada_t1") * _product(keys, read, "hada_w2", "hada_t2")
+    elif "diff" in keys:
+        made = read("diff")
+    elif UP_BIAS in keys:
+        made = read(UP_BIAS)
+    else:
+        small = read("lokr_w1") if "lokr_w1" in keys else _product(keys, read, "lokr_w1", "")
+        large = read("lokr_w2") if "lokr_w2" in keys else _product(keys, read, "lokr_w2", "lokr_t2")
+        made = _kronecker(small.flatten(1), large.flatten(1))
+    made = made.reshape(delta.shape)
+    if "bias_indices" in keys:
+        made = made + _sparse(read, delta.shape)
+    return made * delta.factor
+
+
+def _product(keys: Mapping[str, str], read: Read, pair: str, core: str) -> torch.Tensor:
+    """`a @ b` flattened to `[out, in * kernel]`, or with a core `[out, in, *kernel]`."""
+    a, b = read(f"{pair}_a"), read(f"{pair}_b")
+    return _core(read(core), a, b) if core in keys else a.flatten(1) @ b.flatten(1)
+
+
+def _core(core: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Tucker's form: R[p, q, ...] = Σ_ij core[i, j, ...] · a[i, p] · b[j, q], of `[r, r, *kernel]`, `[r, out]`, `[r, in]`."""
+    import torch
+
+    return torch.einsum("ij...,ip,jq->pq...", core, a, b)
+
+
+def _kronecker(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """`[p, q]` and `[o, i]` to `[p * o, q * i]`; with a kernel flattened into i, the result is flattened alike."""
+    import torch
+
+    return torch.kron(a.contiguous(), b.contiguous())
+
+
+def _sparse(read: Read, shape: Shape) -> torch.Tensor:
+    """The residual that LyCORIS's extraction may keep beside the low rank: indices `[2, n]`, values `[n]` and size `[2]` of a matrix `[out, in * kernel]`."""
+    import torch
+
+    indices, values, size = read("bias_indices").long(), read("bias_values"), [int(n) for n in read("bias_size").flatten()]
+    good = len(size) == 2 and size == [shape[0], math.prod(shape[1:])] and indices.shape == (2, values.numel()) and values.dim() == 1
+    if not good or (values.numel() and (int(indices.min()) < 0 or bool((indices.amax(1) >= torch.tensor(size)).any()))):
+        raise MisfitError(f"bias_size {size} with bias_indices {list(indices.shape)} and bias_values {list(values.shape)}")
+    dense = torch.zeros(size)
+    dense.index_put_((indices[0], indices[1]), values, accumulate=True)
+    return dense.reshape(shape)
+
+
+def decomposed(weight: torch.Tensor, change: torch.Tensor, magnitude: torch.Tensor, axis: int) -> torch.Tensor:
+    """DoRA's change: V · m / |V| - W with V = W + ΔW, |V| the norms along `axis` and m the magnitudes, one for each.
+
+    V is normalised, as its trainers do (peft, LyCORIS); some tools divide by the norm of W where the axis is that of the outputs.
+    """
+    import torch
+
+    moved = weight + change
+    others = [i for i in range(weight.dim()) if i != axis]
+    norms = torch.linalg.vector_norm(moved, dim=others, keepdim=True) + torch.finfo(torch.float32).eps
+    result: torch.Tensor = moved * (magnitude.reshape(norms.shape) / norms) - weight
+    return result

@@ -1,0 +1,179 @@
+"""How the LoRA family spells its keys: each key as the module it belongs to and the part of the change it is. Imports no torch.
+
+Sources: kohya-ss networks/lora.py, LyCORIS modules/*.py (`weight_list` of each), diffusers utils/state_dict_utils.py, peft `get_peft_model_state_dict`.
+A part is named as LyCORIS names it, whatever the file's spelling.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable
+
+from sdrt.errors import printable
+from sdrt.export.families.family import Shapes
+from sdrt.export.families.table import ADAPTERS, CONTEXTS, TEXT_MODULES, TEXTS
+
+DOWN, UP, MID = "lora_down.weight", "lora_up.weight", "lora_mid.weight"
+MAGNITUDE = "lora_magnitude_vector"
+UP_BIAS = "lora_B.bias"
+
+_OWN_NAMES = (
+    DOWN, UP, MID, "alpha", "dora_scale", "diff", "diff_b", "w_norm", "b_norm", "bias_indices", "bias_values", "bias_size",
+    "hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2",
+    "lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t1", "lokr_t2",
+)  # fmt: skip
+_PARTS = {f".{part}": part for part in _OWN_NAMES} | {
+    ".lora_A.weight": DOWN, ".lora_B.weight": UP, ".lora_B.bias": UP_BIAS,
+    ".lora_embedding_A": "lora_embedding_A", ".lora_embedding_B": "lora_embedding_B",
+    ".lora_magnitude_vector": MAGNITUDE, ".lora_magnitude_vector.weight": MAGNITUDE,
+    ".lora.down.weight": DOWN, ".lora.up.weight": UP, "_lora.down.weight": DOWN, "_lora.up.weight": UP,
+    ".lora_layer.down.weight": DOWN, ".lora_layer.up.weight": UP, ".lora_linear_layer.down.weight": DOWN, ".lora_linear_layer.up.weight": UP,
+}  # fmt: skip
+_KEY = re.compile("(.+?)(" + "|".join(re.escape(suffix) for suffix in _PARTS) + ")", re.DOTALL)
+_ADAPTER_NAME = re.compile(r"(\.lora_(?:A|B|magnitude_vector|embedding_A|embedding_B))\.(?!(?:weight|bias)$)[^.]+(\.weight|\.bias|)", re.DOTALL)
+"""peft's state dictionaries name the adapter ("default", "default_0", ...) within each key; its files do not."""
+_BASE_MODEL = re.compile(r"(unet\.|text_encoder\.|)base_model\.model\.")
+_BUNDLED = re.compile(r"bundle_emb\.(.+?)\.(string_to_param\..+|[^.]+)", re.DOTALL)
+_VECTORS = ("emb_params", "clip_l")
+
+_REFUSED = {
+    "IA3": (".on_input", ".ia3_l"),
+    "BOFT": (".boft_R", ".boft_s"),
+    "OFT": (".oft_blocks", ".oft_diag", ".oft_r", ".oft_R.weight"),
+    "GLoRA": (".a1.weight", ".a2.weight", ".b1.weight", ".b2.weight", ".glora_A"),
+    "T-LoRA": (".lambda_layer",),
+    "AdaLoRA": (".lora_E",),
+    "VeRA": (".vera_lambda_b",),
+    "ComfyUI's set_weight, whole weights in the place of the model's": (".set_weight",),
+}
+_NUMBERED = re.compile(r"((?:unet|text_encoder):\d{1,6}):(up|down)")
+
+
+def split(key: str) -> tuple[str, str] | None:
+    """The module's name in the file's spelling and the part's in LyCORIS's, or None if the key has no part's ending."""
+    if numbered := _NUMBERED.fullmatch(key):
+        return numbered[1], UP if numbered[2] == "up" else DOWN
+    start = key.rfind(".lora_")
+    if start >= 0 and (named := _ADAPTER_NAME.fullmatch(key, start)):
+        key = key[:start] + named[1] + named[2]
+    match = _KEY.fullmatch(key)
+    return (match[1], _PARTS[match[2]]) if match else None
+
+
+def below_base_model(key: str) -> str:
+    """A key without peft's `base_model.model.`, at its start or below a component's name; the key itself where there is none."""
+    match = _BASE_MODEL.match(key)
+    return match[1] + key[match.end() :] if match else key
+
+
+def bundled_trigger(key: str) -> str | None:
+    """The trigger of an embedding that a LoRA brings along, if the key holds its vectors.
+
+    AUTOMATIC1111 writes `bundle_emb.NAME.string_to_param.*`, OneTrainer `bundle_emb.NAME.clip_l`.
+    """
+    match = _BUNDLED.fullmatch(key)
+    return match[1] if match and (match[2] in _VECTORS or match[2].startswith("string_to_param.")) else None
+
+
+def is_numbered(key: str) -> bool:
+    """Whether a key is one of the first LoRA format, which numbers the modules (`sdrt.export.adapters.numbered`)."""
+    return _NUMBERED.fullmatch(key) is not None
+
+
+def numbered_list(shapes: Shapes) -> dict[str, str]:
+    """The first LoRA format as torch saved it, a bare list of the matrices up and down in turn: each key to its numbered name. Empty for any other file.
+
+    All layers of a text encoder's attentions are one width in and out, which no UNet's are.
+    """
+    if len(shapes) < 2 or len(shapes) % 2 or shapes.keys() != {str(number) for number in range(len(shapes))}:
+        return {}
+    pairs = [(shapes[str(number)], shapes[str(number + 1)]) for number in range(0, len(shapes), 2)]
+    if not all(len(up) >= 2 and len(down) >= 2 and up[1] == down[0] for up, down in pairs):
+        return {}
+    component = "text_encoder" if len({up[0] for up, _ in pairs} | {down[1] for _, down in pairs}) == 1 else "unet"
+    return {key: f"{component}:{int(key) // 2}:{'down' if int(key) % 2 else 'up'}" for key in shapes}
+
+
+def is_adapter(shapes: Shapes) -> bool:
+    """Whether the names are those of an adapter of the LoRA family, one that sdrt fuses or one that it refuses."""
+    known = any((parsed := split(key)) is not None and parsed[1] != "alpha" for key in shapes)
+    return known or bool(numbered_list(shapes)) or refused_kind(shapes) is not None
+
+
+def refused_kind(shapes: Shapes) -> tuple[str, str] | None:
+    """The kind of an adapter that sdrt does not fuse, and the key that shows it; None for any other file."""
+    for key, shape in shapes.items():
+        if ".motion_modules." in key and split(key):
+            return "a motion LoRA of AnimateDiff", key
+        for kind, endings in _REFUSED.items():
+            if key.endswith(endings):
+                return ("BOFT" if kind == "OFT" and len(shape) == 4 else kind), key
+    return None
+
+
+def family(shapes: Shapes) -> str:
+    """The model family an adapter was made for, told by its names or by the widths it attends to; empty if they do not tell."""
+    modules: dict[str, dict[str, tuple[int, ...]]] = {}
+    for key, shape in shapes.items():
+        if parsed := split(below_base_model(key)):
+            modules.setdefault(parsed[0], {})[parsed[1]] = shape
+    for prefix, name in ADAPTERS.items():
+        if any(module.startswith(prefix) for module in modules):
+            return name
+    context, text = ("attn2_to_k", "attn2.to_k", "attn2.processor.to_k"), ("self_attn_q_proj", "self_attn.q_proj", "self_attn.to_q")
+    found = ""
+    for endings, table in ((context, CONTEXTS), (text, TEXTS)):
+        widths = (_inputs(parts) for module, parts in modules.items() if module.endswith(endings))
+        found = found or next((table[width] for width in widths if width in table), "")
+    nine = any(_inputs(parts) == 9 for module, parts in modules.items() if module.endswith(("conv_in", "input_blocks_0_0", "input_blocks.0.0")))
+    return f"{found or 'a model'} for inpainting" if nine else found
+
+
+def is_text_encoder(module: str) -> bool:
+    """Whether a module's name in a file's spelling is one of a text encoder."""
+    return module.startswith(TEXT_MODULES)
+
+
+def _inputs(parts: Shapes) -> int:
+    """How many input channels a linear layer's change has, as far as one shape tells; 0 if none does."""
+    for part in (DOWN, "hada_w1_b", "diff"):
+        if len(parts.get(part, ())) >= 2:
+            return parts[part][1]
+    small, large = (next((parts[p] for p in (f"lokr_{w}", f"lokr_{w}_b") if len(parts.get(p, ())) >= 2), (0, 0)) for w in ("w1", "w2"))
+    return small[1] * large[1]
+
+
+def kinds(shapes: Shapes) -> dict[str, int]:
+    """How many modules of an adapter are of each kind, most common first: "LoRA", "LoHa", "LoKr", "full difference", "norm", and "DoRA" before them."""
+    modules: dict[str, set[str]] = {}
+    for key in shapes:
+        if parsed := split(key):
+            modules.setdefault(parsed[0], set()).add(parsed[1])
+    counts = Counter[str]()
+    for parts in modules.values():
+        name = next((name for name, signs in _SIGNS.items() if parts & signs), "other")
+        counts["DoRA " + name if parts & {"dora_scale", MAGNITUDE} else name] += 1
+    return dict(counts.most_common())
+
+
+_SIGNS = {
+    "LoCon with mid": {MID}, "LoRA": {DOWN, UP, "lora_embedding_A"}, "LoHa": {"hada_w1_a", "hada_w1_b"},
+    "LoKr": {"lokr_w1", "lokr_w1_a", "lokr_w2", "lokr_w2_a"}, "full difference": {"diff", "diff_b"}, "norm": {"w_norm", "b_norm"},
+}  # fmt: skip
+
+
+def ranks(shapes: Shapes) -> dict[int, int]:
+    """How many modules have each rank, lowest first. A LoKr of two whole matrices has none, nor has a difference."""
+    found: dict[str, int] = {}
+    for key, shape in shapes.items():
+        parsed = split(key)
+        if parsed and shape and parsed[1] in (DOWN, "hada_w1_b", "lokr_w1_b", "lokr_w2_b", "lora_embedding_A"):
+            found[parsed[0]] = shape[0]
+    return dict(sorted(Counter(found.values()).items()))
+
+
+def grouped(keys: Iterable[str]) -> str:
+    """Keys in words, numbers left out: `21 x lora_unet_down_blocks_N_conv`, the most common three."""
+    groups = Counter(re.sub(r"\d+", "N", parsed[0] if (parsed := split(key)) else key) for key in keys)
+    return ", ".join(f"{count} x {printable(group)}" for group, count in groups.most_common(3))

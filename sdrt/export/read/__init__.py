@@ -1,0 +1,1 @@
+"""Reading what people download: safetensors, torch files, diffusers folders. Pickles are read as data."""

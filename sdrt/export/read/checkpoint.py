@@ -1,0 +1,286 @@
+"""A checkpoint as tensors by canonical name, whatever files and spelling it came in, and the architecture they make. No tensor is read before it is used."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sdrt.errors import CheckpointError, nearest, printable
+from sdrt.export.architecture import Architecture, architecture, default_size
+from sdrt.export.families.checkpoint_names import EMA, canonical_names, ema_name, has_ema, is_vae_attention
+from sdrt.export.families.family import Component, Family
+from sdrt.export.families.recognise import describe
+from sdrt.export.families.table import COMPONENTS, FAMILIES, component_of, family_named
+from sdrt.export.read.diffusers_config import VAE as VAE_CONFIG
+from sdrt.export.read.diffusers_config import check_family, check_sizes
+from sdrt.export.read.model_files import ModelFiles, open_model, open_vae
+from sdrt.export.read.tensor_entry import FLOATS, TensorEntry
+from sdrt.export.read.tensor_file import TensorFile
+
+if TYPE_CHECKING:
+    import torch
+
+_IGNORED = (
+    "alphas_cumprod", "betas", "log_one_minus_alphas_cumprod", "sqrt_", "posterior_", "lvlb_weights", "logvar", "scale_factor", EMA, "scaled_fp8", "v_pred",
+    "global_step", *(start for family in FAMILIES for start in family.ignored),
+    *(component.prefix + start for component in COMPONENTS for start in component.ignored),
+)  # fmt: skip
+_IGNORED_ENDS = (".scale_input", ".input_scale", ".scaled_fp8", ".comfy_quant")
+_FP8_SCALES = (".scale_weight", ".weight_scale")
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """Where a tensor of the model lies: its entry within its file, and how the model takes it.
+
+    `rows` are the first and the one after the last of the stored rows that it is, None for all; a `transposed` matrix has them as its columns.
+    `reshaped` is the model's shape where the file has another for the same values; `scale` is the entry of the number that an 8-bit weight is to be
+    multiplied by.
+    """
+
+    file: TensorFile
+    entry: TensorEntry
+    reshaped: tuple[int, ...] | None = None
+    scale: TensorEntry | None = None
+    rows: tuple[int, int] | None = None
+    transposed: bool = False
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """In the model."""
+        if self.reshaped is not None:
+            return self.reshaped
+        stored = self.entry.shape if self.rows is None else (self.rows[1] - self.rows[0], *self.entry.shape[1:])
+        return stored[::-1] if self.transposed else stored
+
+    def read(self) -> torch.Tensor:
+        """The stored values in the model's shape, in the stored type; 8-bit floats as float32, scaled. No more of the file is read than that.
+
+        Raises:
+            CheckpointError: the scale of an 8-bit weight is no finite number.
+            InputFileError, UnsafeError: as `TensorFile.read`.
+        """
+        import torch
+
+        stored = self.file.read(self.entry.name, self.rows)
+        if self.entry.dtype.startswith("F8"):
+            stored = stored.float()  # hardly any operator takes 8-bit floats
+        if self.scale is not None:
+            scale = self.file.read(self.scale.name).float()
+            if scale.numel() != 1 or not bool(torch.isfinite(scale).all()):
+                raise CheckpointError(f"{self.file.path}: {printable(self.scale.name)}: expected one finite number, found shape {list(scale.shape)}")
+            stored = stored * scale.reshape(())
+        return (stored.T if self.transposed else stored).reshape(self.shape).contiguous()
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An opened checkpoint: every tensor by canonical name, and the architecture they make. `notes` are the decisions taken, for the user."""
+
+    model: ModelFiles
+    vae: ModelFiles | None
+    tensors: Mapping[str, Tensor]
+    architecture: Architecture
+    notes: tuple[str, ...] = ()
+
+    def check_unchanged(self) -> None:
+        """Raise InputFileError if a file may have changed since it was opened."""
+        for files in (self.model, self.vae):
+            if files is not None:
+                files.check_unchanged()
+
+    def close(self) -> None:
+        for files in (self.model, self.vae):
+            if files is not None:
+                files.close()
+
+
+def open_checkpoint(path: Path, vae: Path | None = None, *, ema: bool = False) -> Checkpoint:
+    """Read all but the tensors of a checkpoint, one file or a diffusers folder, and of the file or folder whose VAE replaces its own.
+
+    `ema` takes the UNet's averaged weights, which some checkpoints hold beside the plain ones.
+
+    Raises:
+        CheckpointError: the checkpoint is of another kind or family, a component is missing, or it has no averaged weights.
+        InputFileError: a file is malformed.
+        UnsafeError: a file holds something other than data.
+    """
+    model = open_model(path)
+    vae_model = None
+    try:
+        tensors = canonical_tensors(model)
+        notes = [*model.notes]
+        if has_ema(tensors):
+            notes.append(
+                f"{model.name}: holds the UNet twice; "
+                + ("the averaged (EMA) weights were taken" if ema else "the plain weights were taken, --ema takes the averaged")
+            )
+        if ema:
+            tensors |= _averaged(model, tensors)
+        if vae is not None:
+            vae_model = open_vae(vae)
+            notes += vae_model.notes
+            tensors = {name: tensor for name, tensor in tensors.items() if not _is_vae(name)} | _vae_tensors(vae_model)
+        arch = model_architecture(model, tensors, vae_model)
+        family = family_named(arch.family)
+        if remark := default_size(model.metadata, family)[1]:
+            notes.append(f"{model.name}: {remark}")
+        if model.settings.text_layers is not None and (layers := _layers_after(tensors, family, arch.clip.layers)):
+            notes.append(f"{model.name}: its settings use {arch.clip.layers} layers of the text encoder, those after them were left out")
+            tensors = {name: tensor for name, tensor in tensors.items() if name not in layers}
+        if arch.prediction != "epsilon":
+            notes.append(f"{model.name}: says that it predicts {arch.prediction}")
+        return Checkpoint(model, vae_model, tensors, arch, tuple(notes))
+    except BaseException:
+        model.close()
+        if vae_model is not None:
+            vae_model.close()
+        raise
+
+
+def _layers_after(tensors: Mapping[str, Tensor], family: Family, count: int) -> set[str]:
+    """Names of the text encoder's tensors in layers after the first `count`."""
+    start = family.text_encoder.prefix + "text_model.encoder.layers."
+    numbers = {name: name[len(start) :].partition(".")[0] for name in tensors if name.startswith(start)}
+    return {name for name, number in numbers.items() if number.isdecimal() and int(number) >= count}
+
+
+def model_architecture(model: ModelFiles, tensors: Mapping[str, Tensor], vae: ModelFiles | None = None) -> Architecture:
+    """The architecture that tensors by canonical name make, with what the model's and the VAE's own settings say. Raises as `architecture` does."""
+    arch = architecture(model.path, {name: tensor.shape for name, tensor in tensors.items()}, model.metadata)
+    stated, scale = model.settings, (vae or model).settings.vae_scale
+    if scale is not None:
+        arch = replace(arch, vae=replace(arch.vae, scale=scale))
+    if stated.prediction is not None:
+        arch = replace(arch, prediction=stated.prediction)
+    if stated.text_layers is not None:
+        if stated.text_layers > arch.clip.layers:
+            raise CheckpointError(
+                f"{model.path}: text_encoder/config.json: num_hidden_layers: {stated.text_layers}, but the tensors say {arch.clip.layers}",
+                "The folder's files belong to different models; download it again.",
+            )
+        arch = replace(arch, clip=replace(arch.clip, layers=stated.text_layers))
+    own = {name: config for name, config in stated.configs.items() if vae is None or name != VAE_CONFIG}
+    for path, configs in [(model.path, own), *([(vae.path, vae.settings.configs)] if vae is not None else [])]:
+        check_family(path, configs, family_named(arch.family))
+        check_sizes(path, configs, arch)
+    if stated.sample_size is not None:
+        side = stated.sample_size * 2 ** (len(arch.vae.channels) - 1)
+        arch = replace(arch, size=(side, side))
+    return arch
+
+
+def canonical_tensors(model: ModelFiles) -> dict[str, Tensor]:
+    """Every tensor of a model by its canonical name.
+
+    Raises:
+        CheckpointError: two names of the files stand for one tensor.
+    """
+    names = canonical_names(model.path, {name: stored.entry.shape for name, stored in model.tensors.items()})
+    tensors: dict[str, Tensor] = {}
+    for name, canonical in names.items():
+        stored = model.tensors[name]
+        if canonical in tensors:
+            raise CheckpointError(
+                f"{stored.file.path}: {printable(name)}: stands for {printable(canonical)}, as {printable(tensors[canonical].entry.name)} does"
+            )
+        matrix = is_vae_attention(canonical) and len(stored.entry.shape) == 2
+        tensors[canonical] = Tensor(stored.file, stored.entry, (*stored.entry.shape, 1, 1) if matrix else None)
+    for component in COMPONENTS:
+        tensors = as_parts(component, tensors)
+    for name in [name for name in tensors if name.endswith(_FP8_SCALES)]:
+        weight = name.rpartition(".")[0] + ".weight"
+        if weight in tensors and tensors[weight].entry.dtype.startswith("F8"):
+            tensors[weight] = replace(tensors[weight], scale=tensors.pop(name).entry)
+    return tensors
+
+
+def as_parts(component: Component, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of a component as the model has them: a stored one that holds several as these, a stored transpose as the matrix.
+
+    Raises:
+        CheckpointError: a stored tensor's rows do not divide into its parts, or the file has one of these too; or it is no matrix.
+    """
+    found: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        where, shape = f"{tensor.file.path}: {printable(tensor.entry.name)}", list(tensor.entry.shape)
+        below = name.startswith(component.prefix)
+        end = next((end for end in component.rows if below and name.endswith(end)), None)
+        if end is not None:
+            parts = component.rows[end]
+            if not shape or shape[0] % len(parts):
+                raise CheckpointError(f"{where}: expected rows in {len(parts)} equal parts, found shape {shape}")
+            count = shape[0] // len(parts)
+            made = {name.removesuffix(end) + part: replace(tensor, rows=(i * count, (i + 1) * count)) for i, part in enumerate(parts)}
+            if twice := made.keys() & tensors.keys():
+                raise CheckpointError(f"{where}: holds {printable(min(twice))}, which the file has beside it")
+            found |= made
+        elif below and name.endswith(component.transposed):
+            if len(shape) != 2:
+                raise CheckpointError(f"{where}: expected a matrix, found shape {shape}")
+            found[name] = replace(tensor, transposed=True)
+        else:
+            found[name] = tensor
+    return found
+
+
+def select(checkpoint: Checkpoint, expected: Mapping[str, tuple[int, ...]]) -> tuple[dict[str, Tensor], list[str]]:
+    """The checkpoint's tensors for the expected names and shapes, and the names of those left over that belong to no network.
+
+    Raises:
+        CheckpointError: one is missing, has another shape, or is not floating-point; or one of the expected networks has one more, which
+            changes what it computes.
+    """
+    missing = [name for name in expected if name not in checkpoint.tensors]
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        left_over = checkpoint.tensors.keys() - expected.keys()
+        path = checkpoint.vae.path if checkpoint.vae is not None and _is_vae(missing[0]) else checkpoint.model.path
+        raise CheckpointError(
+            f"{path}: {missing[0]}: missing{more}{nearest(missing[0], left_over)}",
+            "The file is incomplete; download it again, or supply the VAE with --vae FILE.",
+        )
+    for name, shape in expected.items():
+        tensor = checkpoint.tensors[name]
+        path, entry = tensor.file.path, tensor.entry
+        if tensor.shape != shape:
+            raise CheckpointError(f"{path}: {name}: expected shape {list(shape)}, found {list(entry.shape)}")
+        if entry.dtype not in FLOATS:
+            raise CheckpointError(f"{path}: {name}: expected one of {', '.join(FLOATS)}, found {entry.dtype}")
+    unknown = [name for name in checkpoint.tensors if name not in expected and not name.startswith(_IGNORED) and not name.endswith(_IGNORED_ENDS)]
+    asked = [component for component in COMPONENTS if any(name.startswith(component.prefix) for name in expected)]
+    for component in asked:
+        if foreign := [name for name in unknown if name.startswith(component.prefix + component.computes)]:
+            others = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
+            raise CheckpointError(
+                f"{checkpoint.tensors[foreign[0]].file.path}: {printable(foreign[0])}{others}: unknown in a {component.title}, which would compute something else without it",
+                "The checkpoint is of a kind that this version of sdrt does not build, or was put together of several; use another.",
+            )
+    return {name: checkpoint.tensors[name] for name in expected}, unknown
+
+
+def _averaged(model: ModelFiles, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    if not has_ema(tensors):
+        raise CheckpointError(f"{model.path}: has no averaged weights ({EMA}*)", "Leave out --ema.")
+    unet = {name: ema_name(name) for name in tensors if (component := component_of(name)) is not None and component.network == "unet"}
+    if len(set(unet.values())) != len(unet):
+        raise CheckpointError(f"{model.path}: two weights of the UNet have one averaged weight", "Leave out --ema.")
+    averaged = {name: tensors[ema] for name, ema in unet.items() if ema in tensors}
+    if absent := [name for name in unet if name not in averaged]:
+        raise CheckpointError(f"{model.path}: {printable(absent[0])}: has no averaged weight, {len(averaged)} others have one", "Leave out --ema.")
+    return averaged
+
+
+def _vae_tensors(model: ModelFiles) -> dict[str, Tensor]:
+    tensors = {name: tensor for name, tensor in canonical_tensors(model).items() if _is_vae(name)}
+    if not any(name.endswith("decoder.conv_in.weight") for name in tensors):
+        found = describe({name: tensor.shape for name, tensor in canonical_tensors(model).items()})
+        raise CheckpointError(f"{model.path}: expected a VAE, found {found}", "Give a VAE in LDM's or diffusers' naming, or a checkpoint that holds one.")
+    return tensors
+
+
+def _is_vae(name: str) -> bool:
+    component = component_of(name)
+    return component is not None and component.network == "vae"

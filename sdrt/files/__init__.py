@@ -1,0 +1,1 @@
+"""Files on disk: reading what strangers give, publishing what we write, locks. Imports nothing of sdrt but `errors`."""

@@ -1,0 +1,1 @@
+"""A folder for each library that runs engines."""

@@ -1,0 +1,263 @@
+"""The denoising step on a GPU: buffers, execution contexts and captured CUDA graphs for one shape, and the memory of a running batch on top.
+
+`sdrt.runtime.backends.tensorrt.engine` owns the device, the stream and the engines; this owns what a running batch needs of them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sdrt.bundle.graphs import FED_BACK, STEP, VAE_DECODER, Signature, concrete
+from sdrt.errors import UsageError
+from sdrt.runtime.backends.tensorrt.blocks import Block
+from sdrt.runtime.engine import BatchShape, Float, Pixels
+from sdrt.runtime.running_batch import Part, step_sizes
+
+if TYPE_CHECKING:
+    from sdrt.runtime.backends.tensorrt.engine import TensorRtEngine
+
+_AHEAD = 2
+"""Model calls the host may be ahead of the device: enough to keep it busy, few enough that progress and cancelling are true."""
+_POLL_S = 100e-6
+
+
+class CapturedStep:
+    """Buffers, two contexts and two captured graphs for a shape and a number of slots, whoever sits in them.
+
+    Call 0 reads what is fed back from `inputs` and writes it to `outputs`, call 1 the other way.
+    """
+
+    def __init__(self, engine: TensorRtEngine, signature: Signature, shape: BatchShape, capacity: int) -> None:
+        self.shape, self.capacity = shape, capacity
+        self.contexts: list[Any] = []
+        self.graphs: list[Any] | None = None
+        self.context_sets: list[Block | None] = [None] * capacity
+        self._signature = signature
+        sizes = step_sizes(shape, capacity, engine.rows)
+        # Noise comes last: of all it is the one of which a picture uses a part only.
+        inputs = sorted(signature.inputs.items(), key=lambda item: item[0] == "noise")
+        outputs = {back: signature.outputs[name] for back, name in FED_BACK.items()} | {"denoised": signature.outputs["denoised"]}
+        self.inputs = engine.block([(name, concrete(tensor.shape, sizes), tensor.dtype) for name, tensor in inputs])
+        try:
+            self.outputs = engine.block([(name, concrete(tensor.shape, sizes), tensor.dtype) for name, tensor in outputs.items()])
+        except BaseException:
+            self.inputs.close(engine.stream)  # now, not when the error is forgotten: a smaller picture may be asked for first
+            raise
+        try:
+            self._bind(engine)
+            if not engine.graphs_disabled:
+                self.graphs = self._capture(engine)
+        except BaseException:
+            self.close(engine.stream)
+            raise
+
+    def launch(self, engine: TensorRtEngine, call: int) -> None:
+        """Start one model call."""
+        engine.watched.count("launches")
+        if self.graphs is None:
+            engine.watched.around(STEP, engine.stream, lambda: engine.enqueue(self.contexts[call % 2], STEP, engine.stream))
+        else:
+            graph = self.graphs[call % 2]
+            engine.watched.around(STEP, engine.stream, lambda: graph.launch(engine.stream))
+
+    def block_of(self, name: str, call: int) -> Block:
+        """The block that holds a step input for a call."""
+        return self.outputs if name in FED_BACK and call % 2 else self.inputs
+
+    def hold_contexts(self, engine: TensorRtEngine, slot: int, sets: Sequence[Float]) -> None:
+        """Put a picture's context sets on the device, in memory that stays with the slot: the next such picture allocates nothing."""
+        held = self.context_sets[slot]
+        if held is None or held.layout.sections["sets"].shape[0] < len(sets):
+            if held is not None:
+                held.close(engine.stream)
+                self.context_sets[slot] = None
+            held = self.context_sets[slot] = engine.block([("sets", (len(sets), *sets[0].shape), np.float32)])
+        for i, context in enumerate(sets):
+            held.host("sets")[i] = context
+        held.upload_parts(engine.stream, [("sets", 0, len(sets))])
+
+    def change_context(self, engine: TensorRtEngine, slot: int, index: int) -> None:
+        """Start the one copy that gives the next rows another context set. The rows before have read theirs: one stream, one order."""
+        held = self.context_sets[slot]
+        assert held is not None
+        size_bytes = held.offset("sets", 1) - held.offset("sets", 0)
+        self.inputs.copy(engine.stream, self.inputs.offset("context", slot), held, held.offset("sets", index), size_bytes)
+
+    def close(self, stream: Any) -> None:
+        for graph in self.graphs or []:
+            graph.close()
+        self.contexts.clear()
+        for block in (*self.context_sets, self.inputs, self.outputs):
+            if block is not None:
+                block.close(stream)
+
+    def _bind(self, engine: TensorRtEngine) -> None:
+        self.inputs.clear(engine.stream)
+        self.outputs.clear(engine.stream)
+        profile = engine.profile(self.shape)
+        self.contexts += [engine.context(STEP), engine.context(STEP)]
+        for call, context in enumerate(self.contexts):
+            addresses = {name: (self.block_of(name, call).address(name), self.inputs.layout.sections[name].shape) for name in self._signature.inputs}
+            engine.bind(context, STEP, profile, addresses)
+            written = {output: self.block_of(name, call + 1).address(name) for name, output in FED_BACK.items()}
+            for name in self._signature.outputs:
+                context.set_tensor_address(name, written[name] if name in written else self.outputs.address(name))
+
+    def _capture(self, engine: TensorRtEngine) -> list[Any] | None:
+        """Capture both contexts, and check a replay of each against plain execution once. None, and graphs off, where that fails."""
+        graphs = []
+        self._fill_for_check(engine.stream)
+        for call, context in enumerate(self.contexts):
+            # Once uncaptured: TensorRT finishes its own set-up on the first run after shapes and addresses change.
+            engine.enqueue(context, STEP, engine.stream)
+            plain = self._written(call, engine.stream)
+            try:
+                graph = _captured(engine, context)
+            except Exception as error:
+                if "OUT_OF_MEMORY" in str(error):
+                    raise
+                engine.disable_graphs(f"capturing failed: {error}")
+                return None
+            self._spoil(call, engine.stream)
+            graph.launch(engine.stream)
+            if not np.array_equal(plain, self._written(call, engine.stream)):
+                engine.disable_graphs("a replayed graph gave other numbers than plain execution")
+                return None
+            graphs.append(graph)
+        return graphs
+
+    def _fill_for_check(self, stream: Any) -> None:
+        """Small numbers everywhere, so that a replay that reads or writes the wrong place shows."""
+        random = np.random.RandomState(0)
+        names = list(self.inputs.layout.sections)
+        for name in names:
+            array = self.inputs.host(name)
+            array[...] = 0 if array.dtype.kind == "i" else random.standard_normal(array.shape) * 0.1
+        self.inputs.upload(stream, names[0], names[-1])
+
+    def _written(self, call: int, stream: Any) -> NDArray[np.float32]:
+        """The registers a call has just written."""
+        block = self.block_of("registers", call + 1)
+        block.download(stream, "registers", "registers")
+        stream.sync()
+        return np.array(block.host("registers"))
+
+    def _spoil(self, call: int, stream: Any) -> None:
+        """Overwrite the registers a call has written, so that a replay that writes nothing shows too."""
+        block = self.block_of("registers", call + 1)
+        block.host("registers")[...] = np.nan
+        block.upload(stream, "registers", "registers")
+
+
+def _captured(engine: TensorRtEngine, context: Any) -> Any:
+    builder = engine.stream.create_graph_builder()
+    try:
+        builder.begin_building("thread_local")  # the default mode would break other threads' work on this device
+        engine.enqueue(context, STEP, builder.stream)
+        graph = builder.end_building().complete()
+    except BaseException:
+        with suppress(Exception):
+            builder.close()  # ends the capture, without which the stream is unusable; `end_building` does not end one that broke
+        raise
+    builder.close()
+    graph.upload(engine.stream)
+    return graph
+
+
+class TensorRtMemory:
+    """`StepMemory` on a GPU. `close` gives its buffers back; leaving that to the garbage collector works too."""
+
+    def __init__(self, engine: TensorRtEngine, step: CapturedStep) -> None:
+        self._engine = engine
+        self._calls = 0
+        self._launched: deque[Any] = deque()
+        engine.stream.sync()  # a batch given up may still be reading this step's pinned memory
+        self._copied: Any = None
+        self._step: CapturedStep | None = step  # ours to give back from here on
+
+    def host(self, name: str) -> NDArray[Any]:
+        return self._open().block_of(name, self._calls).host(name)
+
+    def upload(self, parts: Sequence[Part]) -> None:
+        step = self._open()
+        with self._engine.guarded(STEP):
+            for block in (step.inputs, step.outputs):
+                block.upload_parts(self._engine.stream, [part for part in parts if step.block_of(part[0], self._calls) is block])
+            self._copied = self._engine.stream.record(self._copied)
+
+    def ready(self) -> None:
+        """Wait until the last copies from pinned memory have been made. The calls after them may go on."""
+        self._open()
+        self._wait_for(self._copied)
+
+    def hold_contexts(self, slot: int, contexts: Sequence[Float]) -> None:
+        step = self._open()
+        with self._engine.guarded(STEP):
+            step.hold_contexts(self._engine, slot, contexts)
+            self._copied = self._engine.stream.record(self._copied)
+
+    def change_context(self, slot: int, index: int) -> None:
+        step = self._open()
+        with self._engine.guarded(STEP):
+            step.change_context(self._engine, slot, index)
+
+    def call(self) -> None:
+        step, event = self._open(), None
+        if len(self._launched) >= _AHEAD:
+            self._wait_for(self._launched[0])
+            event = self._launched.popleft()
+        with self._engine.guarded(STEP):
+            step.launch(self._engine, self._calls)
+            self._launched.append(self._engine.stream.record(event))
+            self._calls += 1
+
+    def latents(self, slots: Sequence[int]) -> Float:
+        return self._downloaded("registers")[list(slots), 0]
+
+    def denoised(self, slots: Sequence[int]) -> Float:
+        return self._downloaded("denoised")[list(slots)]
+
+    def decode(self, slots: Sequence[int], rounding: float) -> tuple[Pixels, NDArray[np.bool_]]:
+        step = self._open()
+        with self._engine.guarded(VAE_DECODER):
+            block = step.block_of("registers", self._calls)
+            return self._engine.decode_from(block, [block.offset("registers", slot, 0) for slot in slots], step.shape, rounding)
+
+    def describe(self) -> dict[str, Any]:
+        return self._engine.describe()
+
+    def close(self) -> None:
+        step, self._step = self._step, None
+        if step is not None:
+            self._engine.give_back(step)
+
+    def __del__(self) -> None:
+        self.close()
+
+    def _downloaded(self, name: str) -> NDArray[np.float32]:
+        """A copy of registers or denoised estimates as the last call left them."""
+        step = self._open()
+        with self._engine.guarded(STEP):
+            block = step.outputs if name == "denoised" else step.block_of(name, self._calls)
+            block.download(self._engine.stream, name, name)
+            self._engine.stream.sync()
+            return np.array(block.host(name))
+
+    def _wait_for(self, event: Any) -> None:
+        while event is not None:
+            with self._engine.guarded(STEP):
+                if event.is_done:
+                    return
+            time.sleep(_POLL_S)  # polled, not synchronised: the device never waits for the host
+
+    def _open(self) -> CapturedStep:
+        if self._step is None:
+            raise UsageError("step: passed already", "Read a step before asking the stream for the next one.")
+        return self._step

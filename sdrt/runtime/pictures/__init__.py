@@ -1,0 +1,1 @@
+"""Pictures in and out: canvases, files and their text, contact sheets."""

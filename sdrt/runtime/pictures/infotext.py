@@ -1,0 +1,131 @@
+"""The text that AUTOMATIC1111 writes under its pictures, written and read: prompt, negative prompt, and a line of `Name: value` pairs."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sdrt.runtime.prompts.syntax import NETWORKS, network_name, network_tag, without_networks
+from sdrt.runtime.sampling.registry import SAMPLERS
+
+_SCHEDULES = {"sgm_uniform": "SGM Uniform", "ddim_uniform": "DDIM"}
+"""AUTOMATIC1111's labels where they are not the name with a capital."""
+_NEGATIVE = "Negative prompt:"
+_PAIR = re.compile(r'\s*(\w[\w \-/]{1,60}):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
+_FEWEST_PAIRS = 3
+"""A last line with fewer is one of the prompt."""
+
+
+def infotext(parameters: Mapping[str, Any]) -> str:
+    """The settings as AUTOMATIC1111 writes them under its pictures: prompt, negative prompt, and a line of `Name: value` pairs.
+
+    What was fused is named as its prompts and pairs do: LoRAs and hypernetworks as tags after the prompt, with the hashes of their files.
+    """
+    width, height = parameters["size"]
+    sources = parameters.get("sources", [])
+    of_kind = {kind: [source for source in sources if source["kind"] == kind] for kind in ("checkpoint", "vae", "lora", "embedding", "hypernetwork")}
+    pairs: dict[str, Any] = {
+        "Steps": parameters["steps"],
+        "Sampler": SAMPLERS[parameters["sampler"]].label,
+        "Schedule type": _SCHEDULES.get(parameters["schedule"], parameters["schedule"].capitalize()),
+        "CFG scale": f"{parameters['cfg']:g}",
+        "Seed": parameters["seed"],
+        "Size": f"{width}x{height}",
+    }
+    for source in of_kind["checkpoint"][:1]:
+        pairs |= {"Model hash": source["sha256"][:10], "Model": Path(source["name"]).stem}
+    for source in of_kind["vae"][:1]:
+        pairs |= {"VAE hash": source["sha256"][:10], "VAE": source["name"]}
+    if parameters["strength"] is not None:
+        pairs["Denoising strength"] = f"{parameters['strength']:g}"
+    if parameters["clip_skip"] != 1:
+        pairs["Clip skip"] = parameters["clip_skip"]
+    if (parameters["mask"] is not None or parameters.get("mask_sha256") is not None) and parameters["mask_blur"]:
+        pairs["Mask blur"] = parameters["mask_blur"]
+    if parameters["noise"] == "cpu":
+        pairs["RNG"] = "CPU"
+    elif parameters["noise"] == "nv":
+        pairs["RNG"] = "NV"
+    if parameters["emphasis"] != "original":
+        pairs["Emphasis"] = parameters["emphasis"].capitalize()
+    for name, kind in (("Lora hashes", "lora"), ("TI hashes", "embedding"), ("Hypernet hashes", "hypernetwork")):
+        if hashes := ", ".join(f"{source.get('trigger') or network_name(source['name'])}: {source['sha256'][:12]}" for source in of_kind[kind]):
+            pairs[name] = hashes
+    pairs["Version"] = f"sdrt {parameters['sdrt']}"
+    said = without_networks(parameters["prompt"], lambda kind, tag: kind not in NETWORKS)
+    tags = [network_tag(source["kind"], source["name"], source["scale"], source.get("te_scale")) for source in of_kind["lora"] + of_kind["hypernetwork"]]
+    lines = [" ".join([said.rstrip(), *tags]) if tags else said]
+    if parameters["negative"]:
+        lines.append(f"{_NEGATIVE} {parameters['negative']}")
+    return "\n".join([*lines, ", ".join(f"{name}: {_quoted(str(value))}" for name, value in pairs.items())])
+
+
+def _quoted(value: str) -> str:
+    """As AUTOMATIC1111 quotes a value that would end its pair."""
+    return json.dumps(value, ensure_ascii=False) if any(mark in value for mark in ",:\n") else value
+
+
+@dataclass(frozen=True)
+class Infotext:
+    """A text as it was read. `pairs` are the last line's, in their order."""
+
+    prompt: str
+    negative: str
+    pairs: dict[str, str]
+
+
+def parse_infotext(text: str) -> Infotext:
+    """Read such a text. Any text can be read: what has no such last line is a prompt alone."""
+    lines = text.strip().split("\n")
+    pairs = {match[1]: _unquoted(match[2]) for match in _PAIR.finditer(lines[-1])}
+    if len(pairs) >= _FEWEST_PAIRS:
+        lines.pop()
+    else:
+        pairs = {}
+    start = next((i for i, line in enumerate(lines) if line.strip().startswith(_NEGATIVE)), len(lines))
+    negative = "\n".join(lines[start:]).strip().removeprefix(_NEGATIVE).strip()
+    return Infotext("\n".join(lines[:start]).strip(), negative, pairs)
+
+
+def settings_of_infotext(read: Infotext) -> tuple[dict[str, Any], dict[str, str]]:
+    """The fields of `Request` that a text gives, and the pairs that give none: of other settings, or with values that cannot be read."""
+    settings: dict[str, Any] = {"prompt": read.prompt, "negative": read.negative, "compat": "a1111"}
+    rest: dict[str, str] = {}
+    for name, value in read.pairs.items():
+        try:
+            field, of_text = _SETTINGS[name]
+            settings[field] = of_text(value)
+        except (KeyError, ValueError):
+            rest[name] = value
+    return settings, rest
+
+
+def _unquoted(value: str) -> str:
+    """A value out of its quotes, where it has any."""
+    if not value.startswith('"'):
+        return value.strip()
+    try:
+        return str(json.loads(value))
+    except ValueError:
+        return value
+
+
+def _size(text: str) -> tuple[int, int]:
+    width, height = text.split("x")
+    return int(width), int(height)
+
+
+def _noise(text: str) -> str:
+    return {"CPU": "cpu", "NV": "nv", "GPU": "nv"}[text]
+
+
+_SETTINGS: dict[str, tuple[str, Callable[[str], Any]]] = {
+    "Steps": ("steps", int), "Sampler": ("sampler", str), "Schedule type": ("schedule", str), "CFG scale": ("cfg", float), "Seed": ("seed", int),
+    "Size": ("size", _size), "Denoising strength": ("strength", float), "Clip skip": ("clip_skip", int), "Mask blur": ("mask_blur", int),
+    "RNG": ("noise", _noise), "Emphasis": ("emphasis", str.lower),
+}  # fmt: skip
+"""The setting of each pair, and how its value is read."""

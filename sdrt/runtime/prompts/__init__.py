@@ -1,0 +1,1 @@
+"""From a prompt's text to what the network is given: syntax, chunks, tokens, contexts."""

@@ -1,0 +1,1 @@
+"""Samplers as tables of numbers: schedules, levels, the formulas, and noise."""

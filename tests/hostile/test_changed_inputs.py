@@ -1,0 +1,132 @@
+"""Every file that a build reads, changed while it runs: the build fails, names the file, and leaves nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import hypernetwork_files
+import pytest
+import reference
+import torch
+from safetensors.torch import save_file
+from tiny_model import SMALL, seeded
+
+from sdrt.errors import InputFileError
+from sdrt.export import graph, selfcheck
+from sdrt.export.adapters.embedding import EmbeddingOption
+from sdrt.export.adapters.hypernetwork import HypernetworkOption
+from sdrt.export.adapters.match import LoraOption
+from sdrt.export.build import BuildOptions, build
+from sdrt.files.publish import write_file
+
+
+def unseen(path: Path) -> None:
+    """One byte of it, the size and the time as they were."""
+    before, data = path.stat(), bytearray(path.read_bytes())
+    data[-2] ^= 1
+    path.write_bytes(data)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def replaced(path: Path) -> None:
+    """Another file of that name, with the same bytes: it may be changed next."""
+    other = path.with_name("other")
+    shutil.copy2(path, other)
+    unseen(other)
+    other.replace(path)
+
+
+def truncated(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def now_a_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+CHANGES = (unseen, replaced, truncated, Path.unlink, now_a_folder)
+INPUTS = (
+    "model.tiny/model_index.json", "model.tiny/unet/config.json", "model.tiny/vae/config.json", "model.tiny/text_encoder/config.json",
+    "model.tiny/scheduler/scheduler_config.json", "model.tiny/unet/diffusion_pytorch_model.safetensors", "model.tiny/text_encoder/model.safetensors",
+    "vae/config.json", "vae/diffusion_pytorch_model.safetensors", "peft/adapter_model.safetensors", "peft/adapter_config.json", "word.pt", "chain.pt",
+)  # fmt: skip
+CASES = [(name, change) for i, name in enumerate(INPUTS) for change in (CHANGES[0], CHANGES[1 + i % 4])]
+"""The least change that there is of every one, and one of the others."""
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One of everything that a build takes: a diffusers folder, a VAE's folder, a LoRA with its settings, an embedding and a hypernetwork."""
+    folder, weights = tmp_path_factory.mktemp("inputs"), seeded(SMALL)
+    model = folder / "model.tiny"
+    reference.unet(weights, asdict(SMALL.unet)).save_pretrained(model / "unet")
+    reference.text_model(weights, asdict(SMALL.clip)).save_pretrained(model / "text_encoder")
+    for place in (model / "vae", folder / "vae"):
+        reference.vae(weights, asdict(SMALL.vae)).save_pretrained(place)
+    (model / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline"}))
+    (model / "scheduler").mkdir()
+    (model / "scheduler" / "scheduler_config.json").write_text(json.dumps({"prediction_type": "epsilon"}))
+    (folder / "peft").mkdir()
+    module = "base_model.model.text_model.encoder.layers.0.self_attn.q_proj.lora_"
+    save_file({f"{module}A.weight": torch.ones(2, 64), f"{module}B.weight": torch.ones(64, 2)}, folder / "peft" / "adapter_model.safetensors")
+    (folder / "peft" / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 4}))
+    torch.save({"string_to_param": {"*": torch.ones(2, 64)}, "name": "word"}, folder / "word.pt")
+    hypernetwork_files.save(folder / "chain.pt", hypernetwork_files.Settings(widths=(64,)), 1)
+    return folder
+
+
+@pytest.fixture
+def inputs(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy to change; graphs are neither written nor checked, which has to do with none of it."""
+
+    def check(recipe: object, weights: object, graphs: dict[str, Path], reference: Path) -> dict[str, float]:
+        write_file(reference, b"not checked")
+        return dict.fromkeys(graphs, 0.0)
+
+    monkeypatch.setattr(selfcheck, "check", check)
+    monkeypatch.setattr(graph, "skeleton", lambda recipe: (None, True))
+    monkeypatch.setattr(graph, "bind", lambda model, weights_file, placed, precision, compute, path: write_file(path, b"no graph"))
+    shutil.copytree(saved, tmp_path / "inputs")
+    (tmp_path / "out").mkdir()
+    return tmp_path / "inputs"
+
+
+def options(inputs: Path) -> BuildOptions:
+    return BuildOptions(
+        inputs / "model.tiny",
+        (LoraOption(inputs / "peft" / "adapter_model.safetensors"),),
+        inputs / "vae",
+        size=(64, 64),
+        embeddings=(EmbeddingOption(inputs / "word.pt", "word"),),
+        hypernetworks=(HypernetworkOption(inputs / "chain.pt"),),
+        output=inputs.parent / "out" / "x.sdrt",
+    )
+
+
+def test_c20_all_of_these_are_read(inputs: Path) -> None:
+    report = build(options(inputs))
+    assert [source.kind for source in report.manifest.sources] == ["checkpoint", "vae", "lora", "lora-config", "embedding", "hypernetwork"]
+
+
+@pytest.mark.parametrize(("name", "change"), CASES, ids=[f"{name}-{change.__name__}" for name, change in CASES])
+def test_c20_an_input_that_changes(inputs: Path, name: str, change: Callable[[Path], object]) -> None:
+    def progress(stage: str, done: float | None) -> None:
+        if stage == "write":
+            change(inputs / name)
+
+    with pytest.raises(InputFileError, match="changed during the build") as caught:
+        build(options(inputs), progress)
+    assert caught.value.message.startswith(str(inputs / name)) and caught.value.exit_code == 3
+    assert not list((inputs.parent / "out").iterdir())
+
+
+@pytest.mark.parametrize("name", ["model.tiny/unet/config.json", "peft/adapter_config.json"])
+def test_c20_a_time_alone_is_no_change_of_settings(inputs: Path, name: str) -> None:
+    """Settings are compared by content alone; weights by their times too, which catches a writer that is not done."""
+    build(options(inputs), lambda stage, done: os.utime(inputs / name) if stage == "write" else None)

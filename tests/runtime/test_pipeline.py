@@ -1,0 +1,646 @@
+"""The pipeline: whole pictures against diffusers, batches, threads, streams, errors, and its logic over a fake engine."""
+
+from __future__ import annotations
+
+import shutil
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import reference
+import torch
+from conftest import EMOJI
+from numpy.typing import NDArray
+from reference import TRAINING, psnr
+
+from sdrt.bundle.folder import Bundle, open_bundle
+from sdrt.engines.shapes import JobShape
+from sdrt.errors import BundleError, ClosedError, InputFileError, MachineError, NonFiniteError, ResourceError, UsageError
+from sdrt.runtime import Pipeline, Result, Step
+from sdrt.runtime.engine import BatchShape, Engine, Float, Job, Pixels, RunningBatch
+from sdrt.runtime.prompts.tokenizer import Tokenizer
+from sdrt.runtime.request_memory import Demand
+
+LIKE_DIFFUSERS_DB = 55.0
+"""One value in five off by one level; truncation instead of rounding would be 51 dB."""
+PROMPTS = ("red apple", "cat face", "robot")
+QUICK: dict[str, Any] = {"steps": 4, "cfg": 3.0}
+
+
+@pytest.fixture(scope="module")
+def flat(flat_bundle: Path) -> Iterator[Pipeline]:
+    with Pipeline.load(flat_bundle, threads=1) as pipeline:
+        yield pipeline
+
+
+@pytest.fixture(scope="module")
+def blindbox(blindbox_bundle: Path) -> Iterator[Pipeline]:
+    with Pipeline.load(blindbox_bundle, threads=1) as pipeline:
+        yield pipeline
+
+
+Draw = Callable[..., Pixels]
+
+
+@pytest.fixture(scope="module")
+def diffusers_pictures(flat_bundle: Path, blindbox_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Draw:
+    """A function that draws pictures with diffusers, one for each prompt and seed, from the stored weights of the flat or the blindbox bundle."""
+    from diffusers import DDIMScheduler, EulerDiscreteScheduler
+
+    tokenizer = reference.clip_tokenizer(tmp_path_factory.mktemp("clip"))
+    bundles = {"flat": flat_bundle, "blindbox": blindbox_bundle}
+    made: dict[str, Any] = {}
+    schedulers = {
+        "euler": EulerDiscreteScheduler(**TRAINING, timestep_spacing="linspace", steps_offset=1),
+        "ddim": DDIMScheduler(**TRAINING, timestep_spacing="leading", steps_offset=1, set_alpha_to_one=False, clip_sample=False),
+    }
+
+    def draw(
+        bundle: str,
+        prompts: Sequence[str],
+        *,
+        sampler: str,
+        seeds: Sequence[int],
+        cfg: float = 3.0,
+        steps: int = 20,
+        size: tuple[int, int] = (64, 64),
+        negative: str = "",
+    ) -> Pixels:
+        if bundle not in made:
+            made[bundle] = reference.diffusers_pipeline(bundles[bundle], tokenizer)
+        pipeline, (width, height) = made[bundle], size
+        pipeline.scheduler = schedulers[sampler]
+        latents = torch.cat([torch.randn((1, 4, height // 8, width // 8), generator=torch.Generator("cpu").manual_seed(seed)) for seed in seeds])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # torch tensors under numpy 2, inside diffusers
+            image = pipeline(
+                list(prompts),
+                negative_prompt=[negative] * len(prompts),
+                latents=latents,
+                guidance_scale=cfg,
+                num_inference_steps=steps,
+                height=height,
+                width=width,
+                output_type="np",
+            ).images
+        return np.round(image * 255).astype(np.uint8)
+
+    return draw
+
+
+# Whole pictures
+
+
+def test_prompts_are_the_example_s() -> None:
+    assert set(PROMPTS) <= set((EMOJI / "prompts.txt").read_text().splitlines())
+
+
+@pytest.mark.parametrize("sampler", ["euler", "ddim"])
+@pytest.mark.parametrize("bundle", ["flat", "blindbox"])
+def test_pictures_are_diffusers_pictures(request: pytest.FixtureRequest, diffusers_pictures: Draw, bundle: str, sampler: str) -> None:
+    """diffusers draws the prompts in one batch, which costs it less; here each is a call of its own."""
+    seeds = range(100, 100 + len(PROMPTS))
+    for prompt, seed, expected in zip(PROMPTS, seeds, diffusers_pictures(bundle, PROMPTS, sampler=sampler, seeds=seeds), strict=True):
+        result = request.getfixturevalue(bundle)(prompt, cfg=3, steps=20, seed=seed, sampler=sampler, compat="diffusers")
+        assert result.images.dtype == np.uint8 and result.images.std() > 20
+        assert psnr(result.images, expected[None]) >= LIKE_DIFFUSERS_DB, (prompt, seed)
+
+
+@pytest.mark.parametrize("sampler", ["euler", "ddim"])
+def test_the_lora_is_seen(flat: Pipeline, blindbox: Pipeline, sampler: str) -> None:
+    without, fused = (pipeline(PROMPTS[0], cfg=3, seed=0, sampler=sampler).images for pipeline in (flat, blindbox))
+    assert psnr(fused, without) < 25
+
+
+def test_one_pipeline_takes_any_settings(flat_bundle: Path, diffusers_pictures: Draw, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sampler, guidance, size and steps change from call to call; nothing is loaded again and every picture is right."""
+    import onnxruntime
+
+    settings: list[dict[str, Any]] = [
+        {"sampler": "euler", "cfg": 3.0, "steps": 10, "size": (64, 64)},
+        {"sampler": "ddim", "cfg": 5.5, "steps": 7, "size": (128, 64)},
+        {"sampler": "euler", "cfg": 1.0, "steps": 12, "size": (64, 192)},
+        {"sampler": "ddim", "cfg": 2.0, "steps": 20, "size": (128, 128), "negative": "green apple"},
+        {"sampler": "euler", "cfg": 3.0, "steps": 10, "size": (64, 64)},
+    ]
+    with Pipeline.load(flat_bundle, threads=1) as pipeline:
+        monkeypatch.setattr(onnxruntime, "InferenceSession", None)
+        results = [pipeline("red apple", seed=5, compat="diffusers", **kwargs) for kwargs in settings]
+    assert np.array_equal(results[0].images, results[-1].images)
+    for result, kwargs in zip(results, settings, strict=True):
+        assert result.images.shape == (1, kwargs["size"][1], kwargs["size"][0], 3)
+        assert psnr(result.images, diffusers_pictures("flat", ["red apple"], seeds=[5], **kwargs)) >= LIKE_DIFFUSERS_DB
+
+
+def test_every_sampler_draws_the_same_subject(flat: Pipeline) -> None:
+    """Deterministic samplers agree on a picture, if not on its pixels; the ancestral one draws another."""
+    pictures = {name: flat("red heart", cfg=3, steps=30, seed=3, sampler=name).images for name in ("euler", "heun", "ddim", "dpmpp_2m", "DPM++ 2M Karras")}
+    for name, picture in pictures.items():
+        assert psnr(picture, pictures["heun"]) > 18, name
+    ancestral = flat("red heart", cfg=3, steps=30, seed=3, sampler="euler_a").images
+    assert psnr(ancestral, pictures["euler"]) < 40
+
+
+def test_odd_latent_sizes(flat: Pipeline) -> None:
+    result = flat("sun", seed=1, size=(104, 72), **QUICK)
+    assert result.images.shape == (1, 72, 104, 3) and result.images.std() > 5
+
+
+def test_negative_prompt_and_guidance_matter(flat: Pipeline) -> None:
+    plain = flat("red apple", seed=2, **QUICK).images
+    assert not np.array_equal(plain, flat("red apple", seed=2, negative="red heart", **QUICK).images)
+    assert not np.array_equal(plain, flat("red apple", seed=2, steps=4, cfg=6.0).images)
+
+
+def test_negative_prompt_is_unused_without_guidance(flat: Pipeline) -> None:
+    one, other = (flat("red apple", seed=2, steps=4, cfg=1.0, negative=text).images for text in ("", "red heart"))
+    assert np.array_equal(one, other)
+
+
+def test_empty_prompt(flat: Pipeline) -> None:
+    assert flat("", seed=2, **QUICK).images.shape == (1, 64, 64, 3)
+
+
+# Seeds, batches, threads
+
+
+@pytest.mark.parametrize("sampler", ["euler", "euler_a"])
+@pytest.mark.parametrize(("batch", "count"), [(4, 4), (3, 4), (64, 2)])
+def test_a_picture_does_not_depend_on_its_batch(flat: Pipeline, sampler: str, batch: int, count: int) -> None:
+    result = flat("ghost", seed=40, sampler=sampler, batch=batch, count=count, **QUICK)
+    assert result.seeds == tuple(range(40, 40 + count)) and len(result.images) == count
+    for seed, image in zip(result.seeds, result.images, strict=True):
+        single = flat("ghost", seed=seed, sampler=sampler, **QUICK).images[0]
+        assert np.abs(image.astype(int) - single.astype(int)).max() <= 1
+
+
+def test_t1_eight_threads(flat: Pipeline) -> None:
+    def draw(seed: int) -> Pixels:
+        kwargs = [{"sampler": "euler"}, {"sampler": "euler_a"}, {"size": (96, 64)}, {"sampler": "heun", "cfg": 2.0}][seed % 4]
+        return flat(PROMPTS[seed % 3], seed=seed, **QUICK | kwargs).images
+
+    alone = [draw(seed) for seed in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        together = list(pool.map(draw, range(8)))
+    assert all(np.array_equal(one, other) for one, other in zip(alone, together, strict=True))
+
+
+def test_a_drawn_seed_is_reported(flat: Pipeline) -> None:
+    first, second = (flat("star", **QUICK) for _ in range(2))
+    assert first.seeds != second.seeds
+    assert np.array_equal(flat("star", seed=first.seeds[0], **QUICK).images, first.images)
+    several = flat("star", count=2, batch=2, **QUICK)
+    assert several.seeds == (several.seeds[0], several.seeds[0] + 1)
+
+
+@pytest.mark.parametrize("seed", [0, 2**32, 2**64 - 1])
+def test_extreme_seeds(flat: Pipeline, seed: int) -> None:
+    assert flat("star", seed=seed, steps=1, cfg=1.0).seeds == (seed,)
+
+
+# Streams
+
+
+def test_stream_counts_model_calls(flat: Pipeline) -> None:
+    steps = list(flat.stream("fox", seed=1, sampler="heun", **QUICK))
+    assert [(step.index, step.count, step.picture, step.pictures) for step in steps] == [(i, 7, 0, 1) for i in range(1, 8)]
+    assert [step.result is None for step in steps] == [True] * 6 + [False]
+    sigmas = [step.sigma for step in steps]
+    assert sigmas[0] == pytest.approx(14.6146, abs=1e-4) and sigmas == sorted(sigmas, reverse=True)
+    assert steps[-1].result is not None
+    assert np.array_equal(steps[-1].result.images, flat("fox", seed=1, sampler="heun", **QUICK).images)
+    assert len(steps[-1].result.timings_ms["steps"]) == 7
+
+
+def test_stream_of_more_pictures_than_fit_a_batch(flat: Pipeline) -> None:
+    seen = []
+    for step in flat.stream("fox", seed=1, batch=2, count=5, size=(64, 96), steps=3, cfg=3.0):
+        pictures = min(2, 5 - step.picture)
+        assert step.denoised().shape == (pictures, 4, 12, 8)
+        assert step.preview().shape == (pictures, 96, 64, 3)
+        seen.append((step.picture, step.index, step.count, step.pictures, step.result is not None))
+    assert seen == [(first, i, 3, 5, (first, i) == (4, 3)) for first in (0, 2, 4) for i in (1, 2, 3)]
+    assert step.result is not None and step.result.images.shape == (5, 96, 64, 3)
+    assert len(step.result.timings_ms["steps"]) == 9
+
+
+def test_previews_come_to_the_picture(flat: Pipeline) -> None:
+    previews = []
+    for step in flat.stream("fox", seed=1, steps=10, cfg=3.0):
+        previews.append(step.preview())
+    assert step.result is not None and previews[0].dtype == np.uint8
+    distances = [psnr(preview, step.result.images) for preview in previews]
+    assert distances[0] < distances[5] < distances[-1]
+    assert np.abs(previews[-1].astype(int) - step.result.images.astype(int)).max() <= 1  # Euler ends on the denoised estimate
+
+
+def test_leaving_a_stream(flat: Pipeline) -> None:
+    expected = flat("fox", seed=1, **QUICK).images
+    for step in flat.stream("sun", seed=9, **QUICK):
+        if step.index == 2:
+            break
+    with closing(flat.stream("sun", seed=9, **QUICK)) as stream:
+        next(stream)
+    assert np.array_equal(flat("fox", seed=1, **QUICK).images, expected)
+
+
+def test_t2_streams_in_turn(flat: Pipeline) -> None:
+    """Two streams of one thread, a step of each in turn."""
+    alone = [flat(prompt, seed=seed, **QUICK).images for seed, prompt in enumerate(PROMPTS[:2])]
+    streams = [flat.stream(prompt, seed=seed, **QUICK) for seed, prompt in enumerate(PROMPTS[:2])]
+    last = list(zip(*streams, strict=True))[-1]
+    for step, expected in zip(last, alone, strict=True):
+        assert step.result is not None and np.array_equal(step.result.images, expected)
+
+
+# Closing
+
+
+def test_t7_closed(flat_bundle: Path) -> None:
+    with Pipeline.load(flat_bundle, threads=1) as pipeline:
+        running = pipeline.stream("fox", seed=1, **QUICK)
+        next(running)
+    with pytest.raises(ClosedError, match="closed"):
+        pipeline("fox")
+    with pytest.raises(ClosedError, match="closed"):
+        pipeline.stream("fox")
+    *_, last = running  # what runs finishes
+    assert last.result is not None
+    pipeline.close()
+
+
+# What a run leaves behind
+
+
+class Poisoned:
+    """An engine that starts every job from NaN while `armed`."""
+
+    backend = "poisoned"
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self.armed = True
+        self.encode_text = engine.encode_text
+        self.decode = engine.decode
+        self.describe = engine.describe
+
+    def demand(self, shape: JobShape) -> Demand:
+        return Demand(0, "")
+
+    def free_bytes(self, shape: JobShape) -> int | None:
+        return None
+
+    def open(self, shape: BatchShape, capacity: int) -> RunningBatch:
+        batch: Any = self._engine.open(shape, capacity)
+        join = batch.join
+        batch.join = lambda job: join(replace(job, inputs=job.inputs | {"init_noise": np.full_like(job.inputs["init_noise"], np.nan)}) if self.armed else job)
+        opened: RunningBatch = batch
+        return opened
+
+
+@pytest.mark.parametrize("sampler", ["euler", "euler_a", "heun", "dpmpp_2m"])
+def test_nothing_is_left_of_a_run_gone_wrong(flat: Pipeline, flat_bundle: Path, sampler: str) -> None:
+    expected = flat("fox", seed=1, sampler=sampler, **QUICK).images
+    real = flat._engine
+    assert real is not None
+    engine = Poisoned(real)
+    pipeline = Pipeline(open_bundle(flat_bundle), engine, flat._conditioner._tokenizer)
+    with pytest.raises(NonFiniteError, match=r"seeds \[1\]"):
+        pipeline("fox", seed=1, sampler=sampler, **QUICK)
+    engine.armed = False
+    assert np.array_equal(pipeline("fox", seed=1, sampler=sampler, **QUICK).images, expected)
+
+
+def test_guidance_so_large_that_it_overflows(flat: Pipeline) -> None:
+    expected = flat("fox", seed=1, **QUICK).images
+    for cfg in (1e4, -1e4):
+        try:
+            assert flat("fox", seed=1, steps=20, cfg=cfg).images.dtype == np.uint8
+        except NonFiniteError as error:
+            assert "NaN or infinite" in error.message
+        assert np.array_equal(flat("fox", seed=1, **QUICK).images, expected)
+
+
+# Bad arguments
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"steps": 0}, "steps 0: expected 1 to 1000"),
+        ({"steps": -3}, "steps -3: expected 1 to 1000"),
+        ({"steps": 1001}, "steps 1001: expected 1 to 1000"),
+        ({"cfg": float("nan")}, "cfg nan: expected a finite number"),
+        ({"cfg": float("inf")}, "cfg inf: expected a finite number"),
+        ({"cfg": 1e30}, "cfg 1e\\+30: expected a finite number"),
+        ({"size": (100, 64)}, "size 100x64: expected multiples of 8 from 64 to 8192\nThe nearest is (96|104)x64"),
+        ({"size": (0, 0)}, "size 0x0: .*\nThe nearest is 64x64"),
+        ({"size": (64, -64)}, "size 64x-64: .*\nThe nearest is 64x64"),
+        ({"size": (8200, 64)}, "size 8200x64: .*\nThe nearest is 8192x64"),
+        ({"size": (56, 64)}, "size 56x64"),
+        ({"batch": 0}, "batch 0: expected 1 to"),
+        ({"batch": 65}, "batch 65: expected 1 to 64"),
+        ({"count": 0}, "count 0: expected 1 to"),
+        ({"count": -1}, "count -1: expected 1 to"),
+        ({"count": 10_001}, "count 10001: expected 1 to 10000"),
+        ({"seed": -2}, "seed -2: expected 0 to 18446744073709551615"),
+        ({"seed": 2**64}, "seed 18446744073709551616: expected 0 to 18446744073709551615"),
+        ({"seed": 2**64 - 1, "count": 2}, "seed 18446744073709551615: expected 0 to 18446744073709551614"),
+        ({"size": 5}, r"size 5: expected \(width, height\)"),
+        ({"size": "64x64"}, "size '64x64': expected"),
+        ({"size": (64.0, 64)}, r"size \(64\.0, 64\): expected"),
+        ({"sampler": None}, "sampler: expected text, found NoneType"),
+        ({"schedule": 5}, "schedule: expected text, found int"),
+        ({"compat": None}, "compat None: unknown"),
+        ({"noise": 5}, "noise 5: unknown"),
+        ({"emphasis": []}, r"emphasis \[\]: unknown"),
+        ({"clip_skip": []}, r"clip skip \[\]: this bundle was built for 1"),
+        ({"batch": "2"}, "batch '2': expected a whole number"),
+        ({"cfg": "7"}, "cfg '7': expected a number"),
+        ({"guidance": 3}, "setting 'guidance': unknown\nChoose among: negative, steps"),
+        ({"sampler_name": "euler"}, "setting 'sampler_name': unknown; did you mean 'sampler'"),
+        ({"init_image": 5}, "init image: expected a path, bytes, a file object, a Pillow image or an array, found int"),
+        ({"init_image": np.zeros((64, 64, 3), np.uint8), "strength": float("nan")}, "strength nan: expected a finite number, more than 0 and at most 1"),
+        ({"sampler": "eulr"}, "sampler 'eulr': unknown; did you mean 'euler'"),
+        ({"schedule": "leading"}, "schedule 'leading': sampler euler cannot take it"),
+        ({"prompt": "word " * 76, "compat": "diffusers"}, "76 tokens"),
+        ({"negative": "word " * 76, "compat": "diffusers"}, "76 tokens"),
+        ({"prompt": "a \ud83d b"}, "not valid Unicode"),
+        ({"prompt": b"fox"}, "prompt: expected text, found bytes"),
+        ({"negative": None}, "negative prompt: expected text, found NoneType"),
+        ({"compat": "a1112"}, "compat 'a1112': unknown; did you mean 'a1111'"),
+        ({"noise": "gpu"}, "noise 'gpu': unknown"),
+        ({"emphasis": "orignal"}, "emphasis 'orignal': unknown; did you mean 'original'"),
+        ({"prompt_syntax": "compel"}, "prompt syntax 'compel': unknown"),
+        ({"clip_skip": 2}, "clip skip 2: this bundle was built for 1"),
+        ({"strength": 0.5}, "strength: given without an init image"),
+        ({"mask": np.zeros((64, 64), np.uint8)}, "mask: given without an init image"),
+        ({"init_image": np.zeros((64, 64, 3), np.uint8), "strength": 0}, "strength 0: expected more than 0 and at most 1"),
+        ({"init_image": np.zeros((64, 64, 3), np.uint8), "strength": 1.5}, "strength 1.5: expected more than 0 and at most 1"),
+        ({"init_image": np.zeros((64, 64, 3), np.uint8), "mask_blur": 65}, "mask blur 65: expected 0 to 64"),
+        ({"init_image": np.zeros((64, 64, 3), np.uint8), "resize": "squash"}, "resize 'squash': unknown"),
+        ({"sampler": "dpmpp_2s_a", "compat": "diffusers"}, "sampler dpmpp_2s_a: diffusers has no scheduler"),
+    ],
+)
+def test_bad_arguments(flat: Pipeline, kwargs: dict[str, Any], message: str) -> None:
+    arguments = {"prompt": "fox", "steps": 2, "cfg": 3.0} | kwargs
+    with pytest.raises(UsageError, match=message):
+        flat(**arguments)
+    with pytest.raises(UsageError, match=message):
+        flat.stream(**arguments)  # before the first step is asked for
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "error", "message"),
+    [
+        ({"threads": 0}, UsageError, "threads 0: expected at least 1"),
+        ({"threads": -2}, UsageError, "threads -2: expected at least 1"),
+        ({"device": -1}, UsageError, "device -1: expected 0 or more"),
+        ({"backend": "onnxrutime"}, UsageError, "unknown; did you mean 'onnxruntime'"),
+        ({"backend": ""}, UsageError, "backend ''"),
+        ({"backend": "openvino"}, MachineError, "no openvino engine fits: there is none"),
+        ({"threads": 4096}, UsageError, "threads 4096: this process may use"),
+    ],
+)
+def test_bad_load_arguments(flat_bundle: Path, kwargs: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        Pipeline.load(flat_bundle, **kwargs)
+
+
+def test_no_bundle(tmp_path: Path) -> None:
+    with pytest.raises(InputFileError, match="no such bundle"):
+        Pipeline.load(tmp_path / "none.sdrt")
+
+
+@pytest.mark.parametrize("name", ["graphs/weights.safetensors", "graphs/step.fp32.onnx", "tokenizer/tokenizer.json", "reference/step.npz"])
+def test_a_changed_bundle_is_not_loaded(flat_bundle: Path, tmp_path: Path, name: str) -> None:
+    changed = tmp_path / "changed.sdrt"
+    shutil.copytree(flat_bundle, changed)
+    data = bytearray((changed / name).read_bytes())
+    data[-100] ^= 1
+    (changed / name).write_bytes(data)
+    with pytest.raises(BundleError, match=f"{name}: changed since the build"):
+        Pipeline.load(changed)
+
+
+# Logic, over an engine that computes nothing
+
+
+class FakeBatch:
+    def __init__(self, engine: FakeEngine, capacity: int) -> None:
+        self.engine, self.capacity, self.rows, self.closed = engine, capacity, 0, False
+        self.jobs: list[Job] = []
+
+    def join(self, job: Job) -> int:
+        self.jobs.append(job)
+        return len(self.jobs) - 1
+
+    def step(self) -> None:
+        assert not self.closed and len(self.jobs) == self.capacity
+        if self.rows == self.engine.fail_at_row:
+            raise ResourceError("fake: out of memory")
+        self.rows += 1
+
+    def leave(self, slot: int) -> None:
+        raise AssertionError("the batch is closed instead")
+
+    def latents(self, slots: Sequence[int]) -> Float:
+        assert all(self.rows == job.rows for job in self.jobs) and not self.closed
+        final = np.stack([self.jobs[slot].inputs["init_noise"] for slot in slots])
+        for i in self.engine.bad_latents & set(range(len(final))):
+            final[i, 0, 0, 0] = np.inf
+        return final
+
+    def denoised(self, slots: Sequence[int]) -> Float:
+        assert not self.closed
+        return np.stack([np.full_like(self.jobs[slot].inputs["init"], self.rows) for slot in slots])
+
+    def decode(self, slots: Sequence[int], rounding: float) -> tuple[Pixels, NDArray[np.bool_]]:
+        return self.engine.decode(self.latents(slots), rounding)
+
+    def describe(self) -> dict[str, Any]:
+        return self.engine.describe()
+
+    def close(self) -> None:
+        self.closed = True
+
+
+class FakeEngine:
+    """Records what it is asked. Its contexts hold the token ids, its pictures are black."""
+
+    backend = "fake"
+
+    def __init__(self) -> None:
+        self.texts: list[tuple[NDArray[np.int64], int]] = []
+        self.images: list[tuple[Pixels, Float]] = []
+        self.batches: list[FakeBatch] = []
+        self.roundings: list[float] = []
+        self.bad_latents: set[int] = set()
+        self.bad_pixels: set[int] = set()
+        self.fail_at_row: int | None = None
+
+    def demand(self, shape: JobShape) -> Demand:
+        return Demand(0, "")
+
+    def free_bytes(self, shape: JobShape) -> int | None:
+        return None
+
+    @property
+    def jobs(self) -> list[Job]:
+        return [job for batch in self.batches for job in batch.jobs]
+
+    def encode_text(self, tokens: NDArray[np.int64], clip_skip: int) -> Float:
+        self.texts.append((tokens, clip_skip))
+        return np.repeat(tokens[:, :, None], 64, axis=2).astype(np.float32)
+
+    def encode_image(self, pixels: Pixels, noise: Float) -> Float:
+        self.images.append((pixels, noise))
+        return np.full_like(noise, 0.5)
+
+    def open(self, shape: BatchShape, capacity: int) -> RunningBatch:
+        self.batches.append(FakeBatch(self, capacity))
+        return self.batches[-1]
+
+    def decode(self, latents: Float, rounding: float) -> tuple[Pixels, NDArray[np.bool_]]:
+        self.roundings.append(rounding)
+        n, _, h, w = latents.shape
+        finite = np.array([i not in self.bad_pixels and bool(np.isfinite(latents[i]).all()) for i in range(n)])
+        return np.zeros((n, 8 * h, 8 * w, 3), np.uint8), finite
+
+    def describe(self) -> dict[str, Any]:
+        return {"backend": self.backend, "device": "none"}
+
+
+@pytest.fixture
+def fake() -> FakeEngine:
+    return FakeEngine()
+
+
+@pytest.fixture
+def over_fake(fake: FakeEngine, flat_bundle: Path) -> Pipeline:
+    bundle = open_bundle(flat_bundle)
+    return Pipeline(bundle, fake, Tokenizer(bundle.file("tokenizer/tokenizer.json"), bundle.manifest.text[0]))
+
+
+def clip_ids(word: str) -> list[int]:
+    """A word of one token, between start and padding."""
+    return [49406, {"fox": 3240, "sun": 2176}[word], *[49407] * 75]
+
+
+def randn(seed: int, draws: int, shape: tuple[int, ...] = (4, 8, 8)) -> list[Float]:
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return [torch.randn(shape, generator=generator).numpy() for _ in range(draws)]
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3])
+def test_noise_of_an_ancestral_sampler(fake: FakeEngine, over_fake: Pipeline, batch: int) -> None:
+    """One stream per picture: first the unit noise, then one draw per row in order; the last row takes none."""
+    over_fake("fox", noise="cpu", seed=2**33 + 7, sampler="euler_a", steps=4, batch=batch, count=3)
+    assert [len(each.jobs) for each in fake.batches] == {1: [1, 1, 1], 2: [2, 1], 3: [3]}[batch]
+    for i, job in enumerate(fake.jobs):
+        expected, noise = randn(2**33 + 7 + i, 4), job.tables["noise"]
+        assert noise.shape == (4, 4, 8, 8)
+        assert np.abs(job.inputs["init_noise"] - expected[0]).max() < 1e-6
+        for row in range(3):
+            assert np.abs(noise[row] - expected[row + 1]).max() < 1e-6
+        assert not noise[3].any()
+
+
+@pytest.mark.parametrize("sampler", ["euler", "heun", "ddim", "dpmpp_2m"])
+def test_noise_of_other_samplers(fake: FakeEngine, over_fake: Pipeline, sampler: str) -> None:
+    over_fake("fox", noise="cpu", seed=8, sampler=sampler, steps=3, size=(96, 64))
+    (job,) = fake.jobs
+    assert np.abs(job.inputs["init_noise"] - randn(8, 1, (4, 8, 12))[0]).max() < 1e-6
+    assert not job.tables["noise"].any() and not job.inputs["init"].any() and not job.inputs["mask"].any()
+
+
+def test_jobs_with_guidance(fake: FakeEngine, over_fake: Pipeline) -> None:
+    over_fake("fox", negative="sun", cfg=2.5, seed=1, steps=3, batch=2, count=2, size=(72, 104))
+    ((tokens, clip_skip),) = fake.texts
+    fox, sun = clip_ids("fox"), clip_ids("sun")
+    assert tokens.tolist() == [sun, fox] and tokens.dtype == np.int64 and clip_skip == 1
+    one, two = fake.jobs
+    for job in (one, two):
+        assert job.contexts[0][:, :, 0].tolist() == [sun, fox] and job.contexts[0].shape == (2, 77, 64) and job.context_of_row == (0, 0, 0)
+        assert job.tables["w"].tolist() == [[-1.5, 2.5]] * 3 and job.tables["noise"].shape == (3, 4, 13, 9)
+        assert {name: array.shape for name, array in job.inputs.items()} == {"init": (4, 13, 9), "init_noise": (4, 13, 9), "mask": (1, 13, 9)}
+        assert {array.dtype for array in (*job.inputs.values(), *job.tables.values())} == {np.dtype(np.float32)}
+    assert not np.array_equal(one.inputs["init_noise"], two.inputs["init_noise"])
+    assert [batch.rows for batch in fake.batches] == [3] and fake.roundings == [0.0]
+
+
+def test_jobs_without_guidance(fake: FakeEngine, over_fake: Pipeline) -> None:
+    over_fake("fox", negative="sun", cfg=1, seed=1, steps=3, batch=2, count=3)
+    ((tokens, _),) = fake.texts  # encoded once for all batches
+    assert tokens.tolist() == [clip_ids("fox")]
+    assert [len(batch.jobs) for batch in fake.batches] == [2, 1]
+    assert all(job.contexts[0].shape == (1, 77, 64) and job.tables["w"].tolist() == [[1.0]] * 3 for job in fake.jobs)
+
+
+def test_what_a_result_says(over_fake: Pipeline) -> None:
+    result: Result = over_fake("fox", negative="sun", cfg=2, seed=4, steps=3, sampler="DPM++ 2M Karras", batch=2, count=3)
+    assert result.seeds == (4, 5, 6) and result.images.shape == (3, 64, 64, 3)
+    assert result.engine == {"backend": "fake", "device": "none"}
+    expected = {
+        "prompt": "fox", "negative": "sun", "steps": 3, "cfg": 2, "sampler": "dpmpp_2m", "schedule": "karras", "size": [64, 64], "batch": 2, "clip_skip": 1,
+    }  # fmt: skip
+    assert {name: result.parameters[name] for name in expected} == expected
+    assert (
+        set(result.timings_ms) == {"total", "tokenise", "text_encoder", "image_encoder", "denoise", "decode", "steps"} and len(result.timings_ms["steps"]) == 6
+    )
+
+
+def test_default_size_is_the_bundle_s(fake: FakeEngine, flat_bundle: Path) -> None:
+    opened = open_bundle(flat_bundle)
+    bundle = Bundle(opened.path, replace(opened.manifest, latents=replace(opened.manifest.latents, size=(128, 72))))
+    pipeline = Pipeline(bundle, fake, Tokenizer(bundle.file("tokenizer/tokenizer.json"), bundle.manifest.text[0]))
+    assert pipeline("fox", steps=1).images.shape == (1, 72, 128, 3)
+    assert pipeline("fox", steps=1, size=(64, 80)).images.shape == (1, 80, 64, 3)
+
+
+def test_t9_latents_that_are_not_finite(fake: FakeEngine, over_fake: Pipeline) -> None:
+    fake.bad_latents = {1}
+    with pytest.raises(NonFiniteError, match="latents of seeds"):
+        over_fake("fox", seed=7, steps=2, batch=2, count=2)
+    fake.bad_latents = set()
+    assert over_fake("fox", seed=7, steps=2).seeds == (7,)
+
+
+def test_t9_pixels_that_are_not_finite(fake: FakeEngine, over_fake: Pipeline) -> None:
+    fake.bad_pixels = {1}
+    with pytest.raises(NonFiniteError, match=r"VAE decoder: pixels of seeds \[8\]") as caught:
+        over_fake("fox", seed=7, steps=2, batch=2, count=2)
+    assert "--precision" in caught.value.fix
+
+
+def test_stream_works_only_when_asked(fake: FakeEngine, over_fake: Pipeline) -> None:
+    stream = over_fake.stream("fox", seed=7, steps=3)
+    assert fake.texts == [] and fake.jobs == []
+    step: Step = next(stream)
+    assert [batch.rows for batch in fake.batches] == [1]
+    assert (step.denoised() == 1).all() and step.preview().shape == (1, 64, 64, 3)
+    next(stream)
+    assert fake.batches[0].rows == 2 and not fake.batches[0].closed
+    stream.close()
+    assert fake.batches[0].rows == 2 and fake.batches[0].closed
+
+
+def test_every_job_is_closed(fake: FakeEngine, over_fake: Pipeline) -> None:
+    for step in over_fake.stream("fox", seed=7, steps=3, batch=2, count=5):
+        assert step.preview().shape[1:] == (64, 64, 3)  # the last step of a batch too
+        assert [batch.closed for batch in fake.batches] == [True] * (step.picture // 2) + [False]
+    assert [batch.closed for batch in fake.batches] == [True] * 3
+    fake.fail_at_row = 1
+    with pytest.raises(ResourceError):
+        over_fake("fox", seed=7, steps=3)
+    fake.fail_at_row = None
+    fake.bad_pixels = {0}
+    with pytest.raises(NonFiniteError):
+        over_fake("fox", seed=7, steps=3)
+    assert len(fake.batches) == 5 and all(batch.closed for batch in fake.batches)
