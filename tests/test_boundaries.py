@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import ast
 import json
-import os
 import pkgutil
 import re
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,33 +14,11 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import CHECKPOINT, LORA, ROOT
+from locked_down import BUILD_ONLY, LOCKED_DOWN, run_python
 
 PACKAGE = ROOT / "sdrt"
 FILES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
 COMMAND = [file for file in FILES if file.startswith("cli") or file == "__main__.py"]
-BUILD_ONLY = ("torch", "transformers", "tokenizers", "huggingface_hub", "diffusers", "peft", "safetensors", "onnx", "onnxscript", "onnx_ir")
-
-# Refuses the packages of a build, and every use of a socket.
-LOCKED_DOWN = f"""
-import sys
-class Refuse:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in {BUILD_ONLY!r}:
-            raise ImportError(name + " is not for the runtime")
-sys.meta_path.insert(0, Refuse())
-def audit(event, arguments):
-    if event.startswith("socket."):
-        raise AssertionError(event)
-sys.addaudithook(audit)
-"""
-
-
-def run_python(script: str, *arguments: str, cwd: Path = ROOT) -> str:
-    """Run a script in a fresh interpreter that treats warnings as errors, and return what it printed."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")} | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-W", "error", "-c", script, *arguments], capture_output=True, text=True, cwd=cwd, env=environment, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 def imported_by(*modules: str) -> set[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,14 +11,14 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from graph_files import with_graph
 from onnx import TensorProto, helper
 from typer.testing import CliRunner
 
 from sdrt.bundle import graph_check
-from sdrt.bundle.folder import file_record, open_bundle
+from sdrt.bundle.folder import open_bundle
 from sdrt.bundle.graph_check import check_graph
-from sdrt.bundle.graphs import STEP
-from sdrt.bundle.manifest import MANIFEST, WEIGHTS
+from sdrt.bundle.manifest import WEIGHTS
 from sdrt.cli.app import app
 from sdrt.engines.store import list_engines, read_plan, write_engine
 from sdrt.errors import BundleError
@@ -161,20 +160,6 @@ def test_every_way_of_cutting_or_changing_a_byte_ends_in_our_error_or_none(tmp_p
             except BundleError:
                 refused += 1
     assert refused > len(data)
-
-
-def with_graph(source: Path, to: Path, change: Callable[[Any], Any]) -> Path:
-    """A copy of a bundle whose step graph is changed, and whose manifest agrees."""
-    shutil.copytree(source, to)
-    manifest = json.loads((to / MANIFEST).read_text())
-    path = manifest["graphs"][STEP]["fp32"]["path"]
-    stored = onnx.load(str(to / path), load_external_data=False)
-    change(stored)
-    (to / path).write_bytes(stored.SerializeToString())
-    found = file_record(to / path)
-    manifest["files"][path] = {"size_bytes": found.size_bytes, "sha256": found.sha256}
-    (to / MANIFEST).write_text(json.dumps(manifest))
-    return to
 
 
 def read_memory(m: Any) -> None:

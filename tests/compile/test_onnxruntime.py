@@ -20,7 +20,7 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 from faulty_jobs import names
-from test_boundaries import LOCKED_DOWN, run_python
+from locked_down import LOCKED_DOWN, run_python
 from typer.testing import CliRunner
 
 from sdrt.bench import layers

@@ -13,24 +13,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from fault_runs import ENVIRONMENT, HERE, folder, run_python, small_disk
 from faulty_jobs import FILES, JOBS, content, names, old_bundle, state, write_bundle
 
 from sdrt.errors import LockedError, ResourceError, UsageError
 from sdrt.files import faults, publish
 from sdrt.files.faults import Faults
 from sdrt.files.lock import locked
-
-HERE = Path(__file__).parent
-ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")} | {
-    "PYTHONPATH": f"{ROOT}{os.pathsep}{HERE}",
-    "OMP_NUM_THREADS": "1",
-}
-
-
-def run_python(*arguments: str | Path, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-W", "error", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT | (environment or {}), timeout=300, cwd=ROOT)
 
 
 def after(folder: Path, job: str) -> tuple[str, str]:
@@ -167,17 +156,6 @@ def test_it_is_off_otherwise() -> None:
 # A full disk
 
 
-@contextmanager
-def small_disk(folder: Path, size_bytes: int) -> Iterator[None]:
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size_bytes}", "none", folder], capture_output=True, text=True)
-    if mounted.returncode:
-        pytest.skip(f"may not mount: {mounted.stderr.strip()}")
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", folder], check=True)
-
-
 @pytest.mark.skipif(not sys.platform.startswith("linux") or os.getuid() != 0, reason="only root may mount; the limit on file size stands in")
 @pytest.mark.parametrize("exists", [False, True], ids=["new", "replacing"])
 def test_d1_disks_of_every_size(tmp_path: Path, exists: bool) -> None:
@@ -295,14 +273,6 @@ with locked(pathlib.Path(sys.argv[1])):
 """
 
 
-@pytest.fixture
-def locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder of locks."""
-    monkeypatch.setenv("SDRT_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setenv("SDRT_LOCK_TIMEOUT", "0.2")
-    return tmp_path / "cache" / "locks"
-
-
 @contextmanager
 def holder(path: Path, cache: Path) -> Iterator[subprocess.Popen[str]]:
     environment = ENVIRONMENT | {"SDRT_CACHE_DIR": str(cache)}
@@ -356,10 +326,6 @@ def link_elsewhere(locks: Path, name: str) -> None:
 
 def pipe(locks: Path, name: str) -> None:
     os.mkfifo(locks / name)
-
-
-def folder(locks: Path, name: str) -> None:
-    (locks / name).mkdir()
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no locks there")

@@ -14,8 +14,8 @@ import threading
 from pathlib import Path
 
 import pytest
+from fault_runs import ENVIRONMENT, HERE, run_python, small_disk
 from faulty_jobs import names, state
-from test_faults import ENVIRONMENT, HERE, run_python, small_disk
 from typer.testing import CliRunner
 
 from sdrt.bundle.folder import open_bundle

@@ -16,8 +16,8 @@ import numpy as np
 import onnx
 import pytest
 from conftest import ROOT
+from graph_files import with_graph
 from onnx import TensorProto, helper
-from test_graph_check import with_graph
 
 from sdrt.errors import TimeLimitError, UsageError
 from sdrt.machine import interruptible as module

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import ROOT
+from fake_engine import FakeBatch, FakeEngine
 from PIL import Image
-from test_pipeline import FakeBatch, FakeEngine
 from typer.testing import CliRunner
 
 from sdrt import errors, runtime

@@ -19,7 +19,7 @@ torch.set_num_threads(1)  # the networks are small: threads would only wait for 
 
 Weights = dict[str, torch.Tensor]
 
-VOCABULARY = Path(__file__).parents[1] / "sdrt" / "export" / "data" / "bpe_simple_vocab_16e6.txt.gz"
+VOCABULARY = Path(__file__).parents[2] / "sdrt" / "export" / "data" / "bpe_simple_vocab_16e6.txt.gz"
 TEXT = "cond_stage_model.transformer."
 TRAINING = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
 """The noise schedule of Stable Diffusion 1.x, as diffusers' schedulers take it."""

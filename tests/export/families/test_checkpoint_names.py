@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import reference
 import torch
-from test_checkpoint import SD15, VARIANTS
+from checkpoint_files import SD15, VARIANTS
+from plain_names import PLAIN
 from tiny_model import TINY, Shapes, expected_shapes, seeded
 
 from sdrt.errors import CheckpointError
@@ -19,7 +20,6 @@ from sdrt.export.families.checkpoint_names import canonical_names, ema_name, has
 from sdrt.export.families.recognise import describe
 from sdrt.export.families.sd1 import CLIP, UNET, VAE
 
-PLAIN = replace(TINY, unet=replace(TINY.unet, linear_projections=False))
 PATH = Path("x.safetensors")
 
 

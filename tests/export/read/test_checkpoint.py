@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoint_files import SD15, VARIANTS
 from conftest import CHECKPOINT, LORA, RawTensor, write_raw
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -35,14 +36,6 @@ EMOJI_SPEC = Architecture(
     ClipSpec(64, 2, 1, 256, 49408, 77),
     UNetSpec(4, 4, (64, 96, 128, 128), (2, 2, 2, 2), (1, 1, 1, 0), 1, 64, False, 8, None),
     VaeSpec((32, 32, 64, 64), 2, 4, 0.18215),
-)
-SD15 = Architecture(
-    "sd1",
-    "epsilon",
-    (512, 512),
-    ClipSpec(768, 12, 12, 3072, 49408, 77),
-    UNetSpec(4, 4, (320, 640, 1280, 1280), (2, 2, 2, 2), (1, 1, 1, 0), 1, 768, False, 8, None),
-    VaeSpec((128, 256, 512, 512), 2, 4, 0.18215),
 )
 
 
@@ -94,17 +87,6 @@ def test_sd15_has_the_published_number_of_tensors_and_parameters() -> None:
     parameters = {prefix: sum(math.prod(shape) for name, shape in shapes.items() if name.startswith(prefix)) for prefix in (UNET, VAE, CLIP)}
     assert counts == {UNET: 686, VAE: 248, CLIP: 196}
     assert parameters == {UNET: 859_520_964, VAE: 83_653_863, CLIP: 123_060_480}
-
-
-VARIANTS = {
-    "linear projections": TINY,
-    "attention on both levels": replace(TINY, unet=replace(TINY.unet, transformer_depth=(1, 1))),
-    "attention on the second level": replace(TINY, unet=replace(TINY.unet, transformer_depth=(0, 1), linear_projections=False)),
-    "deep transformers": replace(TINY, unet=replace(TINY.unet, transformer_depth=(2, 3), middle_depth=4)),
-    "res blocks per level": replace(TINY, unet=replace(TINY.unet, channels=(32, 64, 96), res_blocks=(1, 3, 2), transformer_depth=(1, 0, 2))),
-    "three-level VAE": replace(TINY, vae=VaeSpec((32, 64, 96), 3, 4, 0.18215)),
-    "wide text": replace(TINY, clip=ClipSpec(128, 3, 2, 512, 50, 77), unet=replace(TINY.unet, context_width=128)),
-}
 
 
 @pytest.mark.parametrize("arch", VARIANTS.values(), ids=VARIANTS.keys())

@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 import reference
 import torch
+from plain_names import PLAIN
 from safetensors.torch import load_file, save_file
-from test_checkpoint_names import PLAIN
 from tiny_model import expected_shapes, seeded
 
 from sdrt.errors import CheckpointError, InputFileError, SdrtError, UnsafeError

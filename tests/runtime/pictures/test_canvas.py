@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
+from picture_files import bomb
 from PIL import Image, ImageDraw, ImageOps
 
 from sdrt.errors import InputFileError, SdrtError, UsageError
@@ -214,17 +214,6 @@ def test_blur_against_the_sum_in_float64(sigma: int) -> None:
 
 
 # What is no picture
-
-
-def bomb(path: Path) -> Path:
-    """A PNG header of 50,000 x 50,000 pixels with nothing behind it."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
-
-    header = (50_000).to_bytes(4, "big") * 2 + bytes([8, 2, 0, 0, 0])
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(100))) + chunk(b"IEND", b""))
-    return path
 
 
 def truncated(path: Path) -> Path:

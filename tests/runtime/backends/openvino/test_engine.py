@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from test_boundaries import LOCKED_DOWN, run_python
-from test_openvino_model import HAS_BF16, needs_bf16
+from bf16 import HAS_BF16, needs_bf16
+from locked_down import LOCKED_DOWN, run_python
 from typer.testing import CliRunner
 
 from sdrt.bundle.folder import open_bundle

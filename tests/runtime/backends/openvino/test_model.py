@@ -8,15 +8,12 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from bf16 import needs_bf16, ov
 
 from sdrt.bundle.folder import open_bundle
 from sdrt.bundle.graphs import STEP, VAE_DECODER
 from sdrt.runtime.backends.openvino import model as openvino_model
-from sdrt.runtime.backends.openvino.model import StepShape, compile_graph, import_openvino
-
-ov = import_openvino("tests")
-HAS_BF16 = "BF16" in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-needs_bf16 = pytest.mark.skipif(not HAS_BF16, reason="this CPU has no bfloat16")
+from sdrt.runtime.backends.openvino.model import StepShape, compile_graph
 
 
 def test_what_guidance_branches_share_is_computed_once(flat_bundle: Path) -> None:
