@@ -1,7 +1,8 @@
 """Make a random-weight checkpoint in the exact layout and size of Stable Diffusion 1.5, and a LoRA for it.
 
-Latency and memory do not depend on the values, so this stands in for a real model where none may be shipped: 2.1 GB of float16, written
-in a stream, the same bytes for the same seed. `--tiny` makes the same topology small enough for CI: 30 MB, 64x64 pixels.
+Latency and memory do not depend on the values, so this stands in for a real model where none may be shipped: 2.1 GB of
+float16, written in a stream, the same bytes for the same seed. `--tiny` makes the same topology small enough for CI: 30
+MB, 64x64 pixels.
 Usage: python benchmarks/make_checkpoint.py OUTPUT.safetensors [--tiny] [--seed N] [--lora FILE --rank R]
 """
 
@@ -45,20 +46,28 @@ def weight_shapes(architecture: Architecture = SD15) -> dict[str, tuple[int, ...
 
 
 def random_weight(name: str, shape: tuple[int, ...], generator: np.random.Generator) -> np.ndarray:
-    """Float16 values that keep activations near unit size: 1 for norm weights, 0 for biases, normal over the fan-in otherwise."""
+    """Float16 values that keep activations near unit size: 1 for norm weights, 0 for biases, normal over the fan-in
+    otherwise.
+    """
     if len(shape) == 1:
         return np.full(shape, 1.0 if name.endswith("weight") else 0.0, np.float16)
     deviation = 0.02 if "embedding" in name else 1.0 / math.sqrt(math.prod(shape[1:]))
     return (generator.standard_normal(shape, np.float32) * np.float32(deviation)).astype(np.float16)
 
 
-def write_stream(path: Path, shapes: Mapping[str, tuple[int, ...]], tensors: Iterator[np.ndarray], metadata: Mapping[str, str]) -> None:
+def write_stream(
+    path: Path, shapes: Mapping[str, tuple[int, ...]], tensors: Iterator[np.ndarray], metadata: Mapping[str, str]
+) -> None:
     """Write tensors one at a time; integers are int64, everything else float16."""
     header: dict[str, object] = {"__metadata__": dict(metadata)}
     offset = 0
     for name, shape in shapes.items():
         code, item = ("I64", 8) if name == POSITION_IDS else ("F16", 2)
-        header[name] = {"dtype": code, "shape": list(shape), "data_offsets": [offset, offset := offset + math.prod(shape) * item]}
+        header[name] = {
+            "dtype": code,
+            "shape": list(shape),
+            "data_offsets": [offset, offset := offset + math.prod(shape) * item],
+        }
     text = json.dumps(header).encode()
     with path.open("wb") as stream:
         stream.write(len(text).to_bytes(8, "little") + text)
@@ -76,11 +85,18 @@ def write_checkpoint(path: Path, seed: int = 0, architecture: Architecture = SD1
             yield np.arange(77, dtype=np.int64)[None] if name == POSITION_IDS else random_weight(name, shape, generator)
 
     resolution = "{}x{}".format(*architecture.size)
-    write_stream(path, shapes, tensors(), {"modelspec.resolution": resolution, "modelspec.title": "random weights, SD 1.5 layout"})
+    write_stream(
+        path,
+        shapes,
+        tensors(),
+        {"modelspec.resolution": resolution, "modelspec.title": "random weights, SD 1.5 layout"},
+    )
 
 
 def write_lora(path: Path, rank: int = 32, seed: int = 1, architecture: Architecture = SD15) -> None:
-    """A kohya LoRA over every attention and feed-forward layer of the UNet and the text encoder, as trainers make by default."""
+    """A kohya LoRA over every attention and feed-forward layer of the UNet and the text encoder, as trainers make by
+    default.
+    """
     shapes: dict[str, tuple[int, ...]] = {}
     for name, shape in weight_shapes(architecture).items():
         module = name.removesuffix(".weight")
@@ -90,14 +106,27 @@ def write_lora(path: Path, rank: int = 32, seed: int = 1, architecture: Architec
             key = "lora_te_" + module[len(CLIP) :].replace(".", "_")
         else:
             continue
-        shapes |= {f"{key}.alpha": (), f"{key}.lora_down.weight": (rank, shape[1]), f"{key}.lora_up.weight": (shape[0], rank)}
+        shapes |= {
+            f"{key}.alpha": (),
+            f"{key}.lora_down.weight": (rank, shape[1]),
+            f"{key}.lora_up.weight": (shape[0], rank),
+        }
     generator = np.random.default_rng(seed)
 
     def tensors() -> Iterator[np.ndarray]:
         for name, shape in shapes.items():
-            yield np.array(rank / 2, np.float16) if name.endswith("alpha") else random_weight(name, shape, generator) * np.float16(0.1)
+            yield (
+                np.array(rank / 2, np.float16)
+                if name.endswith("alpha")
+                else random_weight(name, shape, generator) * np.float16(0.1)
+            )
 
-    write_stream(path, shapes, tensors(), {"ss_network_module": "networks.lora", "ss_network_dim": str(rank), "ss_base_model_version": "sd_v1"})
+    write_stream(
+        path,
+        shapes,
+        tensors(),
+        {"ss_network_module": "networks.lora", "ss_network_dim": str(rank), "ss_base_model_version": "sd_v1"},
+    )
 
 
 def main() -> None:

@@ -1,4 +1,5 @@
-"""Every error sdrt raises on purpose, the exit code the command line ends with, and the HTTP status that suits it where a request ran into it.
+"""Every error sdrt raises on purpose, the exit code the command line ends with, and the HTTP status that suits it where
+a request ran into it.
 
     SdrtError                 70 500  a bug in sdrt, when nothing finer fits
     ├── CheckFailed            1 500  a check ran and said no
@@ -34,7 +35,8 @@ from typing import Any
 class SdrtError(Exception):
     """What went wrong, in parts for different readers.
 
-    message: where, what was expected and what was found, in one line. Where the class is `public` it names no path of this machine, unless the caller
+    message: where, what was expected and what was found, in one line. Where the class is `public` it names no path of
+        this machine, unless the caller
         gave it, so it may be shown to a client.
     fix: what to do about it; for whoever runs sdrt. It may name commands and paths.
     path: the file or bundle it is about, where the message leaves it out; empty otherwise. For a log.
@@ -76,7 +78,9 @@ class UsageError(SdrtError):
 
 
 class MissingEngineError(SdrtError):
-    """`data` has the shape that was `wanted` and the `shapes` that engines of the bundle take, as `sdrt.engines.shapes` has them."""
+    """`data` has the shape that was `wanted` and the `shapes` that engines of the bundle take, as `sdrt.engines.shapes`
+    has them.
+    """
 
     exit_code = 2
     http_status = 503
@@ -165,5 +169,7 @@ def one_of(name: str, value: str, choices: Sequence[str]) -> str:
         UsageError: it is not; the message names the nearest.
     """
     if value not in choices:
-        raise UsageError(f"{name} {value!r}: unknown{nearest(str(value), choices)}", f"Choose one of: {', '.join(choices)}.")
+        raise UsageError(
+            f"{name} {value!r}: unknown{nearest(str(value), choices)}", f"Choose one of: {', '.join(choices)}."
+        )
     return value

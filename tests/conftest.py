@@ -1,4 +1,6 @@
-"""Fixtures: the emoji model built once, and tiny checkpoints made from seeds. The trace cache is shared by the whole run."""
+"""Fixtures: the emoji model built once, and tiny checkpoints made from seeds. The trace cache is shared by the whole
+run.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ CHECKPOINT = EMOJI / "emoji.safetensors"
 LORA = EMOJI / "blindbox.safetensors"
 
 # Traces are kept between runs, as a user's are, but never shared with the user's own.
-os.environ["SDRT_CACHE_DIR"] = os.environ.get("SDRT_TEST_CACHE", str(Path(tempfile.gettempdir()) / f"sdrt-test-cache-{os.getuid()}"))
+os.environ["SDRT_CACHE_DIR"] = os.environ.get(
+    "SDRT_TEST_CACHE", str(Path(tempfile.gettempdir()) / f"sdrt-test-cache-{os.getuid()}")
+)
 
 
 @pytest.fixture(scope="session")
@@ -34,7 +38,9 @@ def blindbox_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from sdrt.export.adapters.match import LoraOption
     from sdrt.export.build import BuildOptions, build
 
-    return build(BuildOptions(CHECKPOINT, (LoraOption(LORA),), output=tmp_path_factory.mktemp("blindbox") / "blindbox.sdrt")).path
+    return build(
+        BuildOptions(CHECKPOINT, (LoraOption(LORA),), output=tmp_path_factory.mktemp("blindbox") / "blindbox.sdrt")
+    ).path
 
 
 @pytest.fixture(scope="session")
@@ -62,8 +68,14 @@ def small_lora(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import torch
     from safetensors.torch import save_file
 
-    path, module = tmp_path_factory.mktemp("small") / "lora.safetensors", "lora_te_text_model_encoder_layers_0_self_attn_q_proj"
-    save_file({f"{module}.lora_down.weight": torch.full((2, 64), 0.1), f"{module}.lora_up.weight": torch.full((64, 2), 0.1)}, path)
+    path, module = (
+        tmp_path_factory.mktemp("small") / "lora.safetensors",
+        "lora_te_text_model_encoder_layers_0_self_attn_q_proj",
+    )
+    save_file(
+        {f"{module}.lora_down.weight": torch.full((2, 64), 0.1), f"{module}.lora_up.weight": torch.full((64, 2), 0.1)},
+        path,
+    )
     return path
 
 
@@ -81,7 +93,11 @@ def write_raw(path: Path, tensors: Mapping[str, RawTensor], metadata: Mapping[st
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     offset = 0
     for name, tensor in tensors.items():
-        header[name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [offset, offset + len(tensor.data)]}
+        header[name] = {
+            "dtype": tensor.dtype,
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, offset + len(tensor.data)],
+        }
         offset += len(tensor.data)
     text = json.dumps(header).encode()
     path.write_bytes(len(text).to_bytes(8, "little") + text + b"".join(t.data for t in tensors.values()))
@@ -94,7 +110,10 @@ def read_raw(path: Path) -> tuple[dict[str, RawTensor], dict[str, str]]:
     start = 8 + int.from_bytes(data[:8], "little")
     header = json.loads(data[8:start])
     metadata = header.pop("__metadata__", {})
-    return {n: RawTensor(r["dtype"], tuple(r["shape"]), data[start + r["data_offsets"][0] : start + r["data_offsets"][1]]) for n, r in header.items()}, metadata
+    return {
+        n: RawTensor(r["dtype"], tuple(r["shape"]), data[start + r["data_offsets"][0] : start + r["data_offsets"][1]])
+        for n, r in header.items()
+    }, metadata
 
 
 @pytest.fixture

@@ -32,8 +32,14 @@ class Job:
 
     def __init__(self, folder: Path, bench_ends: int, inputs: Mapping[str, str], *, pull_request: bool = True) -> None:
         self.folder, self.outputs = folder, dict[str, str]()
-        self.values = {f"inputs.{name}": inputs.get(name, str(given["default"])) for name, given in ACTION["inputs"].items()}
-        self.values |= {"runner.temp": str(folder), "github.event.pull_request.number": "7", "github.event.pull_request": "yes" if pull_request else ""}
+        self.values = {
+            f"inputs.{name}": inputs.get(name, str(given["default"])) for name, given in ACTION["inputs"].items()
+        }
+        self.values |= {
+            "runner.temp": str(folder),
+            "github.event.pull_request.number": "7",
+            "github.event.pull_request": "yes" if pull_request else "",
+        }
         bin_folder = folder / "bin"
         (folder / "sdrt-bench").mkdir(parents=True)
         bin_folder.mkdir()
@@ -41,9 +47,12 @@ class Job:
             (bin_folder / name).write_text(PROGRAM)
             (bin_folder / name).chmod(0o755)
         self.variables = {
-            "PATH": f"{bin_folder}:{os.environ['PATH']}", "CALLS": str(folder / CALLS), "RUNNER_TEMP": str(folder), "GITHUB_OUTPUT": str(folder / "outputs"),
+            "PATH": f"{bin_folder}:{os.environ['PATH']}",
+            "CALLS": str(folder / CALLS),
+            "RUNNER_TEMP": str(folder),
+            "GITHUB_OUTPUT": str(folder / "outputs"),
             "BENCH_ENDS": str(bench_ends),
-        }  # fmt: skip
+        }
 
     def filled(self, text: str) -> str:
         return re.sub(r"\$\{\{ *(.*?) *\}\}", lambda found: self.values.get(found[1], ""), str(text))
@@ -52,18 +61,32 @@ class Job:
         if condition == "always()":
             return True
         parts = [re.fullmatch(r"(\S+) == '(.*)'", part) or part for part in condition.split(" && ")]
-        return all(bool(self.values[part]) if isinstance(part, str) else self.values[part[1]] == part[2] for part in parts)
+        return all(
+            bool(self.values[part]) if isinstance(part, str) else self.values[part[1]] == part[2] for part in parts
+        )
 
     def run(self) -> int:
         """The code of the first step that fails, as a job's."""
         for step in ACTION["runs"]["steps"]:
             if "run" not in step or not self.holds(step.get("if", "always()")):
                 continue
-            assert step["shell"] == "bash" and "${{" not in step["run"], "what others write reaches a script as a variable only"
+            assert step["shell"] == "bash" and "${{" not in step["run"], (
+                "what others write reaches a script as a variable only"
+            )
             variables = self.variables | {name: self.filled(value) for name, value in step.get("env", {}).items()}
-            done = subprocess.run(["bash", "-eo", "pipefail", "-c", step["run"]], env=variables, cwd=self.folder, capture_output=True, text=True, timeout=60)
+            done = subprocess.run(
+                ["bash", "-eo", "pipefail", "-c", step["run"]],
+                env=variables,
+                cwd=self.folder,
+                capture_output=True,
+                text=True,
+                timeout=60,
+            )
             if (file := self.folder / "outputs").exists():
-                self.values |= {f"steps.bench.outputs.{name}": value for name, _, value in (line.partition("=") for line in file.read_text().splitlines())}
+                self.values |= {
+                    f"steps.bench.outputs.{name}": value
+                    for name, _, value in (line.partition("=") for line in file.read_text().splitlines())
+                }
             if done.returncode:
                 return done.returncode
         return 0
@@ -74,10 +97,21 @@ class Job:
 
 @pytest.mark.parametrize(
     ("bench_ends", "inputs", "ends"),
-    [(0, {}, 0), (1, {}, 1), (8, {}, 0), (8, {"ambiguous": "fail"}, 8), (9, {}, 9), (5, {}, 5), (70, {}, 70), (9, {"comment": "false"}, 9)],
-)  # fmt: skip
+    [
+        (0, {}, 0),
+        (1, {}, 1),
+        (8, {}, 0),
+        (8, {"ambiguous": "fail"}, 8),
+        (9, {}, 9),
+        (5, {}, 5),
+        (70, {}, 70),
+        (9, {"comment": "false"}, 9),
+    ],
+)
 def test_the_job_ends_as_the_benchmark_does(tmp_path: Path, bench_ends: int, inputs: dict[str, str], ends: int) -> None:
-    """Only what cannot be told may pass, if it is asked for; what is not comparable never does. The comment is written before."""
+    """Only what cannot be told may pass, if it is asked for; what is not comparable never does. The comment is written
+    before.
+    """
     job = Job(tmp_path, bench_ends, inputs | {"base": "main"})
     assert job.run() == ends
     assert len(job.called("gh pr comment 7 --body-file")) == (inputs.get("comment") != "false")

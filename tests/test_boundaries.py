@@ -1,4 +1,6 @@
-"""What imports what: the runtime runs without torch, neither side names the other, only the command prints, and nothing opens a socket."""
+"""What imports what: the runtime runs without torch, neither side names the other, only the command prints, and nothing
+opens a socket.
+"""
 
 from __future__ import annotations
 
@@ -25,13 +27,20 @@ def imported_by(*modules: str) -> set[str]:
     """Top-level names of all modules in memory after these were imported."""
     return set(
         json.loads(
-            run_python("import importlib, json, sys\nfor name in sys.argv[1:]: importlib.import_module(name)\nprint(json.dumps(list(sys.modules)))", *modules)
+            run_python(
+                "import importlib, json, sys\nfor name in sys.argv[1:]:"
+                " importlib.import_module(name)\nprint(json.dumps(list(sys.modules)))",
+                *modules,
+            )
         )
     )
 
 
 def modules_of(folder: str) -> list[str]:
-    return [f"sdrt.{folder}", *(f"sdrt.{folder}.{module.name}" for module in pkgutil.iter_modules([str(PACKAGE / folder)]))]
+    return [
+        f"sdrt.{folder}",
+        *(f"sdrt.{folder}.{module.name}" for module in pkgutil.iter_modules([str(PACKAGE / folder)])),
+    ]
 
 
 # Imports that happen
@@ -48,7 +57,12 @@ def test_the_runtime_imports_no_torch() -> None:
         "sdrt.bundle.reference",
         "sdrt.cli.app",
     ]
-    assert {"sdrt.runtime.pipeline", "sdrt.runtime.backends.onnxruntime.engine", "sdrt.runtime.verify", "sdrt.compile"} <= set(modules)
+    assert {
+        "sdrt.runtime.pipeline",
+        "sdrt.runtime.backends.onnxruntime.engine",
+        "sdrt.runtime.verify",
+        "sdrt.compile",
+    } <= set(modules)
     loaded = imported_by(*modules)
     assert set(modules) <= loaded
     assert not loaded & {*BUILD_ONLY, "onnxruntime", "openvino", "tensorrt", "tensorrt_rtx", "cuda"}
@@ -63,12 +77,22 @@ def test_the_runtime_imports_no_engine_until_it_loads_one() -> None:
 
 def test_inspecting_and_choosing_need_no_torch() -> None:
     """What reads headers only, and what the command imports before it knows that a file is good."""
-    loaded = imported_by("sdrt.export.inspect", "sdrt.export.adapters.match", "sdrt.export.read.checkpoint", "sdrt.export.architecture", "sdrt.export.build")
+    loaded = imported_by(
+        "sdrt.export.inspect",
+        "sdrt.export.adapters.match",
+        "sdrt.export.read.checkpoint",
+        "sdrt.export.architecture",
+        "sdrt.export.build",
+    )
     assert not loaded & {"torch", "onnx", "onnxscript", "onnx_ir", "onnxruntime"}
 
 
 def test_every_module_imports_without_a_warning() -> None:
-    names = ["sdrt." + file.removesuffix(".py").replace("/", ".").removesuffix(".__init__") for file in FILES if file != "__init__.py"]
+    names = [
+        "sdrt." + file.removesuffix(".py").replace("/", ".").removesuffix(".__init__")
+        for file in FILES
+        if file != "__init__.py"
+    ]
     assert set(names) <= imported_by(*names)
 
 
@@ -78,7 +102,20 @@ def test_generate_without_torch(blindbox_bundle: Path, tmp_path: Path) -> None:
     from sdrt.runtime import Pipeline
 
     script = LOCKED_DOWN + "from sdrt.cli.app import app\napp()"
-    arguments = ["red apple", "--steps", "6", "--cfg", "3", "--seed", "11", "--sampler", "euler_a", "--output", "apple.png", "--json"]
+    arguments = [
+        "red apple",
+        "--steps",
+        "6",
+        "--cfg",
+        "3",
+        "--seed",
+        "11",
+        "--sampler",
+        "euler_a",
+        "--output",
+        "apple.png",
+        "--json",
+    ]
     report = json.loads(run_python(script, "generate", str(blindbox_bundle), *arguments, cwd=tmp_path))
     assert report["pictures"] == [{"path": "apple.png", "seed": 11}]
     with Pipeline.load(blindbox_bundle) as pipeline:
@@ -110,14 +147,20 @@ def tree(file: str) -> ast.Module:
 
 
 def imports(file: str) -> set[str]:
-    """Absolute names of everything a file imports, at its top or inside functions: for `from a import b` both a and a.b."""
+    """Absolute names of everything a file imports, at its top or inside functions: for `from a import b` both a and
+    a.b.
+    """
     package = ["sdrt", *Path(file).parts[:-1]]
     found: set[str] = set()
     for node in ast.walk(tree(file)):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            parent = ".".join([*package[: len(package) - node.level + 1], *([node.module] if node.module else [])]) if node.level else node.module or ""
+            parent = (
+                ".".join([*package[: len(package) - node.level + 1], *([node.module] if node.module else [])])
+                if node.level
+                else node.module or ""
+            )
             found |= {parent, *(f"{parent}.{alias.name}" for alias in node.names)}
     return found
 
@@ -140,7 +183,9 @@ def in_folder(folder: str) -> list[str]:
 
 def test_the_files_are_found() -> None:
     assert {"cli/app.py", "bundle.py", "export/build.py", "runtime/pipeline.py", "compile/__init__.py"} <= set(FILES)
-    assert {"sdrt.bundle", "sdrt.export.graph", "sdrt.export.selfcheck.check"} <= imports("export/build.py")  # also those inside functions
+    assert {"sdrt.bundle", "sdrt.export.graph", "sdrt.export.selfcheck.check"} <= imports(
+        "export/build.py"
+    )  # also those inside functions
 
 
 @pytest.mark.parametrize("file", in_folder("export"))
@@ -166,7 +211,15 @@ def test_shared_files_name_no_build_package(file: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "file", sorted({"bundle.py", "errors.py", "files/publish.py", *(f for f in FILES if "tandard library only" in (ast.get_docstring(tree(f)) or ""))})
+    "file",
+    sorted(
+        {
+            "bundle.py",
+            "errors.py",
+            "files/publish.py",
+            *(f for f in FILES if "tandard library only" in (ast.get_docstring(tree(f)) or "")),
+        }
+    ),
 )
 def test_standard_library_only(file: str) -> None:
     assert {name.partition(".")[0] for name in imports(file)} <= {*sys.stdlib_module_names, "sdrt"}
@@ -175,29 +228,57 @@ def test_standard_library_only(file: str) -> None:
 @pytest.mark.parametrize("file", [file for file in FILES if file != "machine/engine_libraries.py"])
 def test_engines_are_imported_with_their_reports_switched_off(file: str) -> None:
     """Only `engine_libraries.py` imports them; what a type checker alone reads is left out."""
-    unread = {node for outer in ast.walk(tree(file)) if isinstance(outer, ast.If) and ast.unparse(outer.test) == "TYPE_CHECKING" for node in outer.body}
+    unread = {
+        node
+        for outer in ast.walk(tree(file))
+        if isinstance(outer, ast.If) and ast.unparse(outer.test) == "TYPE_CHECKING"
+        for node in outer.body
+    }
     lines = {node.lineno for node in unread}
-    named = [node for node in ast.walk(tree(file)) if isinstance(node, (ast.Import, ast.ImportFrom)) and node.lineno not in lines]
+    named = [
+        node
+        for node in ast.walk(tree(file))
+        if isinstance(node, (ast.Import, ast.ImportFrom)) and node.lineno not in lines
+    ]
     found = {alias.name for node in named if isinstance(node, ast.Import) for alias in node.names}
     found |= {node.module or "" for node in named if isinstance(node, ast.ImportFrom) and not node.level}
     assert not below(found, "onnxruntime", "openvino")
 
 
 def test_families_are_named_in_their_own_folder_only() -> None:
-    """No other file says or compares a family's name, begins a tensor's name as one of them does, or imports one family's file."""
+    """No other file says or compares a family's name, begins a tensor's name as one of them does, or imports one
+    family's file.
+    """
     own, word = (
         "export/families/",
-        re.compile(r"\bsd[123x]|\bsdxl|stable diffusion [0-9x]|\bflux\b|diffusion_model\b|first_stage_model|cond_stage_model|conditioner\.", re.IGNORECASE),
+        re.compile(
+            r"\bsd[123x]|\bsdxl|stable diffusion"
+            r" [0-9x]|\bflux\b|diffusion_model\b|first_stage_model|cond_stage_model|conditioner\.",
+            re.IGNORECASE,
+        ),
     )
     offenders = []
     for file in (file for file in FILES if not file.startswith(own)):
         nodes = list(ast.walk(tree(file)))
         documented = {id(node.value) for node in nodes if isinstance(node, ast.Expr)}
-        said = [n.value for n in nodes if isinstance(n, ast.Constant) and isinstance(n.value, str) and id(n) not in documented]
+        said = [
+            n.value
+            for n in nodes
+            if isinstance(n, ast.Constant) and isinstance(n.value, str) and id(n) not in documented
+        ]
         offenders += [f"{file}: {text}" for text in said if word.search(text)]
-        offenders += [f"{file}: {name}" for name in imports(file) if re.search(r"families\.(?!family|table|recognise)", name)]
-        compared = [n for n in nodes if isinstance(n, ast.Compare) and any(isinstance(op, (ast.Eq, ast.NotEq, ast.In, ast.NotIn)) for op in n.ops)]
-        offenders += [f"{file}: {ast.unparse(n)}" for n in compared if re.search(r"\bfamily(\.name)?\b(?!\.)", ast.unparse(n))]
+        offenders += [
+            f"{file}: {name}" for name in imports(file) if re.search(r"families\.(?!family|table|recognise)", name)
+        ]
+        compared = [
+            n
+            for n in nodes
+            if isinstance(n, ast.Compare)
+            and any(isinstance(op, (ast.Eq, ast.NotEq, ast.In, ast.NotIn)) for op in n.ops)
+        ]
+        offenders += [
+            f"{file}: {ast.unparse(n)}" for n in compared if re.search(r"\bfamily(\.name)?\b(?!\.)", ast.unparse(n))
+        ]
     assert not offenders, "\n".join(offenders)
 
 
@@ -206,15 +287,41 @@ def test_imports_by_string_hide_nothing(file: str) -> None:
     called = {name for name, _ in calls(file)}
     assert not called & {"__import__", "exec", "eval"}
     if called & {"import_module", "importlib.import_module"}:
-        texts = {node.value for node in ast.walk(tree(file)) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
-        assert not {text for text in texts if " " not in text and (text.startswith("sdrt.") or text.partition(".")[0] in BUILD_ONLY)}
+        texts = {
+            node.value
+            for node in ast.walk(tree(file))
+            if isinstance(node, ast.Constant) and isinstance(node.value, str)
+        }
+        assert not {
+            text
+            for text in texts
+            if " " not in text and (text.startswith("sdrt.") or text.partition(".")[0] in BUILD_ONLY)
+        }
 
 
 @pytest.mark.parametrize("file", [file for file in FILES if file not in COMMAND])
 def test_only_the_command_prints_and_exits(file: str) -> None:
-    speaking = {"print", "exit", "quit", "sys.exit", "os._exit", "SystemExit", "typer.echo", "typer.secho", "typer.Exit"}
-    assert not [ast.unparse(node) for name, node in calls(file) if name in speaking or name.startswith(("sys.stdout", "sys.stderr", "warnings.warn"))]
-    assert not [node for node in ast.walk(tree(file)) if isinstance(node, ast.Raise) and node.exc is not None and "SystemExit" in ast.unparse(node.exc)]
+    speaking = {
+        "print",
+        "exit",
+        "quit",
+        "sys.exit",
+        "os._exit",
+        "SystemExit",
+        "typer.echo",
+        "typer.secho",
+        "typer.Exit",
+    }
+    assert not [
+        ast.unparse(node)
+        for name, node in calls(file)
+        if name in speaking or name.startswith(("sys.stdout", "sys.stderr", "warnings.warn"))
+    ]
+    assert not [
+        node
+        for node in ast.walk(tree(file))
+        if isinstance(node, ast.Raise) and node.exc is not None and "SystemExit" in ast.unparse(node.exc)
+    ]
     assert not below(imports(file), "typer", "rich", "click")
 
 

@@ -54,14 +54,22 @@ def test_the_code_runs(beside_a_bundle: Path, capsys: pytest.CaptureFixture[str]
     with Image.open(beside_a_bundle / "apple.png") as image:
         assert image.info["parameters"].startswith("a red apple\n")
     said = capsys.readouterr().out
-    for line in ("(3, 64, 64, 3) (1, 2, 3)", "8 of 8, picture 1 of 1", "request: cancelled after ", "steps 0: expected 1 to 1000"):
+    for line in (
+        "(3, 64, 64, 3) (1, 2, 3)",
+        "8 of 8, picture 1 of 1",
+        "request: cancelled after ",
+        "steps 0: expected 1 to 1000",
+    ):
         assert line in said
     assert names["preview"].shape == (1, 64, 64, 3) and names["apple"].images.shape == names["pear"].images.shape
 
 
 def test_settings_are_those_of_a_request() -> None:
     given = {name: cells[0].strip("`") for name, cells in rows("setting").items()}
-    assert given == {field.name: "" if field.default is MISSING else json.dumps(field.default).replace("null", "None") for field in fields(Request)}
+    assert given == {
+        field.name: "" if field.default is MISSING else json.dumps(field.default).replace("null", "None")
+        for field in fields(Request)
+    }
 
 
 def test_errors_are_those_that_are_public() -> None:
@@ -72,8 +80,12 @@ def test_errors_are_those_that_are_public() -> None:
 
 def test_what_a_result_has_is_listed() -> None:
     listed = {name.partition("(")[0] for name in rows("of a result")}
-    assert listed == {field.name for field in fields(Result)} | {name for name, value in vars(Result).items() if callable(value) and name[0] != "_"}
-    assert {"preview", "noisy_preview", "denoised"} == {name for name, value in vars(Step).items() if callable(value) and name[0] != "_"}
+    assert listed == {field.name for field in fields(Result)} | {
+        name for name, value in vars(Result).items() if callable(value) and name[0] != "_"
+    }
+    assert {"preview", "noisy_preview", "denoised"} == {
+        name for name, value in vars(Step).items() if callable(value) and name[0] != "_"
+    }
 
 
 # The application
@@ -105,7 +117,9 @@ def test_the_application(beside_a_bundle: Path, monkeypatch: pytest.MonkeyPatch)
     exec(compile(APP, "docs/python.md", "exec"), names)
     streams: list[Stream] = []
     real = Pipeline.stream
-    monkeypatch.setattr(Pipeline, "stream", lambda *args, **kwargs: streams.append(real(*args, **kwargs)) or streams[-1])
+    monkeypatch.setattr(
+        Pipeline, "stream", lambda *args, **kwargs: streams.append(real(*args, **kwargs)) or streams[-1]
+    )
     with served(names["app"]) as address, httpx.Client(base_url=address, timeout=60) as client:
         response = client.post("/picture", json={"prompt": "fox", "steps": 2, "seed": 3})
         assert (response.status_code, response.headers["content-type"]) == (200, "image/png")
@@ -113,7 +127,10 @@ def test_the_application(beside_a_bundle: Path, monkeypatch: pytest.MonkeyPatch)
             assert image.size == (64, 64) and "Seed: 3" in image.info["parameters"]
 
         response = client.post("/picture", json={"prompt": "fox", "steps": 0})
-        assert (response.status_code, response.json()) == (400, {"error": "steps 0: expected 1 to 1000", "kind": "UsageError"})
+        assert (response.status_code, response.json()) == (
+            400,
+            {"error": "steps 0: expected 1 to 1000", "kind": "UsageError"},
+        )
 
         events = client.post("/progress", json={"prompt": "fox", "steps": 6, "seed": 3}).text.strip().split("\n\n")
         kinds = [event.partition("\n")[0] for event in events]

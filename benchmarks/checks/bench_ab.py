@@ -1,8 +1,11 @@
-"""Ask `sdrt bench ab` what is known: a bundle beside itself, and beside itself with every model call made longer by a share of its own time.
+"""Ask `sdrt bench ab` what is known: a bundle beside itself, and beside itself with every model call made longer by a
+share of its own time.
 
-Each run is a line of --output, so that a stopped script goes on where it was. It ends with how often each verdict came, after how many seconds and pairs.
-The longer calls are made in one of the two processes by a `sitecustomize.py` of this script; the product knows nothing of it.
-Usage: python benchmarks/checks/bench_ab.py BUNDLE.sdrt [--runs N] [--change X ...] [--steps N] [--cfg X] [--threads N] [--backend NAME] [--output FILE.jsonl] [--json]
+Each run is a line of --output, so that a stopped script goes on where it was. It ends with how often each verdict came,
+after how many seconds and pairs. The longer calls are made in one of the two processes by a `sitecustomize.py` of this
+script; the product knows nothing of it.
+Usage: python benchmarks/checks/bench_ab.py BUNDLE.sdrt [--runs N] [--change X ...] [--steps N] [--cfg X] [--threads N]
+[--backend NAME] [--output FILE.jsonl] [--json]
 """
 
 from __future__ import annotations
@@ -60,16 +63,30 @@ def measured(bundle: Path, arguments: argparse.Namespace, change: float) -> dict
 
     with tempfile.TemporaryDirectory() as folder:
         request = Request(
-            str(bundle.absolute()), steps=arguments.steps, cfg=arguments.cfg, threads=arguments.threads, backend=arguments.backend, pictures=20, limit_s=5.0
-        )  # fmt: skip
-        sides = [(opened, Request(**{**vars(request), "python": interpreter(Path(folder), share)})) for share in (0.0, change)]
+            str(bundle.absolute()),
+            steps=arguments.steps,
+            cfg=arguments.cfg,
+            threads=arguments.threads,
+            backend=arguments.backend,
+            pictures=20,
+            limit_s=5.0,
+        )
+        sides = [
+            (opened, Request(**{**vars(request), "python": interpreter(Path(folder), share)}))
+            for share in (0.0, change)
+        ]
         found = side_by_side(*sides, Gates(), progress, max_s=900.0)
     gated = {row.name: row for row in found.rows if row.gated and row.ratio is not None and row.low is not None}
     return {
-        "change": change, "exit_code": found.exit_code, "pairs": pairs[0], "seconds": round(time.monotonic() - started, 1), "load": os.getloadavg()[0],
-        "verdicts": {name: row.verdict for name, row in gated.items()}, "ratios": {name: [row.ratio, row.low, row.high] for name, row in gated.items()},
+        "change": change,
+        "exit_code": found.exit_code,
+        "pairs": pairs[0],
+        "seconds": round(time.monotonic() - started, 1),
+        "load": os.getloadavg()[0],
+        "verdicts": {name: row.verdict for name, row in gated.items()},
+        "ratios": {name: [row.ratio, row.low, row.high] for name, row in gated.items()},
         "headline": found.headline,
-    }  # fmt: skip
+    }
 
 
 def summary(lines: list[dict[str, Any]]) -> dict[str, Any]:
@@ -101,7 +118,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("bench_ab.jsonl"))
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
-    lines = [json.loads(line) for line in arguments.output.read_text().splitlines()] if arguments.output.exists() else []
+    lines = (
+        [json.loads(line) for line in arguments.output.read_text().splitlines()] if arguments.output.exists() else []
+    )
     for run in range(arguments.runs):
         for change in arguments.change:
             if sum(line["change"] == change for line in lines) > run:
@@ -111,7 +130,11 @@ def main() -> None:
             with arguments.output.open("a") as file:
                 file.write(json.dumps(lines[-1]) + "\n")
     found = summary([line for line in lines if line["change"] in arguments.change])
-    print(json.dumps(found, indent=1) if arguments.json else "\n".join(f"{change} slower: {told}" for change, told in found.items()))
+    print(
+        json.dumps(found, indent=1)
+        if arguments.json
+        else "\n".join(f"{change} slower: {told}" for change, told in found.items())
+    )
 
 
 if __name__ == "__main__":

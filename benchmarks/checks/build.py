@@ -1,9 +1,11 @@
-"""What a build costs at the full Stable Diffusion 1.5 size: the first, one with another LoRA, and one of another checkpoint, which find the traces cached.
+"""What a build costs at the full Stable Diffusion 1.5 size: the first, one with another LoRA, and one of another
+checkpoint, which find the traces cached.
 
-For each, whole and by stage: wall time, peak resident memory (mapped files included), bytes read and written through system calls; then the size
-of the bundle, and one picture. Random weights stand in for real ones: cost does not depend on the values.
-The full size needs 12 GB of disk and 9 GB of memory, 3 GB without the picture. Linux.
-Usage: python benchmarks/checks/build.py [--size full|emoji] [--folder DIR] [--steps N] [--json]. Exit code 1 if a target is missed; the emoji size has none.
+For each, whole and by stage: wall time, peak resident memory (mapped files included), bytes read and written through
+system calls; then the size of the bundle, and one picture. Random weights stand in for real ones: cost does not depend
+on the values. The full size needs 12 GB of disk and 9 GB of memory, 3 GB without the picture. Linux.
+Usage: python benchmarks/checks/build.py [--size full|emoji] [--folder DIR] [--steps N] [--json]. Exit code 1 if a
+target is missed; the emoji size has none.
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ from make_checkpoint import write_checkpoint, write_lora
 EMOJI = Path(__file__).parents[2] / "examples" / "emoji"
 GB = 1e9
 
-# Runs the command, and writes what the kernel counted for the process; of a build for every stage. The kernel's peak is set back where a stage starts.
+# Runs the command, and writes what the kernel counted for the process; of a build for every stage. The kernel's peak is
+# set back where a stage starts.
 RUNNER = """
 import atexit, json, os, re, sys, time
 
@@ -68,7 +71,9 @@ app()
 
 @dataclass(frozen=True)
 class Stage:
-    """A part of a process. `read_bytes` and `written_bytes` went through system calls, page cache or not; mapped files are not in them."""
+    """A part of a process. `read_bytes` and `written_bytes` went through system calls, page cache or not; mapped files
+    are not in them.
+    """
 
     name: str
     wall_s: float
@@ -103,11 +108,18 @@ def measured(arguments: list[object], cache: Path, folder: Path) -> Measured:
     counts = folder / "counts.json"
     environment = os.environ | {"SDRT_CACHE_DIR": str(cache), "SDRT_BENCHMARK_COUNTS": str(counts)}
     started = time.perf_counter()
-    done = subprocess.run([sys.executable, "-c", RUNNER, *map(str, arguments), "--json"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment)
+    done = subprocess.run(
+        [sys.executable, "-c", RUNNER, *map(str, arguments), "--json"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        env=environment,
+    )
     wall_s = time.perf_counter() - started
     if done.returncode:
         raise SystemExit(f"{arguments}: exit code {done.returncode}: {done.stdout.decode()}")
-    return Measured(round(wall_s, 1), tuple(Stage(**stage) for stage in json.loads(counts.read_text())), json.loads(done.stdout))
+    return Measured(
+        round(wall_s, 1), tuple(Stage(**stage) for stage in json.loads(counts.read_text())), json.loads(done.stdout)
+    )
 
 
 def inputs(size: str, folder: Path) -> tuple[list[Path], list[Path]]:
@@ -118,10 +130,17 @@ def inputs(size: str, folder: Path) -> tuple[list[Path], list[Path]]:
         other, half = folder / "other.safetensors", folder / "half.safetensors"
         save_file({name: tensor * 0.5 for name, tensor in load_file(EMOJI / "blindbox.safetensors").items()}, half)
         save_file(
-            {name: tensor.flip(0).contiguous() if tensor.dim() == 1 else tensor for name, tensor in load_file(EMOJI / "emoji.safetensors").items()}, other
+            {
+                name: tensor.flip(0).contiguous() if tensor.dim() == 1 else tensor
+                for name, tensor in load_file(EMOJI / "emoji.safetensors").items()
+            },
+            other,
         )
         return [EMOJI / "emoji.safetensors", other], [EMOJI / "blindbox.safetensors", half]
-    checkpoints, loras = [folder / f"sd15-{i}.safetensors" for i in (0, 1)], [folder / f"rank32-{i}.safetensors" for i in (0, 1)]
+    checkpoints, loras = (
+        [folder / f"sd15-{i}.safetensors" for i in (0, 1)],
+        [folder / f"rank32-{i}.safetensors" for i in (0, 1)],
+    )
     for seed, path in enumerate(checkpoints):
         if not path.exists():
             write_checkpoint(path, seed)
@@ -140,11 +159,21 @@ def targets(rows: dict[str, Measured], input_bytes: int, weight_bytes: int) -> d
         "a second build takes at most a third of the first": all(row.wall_s <= first.wall_s / 3 for row in second),
         "the first build peaks at no more than 6 GB": first.peak_rss_bytes <= 6 * GB,
         "a second build peaks at no more than 3 GB": all(row.peak_rss_bytes <= 3 * GB for row in second),
-        "the bundle is no more than 1.02 times its weights and 20 MB": first.output["size_bytes"] <= 1.02 * weight_bytes + 20e6,
-        "no tensor is copied more than twice, in and out: fusing reads each once": all(stage.read_bytes <= input_bytes + 20e6 for stage in fusing),
-        "no tensor is copied more than twice, in and out: a build writes each once": all(row.written_bytes <= weight_bytes + 20e6 for row in second),
+        "the bundle is no more than 1.02 times its weights and 20 MB": (
+            first.output["size_bytes"] <= 1.02 * weight_bytes + 20e6
+        ),
+        "no tensor is copied more than twice, in and out: fusing reads each once": all(
+            stage.read_bytes <= input_bytes + 20e6 for stage in fusing
+        ),
+        "no tensor is copied more than twice, in and out: a build writes each once": all(
+            row.written_bytes <= weight_bytes + 20e6 for row in second
+        ),
     }
-    return kept | ({"one picture peaks at no more than 9 GB": rows["picture"].peak_rss_bytes <= 9 * GB} if "picture" in rows else {})
+    return kept | (
+        {"one picture peaks at no more than 9 GB": rows["picture"].peak_rss_bytes <= 9 * GB}
+        if "picture" in rows
+        else {}
+    )
 
 
 def table(row: Measured) -> str:
@@ -154,7 +183,11 @@ def table(row: Measured) -> str:
     lines = [(stage.name or "start", stage) for stage in large]
     if small:
         peak = max(stage.peak_rss_bytes for stage in small)
-        wall_s, read, written = sum(s.wall_s for s in small), sum(s.read_bytes for s in small), sum(s.written_bytes for s in small)
+        wall_s, read, written = (
+            sum(s.wall_s for s in small),
+            sum(s.read_bytes for s in small),
+            sum(s.written_bytes for s in small),
+        )
         lines.append((f"{len(small)} more", Stage("", wall_s, peak, read, written)))
     lines.append(("all", Stage("", row.wall_s, row.peak_rss_bytes, row.read_bytes, row.written_bytes)))
     return "\n".join(
@@ -181,18 +214,34 @@ def main() -> None:
             files: list[object] = ["--checkpoint", model, "--lora", adapter, "--output", bundle]
             return measured(["build", *files, "--target", "onnxruntime", "--force"], cache, Path(temporary))
 
-        rows = {"first build": build(checkpoint, lora), "another LoRA": build(checkpoint, half), "another checkpoint": build(other, lora)}
+        rows = {
+            "first build": build(checkpoint, lora),
+            "another LoRA": build(checkpoint, half),
+            "another checkpoint": build(other, lora),
+        }
         weight_bytes = (bundle / "graphs" / "weights.safetensors").stat().st_size
         if arguments.steps:
-            options: list[object] = ["--steps", arguments.steps, "--seed", 1, "--backend", "onnxruntime", "--output", folder / "picture.png", "--force"]
+            options: list[object] = [
+                "--steps",
+                arguments.steps,
+                "--seed",
+                1,
+                "--backend",
+                "onnxruntime",
+                "--output",
+                folder / "picture.png",
+                "--force",
+            ]
             rows["picture"] = measured(["generate", bundle, "a red apple", *options], cache, Path(temporary))
         input_bytes = checkpoint.stat().st_size + lora.stat().st_size
         kept = targets(rows, input_bytes, weight_bytes) if arguments.size == "full" else {}
         bundle_bytes = rows["first build"].output["size_bytes"]
     if arguments.json:
         measures = {
-            name: {key: value for key, value in asdict(row).items() if key != "output"}
-            | {key: getattr(row, key) for key in ("peak_rss_bytes", "read_bytes", "written_bytes")}
+            name: (
+                {key: value for key, value in asdict(row).items() if key != "output"}
+                | {key: getattr(row, key) for key in ("peak_rss_bytes", "read_bytes", "written_bytes")}
+            )
             for name, row in rows.items()
         }
         sizes = {"input_bytes": input_bytes, "weight_bytes": weight_bytes, "bundle_bytes": bundle_bytes}

@@ -1,8 +1,11 @@
-"""Whole commands failed at every numbered point of the one writer, in every way: killed, no space, an input/output error, a short write.
+"""Whole commands failed at every numbered point of the one writer, in every way: killed, no space, an input/output
+error, a short write.
 
-`sdrt build` over a bundle, a first build with an empty cache, and `sdrt compile` for OpenVINO and for ONNX Runtime, of a tiny seeded model: after a kill the old bundle is
-there byte for byte (or the new one, once it is published), and the next run ends with what an uninterrupted one makes. The tests take a sample.
-Usage: python benchmarks/checks/faults.py [--points N|all] [--folder DIR] [--json]. Exit code 1 if anything is not as it must be. Needs fork.
+`sdrt build` over a bundle, a first build with an empty cache, and `sdrt compile` for OpenVINO and for ONNX Runtime, of
+a tiny seeded model: after a kill the old bundle is there byte for byte (or the new one, once it is published), and the
+next run ends with what an uninterrupted one makes. The tests take a sample.
+Usage: python benchmarks/checks/faults.py [--points N|all] [--folder DIR] [--json]. Exit code 1 if anything is not as it
+must be. Needs fork.
 """
 
 from __future__ import annotations
@@ -33,7 +36,10 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, help="where to work, some 100 MB; a temporary folder if not given")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")]), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")]),
+        "OMP_NUM_THREADS": "1",
+    }
     reports, problems = {}, 0
     with tempfile.TemporaryDirectory(dir=options.folder) as temporary:
         checkpoint = Path(temporary) / "small.safetensors"
@@ -41,12 +47,22 @@ def main() -> int:
         for job in ("build", "first build", "compile", "save"):
             started, folder = time.perf_counter(), Path(temporary) / job
             folder.mkdir()
-            command = [sys.executable, TESTS / "faulty_commands.py", folder, job, checkpoint, *(f"{kind}={options.points}" for kind in KINDS)]
+            command = [
+                sys.executable,
+                TESTS / "faulty_commands.py",
+                folder,
+                job,
+                checkpoint,
+                *(f"{kind}={options.points}" for kind in KINDS),
+            ]
             done = subprocess.run(command, check=True, env=environment, stdout=subprocess.PIPE, text=True)
             reports[job] = report = json.loads(done.stdout)
             problems += len(report["problems"])
             if not options.json:
-                print(f"{job:12} {report['points']:4} points, runs {report['done']}, {len(report['problems'])} problems, {time.perf_counter() - started:.0f} s")
+                print(
+                    f"{job:12} {report['points']:4} points, runs {report['done']}, {len(report['problems'])} problems,"
+                    f" {time.perf_counter() - started:.0f} s"
+                )
                 print("".join(f"  {problem}\n" for problem in report["problems"][:SHOWN]), end="", flush=True)
     if options.json:
         print(json.dumps(reports, indent=1))

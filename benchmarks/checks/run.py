@@ -1,7 +1,8 @@
 """Bench the emoji model, keep the project's own history, and time the instruments alone.
 
-Adds a line to benchmarks/history/history.jsonl and ends with exit code 1 if the newest run lies beyond the fence of earlier ones on the same machine. Lines are
-comparable only within one machine and engine; `sdrt bench trend benchmarks/history` shows them.
+Adds a line to benchmarks/history/history.jsonl and ends with exit code 1 if the newest run lies beyond the fence of
+earlier ones on the same machine. Lines are comparable only within one machine and engine; `sdrt bench trend
+benchmarks/history` shows them.
 Usage: python benchmarks/checks/run.py [--history DIR] [--processes N] [--pictures N] [--instruments-only] [--json]
 """
 
@@ -24,7 +25,9 @@ LIMIT_US = 50.0
 
 
 def instruments_us_per_step(calls: int = 20_000, rounds: int = 9) -> float:
-    """Microseconds that timing adds to a model call: the same empty call with the wrapper and without, in turn; the median of rounds."""
+    """Microseconds that timing adds to a model call: the same empty call with the wrapper and without, in turn; the
+    median of rounds.
+    """
     from sdrt.bench.instruments import Readings, TimedBatch
 
     bare: Any = SimpleNamespace(step=lambda: None, latents=None, denoised=None, decode=None)
@@ -52,21 +55,45 @@ def main() -> None:
     cost = instruments_us_per_step()
     report: dict[str, Any] = {"instruments_us_per_step": cost, "limit_us": LIMIT_US, "ok": cost <= LIMIT_US}
     if not arguments.json:
-        print(f"instruments per step: {cost:.2f} us, limit {LIMIT_US:g} us {'ok' if cost <= LIMIT_US else 'OVER'}", flush=True)
+        print(
+            f"instruments per step: {cost:.2f} us, limit {LIMIT_US:g} us {'ok' if cost <= LIMIT_US else 'OVER'}",
+            flush=True,
+        )
     if not arguments.instruments_only:
         sdrt = [sys.executable, "-m", "sdrt"]
         with tempfile.TemporaryDirectory() as temporary:
             bundle = Path(temporary) / "emoji.sdrt"
             subprocess.run(
-                [*sdrt, "build", "--checkpoint", str(EMOJI / "emoji.safetensors"), "--target", "onnxruntime", "--output", str(bundle)],
+                [
+                    *sdrt,
+                    "build",
+                    "--checkpoint",
+                    str(EMOJI / "emoji.safetensors"),
+                    "--target",
+                    "onnxruntime",
+                    "--output",
+                    str(bundle),
+                ],
                 check=True,
                 stdout=subprocess.DEVNULL,
             )
-            settings = ["--cfg", "3", "--prompt", "red apple", "--processes", str(arguments.processes), "--pictures", str(arguments.pictures)]
+            settings = [
+                "--cfg",
+                "3",
+                "--prompt",
+                "red apple",
+                "--processes",
+                str(arguments.processes),
+                "--pictures",
+                str(arguments.pictures),
+            ]
             run = [*sdrt, "bench", "run", str(bundle), *settings, "--history", str(arguments.history), "--json"]
             result = json.loads(subprocess.run(run, check=True, stdout=subprocess.PIPE).stdout)
         report |= {"stats": result["stats"], "counters": result["counters"], "warnings": result["warnings"]}
-        if not arguments.json and subprocess.run([*sdrt, "bench", "trend", str(arguments.history), "--check"], check=False).returncode:
+        if (
+            not arguments.json
+            and subprocess.run([*sdrt, "bench", "trend", str(arguments.history), "--check"], check=False).returncode
+        ):
             sys.exit(1)
     if arguments.json:
         print(json.dumps(report, indent=1))

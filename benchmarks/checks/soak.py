@@ -1,7 +1,10 @@
-"""Run a bundle for long: pictures of changing size, sampler and batch from several threads, with random cancels and errors in between.
+"""Run a bundle for long: pictures of changing size, sampler and batch from several threads, with random cancels and
+errors in between.
 
-Every picture must be the one that its settings gave before, alone in one thread; resident memory must not grow, and file descriptors and threads stay.
-Usage: python benchmarks/checks/soak.py BUNDLE.sdrt [--pictures 500] [--threads 4] [--seed 0] [--backend onnxruntime] [--json]. Exit code 1 if a limit is not kept.
+Every picture must be the one that its settings gave before, alone in one thread; resident memory must not grow, and
+file descriptors and threads stay.
+Usage: python benchmarks/checks/soak.py BUNDLE.sdrt [--pictures 500] [--threads 4] [--seed 0] [--backend onnxruntime]
+[--json]. Exit code 1 if a limit is not kept.
 """
 
 from __future__ import annotations
@@ -25,19 +28,34 @@ from sdrt.runtime import Pipeline
 
 RSS_LIMIT_BYTES = 10_000
 SETTINGS: tuple[Mapping[str, Any], ...] = tuple(
-    {"prompt": prompt, "sampler": sampler, "size": size, "batch": batch, "count": count, "steps": 3, "cfg": cfg, "seed": 100 * i}
+    {
+        "prompt": prompt,
+        "sampler": sampler,
+        "size": size,
+        "batch": batch,
+        "count": count,
+        "steps": 3,
+        "cfg": cfg,
+        "seed": 100 * i,
+    }
     for i, (prompt, sampler, size, batch, count, cfg) in enumerate(
         [
-            ("red apple", "euler", (64, 64), 1, 1, 3.0), ("teddy bear", "euler_a", (64, 64), 2, 3, 3.0), ("", "heun", (96, 64), 1, 1, 1.0),
-            ("blue car", "dpmpp_2m", (64, 128), 1, 2, 5.0), ("tree", "ddim", (128, 64), 2, 2, 3.0), ("a cat", "euler_a", (72, 88), 1, 1, 7.0),
+            ("red apple", "euler", (64, 64), 1, 1, 3.0),
+            ("teddy bear", "euler_a", (64, 64), 2, 3, 3.0),
+            ("", "heun", (96, 64), 1, 1, 1.0),
+            ("blue car", "dpmpp_2m", (64, 128), 1, 2, 5.0),
+            ("tree", "ddim", (128, 64), 2, 2, 3.0),
+            ("a cat", "euler_a", (72, 88), 1, 1, 7.0),
         ]
     )
-)  # fmt: skip
+)
 
 
 @dataclass(frozen=True)
 class Report:
-    """`wrong` names pictures that were not the expected ones. Memory growth is the median slope over the last four fifths, in bytes per picture."""
+    """`wrong` names pictures that were not the expected ones. Memory growth is the median slope over the last four
+    fifths, in bytes per picture.
+    """
 
     pictures: int
     cancelled: int
@@ -50,7 +68,12 @@ class Report:
 
     @property
     def ok(self) -> bool:
-        return not self.wrong and self.rss_bytes_per_picture < RSS_LIMIT_BYTES and len({*self.descriptors}) == 1 and len({*self.threads}) == 1
+        return (
+            not self.wrong
+            and self.rss_bytes_per_picture < RSS_LIMIT_BYTES
+            and len({*self.descriptors}) == 1
+            and len({*self.threads}) == 1
+        )
 
 
 def soak(bundle: Path, pictures: int, threads: int, seed: int, backend: str = "onnxruntime") -> Report:
@@ -159,9 +182,18 @@ def main() -> None:
     if arguments.json:
         print(json.dumps(asdict(report) | {"ok": report.ok}, indent=1))
     else:
-        print(f"{report.pictures} pictures from {arguments.threads} threads in {report.wall_s} s; {report.cancelled} cancelled, {report.refused} refused")
-        print(f"wrong: {len(report.wrong)}; memory {report.rss_bytes_per_picture:+,.0f} bytes per picture, limit {RSS_LIMIT_BYTES:,}")
-        print(f"descriptors {report.descriptors[0]} then {report.descriptors[1]}; threads {report.threads[0]} then {report.threads[1]}")
+        print(
+            f"{report.pictures} pictures from {arguments.threads} threads in {report.wall_s} s; {report.cancelled}"
+            f" cancelled, {report.refused} refused"
+        )
+        print(
+            f"wrong: {len(report.wrong)}; memory {report.rss_bytes_per_picture:+,.0f} bytes per picture, limit"
+            f" {RSS_LIMIT_BYTES:,}"
+        )
+        print(
+            f"descriptors {report.descriptors[0]} then {report.descriptors[1]}; threads {report.threads[0]} then"
+            f" {report.threads[1]}"
+        )
     sys.exit(0 if report.ok else 1)
 
 

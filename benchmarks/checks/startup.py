@@ -1,7 +1,8 @@
 """What sdrt costs around the network: import, host work per step, and process start to first picture beside diffusers.
 
-All on the emoji model, in one run: diffusers loads the same weights, saved in its own folder format beforehand. Ratios are of runs that
-alternate, so they hold on a machine whose speed drifts. Usage: python benchmarks/checks/startup.py [--runs N] [--json]
+All on the emoji model, in one run: diffusers loads the same weights, saved in its own folder format beforehand. Ratios
+are of runs that alternate, so they hold on a machine whose speed drifts. Usage: python benchmarks/checks/startup.py
+[--runs N] [--json]
 """
 
 from __future__ import annotations
@@ -32,7 +33,13 @@ pipe("red apple", num_inference_steps=20, guidance_scale=3.0, height=64, width=6
 
 def seconds(command: list[str]) -> float:
     started = time.perf_counter()
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+    subprocess.run(
+        command,
+        check=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+    )
     return time.perf_counter() - started
 
 
@@ -107,13 +114,37 @@ def main() -> None:
         bundle = folder / "emoji.sdrt"
         sdrt = [sys.executable, "-m", "sdrt"]
         subprocess.run(
-            [*sdrt, "build", "--checkpoint", str(EMOJI / "emoji.safetensors"), "--target", "onnxruntime", "--output", str(bundle)],
+            [
+                *sdrt,
+                "build",
+                "--checkpoint",
+                str(EMOJI / "emoji.safetensors"),
+                "--target",
+                "onnxruntime",
+                "--output",
+                str(bundle),
+            ],
             check=True,
             stdout=subprocess.DEVNULL,
         )
         save_for_diffusers(bundle, folder / "diffusers")
-        numpy_s, runtime_s = alternating([sys.executable, "-c", "import numpy"], [sys.executable, "-c", "import numpy, sdrt.runtime"], arguments.runs * 2)
-        ours = [*sdrt, "generate", str(bundle), "red apple", "--cfg", "3", "--seed", "0", "--output", str(folder / "ours.png")]
+        numpy_s, runtime_s = alternating(
+            [sys.executable, "-c", "import numpy"],
+            [sys.executable, "-c", "import numpy, sdrt.runtime"],
+            arguments.runs * 2,
+        )
+        ours = [
+            *sdrt,
+            "generate",
+            str(bundle),
+            "red apple",
+            "--cfg",
+            "3",
+            "--seed",
+            "0",
+            "--output",
+            str(folder / "ours.png"),
+        ]
         theirs = [sys.executable, "-c", DIFFUSERS_PICTURE, str(folder / "diffusers"), str(folder / "theirs.png")]
         ours_s, theirs_s = alternating(ours, theirs, arguments.runs)
         host_ms = host_ms_per_step(bundle, 100)
@@ -128,13 +159,22 @@ def main() -> None:
         samples = {"numpy_s": numpy_s, "runtime_s": runtime_s, "sdrt_s": ours_s, "diffusers_s": theirs_s}
         print(
             json.dumps(
-                {"rows": [{"name": n, "value": v, "unit": u, "limit": limit, "ok": v <= limit} for n, v, u, limit in rows], "samples": samples}, indent=1
+                {
+                    "rows": [
+                        {"name": n, "value": v, "unit": u, "limit": limit, "ok": v <= limit} for n, v, u, limit in rows
+                    ],
+                    "samples": samples,
+                },
+                indent=1,
             )
         )
         return
     for name, value, unit, limit in rows:
         print(f"{name:44}{value:9.3f} {unit:3} limit {limit:5} {'ok' if value <= limit else 'OVER'}")
-    print(f"process start to picture: sdrt {statistics.median(ours_s):.2f} s, diffusers {statistics.median(theirs_s):.2f} s (medians of {arguments.runs})")
+    print(
+        f"process start to picture: sdrt {statistics.median(ours_s):.2f} s, diffusers {statistics.median(theirs_s):.2f}"
+        f" s (medians of {arguments.runs})"
+    )
 
 
 if __name__ == "__main__":

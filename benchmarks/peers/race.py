@@ -1,17 +1,22 @@
-"""sdrt beside every peer that runs on a CPU, in one run: the same weights, noise, steps and guidance; fresh processes that take turns.
+"""sdrt beside every peer that runs on a CPU, in one run: the same weights, noise, steps and guidance; fresh processes
+that take turns.
 
-Each peer has its own environment, made from its pinned requirements in benchmarks/peers/, and runs at the best settings its documentation gives.
-Reported: a warm step, decoding, text encoding, cold start (process start to the end of the first step, less a warm step), peak memory and installed
-size, each as a ratio to sdrt on OpenVINO in the same precision (float32, or bfloat16 for all that is shorter), with a bootstrap interval over
-the pairs of processes; and the picture's PSNR to diffusers' in float32. A peer that cannot be installed or run is a line that says why.
+Each peer has its own environment, made from its pinned requirements in benchmarks/peers/, and runs at the best settings
+its documentation gives.
+Reported: a warm step, decoding, text encoding, cold start (process start to the end of the first step, less a warm
+step), peak memory and installed size, each as a ratio to sdrt on OpenVINO in the same precision (float32, or bfloat16
+for all that is shorter), with a bootstrap interval over the pairs of processes; and the picture's PSNR to diffusers' in
+float32. A peer that cannot be installed or run is a line that says why.
 
-Caches that a peer documents (compiled code, compiled models, a bundle's engines) are filled by one uncounted process each, and before each process its
-environment, model and caches are read once: rows that share files would otherwise find them in memory, and the others wait for the disk.
-Every sample is a file under --folder: a run that was stopped goes on where it was, and more --runs add to it.
-Pairs share a moment on the machine only where all rows ran together: take a new --folder for figures to quote, not one that rows were added to.
-Usage: python benchmarks/peers/race.py --folder DIR [--venvs DIR] [--size emoji|sd15] [--runs N] [--steps N] [--peer NAME]... [--threads N]
-Writes DIR/peers.json and DIR/peers.md. sd15 is Stable Diffusion 1.5's layout with random weights at 512x512: 20 GB of disk, 12 GB of memory, hours.
-It needs an installation for development (see CONTRIBUTING.md) and a package index.
+Caches that a peer documents (compiled code, compiled models, a bundle's engines) are filled by one uncounted process
+each, and before each process its environment, model and caches are read once: rows that share files would otherwise
+find them in memory, and the others wait for the disk. Every sample is a file under --folder: a run that was stopped
+goes on where it was, and more --runs add to it. Pairs share a moment on the machine only where all rows ran together:
+take a new --folder for figures to quote, not one that rows were added to.
+Usage: python benchmarks/peers/race.py --folder DIR [--venvs DIR] [--size emoji|sd15] [--runs N] [--steps N] [--peer
+NAME]... [--threads N] Writes DIR/peers.json and DIR/peers.md. sd15 is Stable Diffusion 1.5's layout with random weights
+at 512x512: 20 GB of disk, 12 GB of memory, hours. It needs an installation for development (see CONTRIBUTING.md) and a
+package index.
 """
 
 from __future__ import annotations
@@ -53,7 +58,9 @@ SIZES = {"emoji": Size((64, 64), 3.0, 10, 7), "sd15": Size((512, 512), 7.5, 4, 7
 
 @dataclass(frozen=True)
 class Peer:
-    """A row. `environment` names its requirements, `script` run_<script>.py, `model` a form of `Models`; `base` is the row it is compared with."""
+    """A row. `environment` names its requirements, `script` run_<script>.py, `model` a form of `Models`; `base` is the
+    row it is compared with.
+    """
 
     environment: str
     script: str
@@ -69,16 +76,34 @@ ROWS = {
     BFLOAT16: Peer("sdrt-openvino", "sdrt", "bundle-bf16", BFLOAT16, {"backend": "openvino"}),
     "sdrt ONNX Runtime float32": Peer("sdrt-onnxruntime", "sdrt", "bundle-saved", FLOAT32, {"backend": "onnxruntime"}),
     REFERENCE: Peer("diffusers", "diffusers", "diffusers", FLOAT32, {"dtype": "float32", "compile": False}),
-    "diffusers bfloat16": Peer("diffusers", "diffusers", "diffusers", BFLOAT16, {"dtype": "bfloat16", "compile": False}),
-    "diffusers torch.compile float32": Peer("diffusers", "diffusers", "diffusers", FLOAT32, {"dtype": "float32", "compile": True}),
-    "diffusers torch.compile bfloat16": Peer("diffusers", "diffusers", "diffusers", BFLOAT16, {"dtype": "bfloat16", "compile": True}),
-    "OpenVINO GenAI default": Peer("openvino-genai", "openvino_genai", "openvino-genai", BFLOAT16, {"static": False, "precision": None}),
-    "OpenVINO GenAI static": Peer("openvino-genai", "openvino_genai", "openvino-genai", BFLOAT16, {"static": True, "precision": None}),
-    "OpenVINO GenAI static float32": Peer("openvino-genai", "openvino_genai", "openvino-genai", FLOAT32, {"static": True, "precision": "f32"}),
+    "diffusers bfloat16": Peer(
+        "diffusers", "diffusers", "diffusers", BFLOAT16, {"dtype": "bfloat16", "compile": False}
+    ),
+    "diffusers torch.compile float32": Peer(
+        "diffusers", "diffusers", "diffusers", FLOAT32, {"dtype": "float32", "compile": True}
+    ),
+    "diffusers torch.compile bfloat16": Peer(
+        "diffusers", "diffusers", "diffusers", BFLOAT16, {"dtype": "bfloat16", "compile": True}
+    ),
+    "OpenVINO GenAI default": Peer(
+        "openvino-genai", "openvino_genai", "openvino-genai", BFLOAT16, {"static": False, "precision": None}
+    ),
+    "OpenVINO GenAI static": Peer(
+        "openvino-genai", "openvino_genai", "openvino-genai", BFLOAT16, {"static": True, "precision": None}
+    ),
+    "OpenVINO GenAI static float32": Peer(
+        "openvino-genai", "openvino_genai", "openvino-genai", FLOAT32, {"static": True, "precision": "f32"}
+    ),
     "optimum-onnx float32": Peer("optimum-onnx", "optimum_onnx", "onnx", FLOAT32),
-    "stable-diffusion.cpp f16": Peer("stable-diffusion-cpp", "stable_diffusion_cpp", "checkpoint", BFLOAT16, {"type": "f16", "conv_direct": False}),
-    "stable-diffusion.cpp f16, direct": Peer("stable-diffusion-cpp", "stable_diffusion_cpp", "checkpoint", BFLOAT16, {"type": "f16", "conv_direct": True}),
-    "stable-diffusion.cpp q8_0": Peer("stable-diffusion-cpp", "stable_diffusion_cpp", "checkpoint", BFLOAT16, {"type": "q8_0", "conv_direct": False}),
+    "stable-diffusion.cpp f16": Peer(
+        "stable-diffusion-cpp", "stable_diffusion_cpp", "checkpoint", BFLOAT16, {"type": "f16", "conv_direct": False}
+    ),
+    "stable-diffusion.cpp f16, direct": Peer(
+        "stable-diffusion-cpp", "stable_diffusion_cpp", "checkpoint", BFLOAT16, {"type": "f16", "conv_direct": True}
+    ),
+    "stable-diffusion.cpp q8_0": Peer(
+        "stable-diffusion-cpp", "stable_diffusion_cpp", "checkpoint", BFLOAT16, {"type": "q8_0", "conv_direct": False}
+    ),
 }
 
 
@@ -91,7 +116,15 @@ class Race:
         self.samples.mkdir(parents=True, exist_ok=True)
         environments.mkdir(parents=True, exist_ok=True)
         wanted = SIZES[size]
-        self.settings = {"size": size, "picture": wanted.picture, "steps": steps, "cfg": wanted.cfg, "threads": threads, "seed": SEED, "prompt": PROMPT}
+        self.settings = {
+            "size": size,
+            "picture": wanted.picture,
+            "steps": steps,
+            "cfg": wanted.cfg,
+            "threads": threads,
+            "seed": SEED,
+            "prompt": PROMPT,
+        }
         self.settings |= {"start": "files in memory"}
         record = folder / "settings.json"
         if record.exists() and json.loads(record.read_text()) != json.loads(json.dumps(self.settings)):
@@ -137,16 +170,38 @@ class Race:
         if row.script == "sdrt":
             environment["PYTHONPATH"] = str(ROOT)
         settings = {key: self.settings[key] for key in ("prompt", "steps", "cfg", "seed", "threads")}
-        settings |= {"size": self.settings["picture"], "negative": NEGATIVE, "model": str(model), "noise": str(self.noise), "options": row.options}
+        settings |= {
+            "size": self.settings["picture"],
+            "negative": NEGATIVE,
+            "model": str(model),
+            "noise": str(self.noise),
+            "options": row.options,
+        }
         settings |= {"picture": str(self.picture(name)), "cache": str(cache)}
-        for used in (self.environments / row.environment, model, cache, *([ROOT / "sdrt"] if row.script == "sdrt" else [])):
+        for used in (
+            self.environments / row.environment,
+            model,
+            cache,
+            *([ROOT / "sdrt"] if row.script == "sdrt" else []),
+        ):
             read_files(used)
         unfinished = target.with_suffix(".unfinished")
         settings["started_s"] = time.monotonic()
-        words = [python_of(self.environments, row.environment), PEERS / f"run_{row.script}.py", json.dumps(settings), unfinished]
+        words = [
+            python_of(self.environments, row.environment),
+            PEERS / f"run_{row.script}.py",
+            json.dumps(settings),
+            unfinished,
+        ]
         with log.open("w") as output:
             try:
-                status = subprocess.run([str(word) for word in words], stdout=output, stderr=subprocess.STDOUT, env=environment, timeout=LIMIT_S).returncode
+                status = subprocess.run(
+                    [str(word) for word in words],
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    env=environment,
+                    timeout=LIMIT_S,
+                ).returncode
             except subprocess.TimeoutExpired:
                 raise PeerFailed(f"not done after {LIMIT_S} s") from None
         if status:
@@ -155,7 +210,9 @@ class Race:
         unfinished.rename(target)
 
     def run(self, names: list[str], runs: int) -> None:
-        """An uncounted process of each row, then rounds in which each has its turn, in an order drawn anew every round."""
+        """An uncounted process of each row, then rounds in which each has its turn, in an order drawn anew every
+        round.
+        """
         models = {}
         for name in names:
             try:
@@ -180,7 +237,11 @@ class Race:
     def report(self, names: list[str], runs: int) -> dict[str, Any]:
         samples = {name: [self._figures(name, f"{i:03d}") for i in range(runs)] for name in names}
         first = {name: figures for name in names if (figures := self._figures(name, "first")) is not None}
-        pictures = {name: np.load(self.picture(name)) for name in names if self.picture(name).exists() and name not in self.failures}
+        pictures = {
+            name: np.load(self.picture(name))
+            for name in names
+            if self.picture(name).exists() and name not in self.failures
+        }
         sizes = {name: made.size_bytes / 1e6 for name, made in self.installed.items()}
         bases = {name: ROWS[name].base for name in names}
         return peer_report.report(self.settings, bases, samples, first, pictures, sizes, self.failures, REFERENCE)
@@ -216,7 +277,9 @@ def main() -> None:
     parser.add_argument("--runs", type=int, help="counted processes of each row")
     parser.add_argument("--steps", type=int)
     parser.add_argument("--threads", type=int, default=usable_cores())
-    parser.add_argument("--peer", action="append", choices=tuple(ROWS), help="only these rows, and those they are compared with")
+    parser.add_argument(
+        "--peer", action="append", choices=tuple(ROWS), help="only these rows, and those they are compared with"
+    )
     parser.add_argument("--note", help="a line for the head of the report, such as what else the machine was doing")
     arguments = parser.parse_args()
     size = SIZES[arguments.size]
@@ -224,8 +287,20 @@ def main() -> None:
     if steps < 2:
         parser.error("--steps: at least 2, since a warm step is counted from the end of the one before it")
     asked = arguments.peer or list(ROWS)
-    names = [name for name in ROWS if name in asked or name in (REFERENCE, ROWS[REFERENCE].base) or any(ROWS[other].base == name for other in asked)]
-    race = Race(arguments.folder.absolute(), (arguments.venvs or arguments.folder / "venvs").absolute(), arguments.size, steps, arguments.threads)
+    names = [
+        name
+        for name in ROWS
+        if name in asked
+        or name in (REFERENCE, ROWS[REFERENCE].base)
+        or any(ROWS[other].base == name for other in asked)
+    ]
+    race = Race(
+        arguments.folder.absolute(),
+        (arguments.venvs or arguments.folder / "venvs").absolute(),
+        arguments.size,
+        steps,
+        arguments.threads,
+    )
     race.run(names, runs)
     report = race.report(names, runs) | {"note": arguments.note}
     (arguments.folder / "peers.json").write_text(json.dumps(report, indent=1))

@@ -11,7 +11,13 @@ import numpy as np
 from sdrt.bench.environment import environment, git_revision, load
 from sdrt.bench.statistics import paired
 
-MEASURES = {"step_ms": "step, ms", "decode_ms": "decode, ms", "text_ms": "text, ms", "cold_ms": "cold start, ms", "peak_rss_mb": "peak memory, MB"}
+MEASURES = {
+    "step_ms": "step, ms",
+    "decode_ms": "decode, ms",
+    "text_ms": "text, ms",
+    "cold_ms": "cold start, ms",
+    "peak_rss_mb": "peak memory, MB",
+}
 
 Figures = Mapping[str, Any]
 
@@ -32,7 +38,9 @@ def report(
     failures: Mapping[str, str],
     reference: str,
 ) -> dict[str, Any]:
-    """Every row against its base: `ratio` with `low` and `high`, the 95 % interval of the median over pairs of processes of the same round."""
+    """Every row against its base: `ratio` with `low` and `high`, the 95 % interval of the median over pairs of
+    processes of the same round.
+    """
     rows: dict[str, Any] = {}
     for name, base in bases.items():
         row: dict[str, Any] = {"base": base, "failure": failures.get(name), "measures": {}}
@@ -40,7 +48,11 @@ def report(
         if not any(figures is not None for figures in samples[name]):
             continue
         for key in MEASURES:
-            both = [(b, n) for b, n in zip(samples[base], samples[name], strict=True) if b and n and b[key] is not None and n[key] is not None]
+            both = [
+                (b, n)
+                for b, n in zip(samples[base], samples[name], strict=True)
+                if b and n and b[key] is not None and n[key] is not None
+            ]
             found = [figures[key] for figures in samples[name] if figures and figures[key] is not None]
             estimate = paired([[b[key]] for b, _ in both], [[n[key]] for _, n in both])
             row["measures"][key] = {
@@ -57,18 +69,32 @@ def report(
         row["psnr_db"] = psnr_db(pictures[name], pictures[reference]) if known else None
         row["equal"] = known and row["psnr_db"] is None
     machine = {"environment": environment(), "load": load(), "revision": git_revision()}
-    return {"settings": dict(settings), **machine, "reference": reference, "rows": rows, "samples": {name: list(runs) for name, runs in samples.items()}}
+    return {
+        "settings": dict(settings),
+        **machine,
+        "reference": reference,
+        "rows": rows,
+        "samples": {name: list(runs) for name, runs in samples.items()},
+    }
 
 
 def markdown(report: Mapping[str, Any]) -> str:
-    """The table: medians, and in brackets the ratio to the row's base with its interval. Below it, the rows that are missing and why."""
+    """The table: medians, and in brackets the ratio to the row's base with its interval. Below it, the rows that are
+    missing and why.
+    """
     settings, machine = report["settings"], report["environment"]
     width, height = settings["picture"]
     lines = [
-        f"{settings['size']}, {width}x{height}, {settings['steps']} Euler steps, guidance {settings['cfg']}, {settings['threads']} threads of {machine['cpu']}"
-        f" ({machine['cores']} cores), load {report['load']['load_1min']}, revision {report['revision']}.",
+        (
+            f"{settings['size']}, {width}x{height}, {settings['steps']} Euler steps, guidance {settings['cfg']},"
+            f" {settings['threads']} threads of {machine['cpu']} ({machine['cores']} cores), load"
+            f" {report['load']['load_1min']}, revision {report['revision']}."
+        ),
         *([report["note"]] if report.get("note") else []),
-        "Ratios above 1 mean slower or larger than sdrt on OpenVINO in the same precision; in brackets their 95 % interval over pairs of processes.",
+        (
+            "Ratios above 1 mean slower or larger than sdrt on OpenVINO in the same precision; in brackets their 95 %"
+            " interval over pairs of processes."
+        ),
         "",
         "| | " + " | ".join(MEASURES.values()) + " | installed, MB | PSNR |",
         "|---" * (len(MEASURES) + 3) + "|",
@@ -80,7 +106,15 @@ def markdown(report: Mapping[str, Any]) -> str:
         install = "" if row["install_mb"] is None else f"{row['install_mb']:.0f}"
         if row["install_ratio"] is not None and name != row["base"]:
             install += f" {row['install_ratio']:.2f}x"
-        psnr = "reference" if name == report["reference"] else "equal" if row["equal"] else "" if row["psnr_db"] is None else f"{row['psnr_db']:.1f} dB"
+        psnr = (
+            "reference"
+            if name == report["reference"]
+            else "equal"
+            if row["equal"]
+            else ""
+            if row["psnr_db"] is None
+            else f"{row['psnr_db']:.1f} dB"
+        )
         lines.append(f"| {name} | " + " | ".join(cells) + f" | {install} | {psnr} |")
     missing = [f"- {name}: {row['failure']}" for name, row in report["rows"].items() if row["failure"]]
     return "\n".join([*lines, *(["", "Not measured, or not to the end:", *missing] if missing else []), ""])

@@ -1,6 +1,8 @@
-"""diffusers on a CPU as its documentation advises: channels-last, and, for the compiled variant, torch.compile of the UNet and the decoder.
+"""diffusers on a CPU as its documentation advises: channels-last, and, for the compiled variant, torch.compile of the
+UNet and the decoder.
 
-Compiled code is kept in a cache folder between processes, so a cold start is one with a warm cache. `options`: `dtype`, `compile`.
+Compiled code is kept in a cache folder between processes, so a cold start is one with a warm cache. `options`: `dtype`,
+`compile`.
 """
 
 from __future__ import annotations

@@ -1,5 +1,7 @@
-"""OpenVINO GenAI's text-to-image pipeline. `options`: `static` fixes the shapes with `reshape` and keeps compiled models in a cache folder, as its
-documentation advises for speed; `precision` is its hint, None leaves its default (bfloat16 where the CPU has it)."""
+"""OpenVINO GenAI's text-to-image pipeline. `options`: `static` fixes the shapes with `reshape` and keeps compiled
+models in a cache folder, as its documentation advises for speed; `precision` is its hint, None leaves its default
+(bfloat16 where the CPU has it).
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""sdrt itself, with diffusers' rules where tools differ. `options`: `backend`. `model` is a bundle with engines of one precision."""
+"""sdrt itself, with diffusers' rules where tools differ. `options`: `backend`. `model` is a bundle with engines of one
+precision.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,8 @@
-"""stable-diffusion.cpp through its Python binding, built from source for this CPU. `options`: `type` of the weights, f16 or q8_0.
+"""stable-diffusion.cpp through its Python binding, built from source for this CPU. `options`: `type` of the weights,
+f16 or q8_0.
 
-It draws its noise itself; its "cuda" generator is the one the run's noise comes from. It does not tell how long encoding the text takes.
+It draws its noise itself; its "cuda" generator is the one the run's noise comes from. It does not tell how long
+encoding the text takes.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""What the peers run in and on: a virtual environment each, made from its pinned requirements, and the same weights in each one's own format."""
+"""What the peers run in and on: a virtual environment each, made from its pinned requirements, and the same weights in
+each one's own format.
+"""
 
 from __future__ import annotations
 
@@ -55,15 +57,23 @@ def installed(environments: Path, name: str) -> Installed:
     command([*pip, "install", "-r", requirements], environments / f"{name}.log")
     for package in re.findall(r"^# without: (\S+)", requirements.read_text(encoding="utf-8"), re.MULTILINE):
         command([*pip, "uninstall", "-y", package], environments / f"{name}-without.log")
-    size = sum(path.stat().st_size for path in (folder / "lib").rglob("*") if path.is_file() and path.suffix != ".pyc" and not path.is_symlink())
+    size = sum(
+        path.stat().st_size
+        for path in (folder / "lib").rglob("*")
+        if path.is_file() and path.suffix != ".pyc" and not path.is_symlink()
+    )
     if name.startswith("sdrt"):  # runs from this tree
-        size += sum(path.stat().st_size for path in (ROOT / "sdrt").rglob("*") if path.is_file() and path.suffix != ".pyc")
+        size += sum(
+            path.stat().st_size for path in (ROOT / "sdrt").rglob("*") if path.is_file() and path.suffix != ".pyc"
+        )
     made = Installed(digest, size, round(time.monotonic() - started, 1))
     record.write_text(json.dumps(asdict(made)))
     return made
 
 
-def command(words: Sequence[object], log: Path, *, environment: dict[str, str] | None = None, seconds: float = 3600) -> None:
+def command(
+    words: Sequence[object], log: Path, *, environment: dict[str, str] | None = None, seconds: float = 3600
+) -> None:
     """Run a command, its output to `log`.
 
     Raises:
@@ -71,17 +81,23 @@ def command(words: Sequence[object], log: Path, *, environment: dict[str, str] |
     """
     with log.open("w", encoding="utf-8") as output:
         try:
-            done = subprocess.run([str(word) for word in words], stdout=output, stderr=subprocess.STDOUT, env=environment, timeout=seconds)
+            done = subprocess.run(
+                [str(word) for word in words], stdout=output, stderr=subprocess.STDOUT, env=environment, timeout=seconds
+            )
         except subprocess.TimeoutExpired:
             raise PeerFailed(f"not done after {seconds:g} s") from None
     if done.returncode:
-        lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+        lines = [
+            line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()
+        ]
         said = next((line for line in lines if line.startswith("ERROR")), lines[-1] if lines else "said nothing")
         raise PeerFailed(f"exit code {done.returncode}: {said[:300]}")
 
 
 def once(target: Path, make: Callable[[Path], None]) -> Path:
-    """`target`, made unless it is there: under another name first, so that what was interrupted is not taken for done."""
+    """`target`, made unless it is there: under another name first, so that what was interrupted is not
+    taken for done.
+    """
     if not target.exists():
         print(f"making {target.name}", file=sys.stderr, flush=True)
         stage = target.with_name(f"making-{target.name}")
@@ -114,7 +130,10 @@ class Models:
             raise
 
     def _made(self, form: str) -> Path:
-        return once(self._folder / f"{form}.safetensors" if form == "checkpoint" else self._folder / form, getattr(self, "_" + form.replace("-", "_")))
+        return once(
+            self._folder / f"{form}.safetensors" if form == "checkpoint" else self._folder / form,
+            getattr(self, "_" + form.replace("-", "_")),
+        )
 
     def _checkpoint(self, target: Path) -> None:
         if self._size == "emoji":
@@ -126,7 +145,17 @@ class Models:
             write_checkpoint(target)
 
     def _bundle(self, target: Path) -> None:
-        words = ["build", "--checkpoint", self.path("checkpoint"), "--target", "onnxruntime", "--output", target, "--size", "{}x{}".format(*self._picture)]
+        words = [
+            "build",
+            "--checkpoint",
+            self.path("checkpoint"),
+            "--target",
+            "onnxruntime",
+            "--output",
+            target,
+            "--size",
+            "{}x{}".format(*self._picture),
+        ]
         self._sdrt(words, target.name)
 
     def _bundle_saved(self, target: Path) -> None:
@@ -143,7 +172,11 @@ class Models:
         self._sdrt(["compile", target, "--target", *options], target.name)
 
     def _sdrt(self, words: Sequence[object], name: str) -> None:
-        command([sys.executable, "-m", "sdrt", *words], self._folder / f"{name}.log", environment=os.environ | {"PYTHONPATH": str(ROOT)})
+        command(
+            [sys.executable, "-m", "sdrt", *words],
+            self._folder / f"{name}.log",
+            environment=os.environ | {"PYTHONPATH": str(ROOT)},
+        )
 
     def _diffusers(self, target: Path) -> None:
         """diffusers' folder in float16, as the bundle stores the weights and as models are published."""
@@ -161,11 +194,19 @@ class Models:
         for file in vocabulary.iterdir():  # published folders have these two; transformers 5 leaves them out
             shutil.copy(file, target / "tokenizer")
         weights = target / "text_encoder" / "model.safetensors"
-        tensors = load_file(weights)  # transformers 5 drops this prefix when it saves; version 4 silently starts from random weights without it
-        save_file({f"text_model.{name.removeprefix('text_model.')}": tensor for name, tensor in tensors.items()}, weights, {"format": "pt"})
+        tensors = load_file(
+            weights
+        )  # transformers 5 drops this prefix when it saves; version 4 silently starts from random weights without it
+        save_file(
+            {f"text_model.{name.removeprefix('text_model.')}": tensor for name, tensor in tensors.items()},
+            weights,
+            {"format": "pt"},
+        )
 
     def _openvino_genai(self, target: Path) -> None:
-        self._exported(target, "openvino-export", ["export", "openvino", "--weight-format", "fp16", "--task", "text-to-image"])
+        self._exported(
+            target, "openvino-export", ["export", "openvino", "--weight-format", "fp16", "--task", "text-to-image"]
+        )
 
     def _onnx(self, target: Path) -> None:
         self._exported(target, "optimum-onnx", ["export", "onnx", "--task", "text-to-image"])
@@ -176,4 +217,8 @@ class Models:
         tool = python_of(self._environments, environment).with_name("optimum-cli")
         offline = os.environ | {"HF_HUB_OFFLINE": "1"}
         path = f"{tool.parent}{os.pathsep}{offline.get('PATH', '')}"
-        command([tool, *words, "--model", source, target], self._folder / f"{target.name}.log", environment=offline | {"PATH": path})
+        command(
+            [tool, *words, "--model", source, target],
+            self._folder / f"{target.name}.log",
+            environment=offline | {"PATH": path},
+        )

@@ -1,7 +1,8 @@
-"""What every peer's process measures, in the same way: two pictures, timestamps after each step, and the memory peak. numpy only.
+"""What every peer's process measures, in the same way: two pictures, timestamps after each step, and the memory peak.
+numpy only.
 
-The first picture's prompt is another one, so a cache of encoded prompts does not help the second, whose steps, decoding and text are the warm ones.
-Decoding is all from the end of the last step to uint8 pixels in hand.
+The first picture's prompt is another one, so a cache of encoded prompts does not help the second, whose steps, decoding
+and text are the warm ones. Decoding is all from the end of the last step to uint8 pixels in hand.
 """
 
 from __future__ import annotations
@@ -26,8 +27,10 @@ Pixels = NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class Settings:
-    """One run. `model` is what the peer reads, `noise` a .npy of unit normals float32 `[1, 4, h, w]`, `picture` where its pixels go,
-    `started_s` the monotonic clock just before the process was made, `options` whatever tells this peer's variants apart."""
+    """One run. `model` is what the peer reads, `noise` a .npy of unit normals float32 `[1, 4, h, w]`, `picture` where
+    its pixels go, `started_s` the monotonic clock just before the process was made, `options` whatever tells this
+    peer's variants apart.
+    """
 
     model: str
     prompt: str
@@ -59,11 +62,15 @@ class Settings:
 
 
 Draw = Callable[[str, list[float]], tuple[Pixels, float | None]]
-"""(prompt, list to which the monotonic clock is added after each step) -> pixels uint8 `[H, W, 3]`, milliseconds of text encoding or None."""
+"""(prompt, list to which the monotonic clock is added after each step) -> pixels uint8 `[H, W, 3]`, milliseconds of
+text encoding or None.
+"""
 
 
 def drawn_by_diffusers(pipe: Any, settings: Settings, latents: Any) -> Draw:
-    """How a pipeline of diffusers, or of its form, draws. `latents` are the run's own, as a tensor of the pipeline's type."""
+    """How a pipeline of diffusers, or of its form, draws. `latents` are the run's own, as a tensor of the pipeline's
+    type.
+    """
     pipe.set_progress_bar_config(disable=True)
     encode = pipe.encode_prompt
     text_ms = 0.0
@@ -89,13 +96,19 @@ def drawn_by_diffusers(pipe: Any, settings: Settings, latents: Any) -> Draw:
 
 
 def peak_rss_mb() -> float:
-    """This program's own peak. getrusage's would count the process that started it as well, until its program was replaced."""
-    (line,) = (line for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines() if line.startswith("VmHWM:"))
+    """This program's own peak. getrusage's would count the process that started it as well, until its program was
+    replaced.
+    """
+    (line,) = (
+        line for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines() if line.startswith("VmHWM:")
+    )
     return int(line.split()[1]) / 1024
 
 
 def main(load: Callable[[Settings], Draw]) -> None:
-    """Run a peer: settings are the process's first argument, as JSON; its second is the file the figures go to, in milliseconds and MB."""
+    """Run a peer: settings are the process's first argument, as JSON; its second is the file the figures go to, in
+    milliseconds and MB.
+    """
     given = json.loads(sys.argv[1])
     settings = Settings(**given | {"size": tuple(given["size"])})
     draw = load(settings)

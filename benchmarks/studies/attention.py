@@ -1,7 +1,8 @@
 """Every way that OpenVINO offers to run self-attention, timed beside the best matrix product of the machine.
 
-The shapes are those of Stable Diffusion 1.5 with guidance: the largest at 768x768, then all at 512x512. A variant is a graph of one attention, its inputs
-already split by nothing but a reshape, as the network has them, and a projection after it. Its time is that of all operators but the projection.
+The shapes are those of Stable Diffusion 1.5 with guidance: the largest at 768x768, then all at 512x512. A variant is a
+graph of one attention, its inputs already split by nothing but a reshape, as the network has them, and a projection
+after it. Its time is that of all operators but the projection.
 Usage: python benchmarks/studies/attention.py [--precision bf16|f32] [--runs N] [--threads N] [--json]
 """
 
@@ -20,7 +21,9 @@ from sdrt.machine import engine_libraries
 
 ov = engine_libraries.openvino()
 SHAPES = ((9216, 8, 40), (4096, 8, 40), (1024, 8, 80), (256, 8, 160))
-"""Tokens, heads and width of a head: the largest level of 768x768, and the levels of 512x512 that have attention over more than 64 tokens."""
+"""Tokens, heads and width of a head: the largest level of 768x768, and the levels of 512x512 that have attention over
+more than 64 tokens.
+"""
 PICTURES = 2
 op = ov.opset13
 
@@ -54,7 +57,10 @@ def padded(width: int) -> Callable[[Any, Any, Any, float], Any]:
     def attend(q: Any, k: Any, v: Any, scale: float) -> Any:
         head = q.get_output_shape(0)[3]
         more = -head % width
-        q, k, v = (op.pad(x, whole(0, 0, 0, 0), whole(0, 0, 0, more), "constant", op.constant(np.float32(0))) for x in (q, k, v))
+        q, k, v = (
+            op.pad(x, whole(0, 0, 0, 0), whole(0, 0, 0, more), "constant", op.constant(np.float32(0)))
+            for x in (q, k, v)
+        )
         return op.slice(fused(q, k, v, scale), whole(0), whole(head), whole(1), whole(3))
 
     return attend
@@ -81,7 +87,10 @@ def timed(model: Any, feeds: dict[int, np.ndarray], properties: dict[str, Any], 
         started = time.perf_counter()
         request.infer(feeds)
         wall_ms = (time.perf_counter() - started) * 1000
-        projection = sum(one.real_time.total_seconds() for one in request.profiling_info if one.node_type == "FullyConnected") * 1000
+        projection = (
+            sum(one.real_time.total_seconds() for one in request.profiling_info if one.node_type == "FullyConnected")
+            * 1000
+        )
         best = min(best, (wall_ms, projection))
     return best
 
@@ -110,7 +119,9 @@ def peak_flops(properties: dict[str, Any], runs: int) -> float:
     for m, k, n in ((4096, 1280, 1280), (2048, 2560, 2560)):
         random = np.random.default_rng(0)
         x = op.parameter([m, k], np.float32)
-        model = ov.Model([op.matmul(x, op.constant(random.standard_normal((k, n)).astype(np.float32)), False, False)], [x])
+        model = ov.Model(
+            [op.matmul(x, op.constant(random.standard_normal((k, n)).astype(np.float32)), False, False)], [x]
+        )
         _, product_ms = timed(model, {0: random.standard_normal((m, k)).astype(np.float32)}, properties, runs)
         best = max(best, 2 * m * k * n / product_ms * 1000)
     return best
@@ -123,7 +134,10 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=0, help="0: OpenVINO's choice")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
-    properties: dict[str, Any] = {"INFERENCE_PRECISION_HINT": arguments.precision, "INFERENCE_NUM_THREADS": arguments.threads}
+    properties: dict[str, Any] = {
+        "INFERENCE_PRECISION_HINT": arguments.precision,
+        "INFERENCE_NUM_THREADS": arguments.threads,
+    }
     peak = peak_flops(properties, arguments.runs)
     rows = []
     for shape in SHAPES:
@@ -131,12 +145,25 @@ def main() -> None:
         flops = 4 * PICTURES * tokens**2 * heads * width
         for variant in VARIANTS:
             ms = attention_ms(shape, variant, properties, arguments.runs)
-            rows.append({"tokens": tokens, "head_width": width, "variant": variant, "ms": ms, "share_of_peak": flops / ms * 1000 / peak})
+            rows.append(
+                {
+                    "tokens": tokens,
+                    "head_width": width,
+                    "variant": variant,
+                    "ms": ms,
+                    "share_of_peak": flops / ms * 1000 / peak,
+                }
+            )
     if arguments.json:
         print(json.dumps({"precision": arguments.precision, "peak_flops_per_s": peak, "rows": rows}, indent=1))
         return
     print(f"best matrix product: {peak / 1e9:.0f} GFLOP/s in {arguments.precision}\n")
-    print("| | " + " | ".join(f"{tokens} tokens, heads of {width}" for tokens, _, width in SHAPES) + " |\n|---|" + "---|" * len(SHAPES))
+    print(
+        "| | "
+        + " | ".join(f"{tokens} tokens, heads of {width}" for tokens, _, width in SHAPES)
+        + " |\n|---|"
+        + "---|" * len(SHAPES)
+    )
     for variant in VARIANTS:
         cells = [f"{row['ms']:.1f} ms, {row['share_of_peak']:.0%}" for row in rows if row["variant"] == variant]
         print(f"| {variant} | " + " | ".join(cells) + " |")

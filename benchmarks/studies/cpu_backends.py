@@ -1,9 +1,11 @@
-"""ONNX Runtime, as it is and from models it saved, and OpenVINO beside each other on one bundle: cold start, step, decode, text, peak memory, and how far the pictures are apart.
+"""ONNX Runtime, as it is and from models it saved, and OpenVINO beside each other on one bundle: cold start, step,
+decode, text, peak memory, and how far the pictures are apart.
 
-Every run is a fresh process, and the backends take turns, so the ratios hold on a machine whose speed drifts. The bundle is copied: engines are
-compiled into copies, OpenVINO's in float32 and, where the CPU has it, in bfloat16.
+Every run is a fresh process, and the backends take turns, so the ratios hold on a machine whose speed drifts. The
+bundle is copied: engines are compiled into copies, OpenVINO's in float32 and, where the CPU has it, in bfloat16.
 Usage: python benchmarks/studies/cpu_backends.py BUNDLE.sdrt [--size WxH] [--steps N] [--runs N] [--json]
-For the full size: python benchmarks/checks/build.py --folder DIR, then python benchmarks/studies/cpu_backends.py DIR/sd15.sdrt --steps 3 --runs 3
+For the full size: python benchmarks/checks/build.py --folder DIR, then python benchmarks/studies/cpu_backends.py
+DIR/sd15.sdrt --steps 3 --runs 3
 """
 
 from __future__ import annotations
@@ -24,8 +26,9 @@ import numpy as np
 
 
 def picture(bundle: Path, backend: str, size: tuple[int, int], steps: int, output: Path) -> dict[str, float]:
-    """Load, make two pictures of the same seed, save the second. Milliseconds; `first_step` counts from before the import to the end of the first
-    step, `cold` is that less one warm step."""
+    """Load, make two pictures of the same seed, save the second. Milliseconds; `first_step` counts from before the
+    import to the end of the first step, `cold` is that less one warm step.
+    """
     started = time.perf_counter()
     from sdrt.machine.memory import peak_rss_bytes
     from sdrt.runtime import Pipeline
@@ -64,27 +67,46 @@ def compiled_copies(bundle: Path, folder: Path, size: tuple[int, int]) -> dict[s
     rows = {"onnxruntime fp32": (plain, "onnxruntime"), "onnxruntime saved": (saved, "onnxruntime")}
     made = onnxruntime.compile_bundle(open_bundle(saved), CompileOptions("onnxruntime"))
     print(
-        f"saved: {sum(graph.build_s for graph in made.graphs.values()):.1f} s, {sum(graph.plan_bytes for graph in made.graphs.values()) / 1e6:.1f} MB",
+        f"saved: {sum(graph.build_s for graph in made.graphs.values()):.1f} s,"
+        f" {sum(graph.plan_bytes for graph in made.graphs.values()) / 1e6:.1f} MB",
         file=sys.stderr,
     )
     able = "BF16" in engine_libraries.openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     for precision in ("fp32", "bf16") if able else ("fp32",):
         copy = folder / f"{precision}.sdrt"
         shutil.copytree(bundle, copy, copy_function=os.link, ignore=shutil.ignore_patterns("engines"))
-        (report,) = compile_bundle(open_bundle(copy), CompileOptions("openvino", size=(size, size), branches=(2,), precision=precision))
-        graphs = ", ".join(f"{graph} {made.build_s:.1f} s {made.plan_bytes / 1e6:.1f} MB" for graph, made in report.graphs.items())
+        (report,) = compile_bundle(
+            open_bundle(copy), CompileOptions("openvino", size=(size, size), branches=(2,), precision=precision)
+        )
+        graphs = ", ".join(
+            f"{graph} {made.build_s:.1f} s {made.plan_bytes / 1e6:.1f} MB" for graph, made in report.graphs.items()
+        )
         print(f"compiled {precision}: {graphs}", file=sys.stderr)
         rows[f"openvino {precision}"] = copy, "openvino"
     return rows
 
 
-def measured(rows: dict[str, tuple[Path, str]], size: tuple[int, int], steps: int, runs: int, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+def measured(
+    rows: dict[str, tuple[Path, str]], size: tuple[int, int], steps: int, runs: int, folder: Path
+) -> tuple[dict[str, Any], dict[str, Any]]:
     samples: dict[str, list[dict[str, float]]] = {name: [] for name in rows}
     images = {}
     for _ in range(runs):
         for name, (bundle, backend) in rows.items():
             output = folder / "picture.npy"
-            command = [sys.executable, __file__, str(bundle), "--child", backend, "--size", "{}x{}".format(*size), "--steps", str(steps), "--output", output]
+            command = [
+                sys.executable,
+                __file__,
+                str(bundle),
+                "--child",
+                backend,
+                "--size",
+                "{}x{}".format(*size),
+                "--steps",
+                str(steps),
+                "--output",
+                output,
+            ]
             samples[name].append(json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout))
             images[name] = np.load(output)
     return samples, images
@@ -107,7 +129,9 @@ def main() -> None:
 
         width, height = open_bundle(arguments.bundle).manifest.latents.size
     if arguments.child:
-        print(json.dumps(picture(arguments.bundle, arguments.child, (width, height), arguments.steps, arguments.output)))
+        print(
+            json.dumps(picture(arguments.bundle, arguments.child, (width, height), arguments.steps, arguments.output))
+        )
         return
     with tempfile.TemporaryDirectory(dir=arguments.bundle.parent) as temporary:
         folder = Path(temporary)
@@ -118,7 +142,12 @@ def main() -> None:
     for name, runs in samples.items():
         error = float(((images[name].astype(float) - images[first].astype(float)) ** 2).mean())
         report[name] = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
-        report[name] |= {f"{key}_ratio": statistics.median(run[key] / base[key] for run, base in zip(runs, samples[first], strict=True)) for key in runs[0]}
+        report[name] |= {
+            f"{key}_ratio": statistics.median(
+                run[key] / base[key] for run, base in zip(runs, samples[first], strict=True)
+            )
+            for key in runs[0]
+        }
         report[name]["psnr_db"] = float("inf") if error == 0 else 10 * float(np.log10(255**2 / error))
     if arguments.json:
         print(json.dumps({"size": [width, height], "rows": report, "samples": samples}, indent=1))
@@ -126,7 +155,11 @@ def main() -> None:
     keys = ("load_ms", "cold_ms", "step_ms", "text_ms", "decode_ms", "peak_rss_mb")
     print(f"{'':18}" + "".join(f"{key:>20}" for key in keys) + f"{'PSNR':>10}")
     for name, row in report.items():
-        print(f"{name:18}" + "".join(f"{row[key]:>12.1f} {row[key + '_ratio']:>6.2f}x" for key in keys) + f"{row['psnr_db']:>7.1f} dB")
+        print(
+            f"{name:18}"
+            + "".join(f"{row[key]:>12.1f} {row[key + '_ratio']:>6.2f}x" for key in keys)
+            + f"{row['psnr_db']:>7.1f} dB"
+        )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""What 8-bit arithmetic would save: the products of a Stable Diffusion 1.5 step in the CPU's own precision and with 8-bit weights and activations.
+"""What 8-bit arithmetic would save: the products of a Stable Diffusion 1.5 step in the CPU's own precision and with
+8-bit weights and activations.
 
-sdrt makes no 8-bit engines. This times OpenVINO's kernels for the products that take most of a step at 512x512 with guidance, of random numbers between
-fixed ranges: the most there is to gain, at whatever cost to the picture.
+sdrt makes no 8-bit engines. This times OpenVINO's kernels for the products that take most of a step at 512x512 with
+guidance, of random numbers between fixed ranges: the most there is to gain, at whatever cost to the picture.
 Usage: python benchmarks/studies/eight_bits.py [--runs N] [--threads N] [--json]
 """
 
@@ -30,16 +31,22 @@ op = ov.opset13
 
 
 def rounded(values: Any, largest: np.ndarray, lowest: int) -> Any:
-    """`values` as whole numbers from `lowest` to 127, 127 being `largest`: what OpenVINO turns into 8-bit arithmetic without zero points."""
+    """`values` as whole numbers from `lowest` to 127, 127 being `largest`: what OpenVINO turns into 8-bit arithmetic
+    without zero points.
+    """
     low, high = op.constant((largest * lowest / 127).astype(np.float32)), op.constant(largest.astype(np.float32))
     return op.fake_quantize(values, low, high, low, high, 128 - lowest)
 
 
 def convolution(channels: int, side: int, eight_bits: bool) -> tuple[Any, float]:
-    weights = (np.random.default_rng(0).standard_normal((channels, channels, 3, 3)) / math.sqrt(9 * channels)).astype(np.float32)
+    weights = (np.random.default_rng(0).standard_normal((channels, channels, 3, 3)) / math.sqrt(9 * channels)).astype(
+        np.float32
+    )
     x = op.parameter([PICTURES, channels, side, side], np.float32)
     source, kernel = operands(x, weights, eight_bits)
-    return ov.Model([op.relu(op.convolution(source, kernel, [1, 1], [1, 1], [1, 1], [1, 1]))], [x]), 2.0 * PICTURES * side * side * 9 * channels**2
+    return ov.Model(
+        [op.relu(op.convolution(source, kernel, [1, 1], [1, 1], [1, 1], [1, 1]))], [x]
+    ), 2.0 * PICTURES * side * side * 9 * channels**2
 
 
 def projection(tokens: int, inputs: int, outputs: int, eight_bits: bool) -> tuple[Any, float]:
@@ -64,7 +71,11 @@ def best_ms(model: Any, eight_bits: bool, runs: int, threads: int) -> float:
     """
     compiled = ov.compile_model(model, "CPU", {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"})
     layers = [op.get_rt_info() for op in compiled.get_runtime_model().get_ops()]
-    (found,) = (str(layer["runtimePrecision"].astype(str)) for layer in layers if str(layer["layerType"].astype(str)) in PRODUCTS)
+    (found,) = (
+        str(layer["runtimePrecision"].astype(str))
+        for layer in layers
+        if str(layer["layerType"].astype(str)) in PRODUCTS
+    )
     if (found in ("i8", "u8")) is not eight_bits:
         raise SystemExit(f"{'8-bit' if eight_bits else 'plain'} product runs in {found}")
     request = compiled.create_infer_request()
@@ -91,7 +102,10 @@ def main() -> None:
     rows = []
     for name, product in products.items():
         model, flops = product(False)
-        full, eight = (best_ms(one, bits, arguments.runs, arguments.threads) for one, bits in ((model, False), (product(True)[0], True)))
+        full, eight = (
+            best_ms(one, bits, arguments.runs, arguments.threads)
+            for one, bits in ((model, False), (product(True)[0], True))
+        )
         rows.append({"product": name, "ms": full, "eight_bits_ms": eight, "ratio": eight / full, "flops": flops})
     if arguments.json:
         print(json.dumps(rows, indent=1))

@@ -1,11 +1,15 @@
-"""How many CPU threads a pipeline should take, and whether they should spin: pictures a second, processor time a picture and time a step, idle and busy.
+"""How many CPU threads a pipeline should take, and whether they should spin: pictures a second, processor time a
+picture and time a step, idle and busy.
 
-For every choice of backend, threads and waiting, fresh processes in a new order each round draw pictures of one bundle for a while; beside half of the rounds
-`--load` other processes keep the cores busy. A choice's figures are medians over its rounds, and its ratio to the first choice of the list (what is the default
-now) is taken within a round. Processor time a picture tells spinning (it grows) from waiting for a thread that lost its core (it stays, and the picture takes longer).
-Usage: python benchmarks/studies/threads.py BUNDLE.sdrt... [--backends openvino,onnxruntime] [--rounds 4] [--seconds 10] [--load 2N] [--json FILE]
-Give it the emoji bundle and one of Stable Diffusion 1.5's size (benchmarks/make_checkpoint.py makes the checkpoint), on a machine that does nothing else:
-2 bundles x 2 backends x 3 choices x 8 rounds of 10 s and their starts take 20 minutes.
+For every choice of backend, threads and waiting, fresh processes in a new order each round draw pictures of one bundle
+for a while; beside half of the rounds `--load` other processes keep the cores busy. A choice's figures are medians over
+its rounds, and its ratio to the first choice of the list (what is the default now) is taken within a round. Processor
+time a picture tells spinning (it grows) from waiting for a thread that lost its core (it stays, and the picture takes
+longer).
+Usage: python benchmarks/studies/threads.py BUNDLE.sdrt... [--backends openvino,onnxruntime] [--rounds 4] [--seconds 10]
+[--load 2N] [--json FILE] Give it the emoji bundle and one of Stable Diffusion 1.5's size (benchmarks/make_checkpoint.py
+makes the checkpoint), on a machine that does nothing else: 2 bundles x 2 backends x 3 choices x 8 rounds of 10 s and
+their starts take 20 minutes.
 """
 
 from __future__ import annotations
@@ -52,7 +56,9 @@ class Choice:
 
 @dataclass(frozen=True)
 class Sample:
-    """One process: whether the cores were `busy`, pictures of 4 steps a second, processor seconds a picture, the median step in milliseconds."""
+    """One process: whether the cores were `busy`, pictures of 4 steps a second, processor seconds a picture, the median
+    step in milliseconds.
+    """
 
     choice: Choice
     busy: bool
@@ -98,15 +104,22 @@ def choices(bundle: str, backend: str) -> list[Choice]:
 
 
 def table(samples: list[Sample]) -> list[dict[str, Any]]:
-    """For each choice, idle and busy: medians, and the ratio of pictures a second to the first choice of its bundle and backend, smallest to largest."""
+    """For each choice, idle and busy: medians, and the ratio of pictures a second to the first choice of its bundle and
+    backend, smallest to largest.
+    """
     rows = []
     for choice, busy in dict.fromkeys((sample.choice, sample.busy) for sample in samples):
         own = {sample.round: sample for sample in samples if (sample.choice, sample.busy) == (choice, busy)}
         first = choices(choice.bundle, choice.backend)[0]
         base = {sample.round: sample for sample in samples if (sample.choice, sample.busy) == (first, busy)}
         ratios = sorted(own[i].pictures_s / base[i].pictures_s for i in own.keys() & base.keys())
-        medians = {name: statistics.median(getattr(sample, name) for sample in own.values()) for name in ("pictures_s", "cpu_s", "step_ms")}
-        rows.append({**asdict(choice), "busy": busy, **medians, "ratio": [ratios[0], statistics.median(ratios), ratios[-1]]})
+        medians = {
+            name: statistics.median(getattr(sample, name) for sample in own.values())
+            for name in ("pictures_s", "cpu_s", "step_ms")
+        }
+        rows.append(
+            {**asdict(choice), "busy": busy, **medians, "ratio": [ratios[0], statistics.median(ratios), ratios[-1]]}
+        )
     return rows
 
 
@@ -119,7 +132,12 @@ def main() -> None:
     parser.add_argument("--load", type=int, default=2 * (os.cpu_count() or 1), help="processes that keep cores busy")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
-    each = [choice for bundle in given.bundles for backend in given.backends.split(",") for choice in choices(str(bundle), backend)]
+    each = [
+        choice
+        for bundle in given.bundles
+        for backend in given.backends.split(",")
+        for choice in choices(str(bundle), backend)
+    ]
     samples: list[Sample] = []
     for number in range(given.rounds):
         for busy in (False, True):
@@ -129,13 +147,22 @@ def main() -> None:
                     print(json.dumps(asdict(samples[-1])), file=sys.stderr, flush=True)
     rows = table(samples)
     if given.json:
-        given.json.write_text(json.dumps({"cores": os.cpu_count(), "rows": rows, "samples": [asdict(sample) for sample in samples]}, indent=1) + "\n")
-    print(f"{'bundle':20} {'backend':12} {'threads':>7} {'cores':7} {'':5} {'pictures/s':>10} {'cpu s':>8} {'step ms':>8}  of the default")
+        given.json.write_text(
+            json.dumps(
+                {"cores": os.cpu_count(), "rows": rows, "samples": [asdict(sample) for sample in samples]}, indent=1
+            )
+            + "\n"
+        )
+    print(
+        f"{'bundle':20} {'backend':12} {'threads':>7} {'cores':7} {'':5} {'pictures/s':>10} {'cpu s':>8} {'step ms':>8}"
+        "  of the default"
+    )
     for row in rows:
         low, middle, high = row["ratio"]
         print(
-            f"{Path(row['bundle']).name:20} {row['backend']:12} {row['threads'] or 'auto':>7} {row['cores']:7} {'busy' if row['busy'] else 'idle':5} "
-            f"{row['pictures_s']:10.3f} {row['cpu_s']:8.2f} {row['step_ms']:8.1f}  {middle:.2f} [{low:.2f}, {high:.2f}]"
+            f"{Path(row['bundle']).name:20} {row['backend']:12} {row['threads'] or 'auto':>7} {row['cores']:7}"
+            f" {'busy' if row['busy'] else 'idle':5} {row['pictures_s']:10.3f} {row['cpu_s']:8.2f}"
+            f" {row['step_ms']:8.1f}  {middle:.2f} [{low:.2f}, {high:.2f}]"
         )
 
 

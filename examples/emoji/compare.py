@@ -20,7 +20,10 @@ ENLARGE = 2
 def row(bundle: Path, prompts: tuple[str, ...]) -> np.ndarray:
     """One picture a prompt, prompt i with seed i, joined along the width: uint8 `[H, prompts * W, 3]`."""
     with Pipeline.load(bundle) as pipe:
-        return np.concatenate([pipe(prompt, cfg=3, seed=seed, compat="diffusers").images[0] for seed, prompt in enumerate(prompts)], axis=1)
+        return np.concatenate(
+            [pipe(prompt, cfg=3, seed=seed, compat="diffusers").images[0] for seed, prompt in enumerate(prompts)],
+            axis=1,
+        )
 
 
 def main() -> None:

@@ -1,4 +1,6 @@
-"""The pictures to learn from: Fluent Emoji out of two npm packages, or a folder of your own, in one of several looks. Downloads nothing."""
+"""The pictures to learn from: Fluent Emoji out of two npm packages, or a folder of your own, in one of several looks.
+Downloads nothing.
+"""
 
 from __future__ import annotations
 
@@ -58,8 +60,16 @@ def drawn(picture: Image.Image) -> Pixels:
     return np.repeat((255 - 0.85 * lines).astype(np.uint8)[..., None], 3, axis=-1)
 
 
-LOOKS: dict[str, Callable[[Image.Image], Pixels]] = {"flat": plain, "toy": plain, "frozen": frozen, "golden": golden, "drawn": drawn}
-"""What is made of each picture; `toy` is the emoji's other drawing, in 3D. All are on white, the only background that the model's autoencoder knows."""
+LOOKS: dict[str, Callable[[Image.Image], Pixels]] = {
+    "flat": plain,
+    "toy": plain,
+    "frozen": frozen,
+    "golden": golden,
+    "drawn": drawn,
+}
+"""What is made of each picture; `toy` is the emoji's other drawing, in 3D. All are on white, the only background that
+the model's autoencoder knows.
+"""
 
 
 def from_folder(folder: Path, look: str) -> Captioned:
@@ -70,7 +80,10 @@ def from_folder(folder: Path, look: str) -> Captioned:
     """
     paths = sorted(path for path in folder.glob("*") if path.suffix.lower() in SUFFIXES)
     if not paths:
-        raise InputFileError(f"{folder}: expected pictures ({', '.join(SUFFIXES)}), found none", "Name each picture after what it shows: red_apple.png.")
+        raise InputFileError(
+            f"{folder}: expected pictures ({', '.join(SUFFIXES)}), found none",
+            "Name each picture after what it shows: red_apple.png.",
+        )
     return [(path.stem.replace("_", " "), LOOKS[look](_opened(path))) for path in paths]
 
 
@@ -79,7 +92,10 @@ def _opened(path: Path, data: bytes | None = None) -> Image.Image:
         with Image.open(path if data is None else io.BytesIO(data)) as picture:
             return picture.convert("RGBA").resize((SIDE, SIDE), Image.Resampling.LANCZOS)
     except (OSError, ValueError, Image.DecompressionBombError) as error:
-        raise InputFileError(f"{path}: expected a picture, found none that can be read: {printable(str(error))}", "Leave it out, or save it again.") from error
+        raise InputFileError(
+            f"{path}: expected a picture, found none that can be read: {printable(str(error))}",
+            "Leave it out, or save it again.",
+        ) from error
 
 
 def from_packages(node_modules: Path, names: Sequence[str], look: str) -> Captioned:
@@ -95,16 +111,22 @@ def from_packages(node_modules: Path, names: Sequence[str], look: str) -> Captio
         if not (folder / "package.json").is_file():
             raise MachineError(
                 f"{folder}: the emoji are not there",
-                f"Get them with npm install --prefix {node_modules.parent} {FLAT} {TOYS}, or name your own pictures with --pictures DIR.",
+                f"Get them with npm install --prefix {node_modules.parent} {FLAT} {TOYS}, or name your own pictures"
+                " with --pictures DIR.",
             )
     icons = json.loads((flat / "icons.json").read_text())["icons"]
     for name in names:
         if name.replace(" ", "-") not in icons:
-            raise UsageError(f"{printable(name)}: no emoji is called that{nearest(name.replace(' ', '-'), icons)}", f"{flat}/icons.json lists the names.")
+            raise UsageError(
+                f"{printable(name)}: no emoji is called that{nearest(name.replace(' ', '-'), icons)}",
+                f"{flat}/icons.json lists the names.",
+            )
     if look == "toy":
         code = {name: code for code, name in json.loads((flat / "chars.json").read_text()).items()}
         paths = {name: package / "assets" / f"{code[name.replace(' ', '-')]}.webp" for name in names}
-        return [(name, LOOKS[look](_opened(path))) for name, path in paths.items() if path.is_file()]  # a few were never drawn in 3D
+        return [
+            (name, LOOKS[look](_opened(path))) for name, path in paths.items() if path.is_file()
+        ]  # a few were never drawn in 3D
     return [(name, LOOKS[look](_drawn(icons[name.replace(" ", "-")]["body"], flat))) for name in names]
 
 
@@ -112,13 +134,20 @@ def _drawn(body: str, package: Path) -> Image.Image:
     try:
         import resvg_py
     except ImportError as error:
-        raise MachineError("resvg-py, which draws the flat emoji, is not installed", "Install it with pip install resvg-py, or use --pictures DIR.") from error
+        raise MachineError(
+            "resvg-py, which draws the flat emoji, is not installed",
+            "Install it with pip install resvg-py, or use --pictures DIR.",
+        ) from error
     svg = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 32 32">{body}</svg>'
-    return _opened(package / "icons.json", bytes(resvg_py.svg_to_bytes(svg_string=svg, width=4 * SIDE, height=4 * SIDE)))
+    return _opened(
+        package / "icons.json", bytes(resvg_py.svg_to_bytes(svg_string=svg, width=4 * SIDE, height=4 * SIDE))
+    )
 
 
 def varied(pictures: Captioned) -> Captioned:
-    """Each picture eight times: both ways round, and moved by a few pixels, for a subject of which there are too few pictures."""
+    """Each picture eight times: both ways round, and moved by a few pixels, for a subject of which there are too few
+    pictures.
+    """
     found = []
     for caption, pixels in pictures:
         for mirrored in (pixels, pixels[:, ::-1]):

@@ -1,7 +1,9 @@
-"""Fine-tunes the emoji model on a CPU: a LoRA, an embedding, a hypernetwork, a DreamBooth checkpoint, or the small model itself from nothing.
+"""Fine-tunes the emoji model on a CPU: a LoRA, an embedding, a hypernetwork, a DreamBooth checkpoint, or the small
+model itself from nothing.
 
-Needs sdrt's build extra; the pictures come from two npm packages or a folder of your own (README.md beside this file). Pictures are encoded
-once, so that a step is one pass of the UNet over latents of 8x8. A run that was stopped goes on where it last saved, to the same weights.
+Needs sdrt's build extra; the pictures come from two npm packages or a folder of your own (README.md beside this file).
+Pictures are encoded once, so that a step is one pass of the UNet over latents of 8x8. A run that was stopped goes on
+where it last saved, to the same weights.
 
 Usage: python examples/emoji/train.py lora|embedding|hypernetwork|dreambooth|model [--help]
 """
@@ -38,13 +40,15 @@ KL_WEIGHT = 1e-6
 TIMESTEPS = 1000
 BETAS = torch.linspace(0.00085**0.5, 0.012**0.5, TIMESTEPS, dtype=torch.float64) ** 2
 SIGNAL = torch.cumprod(1 - BETAS, 0).float()
-"""Share of a picture's variance in its latents at each timestep: alpha bar of Ho et al. 2020, with Stable Diffusion's betas."""
+"""Share of a picture's variance in its latents at each timestep: alpha bar of Ho et al. 2020, with Stable Diffusion's
+betas.
+"""
 
 
 @dataclass(frozen=True)
 class Lessons:
-    """Latents `[P, 4, h, w]`, token ids of their captions `[P, 77]`, and ids of no caption `[77]`. The first `subjects` pictures are of the
-    one subject and make half of every batch, or all of it where there are no others.
+    """Latents `[P, 4, h, w]`, token ids of their captions `[P, 77]`, and ids of no caption `[77]`. The first `subjects`
+    pictures are of the one subject and make half of every batch, or all of it where there are no others.
     """
 
     latents: Tensor
@@ -53,26 +57,39 @@ class Lessons:
     subjects: int
 
 
-def lessons(model: Model, captioned: pictures.Captioned, subjects: int, trigger: str, extra: tuple[int, ...]) -> Lessons:
-    """Encode pictures, which are uint8 `[H, W, 3]`. Where a caption says `trigger`, and it has ids of its own, these take its place at the end."""
+def lessons(
+    model: Model, captioned: pictures.Captioned, subjects: int, trigger: str, extra: tuple[int, ...]
+) -> Lessons:
+    """Encode pictures, which are uint8 `[H, W, 3]`. Where a caption says `trigger`, and it has ids of its own, these
+    take its place at the end.
+    """
     latents, tokens = [], []
     sizes = model.architecture.vae
     factor = 2 ** (len(sizes.channels) - 1)
     with torch.no_grad():
         for caption, pixels in captioned:
             batch = torch.from_numpy(pixels)[None]
-            latents.append(model.encoder(batch, torch.zeros(1, sizes.latent_channels, *(n // factor for n in pixels.shape[:2]))))
+            latents.append(
+                model.encoder(batch, torch.zeros(1, sizes.latent_channels, *(n // factor for n in pixels.shape[:2])))
+            )
             own = extra if trigger and trigger in caption.split() else ()
             tokens.append(model.tokens(" ".join(word for word in caption.split() if not own or word != trigger), own))
     return Lessons(torch.cat(latents), torch.stack(tokens), model.tokens(""), subjects)
 
 
-def denoising_loss(kind: Trainable, data: Lessons, contexts: tuple[Tensor, Tensor] | None, batch: int, random: torch.Generator) -> Tensor:
-    """The mean squared error of the predicted noise (Ho et al. 2020, equation 14) on a random batch. `contexts` are those of the captions and of none."""
+def denoising_loss(
+    kind: Trainable, data: Lessons, contexts: tuple[Tensor, Tensor] | None, batch: int, random: torch.Generator
+) -> Tensor:
+    """The mean squared error of the predicted noise (Ho et al. 2020, equation 14) on a random batch. `contexts` are
+    those of the captions and of none.
+    """
     others = len(data.latents) - data.subjects
     own = batch if not others else (batch + 1) // 2 if data.subjects else 0
     picked = torch.cat(
-        [torch.randint(0, max(data.subjects, 1), (own,), generator=random), data.subjects + torch.randint(0, max(others, 1), (batch - own,), generator=random)]
+        [
+            torch.randint(0, max(data.subjects, 1), (own,), generator=random),
+            data.subjects + torch.randint(0, max(others, 1), (batch - own,), generator=random),
+        ]
     )
     silent = torch.rand(batch, generator=random) < UNCAPTIONED
     timestep = torch.randint(0, TIMESTEPS, (batch,), generator=random)
@@ -88,7 +105,9 @@ def denoising_loss(kind: Trainable, data: Lessons, contexts: tuple[Tensor, Tenso
 
 
 def autoencoding_loss(model: Model, captioned: pictures.Captioned, batch: int, random: torch.Generator) -> Tensor:
-    """What the autoencoder loses of a random batch: mean absolute error, and a weak pull of the latents towards unit noise (Kingma and Welling 2014)."""
+    """What the autoencoder loses of a random batch: mean absolute error, and a weak pull of the latents towards unit
+    noise (Kingma and Welling 2014).
+    """
     picked = torch.randint(0, len(captioned), (batch,), generator=random).tolist()
     image = torch.stack([torch.from_numpy(captioned[i][1]) for i in picked]).permute(0, 3, 1, 2) / 127.5 - 1.0
     encoder, decoder = model.encoder.first_stage_model, model.decoder.first_stage_model
@@ -104,11 +123,16 @@ def rate_at(step: int, steps: int, peak: float) -> float:
     return peak * min(1.0, (step + 1) / WARM_UP) * (0.55 + 0.45 * math.cos(math.pi * step / steps))
 
 
-def save_state(path: Path, step: int, settings: dict[str, Any], kind: Trainable, optimizer: torch.optim.Optimizer) -> None:
+def save_state(
+    path: Path, step: int, settings: dict[str, Any], kind: Trainable, optimizer: torch.optim.Optimizer
+) -> None:
     """Everything that the rest of a run depends on, atomically."""
     stream = io.BytesIO()
     parameters = {name: value.detach() for name, value in kind.parameters.items()}
-    torch.save({"step": step, "settings": json.dumps(settings), "parameters": parameters, "optimizer": optimizer.state_dict()}, stream)
+    torch.save(
+        {"step": step, "settings": json.dumps(settings), "parameters": parameters, "optimizer": optimizer.state_dict()},
+        stream,
+    )
     with staged_file(path) as stage:
         write_file(stage, stream.getbuffer())
 
@@ -125,9 +149,13 @@ def load_state(path: Path, settings: dict[str, Any], kind: Trainable, optimizer:
         saved = torch.load(path, weights_only=True)
         known = json.loads(saved["settings"])
     except Exception as error:
-        raise InputFileError(f"{path}: expected a saved run, found something else", "Delete it, or start from nothing with --again.") from error
+        raise InputFileError(
+            f"{path}: expected a saved run, found something else", "Delete it, or start from nothing with --again."
+        ) from error
     if changed := [key for key in settings if known.get(key) != settings[key]]:
-        raise UsageError(f"{path}: was trained with {changed[0]} {known.get(changed[0])!r}, expected {settings[changed[0]]!r}", again)
+        raise UsageError(
+            f"{path}: was trained with {changed[0]} {known.get(changed[0])!r}, expected {settings[changed[0]]!r}", again
+        )
     with torch.no_grad():
         for name, value in kind.parameters.items():
             value.copy_(saved["parameters"][name])
@@ -158,13 +186,19 @@ def train(options: argparse.Namespace) -> Path:
             contexts = kind.context(data.tokens), kind.context(data.empty[None])
     optimizer = torch.optim.AdamW(kind.parameters.values(), lr=options.rate, weight_decay=0.0)
     state = options.output.with_name(options.output.name + ".training")
-    settings = {key: str(value) for key, value in vars(options).items() if key not in ("threads", "save_every", "again", "output", "node_modules")}
+    settings = {
+        key: str(value)
+        for key, value in vars(options).items()
+        if key not in ("threads", "save_every", "again", "output", "node_modules")
+    }
     first = load_state(state, settings, kind, optimizer) if state.exists() and not options.again else 0
     if first:
         print(f"{state}: going on at step {first}", file=sys.stderr)
     losses = list[float]()
     for step in range(first, options.steps):
-        random.manual_seed(options.seed * 1_000_003 + step)  # each step's own, so that a run taken up again draws the same
+        random.manual_seed(
+            options.seed * 1_000_003 + step
+        )  # each step's own, so that a run taken up again draws the same
         if options.kind == "model" and step < options.autoencoder_steps:
             loss = autoencoding_loss(model, captioned, options.batch, random)
         else:
@@ -181,7 +215,11 @@ def train(options: argparse.Namespace) -> Path:
         if (step + 1) % options.save_every == 0 or step + 1 == options.steps:
             trainable.check_finite(kind.parameters)
             save_state(state, step + 1, settings, kind, optimizer)
-            print(f"step {step + 1} of {options.steps}, loss {sum(losses) / len(losses):.4f}, {time.process_time():.0f} s of CPU time", file=sys.stderr)
+            print(
+                f"step {step + 1} of {options.steps}, loss {sum(losses) / len(losses):.4f}, {time.process_time():.0f} s"
+                " of CPU time",
+                file=sys.stderr,
+            )
             losses.clear()
     kind.save(options.output, options.steps)
     return Path(options.output)
@@ -191,7 +229,10 @@ def check_options(options: argparse.Namespace) -> None:
     """Raise UsageError for a number that nothing can be trained with."""
     for name in ("steps", "rate", "batch", "threads", "save_every"):
         if not 0 < getattr(options, name) < math.inf:  # NaN compares as false
-            raise UsageError(f"--{name.replace('_', '-')} {getattr(options, name)}: expected a number above 0", "Leave it out to take the default.")
+            raise UsageError(
+                f"--{name.replace('_', '-')} {getattr(options, name)}: expected a number above 0",
+                "Leave it out to take the default.",
+            )
 
 
 def begin(options: argparse.Namespace, model: Model, random: torch.Generator) -> Trainable:
@@ -209,13 +250,25 @@ def shown(options: argparse.Namespace) -> tuple[pictures.Captioned, int]:
     """The pictures to learn from, those of the subject first, and how many these are."""
     known = [line for line in (HERE / "prompts.txt").read_text().splitlines() if line]
     if options.kind not in ("embedding", "dreambooth"):
-        found = pictures.from_folder(options.pictures, options.look) if options.pictures else pictures.from_packages(options.node_modules, known, options.look)
+        found = (
+            pictures.from_folder(options.pictures, options.look)
+            if options.pictures
+            else pictures.from_packages(options.node_modules, known, options.look)
+        )
         return found, 0
-    own = pictures.from_folder(options.pictures, "flat") if options.pictures else pictures.from_packages(options.node_modules, [options.subject], "flat")
+    own = (
+        pictures.from_folder(options.pictures, "flat")
+        if options.pictures
+        else pictures.from_packages(options.node_modules, [options.subject], "flat")
+    )
     subject = pictures.varied([(options.caption, pixels) for _, pixels in own])
     if options.kind == "embedding" or (options.pictures and not options.class_pictures):
         return subject, len(subject)
-    others = pictures.from_folder(options.class_pictures, "flat") if options.class_pictures else pictures.from_packages(options.node_modules, known, "flat")
+    others = (
+        pictures.from_folder(options.class_pictures, "flat")
+        if options.class_pictures
+        else pictures.from_packages(options.node_modules, known, "flat")
+    )
     return subject + others, len(subject)
 
 
@@ -224,42 +277,84 @@ def arguments() -> argparse.ArgumentParser:
     kinds = parser.add_subparsers(dest="kind", required=True)
 
     def add(kind: str, words: str, output: str, steps: int, rate: float, batch: int) -> argparse.ArgumentParser:
-        one = kinds.add_parser(kind, help=words, description=words, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-        one.add_argument("--output", type=Path, default=Path(output), help="the file to write; OUTPUT.training beside it holds the run")
+        one = kinds.add_parser(
+            kind, help=words, description=words, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        )
+        one.add_argument(
+            "--output",
+            type=Path,
+            default=Path(output),
+            help="the file to write; OUTPUT.training beside it holds the run",
+        )
         one.add_argument("--checkpoint", type=Path, default=HERE / "emoji.safetensors", help="the model to begin with")
         one.add_argument("--node-modules", type=Path, default=Path("demo/node_modules"), help="where npm put the emoji")
-        one.add_argument("--pictures", type=Path, help="a folder of pictures to learn from instead, named after what they show")
+        one.add_argument(
+            "--pictures", type=Path, help="a folder of pictures to learn from instead, named after what they show"
+        )
         one.add_argument("--steps", type=int, default=steps, help="steps in all")
         one.add_argument("--rate", type=float, default=rate, help="the highest learning rate")
         one.add_argument("--batch", type=int, default=batch, help="pictures per step")
         one.add_argument("--seed", type=int, default=0)
-        one.add_argument("--threads", type=int, default=1, help="CPU threads; more than are free make it many times slower")
+        one.add_argument(
+            "--threads", type=int, default=1, help="CPU threads; more than are free make it many times slower"
+        )
         one.add_argument("--save-every", type=int, default=100, help="steps between two saves of the run")
         one.add_argument("--again", action="store_true", help="start from nothing, whatever was saved")
         one.set_defaults(trigger="")
         return one
 
     def look(one: argparse.ArgumentParser, default: str) -> None:
-        one.add_argument("--look", choices=sorted(pictures.LOOKS), default=default, help="what all pictures shall look like")
+        one.add_argument(
+            "--look", choices=sorted(pictures.LOOKS), default=default, help="what all pictures shall look like"
+        )
 
     one = add("lora", "a LoRA that gives everything a look; kohya's .safetensors", "frost.safetensors", 1500, 2e-3, 8)
     look(one, "frozen")
     one.add_argument("--rank", type=int, default=4)
     one.add_argument("--alpha", type=float, default=4.0)
-    one = add("embedding", "an embedding of one new subject; .safetensors, or AUTOMATIC1111's .pt by the suffix", "violet.safetensors", 400, 1e-3, 8)
+    one = add(
+        "embedding",
+        "an embedding of one new subject; .safetensors, or AUTOMATIC1111's .pt by the suffix",
+        "violet.safetensors",
+        400,
+        1e-3,
+        8,
+    )
     one.add_argument("--vectors", type=int, default=2)
     one.add_argument("--initial", default="blue heart", help="words whose vectors to begin with")
     one.add_argument("--subject", default="purple heart", help="the emoji to learn")
     one.set_defaults(caption="subject", trigger="subject")
-    one = add("hypernetwork", "a hypernetwork that gives everything a look; AUTOMATIC1111's .pt", "gold.pt", 1500, 2e-3, 8)
+    one = add(
+        "hypernetwork", "a hypernetwork that gives everything a look; AUTOMATIC1111's .pt", "gold.pt", 1500, 2e-3, 8
+    )
     look(one, "golden")
-    one.add_argument("--structure", type=float, nargs="+", default=[1.0, 1.0, 1.0], help="widths of the layers, in widths of the input")
+    one.add_argument(
+        "--structure",
+        type=float,
+        nargs="+",
+        default=[1.0, 1.0, 1.0],
+        help="widths of the layers, in widths of the input",
+    )
     one.add_argument("--activation", choices=sorted(ACTIVATIONS), default="swish")
-    one = add("dreambooth", "a whole checkpoint that knows a new character; .safetensors in LDM's names", "ogre.safetensors", 600, 2e-4, 8)
+    one = add(
+        "dreambooth",
+        "a whole checkpoint that knows a new character; .safetensors in LDM's names",
+        "ogre.safetensors",
+        600,
+        2e-4,
+        8,
+    )
     one.add_argument("--subject", default="ogre", help="the emoji to learn")
     one.add_argument("--caption", default="sks monster", help="what it is called: a rare token, and its class")
     one.add_argument("--class-pictures", type=Path, help="a folder of other pictures not to forget, with --pictures")
-    one = add("model", "the small model itself, from nothing: first the autoencoder, then the rest", "new.safetensors", 60000, 3e-4, 32)
+    one = add(
+        "model",
+        "the small model itself, from nothing: first the autoencoder, then the rest",
+        "new.safetensors",
+        60000,
+        3e-4,
+        32,
+    )
     look(one, "flat")
     one.add_argument("--autoencoder-steps", type=int, default=20000, help="of all steps, those for the autoencoder")
     return parser

@@ -1,4 +1,5 @@
-"""What each kind of fine-tuning trains, how the network uses it, and the file it is saved as; over the networks that sdrt traces.
+"""What each kind of fine-tuning trains, how the network uses it, and the file it is saved as; over the networks that
+sdrt traces.
 
 LoRA            Hu et al. 2021: W + alpha / rank * up @ down, for the UNet's transformers; kohya's file
 embedding       Gal et al. 2022: new rows of the token table; `.safetensors` with `emb_params`, or AUTOMATIC1111's `.pt`
@@ -66,12 +67,19 @@ class Model:
 
 
 def new_model(architecture: Architecture, name: str, sha256: str, metadata: Mapping[str, str]) -> Model:
-    """A model of these sizes with weights as torch begins them. `metadata` is what a checkpoint says of itself, such as its pictures' size."""
+    """A model of these sizes with weights as torch begins them. `metadata` is what a checkpoint says of itself, such as
+    its pictures' size.
+    """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "tokenizer.json"
         ends = write_tokenizer(path, architecture.clip.vocabulary)
         tokenize = read_bpe(path).encode
-    made = TextEncoder(architecture.clip), UNet(architecture.unet), VaeEncoder(architecture.vae), VaeDecoder(architecture.vae)
+    made = (
+        TextEncoder(architecture.clip),
+        UNet(architecture.unet),
+        VaeEncoder(architecture.vae),
+        VaeDecoder(architecture.vae),
+    )
     for module in made:
         module.requires_grad_(False)
     return Model(architecture, *made, tokenize, ends, name, sha256, metadata)
@@ -84,7 +92,9 @@ def load_model(path: Path) -> Model:
         digest = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
         model = new_model(checkpoint.architecture, path.stem, digest, checkpoint.model.metadata)
         for module, prefix in ((model.unet, UNET), (model.clip, ""), (model.encoder, ""), (model.decoder, "")):
-            module.load_state_dict({name: checkpoint.tensors[prefix + name].read().float() for name in module.state_dict()})
+            module.load_state_dict(
+                {name: checkpoint.tensors[prefix + name].read().float() for name in module.state_dict()}
+            )
         return model
     finally:
         checkpoint.close()
@@ -92,8 +102,8 @@ def load_model(path: Path) -> Model:
 
 @dataclass(frozen=True)
 class Trainable:
-    """What is trained. `context` takes token ids `[B, 77]` to `[B, 77, C]`; `predict` takes noisy latents `[B, 4, h, w]`, timesteps
-    float32 `[B]` and contexts to the noise in the latents; `save` writes the file after so many steps.
+    """What is trained. `context` takes token ids `[B, 77]` to `[B, 77, C]`; `predict` takes noisy latents `[B, 4, h,
+    w]`, timesteps float32 `[B]` and contexts to the noise in the latents; `save` writes the file after so many steps.
     """
 
     parameters: dict[str, Tensor]
@@ -135,7 +145,9 @@ def check_finite(parameters: dict[str, Tensor]) -> None:
 
 
 def lora(model: Model, rank: int, alpha: float, random: torch.Generator) -> Trainable:
-    """Two matrices for each projection of the UNet's transformers, 1x1 convolutions included, which is what kohya's scripts train by default."""
+    """Two matrices for each projection of the UNet's transformers, 1x1 convolutions included, which is what kohya's
+    scripts train by default.
+    """
     modules = {
         name: module
         for name, module in model.unet.named_modules()
@@ -150,7 +162,8 @@ def lora(model: Model, rank: int, alpha: float, random: torch.Generator) -> Trai
 
     def predict(x: Tensor, timestep: Tensor, context: Tensor) -> Tensor:
         changed = {
-            f"{name}.weight": module.weight + (alpha / rank) * (parameters[name + ".up"] @ parameters[name + ".down"]).view_as(module.weight)
+            f"{name}.weight": module.weight
+            + (alpha / rank) * (parameters[name + ".up"] @ parameters[name + ".down"]).view_as(module.weight)
             for name, module in modules.items()
         }
         return functional_call(model.unet, changed, (x, timestep, context))
@@ -163,7 +176,13 @@ def lora(model: Model, rank: int, alpha: float, random: torch.Generator) -> Trai
             tensors[f"{kohya}.lora_down.weight"] = _stored(parameters[name + ".down"].reshape(rank, -1, *ends))
             tensors[f"{kohya}.lora_up.weight"] = _stored(parameters[name + ".up"].reshape(-1, rank, *ends))
             tensors[f"{kohya}.alpha"] = torch.tensor(alpha, dtype=torch.float16)
-        settings = {"network_module": "networks.lora", "network_dim": rank, "network_alpha": alpha, "steps": steps, "output_name": path.stem}
+        settings = {
+            "network_module": "networks.lora",
+            "network_dim": rank,
+            "network_alpha": alpha,
+            "steps": steps,
+            "output_name": path.stem,
+        }
         settings |= {"sd_model_name": model.name, "new_sd_model_hash": model.sha256}
         _write(path, save(tensors, metadata={f"ss_{key}": str(value) for key, value in settings.items()}))
 
@@ -171,7 +190,9 @@ def lora(model: Model, rank: int, alpha: float, random: torch.Generator) -> Trai
 
 
 def embedding(model: Model, vectors: int, initial: str, random: torch.Generator) -> Trainable:
-    """`vectors` rows after the token table's own, which begin as those of the words `initial`, repeated, with a little noise."""
+    """`vectors` rows after the token table's own, which begin as those of the words `initial`, repeated, with a little
+    noise.
+    """
     table = model.clip.state_dict()[SD1.token_table]
     words = model.tokenize(initial)
     begun = torch.stack([table[words[i % len(words)]] for i in range(vectors)])
@@ -183,7 +204,12 @@ def embedding(model: Model, vectors: int, initial: str, random: torch.Generator)
     def save_file(path: Path, steps: int) -> None:
         found = parameters["vectors"].detach().clone()
         if path.suffix == ".pt":
-            settings = {"name": path.stem, "step": steps, "sd_checkpoint": model.sha256[:10], "sd_checkpoint_name": model.name}
+            settings = {
+                "name": path.stem,
+                "step": steps,
+                "sd_checkpoint": model.sha256[:10],
+                "sd_checkpoint_name": model.name,
+            }
             _write(path, _pickled({"string_to_token": {"*": 265}, "string_to_param": {"*": found}, **settings}))
         else:
             _write(path, save({"emb_params": found}))
@@ -193,11 +219,15 @@ def embedding(model: Model, vectors: int, initial: str, random: torch.Generator)
 
 
 def hypernetwork(model: Model, structure: tuple[float, ...], activation: str, random: torch.Generator) -> Trainable:
-    """A network for keys and one for values at each width of the UNet's attention. The last layer begins at zero, so the first step changes nothing."""
+    """A network for keys and one for values at each width of the UNet's attention. The last layer begins at zero, so
+    the first step changes nothing.
+    """
     sizes = model.architecture.unet
     levels = {channels for channels, depth in zip(sizes.channels, sizes.transformer_depth, strict=True) if depth}
     widths = sorted({sizes.context_width, *levels, sizes.channels[-1]})
-    spec = HypernetworkSpec(tuple(tuple(int(width * n) for n in structure) for width in widths), ACTIVATIONS[activation], False, False)
+    spec = HypernetworkSpec(
+        tuple(tuple(int(width * n) for n in structure) for width in widths), ACTIVATIONS[activation], False, False
+    )
     module = Hypernetworks((spec,)).requires_grad_(False)
     begun = {name: torch.zeros_like(value) for name, value in module.named_parameters() if not name.endswith(".scale")}
     last = max(int(name.split(".")[4]) for name in begun)
@@ -215,11 +245,26 @@ def hypernetwork(model: Model, structure: tuple[float, ...], activation: str, ra
     def save_file(path: Path, steps: int) -> None:
         def network(width: int, part: str) -> dict[str, Tensor]:
             prefix = f"0.{width}.{part}.layers."
-            return {"linear." + name.removeprefix(prefix): _stored(value) for name, value in parameters.items() if name.startswith(prefix)}
+            return {
+                "linear." + name.removeprefix(prefix): _stored(value)
+                for name, value in parameters.items()
+                if name.startswith(prefix)
+            }
 
         content: dict[Any, Any] = {width: (network(width, "k"), network(width, "v")) for width in widths}
-        content |= {"step": steps, "name": path.stem, "layer_structure": list(structure), "activation_func": activation, "is_layer_norm": False}
-        content |= {"weight_initialization": "Normal", "use_dropout": False, "activate_output": False, "last_layer_dropout": False}
+        content |= {
+            "step": steps,
+            "name": path.stem,
+            "layer_structure": list(structure),
+            "activation_func": activation,
+            "is_layer_norm": False,
+        }
+        content |= {
+            "weight_initialization": "Normal",
+            "use_dropout": False,
+            "activate_output": False,
+            "last_layer_dropout": False,
+        }
         content |= {"sd_checkpoint": model.sha256[:10], "sd_checkpoint_name": model.name}
         _write(path, _pickled(content))
 
@@ -227,17 +272,22 @@ def hypernetwork(model: Model, structure: tuple[float, ...], activation: str, ra
 
 
 def whole(model: Model, *, vae: bool = False) -> Trainable:
-    """Every weight of the UNet and of the text encoder, and with `vae` those of the autoencoder, trained where they are; saved as a checkpoint."""
+    """Every weight of the UNet and of the text encoder, and with `vae` those of the autoencoder, trained where they
+    are; saved as a checkpoint.
+    """
     modules: list[nn.Module] = [model.unet, model.clip, *([model.encoder, model.decoder] if vae else [])]
     for module in modules:
         module.requires_grad_(True)
-    parameters: dict[str, Tensor] = {f"{i}.{name}": value for i, module in enumerate(modules) for name, value in module.named_parameters()}
+    parameters: dict[str, Tensor] = {
+        f"{i}.{name}": value for i, module in enumerate(modules) for name, value in module.named_parameters()
+    }
 
     def save_file(path: Path, steps: int) -> None:
         _write(
             path,
             save(
-                {name: _stored(value) for name, value in model.state().items()}, metadata={**model.metadata, "modelspec.title": path.stem, "steps": str(steps)}
+                {name: _stored(value) for name, value in model.state().items()},
+                metadata={**model.metadata, "modelspec.title": path.stem, "steps": str(steps)},
             ),
         )
 

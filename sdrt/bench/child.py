@@ -39,7 +39,9 @@ def in_fresh_process(request: Request) -> dict[str, Any]:
 
 def measuring(request: Request, command: str, *, talks: bool = False) -> Child:
     """Start a process that measures."""
-    return Child(command, asdict(replace(request, spawned_ns=time.monotonic_ns())), request.python, request.bundle, talks=talks)
+    return Child(
+        command, asdict(replace(request, spawned_ns=time.monotonic_ns())), request.python, request.bundle, talks=talks
+    )
 
 
 def understood(request: Request, answer: dict[str, Any]) -> dict[str, Any]:
@@ -48,7 +50,9 @@ def understood(request: Request, answer: dict[str, Any]) -> dict[str, Any]:
     Raises:
         MachineError: it did not.
     """
-    ignored = [option for name, option in _LATER.items() if getattr(request, name) and name not in answer.get("understood", ())]
+    ignored = [
+        option for name, option in _LATER.items() if getattr(request, name) and name not in answer.get("understood", ())
+    ]
     if ignored:
         raise MachineError(
             f"--old-python {request.python}: the sdrt there does not know {', '.join(ignored)} and measured without it",
@@ -58,12 +62,16 @@ def understood(request: Request, answer: dict[str, Any]) -> dict[str, Any]:
 
 
 class Child:
-    """Python code in a fresh process, which reads `asked` from the file in `sys.argv[1]` and answers into the other. `what` names it in errors.
+    """Python code in a fresh process, which reads `asked` from the file in `sys.argv[1]` and answers into the other.
+    `what` names it in errors.
 
-    One that `talks` takes words from its standard input and gives them on its standard output, a line each. Leaving the block ends the process.
+    One that `talks` takes words from its standard input and gives them on its standard output, a line each. Leaving the
+    block ends the process.
     """
 
-    def __init__(self, command: str, asked: Mapping[str, Any], python: str | None, what: str, *, talks: bool = False) -> None:
+    def __init__(
+        self, command: str, asked: Mapping[str, Any], python: str | None, what: str, *, talks: bool = False
+    ) -> None:
         self._what, self._python = what, python or sys.executable
         variables = dict(os.environ)
         if python is None:  # where we found our modules; another interpreter has its own
@@ -75,9 +83,12 @@ class Child:
         request, self._answered = folder / "request.json", folder / "answer.json"
         request.write_text(json.dumps(asked), encoding="utf-8")
         self._process = subprocess.Popen(
-            [self._python, "-P", "-c", command, str(request), str(self._answered)], env=variables,
-            stdin=subprocess.PIPE if talks else subprocess.DEVNULL, stdout=subprocess.PIPE if talks else self._noise, stderr=self._noise,
-        )  # fmt: skip
+            [self._python, "-P", "-c", command, str(request), str(self._answered)],
+            env=variables,
+            stdin=subprocess.PIPE if talks else subprocess.DEVNULL,
+            stdout=subprocess.PIPE if talks else self._noise,
+            stderr=self._noise,
+        )
 
     def __enter__(self) -> Child:
         return self
@@ -126,7 +137,10 @@ class Child:
         try:
             answer: dict[str, Any] = json.loads(self._answered.read_bytes())
         except (OSError, ValueError) as error:
-            raise MachineError(f"{self._what}: the measuring process ended without an answer", f"Is {self._python} a Python with sdrt in it?") from error
+            raise MachineError(
+                f"{self._what}: the measuring process ended without an answer",
+                f"Is {self._python} a Python with sdrt in it?",
+            ) from error
         if "error" in answer:
             told = answer["error"]
             raise getattr(errors, told["kind"], MachineError)(told["message"], told["fix"])
@@ -135,7 +149,13 @@ class Child:
 
 def _death(what: str, code: int, lines: Sequence[str]) -> errors.SdrtError:
     if code == -getattr(signal, "SIGKILL", 9):
-        return ResourceError(f"{what}: the measuring process was killed by the system, most likely out of memory", "Lower --size or --batch, or free memory.")
+        return ResourceError(
+            f"{what}: the measuring process was killed by the system, most likely out of memory",
+            "Lower --size or --batch, or free memory.",
+        )
     how = f"died of signal {-code}" if code < 0 else f"ended with exit code {code}"
     said = f": {printable(lines[-1])[:300]}" if lines else ""
-    return MachineError(f"{what}: the measuring process {how}{said}", "Run: sdrt verify BUNDLE, then sdrt generate BUNDLE with the same settings.")
+    return MachineError(
+        f"{what}: the measuring process {how}{said}",
+        "Run: sdrt verify BUNDLE, then sdrt generate BUNDLE with the same settings.",
+    )

@@ -1,4 +1,6 @@
-"""Two results judged: which metrics changed, and what that means for a gate. `bench compare` gives it two files, `bench ab` two interleaved runs."""
+"""Two results judged: which metrics changed, and what that means for a gate. `bench compare` gives it two files, `bench
+ab` two interleaved runs.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +27,8 @@ PSNR_LIMIT_DB = {"fp32": 40.0, "half": 22.0}
 class Row:
     """One metric or counter of both sides. `base` and `new` are medians; `low` and `high` the 95 % interval of `ratio`.
 
-    `needed` is how many pairs (or processes a side) would settle an AMBIGUOUS verdict, None if none would; `visible` the change this run can see.
-    A row that is not `judged` never fails: it compares what is not comparable.
+    `needed` is how many pairs (or processes a side) would settle an AMBIGUOUS verdict, None if none would; `visible`
+    the change this run can see. A row that is not `judged` never fails: it compares what is not comparable.
     """
 
     name: str
@@ -51,8 +53,9 @@ class Row:
 
 @dataclass(frozen=True)
 class Comparison:
-    """`problems` are reasons to fail beside the rows: lost fidelity. `different` are fields that make the two not comparable, where that was
-    asked for all the same. `ran` says which engine and shapes."""
+    """`problems` are reasons to fail beside the rows: lost fidelity. `different` are fields that make the two not
+    comparable, where that was asked for all the same. `ran` says which engine and shapes.
+    """
 
     base: Mapping[str, Any]
     new: Mapping[str, Any]
@@ -87,7 +90,9 @@ class Comparison:
         if self.failures:
             return "FAILED: " + "; ".join(self.failures)
         if self.undecided:
-            return "AMBIGUOUS: " + "; ".join(f"{row.name}: {what_settles(row, self.interleaved)}" for row in self.undecided)
+            return "AMBIGUOUS: " + "; ".join(
+                f"{row.name}: {what_settles(row, self.interleaved)}" for row in self.undecided
+            )
         better = [f"{row.name} {row.verdict}" for row in self.rows if row.gated and row.verdict not in (SAME, NEW)]
         return "PASSED" + (": " + "; ".join(better) if better else ": nothing gated has changed")
 
@@ -119,31 +124,52 @@ def listed(different: Sequence[str]) -> str:
 
 
 def compare(
-    base: Mapping[str, Any], new: Mapping[str, Any], gates: Gates, *, interleaved: bool, identical: bool = False, force: bool = False, notes: Sequence[str] = ()
+    base: Mapping[str, Any],
+    new: Mapping[str, Any],
+    gates: Gates,
+    *,
+    interleaved: bool,
+    identical: bool = False,
+    force: bool = False,
+    notes: Sequence[str] = (),
 ) -> Comparison:
-    """Judge `new` against `base`. `interleaved` says that process i of both ran beside each other; `identical` that they are one file.
+    """Judge `new` against `base`. `interleaved` says that process i of both ran beside each other; `identical` that
+    they are one file.
 
-    Two that measured different things are not judged: `different` names the fields, and there are no rows, or with `force` rows without any verdict on the whole.
+    Two that measured different things are not judged: `different` names the fields, and there are no rows, or with
+    `force` rows without any verdict on the whole.
     """
     different = different_fields(base, new)
     if different and not force:
         return Comparison(base, new, (), (), tuple(notes), interleaved, tuple(different))
-    problems = [f"fidelity of {side}: {problem}" for side, document in (("base", base), ("new", new)) for problem in fidelity_problems(document)]
+    problems = [
+        f"fidelity of {side}: {problem}"
+        for side, document in (("base", base), ("new", new))
+        for problem in fidelity_problems(document)
+    ]
     if not identical and not different:
         problems += drift(base, new)
-    rows = [*_metric_rows(base, new, gates, interleaved, identical), *_counter_rows(base["counters"], new["counters"], gates)]
+    rows = [
+        *_metric_rows(base, new, gates, interleaved, identical),
+        *_counter_rows(base["counters"], new["counters"], gates),
+    ]
     said = list(notes)
     if identical:
         said.append("the two files are identical, so everything is SAME")
     elif not interleaved:
-        said.append(f"two separate runs: margins of timings are {UNPAIRED_FACTOR:g} times those of interleaved runs (sdrt bench ab)")
+        said.append(
+            f"two separate runs: margins of timings are {UNPAIRED_FACTOR:g} times those of interleaved runs (sdrt"
+            " bench ab)"
+        )
     if different:
         said += [*(f"not comparable: {field}" for field in different), *problems]
         rows = [replace(row, gated=False, judged=False) for row in rows]
     return Comparison(base, new, tuple(rows), tuple(problems), tuple(said), interleaved, tuple(different))
 
 
-def _metric_rows(base: Mapping[str, Any], new: Mapping[str, Any], gates: Gates, interleaved: bool, identical: bool) -> list[Row]:
+def _metric_rows(
+    base: Mapping[str, Any], new: Mapping[str, Any], gates: Gates, interleaved: bool, identical: bool
+) -> list[Row]:
     estimates: dict[str, Estimate] = {}
     rows: dict[str, Row] = {}
     names = [*METRICS, *(name for side in (base, new) for name in side["samples"] if name not in METRICS)]
@@ -170,9 +196,20 @@ def _metric_rows(base: Mapping[str, Any], new: Mapping[str, Any], gates: Gates, 
             row, estimate = rows[name], estimates[name]
             visible = verdict.visible if math.isfinite(verdict.visible) else None
             rows[name] = Row(
-                name, row.unit, verdict.word, row.gated, row.margin, row.base, row.new, estimate.ratio, estimate.low, estimate.high, estimate.n, verdict.needed,
+                name,
+                row.unit,
+                verdict.word,
+                row.gated,
+                row.margin,
+                row.base,
+                row.new,
+                estimate.ratio,
+                estimate.low,
+                estimate.high,
+                estimate.n,
+                verdict.needed,
                 visible,
-            )  # fmt: skip
+            )
     return list(rows.values())
 
 
@@ -187,30 +224,53 @@ def _counter_rows(base: Mapping[str, int], new: Mapping[str, int], gates: Gates)
             verdict = UP
         else:
             verdict = DOWN if now < old * (1 - gate.margin) else SAME
-        rows.append(Row(name, unit, verdict, gate.gated, gate.margin, old, now, now / old if old and now is not None else None))
+        rows.append(
+            Row(name, unit, verdict, gate.gated, gate.margin, old, now, now / old if old and now is not None else None)
+        )
     return rows
 
 
 def fidelity_problems(document: Mapping[str, Any]) -> list[str]:
     """Why a result is no valid measurement: its pictures are wrong."""
     fidelity = document["fidelity"]
-    return [] if fidelity["ok"] else [printable(str(problem)) for problem in fidelity.get("problems", [])] or ["its checks failed"]
+    return (
+        []
+        if fidelity["ok"]
+        else [printable(str(problem)) for problem in fidelity.get("problems", [])] or ["its checks failed"]
+    )
 
 
 def drift(base: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """How the fixed-seed picture changed between two results of the same weights; nothing where the weights differ."""
     old, now = base["fidelity"].get("picture"), new["fidelity"].get("picture")
-    if not old or not now or base["bundle"].get("weights") is None or base["bundle"].get("weights") != new["bundle"].get("weights"):
+    if (
+        not old
+        or not now
+        or base["bundle"].get("weights") is None
+        or base["bundle"].get("weights") != new["bundle"].get("weights")
+    ):
         return []
     exact = "fp32" if base["engine"].get("compute") == new["engine"].get("compute") == "fp32" else "half"
     a, b = (np.asarray(side["latents_sketch"], np.float64) for side in (old, now))
     error = float(np.linalg.norm(a - b) / (np.linalg.norm(a) or 1.0)) if a.shape == b.shape else math.inf
     found = []
     if not error <= LATENTS_LIMIT[exact]:
-        found.append(f"latents of seed {old.get('seed')} moved by {error:.2g} of their size, expected at most {LATENTS_LIMIT[exact]:g}")
+        found.append(
+            f"latents of seed {old.get('seed')} moved by {error:.2g} of their size, expected at most"
+            f" {LATENTS_LIMIT[exact]:g}"
+        )
     a, b = (np.asarray(side["pixels_sketch"], np.float64) for side in (old, now))
     mean_square = float(((a - b) ** 2).sum() / max(old["values"], 1)) if a.shape == b.shape else math.inf
-    psnr = math.inf if mean_square == 0 else -math.inf if math.isinf(mean_square) else 10 * math.log10(255**2 / mean_square)
+    psnr = (
+        math.inf
+        if mean_square == 0
+        else -math.inf
+        if math.isinf(mean_square)
+        else 10 * math.log10(255**2 / mean_square)
+    )
     if not psnr >= PSNR_LIMIT_DB[exact]:
-        found.append(f"the picture of seed {old.get('seed')} moved: about {psnr:.0f} dB, expected at least {PSNR_LIMIT_DB[exact]:g}")
+        found.append(
+            f"the picture of seed {old.get('seed')} moved: about {psnr:.0f} dB, expected at least"
+            f" {PSNR_LIMIT_DB[exact]:g}"
+        )
     return found

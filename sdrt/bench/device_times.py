@@ -1,7 +1,7 @@
 """Times on a GPU: a pair of CUDA events around each part, in the stream itself, read once the picture is there.
 
-Recording an event makes neither the host nor the device wait, and nothing is recorded unless a benchmark asks for it. Imports no engine: `cuda.core`
-comes with the engine that uses it.
+Recording an event makes neither the host nor the device wait, and nothing is recorded unless a benchmark asks for it.
+Imports no engine: `cuda.core` comes with the engine that uses it.
 """
 
 from __future__ import annotations
@@ -24,13 +24,17 @@ class DeviceTimes:
         self._pairs: list[tuple[str, Any, Any]] = []
 
     def around(self, part: str, stream: Any, start: Callable[[], None]) -> None:
-        """Start work on a stream between two events. What the device waits for the host before it is not in the time."""
+        """Start work on a stream between two events. What the device waits for the host before it is not
+        in the time.
+        """
         began = self._recorded(stream)
         start()
         self._pairs.append((part, began, self._recorded(stream)))
 
     def read(self) -> dict[str, list[float]]:
-        """Milliseconds of each part since the last `read`, in order. The stream must have been waited for since, as the end of every picture does."""
+        """Milliseconds of each part since the last `read`, in order. The stream must have been waited for since, as the
+        end of every picture does.
+        """
         found: dict[str, list[float]] = {}
         for part, began, ended in self._pairs:
             found.setdefault(part, []).append(float(ended - began))

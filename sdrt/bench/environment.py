@@ -1,4 +1,6 @@
-"""The machine a benchmark ran on, as far as it can be told without privileges, and no host name. Standard library only."""
+"""The machine a benchmark ran on, as far as it can be told without privileges, and no host name. Standard library
+only.
+"""
 
 from __future__ import annotations
 
@@ -47,8 +49,16 @@ def load() -> dict[str, float | None]:
 def git_revision() -> str | None:
     """Commit of the working folder, with `+` if files differ from it; what CI calls it where there is no repository."""
     try:
-        found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True).stdout.strip()
-        changed = subprocess.run(["git", "status", "--porcelain", "--untracked-files=no"], capture_output=True, text=True, timeout=10, check=True).stdout
+        found = subprocess.run(
+            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True
+        ).stdout.strip()
+        changed = subprocess.run(
+            ["git", "status", "--porcelain", "--untracked-files=no"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        ).stdout
         return found + "+" * bool(changed)
     except (OSError, subprocess.SubprocessError):
         return os.environ.get("GITHUB_SHA") or os.environ.get("CI_COMMIT_SHA")
@@ -71,7 +81,9 @@ def _cpuinfo(field: str) -> str | None:
 def _cpu_model() -> str | None:
     if sys.platform == "darwin":
         try:
-            return subprocess.run(["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+            return subprocess.run(
+                ["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True, timeout=10, check=True
+            ).stdout.strip()
         except (OSError, subprocess.SubprocessError):
             return None
     return _cpuinfo("model name") or platform.processor() or None

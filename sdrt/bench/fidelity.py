@@ -1,4 +1,5 @@
-"""Is the picture still right? The engine that is measured, on the bundle's reference inputs, and a sketch of the fixed-seed picture.
+"""Is the picture still right? The engine that is measured, on the bundle's reference inputs, and a sketch of the
+fixed-seed picture.
 
 A faster wrong picture is no improvement, so a run that fails here is no measurement.
 """
@@ -26,7 +27,8 @@ SKETCH = 256
 def check_references(engine: Engine, bundle: Bundle) -> tuple[list[dict[str, Any]], list[str], list[str]]:
     """Run text encoder, one denoising step and decoder of `engine` on the bundle's reference inputs, 64x64 pixels.
 
-    Returns the checks (graph, output, error, limit), what is wrong, and what this engine could not be asked (it takes other shapes).
+    Returns the checks (graph, output, error, limit), what is wrong, and what this engine could not be asked (it takes
+    other shapes).
     """
     checks: list[dict[str, Any]] = []
     problems: list[str] = []
@@ -40,9 +42,15 @@ def check_references(engine: Engine, bundle: Bundle) -> tuple[list[dict[str, Any
             skipped.append(f"fidelity of {graph} not checked: {error.line}")
             continue
         for parity in found:
-            checks.append({"graph": graph, **asdict(parity)} | {"error": float(np.nan_to_num(parity.error, nan=1e30, posinf=1e30))})
+            checks.append(
+                {"graph": graph, **asdict(parity)}
+                | {"error": float(np.nan_to_num(parity.error, nan=1e30, posinf=1e30))}
+            )
             if not parity.ok:
-                problems.append(f"{graph}: {parity.output}: differs from the bundle's reference by {parity.error:.2e}, expected at most {parity.limit:.0e}")
+                problems.append(
+                    f"{graph}: {parity.output}: differs from the bundle's reference by {parity.error:.2e}, expected at"
+                    f" most {parity.limit:.0e}"
+                )
     return checks, problems, skipped
 
 
@@ -61,8 +69,9 @@ def _decoder(engine: Engine, bundle: Bundle, reference: Mapping[str, NDArray[Any
 def _step(engine: Engine, bundle: Bundle, reference: Mapping[str, NDArray[Any]]) -> list[Parity]:
     """What the network adds to the denoised estimate, q · out, from a job that gives the network the reference's input.
 
-    A job starts from two registers only, the reference uses all; but the step is linear around the network. So the network's input
-    Σ a_j r_j is given as register 0 with a = (1, 0, 0, 0), and the expectation is the reference's estimate with its other terms taken off.
+    A job starts from two registers only, the reference uses all; but the step is linear around the network. So the
+    network's input Σ a_j r_j is given as register 0 with a = (1, 0, 0, 0), and the expectation is the reference's
+    estimate with its other terms taken off.
     """
     exact = {name[3:]: array[0].astype(np.float64) for name, array in reference.items() if name.startswith("in.")}
     registers, mask, init = exact["registers"], exact["mask"], exact["init"]
@@ -71,11 +80,15 @@ def _step(engine: Engine, bundle: Bundle, reference: Mapping[str, NDArray[Any]])
     expected = estimate - np.tensordot(exact["u"], registers, 1)
     start = np.tensordot(exact["a"], registers, 1).astype(np.float32)
     given = {name[3:]: array for name, array in reference.items() if name.startswith("in.")}
-    tables = {name: np.zeros_like(given[name]) for name in ("v", "u", "M", "inpaint", "noise")} | {name: given[name] for name in ("timestep", "w", "q")}
+    tables = {name: np.zeros_like(given[name]) for name in ("v", "u", "M", "inpaint", "noise")} | {
+        name: given[name] for name in ("timestep", "w", "q")
+    }
     tables["a"] = np.eye(1, REGISTERS, dtype=np.float32)
     tables["M"][0, 0, REGISTERS] = 1  # what is kept is the estimate
     signature = signatures(dimensions(bundle.manifest))[STEP]
-    inputs = {name: np.zeros_like(given[name][0]) for name in signature.of_picture if name != "context"} | {"init": start}
+    inputs = {name: np.zeros_like(given[name][0]) for name in signature.of_picture if name != "context"} | {
+        "init": start
+    }
     if "concat" in inputs:
         inputs["concat"] = given["concat"][0]
     job = Job(tables, inputs, (given["context"][0],), (0,))
@@ -97,17 +110,26 @@ def _compute(engine: Engine) -> str:
 def sketch(array: NDArray[Any]) -> list[float]:
     """256 sums of values with random signs, the same for every array of that size.
 
-    A count sketch (Charikar, Chen, Farach-Colton, 2002): the distance of two sketches estimates that of the arrays, so two runs can be
-    compared without keeping their pictures.
+    A count sketch (Charikar, Chen, Farach-Colton, 2002): the distance of two sketches estimates that of the arrays, so
+    two runs can be compared without keeping their pictures.
     """
     random = np.random.default_rng(array.size)
     bucket, sign = random.integers(0, SKETCH, array.size), random.choice([-1.0, 1.0], array.size)
     return [float(value) for value in np.bincount(bucket, sign * array.astype(np.float64).ravel(), SKETCH)]
 
 
-def picture_record(seed: int, latents: NDArray[np.float32], pixels: NDArray[np.uint8]) -> tuple[dict[str, Any] | None, list[str]]:
-    """The fixed-seed picture as a result keeps it, and what is wrong with it: latents `[N, 4, h, w]`, pixels `[N, H, W, 3]`."""
+def picture_record(
+    seed: int, latents: NDArray[np.float32], pixels: NDArray[np.uint8]
+) -> tuple[dict[str, Any] | None, list[str]]:
+    """The fixed-seed picture as a result keeps it, and what is wrong with it: latents `[N, 4, h, w]`, pixels `[N, H, W,
+    3]`.
+    """
     if not np.isfinite(latents).all():
         return None, [f"latents of seed {seed} are NaN or infinite"]
-    record = {"seed": seed, "values": int(pixels.size), "latents_sketch": sketch(latents), "pixels_sketch": sketch(pixels)}
+    record = {
+        "seed": seed,
+        "values": int(pixels.size),
+        "latents_sketch": sketch(latents),
+        "pixels_sketch": sketch(pixels),
+    }
     return record, [f"the picture of seed {seed} is one flat colour"] if pixels.min() == pixels.max() else []

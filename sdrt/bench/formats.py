@@ -41,7 +41,11 @@ def share(value: float | None) -> str:
 def interval(row: Row) -> str:
     if row.ratio is None:
         return "–"
-    return f"{row.ratio:.3f}" if row.low is None or row.high is None else f"{row.ratio:.3f} [{row.low:.3f}, {row.high:.3f}] n={row.n}"
+    return (
+        f"{row.ratio:.3f}"
+        if row.low is None or row.high is None
+        else f"{row.ratio:.3f} [{row.low:.3f}, {row.high:.3f}] n={row.n}"
+    )
 
 
 def word(row: Row, interleaved: bool) -> str:
@@ -55,9 +59,19 @@ def comparison_markdown(comparison: Comparison) -> str:
     """Verdict, one table, the environment folded away; cut to what a GitHub step summary takes."""
     lines = [f"### sdrt bench: {_cell(comparison.headline)}", "", f"{_cell(comparison.ran)}", ""]
     lines += [f"- {_cell(note)}" for note in comparison.notes] + ([""] if comparison.notes else [])
-    lines += ["| metric | base | new | new / base [95 % interval] | verdict |", "|---|---:|---:|---|---|"] if comparison.rows else []
+    lines += (
+        ["| metric | base | new | new / base [95 % interval] | verdict |", "|---|---:|---:|---|---|"]
+        if comparison.rows
+        else []
+    )
     for row in comparison.rows:
-        cells = (row.name, number(row.base, row.unit), number(row.new, row.unit), interval(row), word(row, comparison.interleaved))
+        cells = (
+            row.name,
+            number(row.base, row.unit),
+            number(row.new, row.unit),
+            interval(row),
+            word(row, comparison.interleaved),
+        )
         lines.append("| " + " | ".join(map(_cell, cells)) + " |")
     return _cut("\n".join([*lines, "", *_folded(comparison.new)]))
 
@@ -69,9 +83,20 @@ def result_markdown(document: Mapping[str, Any]) -> str:
     lines += ["| metric | median [95 % interval] | p90 | p99 | n |", "|---|---|---:|---:|---:|"]
     for name, stats in document["stats"].items():
         unit = METRICS[name].unit if name in METRICS else ""
-        cells = (name, median(stats, unit), number(stats["p90"], unit), number(stats["p99"], unit), f"{stats['n']} in {stats['processes']}")
+        cells = (
+            name,
+            median(stats, unit),
+            number(stats["p90"], unit),
+            number(stats["p99"], unit),
+            f"{stats['n']} in {stats['processes']}",
+        )
         lines.append("| " + " | ".join(map(_cell, cells)) + " |")
-    lines += ["", "| counter | value |", "|---|---:|", *(f"| {_cell(name)} | {value:,} |" for name, value in document["counters"].items())]
+    lines += [
+        "",
+        "| counter | value |",
+        "|---|---:|",
+        *(f"| {_cell(name)} | {value:,} |" for name, value in document["counters"].items()),
+    ]
     return _cut("\n".join([*lines, "", *_folded(document)]))
 
 
@@ -86,7 +111,18 @@ def _folded(document: Mapping[str, Any]) -> list[str]:
     fields = [*document["env"].items(), *((f"engine {name}", value) for name, value in document["engine"].items())]
     lines = [f"| {_cell(name)} | {_cell(str(value))} |" for name, value in fields if value is not None]
     warnings = [f"- {_cell(str(warning))}" for warning in document["warnings"]]
-    return [*warnings, "", "<details><summary>machine and engine</summary>", "", "| | |", "|---|---|", *lines, "", "</details>", ""]
+    return [
+        *warnings,
+        "",
+        "<details><summary>machine and engine</summary>",
+        "",
+        "| | |",
+        "|---|---|",
+        *lines,
+        "",
+        "</details>",
+        "",
+    ]
 
 
 def _cell(text: str) -> str:
@@ -110,7 +146,10 @@ def comparison_junit(comparison: Comparison) -> str:
         _child(_case(suite, comparison.ran, "comparable"), "error", comparison.headline)
     for row in comparison.rows:
         case = _case(suite, comparison.ran, row.name)
-        text = f"{row.name} {row.verdict}: {number(row.base, row.unit)} to {number(row.new, row.unit)}, ratio {interval(row)}, margin {row.margin:.1%}"
+        text = (
+            f"{row.name} {row.verdict}: {number(row.base, row.unit)} to {number(row.new, row.unit)}, ratio"
+            f" {interval(row)}, margin {row.margin:.1%}"
+        )
         if row.failed:
             _child(case, "failure", text)
         elif row.gated and row.verdict == AMBIGUOUS:
@@ -129,13 +168,17 @@ def result_junit(document: Mapping[str, Any]) -> str:
         case = _case(suite, ran(document), name)
         if name.endswith("_ms"):
             case.set("time", f"{stats['p50'] / 1000:.6f}")
-        ElementTree.SubElement(case, "system-out").text = f"median {median(stats, METRICS[name].unit if name in METRICS else '')}, n={stats['n']}"
+        ElementTree.SubElement(
+            case, "system-out"
+        ).text = f"median {median(stats, METRICS[name].unit if name in METRICS else '')}, n={stats['n']}"
     return _xml(suite, cases)
 
 
 def _suite(document: Mapping[str, Any], label: str) -> tuple[ElementTree.Element, ElementTree.Element]:
     root = ElementTree.Element("testsuites", name="sdrt bench")
-    suite = ElementTree.SubElement(root, "testsuite", name=printable(label), timestamp=printable(document["time"].partition("+")[0].rstrip("Z")))
+    suite = ElementTree.SubElement(
+        root, "testsuite", name=printable(label), timestamp=printable(document["time"].partition("+")[0].rstrip("Z"))
+    )
     properties = ElementTree.SubElement(suite, "properties")
     for name, value in [*document["env"].items(), *document["engine"].items()]:
         ElementTree.SubElement(properties, "property", name=printable(name), value=printable(str(value)))
@@ -143,7 +186,9 @@ def _suite(document: Mapping[str, Any], label: str) -> tuple[ElementTree.Element
 
 
 def _case(suite: ElementTree.Element, label: str, name: str) -> ElementTree.Element:
-    return ElementTree.SubElement(suite, "testcase", classname=f"sdrt.bench.{printable(label)}", name=printable(name), time="0")
+    return ElementTree.SubElement(
+        suite, "testcase", classname=f"sdrt.bench.{printable(label)}", name=printable(name), time="0"
+    )
 
 
 def _child(case: ElementTree.Element, tag: str, message: str) -> None:
@@ -162,14 +207,19 @@ def _xml(suite: ElementTree.Element, root: ElementTree.Element) -> str:
 
 
 def bencher(document: Mapping[str, Any]) -> str:
-    """Bencher metric format: benchmark, measure, value with its interval. Times are under `latency` in nanoseconds, as Bencher has it."""
+    """Bencher metric format: benchmark, measure, value with its interval. Times are under `latency` in nanoseconds, as
+    Bencher has it.
+    """
     found: dict[str, dict[str, dict[str, float]]] = {}
     for name, stats in document["stats"].items():
         unit = METRICS[name].unit if name in METRICS else ""
         measure, scale = ("latency", 1e6) if unit == "ms" else (unit or "value", 1.0)
         entry = {"value": _rounded(stats["p50"] * scale)}
         if stats["ci95"] is not None:
-            entry |= {"lower_value": _rounded(stats["ci95"][0] * scale), "upper_value": _rounded(stats["ci95"][1] * scale)}
+            entry |= {
+                "lower_value": _rounded(stats["ci95"][0] * scale),
+                "upper_value": _rounded(stats["ci95"][1] * scale),
+            }
         found[_title(document, name)] = {measure: entry}
     for name, value in document["counters"].items():
         found[_title(document, name)] = {"bytes" if name.endswith("_bytes") else "count": {"value": float(value)}}
@@ -180,10 +230,21 @@ def github_action_benchmark(document: Mapping[str, Any]) -> str:
     """The list that github-action-benchmark takes as `customSmallerIsBetter`."""
     found: list[dict[str, Any]] = []
     for name, stats in document["stats"].items():
-        entry: dict[str, Any] = {"name": _title(document, name), "unit": METRICS[name].unit if name in METRICS else "", "value": _rounded(stats["p50"])}
+        entry: dict[str, Any] = {
+            "name": _title(document, name),
+            "unit": METRICS[name].unit if name in METRICS else "",
+            "value": _rounded(stats["p50"]),
+        }
         if stats["ci95"] is not None:
             entry["range"] = f"± {(stats['ci95'][1] - stats['ci95'][0]) / 2:.4g}"
-        found.append(entry | {"extra": f"n={stats['n']} in {stats['processes']} processes\np90={stats['p90']:.4g}\np99={stats['p99']:.4g}"})
+        found.append(
+            entry
+            | {
+                "extra": (
+                    f"n={stats['n']} in {stats['processes']} processes\np90={stats['p90']:.4g}\np99={stats['p99']:.4g}"
+                )
+            }
+        )
     found += [
         {"name": _title(document, name), "unit": "bytes" if name.endswith("_bytes") else "count", "value": value}
         for name, value in document["counters"].items()
@@ -192,19 +253,48 @@ def github_action_benchmark(document: Mapping[str, Any]) -> str:
 
 
 CSV_COLUMNS = (
-    "time", "id", "label", "sdrt", "git", "backend", "version", "compute", "device", "scenario", "size", "batch", "steps", "sampler", "metric", "unit", "n", "processes",
-    "p50", "ci_low", "ci_high", "p90", "p99", "min", "mean", "mad",
-)  # fmt: skip
+    "time",
+    "id",
+    "label",
+    "sdrt",
+    "git",
+    "backend",
+    "version",
+    "compute",
+    "device",
+    "scenario",
+    "size",
+    "batch",
+    "steps",
+    "sampler",
+    "metric",
+    "unit",
+    "n",
+    "processes",
+    "p50",
+    "ci_low",
+    "ci_high",
+    "p90",
+    "p99",
+    "min",
+    "mean",
+    "mad",
+)
 
 
 def csv_table(document: Mapping[str, Any]) -> str:
     """One line per metric and counter."""
     engine, config, tool = document["engine"], document["config"], document["tool"]
     shared = {
-        "time": document["time"], "id": document["id"], "label": document["bundle"].get("label") or document["bundle"].get("name"), "sdrt": tool.get("sdrt"), "git": tool.get("git"), "size": "x".join(map(str, config["size"])),
+        "time": document["time"],
+        "id": document["id"],
+        "label": document["bundle"].get("label") or document["bundle"].get("name"),
+        "sdrt": tool.get("sdrt"),
+        "git": tool.get("git"),
+        "size": "x".join(map(str, config["size"])),
         **{name: engine.get(name) for name in ("backend", "version", "compute", "device")},
         **{name: config.get(name) for name in ("scenario", "batch", "steps", "sampler")},
-    }  # fmt: skip
+    }
     out = io.StringIO()
     writer = csv.DictWriter(out, CSV_COLUMNS, restval="", lineterminator="\n")
     writer.writeheader()
@@ -213,9 +303,27 @@ def csv_table(document: Mapping[str, Any]) -> str:
         values = {column: stats[column] for column in ("n", "processes")} | {
             column: _rounded(stats[column]) for column in (*_PERCENTILES, "min", "mean", "mad")
         }
-        writer.writerow(shared | values | {"metric": name, "unit": METRICS[name].unit if name in METRICS else "", "ci_low": low, "ci_high": high})
+        writer.writerow(
+            shared
+            | values
+            | {
+                "metric": name,
+                "unit": METRICS[name].unit if name in METRICS else "",
+                "ci_low": low,
+                "ci_high": high,
+            }
+        )
     for name, value in document["counters"].items():
-        writer.writerow(shared | {"metric": name, "unit": "bytes" if name.endswith("_bytes") else "count", "n": 1, "processes": 1, "p50": value})
+        writer.writerow(
+            shared
+            | {
+                "metric": name,
+                "unit": "bytes" if name.endswith("_bytes") else "count",
+                "n": 1,
+                "processes": 1,
+                "p50": value,
+            }
+        )
     return out.getvalue()
 
 

@@ -33,10 +33,19 @@ def append(folder: Path, document: Mapping[str, Any]) -> Path:
         UsageError: the folder cannot be written.
     """
     record = {
-        "schema": SCHEMA, "id": document["id"], "time": document["time"], "tool": document["tool"], "key": series_key(document), "ran": series(document),
-        "engine": document["engine"], "stats": document["stats"], "counters": document["counters"], "fidelity": document["fidelity"]["ok"],
-        "env": document["env"], "warnings": document["warnings"],
-    }  # fmt: skip
+        "schema": SCHEMA,
+        "id": document["id"],
+        "time": document["time"],
+        "tool": document["tool"],
+        "key": series_key(document),
+        "ran": series(document),
+        "engine": document["engine"],
+        "stats": document["stats"],
+        "counters": document["counters"],
+        "fidelity": document["fidelity"]["ok"],
+        "env": document["env"],
+        "warnings": document["warnings"],
+    }
     line = json.dumps(record, allow_nan=False).encode() + b"\n"
     file = folder / FILE
     try:
@@ -48,13 +57,16 @@ def append(folder: Path, document: Mapping[str, Any]) -> Path:
             UsageError if isinstance(error, (PermissionError, FileExistsError, NotADirectoryError)) else ResourceError
         )
         raise kind(
-            f"{file}: cannot add this run: {error.strerror}", "Free some space, or choose another --history folder; the history is as it was."
+            f"{file}: cannot add this run: {error.strerror}",
+            "Free some space, or choose another --history folder; the history is as it was.",
         ) from error
     return file
 
 
 def _write(descriptor: int, line: bytes) -> None:
-    """Append a line; where that fails half-way, cut the file back. A torn last line, left by a killed process, goes too."""
+    """Append a line; where that fails half-way, cut the file back. A torn last line, left by a killed process, goes
+    too.
+    """
     end = os.lseek(descriptor, 0, os.SEEK_END)
     whole = _whole_bytes(descriptor, end)
     if whole != end:
@@ -85,12 +97,17 @@ def _whole_bytes(descriptor: int, end: int) -> int:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Hold a lock beside the file. Those of `sdrt.files.lock` only save work and may be gone without; here two writers would tear lines."""
+    """Hold a lock beside the file. Those of `sdrt.files.lock` only save work and may be gone without; here two writers
+    would tear lines.
+    """
     with path.open("a+b") as stream:
         deadline = time.monotonic() + _LOCK_S
         while not _try_lock(stream.fileno()):
             if time.monotonic() > deadline:
-                raise LockedError(f"{path}: held by another process for {_LOCK_S:g} s", "Wait for the other benchmark to end, or stop it.")
+                raise LockedError(
+                    f"{path}: held by another process for {_LOCK_S:g} s",
+                    "Wait for the other benchmark to end, or stop it.",
+                )
             time.sleep(0.02)
         yield
 
@@ -117,7 +134,8 @@ def read(folder: Path) -> list[dict[str, Any]]:
         InputFileError: there is no history, or a line of it is not one of ours.
         MachineError: a newer sdrt wrote a line.
     """
-    file = folder if os.path.isfile(folder) else folder / FILE  # noqa: PTH113 (Path.is_file raises for a name that is too long)
+    # Path.is_file raises for a name that is too long.
+    file = folder if os.path.isfile(folder) else folder / FILE  # noqa: PTH113
     data = read_given(file, MAX_HISTORY_BYTES, _MAKE_ONE).data
     runs = []
     for number, line in enumerate(data[: data.rfind(b"\n") + 1].splitlines(), 1):
@@ -125,9 +143,18 @@ def read(folder: Path) -> list[dict[str, Any]]:
         record = parse_json(where, line)
         check_schema(where, record)
         stats, counters = record.get("stats"), record.get("counters")
-        if not isinstance(stats, dict) or not isinstance(counters, dict) or not all(isinstance(record.get(name), str) for name in ("id", "time", "key", "ran")):
-            raise InputFileError(f"{where}: not a run: id, time, key, ran, stats or counters missing", "Remove the line.")
-        for name, value in [*((n, s.get("p50") if isinstance(s, dict) else None) for n, s in stats.items()), *counters.items()]:
+        if (
+            not isinstance(stats, dict)
+            or not isinstance(counters, dict)
+            or not all(isinstance(record.get(name), str) for name in ("id", "time", "key", "ran"))
+        ):
+            raise InputFileError(
+                f"{where}: not a run: id, time, key, ran, stats or counters missing", "Remove the line."
+            )
+        for name, value in [
+            *((n, s.get("p50") if isinstance(s, dict) else None) for n, s in stats.items()),
+            *counters.items(),
+        ]:
             if type(value) not in (int, float):
                 raise InputFileError(f"{where}: {name}: expected a number, found {value!r}", "Remove the line.")
         runs.append(record)
@@ -138,7 +165,9 @@ def read(folder: Path) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Trend:
-    """One metric over the runs of one label, engine, machine and shape; `ran` names all but the machine. `limit` is Q3 + 3 IQR of all runs but the last; None below ten of those."""
+    """One metric over the runs of one label, engine, machine and shape; `ran` names all but the machine. `limit` is Q3
+    + 3 IQR of all runs but the last; None below ten of those.
+    """
 
     key: str
     ran: str
@@ -154,7 +183,9 @@ class Trend:
 
 
 def trends(runs: Sequence[Mapping[str, Any]]) -> list[Trend]:
-    """Every metric and counter of every kind of run, in the order in which they first appear. Only like runs are put in one line."""
+    """Every metric and counter of every kind of run, in the order in which they first appear. Only like runs are put in
+    one line.
+    """
     found: dict[tuple[str, str], list[tuple[str, float]]] = {}
     labels: dict[str, str] = {}
     for run in runs:

@@ -24,8 +24,9 @@ Clock = Callable[[], int]
 class Readings:
     """What the instruments saw since the last `reset`, nanoseconds.
 
-    `inside` is all time within the engine, whatever it was for. `between` is called after each model call, and `waited` is the time it took: that of another process's turn. `device` times the parts on the GPU, None where there is none. With `keep`, the
-    last inputs of each graph and the final latents are kept too.
+    `inside` is all time within the engine, whatever it was for. `between` is called after each model call, and `waited`
+    is the time it took: that of another process's turn. `device` times the parts on the GPU, None where there is none.
+    With `keep`, the last inputs of each graph and the final latents are kept too.
     """
 
     clock: Clock = time.perf_counter_ns
@@ -54,8 +55,9 @@ class Readings:
     def observe(self, load: Callable[[], Engine]) -> Engine:
         """For `Pipeline.load(observe=)`: time the loading of the engine, and everything that the pipeline asks of it.
 
-        On a GPU, what our own code starts is counted too: launches, copies, allocations. Synchronisations are calls of compiled objects, which cannot be seen from
-        here. And each model call and each run of another graph goes between two CUDA events.
+        On a GPU, what our own code starts is counted too: launches, copies, allocations. Synchronisations are calls of
+        compiled objects, which cannot be seen from here. And each model call and each run of another graph goes between
+        two CUDA events.
         """
         started = self.clock()
         engine: Any = load()
@@ -133,7 +135,9 @@ class TimedEngine:
     def open(self, shape: Any, capacity: int) -> TimedBatch:
         if self._readings.keep:
             self._readings.kept |= {"shape": shape, "jobs": []}
-        return TimedBatch(_timed(self._readings, "copies", "batches", self._engine.open, shape, capacity), self._readings)
+        return TimedBatch(
+            _timed(self._readings, "copies", "batches", self._engine.open, shape, capacity), self._readings
+        )
 
     def decode(self, *arguments: Any) -> Any:
         return _timed(self._readings, "decode", "decode_calls", self._engine.decode, *arguments)
@@ -143,7 +147,9 @@ class TimedEngine:
 
 
 def _timed(readings: Readings, part: str, count: str, call: Callable[..., Any], *arguments: Any) -> Any:
-    """Call, and add the time to a part and to all time inside the engine. A call within a call is part of the outer one."""
+    """Call, and add the time to a part and to all time inside the engine. A call within a call is part of the outer
+    one.
+    """
     readings.calls[count] += 1
     if readings._depth:
         return call(*arguments)

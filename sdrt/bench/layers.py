@@ -32,10 +32,11 @@ Peak = Mapping[str, float | None]
 
 
 def profile(pipe: Any, kept: Mapping[str, Any], wall_ms: Mapping[str, float]) -> dict[str, Any]:
-    """Profile each graph of a loaded pipeline on the inputs of its last picture, which `kept` holds: `text`, `jobs`, `shape` and `latents`.
+    """Profile each graph of a loaded pipeline on the inputs of its last picture, which `kept` holds: `text`, `jobs`,
+    `shape` and `latents`.
 
-    `wall_ms` is what each graph takes unprofiled: profilers slow small operators many times over. Where it is missing, the sum
-    of the operators stands in. What cannot be known is None, with the reason among the `notes`.
+    `wall_ms` is what each graph takes unprofiled: profilers slow small operators many times over. Where it is missing,
+    the sum of the operators stands in. What cannot be known is None, with the reason among the `notes`.
 
     Raises:
         MachineError: the backend that runs has no profile here yet.
@@ -56,17 +57,28 @@ def _on_cpu(pipe: Any, kept: Mapping[str, Any], wall_ms: Mapping[str, float]) ->
                 path = pipe.bundle.graph(graph, "fp32")
                 compiled, shapes = engine.load_counting(graph, kept["shape"], len(kept["jobs"]))
                 made_for[graph] = shapes
-                operators[graph] = layers_openvino.profile_graph(compiled, layers_openvino.read_attention(path, shapes), inputs, _RUNS)
+                operators[graph] = layers_openvino.profile_graph(
+                    compiled, layers_openvino.read_attention(path, shapes), inputs, _RUNS
+                )
             else:
-                operators[graph] = layers_onnxruntime.profile_session(engine.session(graph, Path(folder) / graph), graph, inputs, _RUNS)
+                operators[graph] = layers_onnxruntime.profile_session(
+                    engine.session(graph, Path(folder) / graph), graph, inputs, _RUNS
+                )
             peaks.append(machine_peak())  # several moments: others may have been at work in one of them
-    if engine.backend == "openvino":  # its text encoder takes one row of tokens a run, its decoder one picture, its step as many as it was made for
+    if (
+        engine.backend == "openvino"
+    ):  # its text encoder takes one row of tokens a run, its decoder one picture, its step as many as it was made for
         steps = -(-len(kept["jobs"]) // made_for[STEP]["init"][0])
         runs = {TEXT_ENCODER: len(kept["text"][0]), VAE_DECODER: len(kept["latents"]), STEP: steps}
         wall_ms = {graph: ms / runs.get(graph, 1) for graph, ms in wall_ms.items()}
     peak = {name: max(found[name] for found in peaks) for name in peaks[0]}
     graphs = {graph: analyse(found, total(found), wall_ms.get(graph), peak) for graph, found in operators.items()}
-    return {"peak": peak, "peak_of": "numpy on this machine: a float32 matrix product, and a copy", "notes": [], "graphs": graphs}
+    return {
+        "peak": peak,
+        "peak_of": "numpy on this machine: a float32 matrix product, and a copy",
+        "notes": [],
+        "graphs": graphs,
+    }
 
 
 def _on_gpu(pipe: Any, kept: Mapping[str, Any], wall_ms: Mapping[str, float]) -> dict[str, Any]:
@@ -80,16 +92,24 @@ def _on_gpu(pipe: Any, kept: Mapping[str, Any], wall_ms: Mapping[str, float]) ->
             counted = layers_tensorrt.arithmetic(pipe.bundle, graph, fitting, engine.record.key.precision, Path(folder))
             if counted is None and layers_tensorrt.NO_ARITHMETIC not in notes:
                 notes.append(layers_tensorrt.NO_ARITHMETIC)
-            runs = -(-len(kept["text"][0]) // len(fitting["tokens"])) if graph == TEXT_ENCODER else 1  # as many rows of tokens a run as the profile takes
+            runs = (
+                -(-len(kept["text"][0]) // len(fitting["tokens"])) if graph == TEXT_ENCODER else 1
+            )  # as many rows of tokens a run as the profile takes
             graphs[graph] = analyse(found, counted, wall_ms[graph] / runs if graph in wall_ms else None, peak)
-    return {"peak": peak, "peak_of": "a copy within the GPU's memory, between CUDA events", "notes": notes, "graphs": graphs}
+    return {
+        "peak": peak,
+        "peak_of": "a copy within the GPU's memory, between CUDA events",
+        "notes": notes,
+        "graphs": graphs,
+    }
 
 
 def check_backend(backend: str) -> None:
     """Raise MachineError if a backend has no profile here yet."""
     if backend not in _PROFILED:
         raise MachineError(
-            f"--layers: not available yet for {backend}", f"Use --backend {', '.join(_PROFILED[:-1])} or {_PROFILED[-1]}, or leave --layers out."
+            f"--layers: not available yet for {backend}",
+            f"Use --backend {', '.join(_PROFILED[:-1])} or {_PROFILED[-1]}, or leave --layers out.",
         )
 
 
@@ -108,29 +128,48 @@ def _feeds(bundle: Bundle, kept: Mapping[str, Any]) -> dict[str, dict[str, Any]]
     }
 
 
-def analyse(operators: Sequence[Operator | Layer], arithmetic: Arithmetic | None, wall_ms: float | None, peak: Peak) -> dict[str, Any]:
-    """The slowest operators and the arithmetic of one graph, None where that is unknown. `peak` is the machine's, as `machine_peak` has it."""
+def analyse(
+    operators: Sequence[Operator | Layer], arithmetic: Arithmetic | None, wall_ms: float | None, peak: Peak
+) -> dict[str, Any]:
+    """The slowest operators and the arithmetic of one graph, None where that is unknown. `peak` is the machine's, as
+    `machine_peak` has it.
+    """
     operators_ms = sum(one.ms for one in operators)
     kinds: dict[str, list[Operator | Layer]] = {}
     for one in operators:
         kinds.setdefault(one.op, []).append(one)
     whole = operators_ms or 1.0
     times = {op: sum(one.ms for one in group) for op, group in kinds.items()}
-    by_kind = [{"op": op, "count": len(kinds[op]), "ms": times[op], "share": times[op] / whole} for op in sorted(times, key=lambda op: -times[op])]
+    by_kind = [
+        {"op": op, "count": len(kinds[op]), "ms": times[op], "share": times[op] / whole}
+        for op in sorted(times, key=lambda op: -times[op])
+    ]
     taken = whole if wall_ms is None else wall_ms
     return {
         "ms": taken,
         "operators_ms": operators_ms,
         "kernels": len(operators),
         **_reached(arithmetic, taken, peak),
-        "slowest": [asdict(one) | {"share": one.ms / whole} for one in sorted(operators, key=lambda one: -one.ms)[:SLOWEST]],
+        "slowest": [
+            asdict(one) | {"share": one.ms / whole} for one in sorted(operators, key=lambda one: -one.ms)[:SLOWEST]
+        ],
         "by_kind": by_kind[:SLOWEST],
     }
 
 
 def _reached(arithmetic: Arithmetic | None, taken_ms: float, peak: Peak) -> dict[str, Any]:
     """Arithmetic and the shares of the machine's peaks that it reaches in `taken_ms`."""
-    known = ("flops", "matrix_flops", "bytes", "intensity", "flops_per_s", "bytes_per_s", "share_of_peak", "share_of_bandwidth", "share_of_roofline")
+    known = (
+        "flops",
+        "matrix_flops",
+        "bytes",
+        "intensity",
+        "flops_per_s",
+        "bytes_per_s",
+        "share_of_peak",
+        "share_of_bandwidth",
+        "share_of_roofline",
+    )
     found: dict[str, Any] = dict.fromkeys(known)
     if arithmetic is None:
         return found
@@ -150,9 +189,11 @@ def _reached(arithmetic: Arithmetic | None, taken_ms: float, peak: Peak) -> dict
 
 
 def machine_peak(sides: Sequence[int] = (512, 1536), copied_bytes: int = 1 << 27) -> dict[str, float]:
-    """What this machine does at best: float32 operations per second in a matrix product, bytes per second in a copy. Both by numpy, best of several.
+    """What this machine does at best: float32 operations per second in a matrix product, bytes per second in a copy.
+    Both by numpy, best of several.
 
-    It is numpy's best, on its threads, in this moment: an engine with better kernels, or a busier moment, may pass 100 % of it.
+    It is numpy's best, on its threads, in this moment: an engine with better kernels, or a busier moment, may pass 100
+    % of it.
     """
     random = np.random.default_rng(0)
     flops = 0.0

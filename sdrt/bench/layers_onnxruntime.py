@@ -16,8 +16,11 @@ _PACKED = ("MatMul", "FusedMatMul", "MatMulIntegerToFloat")
 _FLOAT_BYTES = 4
 
 
-def profile_graph(path: Path, inputs: Mapping[str, Any], threads: int | None, folder: Path, runs: int) -> list[Operator]:
-    """Run an ONNX graph once to warm up and `runs` times more, and return its operators. The profiler writes its file into `folder`.
+def profile_graph(
+    path: Path, inputs: Mapping[str, Any], threads: int | None, folder: Path, runs: int
+) -> list[Operator]:
+    """Run an ONNX graph once to warm up and `runs` times more, and return its operators. The profiler writes its file
+    into `folder`.
 
     Raises:
         MachineError: the graph has an input that `inputs` lacks.
@@ -34,14 +37,18 @@ def profile_session(session: Any, name: str, inputs: Mapping[str, Any], runs: in
     """
     wanted = [entry.name for entry in session.get_inputs()]
     if unknown := set(wanted) - inputs.keys():
-        raise MachineError(f"--layers: {name}: no recorded input for {sorted(unknown)}", "Leave --layers out for this bundle.")
+        raise MachineError(
+            f"--layers: {name}: no recorded input for {sorted(unknown)}", "Leave --layers out for this bundle."
+        )
     for _ in range(runs + 1):
         session.run(None, {name: inputs[name] for name in wanted})
     return operators_of(json.loads(Path(session.end_profiling()).read_bytes()))
 
 
 def operators_of(events: Iterable[Mapping[str, Any]]) -> list[Operator]:
-    """The operators in the events of a profile of several runs: the median of each one's runs but the first, which warmed up."""
+    """The operators in the events of a profile of several runs: the median of each one's runs but the first, which
+    warmed up.
+    """
     kernels: dict[str, list[Mapping[str, Any]]] = {}
     for event in events:
         if event.get("cat") == "Node" and "op_name" in event.get("args", {}):
@@ -49,10 +56,18 @@ def operators_of(events: Iterable[Mapping[str, Any]]) -> list[Operator]:
     found = []
     for events_of_one in kernels.values():
         arguments, timed = events_of_one[0]["args"], events_of_one[1:] or events_of_one
-        op, inputs, outputs = str(arguments["op_name"]), _shapes(arguments, "input_type_shape"), _shapes(arguments, "output_type_shape")
+        op, inputs, outputs = (
+            str(arguments["op_name"]),
+            _shapes(arguments, "input_type_shape"),
+            _shapes(arguments, "output_type_shape"),
+        )
         name = str(events_of_one[0]["name"]).removesuffix("_kernel_time")
         ms = statistics.median(event["dur"] for event in timed) / 1e3
-        found.append(operator(name, op, ms, matrix_flops(op, inputs, outputs), _moved_bytes(arguments, op, inputs, outputs), outputs))
+        found.append(
+            operator(
+                name, op, ms, matrix_flops(op, inputs, outputs), _moved_bytes(arguments, op, inputs, outputs), outputs
+            )
+        )
     return found
 
 

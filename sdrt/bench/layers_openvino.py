@@ -1,6 +1,7 @@
 """Operators of a graph in OpenVINO, timed by its own counters, with shapes from the model it runs.
 
-The counters are averages over all runs since the graph was loaded, in whole microseconds: an operator that takes less than one counts nothing.
+The counters are averages over all runs since the graph was loaded, in whole microseconds: an operator that takes less
+than one counts nothing.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ _ATTENTION = "ScaledDotProductAttention"
 _FUSED = ("Subgraph", _ATTENTION)
 
 
-def profile_graph(compiled: Any, attention: Sequence[Attention], inputs: Mapping[str, NDArray[Any]], runs: int) -> list[Operator]:
+def profile_graph(
+    compiled: Any, attention: Sequence[Attention], inputs: Mapping[str, NDArray[Any]], runs: int
+) -> list[Operator]:
     """Run a graph that counts once to warm up and `runs` times more, and return its operators.
 
     `attention` are the attention operators of its ONNX graph. `inputs` are cut or padded to the engine's shapes.
@@ -36,15 +39,19 @@ def profile_graph(compiled: Any, attention: Sequence[Attention], inputs: Mapping
     averages = []
     for _ in range(runs + 1):
         request.infer()
-        averages.append({entry.node_name: round(entry.real_time.total_seconds() * 1e6) for entry in request.profiling_info})
+        averages.append(
+            {entry.node_name: round(entry.real_time.total_seconds() * 1e6) for entry in request.profiling_info}
+        )
     taken = {name: time_of([average.get(name, 0) for average in averages]) / 1e3 for name in averages[0]}
     return operators_of(compiled.get_runtime_model().get_ordered_ops(), taken, attention)
 
 
 def time_of(averages_us: Sequence[int]) -> float:
-    """Microseconds a run takes, from the average after each of several runs; the first run, which warmed up, is left out.
+    """Microseconds a run takes, from the average after each of several runs; the first run, which warmed up, is left
+    out.
 
-    The mean of the others, or their median where the two differ by more than rounding explains: another program was at work in one of them.
+    The mean of the others, or their median where the two differ by more than rounding explains: another program was at
+    work in one of them.
     """
     totals = [average * run for run, average in enumerate(averages_us, 1)]
     runs = [after - before for before, after in itertools.pairwise(totals)]
@@ -53,7 +60,9 @@ def time_of(averages_us: Sequence[int]) -> float:
 
 
 def operators_of(nodes: Sequence[Any], taken_ms: Mapping[str, float], attention: Sequence[Attention]) -> list[Operator]:
-    """The nodes of a model that run: all that took time, and every matrix product however short. `taken_ms` is by the node's name."""
+    """The nodes of a model that run: all that took time, and every matrix product however short. `taken_ms` is by the
+    node's name.
+    """
     found = []
     for node in nodes:
         op, ms = node.get_rt_info()["layerType"].astype(str), taken_ms.get(node.get_friendly_name(), 0.0)
@@ -62,15 +71,17 @@ def operators_of(nodes: Sequence[Any], taken_ms: Mapping[str, float], attention:
         if op in _FUSED and (whole := next((one for one in attention if _is_attention(inputs, one)), None)) is not None:
             op, matrix = "Attention", attention_flops(*whole)
         if ms > 0 or matrix is not None:
-            found.append(operator(node.get_friendly_name(), op, ms, matrix, _moved_bytes(node, matrix is not None), outputs))
+            found.append(
+                operator(node.get_friendly_name(), op, ms, matrix, _moved_bytes(node, matrix is not None), outputs)
+            )
     return found
 
 
 def _is_attention(inputs: Sequence[tuple[int, ...]], attention: Attention) -> bool:
     """Whether a fused node's inputs are the query, key and value of an attention operator.
 
-    Names do not tell: one that was fused with what follows it has that one's name. Shapes do: the key comes transposed or as it is,
-    and of query and value the heads may come after the rows.
+    Names do not tell: one that was fused with what follows it has that one's name. Shapes do: the key comes transposed
+    or as it is, and of query and value the heads may come after the rows.
     """
     query, key, value = attention
     if len(inputs) < 3 or inputs[1] not in (key, (*key[:2], key[3], key[2])):

@@ -1,4 +1,5 @@
-"""Layers of a graph in TensorRT, timed by its own profiler, in a context of their own: the pipeline's, which are captured, stay as they are.
+"""Layers of a graph in TensorRT, timed by its own profiler, in a context of their own: the pipeline's, which are
+captured, stay as they are.
 
 Written from the API's documentation and run on the simulator only; no profile has been taken on a GPU yet.
 """
@@ -26,11 +27,19 @@ from sdrt.runtime.engine import BatchShape
 
 _COPIED_BYTES = 1 << 28
 _COPIES = 5
-NO_PEAK = "operations per second were not measured: sdrt has no GPU kernel of its own to measure them with, and TensorRT tells no peak"
-NO_ARITHMETIC = "operations and bytes are unknown: ONNX Runtime, which counts them, is not installed beside TensorRT (pip install onnxruntime)"
+NO_PEAK = (
+    "operations per second were not measured: sdrt has no GPU kernel of its own to measure them with, and TensorRT"
+    " tells no peak"
+)
+NO_ARITHMETIC = (
+    "operations and bytes are unknown: ONNX Runtime, which counts them, is not installed beside TensorRT (pip install"
+    " onnxruntime)"
+)
 
 
-def fitted_inputs(engine: Any, graph: str, shape: BatchShape, inputs: Mapping[str, NDArray[Any]]) -> tuple[int, dict[str, NDArray[Any]]]:
+def fitted_inputs(
+    engine: Any, graph: str, shape: BatchShape, inputs: Mapping[str, NDArray[Any]]
+) -> tuple[int, dict[str, NDArray[Any]]]:
     """The profile of an engine for a running batch, and inputs cut or padded to the nearest shapes it takes."""
     profile = engine.profile(shape) if graph == STEP else 0
     ranges = engine.record.key.profiles[graph][profile].shapes
@@ -41,7 +50,9 @@ def fitted_inputs(engine: Any, graph: str, shape: BatchShape, inputs: Mapping[st
     return profile, made
 
 
-def profile_graph(engine: Any, bundle: Bundle, graph: str, profile: int, inputs: Mapping[str, NDArray[Any]], runs: int) -> list[Layer]:
+def profile_graph(
+    engine: Any, bundle: Bundle, graph: str, profile: int, inputs: Mapping[str, NDArray[Any]], runs: int
+) -> list[Layer]:
     """Run a graph of the engine once to warm up and `runs` times more, uncaptured, and return the median of each layer.
 
     Raises:
@@ -56,8 +67,13 @@ def profile_graph(engine: Any, bundle: Bundle, graph: str, profile: int, inputs:
             for name, array in inputs.items():
                 given.host(name)[...] = array
             given.upload(engine.stream, fields[0][0], fields[-1][0])
-            engine.bind(context, graph, profile, {name: (given.address(name), array.shape) for name, array in inputs.items()})
-            outputs = [(name, tuple(context.get_tensor_shape(name)), tensor.dtype) for name, tensor in engine.signatures[graph].outputs.items()]
+            engine.bind(
+                context, graph, profile, {name: (given.address(name), array.shape) for name, array in inputs.items()}
+            )
+            outputs = [
+                (name, tuple(context.get_tensor_shape(name)), tensor.dtype)
+                for name, tensor in engine.signatures[graph].outputs.items()
+            ]
             taken = engine.block(outputs, pinned=False)
             for name, _, _ in outputs:
                 context.set_tensor_address(name, taken.address(name))
@@ -103,15 +119,22 @@ def _kinds(engine: Any, context: Any) -> dict[str, str]:
     """Kinds of layers by name, of plans that were made with details."""
     inspector = context.engine.create_engine_inspector()
     told = json.loads(inspector.get_engine_information(engine.library.LayerInformationFormat.JSON))
-    return {str(layer.get("Name")): str(layer.get("LayerType", "")) for layer in told.get("Layers", []) if isinstance(layer, dict)}
+    return {
+        str(layer.get("Name")): str(layer.get("LayerType", ""))
+        for layer in told.get("Layers", [])
+        if isinstance(layer, dict)
+    }
 
 
 def _without_numbers(name: str) -> str:
     return re.sub(r"[_.]*\d+", "", name) or name
 
 
-def arithmetic(bundle: Bundle, graph: str, inputs: Mapping[str, NDArray[Any]], precision: str, folder: Path) -> Arithmetic | None:
-    """Operations and bytes of a graph, counted by one run of its float32 twin in ONNX Runtime; None where that is not installed.
+def arithmetic(
+    bundle: Bundle, graph: str, inputs: Mapping[str, NDArray[Any]], precision: str, folder: Path
+) -> Arithmetic | None:
+    """Operations and bytes of a graph, counted by one run of its float32 twin in ONNX Runtime; None where that is not
+    installed.
 
     Half-precision engines move half the bytes of it; what they keep in float32 is little.
     """

@@ -1,4 +1,6 @@
-"""How small a change this machine can show: the same work in fresh processes for a while, and what its scatter means, in plain words."""
+"""How small a change this machine can show: the same work in fresh processes for a while, and what its scatter means,
+in plain words.
+"""
 
 from __future__ import annotations
 
@@ -34,8 +36,10 @@ Measure = Callable[[float], Sequence[float]]
 
 @dataclass(frozen=True)
 class MachineNoise:
-    """What was seen. Shares are relative: 0.04 is 4 %. `visible` is the change that ten pairs of processes one after the other would tell from none, `visible_runs` that two
-    runs of as many processes would; None where too few processes fit into the time. `same` is the ratio of neighbours with its interval: 1 but for noise."""
+    """What was seen. Shares are relative: 0.04 is 4 %. `visible` is the change that ten pairs of processes one after
+    the other would tell from none, `visible_runs` that two runs of as many processes would; None where too few
+    processes fit into the time. `same` is the ratio of neighbours with its interval: 1 but for noise.
+    """
 
     work: str
     seconds: float
@@ -62,17 +66,25 @@ class MachineNoise:
     def words(self) -> list[str]:
         if self.visible is None or self.between is None or self.within is None or self.visible_runs is None:
             return [
-                f"cannot tell: only {self.processes} processes fitted into {self.seconds:.0f} s, {MIN_PAIRS} are the least; give it more time with --check-time"
+                f"cannot tell: only {self.processes} processes fitted into {self.seconds:.0f} s, {MIN_PAIRS} are the"
+                " least; give it more time with --check-time"
             ]
         found = [
-            f"This machine can see changes of {_percent(self.visible)} or more with {_PAIRS} pairs of processes, one after the other, and of "
-            f"{_percent(self.visible_runs)} or more between two runs of {self.processes} processes. Those of `sdrt bench ab` take turns, and see less than that.",
-            f"Measured: {self.work}, {self.samples} times in {self.processes} processes, {self.seconds:.0f} s in all. Times scatter by {self.within:.1%} within a "
-            f"process, and by {self.between:.1%} from process to process.",
+            (
+                f"This machine can see changes of {_percent(self.visible)} or more with {_PAIRS} pairs of processes,"
+                f" one after the other, and of {_percent(self.visible_runs)} or more between two runs of"
+                f" {self.processes} processes. Those of `sdrt bench ab` take turns, and see less than that."
+            ),
+            (
+                f"Measured: {self.work}, {self.samples} times in {self.processes} processes, {self.seconds:.0f} s in"
+                f" all. Times scatter by {self.within:.1%} within a process, and by {self.between:.1%} from process to"
+                " process."
+            ),
         ]
         if self.same is not None:
             found.append(
-                f"Neighbours compared with each other, which should give 1: {self.same[0]:.3f}, 95 % interval {self.same[1]:.3f} to {self.same[2]:.3f}."
+                f"Neighbours compared with each other, which should give 1: {self.same[0]:.3f}, 95 % interval"
+                f" {self.same[1]:.3f} to {self.same[2]:.3f}."
             )
         steal = "not told" if self.steal_s is None else f"{self.steal_s:.1f} s"
         heat = "not told" if self.throttles is None else f"{self.throttles} times"
@@ -81,13 +93,17 @@ class MachineNoise:
             if self.load_before is None or self.load_after is None
             else f"{self.load_before:.1f} before and {self.load_after:.1f} after, on {self.cores} cores"
         )
-        found.append(f"Load: {busy}. Processor time taken by other guests: {steal}. Throttled: {heat}. Governor: {self.governor or 'not told'}.")
+        found.append(
+            f"Load: {busy}. Processor time taken by other guests: {steal}. Throttled: {heat}. Governor:"
+            f" {self.governor or 'not told'}."
+        )
         if self.fit:
             found.append(f"The default margin of {_MARGIN:.0%} can be judged here.")
         else:
             more = "" if self.pairs_for_margin is None else f"about {self.pairs_for_margin} pairs, or "
             found.append(
-                f"Too noisy for the default margin of {_MARGIN:.0%}: it takes {more}a margin of {_percent(self.visible)} or more in bench.toml, or a quieter machine."
+                f"Too noisy for the default margin of {_MARGIN:.0%}: it takes {more}a margin of"
+                f" {_percent(self.visible)} or more in bench.toml, or a quieter machine."
             )
         return found
 
@@ -104,7 +120,8 @@ def steady_work(seconds: float) -> Sequence[float]:
 
 
 def pictures_of(bundle: Bundle, request: Request) -> Measure:
-    """Pictures of a bundle in a fresh process, as `bench run` makes them. Loading comes on top of the seconds that are asked for.
+    """Pictures of a bundle in a fresh process, as `bench run` makes them. Loading comes on top of the seconds that are
+    asked for.
 
     Raises:
         CheckFailed: later, where the pictures are wrong.
@@ -113,15 +130,21 @@ def pictures_of(bundle: Bundle, request: Request) -> Measure:
     def measure(seconds: float) -> Sequence[float]:
         answer = in_fresh_process(replace(request, pictures=_MOST, limit_s=0.6 * seconds, warm_up_s=0.2 * seconds))
         if not answer["fidelity"]["ok"]:
-            raise CheckFailed(f"{bundle.path}: the pictures are wrong: {'; '.join(answer['fidelity']['problems'])}", "Run: sdrt verify BUNDLE")
+            raise CheckFailed(
+                f"{bundle.path}: the pictures are wrong: {'; '.join(answer['fidelity']['problems'])}",
+                "Run: sdrt verify BUNDLE",
+            )
         found: list[float] = answer["samples"]["total_ms"]
         return found
 
     return measure
 
 
-def machine_noise(measure: Measure, work: str, limit_s: float, progress: Progress, *, now: Callable[[], float] = time.monotonic) -> MachineNoise:
-    """Measure in fresh processes, one after the other, until another one like the longest so far would end after `limit_s`.
+def machine_noise(
+    measure: Measure, work: str, limit_s: float, progress: Progress, *, now: Callable[[], float] = time.monotonic
+) -> MachineNoise:
+    """Measure in fresh processes, one after the other, until another one like the longest so far would end after
+    `limit_s`.
 
     Raises:
         SdrtError: what a process raised.
@@ -141,13 +164,31 @@ def machine_noise(measure: Measure, work: str, limit_s: float, progress: Progres
     throttled = None if heat is None else (cpu_throttles() or heat) - heat
     within, between, runs, visible, same, pairs = _scatter(groups) if len(groups) >= MIN_PAIRS else (None,) * 6
     return MachineNoise(
-        work, seconds, len(groups), sum(map(len, groups)), within, between, visible, runs, same, pairs, before["load_1min"], after["load_1min"], steal, throttled,
-        described["governor"], described["affinity"] or described["cores"] or 1,
-    )  # fmt: skip
+        work,
+        seconds,
+        len(groups),
+        sum(map(len, groups)),
+        within,
+        between,
+        visible,
+        runs,
+        same,
+        pairs,
+        before["load_1min"],
+        after["load_1min"],
+        steal,
+        throttled,
+        described["governor"],
+        described["affinity"] or described["cores"] or 1,
+    )
 
 
-def _scatter(groups: Sequence[Sequence[float]]) -> tuple[float, float, float | None, float | None, tuple[float, float, float] | None, int | None]:
-    """Scatter within and between processes, changes that two runs and ten pairs can see, neighbours' ratio, pairs for the default margin."""
+def _scatter(
+    groups: Sequence[Sequence[float]],
+) -> tuple[float, float, float | None, float | None, tuple[float, float, float] | None, int | None]:
+    """Scatter within and between processes, changes that two runs and ten pairs can see, neighbours' ratio, pairs for
+    the default margin.
+    """
     logs = [np.log(np.maximum(np.asarray(group), np.finfo(float).tiny)) for group in groups]
     medians = [float(np.median(group)) for group in logs]
     within = statistics.median(

@@ -1,7 +1,8 @@
 """One process that measures one bundle: it loads, makes pictures, and writes what it saw as JSON.
 
-Started fresh for every set of samples, because processes differ more than pictures do. It reads its request from a file and writes its answer to
-another, so nothing that a library prints can mix with it. Until the first picture is there it imports what the runtime needs and little more.
+Started fresh for every set of samples, because processes differ more than pictures do. It reads its request from a file
+and writes its answer to another, so nothing that a library prints can mix with it. Until the first picture is there it
+imports what the runtime needs and little more.
 """
 
 from __future__ import annotations
@@ -34,7 +35,10 @@ ONCE = ("import_ms", "load_ms", "engine_load_ms", "first_picture_ms", "cold_ms")
 
 @dataclass(frozen=True)
 class Request:
-    """What to measure. Times are limits in seconds; `prompts` take turns, in place of `prompt` where there are any; `python` is the interpreter to measure in, None for this one; `spawned_ns` is `time.monotonic_ns()` of the caller just before it started this process."""
+    """What to measure. Times are limits in seconds; `prompts` take turns, in place of `prompt` where there are any;
+    `python` is the interpreter to measure in, None for this one; `spawned_ns` is `time.monotonic_ns()` of the caller
+    just before it started this process.
+    """
 
     bundle: str
     scenario: str = "single"
@@ -77,7 +81,9 @@ class _Sampler:
         self.dropped = 0
 
     def picture(self, *, steps: int | None = None, keep: bool = False, same: bool = False) -> float:
-        """Make one call's pictures; `keep` its samples. Each call has a prompt of its own, unless it is to be the `same` as in other runs."""
+        """Make one call's pictures; `keep` its samples. Each call has a prompt of its own, unless it is to be the
+        `same` as in other runs.
+        """
         request, readings = self._request, self._readings
         self._made += 1
         prompts = request.prompts or (request.prompt,)
@@ -87,9 +93,17 @@ class _Sampler:
             self.watch.begin()
         started = readings.clock()
         self.last = self._pipe(
-            prompt, negative=request.negative, steps=steps or request.steps, cfg=request.cfg, seed=request.seed, sampler=request.sampler,
-            schedule=request.schedule, size=request.size, batch=request.batch, count=request.batch,
-        )  # fmt: skip
+            prompt,
+            negative=request.negative,
+            steps=steps or request.steps,
+            cfg=request.cfg,
+            seed=request.seed,
+            sampler=request.sampler,
+            schedule=request.schedule,
+            size=request.size,
+            batch=request.batch,
+            count=request.batch,
+        )
         total = (readings.clock() - started - readings.waited) / 1e6
         slowed = keep and self.watch is not None and self.watch.throttled()
         if keep:
@@ -101,9 +115,17 @@ class _Sampler:
 
     def _keep(self, total: float, kept: dict[str, list[float]]) -> None:
         readings = self._readings
-        found = {"total_ms": [total], "step_ms": [ns / 1e6 for ns in readings.steps], "host_ms": [total - readings.inside / 1e6]}
+        found = {
+            "total_ms": [total],
+            "step_ms": [ns / 1e6 for ns in readings.steps],
+            "host_ms": [total - readings.inside / 1e6],
+        }
         tokenise_ms = self.last.timings_ms.get("tokenise")
-        for name, value in (("tokenise_ms", tokenise_ms), ("text_encoder_ms", readings.text_encoder / 1e6), ("decode_ms", readings.decode / 1e6)):
+        for name, value in (
+            ("tokenise_ms", tokenise_ms),
+            ("text_encoder_ms", readings.text_encoder / 1e6),
+            ("decode_ms", readings.decode / 1e6),
+        ):
             if value:  # nothing was done, as where prompts are cached: no sample, rather than a fast one
                 found[name] = [value]
         found["copies_ms"] = [readings.copies / 1e6]
@@ -117,19 +139,26 @@ class _Sampler:
             kept.setdefault(name, []).extend(values)
 
     def counted(self) -> tuple[dict[str, list[float]], list[str]]:
-        """The samples, without those of pictures that were made while the machine throttled, and what to say about it."""
+        """The samples, without those of pictures that were made while the machine throttled, and what to
+        say about it.
+        """
         if not self.dropped:
             return self.samples, []
         if not self.samples:
-            return self.throttled, [f"the machine throttled in every picture of a process ({self.dropped}): none was dropped"]
-        return self.samples, [f"{self.dropped} pictures of a process dropped: the machine throttled while they were made"]
+            return self.throttled, [
+                f"the machine throttled in every picture of a process ({self.dropped}): none was dropped"
+            ]
+        return self.samples, [
+            f"{self.dropped} pictures of a process dropped: the machine throttled while they were made"
+        ]
 
 
 class _Turns:
-    """The other end of `sdrt.bench.turns`: words on standard input, each followed by a picture of which it takes turns in making.
+    """The other end of `sdrt.bench.turns`: words on standard input, each followed by a picture of which it takes turns
+    in making.
 
-    `TURN_MS` is the least a turn takes: long against what a change of processes costs, short against what a busy machine's speed changes in.
-    A GPU works on after the host went on, so there a turn is a whole picture.
+    `TURN_MS` is the least a turn takes: long against what a change of processes costs, short against what a busy
+    machine's speed changes in. A GPU works on after the host went on, so there a turn is a whole picture.
     """
 
     TURN_MS = 50.0
@@ -158,7 +187,9 @@ class _Turns:
     def make(self, sampler: _Sampler, readings: Readings) -> None:
         """Make the pictures that are asked for, `warm` ones and those that count, until the `end`."""
         engine = sampler.last.engine
-        self.tell(json.dumps({"peak_rss_bytes": peak_rss_bytes(), "engine": engine, "parameters": sampler.last.parameters}))
+        self.tell(
+            json.dumps({"peak_rss_bytes": peak_rss_bytes(), "engine": engine, "parameters": sampler.last.parameters})
+        )
         while (word := self.hear()) != "end":
             readings.between = self.between if engine.get("device") == "cpu" else None
             sampler.picture(keep=word == "picture")
@@ -179,22 +210,39 @@ def measure(request: Request, turns: _Turns | None = None) -> dict[str, Any]:
 
     readings = Readings()
     started = time.monotonic_ns()
-    pipe = Pipeline.load(request.bundle, backend=request.backend, device=request.device, threads=request.threads, observe=readings.observe)
+    pipe = Pipeline.load(
+        request.bundle,
+        backend=request.backend,
+        device=request.device,
+        threads=request.threads,
+        observe=readings.observe,
+    )
     loaded_ns = time.monotonic_ns()
     sampler = _Sampler(pipe, readings, request)
     first_ms = sampler.picture()
     cold_ns = time.monotonic_ns()
     imported = [name for name in sys.modules if not name.startswith("sdrt.bench")]
     once = {
-        "import_ms": (imported_ns - request.spawned_ns) / 1e6, "load_ms": (loaded_ns - started) / 1e6, "engine_load_ms": readings.engine_load / 1e6,
-        "first_picture_ms": first_ms, "cold_ms": (cold_ns - request.spawned_ns) / 1e6,
-    }  # fmt: skip
-    return _sustained(request, pipe, readings, sampler, {name: [value] for name, value in once.items()}, imported, turns)
+        "import_ms": (imported_ns - request.spawned_ns) / 1e6,
+        "load_ms": (loaded_ns - started) / 1e6,
+        "engine_load_ms": readings.engine_load / 1e6,
+        "first_picture_ms": first_ms,
+        "cold_ms": (cold_ns - request.spawned_ns) / 1e6,
+    }
+    return _sustained(
+        request, pipe, readings, sampler, {name: [value] for name, value in once.items()}, imported, turns
+    )
 
 
 def _sustained(
-    request: Request, pipe: Pipeline, readings: Readings, sampler: _Sampler, samples: dict[str, list[float]], imported: list[str], turns: _Turns | None = None
-) -> dict[str, Any]:  # fmt: skip
+    request: Request,
+    pipe: Pipeline,
+    readings: Readings,
+    sampler: _Sampler,
+    samples: dict[str, list[float]],
+    imported: list[str],
+    turns: _Turns | None = None,
+) -> dict[str, Any]:
     """Everything after the first picture. Imports of its own start here."""
     from sdrt.bench.fidelity import check_references, picture_record
     from sdrt.bench.scenarios import repeat, warm_up
@@ -208,8 +256,10 @@ def _sustained(
     sampler.picture(same=True)
     readings.keep = False
     counters = dict(sorted(readings.calls.items())) | {
-        "model_calls": len(readings.steps), "modules_imported": len(imported), "packages_imported": len(_packages(imported)),
-    }  # fmt: skip
+        "model_calls": len(readings.steps),
+        "modules_imported": len(imported),
+        "packages_imported": len(_packages(imported)),
+    }
     pixels, latents = sampler.last.images, readings.kept["latents"]
     sampler.points.clear()
     server: dict[str, Any] | None = None
@@ -217,7 +267,11 @@ def _sustained(
     sampler.points.clear()
     gpu = gpu_state(pipe._engine, request.device)
     watch = sampler.watch = Watch(gpu)
-    machine: dict[str, Any] = {"told": watch.told, "before": watch.now(), "gpu": gpu.identity() if gpu is not None else None}
+    machine: dict[str, Any] = {
+        "told": watch.told,
+        "before": watch.now(),
+        "gpu": gpu.identity() if gpu is not None else None,
+    }
     if turns is not None:
         turns.make(sampler, readings)
     elif request.scenario == "server":
@@ -236,21 +290,39 @@ def _sustained(
     if (device := _device_bytes(sampler.last.engine)) is not None:
         samples["device_bytes"] = [float(device)]
     engine = sampler.last.engine
-    checks, problems, skipped = check_references(pipe._engine, pipe.bundle) if turns is None or request.process == 0 else ([], [], [])  # type: ignore[arg-type]
+    assert pipe._engine is not None
+    checks, problems, skipped = (
+        check_references(pipe._engine, pipe.bundle) if turns is None or request.process == 0 else ([], [], [])
+    )
     record, wrong = picture_record(request.seed, latents, pixels)
     answer: dict[str, Any] = {
         "samples": samples,
-        "counters": counters | {"bundle_bytes": sum(file.size_bytes for file in pipe.bundle.manifest.files.values())} | _engine_bytes(pipe.bundle, engine),
+        "counters": (
+            counters
+            | {"bundle_bytes": sum(file.size_bytes for file in pipe.bundle.manifest.files.values())}
+            | _engine_bytes(pipe.bundle, engine)
+        ),
         "packages": sorted(_packages(imported)),
         "engine": engine,
         "parameters": sampler.last.parameters,
         "fit": sampler.points,
         "warm_up": None if warm is None else asdict(warm),
         "machine": machine,
-        "warnings": skipped
-        + throttled
-        + ([] if warm is None or warm.stable else [f"warm-up: pictures still varied by more than 2 % after {warm.seconds:.0f} s"]),
-        "fidelity": {"ok": not problems and not wrong, "checks": checks, "problems": problems + wrong, "picture": record},
+        "warnings": (
+            skipped
+            + throttled
+            + (
+                []
+                if warm is None or warm.stable
+                else [f"warm-up: pictures still varied by more than 2 % after {warm.seconds:.0f} s"]
+            )
+        ),
+        "fidelity": {
+            "ok": not problems and not wrong,
+            "checks": checks,
+            "problems": problems + wrong,
+            "picture": record,
+        },
     }
     if server is not None:
         answer["samples"] |= server.pop("samples")
@@ -262,7 +334,9 @@ def _sustained(
         from sdrt.bundle.graphs import TEXT_ENCODER, VAE_DECODER
 
         host = {TEXT_ENCODER: "text_encoder_ms", STEP: "step_ms", VAE_DECODER: "decode_ms"}
-        taken = {graph: samples.get(DEVICE_METRICS[graph]) or samples.get(name) for graph, name in host.items()}  # without the copies, where that is known
+        taken = {
+            graph: samples.get(DEVICE_METRICS[graph]) or samples.get(name) for graph, name in host.items()
+        }  # without the copies, where that is known
         wall_ms = {graph: median(values) for graph, values in taken.items() if values}
         answer["layers"] = profile(pipe, readings.kept, wall_ms)
     return answer
@@ -272,19 +346,33 @@ def _serve(request: Request, sampler: _Sampler) -> dict[str, Any]:
     from sdrt.bench.scenarios import attained_rate, poisson_arrivals, serve
 
     arrivals = poisson_arrivals(request.rate, request.duration_s, request.seed + request.process)
-    requests = serve(arrivals, lambda: sampler.picture(keep=True), queue=request.queue, now=time.monotonic, sleep=time.sleep)
-    done = [(one.arrived, one.started, one.ended) for one in requests if one.started is not None and one.ended is not None]
+    requests = serve(
+        arrivals, lambda: sampler.picture(keep=True), queue=request.queue, now=time.monotonic, sleep=time.sleep
+    )
+    done = [
+        (one.arrived, one.started, one.ended) for one in requests if one.started is not None and one.ended is not None
+    ]
     return {
-        "samples": {"latency_ms": [(ended - arrived) * 1e3 for arrived, _, ended in done], "queue_ms": [(began - arrived) * 1e3 for arrived, began, _ in done]},
-        "offered_per_s": request.rate, "attained_per_s": attained_rate(requests), "arrivals": len(requests), "completed": len(done),
+        "samples": {
+            "latency_ms": [(ended - arrived) * 1e3 for arrived, _, ended in done],
+            "queue_ms": [(began - arrived) * 1e3 for arrived, began, _ in done],
+        },
+        "offered_per_s": request.rate,
+        "attained_per_s": attained_rate(requests),
+        "arrivals": len(requests),
+        "completed": len(done),
         "rejected": len(requests) - len(done),
-    }  # fmt: skip
+    }
 
 
 def _packages(modules: list[str]) -> set[str]:
     """Top-level packages that are not Python's own."""
     own = {*sys.stdlib_module_names, "cython_runtime"}
-    return {name for name in (module.partition(".")[0] for module in modules) if name not in own and not name.startswith("_")}
+    return {
+        name
+        for name in (module.partition(".")[0] for module in modules)
+        if name not in own and not name.startswith("_")
+    }
 
 
 def _engine_bytes(bundle: Bundle, engine: dict[str, Any]) -> dict[str, int]:
@@ -294,9 +382,19 @@ def _engine_bytes(bundle: Bundle, engine: dict[str, Any]) -> dict[str, int]:
     files = bundle.manifest.files
     if "engine" in engine:
         folder = bundle.path / ENGINES / str(engine["engine"])
-        return {"engine_bytes": sum(path.stat().st_size for path in folder.iterdir() if path.is_file())} if folder.is_dir() else {}
-    graphs = {by_precision[engine["compute"]].path for by_precision in bundle.manifest.graphs.values() if engine.get("compute") in by_precision}
-    return {"engine_bytes": files[WEIGHTS].size_bytes + sum(files[path].size_bytes for path in graphs)} if graphs else {}
+        return (
+            {"engine_bytes": sum(path.stat().st_size for path in folder.iterdir() if path.is_file())}
+            if folder.is_dir()
+            else {}
+        )
+    graphs = {
+        by_precision[engine["compute"]].path
+        for by_precision in bundle.manifest.graphs.values()
+        if engine.get("compute") in by_precision
+    }
+    return (
+        {"engine_bytes": files[WEIGHTS].size_bytes + sum(files[path].size_bytes for path in graphs)} if graphs else {}
+    )
 
 
 def _device_bytes(engine: dict[str, Any]) -> int | None:
@@ -312,7 +410,9 @@ def _device_bytes(engine: dict[str, Any]) -> int | None:
 
 
 def take_turns() -> None:
-    """Be a process that takes turns. Whatever a library prints goes to standard error, so that only words travel on standard output."""
+    """Be a process that takes turns. Whatever a library prints goes to standard error, so that only words travel on
+    standard output.
+    """
     output, errors = 1, 2
     with os.fdopen(os.dup(output), "w") as told:
         os.dup2(errors, output)

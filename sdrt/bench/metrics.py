@@ -1,6 +1,8 @@
-"""What is measured: each metric's unit, meaning, and whether and how tightly it is gated, with `bench.toml`'s changes to that.
+"""What is measured: each metric's unit, meaning, and whether and how tightly it is gated, with `bench.toml`'s changes
+to that.
 
-Counters are not in the table: any counter may appear in a result, and each is gated exactly unless `bench.toml` says otherwise.
+Counters are not in the table: any counter may appear in a result, and each is gated exactly unless `bench.toml` says
+otherwise.
 """
 
 from __future__ import annotations
@@ -65,7 +67,9 @@ class Gate:
 
 @dataclass(frozen=True)
 class Gates:
-    """The gates of a comparison, and the most pairs that are made for it. Names that `bench.toml` does not mention keep their defaults."""
+    """The gates of a comparison, and the most pairs that are made for it. Names that `bench.toml` does not mention keep
+    their defaults.
+    """
 
     pairs: int = DEFAULT_PAIRS
     chosen: Mapping[str, Gate] = field(default_factory=dict)
@@ -99,7 +103,9 @@ def read_gates(path: Path) -> Gates:
     try:
         document = tomllib.loads(read_document(path, MAX_GATES_BYTES).data.decode())
     except (OSError, ValueError) as error:
-        raise InputFileError(f"{path}: not readable as TOML: {printable(str(error))}", "docs/ci.md shows one.") from error
+        raise InputFileError(
+            f"{path}: not readable as TOML: {printable(str(error))}", "docs/ci.md shows one."
+        ) from error
     _known(path, "", document, ("pairs", "metrics", "counters"))
     pairs = document.get("pairs", DEFAULT_PAIRS)
     if type(pairs) is not int or not 1 <= pairs <= MAX_PAIRS:
@@ -116,7 +122,9 @@ def read_gates(path: Path) -> Gates:
             margin, gated = table.get("margin", default.margin), table.get("gate", default.gated)
             if type(margin) not in (int, float) or not 0 <= margin <= 10 or (section == "metrics" and margin == 0):
                 least = "above 0" if section == "metrics" else "0"
-                raise InputFileError(f"{path}: {where}.margin: expected a share from {least} to 10, such as 0.05, found {margin!r}")
+                raise InputFileError(
+                    f"{path}: {where}.margin: expected a share from {least} to 10, such as 0.05, found {margin!r}"
+                )
             if type(gated) is not bool:
                 raise InputFileError(f"{path}: {where}.gate: expected true or false, found {gated!r}")
             chosen[name] = Gate(float(margin), gated)
@@ -132,4 +140,6 @@ def _table(path: Path, name: str, value: Any) -> dict[str, Any]:
 def _known(path: Path, prefix: str, table: Mapping[str, Any], names: tuple[str, ...]) -> None:
     for name in table:
         if name not in names:
-            raise InputFileError(f"{path}: {printable(prefix + name)}: unknown{nearest(name, names)}", f"Known here: {', '.join(names)}.")
+            raise InputFileError(
+                f"{path}: {printable(prefix + name)}: unknown{nearest(name, names)}", f"Known here: {', '.join(names)}."
+            )

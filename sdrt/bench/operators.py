@@ -1,4 +1,6 @@
-"""One operator of a profiled graph, and the arithmetic of matrix operators from their shapes, whichever engine ran them."""
+"""One operator of a profiled graph, and the arithmetic of matrix operators from their shapes, whichever engine ran
+them.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,8 @@ _ATTENTION = ("Attention", "MultiHeadAttention")
 
 @dataclass(frozen=True)
 class Operator:
-    """What one operator costs: ms of a run, operations, of which `matrix_flops` in matrix products, and bytes it reads and writes.
+    """What one operator costs: ms of a run, operations, of which `matrix_flops` in matrix products, and bytes it reads
+    and writes.
 
     `shape` is that of its first output, as `2x64x8x8`.
     """
@@ -44,7 +47,9 @@ class Layer:
 
 @dataclass(frozen=True)
 class Arithmetic:
-    """Of a whole graph: operations, of which `matrix_flops` in matrix products, and bytes that its operators read and write."""
+    """Of a whole graph: operations, of which `matrix_flops` in matrix products, and bytes that its operators read and
+    write.
+    """
 
     flops: int
     matrix_flops: int
@@ -53,17 +58,25 @@ class Arithmetic:
 
 def total(operators: Sequence[Operator]) -> Arithmetic:
     """The arithmetic of a graph from that of its operators."""
-    return Arithmetic(sum(one.flops for one in operators), sum(one.matrix_flops for one in operators), sum(one.bytes for one in operators))
+    return Arithmetic(
+        sum(one.flops for one in operators),
+        sum(one.matrix_flops for one in operators),
+        sum(one.bytes for one in operators),
+    )
 
 
 def operator(name: str, op: str, ms: float, matrix: int | None, moved: int, outputs: Shapes) -> Operator:
-    """An operator whose `matrix` operations are known, or None for one that is no matrix product: it counts one for each value that it writes."""
+    """An operator whose `matrix` operations are known, or None for one that is no matrix product: it counts one for
+    each value that it writes.
+    """
     flops = sum(map(math.prod, outputs)) if matrix is None else matrix
     return Operator(name, op, ms, flops, matrix or 0, moved, "x".join(map(str, next(iter(outputs), []))))
 
 
 def matrix_flops(op: str, inputs: Shapes, outputs: Shapes) -> int | None:
-    """Two per multiply-add of a convolution, matrix product or attention `[n, heads, rows, width]`; None for any other operator."""
+    """Two per multiply-add of a convolution, matrix product or attention `[n, heads, rows, width]`; None for any other
+    operator.
+    """
     if not inputs or not outputs:
         return None
     values = math.prod(outputs[0])
@@ -89,6 +102,10 @@ def _depth(first: Sequence[int], output: Sequence[int]) -> int:
 
 
 def fitted(array: NDArray[Any], shape: Sequence[int]) -> NDArray[Any]:
-    """`array` cut to `shape`, and where it is smaller with its last values repeated: timings ask for sizes, not for values."""
+    """`array` cut to `shape`, and where it is smaller with its last values repeated: timings ask for sizes, not for
+    values.
+    """
     cut = array[tuple(slice(0, side) for side in shape)]
-    return np.ascontiguousarray(np.pad(cut, [(0, side - have) for side, have in zip(shape, cut.shape, strict=True)], mode="edge"))
+    return np.ascontiguousarray(
+        np.pad(cut, [(0, side - have) for side, have in zip(shape, cut.shape, strict=True)], mode="edge")
+    )

@@ -21,10 +21,24 @@ _BLUE, _ORANGE, _GREEN, _PURPLE, _OCHRE, _GREY = "#1f6feb", "#d1570c", "#1a7f37"
 _SIDES = (_BLUE, _ORANGE)
 _WIDTH_IN = 9.2
 _STYLE: Any = {
-    "svg.hashsalt": "sdrt", "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 10, "axes.edgecolor": "#afb8c1", "axes.labelcolor": "#424a53",
-    "xtick.color": "#57606a", "ytick.color": "#57606a", "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#eaeef2",
-    "axes.axisbelow": True, "legend.frameon": False, "axes.titlesize": 10, "axes.titlelocation": "left", "axes.titlecolor": "#1b1f24",
-}  # fmt: skip
+    "svg.hashsalt": "sdrt",
+    "svg.fonttype": "none",
+    "font.family": "sans-serif",
+    "font.size": 10,
+    "axes.edgecolor": "#afb8c1",
+    "axes.labelcolor": "#424a53",
+    "xtick.color": "#57606a",
+    "ytick.color": "#57606a",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#eaeef2",
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+    "axes.titlesize": 10,
+    "axes.titlelocation": "left",
+    "axes.titlecolor": "#1b1f24",
+}
 _SHOWN = ("total_ms", "step_ms", "step_gpu_ms", "decode_ms", "latency_ms")
 _PARTS = {
     "tokenise_ms": ("tokenise", _PURPLE),
@@ -64,7 +78,11 @@ def parts_of_a_picture(document: Mapping[str, Any]) -> str | None:
         return None
     # Where a GPU told its own times they are the parts: the host is done with a call long before the GPU is.
     timed = {name: stats.get(name.replace("_ms", "_gpu_ms"), stats.get(name)) for name in _PARTS}
-    parts = [(*_PARTS[name], found["p50"] * (calls if name == "step_ms" else 1)) for name, found in timed.items() if found is not None]
+    parts = [
+        (*_PARTS[name], found["p50"] * (calls if name == "step_ms" else 1))
+        for name, found in timed.items()
+        if found is not None
+    ]
     rest = stats["total_ms"]["p50"] - sum(ms for _, _, ms in parts)
     if rest > 0:
         parts.append(("rest", _GREY, rest))
@@ -92,11 +110,29 @@ def distributions(documents: Mapping[str, Mapping[str, Any]]) -> str:
                 random = np.random.default_rng(0)
                 for process, values in enumerate(document["samples"].get(name, [])):
                     place = process + 1 + (side - (len(documents) - 1) / 2) * 0.36
-                    axes.scatter(place + random.uniform(-0.1, 0.1, len(values)), values, s=13, alpha=0.45, color=_SIDES[side], linewidths=0)
+                    axes.scatter(
+                        place + random.uniform(-0.1, 0.1, len(values)),
+                        values,
+                        s=13,
+                        alpha=0.45,
+                        color=_SIDES[side],
+                        linewidths=0,
+                    )
                     if values:
                         bar = label if process == 0 else ""
-                        axes.hlines(float(np.median(values)), place - 0.15, place + 0.15, color=_SIDES[side], linewidth=2.2, label=bar)
-            axes.set(title=f"{name}: {METRICS[name].meaning}", ylabel="ms", xlabel="process" if index == len(shown) - 1 else "")
+                        axes.hlines(
+                            float(np.median(values)),
+                            place - 0.15,
+                            place + 0.15,
+                            color=_SIDES[side],
+                            linewidth=2.2,
+                            label=bar,
+                        )
+            axes.set(
+                title=f"{name}: {METRICS[name].meaning}",
+                ylabel="ms",
+                xlabel="process" if index == len(shown) - 1 else "",
+            )
             axes.grid(visible=False, axis="x")
             axes.xaxis.get_major_locator().set_params(integer=True)  # type: ignore[call-arg]
             if len(documents) > 1:
@@ -105,21 +141,30 @@ def distributions(documents: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def ratios(rows: Sequence[Row]) -> str | None:
-    """New over base with its interval, a line per timing, what is gated first; shaded is the margin within which a gated one counts as the same.
+    """New over base with its interval, a line per timing, what is gated first; shaded is the margin within which a
+    gated one counts as the same.
 
     The axis is logarithmic, and as wide as what is gated needs; what lies beyond it ends in an arrow.
     """
-    shown = sorted((row for row in rows if row.ratio is not None and row.low is not None and row.high is not None), key=lambda row: not row.gated)
+    shown = sorted(
+        (row for row in rows if row.ratio is not None and row.low is not None and row.high is not None),
+        key=lambda row: not row.gated,
+    )
     if not shown:
         return None
     leading = [row for row in shown if row.gated] or shown
-    reach = max(max(abs(np.log(row.low or 1)), abs(np.log(row.high or 1)), 3 * np.log1p(row.margin)) for row in leading) * 1.08
+    reach = (
+        max(max(abs(np.log(row.low or 1)), abs(np.log(row.high or 1)), 3 * np.log1p(row.margin)) for row in leading)
+        * 1.08
+    )
     least, most = float(np.exp(-reach)), float(np.exp(reach))
     with rc_context(_STYLE):
         figure, axes = _axes(0.9 + 0.27 * len(shown))
         for place, row in enumerate(shown):
             assert row.ratio is not None and row.low is not None and row.high is not None
-            colour = _ORANGE if row.verdict == SLOWER else _GREEN if row.verdict == FASTER else _BLUE if row.gated else _GREY
+            colour = (
+                _ORANGE if row.verdict == SLOWER else _GREEN if row.verdict == FASTER else _BLUE if row.gated else _GREY
+            )
             low, high = (min(max(value, least), most) for value in (row.low, row.high))
             axes.hlines(place, low, high, color=colour, linewidth=2)
             for edge, marker, beyond in ((least, "<", row.low < least), (most, ">", row.high > most)):
@@ -128,10 +173,22 @@ def ratios(rows: Sequence[Row]) -> str | None:
             if least <= row.ratio <= most:
                 axes.plot([row.ratio], [place], color=colour, marker="o", markersize=6)
             if row.gated:
-                axes.barh([place], [row.margin + 1 - 1 / (1 + row.margin)], left=[1 / (1 + row.margin)], height=0.75, color=_BLUE, alpha=0.1)
+                axes.barh(
+                    [place],
+                    [row.margin + 1 - 1 / (1 + row.margin)],
+                    left=[1 / (1 + row.margin)],
+                    height=0.75,
+                    color=_BLUE,
+                    alpha=0.1,
+                )
         axes.axvline(1, color=_GREY, linewidth=1)
         axes.set_xscale("log")
-        axes.set(yticks=range(len(shown)), yticklabels=[row.name for row in shown], xlabel="new / base: left of 1 is faster", xlim=(least, most))
+        axes.set(
+            yticks=range(len(shown)),
+            yticklabels=[row.name for row in shown],
+            xlabel="new / base: left of 1 is faster",
+            xlim=(least, most),
+        )
         axes.set_xticks([tick for tick in MaxNLocator(9).tick_values(least, most) if least <= tick <= most])
         axes.xaxis.set_major_formatter(FormatStrFormatter("%.4g"))
         axes.xaxis.set_minor_locator(NullLocator())
@@ -146,19 +203,27 @@ def trend(found: Trend) -> str:
     with rc_context(_STYLE):
         figure, axes = _axes(2.1)
         x = np.arange(1, len(found.values) + 1)
-        values, limit = ([value / (1e6 if found.unit == "bytes" else 1) for value in series] for series in (found.values, [found.limit or 0.0]))
+        values, limit = (
+            [value / (1e6 if found.unit == "bytes" else 1) for value in series]
+            for series in (found.values, [found.limit or 0.0])
+        )
         axes.plot(x, values, color=_BLUE, marker="o", markersize=4)
         if found.limit is not None:
-            axes.axhline(limit[0], color=_ORANGE, linestyle="--", linewidth=1, label="fence: Q3 + 3 IQR of the runs before")
+            axes.axhline(
+                limit[0], color=_ORANGE, linestyle="--", linewidth=1, label="fence: Q3 + 3 IQR of the runs before"
+            )
             axes.legend(loc="lower right")
         if found.outside:
             axes.plot(x[-1:], values[-1:], color=_ORANGE, marker="o", markersize=9)
         unit = "MB" if found.unit == "bytes" else found.unit
         meaning = f": {METRICS[found.name].meaning}" if found.name in METRICS else ""
         axes.set(
-            title=f"{found.name}{meaning}", ylabel=unit, xlabel=f"run, {found.times[0][:10]} to {found.times[-1][:10]}", xlim=(0.5, len(values) + 0.5),
+            title=f"{found.name}{meaning}",
+            ylabel=unit,
+            xlabel=f"run, {found.times[0][:10]} to {found.times[-1][:10]}",
+            xlim=(0.5, len(values) + 0.5),
             ylim=(0, 1.2 * max(*values, limit[0], 0.0) or 1.0),
-        )  # fmt: skip
+        )
         axes.xaxis.get_major_locator().set_params(integer=True)
         return _svg(figure)
 
@@ -167,7 +232,10 @@ def slowest(operators: Sequence[Mapping[str, Any]]) -> str:
     """The slowest operators of a graph, as bars."""
     with rc_context(_STYLE):
         figure, axes = _axes(0.6 + 0.24 * len(operators))
-        labels = [printable(one["name"] if one["op"] in one["name"] else f"{one['op']}  {one['name']}")[:60] for one in operators]
+        labels = [
+            printable(one["name"] if one["op"] in one["name"] else f"{one['op']}  {one['name']}")[:60]
+            for one in operators
+        ]
         axes.barh(range(len(operators)), [one["ms"] for one in operators], color=_BLUE, height=0.7)
         axes.set(yticks=range(len(operators)), yticklabels=labels, xlabel="ms")
         axes.tick_params(axis="y", labelsize=8.5)

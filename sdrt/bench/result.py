@@ -1,4 +1,5 @@
-"""The result of a run: a JSON document of schema 1 (docs/bench-schema.json), how it is put together, written and read back.
+"""The result of a run: a JSON document of schema 1 (docs/bench-schema.json), how it is put together, written and read
+back.
 
 Raw samples are always in it, a list per process; everything else can be computed again from them.
 """
@@ -26,11 +27,36 @@ _MAKE_ONE = "Make one with: sdrt bench run BUNDLE --output FILE.json"
 Document = dict[str, Any]
 
 _PARTS: Mapping[str, type] = {
-    "id": str, "time": str, "tool": dict, "bundle": dict, "config": dict, "engine": dict, "env": dict, "samples": dict, "stats": dict, "counters": dict,
-    "fidelity": dict, "warnings": list,
-}  # fmt: skip
+    "id": str,
+    "time": str,
+    "tool": dict,
+    "bundle": dict,
+    "config": dict,
+    "engine": dict,
+    "env": dict,
+    "samples": dict,
+    "stats": dict,
+    "counters": dict,
+    "fidelity": dict,
+    "warnings": list,
+}
 
-FIXED_BY_CALLER = ("scenario", "size", "batch", "steps", "sampler", "schedule", "cfg", "prompt", "prompts", "negative", "seed", "rate", "duration_s", "queue")
+FIXED_BY_CALLER = (
+    "scenario",
+    "size",
+    "batch",
+    "steps",
+    "sampler",
+    "schedule",
+    "cfg",
+    "prompt",
+    "prompts",
+    "negative",
+    "seed",
+    "rate",
+    "duration_s",
+    "queue",
+)
 """What of `config` changes what is measured; numbers of pictures and processes only change how well."""
 COMPARABLE: Mapping[str, tuple[str, ...]] = {
     "config": FIXED_BY_CALLER,
@@ -93,7 +119,9 @@ def assemble(children: Sequence[Mapping[str, Any]], identity: Mapping[str, Any],
             "attained_per_s": [server["attained_per_s"] for server in servers],
             **{name: sum(server[name] for server in servers) for name in ("arrivals", "completed", "rejected")},
         }
-    plain: Document = json.loads(json.dumps(document, allow_nan=False))  # lists for tuples: what was made is what is read back
+    plain: Document = json.loads(
+        json.dumps(document, allow_nan=False)
+    )  # lists for tuples: what was made is what is read back
     return plain
 
 
@@ -119,7 +147,9 @@ def ran(document: Mapping[str, Any]) -> str:
     width, height = config["size"]
     scenario = "" if config["scenario"] == "single" else f"{config['scenario']}, "
     what = " ".join(str(engine[part]) for part in ("backend", "compute", "device") if engine.get(part))
-    return f"{what}, {scenario}{width}x{height}, batch {config['batch']}, {config['steps']} steps of {config['sampler']}"
+    return (
+        f"{what}, {scenario}{width}x{height}, batch {config['batch']}, {config['steps']} steps of {config['sampler']}"
+    )
 
 
 def series(document: Mapping[str, Any]) -> str:
@@ -129,8 +159,12 @@ def series(document: Mapping[str, Any]) -> str:
 
 
 def series_key(document: Mapping[str, Any]) -> str:
-    """A short hash of everything that must be equal for two results to be of one series: what makes them comparable, and the label."""
-    fields: dict[str, Any] = {part: {name: document[part].get(name) for name in names} for part, names in COMPARABLE.items()}
+    """A short hash of everything that must be equal for two results to be of one series: what makes them comparable,
+    and the label.
+    """
+    fields: dict[str, Any] = {
+        part: {name: document[part].get(name) for name in names} for part, names in COMPARABLE.items()
+    }
     fields["series"] = series(document)
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -170,13 +204,22 @@ def parse_result(path: Path, data: bytes) -> Document:
     if not isinstance(document["config"]["size"], list) or len(document["config"]["size"]) != 2:
         raise InputFileError(f"{path}: config.size: expected width and height", "Run the benchmark again.")
     for name, processes in document["samples"].items():
-        if not isinstance(processes, list) or not processes or not all(isinstance(values, list) and all(map(_is_number, values)) for values in processes):
-            raise InputFileError(f"{path}: samples.{printable(name)}: expected a list of numbers per process", "Run the benchmark again.")
+        if (
+            not isinstance(processes, list)
+            or not processes
+            or not all(isinstance(values, list) and all(map(_is_number, values)) for values in processes)
+        ):
+            raise InputFileError(
+                f"{path}: samples.{printable(name)}: expected a list of numbers per process", "Run the benchmark again."
+            )
         if not any(value >= 0 for values in processes for value in values):
             raise InputFileError(f"{path}: samples.{printable(name)}: no sample in it", "Run the benchmark again.")
     for name, value in document["counters"].items():
         if type(value) is not int:
-            raise InputFileError(f"{path}: counters.{printable(name)}: expected a whole number, found {value!r}", "Run the benchmark again.")
+            raise InputFileError(
+                f"{path}: counters.{printable(name)}: expected a whole number, found {value!r}",
+                "Run the benchmark again.",
+            )
     if not isinstance(document["fidelity"].get("ok"), bool):
         raise InputFileError(f"{path}: fidelity.ok: expected true or false", "Run the benchmark again.")
     picture = document["fidelity"].get("picture")
@@ -186,7 +229,9 @@ def parse_result(path: Path, data: bytes) -> Document:
         and _is_sketch(picture.get("latents_sketch"))
         and _is_sketch(picture.get("pixels_sketch"))
     ):
-        raise InputFileError(f"{path}: fidelity.picture: expected two sketches, lists of numbers", "Run the benchmark again.")
+        raise InputFileError(
+            f"{path}: fidelity.picture: expected two sketches, lists of numbers", "Run the benchmark again."
+        )
     if not isinstance(document["fidelity"].get("problems", []), list):
         raise InputFileError(f"{path}: fidelity.problems: expected a list", "Run the benchmark again.")
     for name, processes in document["samples"].items():  # never other than its samples say
@@ -222,13 +267,21 @@ def parse_json(path: Path, data: bytes) -> Document:
     except (ValueError, RecursionError) as error:
         raise InputFileError(f"{path}: not valid JSON: {printable(str(error))}", "Run the benchmark again.") from error
     if not isinstance(document, dict):
-        raise InputFileError(f"{path}: expected a JSON object, found {type(document).__name__}", "Run the benchmark again.")
+        raise InputFileError(
+            f"{path}: expected a JSON object, found {type(document).__name__}", "Run the benchmark again."
+        )
     return document
 
 
 def check_schema(path: Path, document: Mapping[str, Any]) -> None:
     schema = document.get("schema")
     if type(schema) is int and schema > SCHEMA:
-        raise MachineError(f"{path}: benchmark schema {schema}; this sdrt reads schema {SCHEMA}", "Upgrade sdrt, or run the benchmark again with this version.")
+        raise MachineError(
+            f"{path}: benchmark schema {schema}; this sdrt reads schema {SCHEMA}",
+            "Upgrade sdrt, or run the benchmark again with this version.",
+        )
     if type(schema) is not int or schema != SCHEMA:
-        raise InputFileError(f"{path}: schema: expected {SCHEMA}, found {printable(repr(schema))}", "Run the benchmark again with this version of sdrt.")
+        raise InputFileError(
+            f"{path}: schema: expected {SCHEMA}, found {printable(repr(schema))}",
+            "Run the benchmark again with this version of sdrt.",
+        )

@@ -30,7 +30,9 @@ MeasurePair = Callable[[Request, Request, int], Answers]
 Progress = Callable[[str], None]
 
 
-def run(bundle: Bundle, request: Request, processes: int, progress: Progress, measure: Measure = in_fresh_process) -> Document:
+def run(
+    bundle: Bundle, request: Request, processes: int, progress: Progress, measure: Measure = in_fresh_process
+) -> Document:
     """Measure a bundle in `processes` fresh processes, one after the other. Layers are profiled in the first.
 
     Raises:
@@ -45,12 +47,20 @@ def run(bundle: Bundle, request: Request, processes: int, progress: Progress, me
 
 
 def side_by_side(
-    old: tuple[Bundle, Request], new: tuple[Bundle, Request], gates: Gates, progress: Progress, *, max_s: float, measure: MeasurePair | None = None
+    old: tuple[Bundle, Request],
+    new: tuple[Bundle, Request],
+    gates: Gates,
+    progress: Progress,
+    *,
+    max_s: float,
+    measure: MeasurePair | None = None,
 ) -> Comparison:
-    """Measure two bundles in pairs of fresh processes that take turns, and judge after each pair, until the verdict is settled.
+    """Measure two bundles in pairs of fresh processes that take turns, and judge after each pair, until the verdict is
+    settled.
 
-    MIN_PAIRS are always made, unless `gates.pairs` asks for fewer; no further one is begun that would end after `max_s`. `sdrt.bench.statistics` says why looking
-    again and again raises no false alarms. Two that cannot be compared are told apart before anything is measured: the comparison then has no rows.
+    MIN_PAIRS are always made, unless `gates.pairs` asks for fewer; no further one is begun that would end after
+    `max_s`. `sdrt.bench.statistics` says why looking again and again raises no false alarms. Two that cannot be
+    compared are told apart before anything is measured: the comparison then has no rows.
 
     Raises:
         SdrtError: what a process raised.
@@ -77,10 +87,18 @@ def side_by_side(
             done = len(answers[0])
             notes = [f"processes ran one after the other, which tells less: {pairs.alone}"] if pairs.alone else []
             result = compared(answers, notes)
-            progress(f"pair {done}: {'; '.join(_so_far(result)) or 'nothing gated is timed'}{f' ({pairs.alone})' if pairs.alone else ''}")
+            progress(
+                f"pair {done}:"
+                f" {'; '.join(_so_far(result)) or 'nothing gated is timed'}{f' ({pairs.alone})' if pairs.alone else ''}"
+            )
             settled = done >= MIN_PAIRS and (result.failures or not result.undecided)
             taken = time.monotonic() - started
-            if settled or result.different or done >= gates.pairs or (done >= MIN_PAIRS and taken * (done + 1) / done > max_s):
+            if (
+                settled
+                or result.different
+                or done >= gates.pairs
+                or (done >= MIN_PAIRS and taken * (done + 1) / done > max_s)
+            ):
                 return result
     except _NotComparable as found:
         return found.comparison
@@ -95,25 +113,57 @@ class _NotComparable(Exception):
 
 def _so_far(result: Comparison) -> list[str]:
     """What is known of each gated timing."""
-    rows = [row for row in result.rows if row.gated and row.ratio is not None and row.low is not None and row.high is not None]
-    return [f"{row.name} {row.ratio:.3f}" + (f" [{row.low:.3f}, {row.high:.3f}] {row.verdict}" if row.n >= MIN_PAIRS else "") for row in rows]
+    rows = [
+        row
+        for row in result.rows
+        if row.gated and row.ratio is not None and row.low is not None and row.high is not None
+    ]
+    return [
+        f"{row.name} {row.ratio:.3f}"
+        + (f" [{row.low:.3f}, {row.high:.3f}] {row.verdict}" if row.n >= MIN_PAIRS else "")
+        for row in rows
+    ]
 
 
-def document_of(bundle: Bundle, request: Request, answers: Sequence[Mapping[str, Any]], before: Mapping[str, Any]) -> Document:
+def document_of(
+    bundle: Bundle, request: Request, answers: Sequence[Mapping[str, Any]], before: Mapping[str, Any]
+) -> Document:
     """The result document of what the processes answered."""
     manifest, parameters, engine = bundle.manifest, answers[0]["parameters"], answers[0]["engine"]
     settings = {
         name: getattr(request, name)
-        for name in ("scenario", "steps", "cfg", "sampler", "schedule", "prompt", "negative", "seed", "batch", "threads", "pictures", "limit_s", "warm_up_s")
+        for name in (
+            "scenario",
+            "steps",
+            "cfg",
+            "sampler",
+            "schedule",
+            "prompt",
+            "negative",
+            "seed",
+            "batch",
+            "threads",
+            "pictures",
+            "limit_s",
+            "warm_up_s",
+        )
     }
     if request.scenario == "server":
         settings |= {name: getattr(request, name) for name in ("rate", "duration_s", "queue")}
     if request.prompts:
         settings |= {
             "prompt": request.prompts[0],
-            "prompts": {"count": len(request.prompts), "sha256": hashlib.sha256("\n".join(request.prompts).encode()).hexdigest()},
+            "prompts": {
+                "count": len(request.prompts),
+                "sha256": hashlib.sha256("\n".join(request.prompts).encode()).hexdigest(),
+            },
         }
-    config = settings | {"size": list(parameters["size"]), "sampler": parameters["sampler"], "schedule": parameters["schedule"], "processes": len(answers)}
+    config = settings | {
+        "size": list(parameters["size"]),
+        "sampler": parameters["sampler"],
+        "schedule": parameters["schedule"],
+        "processes": len(answers),
+    }
     after = load()
     env = environment() | {
         "gpu": None if engine.get("device") == "cpu" else engine.get("device"),
@@ -121,18 +171,26 @@ def document_of(bundle: Bundle, request: Request, answers: Sequence[Mapping[str,
         "load_after": after["load_1min"],
     }
     env |= _gpu_environment(answers[0].get("machine", {}).get("gpu") or {})
-    env["steal_s"] = None if before["steal_s"] is None or after["steal_s"] is None else round(after["steal_s"] - before["steal_s"], 3)
+    env["steal_s"] = (
+        None
+        if before["steal_s"] is None or after["steal_s"] is None
+        else round(after["steal_s"] - before["steal_s"], 3)
+    )
     identity = {
         "id": uuid.uuid4().hex,
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "tool": {"sdrt": __version__, "git": git_revision()},
         "bundle": {
-            "name": manifest.name, "family": manifest.family, "precision": manifest.precision, "weights": manifest.files[WEIGHTS].sha256,
-            "sha256": _digest(bundle), "lora": [source.name for source in manifest.sources if source.kind == "lora"],
+            "name": manifest.name,
+            "family": manifest.family,
+            "precision": manifest.precision,
+            "weights": manifest.files[WEIGHTS].sha256,
+            "sha256": _digest(bundle),
+            "lora": [source.name for source in manifest.sources if source.kind == "lora"],
         },
         "config": config,
         "env": env,
-    }  # fmt: skip
+    }
     document = assemble(answers, identity, _busy(env))
     document["packages"] = answers[0].get("packages", [])
     if layers := next((answer["layers"] for answer in answers if answer.get("layers")), None):
@@ -151,7 +209,10 @@ def _busy(env: Mapping[str, Any]) -> list[str]:
     cores = env["affinity"] or env["cores"] or 1
     found = []
     if env["load_before"] is not None and env["load_before"] > 0.5 * cores:
-        found.append(f"the machine was busy before the run: load {env['load_before']:.1f} on {cores} cores; prefer `sdrt bench ab`, which interleaves")
+        found.append(
+            f"the machine was busy before the run: load {env['load_before']:.1f} on {cores} cores; prefer `sdrt bench"
+            " ab`, which interleaves"
+        )
     if env["steal_s"] and env["steal_s"] > 1:
         found.append(f"other guests of this machine took {env['steal_s']:.1f} s of processor time during the run")
     if (others := (env.get("gpu_processes") or 1) - 1) > 0:

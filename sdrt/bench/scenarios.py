@@ -1,4 +1,6 @@
-"""How pictures are asked for: warm-up until stable, one after the other, or as they arrive at a server. Clocks are handed in, so tests need none."""
+"""How pictures are asked for: warm-up until stable, one after the other, or as they arrive at a server. Clocks are
+handed in, so tests need none.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ class WarmUp:
 
 
 def warm_up(picture: Callable[[], float], *, limit_s: float, now: Seconds) -> WarmUp:
-    """Make pictures until three medians agree within 2 %, or for `limit_s`. `picture` makes one and returns its duration, any unit."""
+    """Make pictures until three medians agree within 2 %, or for `limit_s`. `picture` makes one and returns its
+    duration, any unit.
+    """
     started, times = now(), list[float]()
     while True:
         times.append(picture())
@@ -66,10 +70,18 @@ class Request:
     ended: float | None
 
 
-def serve(arrivals: Sequence[float], picture: Callable[[], object], *, queue: int, now: Seconds, sleep: Callable[[float], None]) -> list[Request]:
+def serve(
+    arrivals: Sequence[float],
+    picture: Callable[[], object],
+    *,
+    queue: int,
+    now: Seconds,
+    sleep: Callable[[float], None],
+) -> list[Request]:
     """One server with a queue of `queue` places, first come first served; who finds it full is rejected.
 
-    The queue only grows while a picture is made, so admitting what arrived meanwhile, in order, once it is done is the same as doing it then.
+    The queue only grows while a picture is made, so admitting what arrived meanwhile, in order, once it is done is the
+    same as doing it then.
     """
     start = now()
     waiting: deque[float] = deque()

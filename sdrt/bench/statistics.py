@@ -1,14 +1,16 @@
-"""The statistics of `sdrt bench`: summaries of samples, ratios with bootstrap intervals, verdicts, the fit of fixed and per-call cost. numpy only.
+"""The statistics of `sdrt bench`: summaries of samples, ratios with bootstrap intervals, verdicts, the fit of fixed and
+per-call cost. numpy only.
 
 A process is the unit of variation: pictures of one process share its memory layout and its moment on the machine.
 
-Two bundles measured side by side make pairs of processes. A pair gives one number, the median of the log ratios of its turns, and the pairs'
-numbers are judged after every pair by Student's t. Which side starts first alternates, so without a change the numbers lie evenly around 0, each pair with
-a noise of its own; for normal noise of any mix of widths Student's two-sided test keeps its level up to 8 % (Bakirov and Szekely, 2005).
-Looking after every pair raises false alarms, so one look may only raise LOOK_ALPHA.
+Two bundles measured side by side make pairs of processes. A pair gives one number, the median of the log ratios of its
+turns, and the pairs' numbers are judged after every pair by Student's t. Which side starts first alternates, so without
+a change the numbers lie evenly around 0, each pair with a noise of its own; for normal noise of any mix of widths
+Student's two-sided test keeps its level up to 8 % (Bakirov and Szekely, 2005). Looking after every pair raises false
+alarms, so one look may only raise LOOK_ALPHA.
 
-Two separate runs are compared by medians of processes, with an interval from drawing processes, and pictures within them, with replacement (Efron,
-1979, percentile interval), and Wilcoxon's exact rank sum (Mann-Whitney).
+Two separate runs are compared by medians of processes, with an interval from drawing processes, and pictures within
+them, with replacement (Efron, 1979, percentile interval), and Wilcoxon's exact rank sum (Mann-Whitney).
 """
 
 from __future__ import annotations
@@ -29,7 +31,9 @@ SEED = 20_061
 ALPHA = 0.04
 """Two-sided, over all gated metrics of two separate runs: a false SLOWER in at most 2 of 100, whatever the noise."""
 LOOK_ALPHA = 0.0025
-"""The same for one look at pairs. Up to MAX_PAIRS - MIN_PAIRS + 1 looks, all at the same pairs, raise a false SLOWER in at most 2 of 100 runs (the tests)."""
+"""The same for one look at pairs. Up to MAX_PAIRS - MIN_PAIRS + 1 looks, all at the same pairs, raise a false SLOWER in
+at most 2 of 100 runs (the tests).
+"""
 MIN_PAIRS, MAX_PAIRS = 6, 50
 MIN_PROCESSES = 4
 """Of two unpaired groups of n, the clearest split is 2 of (2n over n) equally likely ones: below ALPHA from 4 on."""
@@ -46,14 +50,18 @@ SLOWER, FASTER, SAME, AMBIGUOUS = "SLOWER", "FASTER", "SAME", "AMBIGUOUS"
 
 
 def usable(values: Sequence[float]) -> tuple[list[float], int]:
-    """The finite, non-negative values, and how many were dropped: NaN, or durations measured while a clock went back."""
+    """The finite, non-negative values, and how many were dropped: NaN, or durations measured while a clock
+    went back.
+    """
     kept = [float(value) for value in values if math.isfinite(value) and value >= 0]
     return kept, len(values) - len(kept)
 
 
 @dataclass(frozen=True)
 class Summary:
-    """`n` values of `processes` processes; `ci95` is of the median of the processes' medians, None for fewer than two processes."""
+    """`n` values of `processes` processes; `ci95` is of the median of the processes' medians, None for fewer than two
+    processes.
+    """
 
     n: int
     processes: int
@@ -82,7 +90,9 @@ def summarise(processes: Sequence[Sequence[float]]) -> Summary:
 
 @cache
 def _middles(n: int, resamples: int, seed: int) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
-    """Ranks of the two middle values of each resample of n sorted values. Drawing ranks once serves every sample of that size."""
+    """Ranks of the two middle values of each resample of n sorted values. Drawing ranks once serves every sample of
+    that size.
+    """
     ranks = np.sort(np.random.default_rng([seed, n]).integers(0, n, (resamples, n)), axis=1)
     return ranks[:, (n - 1) // 2], ranks[:, n // 2]
 
@@ -99,9 +109,10 @@ def bootstrap_medians(values: Doubles, resamples: int = RESAMPLES, seed: int = S
 class Estimate:
     """A ratio new / base with its 95 % interval. `p_value` is the two-sided test's, `alpha` what it must be below.
 
-    `enough` is whether n pairs (or processes a side) may be judged at all. `changed` is the share of the margin, in logarithms, from which a ratio may be called
-    a change: a change of the margin itself must be found, though half of all its measurements lie below it. Separate runs saw two moments of the machine, so theirs is all.
-    `seen` is the smallest relative change told from none in four cases of five.
+    `enough` is whether n pairs (or processes a side) may be judged at all. `changed` is the share of the margin, in
+    logarithms, from which a ratio may be called a change: a change of the margin itself must be found, though half of
+    all its measurements lie below it. Separate runs saw two moments of the machine, so theirs is all. `seen` is the
+    smallest relative change told from none in four cases of five.
     """
 
     ratio: float
@@ -116,13 +127,17 @@ class Estimate:
 
     @property
     def error(self) -> float:
-        """Standard error of the ratio's logarithm, from the width of its interval: a stray pair widens it little. Infinite for n = 1."""
+        """Standard error of the ratio's logarithm, from the width of its interval: a stray pair widens it little.
+        Infinite for n = 1.
+        """
         return math.log(self.high / self.low) / (2 * _Z95) if self.n > 1 else math.inf
 
 
 def paired(base: Sequence[Sequence[float]], new: Sequence[Sequence[float]]) -> Estimate | None:
-    """Ratio of processes in pairs: process i of both sides ran side by side. As many samples on both sides are taken in turns, sample by sample; a process whose machine
-    slowed down for some of them is compared by its median. Pairs with an unusable side are left out; None if none is left."""
+    """Ratio of processes in pairs: process i of both sides ran side by side. As many samples on both sides are taken in
+    turns, sample by sample; a process whose machine slowed down for some of them is compared by its median. Pairs with
+    an unusable side are left out; None if none is left.
+    """
     logs = []
     for one, other in zip(base, new, strict=True):
         a, b = (np.array([value for value in usable(side)[0] if value > 0]) for side in (one, other))
@@ -138,11 +153,23 @@ def from_logs(logs: Doubles) -> Estimate:
     reach = student_t(0.975, n - 1) * error if n > 1 else math.inf
     p_value = 1.0 if n < 2 or middle == 0 else 2 * (1 - student_share(abs(middle) / error, n - 1)) if error else 0.0
     low, high = (math.exp(max(-700.0, min(700.0, value))) for value in (middle - reach, middle + reach))
-    return Estimate(math.exp(middle), low, high, p_value, n, n >= MIN_PAIRS, LOOK_ALPHA, 0.5, visible(error * math.sqrt(n), n) if n > 1 else math.nan)
+    return Estimate(
+        math.exp(middle),
+        low,
+        high,
+        p_value,
+        n,
+        n >= MIN_PAIRS,
+        LOOK_ALPHA,
+        0.5,
+        visible(error * math.sqrt(n), n) if n > 1 else math.nan,
+    )
 
 
 def student_share(t: float, freedom: int) -> float:
-    """Student's distribution function, for whole degrees of freedom (Abramowitz and Stegun, 1964, 26.7.3 and 26.7.4)."""
+    """Student's distribution function, for whole degrees of freedom (Abramowitz and Stegun, 1964, 26.7.3
+    and 26.7.4).
+    """
     angle = math.atan2(t, math.sqrt(freedom))
     odd, square = freedom % 2, math.cos(angle) ** 2
     term = math.sin(angle) * (math.cos(angle) if odd else 1.0)
@@ -164,12 +191,16 @@ def student_t(share: float, freedom: int) -> float:
 
 
 def visible(deviation: float, pairs: int) -> float:
-    """The smallest relative change that so many pairs, whose log ratios scatter by `deviation`, tell from none in four cases of five."""
+    """The smallest relative change that so many pairs, whose log ratios scatter by `deviation`, tell from none in four
+    cases of five.
+    """
     return math.expm1(min((student_t(1 - LOOK_ALPHA / 2, pairs - 1) + _Z80) * deviation / math.sqrt(pairs), 100.0))
 
 
 def unpaired(base: Sequence[Sequence[float]], new: Sequence[Sequence[float]]) -> Estimate | None:
-    """Ratio of two separate runs: processes are drawn, and within each its samples. None if a side has no usable value."""
+    """Ratio of two separate runs: processes are drawn, and within each its samples. None if a side has no usable
+    value.
+    """
     sides = []
     for offset, processes in enumerate((base, new)):
         groups = [np.asarray(kept) for kept, _ in map(usable, processes) if kept and np.median(kept) > 0]
@@ -185,7 +216,15 @@ def unpaired(base: Sequence[Sequence[float]], new: Sequence[Sequence[float]]) ->
     n = min(len(old), len(now))
     low, high = (float(value) for value in np.percentile(new_draws - old_draws, [2.5, 97.5]))
     seen = math.expm1(min(SEEN * (high - low) / (2 * _Z95), 100.0))
-    return Estimate(float(np.median(now) / np.median(old)), math.exp(low), math.exp(high), rank_sum(old, now), n, n >= MIN_PROCESSES, seen=seen)
+    return Estimate(
+        float(np.median(now) / np.median(old)),
+        math.exp(low),
+        math.exp(high),
+        rank_sum(old, now),
+        n,
+        n >= MIN_PROCESSES,
+        seen=seen,
+    )
 
 
 def rank_sum(base: Doubles, new: Doubles) -> float:
@@ -194,7 +233,9 @@ def rank_sum(base: Doubles, new: Doubles) -> float:
     n, total, found = len(new), int(ranks.sum()), int(ranks[len(base) :].sum())
     if len(ranks) > _EXACT:
         share = n / len(ranks)
-        return _two_sided(found - total * share, math.sqrt(float(ranks.astype(np.float64).var(ddof=1)) * n * (1 - share)))
+        return _two_sided(
+            found - total * share, math.sqrt(float(ranks.astype(np.float64).var(ddof=1)) * n * (1 - share))
+        )
     ways = np.zeros((n + 1, total + 1))
     ways[0, 0] = 1.0
     for rank in ranks:  # each choice of n of them equally likely
@@ -220,9 +261,11 @@ def _two_sided(distance: float, deviation: float) -> float:
 
 @dataclass(frozen=True)
 class Verdict:
-    """`word` is SLOWER, FASTER, SAME or AMBIGUOUS; `needed` the pairs that would settle an AMBIGUOUS one, None if none would or it is settled.
+    """`word` is SLOWER, FASTER, SAME or AMBIGUOUS; `needed` the pairs that would settle an AMBIGUOUS one, None if none
+    would or it is settled.
 
-    `visible` is the smallest relative change that this many pairs of this spread can tell from none, NaN where so few decide nothing.
+    `visible` is the smallest relative change that this many pairs of this spread can tell from none, NaN where so few
+    decide nothing.
     """
 
     word: str
@@ -231,13 +274,17 @@ class Verdict:
 
 
 def judge(estimates: Mapping[str, Estimate], margins: Mapping[str, float]) -> dict[str, Verdict]:
-    """One verdict per metric; significance is Holm's (1979) over all of `estimates`, so more metrics do not mean more false alarms."""
+    """One verdict per metric; significance is Holm's (1979) over all of `estimates`, so more metrics do not mean more
+    false alarms.
+    """
     ranked = sorted(estimates, key=lambda name: estimates[name].p_value)
     significant, still = {}, True
     for rank, name in enumerate(ranked):
         still = still and estimates[name].p_value <= estimates[name].alpha / (len(ranked) - rank)
         significant[name] = still
-    return {name: _verdict(estimate, margins[name], significant[name], len(ranked)) for name, estimate in estimates.items()}
+    return {
+        name: _verdict(estimate, margins[name], significant[name], len(ranked)) for name, estimate in estimates.items()
+    }
 
 
 def _verdict(estimate: Estimate, margin: float, significant: bool, metrics: int) -> Verdict:
@@ -255,7 +302,9 @@ def _verdict(estimate: Estimate, margin: float, significant: bool, metrics: int)
 
 
 def _needed(estimate: Estimate, bound: float, metrics: int) -> int | None:
-    """Pairs until the interval fits between the ratio and what it must not hold: the margin, or 1. None where that is out of reach."""
+    """Pairs until the interval fits between the ratio and what it must not hold: the margin, or 1. None where that is
+    out of reach.
+    """
     if not estimate.enough:
         return MIN_PAIRS
     size = abs(math.log(estimate.ratio))
@@ -269,7 +318,9 @@ def _needed(estimate: Estimate, bound: float, metrics: int) -> int | None:
 
 @dataclass(frozen=True)
 class Fit:
-    """time = fixed_ms + calls x per_call_ms; `residual_ms` is the largest median deviation among the numbers of calls measured."""
+    """time = fixed_ms + calls x per_call_ms; `residual_ms` is the largest median deviation among the numbers of calls
+    measured.
+    """
 
     fixed_ms: float
     per_call_ms: float
@@ -278,12 +329,15 @@ class Fit:
 
 
 def fit_cost(points: Sequence[tuple[int, float]]) -> Fit | None:
-    """Fit pictures of several numbers of model calls, by the median of slopes (Theil, 1950; Sen, 1968): up to 29 % outliers do not move it.
+    """Fit pictures of several numbers of model calls, by the median of slopes (Theil, 1950; Sen, 1968): up to 29 %
+    outliers do not move it.
 
     `points` are (model calls, total ms). None with fewer than two different numbers of calls.
     """
     good = sorted((calls, ms) for calls, ms in points if math.isfinite(ms) and ms >= 0)
-    good = good[:: math.ceil(len(good) / _FIT_POINTS) or 1]  # all pairs of points are looked at; evenly fewer of the sorted ones tell the same
+    good = good[
+        :: math.ceil(len(good) / _FIT_POINTS) or 1
+    ]  # all pairs of points are looked at; evenly fewer of the sorted ones tell the same
     numbers = sorted({calls for calls, _ in good})
     if len(numbers) < 2:
         return None
@@ -297,7 +351,9 @@ def fit_cost(points: Sequence[tuple[int, float]]) -> Fit | None:
 
 
 def detectable(processes: Sequence[Sequence[float]]) -> float | None:
-    """The smallest relative change that a comparison of two runs like this one could tell from none; None for too few processes to compare."""
+    """The smallest relative change that a comparison of two runs like this one could tell from none; None for too few
+    processes to compare.
+    """
     medians = [float(np.median(kept)) for kept, _ in map(usable, processes) if kept]
     medians = [median for median in medians if median > 0]
     if len(medians) < MIN_PROCESSES:

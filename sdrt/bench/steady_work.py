@@ -1,4 +1,6 @@
-"""The same small piece of work over and over, timed: what a machine's noise does to a program that never changes. One process of `--check-machine`."""
+"""The same small piece of work over and over, timed: what a machine's noise does to a program that never changes. One
+process of `--check-machine`.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ _WARM_UP = 0.2
 
 
 def timed_work(seconds: float) -> list[float]:
-    """Milliseconds of each piece of work: matrix products, an exponential and a copy, a few ms in all, on numpy's threads."""
+    """Milliseconds of each piece of work: matrix products, an exponential and a copy, a few ms in all, on numpy's
+    threads.
+    """
     random = np.random.default_rng(0)
     a, b = (random.standard_normal((_SIDE, _SIDE), np.float32) for _ in range(2))
     values = random.standard_normal(_VALUES, np.float32)

@@ -1,4 +1,5 @@
-"""Clocks, heat and throttling: Linux's files for the processor, NVML for a GPU. What the system does not tell is None; nothing here raises.
+"""Clocks, heat and throttling: Linux's files for the processor, NVML for a GPU. What the system does not tell is None;
+nothing here raises.
 
 NVML comes with `cuda-bindings`, which the GPU backends need anyway. It has been called on no GPU yet.
 """
@@ -17,9 +18,15 @@ _COUNTERS = {
 }
 """Counters of a logical CPU, and what tells its core or package, which all its logical CPUs repeat the count of."""
 
-SLOWING = {"hardware slowdown": 0x8, "software thermal slowdown": 0x20, "hardware thermal slowdown": 0x40, "power brake": 0x80}
-"""NVML's reasons (nvmlClocksEventReasons) for which a GPU's clocks are below what the load asks for. Its power cap, 0x4, is how a busy data-centre GPU
-runs all the time, so that one is recorded, not held against a sample."""
+SLOWING = {
+    "hardware slowdown": 0x8,
+    "software thermal slowdown": 0x20,
+    "hardware thermal slowdown": 0x40,
+    "power brake": 0x80,
+}
+"""NVML's reasons (nvmlClocksEventReasons) for which a GPU's clocks are below what the load asks for. Its power cap,
+0x4, is how a busy data-centre GPU runs all the time, so that one is recorded, not held against a sample.
+"""
 _RECORDED = {"power cap": 0x4} | SLOWING
 
 
@@ -115,11 +122,17 @@ class Watch:
         """Since `begin`: the processor's counters grew, or the GPU's clocks are held down now."""
         before, after = self._throttles, self._cpu()
         reasons = self._gpu.reasons() if self._gpu is not None else None
-        return (before is not None and after is not None and after > before) or bool((reasons or 0) & sum(SLOWING.values()))
+        return (before is not None and after is not None and after > before) or bool(
+            (reasons or 0) & sum(SLOWING.values())
+        )
 
     def now(self) -> dict[str, Any]:
         """Clocks and throttling at this moment, for the record."""
-        return {"cpu_mhz": cpu_mhz(), "cpu_throttles": self._cpu(), "gpu": self._gpu.now() if self._gpu is not None else None}
+        return {
+            "cpu_mhz": cpu_mhz(),
+            "cpu_throttles": self._cpu(),
+            "gpu": self._gpu.now() if self._gpu is not None else None,
+        }
 
 
 def _version(number: int) -> tuple[int, int]:

@@ -1,4 +1,5 @@
-"""Two measuring processes alive at once that take turns, the idle one waiting on a pipe: what disturbs the machine disturbs both.
+"""Two measuring processes alive at once that take turns, the idle one waiting on a pipe: what disturbs the machine
+disturbs both.
 
 Measured one after the other, two processes see two machines, since the speed of a busy one doubles within minutes.
 """
@@ -30,9 +31,11 @@ _GENEROUS, _GENEROUS_BYTES = 6, 1 << 30
 
 
 class Pairs:
-    """Makes pairs of processes, one of each side. `alone` says why they run one after the other, None where they take turns.
+    """Makes pairs of processes, one of each side. `alone` says why they run one after the other, None where they take
+    turns.
 
-    `agree` is asked once, with what ran on either side, before anything is measured; it raises if the two cannot be compared.
+    `agree` is asked once, with what ran on either side, before anything is measured; it raises if the two cannot be
+    compared.
     """
 
     def __init__(self, agree: Callable[[Answers], None]) -> None:
@@ -85,8 +88,12 @@ class Pairs:
                     for child in children.values():
                         child.say("end")
                     answers = [understood(requests[side], children[side].answer()) for side in (0, 1)]
-                    for answer in answers if apart else ():  # two that started one after the other do not tell what starting takes
-                        answer["samples"] = {name: values for name, values in answer["samples"].items() if name not in ONCE}
+                    for answer in (
+                        answers if apart else ()
+                    ):  # two that started one after the other do not tell what starting takes
+                        answer["samples"] = {
+                            name: values for name, values in answer["samples"].items() if name not in ONCE
+                        }
                     return answers[0], answers[1]
             except ResourceError as error:
                 if len(ready) == 2:
@@ -101,21 +108,28 @@ class Pairs:
     def _fits(self, needed: int) -> bool:
         left = available_bytes()
         if left is not None and left < _ROOM * needed:
-            self.alone = f"the two do not fit into memory beside each other: {_ROOM * needed / 1e6:,.0f} MB needed, {left / 1e6:,.0f} MB available"
+            self.alone = (
+                f"the two do not fit into memory beside each other: {_ROOM * needed / 1e6:,.0f} MB needed,"
+                f" {left / 1e6:,.0f} MB available"
+            )
         return self.alone is None
 
 
 def _surely_fit(requests: Sequence[Request]) -> bool:
     """Whether memory is so large beside the weights that nobody need look first."""
     try:
-        needed = sum(_GENEROUS * (Path(request.bundle) / WEIGHTS).stat().st_size + _GENEROUS_BYTES for request in requests)
+        needed = sum(
+            _GENEROUS * (Path(request.bundle) / WEIGHTS).stat().st_size + _GENEROUS_BYTES for request in requests
+        )
     except OSError:
         return False
     return needed <= (available_bytes() or 0)
 
 
 def _take_turns(children: Sequence[Child], request: Request, start_s: float) -> None:
-    """Have both make a picture to warm up, then those that count, until there are enough, or the time of both is over and as long as their start took."""
+    """Have both make a picture to warm up, then those that count, until there are enough, or the time of both is over
+    and as long as their start took.
+    """
     _together(children, "warm")
     started = time.monotonic()
     for picture in range(request.pictures):

@@ -1,7 +1,9 @@
-"""CLIP's byte-pair encoding: text to token ids (Radford et al. 2021, as transformers' CLIPTokenizer computes it). Standard library only.
+"""CLIP's byte-pair encoding: text to token ids (Radford et al. 2021, as transformers' CLIPTokenizer computes it).
+Standard library only.
 
-Every text encoder that sdrt builds has CLIP's own vocabulary, so every bundle holds the same `tokenizer.json`, and that one file is all that is read here:
-a file with other bytes is refused by its hash before anything is parsed. Serves the build and the runtime.
+Every text encoder that sdrt builds has CLIP's own vocabulary, so every bundle holds the same `tokenizer.json`, and that
+one file is all that is read here: a file with other bytes is refused by its hash before anything is parsed. Serves the
+build and the runtime.
 """
 
 from __future__ import annotations
@@ -25,16 +27,22 @@ TOKENIZER_SHA256 = "da79a4687fbdce67c969a6a103bfa3b125bfdf0d4ae96982837797128dce
 
 _MAX_BYTES = 2 << 20
 _CACHED_WORDS, _CACHED_LENGTH = 10_000, 64
-"""How many words keep their tokens, and how many characters such a word may have: prompts repeat words, and memory stays bounded."""
+"""How many words keep their tokens, and how many characters such a word may have: prompts repeat words, and memory
+stays bounded.
+"""
 
 _SPECIAL = re.compile(r"(<\|startoftext\|>|<\|endoftext\|>)")
 _WORDS = re.compile(r"(<\|)(startoftext|endoftext)(\|>)|'s|'t|'re|'ve|'m|'ll|'d|[a-z]+|[0-9]|[^ \t\n\v\f\ra-z0-9]+")
-"""Words of a text in lower case whose letters beyond ASCII stand as z, numbers as 0, white space as a blank, all else as an exclamation mark."""
+"""Words of a text in lower case whose letters beyond ASCII stand as z, numbers as 0, white space as a blank, all else
+as an exclamation mark.
+"""
 _WHITE_SPACE = {0x85, 0xA0, 0x1680, *range(0x2000, 0x200B), 0x2028, 0x2029, 0x202F, 0x205F, 0x3000}
 
 
 def byte_symbols() -> list[str]:
-    """GPT-2's printable symbol for each byte, in CLIP's order: printable bytes as themselves, then the rest from U+0100 on."""
+    """GPT-2's printable symbol for each byte, in CLIP's order: printable bytes as themselves, then the rest from U+0100
+    on.
+    """
     return list(_symbol_of_byte().values())
 
 
@@ -74,7 +82,9 @@ class Bpe:
         return found
 
     def _tokens_of_word(self, word: str) -> tuple[int, ...]:
-        """Merge a word's bytes, always the pair that comes first among the merges, the leftmost of equal ones. A part merged into another is empty."""
+        """Merge a word's bytes, always the pair that comes first among the merges, the leftmost of equal ones. A part
+        merged into another is empty.
+        """
         parts = [self._symbols[byte] for byte in word.encode()]
         parts[-1] += END_OF_WORD
         count, ranks = len(parts), self._ranks
@@ -108,7 +118,9 @@ def read_bpe(path: Path) -> Bpe:
     except (OSError, InputFileError) as error:
         raise BundleError(str(error), again) from error
     if (found := hashlib.sha256(data).hexdigest()) != TOKENIZER_SHA256:
-        raise BundleError(f"{path}: not CLIP's tokenizer: expected sha256 {TOKENIZER_SHA256[:16]}…, found {found[:16]}…", again)
+        raise BundleError(
+            f"{path}: not CLIP's tokenizer: expected sha256 {TOKENIZER_SHA256[:16]}…, found {found[:16]}…", again
+        )
     return _parsed(data)
 
 

@@ -1,4 +1,6 @@
-"""A bundle's folder: opened, listed, and compared with its manifest. docs/architecture.md describes it. Standard library only."""
+"""A bundle's folder: opened, listed, and compared with its manifest. docs/architecture.md describes it. Standard
+library only.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,9 @@ class Bundle:
         """
         record = self.manifest.graphs.get(graph, {}).get(precision)
         if record is None:
-            raise BundleError(f"{self.path}: no {precision} {graph} graph", "Build the bundle again with this version of sdrt.")
+            raise BundleError(
+                f"{self.path}: no {precision} {graph} graph", "Build the bundle again with this version of sdrt."
+            )
         path = self.file(record.path)
         check_graph(path, self.file(WEIGHTS), self.manifest.files[WEIGHTS].size_bytes)
         return path
@@ -65,7 +69,8 @@ def is_bundle(path: Path) -> bool:
 
 
 def check_outside_bundles(option: str, folder: Path) -> None:
-    """Refuse to write into a bundle, which would no longer be what its manifest says. Only engines, and what belongs to them, go into one.
+    """Refuse to write into a bundle, which would no longer be what its manifest says. Only engines, and what belongs to
+    them, go into one.
 
     Raises:
         UsageError: `folder`, where `option` would write, is a bundle or lies in one.
@@ -76,11 +81,15 @@ def check_outside_bundles(option: str, folder: Path) -> None:
         return
     for outer in (place, *place.parents):
         if is_bundle(outer):
-            raise UsageError(f"{option}: would write into the bundle {outer}, which is refused once another file is in it", "Name a place outside of it.")
+            raise UsageError(
+                f"{option}: would write into the bundle {outer}, which is refused once another file is in it",
+                "Name a place outside of it.",
+            )
 
 
 def open_bundle(path: Path) -> Bundle:
-    """Read and check a bundle's manifest, and that exactly its files are there with their sizes. Hashes are `check_files`'s.
+    """Read and check a bundle's manifest, and that exactly its files are there with their sizes. Hashes are
+    `check_files`'s.
 
     Raises:
         InputFileError: there is no such folder, no manifest in it, or it cannot be read.
@@ -92,11 +101,15 @@ def open_bundle(path: Path) -> Bundle:
         raise InputFileError(f"{path}: no such bundle", "Make one with: sdrt build --checkpoint FILE")
     manifest_file = path / MANIFEST
     if not path.is_dir() or not os.path.lexists(manifest_file):
-        raise InputFileError(f"{path}: not a bundle: it has no {MANIFEST}", "Make one with: sdrt build --checkpoint FILE")
+        raise InputFileError(
+            f"{path}: not a bundle: it has no {MANIFEST}", "Make one with: sdrt build --checkpoint FILE"
+        )
     if manifest_file.is_symlink() or not manifest_file.is_file():
         raise BundleError(f"{manifest_file}: expected a regular file")
     if manifest_file.stat().st_size > MAX_MANIFEST_BYTES:
-        raise BundleError(f"{manifest_file}: {manifest_file.stat().st_size:,} bytes, more than the limit of {MAX_MANIFEST_BYTES:,}")
+        raise BundleError(
+            f"{manifest_file}: {manifest_file.stat().st_size:,} bytes, more than the limit of {MAX_MANIFEST_BYTES:,}"
+        )
     manifest = read_manifest(manifest_file)
     _check_signatures(manifest_file, manifest)
     _check_listing(path, manifest)
@@ -104,7 +117,8 @@ def open_bundle(path: Path) -> Bundle:
 
 
 def check_files(bundle: Bundle, names: Iterable[str] | None = None) -> None:
-    """Compare the SHA-256 of the named files (all by default) with the manifest. A hash says unchanged, not trustworthy.
+    """Compare the SHA-256 of the named files (all by default) with the manifest. A hash says unchanged, not
+    trustworthy.
 
     Raises:
         BundleError: a file differs or cannot be read; it names the file.
@@ -113,10 +127,14 @@ def check_files(bundle: Bundle, names: Iterable[str] | None = None) -> None:
         try:
             expected, found = bundle.manifest.files[name], file_record(bundle.file(name))
         except OSError as error:
-            raise BundleError(f"{bundle.path}: {name}: cannot be read: {error.strerror}", "Copy the bundle again from where it was built.") from error
+            raise BundleError(
+                f"{bundle.path}: {name}: cannot be read: {error.strerror}",
+                "Copy the bundle again from where it was built.",
+            ) from error
         if found != expected:
             raise BundleError(
-                f"{bundle.path}: {name}: changed since the build: expected sha256 {expected.sha256[:16]}…, found {found.sha256[:16]}…",
+                f"{bundle.path}: {name}: changed since the build: expected sha256 {expected.sha256[:16]}…, found"
+                f" {found.sha256[:16]}…",
                 "Build the bundle again, or copy it again from where it was built.",
             )
 
@@ -125,10 +143,14 @@ def _check_signatures(path: Path, manifest: Manifest) -> None:
     """That the graphs this sdrt knows take and give what it thinks."""
     for graph, signature in signatures(dimensions(manifest)).items():
         for compute, record in manifest.graphs.get(graph, {}).items():
-            for what, found, expected in (("inputs", record.inputs, signature.inputs), ("outputs", record.outputs, signature.outputs)):
+            for what, found, expected in (
+                ("inputs", record.inputs, signature.inputs),
+                ("outputs", record.outputs, signature.outputs),
+            ):
                 if found and sorted(found) != sorted(expected):
                     raise BundleError(
-                        f"{path}: not of the expected form: graphs.{graph}.{compute}.{what}: {printable(repr(found))}: expected {', '.join(expected)}",
+                        f"{path}: not of the expected form: graphs.{graph}.{compute}.{what}: {printable(repr(found))}:"
+                        f" expected {', '.join(expected)}",
                         "Build the bundle again.",
                     )
 
@@ -139,13 +161,19 @@ def _check_listing(path: Path, manifest: Manifest) -> None:
         if name not in found:
             raise BundleError(f"{path}: {name}: missing", "Build the bundle again, or copy it again whole.")
         if found[name] != record.size_bytes:
-            raise BundleError(f"{path}: {name}: expected {record.size_bytes:,} bytes, found {found[name]:,}", "Build the bundle again, or copy it again whole.")
+            raise BundleError(
+                f"{path}: {name}: expected {record.size_bytes:,} bytes, found {found[name]:,}",
+                "Build the bundle again, or copy it again whole.",
+            )
     if extra := sorted(found.keys() - manifest.files.keys()):
-        raise BundleError(f"{path}: {printable(extra[0])}: not in the manifest", "Remove it, or build the bundle again.")
+        raise BundleError(
+            f"{path}: {printable(extra[0])}: not in the manifest", "Remove it, or build the bundle again."
+        )
 
 
 def check_nothing_else(root: Path, names: Collection[str], what: str, fix: str) -> None:
-    """Make sure that below `root` there are no files but the `names`, and no folders but theirs and `engines`. Hidden ones count.
+    """Make sure that below `root` there are no files but the `names`, and no folders but theirs and `engines`. Hidden
+    ones count.
 
     Raises:
         BundleError: there is one; it says that it is `what`, and the `fix`.
@@ -153,7 +181,10 @@ def check_nothing_else(root: Path, names: Collection[str], what: str, fix: str) 
     folders = {ENGINES, *(parent.as_posix() for name in names for parent in PurePosixPath(name).parents)}
 
     def unreadable(error: OSError) -> None:
-        raise BundleError(f"{root}: {printable(str(error.filename))}: cannot be read: {error.strerror}", "Make it readable for this user.") from error
+        raise BundleError(
+            f"{root}: {printable(str(error.filename))}: cannot be read: {error.strerror}",
+            "Make it readable for this user.",
+        ) from error
 
     for folder, below, files in os.walk(root, onerror=unreadable):
         for name in [*below, *files]:
@@ -165,7 +196,9 @@ def check_nothing_else(root: Path, names: Collection[str], what: str, fix: str) 
 
 
 def _regular_files(root: Path) -> Mapping[str, int]:
-    """Sizes of all files below `root` by relative name, engines, hidden files and the manifest left out. Links and special files are refused."""
+    """Sizes of all files below `root` by relative name, engines, hidden files and the manifest left out. Links and
+    special files are refused.
+    """
     sizes: dict[str, int] = {}
     for folder, folders, names in os.walk(root):
         at_root = Path(folder) == root
@@ -178,7 +211,10 @@ def _regular_files(root: Path) -> Mapping[str, int]:
             if stat.S_ISDIR(status.st_mode) or name.startswith("."):
                 continue
             if not stat.S_ISREG(status.st_mode):
-                raise BundleError(f"{root}: {printable(relative)}: expected a regular file, found a link or special file", "Copy the bundle with real files.")
+                raise BundleError(
+                    f"{root}: {printable(relative)}: expected a regular file, found a link or special file",
+                    "Copy the bundle with real files.",
+                )
             if not (at_root and name == MANIFEST):
                 sizes[relative] = status.st_size
     return sizes

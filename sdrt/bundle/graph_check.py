@@ -1,8 +1,10 @@
 """What a graph may be before an engine sees it: the file of a stranger until then, and engines do what graphs say.
 
-A small strict reader of ONNX's protobuf. It knows the fields that builds write and refuses every other, so that no two readers can see two graphs in one
-file: one model, one graph, operators of ONNX's own set only, no functions, no graphs within graphs (loops and branches), no more than so many nodes; weights
-from the bundle's weights file only, and from within it, as many bytes as their shape and type take. Standard library only.
+A small strict reader of ONNX's protobuf. It knows the fields that builds write and refuses every other, so that no two
+readers can see two graphs in one
+file: one model, one graph, operators of ONNX's own set only, no functions, no graphs within graphs (loops and
+branches), no more than so many nodes; weights from the bundle's weights file only, and from within it, as many bytes as
+their shape and type take. Standard library only.
 """
 
 from __future__ import annotations
@@ -26,13 +28,29 @@ _MOST_AXES = 8
 _STORED_BYTES = {1: 4, 10: 2, 16: 2}
 """Bytes of a number of each type that weights are stored in, as ONNX numbers the types: float32, float16, bfloat16."""
 
-# The fields that builds write, of onnx.proto3, by number; those marked once may not come twice, since readers differ in what they make of that.
+# The fields that builds write, of onnx.proto3, by number; those marked once may not come twice, since readers differ in
+# what they make of that.
 _ONCE, _MANY = False, True
 _MODEL = {1: _ONCE, 2: _ONCE, 3: _ONCE, 4: _ONCE, 5: _ONCE, 6: _ONCE, 7: _ONCE, 8: _MANY, 14: _MANY}
 _GRAPH = {1: _MANY, 2: _ONCE, 5: _MANY, 10: _ONCE, 11: _MANY, 12: _MANY, 13: _MANY, 16: _MANY}
 _NODE = {1: _MANY, 2: _MANY, 3: _ONCE, 4: _ONCE, 5: _MANY, 6: _ONCE, 7: _ONCE, 9: _MANY}
 _ATTRIBUTE = {1: _ONCE, 2: _ONCE, 3: _ONCE, 4: _ONCE, 5: _ONCE, 7: _MANY, 8: _MANY, 9: _MANY, 13: _ONCE, 20: _ONCE}
-_TENSOR = {1: _MANY, 2: _ONCE, 4: _MANY, 5: _MANY, 6: _MANY, 7: _MANY, 8: _ONCE, 9: _ONCE, 10: _MANY, 11: _MANY, 12: _ONCE, 13: _MANY, 14: _ONCE, 16: _MANY}
+_TENSOR = {
+    1: _MANY,
+    2: _ONCE,
+    4: _MANY,
+    5: _MANY,
+    6: _MANY,
+    7: _MANY,
+    8: _ONCE,
+    9: _ONCE,
+    10: _MANY,
+    11: _MANY,
+    12: _ONCE,
+    13: _MANY,
+    14: _ONCE,
+    16: _MANY,
+}
 _OPERATOR_SET = {1: _ONCE, 2: _ONCE}
 _ENTRY = {1: _ONCE, 2: _ONCE}
 _OWN_DOMAINS = (b"", b"ai.onnx")
@@ -41,7 +59,8 @@ Value = int | memoryview
 
 
 def check_graph(path: Path, weights: Path, weights_bytes: int) -> None:
-    """Refuse a graph that is not as builds write them. `weights` is the weights file, beside it, and `weights_bytes` its size.
+    """Refuse a graph that is not as builds write them. `weights` is the weights file, beside it, and `weights_bytes`
+    its size.
 
     Raises:
         BundleError: it is missing, or more than it should be; it names the file and the part.
@@ -52,14 +71,17 @@ def check_graph(path: Path, weights: Path, weights_bytes: int) -> None:
         with path.open("rb") as stream:
             data = stream.read(MAX_GRAPH_BYTES + 1)
     except OSError as error:
-        raise BundleError(f"{path}: cannot be read: {error.strerror}", "Copy the bundle again from where it was built.") from error
+        raise BundleError(
+            f"{path}: cannot be read: {error.strerror}", "Copy the bundle again from where it was built."
+        ) from error
     try:
         if len(data) > MAX_GRAPH_BYTES:
             raise ValueError(f"more than {MAX_GRAPH_BYTES:,} bytes")
         _check_model(memoryview(data), weights.name, weights_bytes)
     except ValueError as error:
         raise BundleError(
-            f"{path}: not a graph that sdrt builds: {printable(str(error))}", "Build the bundle again, or get it from someone you trust."
+            f"{path}: not a graph that sdrt builds: {printable(str(error))}",
+            "Build the bundle again, or get it from someone you trust.",
         ) from error
 
 
@@ -133,7 +155,10 @@ def _check_tensor(data: memoryview, weights: str | None, weights_bytes: int) -> 
     if weights is None:
         raise ValueError(f"{where}: an attribute that points to a file")
     if entries.keys() != {"location", "offset", "length"} or entries["location"] != weights:
-        raise ValueError(f"{where}: its numbers are said to be at {entries!r}, expected a location {weights!r}, an offset and a length")
+        raise ValueError(
+            f"{where}: its numbers are said to be at {entries!r}, expected a location {weights!r}, an offset and a"
+            " length"
+        )
     offset, length = _decimal(entries["offset"], where), _decimal(entries["length"], where)
     if offset + length > weights_bytes:
         raise ValueError(f"{where}: bytes {offset:,} to {offset + length:,} of {weights}, which has {weights_bytes:,}")

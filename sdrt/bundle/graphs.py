@@ -1,12 +1,13 @@
 """The signature of every graph: names, shapes and types of its inputs and outputs. The only place that lists them.
 
-Export, self-check, compilers, backends, benchmarks and the GPU simulator read this table. An input that a new model needs is one line here,
-and its value in the job. Shapes name their free axes:
+Export, self-check, compilers, backends, benchmarks and the GPU simulator read this table. An input that a new model
+needs is one line here, and its value in the job. Shapes name their free axes:
 
     N  pictures of a call        S  rows of the tables, all pictures together     h, w  rows and columns of the latents
     G  guidance branches         T  tokens of a prompt                            n     chunks of tokens
 
-The kind of a step input shows in its first axis: S for tables that a picture reads by row, N for what belongs to one picture.
+The kind of a step input shows in its first axis: S for tables that a picture reads by row, N for what belongs to one
+picture.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ from sdrt.bundle.manifest import Manifest
 TEXT_ENCODER, STEP, VAE_DECODER, VAE_ENCODER = GRAPHS = ("text_encoder", "step", "vae_decoder", "vae_encoder")
 
 REGISTERS = 8
-"""Latents a picture carries from one model call to the next (R). Samplers need four; forecasting a model call from earlier ones needs six."""
+"""Latents a picture carries from one model call to the next (R). Samplers need four; forecasting a model call from
+earlier ones needs six.
+"""
 
 FED_BACK = {"registers": "next_registers", "row": "next_row"}
 """Step inputs that a call reads from what the call before it wrote, and the outputs they are."""
@@ -33,7 +36,9 @@ _ITEM_BYTES = {"float32": 4, "int64": 8, "uint8": 1, "bool": 1}
 
 @dataclass(frozen=True)
 class Tensor:
-    """An input or output. `shape` holds numbers, names of free axes, and products of both such as `8*h`; `dtype` is numpy's name of the type."""
+    """An input or output. `shape` holds numbers, names of free axes, and products of both such as `8*h`; `dtype` is
+    numpy's name of the type.
+    """
 
     shape: Shape
     dtype: str = "float32"
@@ -64,8 +69,8 @@ class Signature:
 class Dimensions:
     """What the signatures of a model depend on.
 
-    `channels` of a latent and `concat_channels` that the UNet sees beside it; `factor` pixels a side per latent; `context_width` numbers a token;
-    `chunk` tokens a chunk; `clip_skip` layers that the text encoder gives out.
+    `channels` of a latent and `concat_channels` that the UNet sees beside it; `factor` pixels a side per latent;
+    `context_width` numbers a token; `chunk` tokens a chunk; `clip_skip` layers that the text encoder gives out.
     """
 
     channels: int
@@ -79,7 +84,14 @@ class Dimensions:
 def dimensions(manifest: Manifest) -> Dimensions:
     """The dimensions of a bundle's model."""
     latents = manifest.latents
-    return Dimensions(latents.channels, latents.concat_channels, latents.factor, manifest.context_width, manifest.chunk, manifest.clip_skip)
+    return Dimensions(
+        latents.channels,
+        latents.concat_channels,
+        latents.factor,
+        manifest.context_width,
+        manifest.chunk,
+        manifest.clip_skip,
+    )
 
 
 def context_output(clip_skip: int) -> str:
@@ -122,13 +134,17 @@ def signatures(model: Dimensions) -> dict[str, Signature]:
             {context_output(layer): Tensor((*tokens, model.context_width)) for layer in model.clip_skip},
         ),
         STEP: step,
-        VAE_DECODER: Signature({"latents": Tensor(latents), "rounding": Tensor((1,))}, {"pixels": pixels, "finite": Tensor(("N",), "bool")}),
+        VAE_DECODER: Signature(
+            {"latents": Tensor(latents), "rounding": Tensor((1,))}, {"pixels": pixels, "finite": Tensor(("N",), "bool")}
+        ),
         VAE_ENCODER: Signature({"pixels": pixels, "noise": Tensor(latents)}, {"latents": Tensor(latents)}),
     }
 
 
 def table_rows(pictures: int, rows: int) -> int:
-    """The size of axis S where every one of `pictures` slots has `rows` rows of its own: one more, the idle row, which all share."""
+    """The size of axis S where every one of `pictures` slots has `rows` rows of its own: one more, the idle row, which
+    all share.
+    """
     return 1 + pictures * rows
 
 

@@ -55,7 +55,9 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class Diffusion:
-    """What the network predicts and the noise schedule it was trained under: `num_timesteps` betas, linear in their square roots."""
+    """What the network predicts and the noise schedule it was trained under: `num_timesteps` betas, linear in their
+    square roots.
+    """
 
     prediction: str = "epsilon"
     beta_start: float = 0.00085
@@ -65,10 +67,12 @@ class Diffusion:
 
 @dataclass(frozen=True)
 class Text:
-    """A text encoder: `width` numbers a token, `tokens` a chunk, start and end included, and the ids of start, end and padding.
+    """A text encoder: `width` numbers a token, `tokens` a chunk, start and end included, and the ids of start, end and
+    padding.
 
-    `clip_skip` lists the layers it gives out, counted from the last, the first one being the default. `embeddings` maps the trigger of each learned
-    embedding to the rows of the token table that stand for it, in order. `tokenizer` is its file in the bundle.
+    `clip_skip` lists the layers it gives out, counted from the last, the first one being the default. `embeddings` maps
+    the trigger of each learned embedding to the rows of the token table that stand for it, in order. `tokenizer` is its
+    file in the bundle.
     """
 
     width: int
@@ -85,7 +89,8 @@ class Text:
 class Latents:
     """`factor` pixels a side per latent; `size` is the default picture as (width, height) in pixels.
 
-    `concat_channels` more are seen by the UNet beside the latents: 5 (mask and masked image) for inpainting models, else 0.
+    `concat_channels` more are seen by the UNet beside the latents: 5 (mask and masked image) for inpainting models,
+    else 0.
     """
 
     channels: int
@@ -96,9 +101,11 @@ class Latents:
 
 @dataclass(frozen=True)
 class Source:
-    """A file that went into the bundle. `kind` is checkpoint, vae, lora, embedding or hypernetwork; `trigger` is an embedding's.
+    """A file that went into the bundle. `kind` is checkpoint, vae, lora, embedding or hypernetwork; `trigger` is an
+    embedding's.
 
-    `applied` counts, per component, the modules it was applied to; for an embedding, its vectors; for a hypernetwork, attention layers.
+    `applied` counts, per component, the modules it was applied to; for an embedding, its vectors; for a hypernetwork,
+    attention layers.
     """
 
     kind: str
@@ -113,7 +120,9 @@ class Source:
 
 @dataclass(frozen=True)
 class Component:
-    """A network of the model. `storage` is the type its weights are stored in, `compute` the type it is meant to run in on a GPU."""
+    """A network of the model. `storage` is the type its weights are stored in, `compute` the type it is meant to run in
+    on a GPU.
+    """
 
     storage: str = "fp32"
     compute: str = "fp32"
@@ -177,7 +186,9 @@ class Manifest:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write `manifest.json` into `folder`, the last file of a bundle. Keys are sorted, so equal manifests are equal bytes."""
+    """Write `manifest.json` into `folder`, the last file of a bundle. Keys are sorted, so equal manifests are equal
+    bytes.
+    """
     text = json.dumps(asdict(manifest), indent=1, sort_keys=True, ensure_ascii=False)
     # A lone surrogate, from a file name that is not Unicode, becomes the JSON escape it was.
     write_file(folder / MANIFEST, (text + "\n").encode("utf-8", errors="backslashreplace"))
@@ -202,7 +213,8 @@ def read_manifest(path: Path) -> Manifest:
     if type(version) is int and version > 0 and version != FORMAT:
         again = "Build the bundle again with this version of sdrt."
         raise MachineError(
-            f"{path}: bundle format {version}, written by sdrt {printable(str(document.get('sdrt')))}; this sdrt reads format {FORMAT}",
+            f"{path}: bundle format {version}, written by sdrt {printable(str(document.get('sdrt')))}; this sdrt reads"
+            f" format {FORMAT}",
             again if version < FORMAT else f"Upgrade sdrt. {again}",
         )
     if type(version) is not int or version != FORMAT:
@@ -212,7 +224,9 @@ def read_manifest(path: Path) -> Manifest:
         _check_values(manifest)
         return manifest
     except ValueError as error:
-        raise BundleError(f"{path}: not of the expected form: {printable(str(error)[:500])}", "Build the bundle again.") from error
+        raise BundleError(
+            f"{path}: not of the expected form: {printable(str(error)[:500])}", "Build the bundle again."
+        ) from error
 
 
 def _manifest(document: dict[str, Any]) -> Manifest:
@@ -230,23 +244,32 @@ def _manifest(document: dict[str, Any]) -> Manifest:
     graphs = [record for by_compute in manifest.graphs.values() for record in by_compute.values()]
     if strange := {record.component for record in graphs} - manifest.components.keys():
         raise ValueError(f"graphs of components that are not listed: {sorted(strange)}")
-    needed = {WEIGHTS, *(text.tokenizer for text in manifest.text), *map(reference_path, manifest.graphs), *(record.path for record in graphs)}
+    needed = {
+        WEIGHTS,
+        *(text.tokenizer for text in manifest.text),
+        *map(reference_path, manifest.graphs),
+        *(record.path for record in graphs),
+    }
     if missing := needed - manifest.files.keys():
         raise ValueError(f"{sorted(missing)} not listed under files")
     return manifest
 
 
 def _read(kind: Any, value: Any, where: str) -> Any:
-    """`value`, as JSON gave it, as the dataclass or type `kind`; ValueError where it is of another form. Every int is a count."""
+    """`value`, as JSON gave it, as the dataclass or type `kind`; ValueError where it is of another form. Every int is a
+    count.
+    """
     if is_dataclass(kind):
         hints = get_type_hints(kind)
         if not isinstance(value, dict):
             raise ValueError(f"{where}: expected an object, found {value!r}")
         if unknown := value.keys() - hints.keys():
             raise ValueError(f"{where}: unknown fields: {sorted(unknown)!r}")
-        if missing := {one.name for one in fields(kind) if one.default is MISSING and one.default_factory is MISSING} - value.keys():
+        required = {one.name for one in fields(kind) if one.default is MISSING and one.default_factory is MISSING}
+        if missing := required - value.keys():
             raise ValueError(f"{where}: missing fields: {sorted(missing)!r}")
-        return kind(**{name: _read(hints[name], one, f"{where}.{name}") for name, one in value.items()})  # type: ignore[operator]
+        read = {name: _read(hints[name], one, f"{where}.{name}") for name, one in value.items()}
+        return kind(**read)  # type: ignore[operator]
     origin, arguments = get_origin(kind), get_args(kind)
     if origin is tuple and isinstance(value, list) and (arguments[-1] is ... or len(value) == len(arguments)):
         kinds = arguments[:1] * len(value) if arguments[-1] is ... else arguments
@@ -263,7 +286,9 @@ def _read(kind: Any, value: Any, where: str) -> Any:
 
 
 def _check_values(manifest: Manifest) -> None:
-    """That every number is in its range, every word known, and what is said twice said alike. ValueError otherwise; nothing later checks again."""
+    """That every number is in its range, every word known, and what is said twice said alike. ValueError otherwise;
+    nothing later checks again.
+    """
     diffusion, latents = manifest.diffusion, manifest.latents
     clip, unet, vae = (_part(manifest.architecture, name) for name in ("clip", "unet", "vae"))
     for name, component in manifest.components.items():
@@ -271,7 +296,10 @@ def _check_values(manifest: Manifest) -> None:
         _known(f"components.{name}.compute", component.compute, PRECISIONS)
     _known("diffusion.prediction", diffusion.prediction, PREDICTIONS)
     if not 0 < diffusion.beta_start <= diffusion.beta_end < 1:
-        raise ValueError(f"diffusion: betas from {diffusion.beta_start} to {diffusion.beta_end}: expected them to rise between 0 and 1")
+        raise ValueError(
+            f"diffusion: betas from {diffusion.beta_start} to {diffusion.beta_end}: expected them to rise between 0"
+            " and 1"
+        )
     _within("diffusion.num_timesteps", diffusion.num_timesteps, 2, MAX_TIMESTEPS)
 
     _equal("text.tokens", manifest.text[0].tokens, "clip.tokens", clip.get("tokens"))
@@ -284,18 +312,30 @@ def _check_values(manifest: Manifest) -> None:
         rows += [(f"text.embeddings.{trigger}", row) for trigger, several in text.embeddings.items() for row in several]
         for where, row in rows:
             _within(where, row, 0, vocabulary - 1)
-        if not text.clip_skip or len(set(text.clip_skip)) != len(text.clip_skip) or not all(1 <= layer <= layers for layer in text.clip_skip):
+        if (
+            not text.clip_skip
+            or len(set(text.clip_skip)) != len(text.clip_skip)
+            or not all(1 <= layer <= layers for layer in text.clip_skip)
+        ):
             raise ValueError(f"text.clip_skip: {list(text.clip_skip)}: expected different layers from 1 to {layers}")
 
     _equal("latents.channels", latents.channels, "vae.latent_channels", vae.get("latent_channels"))
     _within("latents.channels", latents.channels, 1, 1 << 10)
     levels = vae.get("channels")
     _equal(
-        "latents.factor", latents.factor, "vae.channels, 2 for each after the first", 2 ** (len(levels) - 1) if isinstance(levels, list) and levels else None
+        "latents.factor",
+        latents.factor,
+        "vae.channels, 2 for each after the first",
+        2 ** (len(levels) - 1) if isinstance(levels, list) and levels else None,
     )
     if not 1 <= latents.factor <= SIZE_STEP or SIZE_STEP % latents.factor:
         raise ValueError(f"latents.factor: {latents.factor}: expected a divisor of {SIZE_STEP}")
-    _equal("latents.concat_channels", latents.channels + latents.concat_channels, "unet.in_channels", unet.get("in_channels"))
+    _equal(
+        "latents.concat_channels",
+        latents.channels + latents.concat_channels,
+        "unet.in_channels",
+        unet.get("in_channels"),
+    )
     for side in latents.size:
         _within("latents.size", side, MIN_SIDE, MAX_SIDE)
         if side % SIZE_STEP:
@@ -344,6 +384,13 @@ def _safe_name(name: str) -> str:
     """`name` if it is a plain relative path below the bundle, else ValueError."""
     path = PurePosixPath(name)
     plain = name.isprintable() and "\\" not in name and ":" not in name
-    if not plain or path.is_absolute() or ".." in path.parts or str(path) != name or name in (".", MANIFEST) or path.parts[0] == ENGINES:
+    if (
+        not plain
+        or path.is_absolute()
+        or ".." in path.parts
+        or str(path) != name
+        or name in (".", MANIFEST)
+        or path.parts[0] == ENGINES
+    ):
         raise ValueError(f"unsafe path {name!r}")
     return name

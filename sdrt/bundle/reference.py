@@ -1,4 +1,6 @@
-"""How far an engine's outputs are from the reference outputs: one measure for the build's self-check, for `sdrt verify`, and for models saved by ONNX Runtime."""
+"""How far an engine's outputs are from the reference outputs: one measure for the build's self-check, for `sdrt
+verify`, and for models saved by ONNX Runtime.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ FLOAT32_LIMIT = 1e-4
 PIXEL_LIMIT = 0.01
 """Largest share of uint8 values of a float32 graph that may round the other way, by one level."""
 HALF_LIMIT = 2e-2
-"""Largest relative L2 error of a half-precision graph, pixels included: float16 keeps 11 bits, and a deep network loses a few of them."""
+"""Largest relative L2 error of a half-precision graph, pixels included: float16 keeps 11 bits, and a deep network loses
+a few of them.
+"""
 
 BFLOAT16_LIMIT = 8 * HALF_LIMIT
 """The same for bfloat16, which keeps three bits fewer."""
@@ -50,7 +54,9 @@ def read_reference(path: Path) -> tuple[dict[str, NDArray[Any]], dict[str, NDArr
         with zipfile.ZipFile(path) as archive:
             size_bytes = sum(member.file_size for member in archive.infolist())
         if size_bytes > MAX_REFERENCE_BYTES:
-            raise BundleError(f"{path}: arrays of {size_bytes:,} bytes, more than the limit of {MAX_REFERENCE_BYTES:,}", again)
+            raise BundleError(
+                f"{path}: arrays of {size_bytes:,} bytes, more than the limit of {MAX_REFERENCE_BYTES:,}", again
+            )
         with np.load(path, allow_pickle=False) as stored:
             inputs = {name[3:]: stored[name] for name in stored.files if name.startswith("in.")}
             expected = {name[4:]: stored[name] for name in stored.files if name.startswith("out.")}
@@ -69,7 +75,9 @@ def compare(expected: Mapping[str, NDArray[Any]], found: Mapping[str, NDArray[An
     for name, array in expected.items():
         limit = loose if not exact else PIXEL_LIMIT if array.dtype == np.uint8 else FLOAT32_LIMIT
         results.append(Parity(name, _error(array, found.get(name), exact), limit))
-    return sorted(results, key=lambda parity: (parity.ok, -parity.error / parity.limit))  # failures first, NaN among them
+    return sorted(
+        results, key=lambda parity: (parity.ok, -parity.error / parity.limit)
+    )  # failures first, NaN among them
 
 
 def _error(expected: NDArray[Any], found: NDArray[Any] | None, exact: bool) -> float:

@@ -1,10 +1,12 @@
-"""Remembers which files of weights have been found to have the hash they should have, so that a start need not read gigabytes that nobody touched.
+"""Remembers which files of weights have been found to have the hash they should have, so that a start need not read
+gigabytes that nobody touched.
 
-What is remembered is what the file system says of the file: device, inode, size, and the times of its last change, to the nanosecond; the second of
-these times is the kernel's own, which nobody but root can set back. That holds where this kernel alone writes to the disk: so nothing is remembered but
-on the file systems of `/` and of the home folder, where they are of a kind that this kernel keeps itself, and nothing beyond the next start of the system.
-What this does not show is a byte that the disk itself lost, and one changed through a shared mapping that has stayed open since before the check:
-`sdrt verify` reads everything, always. Standard library only.
+What is remembered is what the file system says of the file: device, inode, size, and the times of its last change, to
+the nanosecond; the second of these times is the kernel's own, which nobody but root can set back. That holds where this
+kernel alone writes to the disk: so nothing is remembered but on the file systems of `/` and of the home folder, where
+they are of a kind that this kernel keeps itself, and nothing beyond the next start of the system. What this does not
+show is a byte that the disk itself lost, and one changed through a shared mapping that has stayed open since before the
+check: `sdrt verify` reads everything, always. Standard library only.
 """
 
 from __future__ import annotations
@@ -25,13 +27,17 @@ from sdrt.files.read import read_document
 
 _MAX_BYTES = 1 << 12
 _SETTLED_NS = 2_000_000_000
-"""A file changed more recently than this is read again next time: a second change within one tick of the file system's clock would not show."""
+"""A file changed more recently than this is read again next time: a second change within one tick of the file system's
+clock would not show.
+"""
 
 
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
 """Another one at each start of the system: what was changed on a disk while the system was off shows no other time."""
 _OWN_KINDS = ("ext2", "ext3", "ext4", "xfs", "btrfs", "f2fs", "bcachefs", "zfs", "overlay", "tmpfs")
-"""File systems whose times are this kernel's own. Of FUSE and the network a server gives them, and others have no time of the last change."""
+"""File systems whose times are this kernel's own. Of FUSE and the network a server gives them, and others have no time
+of the last change.
+"""
 
 
 def check_file(bundle: Bundle, name: str) -> None:
@@ -44,7 +50,9 @@ def check_file(bundle: Bundle, name: str) -> None:
 
 
 def check_once(path: Path, sha256: str, check: Callable[[], None]) -> None:
-    """Call `check`, which reads a file and raises if it has another hash, unless the file was found right before and has not changed since."""
+    """Call `check`, which reads a file and raises if it has another hash, unless the file was found right before and
+    has not changed since.
+    """
     seen = _identity(path)
     if seen is not None and _remembered(seen) == sha256:
         return
@@ -59,7 +67,9 @@ def check_once(path: Path, sha256: str, check: Callable[[], None]) -> None:
 
 
 def _identity(path: Path) -> str | None:
-    """What changes with a file's contents, as text; None where the system does not tell, its word cannot be trusted, or it has just changed."""
+    """What changes with a file's contents, as text; None where the system does not tell, its word cannot be trusted, or
+    it has just changed.
+    """
     if sys.platform != "linux":
         return None
     try:
@@ -76,7 +86,9 @@ def _identity(path: Path) -> str | None:
 
 
 def _own_devices() -> set[int]:
-    """Devices of `/` and of the home folder: others come and go, and what comes may have the number, inodes and times of what went."""
+    """Devices of `/` and of the home folder: others come and go, and what comes may have the number, inodes and times
+    of what went.
+    """
     devices = {Path("/").stat().st_dev}
     with suppress(OSError, RuntimeError):
         devices.add(Path.home().stat().st_dev)
@@ -89,10 +101,14 @@ def _kept_by_this_kernel(path: Path) -> bool:
 
 
 def _mount(path: Path) -> tuple[str, str]:
-    """Kind and source of the file system that a file lies on, such as ext4 and /dev/sda1; ValueError where the system does not tell."""
+    """Kind and source of the file system that a file lies on, such as ext4 and /dev/sda1; ValueError where the system
+    does not tell.
+    """
     descriptor = os.open(path, os.O_PATH)
     try:
-        fields = dict(line.split(":", 1) for line in Path(f"/proc/self/fdinfo/{descriptor}").read_text("ascii").splitlines())
+        fields = dict(
+            line.split(":", 1) for line in Path(f"/proc/self/fdinfo/{descriptor}").read_text("ascii").splitlines()
+        )
     finally:
         os.close(descriptor)
     number = fields.get("mnt_id", "").strip()

@@ -1,7 +1,9 @@
-"""Detached signatures over a bundle: ed25519 (RFC 8032) over the bytes of its manifest, and of the record of each engine in it.
+"""Detached signatures over a bundle: ed25519 (RFC 8032) over the bytes of its manifest, and of the record of each
+engine in it.
 
-The manifest holds the hash of every file of the bundle, an engine's record those of its plans, so these few signatures cover all of it. They lie beside
-the bundle in one JSON file, `NAME.sdrt.sig`; the bundle itself is not touched. Needs the package `cryptography`, imported when it is used.
+The manifest holds the hash of every file of the bundle, an engine's record those of its plans, so these few signatures
+cover all of it. They lie beside the bundle in one JSON file, `NAME.sdrt.sig`; the bundle itself is not touched. Needs
+the package `cryptography`, imported when it is used.
 """
 
 from __future__ import annotations
@@ -37,7 +39,9 @@ _MAKE_PUBLIC = "Take it from the private one: openssl pkey -in private.pem -pubo
 
 @dataclass(frozen=True)
 class Signature:
-    """`key` identifies the key: SHA-256 of its 32 public bytes. `signatures` holds 64 bytes for each file, by its name within the bundle."""
+    """`key` identifies the key: SHA-256 of its 32 public bytes. `signatures` holds 64 bytes for each file, by its name
+    within the bundle.
+    """
 
     key: str
     signatures: Mapping[str, bytes]
@@ -65,7 +69,9 @@ def sign(path: Path, private_key: Path, *, output: Path | None = None, force: bo
         raise UsageError(f"{target}: exists already", "Choose another --output, or pass --force to sign again.")
     key = _private_key(private_key)
     check_all(bundle)
-    made = Signature(_fingerprint(key.public_key()), {name: key.sign(_bytes(bundle.file(name))) for name in signed_names(bundle)})
+    made = Signature(
+        _fingerprint(key.public_key()), {name: key.sign(_bytes(bundle.file(name))) for name in signed_names(bundle)}
+    )
     document = {
         "format": FORMAT,
         "algorithm": ALGORITHM,
@@ -78,10 +84,12 @@ def sign(path: Path, private_key: Path, *, output: Path | None = None, force: bo
 
 
 def check_signature(path: Path, public_key: Path, *, signature: Path | None = None) -> Signature:
-    """Check that a key signed a bundle's manifest and the record of every engine in it. Whether the files fit these is `verify`'s to say.
+    """Check that a key signed a bundle's manifest and the record of every engine in it. Whether the files fit these is
+    `verify`'s to say.
 
     Raises:
-        CheckFailed: there is no signature, it is malformed, of another key or another bundle, or something in the bundle is not signed.
+        CheckFailed: there is no signature, it is malformed, of another key or another bundle, or something in the
+            bundle is not signed.
         InputFileError: the key is no ed25519 public key in PEM, or there is no bundle.
         BundleError, MachineError: the manifest is not what it should be; or `cryptography` is not installed.
     """
@@ -92,21 +100,33 @@ def check_signature(path: Path, public_key: Path, *, signature: Path | None = No
     place = signature or signature_path(path)
     found = _read_signature(place)
     if found.key != _fingerprint(key):
-        raise CheckFailed(f"{place}: signed with the key {found.key[:16]}…, not with {public_key} ({_fingerprint(key)[:16]}…)", "Get the signer's public key.")
+        raise CheckFailed(
+            f"{place}: signed with the key {found.key[:16]}…, not with {public_key} ({_fingerprint(key)[:16]}…)",
+            "Get the signer's public key.",
+        )
     for name in signed_names(bundle):
         if name not in found.signatures:
-            raise CheckFailed(f"{bundle.path}: {printable(name)}: not signed", "Sign the bundle again with: sdrt sign; or remove what was added.")
+            raise CheckFailed(
+                f"{bundle.path}: {printable(name)}: not signed",
+                "Sign the bundle again with: sdrt sign; or remove what was added.",
+            )
         try:
             key.verify(found.signatures[name], _bytes(bundle.file(name)))
         except InvalidSignature as error:
-            message = f"{bundle.path}: {printable(name)}: the signature does not fit: it was changed, or another bundle was signed"
+            message = (
+                f"{bundle.path}: {printable(name)}: the signature does not fit: it was changed, or another bundle was"
+                " signed"
+            )
             raise CheckFailed(message, "Get the bundle and its signature again from whoever signed it.") from error
     return found
 
 
 def signed_names(bundle: Bundle) -> list[str]:
     """Names, within the bundle, of the files that are signed: the manifest and each engine's record."""
-    return [MANIFEST, *sorted((folder / RECORD).relative_to(bundle.path).as_posix() for folder in engine_folders(bundle))]
+    return [
+        MANIFEST,
+        *sorted((folder / RECORD).relative_to(bundle.path).as_posix() for folder in engine_folders(bundle)),
+    ]
 
 
 def _fingerprint(key: Ed25519PublicKey) -> str:
@@ -133,9 +153,16 @@ def _load_pem(path: Path, kind: str, fix: str) -> Any:
     if kind == "public" and b"PRIVATE KEY" in data:
         raise InputFileError(f"{path}: a private key, expected a public one; keep it to yourself", fix)
     try:
-        return serialization.load_pem_private_key(data, None) if kind == "private" else serialization.load_pem_public_key(data)
+        return (
+            serialization.load_pem_private_key(data, None)
+            if kind == "private"
+            else serialization.load_pem_public_key(data)
+        )
     except TypeError as error:
-        raise InputFileError(f"{path}: the key is encrypted; sdrt reads plain ones", f"Decrypt it: openssl pkey -in {path} -out plain.pem") from error
+        raise InputFileError(
+            f"{path}: the key is encrypted; sdrt reads plain ones",
+            f"Decrypt it: openssl pkey -in {path} -out plain.pem",
+        ) from error
     except Exception as error:  # the library has many ways to say that it is no key
         raise InputFileError(f"{path}: not a {kind} key in PEM", fix) from error
 
@@ -152,15 +179,24 @@ def _cryptography() -> Any:
 def _read_signature(path: Path) -> Signature:
     try:
         document = json.loads(_read(path, MAX_SIGNATURE_BYTES))
-        if document.keys() != {"format", "algorithm", "key", "signatures"} or document["format"] != FORMAT or document["algorithm"] != ALGORITHM:
+        if (
+            document.keys() != {"format", "algorithm", "key", "signatures"}
+            or document["format"] != FORMAT
+            or document["algorithm"] != ALGORITHM
+        ):
             raise ValueError("other fields, or another format")
         signatures = {str(name): base64.b64decode(text, validate=True) for name, text in document["signatures"].items()}
         if not isinstance(document["key"], str) or any(len(signature) != 64 for signature in signatures.values()):
             raise ValueError("a signature is not 64 bytes")
     except InputFileError as error:
-        raise CheckFailed(f"no signature: {error.message}", "Get NAME.sdrt.sig from whoever made the bundle, or name it with --signature.") from error
+        raise CheckFailed(
+            f"no signature: {error.message}",
+            "Get NAME.sdrt.sig from whoever made the bundle, or name it with --signature.",
+        ) from error
     except (ValueError, TypeError, AttributeError, RecursionError, binascii.Error) as error:
-        raise CheckFailed(f"{path}: not a signature: {printable(str(error))}", "Get it again from whoever signed the bundle.") from error
+        raise CheckFailed(
+            f"{path}: not a signature: {printable(str(error))}", "Get it again from whoever signed the bundle."
+        ) from error
     return Signature(document["key"], signatures)
 
 

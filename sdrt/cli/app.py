@@ -26,16 +26,36 @@ from sdrt.cli import engines as cli_engines
 from sdrt.cli import generate as cli_generate
 from sdrt.cli import inspect as cli_inspect
 from sdrt.cli import sign as cli_signature
-from sdrt.cli.output import BUILD_STAGES, BundleArgument, Json, StageProgress, interrupted, print_json, show_log, size_option, time_limit
+from sdrt.cli.output import (
+    BUILD_STAGES,
+    BundleArgument,
+    Json,
+    StageProgress,
+    interrupted,
+    print_json,
+    show_log,
+    size_option,
+    time_limit,
+)
 from sdrt.errors import MachineError, SdrtError, printable
 from sdrt.machine import interruptible
 from sdrt.machine.packages import install_command
 
 BUG, INTERRUPTED = 70, 130
 _COMMAND_LINE_ERROR: Any = typer.BadParameter.__base__
-"""What the parser raises for options that are missing, unknown or of another type: click's UsageError, or typer's own copy of it."""
+"""What the parser raises for options that are missing, unknown or of another type: click's UsageError, or typer's own
+copy of it.
+"""
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN)
-_PACKAGES = {"torch": "build", "onnx": "build", "onnxscript": "build", "onnx_ir": "build", "onnxruntime": "cpu", "matplotlib": "bench", "openvino": "openvino"}
+_PACKAGES = {
+    "torch": "build",
+    "onnx": "build",
+    "onnxscript": "build",
+    "onnx_ir": "build",
+    "onnxruntime": "cpu",
+    "matplotlib": "bench",
+    "openvino": "openvino",
+}
 
 
 class ReportingGroup(TyperGroup):
@@ -45,9 +65,15 @@ class ReportingGroup(TyperGroup):
         words = [*ctx._protected_args, *ctx.args]
         if threading.current_thread() is threading.main_thread():
             interrupted.clear()
-            for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # a stopped build, or one whose terminal went away, cleans up like an interrupted one
+            for name in (
+                "SIGINT",
+                "SIGTERM",
+                "SIGHUP",
+            ):  # a stopped build, or one whose terminal went away, cleans up like an interrupted one
                 number = getattr(signal, name, None)
-                if number is not None and not (name == "SIGHUP" and signal.getsignal(number) is signal.SIG_IGN):  # as nohup leaves it
+                if number is not None and not (
+                    name == "SIGHUP" and signal.getsignal(number) is signal.SIG_IGN
+                ):  # as nohup leaves it
                     signal.signal(number, _interrupt)
         if os.name == "posix" and (stderr := sys.__stderr__) is not None and sys.stderr is stderr:
             raw = io.BufferedWriter(_AsFarAsItGoes(stderr.fileno(), "wb", closefd=False))
@@ -62,7 +88,12 @@ class ReportingGroup(TyperGroup):
             package = (error.name or "").partition(".")[0]
             if package not in _PACKAGES:
                 _bug(ctx, error)
-            _fail(ctx, f"{package} is not installed", f"Install it with: {install_command(_PACKAGES[package])}", MachineError.exit_code)
+            _fail(
+                ctx,
+                f"{package} is not installed",
+                f"Install it with: {install_command(_PACKAGES[package])}",
+                MachineError.exit_code,
+            )
         except BrokenPipeError:
             _discard_stdout()  # the reader went away, as in `| head`
             raise typer.Exit(0) from None
@@ -70,22 +101,37 @@ class ReportingGroup(TyperGroup):
             if error.errno not in _NO_ROOM:
                 _bug(ctx, error)
             _fail(
-                ctx, f"{error.filename or type(error).__name__}: {error.strerror}", "Free disk space, memory, or raise the limit on open files (ulimit -n).", 6
+                ctx,
+                f"{error.filename or type(error).__name__}: {error.strerror}",
+                "Free disk space, memory, or raise the limit on open files (ulimit -n).",
+                6,
             )
         except MemoryError:
             _fail(ctx, "out of memory", "Choose a smaller size or batch, or a machine with more memory.", 6)
         except Exception as error:
             if type(error).__module__.partition(".")[0] in ("typer", "click"):
-                if isinstance(error, _COMMAND_LINE_ERROR) and "--json" in words[: words.index("--") if "--" in words else None]:
-                    _print_error(error.format_message(), "Run the command with --help to see its options.", error.exit_code)
+                if (
+                    isinstance(error, _COMMAND_LINE_ERROR)
+                    and "--json" in words[: words.index("--") if "--" in words else None]
+                ):
+                    _print_error(
+                        error.format_message(), "Run the command with --help to see its options.", error.exit_code
+                    )
                 raise
             if isinstance(error, RuntimeError) and "can't start new thread" in str(error):
-                _fail(ctx, "no more threads may be started here", "Raise the limit on processes (ulimit -u), or stop other programs.", 6)
+                _fail(
+                    ctx,
+                    "no more threads may be started here",
+                    "Raise the limit on processes (ulimit -u), or stop other programs.",
+                    6,
+                )
             _bug(ctx, error)
 
 
 class _AsFarAsItGoes(io.FileIO):
-    """Stderr as it is, where what cannot be written is left out: a full disk under a log must not fail the work that it tells of."""
+    """Stderr as it is, where what cannot be written is left out: a full disk under a log must not fail the work that it
+    tells of.
+    """
 
     def write(self, data: Any) -> int:
         try:
@@ -95,7 +141,12 @@ class _AsFarAsItGoes(io.FileIO):
 
 
 def _bug(ctx: Any, error: Exception) -> NoReturn:
-    _fail(ctx, f"{type(error).__name__}: {error}", "This is a bug in sdrt; please report it with the output of --debug.", BUG)
+    _fail(
+        ctx,
+        f"{type(error).__name__}: {error}",
+        "This is a bug in sdrt; please report it with the output of --debug.",
+        BUG,
+    )
 
 
 def _interrupt(*_: object) -> NoReturn:
@@ -140,7 +191,12 @@ def _discard_stdout() -> None:
 
 HELP = {"help_option_names": ["-h", "--help"]}
 app = typer.Typer(
-    cls=ReportingGroup, no_args_is_help=True, add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False, context_settings=HELP
+    cls=ReportingGroup,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    context_settings=HELP,
 )
 
 
@@ -154,9 +210,18 @@ def _version(value: bool) -> None:
 def main(
     debug: Annotated[bool, typer.Option("--debug", help="Print the traceback of an error.")] = False,
     verbose: Annotated[
-        int, typer.Option("--verbose", "-v", count=True, show_default=False, help="Say on stderr what is done; -vv says more. Warnings are shown in any case.")
+        int,
+        typer.Option(
+            "--verbose",
+            "-v",
+            count=True,
+            show_default=False,
+            help="Say on stderr what is done; -vv says more. Warnings are shown in any case.",
+        ),
     ] = 0,
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
 ) -> None:
     """Compile Stable Diffusion and its LoRAs into a bundle, and run it without PyTorch.
 
@@ -166,13 +231,15 @@ def main(
 
         sdrt generate model+style.sdrt "a red apple" --output apple.png
 
-    Exit codes: 0 ok; 1 a check said no; 2 usage; 3 bad input file; 4 refused as unsafe; 5 this machine does not fit; 6 out of disk or
-    memory; 7 locked or timed out; 8 inconclusive; 9 not comparable; 70 a bug in sdrt; 130 interrupted.
+    Exit codes: 0 ok; 1 a check said no; 2 usage; 3 bad input file; 4 refused as unsafe; 5 this machine does not fit; 6
+    out of disk or memory; 7 locked or timed out; 8 inconclusive; 9 not comparable; 70 a bug in sdrt; 130 interrupted.
     """
     show_log((logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)])
 
 
-@app.command(epilog="Example: sdrt build --checkpoint model.safetensors --lora style.safetensors:0.8:0.5 --output styled.sdrt")
+@app.command(
+    epilog="Example: sdrt build --checkpoint model.safetensors --lora style.safetensors:0.8:0.5 --output styled.sdrt"
+)
 def build(
     ctx: typer.Context,
     checkpoint: Annotated[Path, typer.Option("--checkpoint", metavar="FILE|DIR", help="Stable Diffusion checkpoint: one .safetensors, .ckpt, .pt or .bin file in any tool's layout, or a folder that diffusers saved. Nothing in it is ever executed.")],
@@ -192,8 +259,9 @@ def build(
 ) -> None:  # fmt: skip
     """Turn a checkpoint and its adapters into a bundle.
 
-    The first build of an architecture traces its networks, about a minute; later ones of any checkpoint or LoRA take the traces from the
-    cache ($SDRT_CACHE_DIR, or ~/.cache/sdrt). Every build runs each graph against the network it came from before it calls itself done.
+    The first build of an architecture traces its networks, about a minute; later ones of any checkpoint or LoRA take
+    the traces from the cache ($SDRT_CACHE_DIR, or ~/.cache/sdrt). Every build runs each graph against the network it
+    came from before it calls itself done.
     """
     ctx.find_root().obj = "json" if as_json else None
     from sdrt.export.adapters.embedding import parse_embedding_option
@@ -225,19 +293,37 @@ def build(
         return
     for source in manifest.sources:
         if source.kind == "lora":
-            changes = ", ".join(f"{source.applied[c]} modules of the {c} (change {source.relative_change[c]:.1%})" for c in source.applied) or "nothing"
+            changes = (
+                ", ".join(
+                    f"{source.applied[c]} modules of the {c} (change {source.relative_change[c]:.1%})"
+                    for c in source.applied
+                )
+                or "nothing"
+            )
             typer.echo(f"{printable(source.name)} at {source.scale:g}:{source.te_scale:g} applied to {changes}")
         elif source.kind == "embedding":
-            typer.echo(f"{printable(source.name)}: {source.applied['text_encoder']} vectors; a prompt uses it by saying {printable(source.trigger or '')}")
+            typer.echo(
+                f"{printable(source.name)}: {source.applied['text_encoder']} vectors; a prompt uses it by saying"
+                f" {printable(source.trigger or '')}"
+            )
         elif source.kind == "hypernetwork":
-            typer.echo(f"{printable(source.name)} at {source.scale:g} applied to {source.applied.get('unet', 0)} attention layers")
-    typer.echo(f"built {printable(str(report.path))} ({size_bytes / 1e6:.1f} MB) in {sum(report.stages_s.values()):.1f} s")
+            typer.echo(
+                f"{printable(source.name)} at {source.scale:g} applied to {source.applied.get('unet', 0)} attention"
+                " layers"
+            )
+    typer.echo(
+        f"built {printable(str(report.path))} ({size_bytes / 1e6:.1f} MB) in {sum(report.stages_s.values()):.1f} s"
+    )
     for engine in engines:
         cli_engines.print_compiled(engine, manifest)
-    typer.echo(f'next: sdrt generate {printable(os.path.relpath(report.path))} "your prompt" --output picture.png', err=True)
+    typer.echo(
+        f'next: sdrt generate {printable(os.path.relpath(report.path))} "your prompt" --output picture.png', err=True
+    )
 
 
-app.command("generate", epilog='Example: sdrt generate emoji.sdrt "red apple" --cfg 3 --seed 7 --count 4 --output apple.png')(cli_generate.generate)
+app.command(
+    "generate", epilog='Example: sdrt generate emoji.sdrt "red apple" --cfg 3 --seed 7 --count 4 --output apple.png'
+)(cli_generate.generate)
 
 
 app.command("inspect", epilog="Example: sdrt inspect style.safetensors --for model.safetensors")(cli_inspect.inspect)
@@ -252,7 +338,9 @@ def verify(
     timeout: Annotated[float, typer.Option("--timeout", metavar="S", help="Seconds after which it ends with exit code 7: a graph may be made to take for ever.")] = 900.0,
     as_json: Json = False,
 ) -> None:  # fmt: skip
-    """Check a bundle's hashes, and each graph against the reference outputs kept in it. Exit code 1 if anything differs."""
+    """Check a bundle's hashes, and each graph against the reference outputs kept in it. Exit code 1 if anything
+    differs.
+    """
     ctx.find_root().obj = "json" if as_json else None
     from sdrt.runtime.verify import verify as run_verify
 
@@ -260,15 +348,23 @@ def verify(
         signed_by = cli_signature.check_signed(bundle, key, signature)
         checks = run_verify(bundle)
     if as_json:
-        print_json({"bundle": str(bundle), "ok": True, "signed_by": signed_by, "checks": [asdict(check) for check in checks]})
+        print_json(
+            {"bundle": str(bundle), "ok": True, "signed_by": signed_by, "checks": [asdict(check) for check in checks]}
+        )
         return
     if signed_by is not None:
         typer.echo(f"ok  signed with the key {signed_by[:16]}…")
     for check in checks:
-        typer.echo(f"ok  {check.graph:13} {check.compute:5} {check.output:16} {check.backend}  error {check.error:.1e}, limit {check.limit:.0e}")
+        typer.echo(
+            f"ok  {check.graph:13} {check.compute:5} {check.output:16} {check.backend}  error {check.error:.1e}, limit"
+            f" {check.limit:.0e}"
+        )
 
 
-app.command("compile", epilog="Example: sdrt compile model.sdrt --target tensorrt-rtx --sm 89 --size 512x512:768x768 --batch 1:4")(cli_engines.compile_bundle)
+app.command(
+    "compile",
+    epilog="Example: sdrt compile model.sdrt --target tensorrt-rtx --sm 89 --size 512x512:768x768 --batch 1:4",
+)(cli_engines.compile_bundle)
 app.command("sign", epilog="Example: sdrt sign model.sdrt --key private.pem")(cli_signature.sign)
 app.add_typer(cli_bench.app, name="bench")
 app.command("doctor", epilog="Example: sdrt doctor --json")(cli_engines.doctor)

@@ -14,7 +14,15 @@ import typer
 
 from sdrt.cli.bench_tables import print_comparison, print_result, print_trends
 from sdrt.cli.output import Json, print_json
-from sdrt.errors import InconclusiveError, InputFileError, NotComparableError, ResourceError, UsageError, nearest, printable
+from sdrt.errors import (
+    InconclusiveError,
+    InputFileError,
+    NotComparableError,
+    ResourceError,
+    UsageError,
+    nearest,
+    printable,
+)
 from sdrt.files.read import read_given
 
 if TYPE_CHECKING:
@@ -26,36 +34,69 @@ FORMATS = ("markdown", "junit", "bencher", "github", "csv", "html")
 SCENARIOS = ("single", "batch", "server")
 _STEP_SUMMARY = "GITHUB_STEP_SUMMARY"
 _PROMPTS_BYTES = 1 << 20
-_SAME_THING = "Have both sides measure the same thing: choose with --backend, --size and --threads, or install the same engines for both."
+_SAME_THING = (
+    "Have both sides measure the same thing: choose with --backend, --size and --threads, or install the same engines"
+    " for both."
+)
 _SAME_MACHINE = (
-    "Measure both on the same machine with the same settings, or use: sdrt bench ab OLD.sdrt NEW.sdrt; or look at them with: sdrt bench compare --force"
+    "Measure both on the same machine with the same settings, or use: sdrt bench ab OLD.sdrt NEW.sdrt; or look at them"
+    " with: sdrt bench compare --force"
 )
 
 Scenario = Annotated[str, typer.Option("--scenario", metavar="NAME", help="single: one picture after the other; batch: --batch at a time; server: requests arrive at random, --rate per second.")]  # fmt: skip
-Size = Annotated[str | None, typer.Option("--size", metavar="WxH", help="Picture size in pixels; the bundle's own if not given.")]
+Size = Annotated[
+    str | None, typer.Option("--size", metavar="WxH", help="Picture size in pixels; the bundle's own if not given.")
+]
 Steps = Annotated[int, typer.Option("--steps", metavar="N", help="Steps of the sampler.")]
 Cfg = Annotated[float, typer.Option("--cfg", metavar="X", help="Guidance scale; 1 turns guidance off.")]
 Sampler = Annotated[str, typer.Option("--sampler", metavar="NAME", help="Sampler, as for generate.")]
 Schedule = Annotated[str | None, typer.Option("--schedule", metavar="NAME", help="Schedule, as for generate.")]
 Prompt = Annotated[str, typer.Option("--prompt", metavar="TEXT", help="What to show. Every picture gets a number after it, so that no cache of prompts hides the text encoder.")]  # fmt: skip
-Prompts = Annotated[Path | None, typer.Option("--prompts", metavar="FILE", help="Prompts that take turns, one a line, in place of --prompt.")]
+Prompts = Annotated[
+    Path | None,
+    typer.Option("--prompts", metavar="FILE", help="Prompts that take turns, one a line, in place of --prompt."),
+]
 Seed = Annotated[int, typer.Option("--seed", metavar="N", help="Seed of every call, and of the arrivals of a server.")]
-Batch = Annotated[int | None, typer.Option("--batch", metavar="N", help="Pictures per model call; 1, or 4 for the batch scenario.")]
+Batch = Annotated[
+    int | None, typer.Option("--batch", metavar="N", help="Pictures per model call; 1, or 4 for the batch scenario.")
+]
 Pictures = Annotated[int, typer.Option("--pictures", metavar="N", help="Calls measured per process.")]
-MaxPictures = Annotated[float, typer.Option("--max-picture-time", metavar="S", help="Stop a process's measured calls after this many seconds.")]
-WarmUp = Annotated[float, typer.Option("--warm-up", metavar="S", help="Longest warm-up; it ends sooner once three medians agree within 2 %.")]
+MaxPictures = Annotated[
+    float,
+    typer.Option("--max-picture-time", metavar="S", help="Stop a process's measured calls after this many seconds."),
+]
+WarmUp = Annotated[
+    float,
+    typer.Option("--warm-up", metavar="S", help="Longest warm-up; it ends sooner once three medians agree within 2 %."),
+]
 Rate = Annotated[float, typer.Option("--rate", metavar="X", help="server: requests per second.")]
-Duration = Annotated[float, typer.Option("--duration", metavar="S", help="server: seconds during which requests arrive.")]
-Queue = Annotated[int, typer.Option("--queue", metavar="N", help="server: requests that may wait; further ones are rejected.")]
+Duration = Annotated[
+    float, typer.Option("--duration", metavar="S", help="server: seconds during which requests arrive.")
+]
+Queue = Annotated[
+    int, typer.Option("--queue", metavar="N", help="server: requests that may wait; further ones are rejected.")
+]
 Backend = Annotated[str, typer.Option("--backend", metavar="NAME", help="Engine to measure, as for generate.")]
 Device = Annotated[int, typer.Option("--device", metavar="N", help="GPU to use, counted from 0.")]
-Threads = Annotated[int | None, typer.Option("--threads", metavar="N", help="CPU threads; the engine's own choice if not given.")]
+Threads = Annotated[
+    int | None, typer.Option("--threads", metavar="N", help="CPU threads; the engine's own choice if not given.")
+]
 Emit = Annotated[list[str] | None, typer.Option("--emit", metavar="FORMAT=FILE", help=f"Also write a file for a CI system; may be repeated. Formats: {', '.join(FORMATS)}.")]  # fmt: skip
 Config = Annotated[
-    Path | None, typer.Option("--config", metavar="bench.toml", help="Margins and gates; bench.toml beside the new bundle or file if it is there.")
+    Path | None,
+    typer.Option(
+        "--config",
+        metavar="bench.toml",
+        help="Margins and gates; bench.toml beside the new bundle or file if it is there.",
+    ),
 ]
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="markdown", epilog="Example: sdrt bench run model.sdrt --output result.json")
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    epilog="Example: sdrt bench run model.sdrt --output result.json",
+)
 
 
 @app.callback()
@@ -66,7 +107,10 @@ def bench() -> None:
     """
 
 
-@app.command("run", epilog="Example: sdrt bench run model.sdrt --steps 20 --output result.json --emit html=report.html --history runs")
+@app.command(
+    "run",
+    epilog="Example: sdrt bench run model.sdrt --steps 20 --output result.json --emit html=report.html --history runs",
+)
 def run_command(
     ctx: typer.Context,
     bundle: Annotated[Path | None, typer.Argument(metavar="BUNDLE", help="A folder made by `sdrt build`, such as model.sdrt; only --check-machine can do without.")] = None,
@@ -124,50 +168,93 @@ def run_command(
 
         return result_html(document, runs.trends(runs.read(history)) if history is not None else ())
 
-    _write_all(targets, {name: (lambda make=make: make(document)) for name, make in RESULT_FORMATS.items()} | {"html": page})
+    _write_all(
+        targets, {name: lambda make=make: make(document) for name, make in RESULT_FORMATS.items()} | {"html": page}
+    )
     _step_summary(lambda: result_markdown(document))
     if as_json:
         print_json(document)
     else:
         print_result(document)
     if problems := fidelity_problems(document):
-        typer.echo(f"error: {printable(str(bundle))}: the pictures are wrong: {printable('; '.join(problems))}", err=True)
+        typer.echo(
+            f"error: {printable(str(bundle))}: the pictures are wrong: {printable('; '.join(problems))}", err=True
+        )
         typer.echo("  fix: Run: sdrt verify BUNDLE, and build or compile it again.", err=True)
         raise typer.Exit(1)
 
 
 def _refuse_unused(ctx: typer.Context, check_machine: bool, with_bundle: bool) -> None:
     """Raise UsageError for options that were given and that this form of `run` does not read."""
-    given = {name for name in ctx.params if (source := ctx.get_parameter_source(name)) is not None and source.name == "COMMANDLINE"}
+    given = {
+        name
+        for name in ctx.params
+        if (source := ctx.get_parameter_source(name)) is not None and source.name == "COMMANDLINE"
+    }
     if not check_machine:
         if "check_time" in given:
             raise UsageError("--check-time: is for --check-machine", "Add --check-machine, or leave it out.")
         return
-    read = {"check_machine", "check_time", "as_json", "bundle", "output", "history", "emit", "layers", "scenario"}  # the last ones are refused by name
+    read = {
+        "check_machine",
+        "check_time",
+        "as_json",
+        "bundle",
+        "output",
+        "history",
+        "emit",
+        "layers",
+        "scenario",
+    }  # the last ones are refused by name
     if with_bundle:
-        read |= {"size", "steps", "cfg", "sampler", "schedule", "prompt", "prompts", "seed", "batch", "backend", "device", "threads"}
+        read |= {
+            "size",
+            "steps",
+            "cfg",
+            "sampler",
+            "schedule",
+            "prompt",
+            "prompts",
+            "seed",
+            "batch",
+            "backend",
+            "device",
+            "threads",
+        }
     if unread := sorted(given - read):
-        options = ", ".join(f"--{name.replace('max_pictures', 'max_picture_time').replace('_', '-')}" for name in unread)
-        raise UsageError(f"{options}: --check-machine{'' if with_bundle else ' without a BUNDLE'} does not use it", "Leave it out.")
+        options = ", ".join(
+            f"--{name.replace('max_pictures', 'max_picture_time').replace('_', '-')}" for name in unread
+        )
+        raise UsageError(
+            f"{options}: --check-machine{'' if with_bundle else ' without a BUNDLE'} does not use it", "Leave it out."
+        )
 
 
-def _check_machine(bundle: Path | None, request: Request, limit_s: float, files: Sequence[object], layers: bool, as_json: bool) -> None:
+def _check_machine(
+    bundle: Path | None, request: Request, limit_s: float, files: Sequence[object], layers: bool, as_json: bool
+) -> None:
     from sdrt.bench.machine_noise import machine_noise, pictures_of, steady_work
     from sdrt.bundle.folder import open_bundle
 
     if any(file is not None for file in files) or layers:
         raise UsageError(
-            "--check-machine: measures no result that --output, --history, --emit or --layers could take", "Leave them out; --json prints what it found."
+            "--check-machine: measures no result that --output, --history, --emit or --layers could take",
+            "Leave them out; --json prints what it found.",
         )
     if request.scenario == "server":
-        raise UsageError("--check-machine: looks at one picture after the other, not at a server", "Leave --scenario server out.")
+        raise UsageError(
+            "--check-machine: looks at one picture after the other, not at a server", "Leave --scenario server out."
+        )
     if not 5 <= limit_s <= 3600:
         raise UsageError(f"--check-time {limit_s:g}: expected 5 to 3600 seconds")
     if bundle is None:
         found = machine_noise(steady_work, "a few ms of numpy's arithmetic", limit_s, _say)
     else:
         found = machine_noise(
-            pictures_of(open_bundle(bundle), request), f"pictures of {bundle.name}, {request.steps} steps of {request.sampler}", limit_s, _say
+            pictures_of(open_bundle(bundle), request),
+            f"pictures of {bundle.name}, {request.steps} steps of {request.sampler}",
+            limit_s,
+            _say,
         )
     if as_json:
         print_json(asdict(found) | {"fit": found.fit, "words": found.words()})
@@ -185,14 +272,18 @@ def compare_command(
     force: Annotated[bool, typer.Option("--force", help="Show two results that are not comparable side by side all the same. There is no verdict then, and the exit code stays 9.")] = False,
     config: Config = None, emit: Emit = None, as_json: Json = False,
 ) -> None:  # fmt: skip
-    """Judge one result against another. Two separate runs saw two moments of a machine, so margins are doubled; `ab` is the better gate."""
+    """Judge one result against another. Two separate runs saw two moments of a machine, so margins are doubled; `ab` is
+    the better gate.
+    """
     ctx.find_root().obj = "json" if as_json else None
     from sdrt.bench.compare import compare
     from sdrt.bench.result import read_result
 
     targets, gates = _targets(emit), _gates(config, new)
     (old, old_hash), (now, new_hash) = read_result(base), read_result(new)
-    _conclude(compare(old, now, gates, interleaved=False, identical=old_hash == new_hash, force=force), targets, as_json)
+    _conclude(
+        compare(old, now, gates, interleaved=False, identical=old_hash == new_hash, force=force), targets, as_json
+    )
 
 
 @app.command("ab", epilog="Example: sdrt bench ab old.sdrt new.sdrt --pairs 10 --emit junit=bench.xml")
@@ -209,7 +300,8 @@ def ab_command(
     pictures: Pictures = 20, max_pictures: MaxPictures = 5.0, warm_up: WarmUp = 10.0, rate: Rate = 1.0, duration: Duration = 30.0, queue: Queue = 8,
     backend: Backend = "auto", device: Device = 0, threads: Threads = None, config: Config = None, emit: Emit = None, as_json: Json = False,
 ) -> None:  # fmt: skip
-    """Measure two bundles side by side: pairs of fresh processes that take turns, until the verdict is settled. The gate for machines that others use too.
+    """Measure two bundles side by side: pairs of fresh processes that take turns, until the verdict is settled. The
+    gate for machines that others use too.
 
     Where memory does not hold both at once they run one after the other, which tells less. --warm-up is for that.
     """
@@ -225,7 +317,10 @@ def ab_command(
     if pairs is not None:
         _at_least("--pairs", pairs, 1)
         if pairs > MAX_PAIRS:
-            raise UsageError(f"--pairs {pairs}: expected at most {MAX_PAIRS}", "What so many cannot show takes a quieter machine, or a wider margin.")
+            raise UsageError(
+                f"--pairs {pairs}: expected at most {MAX_PAIRS}",
+                "What so many cannot show takes a quieter machine, or a wider margin.",
+            )
         gates = replace(gates, pairs=pairs)
     if margin is not None:
         gates = with_margin(gates, margin)
@@ -236,9 +331,15 @@ def ab_command(
     for opened in (first, second):
         check_file(opened, WEIGHTS)
     if old_python is not None and not os.access(old_python, os.X_OK):
-        raise UsageError(f"--old-python {old_python}: expected a Python interpreter", "Write it as --old-python venv-base/bin/python.")
+        raise UsageError(
+            f"--old-python {old_python}: expected a Python interpreter",
+            "Write it as --old-python venv-base/bin/python.",
+        )
     interpreter = str(old_python.absolute()) if old_python is not None else None
-    sides = ((first, replace(request, bundle=str(first.path), python=interpreter)), (second, replace(request, bundle=str(second.path))))
+    sides = (
+        (first, replace(request, bundle=str(first.path), python=interpreter)),
+        (second, replace(request, bundle=str(second.path))),
+    )
     with _one_line() as progress:
         comparison = side_by_side(*sides, gates, progress, max_s=max_time)
     _conclude(comparison, targets, as_json)
@@ -248,8 +349,12 @@ def ab_command(
 def trend_command(
     ctx: typer.Context,
     history: Annotated[Path, typer.Argument(metavar="DIR", help="Folder given to `sdrt bench run --history`.")],
-    page: Annotated[Path | None, typer.Option("--html", metavar="FILE.html", help="Write plots of all metrics.")] = None,
-    check: Annotated[bool, typer.Option("--check", help="Exit code 1 if the newest run of any metric lies beyond its fence.")] = False,
+    page: Annotated[
+        Path | None, typer.Option("--html", metavar="FILE.html", help="Write plots of all metrics.")
+    ] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Exit code 1 if the newest run of any metric lies beyond its fence.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Show each metric over past runs, and whether the newest lies beyond Q3 + 3 IQR of those before it, ten at least."""
@@ -278,9 +383,13 @@ def _request(
     from sdrt.bench.measure import Request
 
     if scenario not in SCENARIOS:
-        raise UsageError(f"--scenario {scenario}: unknown{nearest(scenario, SCENARIOS)}", f"Choose one of: {', '.join(SCENARIOS)}.")
+        raise UsageError(
+            f"--scenario {scenario}: unknown{nearest(scenario, SCENARIOS)}", f"Choose one of: {', '.join(SCENARIOS)}."
+        )
     if scenario == "single" and batch not in (None, 1):
-        raise UsageError(f"--batch {batch}: the single scenario makes one picture at a time", "Choose --scenario batch.")
+        raise UsageError(
+            f"--batch {batch}: the single scenario makes one picture at a time", "Choose --scenario batch."
+        )
     _at_least("--pictures", pictures, 1)
     _at_least("--queue", queue, 0)
     for option, value, most in (
@@ -307,7 +416,9 @@ def _prompts(path: Path | None) -> tuple[str, ...]:
     try:
         text = read_given(path, _PROMPTS_BYTES, "--prompts takes a text file, one prompt a line.").data.decode()
     except UnicodeDecodeError as error:
-        raise InputFileError(f"{path}: not UTF-8 at byte {error.start}", "--prompts takes a text file, one prompt a line.") from error
+        raise InputFileError(
+            f"{path}: not UTF-8 at byte {error.start}", "--prompts takes a text file, one prompt a line."
+        ) from error
     prompts = tuple(line.strip() for line in text.splitlines() if line.strip())
     if not prompts:
         raise InputFileError(f"{path}: no prompt in it", "--prompts takes a text file, one prompt a line.")
@@ -336,7 +447,10 @@ def _targets(emit: Sequence[str] | None) -> list[tuple[str, Path]]:
     for text in emit or []:
         name, equals, file = text.partition("=")
         if name not in FORMATS:
-            raise UsageError(f"--emit {text}: format {name!r} is unknown{nearest(name, FORMATS)}", f"Choose one of: {', '.join(FORMATS)}.")
+            raise UsageError(
+                f"--emit {text}: format {name!r} is unknown{nearest(name, FORMATS)}",
+                f"Choose one of: {', '.join(FORMATS)}.",
+            )
         if not equals or not file:
             raise UsageError(f"--emit {text}: expected FORMAT=FILE", f"Write it as --emit {name}=FILE.")
         if not Path(file).absolute().parent.is_dir():
@@ -367,7 +481,9 @@ def _step_summary(make: Callable[[], str]) -> None:
             with open(path, "a", encoding="utf-8") as stream:
                 stream.write(make() + "\n")
         except OSError as error:
-            raise ResourceError(f"{path}: cannot add the summary: {error.strerror}", f"Free some space, or unset {_STEP_SUMMARY}.") from error
+            raise ResourceError(
+                f"{path}: cannot add the summary: {error.strerror}", f"Free some space, or unset {_STEP_SUMMARY}."
+            ) from error
 
 
 def _say(text: str) -> None:
@@ -402,7 +518,10 @@ def _conclude(comparison: Comparison, targets: Sequence[tuple[str, Path]], as_js
 
         return comparison_html(comparison)
 
-    _write_all(targets, {name: (lambda make=make: make(comparison)) for name, make in COMPARISON_FORMATS.items()} | {"html": page})
+    _write_all(
+        targets,
+        {name: lambda make=make: make(comparison) for name, make in COMPARISON_FORMATS.items()} | {"html": page},
+    )
     _step_summary(lambda: comparison_markdown(comparison))
     if as_json:
         print_json(
@@ -416,6 +535,8 @@ def _conclude(comparison: Comparison, targets: Sequence[tuple[str, Path]], as_js
     else:
         print_comparison(comparison)
     if comparison.different and not as_json:
-        raise NotComparableError(f"not comparable: {listed(comparison.different)}", _SAME_THING if comparison.interleaved else _SAME_MACHINE)
+        raise NotComparableError(
+            f"not comparable: {listed(comparison.different)}", _SAME_THING if comparison.interleaved else _SAME_MACHINE
+        )
     if comparison.exit_code:
         raise typer.Exit(comparison.exit_code)

@@ -40,17 +40,32 @@ def print_result(document: Mapping[str, Any]) -> None:
     for name, stats in document["stats"].items():
         unit = METRICS[name].unit
         rows.append(
-            (name, median(stats, unit), number(stats["p90"], unit), number(stats["p99"], unit), f"{stats['n']} in {stats['processes']}", METRICS[name].meaning)
+            (
+                name,
+                median(stats, unit),
+                number(stats["p90"], unit),
+                number(stats["p99"], unit),
+                f"{stats['n']} in {stats['processes']}",
+                METRICS[name].meaning,
+            )
         )
     rows += [(name, f"{value:,}", "", "", "", "counter") for name, value in document["counters"].items()]
-    _print_table(ran(document), ("metric", "median [95 % interval]", "p90", "p99", "n", "what it is"), rows, right=(2, 3, 4))
+    _print_table(
+        ran(document), ("metric", "median [95 % interval]", "p90", "p99", "n", "what it is"), rows, right=(2, 3, 4)
+    )
     if (fidelity := document["fidelity"])["ok"]:
-        typer.echo(f"the pictures are right: {len(fidelity['checks'])} outputs of the graphs are as close to the bundle's references as its precision allows")
+        typer.echo(
+            f"the pictures are right: {len(fidelity['checks'])} outputs of the graphs are as close to the bundle's"
+            " references as its precision allows"
+        )
     if fit := document["fit"]:
         typer.echo(f"time = {fit['fixed_ms']:.2f} ms + model calls x {fit['per_call_ms']:.3f} ms")
     if server := document.get("server"):
         attained = ", ".join(f"{rate:.3g}" for rate in server["attained_per_s"])
-        typer.echo(f"offered {server['offered_per_s']:g} per second, attained {attained}; {server['rejected']} of {server['arrivals']} rejected")
+        typer.echo(
+            f"offered {server['offered_per_s']:g} per second, attained {attained}; {server['rejected']} of"
+            f" {server['arrivals']} rejected"
+        )
     if layers := document.get("layers"):
         _print_layers(layers)
     seen = document["noise"]["detectable"]
@@ -66,11 +81,19 @@ def _print_layers(layers: Mapping[str, Any]) -> None:
     for graph, found in layers["graphs"].items():
         done = "operations unknown"
         if found["flops"] is not None:
-            done = f"{found['flops'] / 1e9:.3f} GFLOP, {found['bytes'] / 1e6:.1f} MB, {found['intensity'] or 0:.1f} FLOP/byte"
-        reached = f"{share(found['share_of_peak'])} of the machine's peak, {share(found['share_of_roofline'])} of its roofline"
+            done = (
+                f"{found['flops'] / 1e9:.3f} GFLOP, {found['bytes'] / 1e6:.1f} MB, {found['intensity'] or 0:.1f}"
+                " FLOP/byte"
+            )
+        reached = (
+            f"{share(found['share_of_peak'])} of the machine's peak, {share(found['share_of_roofline'])} of its"
+            " roofline"
+        )
         typer.echo(f"{graph}: {found['ms']:.2f} ms, profiled {found['operators_ms']:.2f} ms, {done}, {reached}")
         for one in found["slowest"][:5]:
-            typer.echo(f"  {one['share']:6.1%}  {one['ms']:8.3f} ms  {printable(one['op']):20} {printable(one['name'])}")
+            typer.echo(
+                f"  {one['share']:6.1%}  {one['ms']:8.3f} ms  {printable(one['op']):20} {printable(one['name'])}"
+            )
     for note in layers["notes"]:
         typer.echo(f"note: {printable(note)}", err=True)
 
@@ -78,7 +101,16 @@ def _print_layers(layers: Mapping[str, Any]) -> None:
 def print_comparison(comparison: Comparison) -> None:
     from sdrt.bench.formats import interval, number, word
 
-    rows = [(row.name, number(row.base, row.unit), number(row.new, row.unit), interval(row), word(row, comparison.interleaved)) for row in comparison.rows]
+    rows = [
+        (
+            row.name,
+            number(row.base, row.unit),
+            number(row.new, row.unit),
+            interval(row),
+            word(row, comparison.interleaved),
+        )
+        for row in comparison.rows
+    ]
     _print_table(comparison.ran, ("metric", "base", "new", "new / base [95 % interval]", "verdict"), rows, right=(1, 2))
     for note in comparison.notes:
         typer.echo(f"note: {printable(note)}", err=True)
@@ -95,6 +127,13 @@ def print_trends(trends: Sequence[Trend]) -> None:
             middle = (values[(len(values) - 1) // 2] + values[len(values) // 2]) / 2
             state = "BEYOND" if trend.outside else "within" if trend.limit is not None else "too few runs to say"
             rows.append(
-                (trend.name, str(len(values)), number(middle, trend.unit), number(trend.values[-1], trend.unit), number(trend.limit, trend.unit), state)
+                (
+                    trend.name,
+                    str(len(values)),
+                    number(middle, trend.unit),
+                    number(trend.values[-1], trend.unit),
+                    number(trend.limit, trend.unit),
+                    state,
+                )
             )
         _print_table(label, ("metric", "runs", "median", "newest", "fence", ""), rows, right=(1, 2, 3, 4))

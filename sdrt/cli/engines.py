@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 
 TARGETS = ("auto", "onnxruntime", "openvino", "tensorrt-rtx", "tensorrt")
 _COMPILED = ("openvino", "tensorrt-rtx", "tensorrt")
-"""Targets that `build` compiles for. ONNX Runtime needs no engine; what it can save is for `compile` to ask for, as it takes disk."""
+"""Targets that `build` compiles for. ONNX Runtime needs no engine; what it can save is for `compile` to ask for, as it
+takes disk.
+"""
 _CHOICES = "onnxruntime, openvino, tensorrt-rtx or tensorrt"
 
 
@@ -44,9 +46,10 @@ def compile_bundle(
 ) -> None:  # fmt: skip
     """Compile a bundle into engines for a target. Needs no PyTorch.
 
-    One size costs least. A range of sizes, batches or tokens costs memory, speed and time to compile on a GPU; openvino takes one value of
-    each, and several engines serve several sizes; onnxruntime takes any shape and none of these options. Engines lie in the bundle under
-    `engines/`; `sdrt inspect` lists them. An engine is native code: run those you made, or got from someone you trust.
+    One size costs least. A range of sizes, batches or tokens costs memory, speed and time to compile on a GPU; openvino
+    takes one value of each, and several engines serve several sizes; onnxruntime takes any shape and none of these
+    options. Engines lie in the bundle under `engines/`; `sdrt inspect` lists them. An engine is native code: run those
+    you made, or got from someone you trust.
     """
     ctx.find_root().obj = "json" if as_json else None
     from sdrt.bundle.folder import open_bundle
@@ -67,7 +70,13 @@ def compile_bundle(
     with time_limit(timeout, bundle):
         reports = run(opened, asked)
     if as_json:
-        print_json({"bundle": str(opened.path), "engines": [as_fields(report) for report in reports], "pruned": [str(path) for path in pruned]})
+        print_json(
+            {
+                "bundle": str(opened.path),
+                "engines": [as_fields(report) for report in reports],
+                "pruned": [str(path) for path in pruned],
+            }
+        )
         return
     for path in pruned:
         typer.echo(f"removed {path}")
@@ -78,7 +87,8 @@ def compile_bundle(
 
 
 def compiled_targets(names: Sequence[str], *, must_compile: bool) -> list[str]:
-    """The targets among `names` to compile for; `auto` is what is installed and fastest here. ONNX Runtime only where `must_compile` is set.
+    """The targets among `names` to compile for; `auto` is what is installed and fastest here. ONNX Runtime only where
+    `must_compile` is set.
 
     Raises:
         UsageError: a name is unknown.
@@ -86,7 +96,9 @@ def compiled_targets(names: Sequence[str], *, must_compile: bool) -> list[str]:
     found = []
     for name in names:
         if name not in TARGETS:
-            raise UsageError(f"--target {name}: unknown{nearest(name, TARGETS)}", f"Choose one of: {', '.join(TARGETS)}.")
+            raise UsageError(
+                f"--target {name}: unknown{nearest(name, TARGETS)}", f"Choose one of: {', '.join(TARGETS)}."
+            )
         chosen = _automatic() if name == "auto" else name
         if chosen in _COMPILED or must_compile:
             found.append(chosen)
@@ -109,7 +121,9 @@ def checked_targets(names: Sequence[str]) -> list[str]:
 
 
 def _automatic() -> str:
-    """TensorRT where it is installed and a GPU answers, else OpenVINO where it is installed and new enough, else ONNX Runtime."""
+    """TensorRT where it is installed and a GPU answers, else OpenVINO where it is installed and new enough, else ONNX
+    Runtime.
+    """
     from sdrt.machine.doctor import compiler_version, probe_gpus
     from sdrt.runtime.backends.openvino.model import import_openvino
 
@@ -152,7 +166,9 @@ def compile_after_build(path: Path, targets: Sequence[str]) -> list[CompileRepor
     try:
         return run(open_bundle(path), [CompileOptions(name) for name in targets])
     except SdrtError as error:
-        raise type(error)(f"the bundle {path} is built and works; compiling it failed: {error.line}", error.fix) from error
+        raise type(error)(
+            f"the bundle {path} is built and works; compiling it failed: {error.line}", error.fix
+        ) from error
 
 
 def print_compiled(report: CompileReport, manifest: Manifest) -> None:
@@ -164,7 +180,9 @@ def print_compiled(report: CompileReport, manifest: Manifest) -> None:
         typer.echo(f"{graph:13} {made.build_s:7.1f} s  {made.plan_bytes / 1e6:8.1f} MB{layers}{peak}")
         if made.unfused:
             typer.echo(
-                f"note: {graph}: {len(made.unfused)} attention layers {'' if report.record.key.target == 'openvino' else 'may have no fused kernel and then '}run as several",
+                f"note: {graph}: {len(made.unfused)} attention layers"
+                f" {'' if report.record.key.target == 'openvino' else 'may have no fused kernel and then '}run as"
+                " several",
                 err=True,
             )
     for line in engine_lines(report.record, manifest):
@@ -182,20 +200,33 @@ def engine_lines(record: EngineRecord, manifest: Manifest) -> list[str]:
         blobs = sum(plan.size_bytes for plan in record.plans.values())
         return [
             f"{key.target} {key.compiler} for {key.device}, {key.precision}, {shapes}",
-            f"on disk: {blobs / 1e6:.1f} MB without weights; those are read from the bundle's own file, {record.weight_bytes / 1e6:.1f} MB",
+            (
+                f"on disk: {blobs / 1e6:.1f} MB without weights; those are read from the bundle's own file,"
+                f" {record.weight_bytes / 1e6:.1f} MB"
+            ),
         ]
     if key.target == "onnxruntime":
         return [
             f"{key.target} {key.compiler} for {key.device}, {key.precision}, {shapes}",
-            f"on disk: {sum(plan.disk_bytes for plan in record.plans.values()) / 1e6:.1f} MB, weights in float32 among them, which loading maps",
+            (
+                f"on disk: {sum(plan.disk_bytes for plan in record.plans.values()) / 1e6:.1f} MB, weights in float32"
+                " among them, which loading maps"
+            ),
         ]
     activations = [plan.device_memory_bytes for plan in record.plans.values()]
     known = [size for size in activations if size is not None]
-    largest = f"activations {max(known) / 1e6:.1f} MB" if len(known) == len(activations) else "activations known once a GPU has loaded it"
+    largest = (
+        f"activations {max(known) / 1e6:.1f} MB"
+        if len(known) == len(activations)
+        else "activations known once a GPU has loaded it"
+    )
     plans = sum(plan.size_bytes for plan in record.plans.values())
     return [
         f"{key.target} {key.compiler} for {key.device}, {key.precision}, {shapes}",
-        f"memory on the device: plans with weights {plans / 1e6:.1f} MB, state {record.state_bytes / 1e6:.1f} MB at most, {largest}",
+        (
+            f"memory on the device: plans with weights {plans / 1e6:.1f} MB, state {record.state_bytes / 1e6:.1f} MB at"
+            f" most, {largest}"
+        ),
     ]
 
 
@@ -213,7 +244,12 @@ def _prune(bundle: Bundle) -> list[Path]:
     from sdrt.engines.store import prune as prune_engines
     from sdrt.machine.doctor import compiler_version
 
-    return prune_engines(bundle, keep=lambda record: not mismatch(record, bundle, compiler=compiler_version(record.key.target), flags=_flags(record)))
+    return prune_engines(
+        bundle,
+        keep=lambda record: (
+            not mismatch(record, bundle, compiler=compiler_version(record.key.target), flags=_flags(record))
+        ),
+    )
 
 
 def _flags(record: EngineRecord) -> tuple[str, ...] | None:
@@ -244,9 +280,20 @@ def engines_of(bundle: Bundle) -> list[dict[str, Any]]:
         compiler = compiler_version(record.key.target)
         sms: list[str | None] = [gpu.sm for gpu in gpus] or [None]
         if record.key.target in ("openvino", "onnxruntime"):
-            reasons = [mismatch(record, bundle, compiler=compiler, cpu=cpu_identity(), platform=platform_name(), flags=_flags(record))]
+            reasons = [
+                mismatch(
+                    record,
+                    bundle,
+                    compiler=compiler,
+                    cpu=cpu_identity(),
+                    platform=platform_name(),
+                    flags=_flags(record),
+                )
+            ]
         else:
-            reasons = [mismatch(record, bundle, compiler=compiler, device_sm=sm, platform=platform_name()) for sm in sms]
+            reasons = [
+                mismatch(record, bundle, compiler=compiler, device_sm=sm, platform=platform_name()) for sm in sms
+            ]
         memory = [plan.device_memory_bytes for plan in record.plans.values()]
         known = [size for size in memory if size is not None]
         listed.append(
@@ -260,7 +307,9 @@ def engines_of(bundle: Bundle) -> list[dict[str, Any]]:
 
 
 def doctor(ctx: typer.Context, as_json: Json = False) -> None:
-    """Say what works on this machine: each backend, its versions, and the command that mends it. Exit code 5 if none works."""
+    """Say what works on this machine: each backend, its versions, and the command that mends it. Exit code 5 if none
+    works.
+    """
     ctx.find_root().obj = "json" if as_json else None
     from sdrt.machine.doctor import examine
 
@@ -273,7 +322,10 @@ def doctor(ctx: typer.Context, as_json: Json = False) -> None:
         typer.echo(f"python {report.python}, {report.platform}; GPUs: {printable(gpus)}{driver}")
         for backend in report.backends:
             versions = ", ".join(f"{package} {version}" for package, version in backend.versions.items())
-            typer.echo(f"{backend.name:17} {backend.state:11} {printable(backend.detail)}{f' ({versions})' if versions else ''}")
+            typer.echo(
+                f"{backend.name:17} {backend.state:11}"
+                f" {printable(backend.detail)}{f' ({versions})' if versions else ''}"
+            )
             if backend.fix:
                 typer.echo(f"{'':17} fix: {backend.fix}")
     if not report.ok:
@@ -285,7 +337,10 @@ def _sizes(text: str | None) -> tuple[tuple[int, int], tuple[int, int]] | None:
         return None
     match = re.fullmatch(r"(\d{1,6})[xX](\d{1,6})(?::(\d{1,6})[xX](\d{1,6}))?", text)
     if match is None:
-        raise UsageError(f"--size {text}: expected WIDTHxHEIGHT, or a smallest and a largest", "Write it as --size 512x768 or --size 512x512:768x768.")
+        raise UsageError(
+            f"--size {text}: expected WIDTHxHEIGHT, or a smallest and a largest",
+            "Write it as --size 512x768 or --size 512x512:768x768.",
+        )
     low = (int(match[1]), int(match[2]))
     return low, low if match[3] is None else (int(match[3]), int(match[4]))
 
@@ -293,7 +348,10 @@ def _sizes(text: str | None) -> tuple[tuple[int, int], tuple[int, int]] | None:
 def _range(option: str, text: str) -> tuple[int, int]:
     match = re.fullmatch(r"(\d{1,6})(?::(\d{1,6}))?", text)
     if match is None:
-        raise UsageError(f"{option} {text}: expected a number, or a smallest and a largest", f"Write it as {option} 1 or {option} 1:4.")
+        raise UsageError(
+            f"{option} {text}: expected a number, or a smallest and a largest",
+            f"Write it as {option} 1 or {option} 1:4.",
+        )
     return int(match[1]), int(match[2] or match[1])
 
 

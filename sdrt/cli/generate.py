@@ -65,7 +65,10 @@ def generate(
     from sdrt.runtime.pictures.file import FORMAT_OF_ENDING, save_new_picture, save_picture
     from sdrt.runtime.request import Request, resolved
 
-    for option, file, endings in (("--output", output, list(FORMAT_OF_ENDING)), ("--contact-sheet", contact_sheet, [".png"])):
+    for option, file, endings in (
+        ("--output", output, list(FORMAT_OF_ENDING)),
+        ("--contact-sheet", contact_sheet, [".png"]),
+    ):
         if file is not None and file.suffix.lower() not in endings:
             raise UsageError(f"{option} {file}: expected a name ending in {' or '.join(endings)}")
     if prompt is None and from_png is None and settings_from is None:
@@ -89,7 +92,9 @@ def generate(
     with ExitStack() as stack:
         for option, folder in folders:
             stack.enter_context(folders_made(option, folder))
-        pipe = stack.enter_context(Pipeline.load(bundle, backend=backend, device=device, threads=threads, on_missing=on_missing, cores=cores))
+        pipe = stack.enter_context(
+            Pipeline.load(bundle, backend=backend, device=device, threads=threads, on_missing=on_missing, cores=cores)
+        )
         stream = pipe.stream(**settings)
         for note in taken.notes:
             typer.echo(f"note: {printable(note)}", err=True)
@@ -127,7 +132,9 @@ def generate(
 
 @dataclass(frozen=True)
 class _Taken:
-    """The request's fields as given, or out of a picture; `notes` say what of it could not be used, `repeated` is what the picture says of itself."""
+    """The request's fields as given, or out of a picture; `notes` say what of it could not be used, `repeated` is what
+    the picture says of itself.
+    """
 
     settings: dict[str, Any]
     notes: tuple[str, ...] = ()
@@ -135,14 +142,18 @@ class _Taken:
 
 
 def _settings(ctx: typer.Context, manifest: Manifest) -> _Taken:
-    """Settings of the command line: all of them, or, beside a picture to take them from, those that are named in place of the picture's."""
+    """Settings of the command line: all of them, or, beside a picture to take them from, those that are named in place
+    of the picture's.
+    """
     from sdrt.runtime.pictures.file import parameters_of, read_said
     from sdrt.runtime.pictures.settings import settings_to_repeat, settings_to_reuse
     from sdrt.runtime.request import Request
 
     again, other = ctx.params["from_png"], ctx.params["settings_from"]
     if again is not None and other is not None:
-        raise UsageError("--settings-from: given beside --from-png, which takes all settings of one picture", "Give one of the two.")
+        raise UsageError(
+            "--settings-from: given beside --from-png, which takes all settings of one picture", "Give one of the two."
+        )
     given: dict[str, Any] = {}
     for name in (f.name for f in fields(Request)):
         source = ctx.get_parameter_source(name)
@@ -161,7 +172,9 @@ def _check_different(paths: Sequence[Path], sheets: Sequence[Path]) -> None:
     places = {path.absolute().parent.resolve() / path.name for path in paths}
     for sheet in sheets:
         if sheet.absolute().parent.resolve() / sheet.name in places:
-            raise UsageError(f"--contact-sheet {sheet}: a picture is to be written there", "Give it another name than --output.")
+            raise UsageError(
+                f"--contact-sheet {sheet}: a picture is to be written there", "Give it another name than --output."
+            )
 
 
 def _check_pictures(option: str, paths: Sequence[Path], force: bool) -> None:
@@ -170,7 +183,9 @@ def _check_pictures(option: str, paths: Sequence[Path], force: bool) -> None:
 
     for path in paths:
         if os.path.lexists(path) and not force and not is_ours(path):
-            raise UsageError(f"{option} {path}: exists and is not a picture sdrt made", "Choose another name, or pass --force.")
+            raise UsageError(
+                f"{option} {path}: exists and is not a picture sdrt made", "Choose another name, or pass --force."
+            )
 
 
 def _write_previews(folder: Path, step: Step, first_seed: int) -> None:
@@ -179,12 +194,17 @@ def _write_previews(folder: Path, step: Step, first_seed: int) -> None:
     from sdrt.files.publish import new_file, staged_file
 
     for i, pixels in enumerate(step.preview()):
-        with staged_file(folder / f"{first_seed + step.picture + i}-{step.index:03}.png") as stage, new_file(stage) as stream:
+        with (
+            staged_file(folder / f"{first_seed + step.picture + i}-{step.index:03}.png") as stage,
+            new_file(stage) as stream,
+        ):
             Image.fromarray(pixels).save(stream, "PNG")
 
 
 def _frames(step: Step) -> list[Frame]:
-    """What the contact sheet shows of this model call: nothing, if it is not one of those shown or belongs to a later picture."""
+    """What the contact sheet shows of this model call: nothing, if it is not one of those shown or belongs to a later
+    picture.
+    """
     from sdrt.runtime.pictures.contact_sheet import Frame, shown_calls
 
     if step.picture or step.index not in shown_calls(step.count):
@@ -214,7 +234,10 @@ def _differences(path: Path | None, repeated: Mapping[str, Any] | None, result: 
     if isinstance(made_by, dict):
         before, after = ([str(of.get(part)) for part in ("backend", "compute")] for of in (made_by, engine))
         if before != after:
-            yield f"{path}: made on {' in '.join(before)}, now on {' in '.join(after)}, whose arithmetic rounds otherwise; --backend chooses the engine"
+            yield (
+                f"{path}: made on {' in '.join(before)}, now on {' in '.join(after)}, whose arithmetic rounds"
+                " otherwise; --backend chooses the engine"
+            )
     for name in ("init_image", "mask"):
         was = repeated.get(name)  # without a name its hash is that of pixels, which a file's cannot equal
         if was is not None and repeated.get(f"{name}_sha256") != now[f"{name}_sha256"]:
@@ -223,7 +246,15 @@ def _differences(path: Path | None, repeated: Mapping[str, Any] | None, result: 
 
 def _report(pictures: Sequence[Mapping[str, Any]], result: Result, notes: Sequence[str], as_json: bool) -> None:
     if as_json:
-        print_json({"pictures": pictures, "engine": result.engine, "parameters": result.parameters, "timings_ms": result.timings_ms, "notes": notes})
+        print_json(
+            {
+                "pictures": pictures,
+                "engine": result.engine,
+                "parameters": result.parameters,
+                "timings_ms": result.timings_ms,
+                "notes": notes,
+            }
+        )
         return
     for picture in pictures:
         typer.echo(f"{printable(picture['path'])}  seed {picture['seed']}")

@@ -1,4 +1,6 @@
-"""`sdrt inspect`: what a file or bundle is. A summary in words; `--all` prints every field, and `--json` always has them all."""
+"""`sdrt inspect`: what a file or bundle is. A summary in words; `--all` prints every field, and `--json` always has
+them all.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,16 @@ from sdrt.cli.output import Json, print_json, print_report
 from sdrt.errors import UsageError
 
 _SHOWN_METADATA, _SHOWN_CHARACTERS = 8, 100
-_TELLING = ("modelspec.title", "modelspec.architecture", "modelspec.", "ss_output_name", "ss_base_model_version", "ss_network_", "ss_clip_skip", "ss_v2")
+_TELLING = (
+    "modelspec.title",
+    "modelspec.architecture",
+    "modelspec.",
+    "ss_output_name",
+    "ss_base_model_version",
+    "ss_network_",
+    "ss_clip_skip",
+    "ss_v2",
+)
 """How the metadata that most readers look for starts, most wanted first."""
 
 
@@ -34,9 +45,16 @@ def inspect(
 
     if os.path.exists(path / MANIFEST) or path.suffix == ".sdrt":
         if checkpoint is not None:
-            raise UsageError(f"--for {checkpoint}: {path} is a bundle, which goes into no checkpoint", "Give it the file of an adapter or VAE.")
+            raise UsageError(
+                f"--for {checkpoint}: {path} is a bundle, which goes into no checkpoint",
+                "Give it the file of an adapter or VAE.",
+            )
         opened = open_bundle(path)
-        report: dict[str, Any] = {"path": str(opened.path), "kind": "a bundle", "size_bytes": sum(f.size_bytes for f in opened.manifest.files.values())}
+        report: dict[str, Any] = {
+            "path": str(opened.path),
+            "kind": "a bundle",
+            "size_bytes": sum(f.size_bytes for f in opened.manifest.files.values()),
+        }
         report |= asdict(opened.manifest) | {"engines": cli_engines.engines_of(opened)}
     else:
         report = inspect_file(path)
@@ -58,13 +76,20 @@ def inspect(
 def _file_summary(report: Mapping[str, Any]) -> dict[str, Any]:
     short = {key: value for key, value in report.items() if key not in ("architecture", "metadata")}
     if metadata := report["metadata"]:
-        wanted = sorted(metadata, key=lambda key: (next((i for i, start in enumerate(_TELLING) if key.startswith(start)), len(_TELLING)), key))
+        wanted = sorted(
+            metadata,
+            key=lambda key: (
+                next((i for i, start in enumerate(_TELLING) if key.startswith(start)), len(_TELLING)),
+                key,
+            ),
+        )
         short["metadata"] = {key: metadata[key][:_SHOWN_CHARACTERS] for key in wanted[:_SHOWN_METADATA]}
         if len(metadata) > _SHOWN_METADATA:
             short["metadata"]["..."] = f"{len(metadata) - _SHOWN_METADATA} more"
     if "components" in report:
         short["components"] = {
-            name: f"{component['tensors']} tensors, {component['parameters']:,} parameters" for name, component in report["components"].items()
+            name: f"{component['tensors']} tensors, {component['parameters']:,} parameters"
+            for name, component in report["components"].items()
         }
     return short
 

@@ -17,8 +17,12 @@ import typer
 from sdrt.errors import UsageError, printable
 from sdrt.machine import interruptible
 
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout; words and progress stay on stderr.")]
-BundleArgument = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A folder made by `sdrt build`, such as model.sdrt.")]
+Json = Annotated[
+    bool, typer.Option("--json", help="Print one JSON object on stdout; words and progress stay on stderr.")
+]
+BundleArgument = Annotated[
+    Path, typer.Argument(metavar="BUNDLE", help="A folder made by `sdrt build`, such as model.sdrt.")
+]
 
 
 class _OnStderr(logging.Handler):
@@ -57,7 +61,13 @@ def print_report(report: dict[str, Any], indent: str = "", bullet: str = "") -> 
             for item in value:
                 typer.echo(f"{indent}  - {printable(item)}")
         else:
-            shown = f"{value:,}" if key.endswith(("bytes", "parameters")) and isinstance(value, int) else list(value) if isinstance(value, tuple) else value
+            shown = (
+                f"{value:,}"
+                if key.endswith(("bytes", "parameters")) and isinstance(value, int)
+                else list(value)
+                if isinstance(value, tuple)
+                else value
+            )
             typer.echo(f"{start}{printable(key)}: {printable(str(shown))}")
         start = indent
 
@@ -85,7 +95,14 @@ def progress_bar() -> Any:
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
     console = Console(stderr=True)
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TextColumn("eta"), TimeRemainingColumn())
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TimeElapsedColumn(),
+        TextColumn("eta"),
+        TimeRemainingColumn(),
+    )
     return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
 
@@ -94,15 +111,26 @@ BUILD_STAGES = {
     "read": 4.0, "tokenizer": 0.5, "fuse": 6.0, "trace text_encoder": 3.0, "trace step": 35.0, "trace vae_decoder": 5.0, "trace vae_encoder": 5.0,
     "check text_encoder": 1.0, "check step": 8.0, "check vae_decoder": 1.0, "check vae_encoder": 1.0, "write": 3.0,
 }  # fmt: skip
-COMPILE_STAGES = {"read": 2.0, "compile text_encoder": 4.0, "compile step": 40.0, "compile vae_decoder": 8.0, "compile vae_encoder": 6.0, "write": 3.0}
+COMPILE_STAGES = {
+    "read": 2.0,
+    "compile text_encoder": 4.0,
+    "compile step": 40.0,
+    "compile vae_decoder": 8.0,
+    "compile vae_encoder": 6.0,
+    "write": 3.0,
+}
 
 
 interrupted = Event()
-"""Set by Ctrl-C or a stop. Python drops the exception of a signal that arrives inside a finaliser; the next stage then raises it again."""
+"""Set by Ctrl-C or a stop. Python drops the exception of a signal that arrives inside a finaliser; the next stage then
+raises it again.
+"""
 
 
 class StageProgress:
-    """Stages on stderr: a bar where it is a terminal, a line per stage where it is not. `stages` holds the rough seconds of each."""
+    """Stages on stderr: a bar where it is a terminal, a line per stage where it is not. `stages` holds the rough
+    seconds of each.
+    """
 
     def __init__(self, stages: Mapping[str, float]) -> None:
         self._stages = stages
@@ -129,4 +157,9 @@ class StageProgress:
                 self._total -= self._stages.get(stage.replace("bind", "trace", 1), 0.0)
             if self._bar.disable:
                 typer.echo(f"{stage} …", err=True)
-        self._bar.update(self._task, total=self._total, completed=self._done + self._stages.get(stage, 0.0) * (done or 0.0), description=stage)
+        self._bar.update(
+            self._task,
+            total=self._total,
+            completed=self._done + self._stages.get(stage, 0.0) * (done or 0.0),
+            description=stage,
+        )

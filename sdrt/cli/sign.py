@@ -19,7 +19,9 @@ def sign(
     force: Annotated[bool, typer.Option("--force", help="Replace a signature that is there.")] = False,
     as_json: Json = False,
 ) -> None:  # fmt: skip
-    """Sign a bundle: its manifest, and with it every file, and each engine in it. Sign again after compiling more engines."""
+    """Sign a bundle: its manifest, and with it every file, and each engine in it. Sign again after compiling more
+    engines.
+    """
     ctx.find_root().obj = "json" if as_json else None
     from sdrt.bundle.signature import sign as run_sign
 

@@ -1,7 +1,8 @@
-"""Engines for CPUs through ONNX Runtime: its optimised graphs, saved, so that a start neither folds the weights again nor takes the memory to. No torch.
+"""Engines for CPUs through ONNX Runtime: its optimised graphs, saved, so that a start neither folds the weights again
+nor takes the memory to. No torch.
 
-They take any shape, as the graphs do, and cost disk: the weights again, as float32. ONNX Runtime writes them itself, in a process of its own, into
-the folder that is published.
+They take any shape, as the graphs do, and cost disk: the weights again, as float32. ONNX Runtime writes them itself, in
+a process of its own, into the folder that is published.
 """
 
 from __future__ import annotations
@@ -32,8 +33,14 @@ _READ = ("target", "force")
 """Options that count here."""
 
 
-def compile_bundle(bundle: Bundle, options: CompileOptions, progress: Progress = lambda stage, done: None, joined: NewEngine | None = None) -> CompileReport:
-    """Save every graph of a bundle as ONNX Runtime has optimised it for this CPU. An intact engine of the same key is left as it is.
+def compile_bundle(
+    bundle: Bundle,
+    options: CompileOptions,
+    progress: Progress = lambda stage, done: None,
+    joined: NewEngine | None = None,
+) -> CompileReport:
+    """Save every graph of a bundle as ONNX Runtime has optimised it for this CPU. An intact engine of the same key is
+    left as it is.
 
     The engine appears by itself, or with those of the command that `joined` comes from.
 
@@ -76,7 +83,9 @@ def compile_bundle(bundle: Bundle, options: CompileOptions, progress: Progress =
         with new_engine(key, needed_bytes) as stage:
             for graph in GRAPHS:
                 progress(f"compile {graph}", None)
-                made, peak_bytes = worker.save_model(graph, bundle.graph(graph, PRECISION), stage, bundle.file(references[graph]), version)
+                made, peak_bytes = worker.save_model(
+                    graph, bundle.graph(graph, PRECISION), stage, bundle.file(references[graph]), version
+                )
                 if not made["exact"]:
                     log.info("%s: the saved model's outputs differ from the optimised graph's, within the gate", graph)
                 plans[graph] = _plan(stage / f"{graph}.onnx")
@@ -92,7 +101,11 @@ def _refuse_unread(options: CompileOptions) -> None:
     for field in fields(CompileOptions):
         if field.name not in _READ and getattr(options, field.name) != getattr(default, field.name):
             name = field.name.removesuffix("s") if field.name == "sms" else field.name
-            why = {"sms": "optimises for the CPU of this machine", "device": "runs on the CPU", "precision": "computes in float32 on a CPU"}
+            why = {
+                "sms": "optimises for the CPU of this machine",
+                "device": "runs on the CPU",
+                "precision": "computes in float32 on a CPU",
+            }
             raise UsageError(
                 f"{name}: ONNX Runtime {why.get(field.name, 'takes every shape: one engine serves them all')}",
                 f"Leave --{name} out, or compile for {TARGET} with a command of its own.",

@@ -1,7 +1,8 @@
 """Engines for CPUs through OpenVINO. No torch.
 
-Shapes are static: an engine is one size, one number of pictures, one prompt length and one number of guidance branches. A bundle holds as many as
-it needs; they cost a few megabytes each, since all read the bundle's own weights file. The work is done in this process and takes seconds.
+Shapes are static: an engine is one size, one number of pictures, one prompt length and one number of guidance branches.
+A bundle holds as many as it needs; they cost a few megabytes each, since all read the bundle's own weights file. The
+work is done in this process and takes seconds.
 """
 
 from __future__ import annotations
@@ -39,7 +40,9 @@ from sdrt.runtime.backends.openvino.model import (
 
 TARGET = "openvino"
 DEFAULT_CHUNKS = (1, 2)
-"""Prompt lengths that engines are made for unless asked otherwise: most prompts are of up to 75 tokens, nearly all of up to 150."""
+"""Prompt lengths that engines are made for unless asked otherwise: most prompts are of up to 75 tokens, nearly all of
+up to 150.
+"""
 _SOURCE = "fp32"
 """The graphs engines are made from. Their weights are stored as the bundle has them; OpenVINO rounds the arithmetic."""
 
@@ -51,9 +54,13 @@ class _Blob:
 
 
 def compile_bundle(
-    bundle: Bundle, options: CompileOptions, progress: Progress = lambda stage, done: None, joined: NewEngine | None = None
+    bundle: Bundle,
+    options: CompileOptions,
+    progress: Progress = lambda stage, done: None,
+    joined: NewEngine | None = None,
 ) -> list[CompileReport]:
-    """Compile every graph of a bundle: one engine for each prompt length and number of guidance branches. An intact engine of the same key is left as it is.
+    """Compile every graph of a bundle: one engine for each prompt length and number of guidance branches. An intact
+    engine of the same key is left as it is.
 
     The engines appear together, or with those of the command that `joined` comes from.
 
@@ -100,20 +107,40 @@ def compile_bundle(
 
 def _static_shapes(bundle: Bundle, options: CompileOptions) -> list[StepShape]:
     if options.sms is not None:
-        raise UsageError("sm: OpenVINO compiles for the CPU of this machine", "Leave --sm out, or choose --target tensorrt-rtx.")
+        raise UsageError(
+            "sm: OpenVINO compiles for the CPU of this machine", "Leave --sm out, or choose --target tensorrt-rtx."
+        )
     manifest = bundle.manifest
-    shapes = resolve_shapes(manifest, size=options.size, batch=options.batch, tokens=options.tokens, branches=options.branches, rows=options.rows)
-    for option, (low, _, high) in (("size", shapes.width), ("size", shapes.height), ("batch", shapes.batch), ("tokens", shapes.tokens)):
+    shapes = resolve_shapes(
+        manifest,
+        size=options.size,
+        batch=options.batch,
+        tokens=options.tokens,
+        branches=options.branches,
+        rows=options.rows,
+    )
+    for option, (low, _, high) in (
+        ("size", shapes.width),
+        ("size", shapes.height),
+        ("batch", shapes.batch),
+        ("tokens", shapes.tokens),
+    ):
         if low != high:
             fix = f"Give --{option} one value, and compile once for each you need: an engine takes a few megabytes."
             raise UsageError(f"{option}: from {low} to {high}: OpenVINO engines have static shapes", fix)
     factor = manifest.latents.factor
     height, width = shapes.height[0] // factor, shapes.width[0] // factor
     lengths = [chunks * manifest.chunk for chunks in DEFAULT_CHUNKS] if options.tokens is None else [shapes.tokens[0]]
-    return [StepShape(shapes.batch[0], height, width, tokens, branches, shapes.rows) for tokens in lengths for branches in shapes.branches]
+    return [
+        StepShape(shapes.batch[0], height, width, tokens, branches, shapes.rows)
+        for tokens in lengths
+        for branches in shapes.branches
+    ]
 
 
-def _key(bundle: Bundle, files: Mapping[str, str], precision: str, inputs: Mapping[str, Mapping[str, tuple[int, ...]]]) -> EngineKey:
+def _key(
+    bundle: Bundle, files: Mapping[str, str], precision: str, inputs: Mapping[str, Mapping[str, tuple[int, ...]]]
+) -> EngineKey:
     records = bundle.manifest.files
     version = openvino_version()
     assert version is not None  # it has been imported
@@ -125,18 +152,25 @@ def _key(bundle: Bundle, files: Mapping[str, str], precision: str, inputs: Mappi
         precision=precision,
         graphs={graph: records[file].sha256 for graph, file in files.items()},
         weights=records[WEIGHTS].sha256,
-        profiles={graph: (Profile({name: (shape,) * 3 for name, shape in shapes.items()}),) for graph, shapes in inputs.items()},
+        profiles={
+            graph: (Profile({name: (shape,) * 3 for name, shape in shapes.items()}),)
+            for graph, shapes in inputs.items()
+        },
         flags=FLAGS[precision],
     )
 
 
-def _compile(ov: Any, core: Any, bundle: Bundle, graph: str, shapes: Mapping[str, tuple[int, ...]], precision: str) -> _Blob:
+def _compile(
+    ov: Any, core: Any, bundle: Bundle, graph: str, shapes: Mapping[str, tuple[int, ...]], precision: str
+) -> _Blob:
     started = time.perf_counter()
     path = bundle.graph(graph, _SOURCE)
     compiled, attention = interruptible(lambda: compile_graph(ov, core, path, shapes, precision, None))
     build_s = time.perf_counter() - started
     data = interruptible(lambda: export_blob(compiled))
-    return _Blob(data, GraphReport(0.0, build_s, layer_count(compiled), len(data), unfused_attention(compiled, attention), None))
+    return _Blob(
+        data, GraphReport(0.0, build_s, layer_count(compiled), len(data), unfused_attention(compiled, attention), None)
+    )
 
 
 def _record(bundle: Bundle, shape: StepShape, key: EngineKey, blobs: Mapping[str, _Blob]) -> EngineRecord:
@@ -150,7 +184,12 @@ def _record(bundle: Bundle, shape: StepShape, key: EngineKey, blobs: Mapping[str
         tokens=shape.tokens,
         rows=shape.rows,
         branches=(shape.branches,),
-        state_bytes=state_bytes(bundle.manifest, size=size, batch=shape.batch, tokens=shape.tokens, rows=shape.rows, branches=shape.branches),
+        state_bytes=state_bytes(
+            bundle.manifest, size=size, batch=shape.batch, tokens=shape.tokens, rows=shape.rows, branches=shape.branches
+        ),
         weight_bytes=bundle.manifest.files[WEIGHTS].size_bytes,
-        plans={graph: Plan(f"{graph}.blob", len(blob.data), hashlib.sha256(blob.data).hexdigest(), None) for graph, blob in blobs.items()},
+        plans={
+            graph: Plan(f"{graph}.blob", len(blob.data), hashlib.sha256(blob.data).hexdigest(), None)
+            for graph, blob in blobs.items()
+        },
     )

@@ -1,4 +1,6 @@
-"""One graph optimised by ONNX Runtime for this CPU and saved, then loaded back and compared. Runs in a process of its own (`sdrt.compile.worker`)."""
+"""One graph optimised by ONNX Runtime for this CPU and saved, then loaded back and compared. Runs in a process of its
+own (`sdrt.compile.worker`).
+"""
 
 from __future__ import annotations
 
@@ -11,14 +13,22 @@ import numpy as np
 
 from sdrt.bundle.reference import compare, read_reference
 from sdrt.errors import MachineError, ResourceError, SdrtError
-from sdrt.runtime.backends.onnxruntime.model import PRECISION, explained, import_onnxruntime, open_graph, open_saved, outputs_of
+from sdrt.runtime.backends.onnxruntime.model import (
+    PRECISION,
+    explained,
+    import_onnxruntime,
+    open_graph,
+    open_saved,
+    outputs_of,
+)
 
 _NOT_WRITTEN = ("Failed to write external initializers", "Protobuf serialization failed", "No space left")
 """What ONNX Runtime says of a file that it could not write; it does not say why."""
 
 
 def save_model(graph: str, path: Path, folder: Path, reference: Path) -> dict[str, Any]:
-    """Save `<graph>.onnx` and its weights in `folder`. Returns the seconds it took, and whether both gave the very same outputs.
+    """Save `<graph>.onnx` and its weights in `folder`. Returns the seconds it took, and whether both gave the very same
+    outputs.
 
     Raises:
         MachineError: ONNX Runtime fails, or the saved model computes something else.
@@ -40,7 +50,8 @@ def save_model(graph: str, path: Path, folder: Path, reference: Path) -> dict[st
     worst = compare(expected, found, PRECISION)[0]
     if not worst.ok:
         raise MachineError(
-            f"{graph}: ONNX Runtime {ort.__version__} saved a model whose {worst.output} differs by {worst.error:.2e}, expected at most {worst.limit:.0e}",
+            f"{graph}: ONNX Runtime {ort.__version__} saved a model whose {worst.output} differs by {worst.error:.2e},"
+            f" expected at most {worst.limit:.0e}",
             "Leave it uncompiled: the bundle's own graphs run without it.",
         )
     return {"build_s": build_s, "exact": all(np.array_equal(array, found[name]) for name, array in expected.items())}
@@ -51,5 +62,8 @@ def _reported(ort: Any, graph: str, folder: Path, error: Exception) -> SdrtError
     free = shutil.disk_usage(folder).free
     said = f"{error} {error.__cause__}"  # ours are cut to a length
     if any(text in said for text in _NOT_WRITTEN) or free < 1 << 20:
-        return ResourceError(f"{graph}: ONNX Runtime cannot write the whole model, {free:,} bytes free there", "Free some space; --prune drops stale engines.")
+        return ResourceError(
+            f"{graph}: ONNX Runtime cannot write the whole model, {free:,} bytes free there",
+            "Free some space; --prune drops stale engines.",
+        )
     return error if isinstance(error, SdrtError) else explained(ort, graph, error)

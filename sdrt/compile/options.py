@@ -12,11 +12,12 @@ from sdrt.engines.record import EngineRecord
 
 @dataclass(frozen=True)
 class CompileOptions:
-    """What to compile. Ranges are (smallest, largest); `size` None takes the bundle's, `tokens` None one chunk, for openvino
-    an engine for one and another for two.
+    """What to compile. Ranges are (smallest, largest); `size` None takes the bundle's, `tokens` None one chunk, for
+    openvino an engine for one and another for two.
 
-    onnxruntime takes none of these options. `precision` None takes the bundle's, for openvino the fastest this CPU has unless the bundle is stored in float32.
-    `sms` are GPU generations for tensorrt-rtx, None for the default; `device` is the GPU for tensorrt, counted from 0.
+    onnxruntime takes none of these options. `precision` None takes the bundle's, for openvino the fastest this CPU has
+    unless the bundle is stored in float32. `sms` are GPU generations for tensorrt-rtx, None for the default; `device`
+    is the GPU for tensorrt, counted from 0.
     """
 
     target: str
@@ -33,8 +34,8 @@ class CompileOptions:
 
 @dataclass(frozen=True)
 class GraphReport:
-    """How one graph was compiled: seconds, layers of the network, bytes of the plan with the weights it brings, attention layers that run, or may, as
-    several kernels. `layers` is None where they are not counted.
+    """How one graph was compiled: seconds, layers of the network, bytes of the plan with the weights it brings,
+    attention layers that run, or may, as several kernels. `layers` is None where they are not counted.
 
     `peak_bytes` is the most memory the compiling process took, None where the system does not say.
     """

@@ -1,6 +1,8 @@
-"""Which shapes an engine is compiled for: the ranges asked for, and what they make of each axis that a graph leaves free.
+"""Which shapes an engine is compiled for: the ranges asked for, and what they make of each axis that a graph leaves
+free.
 
-Owns no engine API. A range is (smallest, best, largest); the best is the bundle's own value where the range holds it, else the nearest.
+Owns no engine API. A range is (smallest, best, largest); the best is the bundle's own value where the range holds it,
+else the nearest.
 """
 
 from __future__ import annotations
@@ -19,7 +21,9 @@ Size = tuple[int, int]
 
 @dataclass(frozen=True)
 class Shapes:
-    """What an engine is compiled for: `width`, `height` in pixels, pictures and tokens as ranges; numbers of guidance branches; a picture's table rows."""
+    """What an engine is compiled for: `width`, `height` in pixels, pictures and tokens as ranges; numbers of guidance
+    branches; a picture's table rows.
+    """
 
     width: Range
     height: Range
@@ -38,7 +42,8 @@ def resolve_shapes(
     branches: tuple[int, ...] = (1, 2),
     rows: int = 128,
 ) -> Shapes:
-    """Check what was asked for. `size` is the smallest and largest (width, height); None takes the bundle's, one chunk for `tokens`.
+    """Check what was asked for. `size` is the smallest and largest (width, height); None takes the bundle's, one chunk
+    for `tokens`.
 
     Raises:
         UsageError: a value is out of range, or a range runs backwards.
@@ -47,16 +52,22 @@ def resolve_shapes(
     (low_width, low_height), (high_width, high_height) = size or (own, own)
     for side in (low_width, low_height, high_width, high_height):
         if side % SIZE_STEP or not MIN_SIDE <= side <= MAX_SIDE:
-            raise UsageError(f"size: side of {side} pixels: expected a multiple of {SIZE_STEP} from {MIN_SIDE} to {MAX_SIDE}")
+            raise UsageError(
+                f"size: side of {side} pixels: expected a multiple of {SIZE_STEP} from {MIN_SIDE} to {MAX_SIDE}"
+            )
     low_tokens, high_tokens = tokens or (chunk, chunk)
     for count in (low_tokens, high_tokens):
         if count % chunk or not 1 <= count // chunk <= MAX_CHUNKS:
-            raise UsageError(f"tokens {count}: expected a multiple of {chunk}, this model's chunk, up to {chunk * MAX_CHUNKS}")
+            raise UsageError(
+                f"tokens {count}: expected a multiple of {chunk}, this model's chunk, up to {chunk * MAX_CHUNKS}"
+            )
     for count in batch:
         if not 1 <= count <= MAX_BATCH:
             raise UsageError(f"batch {count}: expected 1 to {MAX_BATCH}")
     if not branches or len(set(branches)) != len(branches) or not all(1 <= count <= MAX_BRANCHES for count in branches):
-        raise UsageError(f"branches {','.join(map(str, branches))}: expected different numbers from 1 to {MAX_BRANCHES}")
+        raise UsageError(
+            f"branches {','.join(map(str, branches))}: expected different numbers from 1 to {MAX_BRANCHES}"
+        )
     if not 2 <= rows <= MAX_ROWS:
         raise UsageError(f"rows {rows}: expected 2 to {MAX_ROWS}")
     return Shapes(
@@ -78,8 +89,9 @@ def _range(what: str, low: int, own: int, high: int) -> Range:
 def axes(graph: str, shapes: Shapes, manifest: Manifest) -> list[dict[str, Range]]:
     """What each free axis of a graph may be, by the name it has in the ONNX file: one entry per optimization profile.
 
-    The step has a profile for each number of guidance branches, the others have one. The text encoder takes every chunk of every branch's
-    prompt at once, or any part of them; the VAE any part of the pictures, since they need not be finished together.
+    The step has a profile for each number of guidance branches, the others have one. The text encoder takes every chunk
+    of every branch's prompt at once, or any part of them; the VAE any part of the pictures, since they need not be
+    finished together.
     """
     factor, chunk = manifest.latents.factor, manifest.chunk
     low, best, high = shapes.batch
@@ -106,12 +118,21 @@ def profiles_of(graph: str, shapes: Shapes, manifest: Manifest) -> tuple[Profile
     profiles = []
     for known in axes(graph, shapes, manifest):
         low, best, high = ({axis: sizes[i] for axis, sizes in known.items()} for i in range(3))
-        profiles.append(Profile({name: (concrete(t.shape, low), concrete(t.shape, best), concrete(t.shape, high)) for name, t in inputs.items()}))
+        profiles.append(
+            Profile(
+                {
+                    name: (concrete(t.shape, low), concrete(t.shape, best), concrete(t.shape, high))
+                    for name, t in inputs.items()
+                }
+            )
+        )
     return tuple(profiles)
 
 
 def largest_demand(shapes: Shapes, manifest: Manifest) -> tuple[str, str]:
-    """The dimension that asks for the most memory beside the bundle's own size, one picture and one chunk, and the flag that lowers it."""
+    """The dimension that asks for the most memory beside the bundle's own size, one picture and one chunk, and the flag
+    that lowers it.
+    """
     own = math.prod(manifest.latents.size)
     width, height = shapes.width[2], shapes.height[2]
     demands = {

@@ -1,7 +1,9 @@
-"""Engines for NVIDIA GPUs: one way over TensorRT-RTX and enterprise TensorRT, whose interfaces are nearly equal. No torch.
+"""Engines for NVIDIA GPUs: one way over TensorRT-RTX and enterprise TensorRT, whose interfaces are nearly equal. No
+torch.
 
-TensorRT-RTX compiles ahead of time for a list of GPU generations and needs no GPU; enterprise TensorRT compiles on the GPU that will run
-the engine. Precision is in the graph: networks are strongly typed. Refitting stays off; docs/architecture.md says why.
+TensorRT-RTX compiles ahead of time for a list of GPU generations and needs no GPU; enterprise TensorRT compiles on the
+GPU that will run the engine. Precision is in the graph: networks are strongly typed. Refitting stays off;
+docs/architecture.md says why.
 """
 
 from __future__ import annotations
@@ -27,8 +29,14 @@ TARGETS = ("tensorrt-rtx", "tensorrt")
 DEFAULT_SMS = (86, 89, 120)
 
 
-def compile_bundle(bundle: Bundle, options: CompileOptions, progress: Progress = lambda stage, done: None, joined: NewEngine | None = None) -> CompileReport:
-    """Compile every graph of a bundle into an engine in its `engines` folder. An intact engine of the same key is left as it is.
+def compile_bundle(
+    bundle: Bundle,
+    options: CompileOptions,
+    progress: Progress = lambda stage, done: None,
+    joined: NewEngine | None = None,
+) -> CompileReport:
+    """Compile every graph of a bundle into an engine in its `engines` folder. An intact engine of the same key is left
+    as it is.
 
     The engine appears by itself, or with those of the command that `joined` comes from.
 
@@ -41,7 +49,14 @@ def compile_bundle(bundle: Bundle, options: CompileOptions, progress: Progress =
         KeyboardInterrupt: interrupted; nothing was left behind.
     """
     manifest = bundle.manifest
-    shapes = resolve_shapes(manifest, size=options.size, batch=options.batch, tokens=options.tokens, branches=options.branches, rows=options.rows)
+    shapes = resolve_shapes(
+        manifest,
+        size=options.size,
+        batch=options.batch,
+        tokens=options.tokens,
+        branches=options.branches,
+        rows=options.rows,
+    )
     compiler = open_compiler(options.target, options.sms, options.device)
     precision = _precision(bundle, options.precision)
     paths = {graph: bundle.graph(graph, precision) for graph in GRAPHS}
@@ -71,10 +86,16 @@ def compile_bundle(bundle: Bundle, options: CompileOptions, progress: Progress =
         reports: dict[str, GraphReport] = {}
         for graph, path in paths.items():
             progress(f"compile {graph}", None)
-            built, peak_bytes = worker.build(compiler, graph, path, profiles[graph], demand, lambda name, done: progress(f"compile {name}", done))
+            built, peak_bytes = worker.build(
+                compiler, graph, path, profiles[graph], demand, lambda name, done: progress(f"compile {name}", done)
+            )
             data[graph] = built.plan
-            plans[graph] = Plan(f"{graph}.plan", len(built.plan), hashlib.sha256(built.plan).hexdigest(), built.device_memory_bytes)
-            reports[graph] = GraphReport(built.parse_s, built.build_s, built.layers, len(built.plan), built.unfused, peak_bytes)
+            plans[graph] = Plan(
+                f"{graph}.plan", len(built.plan), hashlib.sha256(built.plan).hexdigest(), built.device_memory_bytes
+            )
+            reports[graph] = GraphReport(
+                built.parse_s, built.build_s, built.layers, len(built.plan), built.unfused, peak_bytes
+            )
         progress("write", None)
         size, branches = (shapes.width[2], shapes.height[2]), max(shapes.branches)
         record = EngineRecord(
@@ -85,7 +106,9 @@ def compile_bundle(bundle: Bundle, options: CompileOptions, progress: Progress =
             tokens=shapes.tokens[2],
             rows=shapes.rows,
             branches=shapes.branches,
-            state_bytes=state_bytes(manifest, size=size, batch=shapes.batch[2], tokens=shapes.tokens[2], rows=shapes.rows, branches=branches),
+            state_bytes=state_bytes(
+                manifest, size=size, batch=shapes.batch[2], tokens=shapes.tokens[2], rows=shapes.rows, branches=branches
+            ),
             weight_bytes=manifest.files[WEIGHTS].size_bytes,
             plans=plans,
         )
@@ -110,7 +133,9 @@ def open_compiler(target: str, sms: tuple[int, ...] | None = None, device: int =
         return import_compiler(target, ",".join(f"sm_{sm}" for sm in wanted), None, wanted)
     if target == "tensorrt":
         if sms is not None:
-            raise UsageError("sm: TensorRT compiles for the GPU of this machine", "Leave --sm out, or choose --target tensorrt-rtx.")
+            raise UsageError(
+                "sm: TensorRT compiles for the GPU of this machine", "Leave --sm out, or choose --target tensorrt-rtx."
+            )
         library(target)
         return import_compiler(target, _gpu(device), device, ())
     raise UsageError(f"target {target!r}: not one that compiles", f"Choose one of: {', '.join(TARGETS)}.")

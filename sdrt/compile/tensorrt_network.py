@@ -1,6 +1,7 @@
 """Compiling one graph inside TensorRT: parse it, set its shapes, let attention without a fused kernel decompose, build.
 
-Runs in a process of its own (`sdrt.compile.worker`). One way over both libraries: `trt` is the tensorrt_rtx or tensorrt module.
+Runs in a process of its own (`sdrt.compile.worker`). One way over both libraries: `trt` is the tensorrt_rtx or tensorrt
+module.
 """
 
 from __future__ import annotations
@@ -27,7 +28,10 @@ logger = logging.getLogger("sdrt")
 _FUSED_HEAD = range(12, 257)
 """Sizes of an attention head that have fused kernels in half precision."""
 _NOT_FUSED = "is_decomposable"
-_MEMORY = re.compile(r"out of memory|outofmemory|bad_alloc|insufficient memory|not enough memory|failed to allocate|allocation failed", re.IGNORECASE)
+_MEMORY = re.compile(
+    r"out of memory|outofmemory|bad_alloc|insufficient memory|not enough memory|failed to allocate|allocation failed",
+    re.IGNORECASE,
+)
 _NO_KERNEL = re.compile(r"could not find any implementation for node ([^\n]{1,200})", re.IGNORECASE)
 
 Side = int | str
@@ -36,7 +40,9 @@ Side = int | str
 
 @dataclass(frozen=True)
 class Compiler:
-    """A library and what it compiles for. `device` is as in the engine's key, `gpu` counts from 0 where the library needs one, `sms` where not."""
+    """A library and what it compiles for. `device` is as in the engine's key, `gpu` counts from 0 where the library
+    needs one, `sms` where not.
+    """
 
     trt: Any
     target: str
@@ -59,8 +65,9 @@ class Demand:
 
 @dataclass(frozen=True)
 class Built:
-    """A compiled graph: its plan, seconds, layers of the network, attention layers allowed to run without a fused kernel, activation bytes if known,
-    and the network's outputs in its own order."""
+    """A compiled graph: its plan, seconds, layers of the network, attention layers allowed to run without a fused
+    kernel, activation bytes if known, and the network's outputs in its own order.
+    """
 
     plan: memoryview
     parse_s: float
@@ -82,7 +89,9 @@ class _Network:
 
 
 def import_compiler(target: str, device: str, gpu: int | None, sms: tuple[int, ...]) -> Compiler:
-    """A target's library for a device that is known; its GPU becomes this thread's current one, on which TensorRT builds."""
+    """A target's library for a device that is known; its GPU becomes this thread's current one, on which TensorRT
+    builds.
+    """
     trt = library(target)
     if gpu is not None:
         from cuda.core import Device
@@ -106,11 +115,23 @@ def library(target: str) -> Any:
 
         return tensorrt
     except (ImportError, OSError) as error:
-        raise MachineError(f"target {target}: cannot import {COMPILERS[target]}: {error}", f"Install it with: {install_command(target)}") from error
+        raise MachineError(
+            f"target {target}: cannot import {COMPILERS[target]}: {error}",
+            f"Install it with: {install_command(target)}",
+        ) from error
 
 
-def build_graph(compiler: Compiler, graph: str, path: Path, profiles: Sequence[Profile], demand: Demand, progress: Progress, stop: Event) -> Built:
-    """Compile one graph with a profile for each of `profiles`; axes on which all agree are static. Ends soon after `stop` is set.
+def build_graph(
+    compiler: Compiler,
+    graph: str,
+    path: Path,
+    profiles: Sequence[Profile],
+    demand: Demand,
+    progress: Progress,
+    stop: Event,
+) -> Built:
+    """Compile one graph with a profile for each of `profiles`; axes on which all agree are static. Ends soon after
+    `stop` is set.
 
     Attention that has no fused kernel is decomposed on the network: the ONNX file stays portable.
 
@@ -138,7 +159,15 @@ def build_graph(compiler: Compiler, graph: str, path: Path, profiles: Sequence[P
             raise monitor.error
         if plan is not None:
             outputs = tuple(str(parsed.network.get_output(i).name) for i in range(parsed.network.num_outputs))
-            return Built(memoryview(plan), parse_s, build_s, parsed.network.num_layers, unfused, _device_memory(compiler, log, plan), outputs)
+            return Built(
+                memoryview(plan),
+                parse_s,
+                build_s,
+                parsed.network.num_layers,
+                unfused,
+                _device_memory(compiler, log, plan),
+                outputs,
+            )
         if stop.is_set():
             raise KeyboardInterrupt
         if decompose_all or not any(_NOT_FUSED in line for line in parsed.log.lines):
@@ -147,14 +176,21 @@ def build_graph(compiler: Compiler, graph: str, path: Path, profiles: Sequence[P
 
 
 def build_error(where: str, lines: Sequence[str], demand: Demand) -> SdrtError:
-    """A build that gave no plan as an error, from what was logged: for memory and missing kernels it names the dimension and the flag."""
+    """A build that gave no plan as an error, from what was logged: for memory and missing kernels it names the
+    dimension and the flag.
+    """
     fix = f"What asks for most is {demand.words}: lower {demand.flag}"
     for line in lines:
         if _MEMORY.search(line):
             return ResourceError(f"{where}: out of memory: {_short(line)}", f"{fix}, or free memory on this machine.")
         if no_kernel := _NO_KERNEL.search(line):
-            return MachineError(f"{where}: no kernel for node {_short(no_kernel[1])}", f"{fix}, or build the bundle with another --precision.")
-    return MachineError(f"{where}: gave no engine: {_short(lines[-1]) if lines else 'no reason given'}", "Run: sdrt doctor")
+            return MachineError(
+                f"{where}: no kernel for node {_short(no_kernel[1])}",
+                f"{fix}, or build the bundle with another --precision.",
+            )
+    return MachineError(
+        f"{where}: gave no engine: {_short(lines[-1]) if lines else 'no reason given'}", "Run: sdrt doctor"
+    )
 
 
 def _short(line: str) -> str:
@@ -184,7 +220,16 @@ def _parse(compiler: Compiler, graph: str, path: Path) -> _Network:
 def _inputs(network: Any) -> list[tuple[Any, tuple[Side, ...]]]:
     """Each input with its sides."""
     tensors = [network.get_input(i) for i in range(network.num_inputs)]
-    return [(tensor, tuple(side if side >= 0 else tensor.get_dimension_name(i) or f"axis {i}" for i, side in enumerate(tensor.shape))) for tensor in tensors]
+    return [
+        (
+            tensor,
+            tuple(
+                side if side >= 0 else tensor.get_dimension_name(i) or f"axis {i}"
+                for i, side in enumerate(tensor.shape)
+            ),
+        )
+        for tensor in tensors
+    ]
 
 
 def _configure(compiler: Compiler, config: Any) -> None:
@@ -203,10 +248,15 @@ def _configure(compiler: Compiler, config: Any) -> None:
 def build_flags(trt: Any) -> tuple[str, ...]:
     """What every engine is built with beside its shapes, as its key names it.
 
-    User allocation refuses a network that a CUDA graph could not capture, where the library has the flag. Without TF32, what the graph says is
-    float32 is float32. Without auxiliary streams there is one chain of kernels: less memory, and nothing to fork in a captured graph.
+    User allocation refuses a network that a CUDA graph could not capture, where the library has the flag. Without TF32,
+    what the graph says is float32 is float32. Without auxiliary streams there is one chain of kernels: less memory, and
+    nothing to fork in a captured graph.
     """
-    return (*(("require_user_allocation",) if hasattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION") else ()), "no_tf32", "no_auxiliary_streams")
+    return (
+        *(("require_user_allocation",) if hasattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION") else ()),
+        "no_tf32",
+        "no_auxiliary_streams",
+    )
 
 
 def _set_shapes(parsed: _Network, config: Any, profiles: Sequence[Profile]) -> None:
@@ -226,7 +276,9 @@ def _set_shapes(parsed: _Network, config: Any, profiles: Sequence[Profile]) -> N
 
 
 def _decompose(trt: Any, network: Any, *, everything: bool) -> tuple[str, ...]:
-    """Let attention layers that may lack a fused kernel run as several kernels: float32, unusual head sizes, one head of free shape."""
+    """Let attention layers that may lack a fused kernel run as several kernels: float32, unusual head sizes, one head
+    of free shape.
+    """
     chosen = []
     for i in range(network.num_layers):
         layer = network.get_layer(i)
@@ -236,7 +288,12 @@ def _decompose(trt: Any, network: Any, *, everything: bool) -> tuple[str, ...]:
         attention = layer.attention
         query = attention.get_input(0)  # [B, H, S, D]
         shape = tuple(query.shape)
-        if everything or query.dtype == trt.DataType.FLOAT or shape[-1] not in _FUSED_HEAD or (shape[1] == 1 and -1 in shape):
+        if (
+            everything
+            or query.dtype == trt.DataType.FLOAT
+            or shape[-1] not in _FUSED_HEAD
+            or (shape[1] == 1 and -1 in shape)
+        ):
             attention.decomposable = True
             chosen.append(str(attention.name))
     return tuple(chosen)
@@ -244,7 +301,9 @@ def _decompose(trt: Any, network: Any, *, everything: bool) -> tuple[str, ...]:
 
 @contextmanager
 def _timing_cache(compiler: Compiler, config: Any) -> Iterator[None]:
-    """Enterprise TensorRT measures kernels on the GPU; what it measured is kept for that version and GPU in the user's cache folder."""
+    """Enterprise TensorRT measures kernels on the GPU; what it measured is kept for that version and GPU in the user's
+    cache folder.
+    """
     if compiler.gpu is None:
         yield
         return
@@ -273,6 +332,8 @@ def _device_memory(compiler: Compiler, log: Any, plan: Any) -> int | None:
     engine = compiler.trt.Runtime(log).deserialize_cuda_engine(plan)
     if engine is None:
         raise MachineError(
-            f"{compiler}: cannot load the engine it has just made: {_short(log.lines[-1]) if log.lines else 'no reason given'}", "Run: sdrt doctor"
+            f"{compiler}: cannot load the engine it has just made:"
+            f" {_short(log.lines[-1]) if log.lines else 'no reason given'}",
+            "Run: sdrt doctor",
         )
     return int(engine.device_memory_size_v2)

@@ -11,7 +11,9 @@ from threading import Event, Lock
 from typing import Any
 
 Progress = Callable[[str, float | None], None]
-"""Called with the stage's name and how much of it is done, 0 to 1, or None where that is not known. May be called from another thread."""
+"""Called with the stage's name and how much of it is done, 0 to 1, or None where that is not known. May be called from
+another thread.
+"""
 
 WAITING = "waiting for another process that compiles this bundle"
 """A stage: two compilations of one engine would do the same work twice."""
@@ -38,7 +40,8 @@ def make_log(trt: Any) -> Any:
 
 
 def make_monitor(trt: Any, report: Callable[[float], None], stop: Event) -> Any:
-    """A TensorRT progress monitor that calls `report` with the part done, 0 to 1, and ends the build once `stop` is set.
+    """A TensorRT progress monitor that calls `report` with the part done, 0 to 1, and ends the build once `stop` is
+    set.
 
     An exception of `report` ends the build too and is kept in `error`: it must not pass through TensorRT.
     """

@@ -1,13 +1,16 @@
 """A process for each graph that TensorRT compiles, or ONNX Runtime saves.
 
-Native code that runs for minutes and takes gigabytes is better off alone: Ctrl-C ends it at once, its memory goes back to the system, a
-crash or the kernel's out-of-memory killer ends the worker instead of the caller, and what it prints is caught. It also makes TensorRT's builds
-repeatable: TensorRT orders a plan's outputs by their addresses, so equal plans take equal heaps. That is why a worker runs in the folder of
-its graphs and is told their names only: the length of a path would move everything after it. What is left to chance (TensorRT formats times and
-memory it measured) still swaps two outputs now and then; such a plan is built again, so that outputs come in the graph's own order.
+Native code that runs for minutes and takes gigabytes is better off alone: Ctrl-C ends it at once, its memory goes back
+to the system, a crash or the kernel's out-of-memory killer ends the worker instead of the caller, and what it prints is
+caught. It also makes TensorRT's builds
+repeatable: TensorRT orders a plan's outputs by their addresses, so equal plans take equal heaps. That is why a worker
+runs in the folder of its graphs and is told their names only: the length of a path would move everything after it. What
+is left to chance (TensorRT formats times and memory it measured) still swaps two outputs now and then; such a plan is
+built again, so that outputs come in the graph's own order.
 
-The worker reads one request, a line of JSON, from its standard input, and answers in lines of JSON on its standard output; a plan follows
-its line as it is; ONNX Runtime writes its own files. It stops when its standard input ends, so it never outlives its caller.
+The worker reads one request, a line of JSON, from its standard input, and answers in lines of JSON on its standard
+output; a plan follows its line as it is; ONNX Runtime writes its own files. It stops when its standard input ends, so
+it never outlives its caller.
 """
 
 from __future__ import annotations
@@ -52,16 +55,30 @@ class Answer:
     peak_bytes: int | None
 
 
-def build(compiler: Compiler, graph: str, path: Path, profiles: Sequence[Profile], demand: Demand, progress: Progress) -> tuple[Built, int | None]:
+def build(
+    compiler: Compiler, graph: str, path: Path, profiles: Sequence[Profile], demand: Demand, progress: Progress
+) -> tuple[Built, int | None]:
     """`build_graph` in a worker, and the most memory it took in bytes.
 
     Raises:
         MachineError, ResourceError: as `build_graph`; also when the worker crashes or is killed.
         KeyboardInterrupt: interrupted; the worker is gone.
     """
-    request = {"graph": graph, "name": path.name, "profiles": [profile.shapes for profile in profiles], "demand": asdict(demand)}
+    request = {
+        "graph": graph,
+        "name": path.name,
+        "profiles": [profile.shapes for profile in profiles],
+        "demand": asdict(demand),
+    }
     for attempt in range(_ATTEMPTS):
-        answer = _ask(compiler, request | {"attempt": attempt}, path.parent, demand, graph, progress if attempt == 0 else lambda _, __: None)
+        answer = _ask(
+            compiler,
+            request | {"attempt": attempt},
+            path.parent,
+            demand,
+            graph,
+            progress if attempt == 0 else lambda _, __: None,
+        )
         if in_order(answer.data, answer.fields["outputs"]):
             break
     fields = answer.fields
@@ -76,19 +93,30 @@ def build(compiler: Compiler, graph: str, path: Path, profiles: Sequence[Profile
     ), answer.peak_bytes
 
 
-def save_model(graph: str, path: Path, folder: Path, reference: Path, version: str) -> tuple[dict[str, Any], int | None]:
+def save_model(
+    graph: str, path: Path, folder: Path, reference: Path, version: str
+) -> tuple[dict[str, Any], int | None]:
     """`sdrt.compile.optimized_model.save_model` in a worker, and the most memory it took in bytes.
 
     Raises:
         MachineError, ResourceError: as there; also when the worker crashes or is killed.
         KeyboardInterrupt: interrupted; the worker is gone.
     """
-    request = {"target": "onnxruntime", "graph": graph, "name": path.name, "folder": str(folder.absolute()), "reference": str(reference.absolute())}
+    request = {
+        "target": "onnxruntime",
+        "graph": graph,
+        "name": path.name,
+        "folder": str(folder.absolute()),
+        "reference": str(reference.absolute()),
+    }
     where = f"{graph}: ONNX Runtime {version}"
 
     def death(code: int, lines: list[str]) -> SdrtError:
         if code == -_SIGKILL:
-            return ResourceError(f"{where}: killed by the system, most likely out of memory", "Free memory: this takes several times the weights of the graph.")
+            return ResourceError(
+                f"{where}: killed by the system, most likely out of memory",
+                "Free memory: this takes several times the weights of the graph.",
+            )
         return MachineError(f"{where}: ended with exit code {code}: {' '.join(lines)[-300:]}", "Run: sdrt doctor")
 
     answer = _run(request, path.parent, {}, death, lambda _: None)
@@ -101,10 +129,18 @@ def in_order(plan: bytes, outputs: Sequence[str]) -> bool:
     return places == sorted(places)
 
 
-def _ask(compiler: Compiler, request: dict[str, Any], folder: Path, demand: Demand, graph: str, progress: Progress) -> Answer:
+def _ask(
+    compiler: Compiler, request: dict[str, Any], folder: Path, demand: Demand, graph: str, progress: Progress
+) -> Answer:
     request = request | {"target": compiler.target, "device": compiler.device, "gpu": compiler.gpu, "sms": compiler.sms}
     where = f"{graph}: {compiler}"
-    return _run(request, folder, _EQUAL_HEAP, lambda code, lines: _death(where, code, lines, demand), lambda done: progress(graph, done))
+    return _run(
+        request,
+        folder,
+        _EQUAL_HEAP,
+        lambda code, lines: _death(where, code, lines, demand),
+        lambda done: progress(graph, done),
+    )
 
 
 def _run(
@@ -114,11 +150,18 @@ def _run(
     death: Callable[[int, list[str]], SdrtError],
     report: Callable[[float], None],
 ) -> Answer:
-    """Have a worker answer a request, in a folder and with environment variables set; `death` says what it means that it ended without an answer."""
-    environment = os.environ | settings | {"PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))}  # where we found our modules
+    """Have a worker answer a request, in a folder and with environment variables set; `death` says what it means that
+    it ended without an answer.
+    """
+    environment = (
+        os.environ | settings | {"PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))}
+    )  # where we found our modules
     command = [sys.executable, "-P", "-c", "from sdrt.compile.worker import serve; serve()"]
     pipe = subprocess.PIPE
-    with tempfile.TemporaryFile() as noise, subprocess.Popen(command, cwd=folder, stdin=pipe, stdout=pipe, stderr=noise, env=environment) as worker:
+    with (
+        tempfile.TemporaryFile() as noise,
+        subprocess.Popen(command, cwd=folder, stdin=pipe, stdout=pipe, stderr=noise, env=environment) as worker,
+    ):
         assert worker.stdin is not None and worker.stdout is not None
         try:
             worker.stdin.write(json.dumps(request).encode() + b"\n")
@@ -170,7 +213,8 @@ def _death(where: str, code: int, lines: list[str], demand: Demand) -> SdrtError
     """A worker that ended without an answer, as an error."""
     if code == -_SIGKILL:
         return ResourceError(
-            f"{where}: killed by the system, most likely out of memory", f"What asks for most is {demand.words}: lower {demand.flag}, or free memory."
+            f"{where}: killed by the system, most likely out of memory",
+            f"What asks for most is {demand.words}: lower {demand.flag}, or free memory.",
         )
     return build_error(f"{where}: ended with exit code {code}", lines, demand)
 
@@ -194,7 +238,10 @@ def serve() -> None:
     try:
         fields, data = _answer(request, answers, stop)
     except SdrtError as error:
-        fields, data = {"error": {"kind": type(error).__name__, "message": error.line, "fix": error.fix}}, memoryview(b"")
+        fields, data = (
+            {"error": {"kind": type(error).__name__, "message": error.line, "fix": error.fix}},
+            memoryview(b""),
+        )
     except (KeyboardInterrupt, BrokenPipeError):
         return
     _say(answers, fields | {"data_bytes": data.nbytes, "peak_bytes": peak_rss_bytes()})
@@ -203,7 +250,9 @@ def serve() -> None:
 
 
 def _use_up_holes(count: int) -> None:
-    """Take what earlier work left free in the heap, so that what TensorRT makes lies in the order in which it is made. Never given back."""
+    """Take what earlier work left free in the heap, so that what TensorRT makes lies in the order in which it is made.
+    Never given back.
+    """
     if sys.platform == "linux":
         libc = ctypes.CDLL(None)
         libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, (ctypes.c_size_t,)
@@ -214,10 +263,15 @@ def _use_up_holes(count: int) -> None:
 
 def _answer(request: dict[str, Any], answers: BinaryIO, stop: Event) -> tuple[dict[str, Any], memoryview]:
     if request["target"] == "onnxruntime":
-        return save_model_here(request["graph"], Path(request["name"]), Path(request["folder"]), Path(request["reference"])), memoryview(b"")
+        return save_model_here(
+            request["graph"], Path(request["name"]), Path(request["folder"]), Path(request["reference"])
+        ), memoryview(b"")
     compiler = import_compiler(request["target"], request["device"], request["gpu"], tuple(request["sms"]))
     _use_up_holes(64 * (1 + request.get("attempt", 0)))
-    profiles = [Profile({name: tuple(map(tuple, three)) for name, three in shapes.items()}) for shapes in request["profiles"]]  # type: ignore[misc]
+    profiles = [
+        Profile({name: (tuple(low), tuple(optimal), tuple(high)) for name, (low, optimal, high) in shapes.items()})
+        for shapes in request["profiles"]
+    ]
     built = build_graph(
         compiler,
         request["graph"],
@@ -227,7 +281,13 @@ def _answer(request: dict[str, Any], answers: BinaryIO, stop: Event) -> tuple[di
         lambda _, done: _say(answers, {"progress": done}),
         stop,
     )
-    fields: dict[str, Any] = {"outputs": built.outputs, "parse_s": built.parse_s, "build_s": built.build_s, "layers": built.layers, "unfused": built.unfused}
+    fields: dict[str, Any] = {
+        "outputs": built.outputs,
+        "parse_s": built.parse_s,
+        "build_s": built.build_s,
+        "layers": built.layers,
+        "unfused": built.unfused,
+    }
     return fields | {"device_memory_bytes": built.device_memory_bytes}, built.plan
 
 

@@ -22,7 +22,9 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Profile:
-    """One optimization profile: every input's smallest, optimal and largest shape, all three equal where it is static."""
+    """One optimization profile: every input's smallest, optimal and largest shape, all three equal where
+    it is static.
+    """
 
     shapes: dict[str, tuple[Shape, Shape, Shape]]
 
@@ -31,11 +33,12 @@ class Profile:
 class EngineKey:
     """Everything an engine depends on: equal keys, interchangeable engines.
 
-    `target` is tensorrt-rtx, tensorrt, openvino or onnxruntime, `compiler` its full version. `device` is "sm_86,sm_89" for an engine built ahead of time,
-    "NVIDIA H100 80GB HBM3, sm_90" for one built on its GPU, or a CPU's model and instruction sets. `precision` is that of the graphs, for
-    openvino that of the arithmetic: its engines are made from the fp32 graphs, as onnxruntime's are. `graphs` holds the SHA-256 of each ONNX file, `weights` that of the weights.
-    `profiles` come in the order the engine has them; the step's are one per number of guidance branches.
-    onnxruntime's engines have none: they take any shape.
+    `target` is tensorrt-rtx, tensorrt, openvino or onnxruntime, `compiler` its full version. `device` is "sm_86,sm_89"
+    for an engine built ahead of time, "NVIDIA H100 80GB HBM3, sm_90" for one built on its GPU, or a CPU's model and
+    instruction sets. `precision` is that of the graphs, for openvino that of the arithmetic: its engines are made from
+    the fp32 graphs, as onnxruntime's are. `graphs` holds the SHA-256 of each ONNX file, `weights` that of the weights.
+    `profiles` come in the order the engine has them; the step's are one per number of guidance branches. onnxruntime's
+    engines have none: they take any shape.
     """
 
     target: str
@@ -62,7 +65,8 @@ class ExternalData:
 class Plan:
     """A plan file. `device_memory_bytes` is what its activations take; None where no GPU has loaded it yet.
 
-    `external_data` holds the weights where the plan is a graph that maps them from a file of its own, as onnxruntime's are.
+    `external_data` holds the weights where the plan is a graph that maps them from a file of its own, as onnxruntime's
+    are.
     """
 
     file: str
@@ -81,9 +85,10 @@ class Plan:
 class EngineRecord:
     """What `engine.json` says. `size` (width, height) in pixels, `batch` and `tokens` are the largest the engine takes.
 
-    `rows` is how many rows the step's tables hold for each picture, `branches` the numbers of guidance branches. `state_bytes` is what the pipeline keeps on
-    the device beside the engine at those shapes, `weight_bytes` the size of the bundle's weights. An engine of onnxruntime takes any shape: the
-    first four are None, it names no branches, and keeps nothing on a device.
+    `rows` is how many rows the step's tables hold for each picture, `branches` the numbers of guidance branches.
+    `state_bytes` is what the pipeline keeps on the device beside the engine at those shapes, `weight_bytes` the size of
+    the bundle's weights. An engine of onnxruntime takes any shape: the first four are None, it names no branches, and
+    keeps nothing on a device.
     """
 
     format: int
@@ -109,12 +114,19 @@ def record_from(document: dict[str, Any]) -> EngineRecord:
         raise ValueError(f"format: expected {FORMAT}, found {document['format']!r}")
     key = document["key"]
     _exactly(key, EngineKey)
-    profiles = {_graph(graph): tuple(_profile(profile) for profile in several) for graph, several in key["profiles"].items()}
+    profiles = {
+        _graph(graph): tuple(_profile(profile) for profile in several) for graph, several in key["profiles"].items()
+    }
     plans = {_graph(graph): _plan(plan) for graph, plan in document["plans"].items()}
     graphs = {_graph(graph): _hex(digest) for graph, digest in key["graphs"].items()}
     if not plans or not plans.keys() == graphs.keys() == profiles.keys():
         raise ValueError("plans, graphs and profiles name different graphs")
-    files = [file for plan in plans.values() for file in (plan.file, None if plan.external_data is None else plan.external_data.file) if file is not None]
+    files = [
+        file
+        for plan in plans.values()
+        for file in (plan.file, None if plan.external_data is None else plan.external_data.file)
+        if file is not None
+    ]
     if len(set(files)) != len(files):
         raise ValueError("two plans share a file")
     target = _text(key["target"])
@@ -150,8 +162,12 @@ def record_from(document: dict[str, Any]) -> EngineRecord:
 
 
 def _check_shapes(record: EngineRecord) -> None:
-    """That an engine's limits are in range, and that its profiles say the same. ValueError otherwise; nothing later checks again."""
-    assert record.size is not None and record.batch is not None and record.tokens is not None and record.rows is not None
+    """That an engine's limits are in range, and that its profiles say the same. ValueError otherwise; nothing later
+    checks again.
+    """
+    assert (
+        record.size is not None and record.batch is not None and record.tokens is not None and record.rows is not None
+    )
     for side in record.size:
         if side % SIZE_STEP:
             raise ValueError(f"size: {side}: expected a multiple of {SIZE_STEP}")
@@ -176,13 +192,22 @@ def _check_shapes(record: EngineRecord) -> None:
             raise ValueError(f"step, w: {found} guidance branches, expected {count}")
         pictures, _, height, width = _largest(record.key.profiles, STEP, i, "init", 4)
         if pictures != record.batch or width * record.size[1] != height * record.size[0] or record.size[0] % width:
-            raise ValueError(f"step, init: {pictures} of {width}x{height}, expected {record.batch} of {record.size[0]}x{record.size[1]} pixels")
+            raise ValueError(
+                f"step, init: {pictures} of {width}x{height}, expected {record.batch} of"
+                f" {record.size[0]}x{record.size[1]} pixels"
+            )
         if (context := _largest(record.key.profiles, STEP, i, "context", 4))[:3] != (pictures, count, record.tokens):
-            raise ValueError(f"step, context: {list(context)}, expected {pictures} of {count} branches of {record.tokens} tokens")
+            raise ValueError(
+                f"step, context: {list(context)}, expected {pictures} of {count} branches of {record.tokens} tokens"
+            )
 
 
-def _largest(profiles: dict[str, tuple[Profile, ...]], graph: str, index: int, name: str, rank: int | None = None) -> Shape:
-    """The largest shape of a graph's input in one of its profiles; it has a side, and `rank` of them where that is given."""
+def _largest(
+    profiles: dict[str, tuple[Profile, ...]], graph: str, index: int, name: str, rank: int | None = None
+) -> Shape:
+    """The largest shape of a graph's input in one of its profiles; it has a side, and `rank` of them where that is
+    given.
+    """
     three = profiles[graph][index].shapes.get(name) if graph in profiles else None
     if three is None:
         raise ValueError(f"profiles: no shape for {name} of {graph}")
@@ -208,7 +233,9 @@ def _profile(document: dict[str, Any]) -> Profile:
     for name, (low, best, high) in document["shapes"].items():
         three = tuple(tuple(_count(side) for side in shape) for shape in (low, best, high))
         if not all(0 < a <= b <= c <= _MAX_SIDE for a, b, c in zip(*three, strict=True)):
-            raise ValueError(f"profile of {name!r}: expected smallest <= best <= largest, each 1 to {_MAX_SIDE:,}, found {three}")
+            raise ValueError(
+                f"profile of {name!r}: expected smallest <= best <= largest, each 1 to {_MAX_SIDE:,}, found {three}"
+            )
         shapes[_text(name)] = three
     return Profile(shapes)  # type: ignore[arg-type]
 

@@ -1,4 +1,6 @@
-"""What a batch of pictures asks of an engine, and which of these an engine takes: shapes as data. Standard library only."""
+"""What a batch of pictures asks of an engine, and which of these an engine takes: shapes as data. Standard library
+only.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ Size = tuple[int, int]
 
 @dataclass(frozen=True)
 class JobShape:
-    """One batch: `size` (width, height) in pixels, `batch` pictures, `tokens` of the longest prompt with its padding, guidance `branches` of each picture."""
+    """One batch: `size` (width, height) in pixels, `batch` pictures, `tokens` of the longest prompt with its padding,
+    guidance `branches` of each picture.
+    """
 
     size: Size
     batch: int
@@ -30,7 +34,9 @@ class JobShape:
 
 @dataclass(frozen=True)
 class EngineShapes:
-    """The batches an engine takes: smallest and largest of each, sizes as (width, height) in pixels; the numbers of guidance branches."""
+    """The batches an engine takes: smallest and largest of each, sizes as (width, height) in pixels; the numbers of
+    guidance branches.
+    """
 
     size: tuple[Size, Size]
     batch: tuple[int, int]
@@ -62,7 +68,12 @@ def _span(low: object, high: object) -> str:
 def any_shapes(manifest: Manifest) -> EngineShapes:
     """What ONNX Runtime's graphs take: everything that a request may ask for."""
     chunk = manifest.chunk
-    return EngineShapes(((MIN_SIDE, MIN_SIDE), (MAX_SIDE, MAX_SIDE)), (1, MAX_BATCH), (chunk, chunk * MAX_CHUNKS), tuple(range(1, MAX_BRANCHES + 1)))
+    return EngineShapes(
+        ((MIN_SIDE, MIN_SIDE), (MAX_SIDE, MAX_SIDE)),
+        (1, MAX_BATCH),
+        (chunk, chunk * MAX_CHUNKS),
+        tuple(range(1, MAX_BRANCHES + 1)),
+    )
 
 
 def shapes_of(record: EngineRecord, manifest: Manifest) -> EngineShapes:
@@ -71,7 +82,9 @@ def shapes_of(record: EngineRecord, manifest: Manifest) -> EngineShapes:
         return any_shapes(manifest)
     profiles = record.key.profiles.get(STEP)
     if not profiles or not {"init", "context"} <= profiles[0].shapes.keys():
-        return EngineShapes((record.size, record.size), (1, record.batch), (record.tokens, record.tokens), record.branches)
+        return EngineShapes(
+            (record.size, record.size), (1, record.batch), (record.tokens, record.tokens), record.branches
+        )
     low, factor = profiles[0].shapes["init"][0], manifest.latents.factor
     smallest = 1 if record.key.target == "openvino" else low[0]
     return EngineShapes(

@@ -1,8 +1,9 @@
 """Compiled engines in a bundle: what each was made under, and the only way to its bytes.
 
-An engine is native code, made for one compiler version, one kind of GPU and one set of shapes, or a graph optimised for one CPU. `engines/<target>-<key>/`
-holds the plans and `engine.json`, written last; the folder is published by rename. Nothing hands out a plan whose hash differs from the record, but a hash
-says unchanged, not trustworthy: run engines you made or got from someone you trust. Serves compile, runtime and cli; standard library only.
+An engine is native code, made for one compiler version, one kind of GPU and one set of shapes, or a graph optimised for
+one CPU. `engines/<target>-<key>/` holds the plans and `engine.json`, written last; the folder is published by rename.
+Nothing hands out a plan whose hash differs from the record, but a hash says unchanged, not trustworthy: run engines you
+made or got from someone you trust. Serves compile, runtime and cli; standard library only.
 """
 
 from __future__ import annotations
@@ -31,9 +32,16 @@ NewEngine = Callable[[EngineKey, int], AbstractContextManager[Path]]
 MAX_RECORD_BYTES = 1 << 20
 ALIGNMENT = 256
 """TensorRT asks for device buffers that begin on this many bytes."""
-COMPILERS = {"tensorrt-rtx": "TensorRT-RTX", "tensorrt": "TensorRT", "openvino": "OpenVINO", "onnxruntime": "ONNX Runtime"}
+COMPILERS = {
+    "tensorrt-rtx": "TensorRT-RTX",
+    "tensorrt": "TensorRT",
+    "openvino": "OpenVINO",
+    "onnxruntime": "ONNX Runtime",
+}
 RTX_SMS = (75, 80, 86, 89, 120, 121)
-"""GPU generations TensorRT-RTX has kernels for: Turing, A100, other Ampere, Ada, Blackwell. Data-centre Hopper and Blackwell need `tensorrt`."""
+"""GPU generations TensorRT-RTX has kernels for: Turing, A100, other Ampere, Ada, Blackwell. Data-centre Hopper and
+Blackwell need `tensorrt`.
+"""
 
 
 def platform_name() -> str:
@@ -44,7 +52,9 @@ def platform_name() -> str:
 
 def key_digest(key: EngineKey) -> str:
     """SHA-256 of the key as canonical JSON, in hex."""
-    return hashlib.sha256(json.dumps(asdict(key), sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode()).hexdigest()
+    return hashlib.sha256(
+        json.dumps(asdict(key), sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode()
+    ).hexdigest()
 
 
 def folder_name(key: EngineKey) -> str:
@@ -52,13 +62,21 @@ def folder_name(key: EngineKey) -> str:
 
 
 def state_bytes(manifest: Manifest, *, size: tuple[int, int], batch: int, tokens: int, rows: int, branches: int) -> int:
-    """Device memory that a running batch needs beside the engine: the step's inputs and outputs, and the decoder's pixels; in bytes.
+    """Device memory that a running batch needs beside the engine: the step's inputs and outputs, and the decoder's
+    pixels; in bytes.
 
     `rows` are those of each picture's slot.
     """
     width, height = size
     latents = manifest.latents
-    sizes = {"N": batch, "G": branches, "S": table_rows(batch, rows), "T": tokens, "h": height // latents.factor, "w": width // latents.factor}
+    sizes = {
+        "N": batch,
+        "G": branches,
+        "S": table_rows(batch, rows),
+        "T": tokens,
+        "h": height // latents.factor,
+        "w": width // latents.factor,
+    }
     known = signatures(dimensions(manifest))
     kept = [*known[STEP].inputs.values(), *known[STEP].outputs.values(), known[VAE_DECODER].outputs["pixels"]]
     return sum(-(-tensor.size_bytes(sizes) // ALIGNMENT) * ALIGNMENT for tensor in kept)
@@ -69,7 +87,9 @@ def engine_folder(bundle: Bundle, key: EngineKey) -> Path:
     return bundle.path / ENGINES / folder_name(key)
 
 
-def write_engine(bundle: Bundle, record: EngineRecord, plans: Mapping[str, bytes | memoryview], new_engine: NewEngine | None = None) -> Path:
+def write_engine(
+    bundle: Bundle, record: EngineRecord, plans: Mapping[str, bytes | memoryview], new_engine: NewEngine | None = None
+) -> Path:
     """Publish an engine whose plans are in memory, by itself or with those of `new_engines`. Returns its folder.
 
     Raises:
@@ -92,8 +112,8 @@ def staged_engine(bundle: Bundle, key: EngineKey, needed_bytes: int) -> Iterator
 
 @contextmanager
 def new_engines(bundle: Bundle) -> Iterator[NewEngine]:
-    """Yield a function that makes an empty folder for the engine of a key. All of them appear under `engines/` when this block ends without an
-    exception, in place of those of the same keys; else none does.
+    """Yield a function that makes an empty folder for the engine of a key. All of them appear under `engines/` when
+    this block ends without an exception, in place of those of the same keys; else none does.
 
     Put as many bytes of plans into a folder as was said, and the record last.
 
@@ -109,14 +129,22 @@ def new_engines(bundle: Bundle) -> Iterator[NewEngine]:
         def new_engine(key: EngineKey, needed_bytes: int) -> Iterator[Path]:
             if os.path.lexists(root) and (root.is_symlink() or not root.is_dir()):
                 raise BundleError(f"{root}: expected a folder", "Remove it.")
-            check_space(bundle.path, needed_bytes + (1 << 20), "the engine", "Free some space, or pass --prune to drop stale engines.")
+            check_space(
+                bundle.path,
+                needed_bytes + (1 << 20),
+                "the engine",
+                "Free some space, or pass --prune to drop stale engines.",
+            )
             try:
                 with suppress(FileExistsError):
                     new_folder(root)
             except OSError as error:
                 if (full := no_room(root, error)) is not None:
                     raise full from error
-                raise UsageError(f"{root}: cannot write there: {error.strerror}", "Compile a copy of the bundle in a folder that is writable.") from error
+                raise UsageError(
+                    f"{root}: cannot write there: {error.strerror}",
+                    "Compile a copy of the bundle in a folder that is writable.",
+                ) from error
             with staged(engine_folder(bundle, key)) as stage:
                 yield stage
 
@@ -158,7 +186,8 @@ def list_engines(bundle: Bundle) -> list[tuple[Path, EngineRecord]]:
 
 
 def read_engine(folder: Path) -> EngineRecord:
-    """Read and check an engine's record. It is untrusted input: strict fields, plain file names, the folder's name from the key.
+    """Read and check an engine's record. It is untrusted input: strict fields, plain file names, the folder's name from
+    the key.
 
     Raises:
         BundleError: it is missing, malformed, or lies under another key's name.
@@ -177,13 +206,18 @@ def read_engine(folder: Path) -> EngineRecord:
         raise BundleError(f"{path}: expected a JSON object, found {type(document).__name__}", _AGAIN)
     version = document.get("format")
     if isinstance(version, int) and not isinstance(version, bool) and version > FORMAT:
-        raise MachineError(f"{path}: engine format {version}; this sdrt reads format {FORMAT}", "Upgrade sdrt, or remove the engine and compile again.")
+        raise MachineError(
+            f"{path}: engine format {version}; this sdrt reads format {FORMAT}",
+            "Upgrade sdrt, or remove the engine and compile again.",
+        )
     try:
         record = record_from(document)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise BundleError(f"{path}: does not have the expected form: {printable(str(error)[:500])}", _AGAIN) from error
     if folder.name != folder_name(record.key):
-        raise BundleError(f"{folder}: lies under another engine's name: its key makes {folder_name(record.key)}", _AGAIN)
+        raise BundleError(
+            f"{folder}: lies under another engine's name: its key makes {folder_name(record.key)}", _AGAIN
+        )
     return record
 
 
@@ -200,12 +234,17 @@ def read_plan(folder: Path, record: EngineRecord, graph: str) -> bytes:
         raise BundleError(f"{folder / plan.file}: expected {plan.size_bytes:,} bytes, found {size_bytes:,}", _AGAIN)
     found = hashlib.sha256(data).hexdigest()
     if found != plan.sha256:
-        raise BundleError(f"{folder / plan.file}: changed since it was compiled: expected sha256 {plan.sha256[:16]}…, found {found[:16]}…", _AGAIN)
+        raise BundleError(
+            f"{folder / plan.file}: changed since it was compiled: expected sha256 {plan.sha256[:16]}…, found"
+            f" {found[:16]}…",
+            _AGAIN,
+        )
     return data
 
 
 def check_external_data(folder: Path, record: EngineRecord, graph: str) -> None:
-    """Compare the weights beside a plan with the record; nothing where it has none. They may be gigabytes: nothing is kept.
+    """Compare the weights beside a plan with the record; nothing where it has none. They may be gigabytes: nothing is
+    kept.
 
     Raises:
         BundleError: the file is missing, a link, or changed; it names it.
@@ -219,7 +258,9 @@ def check_external_data(folder: Path, record: EngineRecord, graph: str) -> None:
     if size_bytes != data.size_bytes:
         raise BundleError(f"{path}: expected {data.size_bytes:,} bytes, found {size_bytes:,}", _AGAIN)
     if found != data.sha256:
-        raise BundleError(f"{path}: changed since it was compiled: expected sha256 {data.sha256[:16]}…, found {found[:16]}…", _AGAIN)
+        raise BundleError(
+            f"{path}: changed since it was compiled: expected sha256 {data.sha256[:16]}…, found {found[:16]}…", _AGAIN
+        )
 
 
 def read_intact(folder: Path) -> EngineRecord:
@@ -237,15 +278,20 @@ def read_intact(folder: Path) -> EngineRecord:
 
 
 def check_all(bundle: Bundle) -> list[tuple[Path, EngineRecord]]:
-    """Compare every file of a bundle with the manifest, every file of its engines with their records, and make sure that there is nothing else,
-    hidden or not: what is there is all that a signature covers. Returns the engines, newest first.
+    """Compare every file of a bundle with the manifest, every file of its engines with their records, and make sure
+    that there is nothing else, hidden or not: what is there is all that a signature covers. Returns the engines, newest
+    first.
 
     Raises:
         BundleError, MachineError: as `check_files` and `read_intact`; or there is something else.
     """
     check_files(bundle)
     engines = [(folder, read_intact(folder)) for folder in engine_folders(bundle)]
-    known = {MANIFEST, *bundle.manifest.files, *(f"{ENGINES}/{folder.name}/{name}" for folder, record in engines for name in _files(record))}
+    known = {
+        MANIFEST,
+        *bundle.manifest.files,
+        *(f"{ENGINES}/{folder.name}/{name}" for folder, record in engines for name in _files(record)),
+    }
     fix = "Remove it; what a killed compilation left goes with: sdrt compile BUNDLE --prune"
     check_nothing_else(bundle.path, known, "not in the manifest, nor part of an engine", fix)
     return engines
@@ -268,7 +314,8 @@ def mismatch(
     platform: str | None = None,
     flags: tuple[str, ...] | None = None,
 ) -> str:
-    """Why an engine must not run: what it was built for and what there is, in words; empty if it fits. What is None is not compared.
+    """Why an engine must not run: what it was built for and what there is, in words; empty if it fits. What is None is
+    not compared.
 
     `compiler` is a full version, `device_sm` such as "sm_89", `cpu` a model with its instruction sets, `flags` how
     this sdrt builds such an engine.
@@ -278,7 +325,8 @@ def mismatch(
         reasons.append(f"built for {key.target}, not {target}")
     source = _SOURCES.get(key.target, key.precision)
     found = {graph: by_precision.get(source) for graph, by_precision in manifest.graphs.items()}
-    if any(found.get(graph) is None or manifest.files[found[graph].path].sha256 != digest for graph, digest in key.graphs.items()):  # type: ignore[union-attr]
+    digests = {graph: manifest.files[made.path].sha256 for graph, made in found.items() if made is not None}
+    if any(digests.get(graph) != digest for graph, digest in key.graphs.items()):
         reasons.append("built for graphs that have changed")
     if key.weights != manifest.files[WEIGHTS].sha256:
         reasons.append("built for weights that have changed")
@@ -296,7 +344,9 @@ def mismatch(
 
 
 def serves_default(record: EngineRecord, manifest: Manifest) -> bool:
-    """Whether an engine takes a request that chooses nothing: the bundle's own size, one picture, a prompt of one chunk, guidance."""
+    """Whether an engine takes a request that chooses nothing: the bundle's own size, one picture, a prompt of one
+    chunk, guidance.
+    """
     if record.size is None or record.batch is None or record.tokens is None or record.branches is None:
         return True  # any shape
     width, height = manifest.latents.size
@@ -316,7 +366,8 @@ def serves_default(record: EngineRecord, manifest: Manifest) -> bool:
 
 
 def prune(bundle: Bundle, *, keep: Callable[[EngineRecord], bool]) -> list[Path]:
-    """Remove engines that `keep` does not want, damaged ones, and what killed compilations left. Returns the engines' folders.
+    """Remove engines that `keep` does not want, damaged ones, and what killed compilations left. Returns the engines'
+    folders.
 
     Engines of a newer sdrt are left alone.
     """
@@ -344,7 +395,9 @@ _AGAIN = "Compile it again with the same options, or remove it with: sdrt compil
 def _regular(path: Path) -> Iterator[tuple[BufferedReader, int]]:
     """A regular file open for reading, and its size; a link is refused where the system can tell while opening."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0))
+        descriptor = os.open(
+            path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)
+        )
         with os.fdopen(descriptor, "rb") as stream:
             status = os.fstat(stream.fileno())
             if not stat.S_ISREG(status.st_mode):

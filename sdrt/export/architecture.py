@@ -26,8 +26,9 @@ MAX_BLOCKS = 100
 
 @dataclass(frozen=True)
 class HypernetworkSpec:
-    """Sizes of a traced hypernetwork. `layers` has one entry per width it has networks for, each the widths along one, ends included, such as
-    (768, 1536, 768). `activation` is a class of torch.nn, None for none; `activate_output` puts one after the last layer too.
+    """Sizes of a traced hypernetwork. `layers` has one entry per width it has networks for, each the widths along one,
+    ends included, such as (768, 1536, 768). `activation` is a class of torch.nn, None for none; `activate_output` puts
+    one after the last layer too.
     """
 
     layers: tuple[tuple[int, ...], ...]
@@ -38,10 +39,12 @@ class HypernetworkSpec:
 
 @dataclass(frozen=True)
 class UNetSpec:
-    """Sizes of a UNet, all read from tensor shapes except `heads` and `head_width`, of which exactly one is set by the family.
+    """Sizes of a UNet, all read from tensor shapes except `heads` and `head_width`, of which exactly one is set by the
+    family.
 
-    `channels`, `res_blocks` and `transformer_depth` have one entry per level, finest first; depth 0 means no attention there.
-    `hypernetworks` are traced in, in order; keys and values made from inputs as wide as one of `biased` have a bias, which folding brings.
+    `channels`, `res_blocks` and `transformer_depth` have one entry per level, finest first; depth 0 means no attention
+    there. `hypernetworks` are traced in, in order; keys and values made from inputs as wide as one of `biased` have a
+    bias, which folding brings.
     """
 
     in_channels: int
@@ -60,7 +63,8 @@ class UNetSpec:
 
 @dataclass(frozen=True)
 class VaeSpec:
-    """Sizes of a VAE. `channels` has one entry per level, finest first; one latent covers 2 ** (levels - 1) pixels a side.
+    """Sizes of a VAE. `channels` has one entry per level, finest first; one latent covers 2 ** (levels - 1) pixels a
+    side.
 
     `scale` multiplies latents after encoding and divides them before decoding .
     """
@@ -75,7 +79,8 @@ class VaeSpec:
 class ClipSpec:
     """Sizes of a CLIP text encoder; `heads` follows the family's 64 channels each.
 
-    `clip_skip` names the layers the graph gives out, in AUTOMATIC1111's counting: 1 is the last layer, 2 the one before it.
+    `clip_skip` names the layers the graph gives out, in AUTOMATIC1111's counting: 1 is the last layer, 2 the one before
+    it.
     """
 
     width: int
@@ -103,7 +108,8 @@ def architecture(path: Path, shapes: Shapes, metadata: Mapping[str, str]) -> Arc
     """Infer the architecture of a checkpoint from canonical tensor names and shapes.
 
     Raises:
-        CheckpointError: the file is of a family or kind that is not built, a component is missing, or shapes contradict each other.
+        CheckpointError: the file is of a family or kind that is not built, a component is missing, or shapes contradict
+            each other.
     """
     kind = describe(shapes)
     family = family_of(kind)
@@ -117,17 +123,24 @@ def architecture(path: Path, shapes: Shapes, metadata: Mapping[str, str]) -> Arc
     unet, vae, clip = unet_spec(path, shapes, family), vae_spec(path, shapes, family), clip_spec(path, shapes, family)
     if unet.context_width != clip.width:
         raise CheckpointError(
-            f"{path}: the UNet attends to contexts {unet.context_width} wide, the text encoder gives {clip.width}", "The components are of different models."
+            f"{path}: the UNet attends to contexts {unet.context_width} wide, the text encoder gives {clip.width}",
+            "The components are of different models.",
         )
     if unet.out_channels != vae.latent_channels:
         raise CheckpointError(
-            f"{path}: the UNet gives {unet.out_channels} channels, the VAE takes {vae.latent_channels}", "The components are of different models."
+            f"{path}: the UNet gives {unet.out_channels} channels, the VAE takes {vae.latent_channels}",
+            "The components are of different models.",
         )
     if "ztsnr" in shapes:
-        raise CheckpointError(f"{path}: ztsnr: trained to zero signal at the last step: not supported yet", "Use a checkpoint without it.")
+        raise CheckpointError(
+            f"{path}: ztsnr: trained to zero signal at the last step: not supported yet", "Use a checkpoint without it."
+        )
     stated = metadata.get("modelspec.prediction_type", "v" if "v_pred" in shapes else family.prediction)
     if stated not in PREDICTIONS:
-        raise CheckpointError(f"{path}: modelspec.prediction_type: {stated!r}: not supported yet", f"This version of sdrt knows {', '.join(PREDICTIONS)}.")
+        raise CheckpointError(
+            f"{path}: modelspec.prediction_type: {stated!r}: not supported yet",
+            f"This version of sdrt knows {', '.join(PREDICTIONS)}.",
+        )
     return Architecture(family.name, PREDICTIONS[stated], default_size(metadata, family)[0], clip, unet, vae)
 
 
@@ -142,7 +155,9 @@ def _refused(path: Path, kind: str) -> CheckpointError:
         fix = "Give a whole checkpoint in one .safetensors file."
     else:
         return CheckpointError(f"{path}: {kind}: not supported yet", BUILDS)
-    return CheckpointError(f"{path}: expected a {' or '.join(family.title for family in FAMILIES)} checkpoint, found {kind}", fix)
+    return CheckpointError(
+        f"{path}: expected a {' or '.join(family.title for family in FAMILIES)} checkpoint, found {kind}", fix
+    )
 
 
 def _shape(path: Path, shapes: Shapes, name: str, rank: int) -> tuple[int, ...]:
@@ -187,13 +202,21 @@ def unet_spec(path: Path, shapes: Shapes, family: Family) -> UNetSpec:
     if not width or not middle:
         raise CheckpointError(f"{path}: {prefix}*: no cross-attention found in the UNet", BUILDS)
     if 0 in res_blocks:
-        raise CheckpointError(f"{path}: {prefix}input_blocks: level {res_blocks.index(0)} has no residual block", "The file is incomplete; download it again.")
+        raise CheckpointError(
+            f"{path}: {prefix}input_blocks: level {res_blocks.index(0)} has no residual block",
+            "The file is incomplete; download it again.",
+        )
     heads = family.heads
     for level in channels:
         if level % NORM_GROUPS or level % heads:
-            raise CheckpointError(f"{path}: {prefix}*: {level} channels in a level, expected a multiple of {NORM_GROUPS} groups and {heads} heads")
+            raise CheckpointError(
+                f"{path}: {prefix}*: {level} channels in a level, expected a multiple of {NORM_GROUPS} groups and"
+                f" {heads} heads"
+            )
     out_channels = _shape(path, shapes, "out.2.weight", 4)[0]
-    return UNetSpec(in_channels, out_channels, tuple(channels), tuple(res_blocks), tuple(depths), middle, width, linear, heads, None)
+    return UNetSpec(
+        in_channels, out_channels, tuple(channels), tuple(res_blocks), tuple(depths), middle, width, linear, heads, None
+    )
 
 
 def vae_spec(path: Path, shapes: Shapes, family: Family) -> VaeSpec:
@@ -205,7 +228,10 @@ def vae_spec(path: Path, shapes: Shapes, family: Family) -> VaeSpec:
     channels = tuple(_shape(path, shapes, f"decoder.up.{i}.block.0.conv1.weight", 4)[0] for i in range(levels))
     res_blocks = block_count(path, shapes, "decoder.up.0.block.{}.") - 1
     if levels < 2 or res_blocks < 1 or any(c % NORM_GROUPS for c in channels):
-        raise CheckpointError(f"{path}: {prefix}decoder: unexpected sizes: {levels} levels of {list(channels)} channels, {res_blocks + 1} blocks each")
+        raise CheckpointError(
+            f"{path}: {prefix}decoder: unexpected sizes: {levels} levels of {list(channels)} channels, {res_blocks + 1}"
+            " blocks each"
+        )
     return VaeSpec(channels, res_blocks, latent_channels, family.latent_scale)
 
 
@@ -218,12 +244,16 @@ def clip_spec(path: Path, shapes: Shapes, family: Family) -> ClipSpec:
     layers = block_count(path, shapes, "encoder.layers.{}.")
     mlp_width = _shape(path, shapes, "encoder.layers.0.mlp.fc1.weight", 2)[0]
     if width % family.text_head_width:
-        raise CheckpointError(f"{path}: {prefix}*: text width {width}, expected a multiple of {family.text_head_width} channels a head")
+        raise CheckpointError(
+            f"{path}: {prefix}*: text width {width}, expected a multiple of {family.text_head_width} channels a head"
+        )
     return ClipSpec(width, layers, width // family.text_head_width, mlp_width, vocabulary, tokens)
 
 
 def default_size(metadata: Mapping[str, str], family: Family) -> tuple[tuple[int, int], str]:
-    """The picture size that a file's metadata names as (width, height), else the family's; and a remark where it names one that cannot be read."""
+    """The picture size that a file's metadata names as (width, height), else the family's; and a remark where it names
+    one that cannot be read.
+    """
     text = metadata.get("modelspec.resolution")
     if text is None:
         return family.size, ""
@@ -232,4 +262,10 @@ def default_size(metadata: Mapping[str, str], family: Family) -> tuple[tuple[int
         if all(MIN_SIDE <= side <= MAX_SIDE and side % SIZE_STEP == 0 for side in size):
             return size, ""
     limits = f"WIDTHxHEIGHT in multiples of {SIZE_STEP} from {MIN_SIDE} to {MAX_SIDE}"
-    return family.size, f"modelspec.resolution: expected {limits}, found {text[:80]!r}; the default size is {family.size[0]}x{family.size[1]}"
+    return (
+        family.size,
+        (
+            f"modelspec.resolution: expected {limits}, found {text[:80]!r}; the default size is"
+            f" {family.size[0]}x{family.size[1]}"
+        ),
+    )

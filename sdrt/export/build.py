@@ -39,7 +39,15 @@ from sdrt.bundle.manifest import (
     write_manifest,
 )
 from sdrt.errors import ResourceError, SdrtError, UsageError
-from sdrt.export.adapters.embedding import Embedding, EmbeddingOption, bundled_embeddings, check_triggers, extended_table, open_embedding, table_rows
+from sdrt.export.adapters.embedding import (
+    Embedding,
+    EmbeddingOption,
+    bundled_embeddings,
+    check_triggers,
+    extended_table,
+    open_embedding,
+    table_rows,
+)
 from sdrt.export.adapters.hypernetwork import Hypernetwork, HypernetworkOption, open_hypernetwork
 from sdrt.export.adapters.match import Lora, LoraOption, open_lora
 from sdrt.export.adapters.settings import FILE_NAME as CONFIG_NAME
@@ -60,7 +68,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """What to build. `size` is the default picture as (width, height); None takes the checkpoint's. `clip_skip` names the text-encoder layers to build, the first one being the default. `output` None names it after the inputs."""
+    """What to build. `size` is the default picture as (width, height); None takes the checkpoint's. `clip_skip` names
+    the text-encoder layers to build, the first one being the default. `output` None names it after the inputs.
+    """
 
     checkpoint: Path
     loras: tuple[LoraOption, ...] = ()
@@ -78,7 +88,9 @@ class BuildOptions:
 
 @dataclass(frozen=True)
 class BuildReport:
-    """What was built: the bundle's folder, its manifest, remarks for the user, seconds per stage and which graphs came from the cache."""
+    """What was built: the bundle's folder, its manifest, remarks for the user, seconds per stage and which graphs came
+    from the cache.
+    """
 
     path: Path
     manifest: Manifest
@@ -90,7 +102,9 @@ class BuildReport:
 _COMPONENTS = {TEXT_ENCODER: "text_encoder", STEP: UNET, VAE_DECODER: "vae", VAE_ENCODER: "vae"}
 """The component whose weights each graph takes."""
 _GRAPH_BYTES, _REFERENCE_BYTES = 4 << 20, 4 << 20
-"""Room to find before a graph in all its precisions, and its reference, is written: more than any of Stable Diffusion 1.5 takes."""
+"""Room to find before a graph in all its precisions, and its reference, is written: more than any of Stable Diffusion
+1.5 takes.
+"""
 _REST_BYTES = 4 * (_GRAPH_BYTES + _REFERENCE_BYTES)
 """Room for everything but the weights, the tokenizer included."""
 _NO_MEMORY = re.compile("allocate memory|not enough memory|bad.?alloc|start new thread", re.IGNORECASE)
@@ -100,7 +114,8 @@ Progress = Callable[[str, float | None], None]
 
 
 def build(options: BuildOptions, progress: Progress = lambda stage, done: None) -> BuildReport:
-    """Build a bundle. Nothing is left behind unless it succeeds, and an existing bundle is replaced only at the very end.
+    """Build a bundle. Nothing is left behind unless it succeeds, and an existing bundle is replaced only at the very
+    end.
 
     Raises:
         UsageError: the output exists, or an option is out of range.
@@ -112,7 +127,11 @@ def build(options: BuildOptions, progress: Progress = lambda stage, done: None) 
     output = (options.output or default_output(options)).absolute()
     _check_output(output, options)
     given = [options.checkpoint, *([options.vae] if options.vae is not None else [])]
-    given += [*(o.path for o in options.loras), *(o.path for o in options.embeddings), *(o.path for o in options.hypernetworks)]
+    given += [
+        *(o.path for o in options.loras),
+        *(o.path for o in options.embeddings),
+        *(o.path for o in options.hypernetworks),
+    ]
     for path in given:
         if not is_folder(path):
             check_present(path)
@@ -129,23 +148,35 @@ def build(options: BuildOptions, progress: Progress = lambda stage, done: None) 
         except Exception as error:  # torch and ONNX Runtime say it in their own errors' texts
             if isinstance(error, SdrtError) or not (isinstance(error, MemoryError) or _NO_MEMORY.search(str(error))):
                 raise
-            raise ResourceError(f"{name}: out of memory", "Close other programs, or build on a machine with more memory.") from error
+            raise ResourceError(
+                f"{name}: out of memory", "Close other programs, or build on a machine with more memory."
+            ) from error
         stages[name] = stages.get(name, 0.0) + time.perf_counter() - started
 
     with ExitStack() as files:
         files.enter_context(folders_made("--output", output.parent))
         files.enter_context(locked(output, lambda: progress("waiting for another build of the same output", None)))
-        hashing = files.enter_context(ThreadPoolExecutor(1))  # entered before any file is opened: files are closed first, which ends what it does
+        hashing = files.enter_context(
+            ThreadPoolExecutor(1)
+        )  # entered before any file is opened: files are closed first, which ends what it does
         _check_output(output, options)
         with stage("read"):
             checkpoint = open_checkpoint(options.checkpoint, options.vae, ema=options.ema)
             files.callback(checkpoint.close)
             sources = hashing.submit(_sources, checkpoint)  # takes as long as importing torch
             arch = _with_options(checkpoint.architecture, options)
-            from sdrt.export.graph import bind, is_traced, model_dimensions, recipes, skeleton  # imports torch: only after the files are known to be good
+            from sdrt.export.graph import (
+                bind,
+                is_traced,
+                model_dimensions,
+                recipes,
+                skeleton,
+            )  # imports torch: only after the files are known to be good
             from sdrt.export.selfcheck import check
 
-            expected = {name: shape for recipe in recipes(arch).values() for name, shape in recipe.weight_shapes().items()}
+            expected = {
+                name: shape for recipe in recipes(arch).values() for name, shape in recipe.weight_shapes().items()
+            }
             tensors, unknown = select(checkpoint, expected)
             loras, embeddings, hypernetworks = list[Lora](), list[Embedding](), list[Hypernetwork]()
             for option in options.loras:
@@ -174,23 +205,35 @@ def build(options: BuildOptions, progress: Progress = lambda stage, done: None) 
         with staged_folder(output, replace=options.force) as folder:
             for part in ("graphs", "tokenizer", "reference"):
                 new_folder(folder / part)
-            shapes = {name: tensor.shape for name, tensor in tensors.items()} | {name: value.shape for name, value in computed.items()}
+            shapes = {name: tensor.shape for name, tensor in tensors.items()} | {
+                name: value.shape for name, value in computed.items()
+            }
             weight_bytes = sum(map(math.prod, shapes.values())) * ITEM_BYTES[CODES[options.precision]]
             with stage("tokenizer", weight_bytes + _REST_BYTES):
                 bos, eos = write_tokenizer(folder / TOKENIZER, vocabulary)
                 notes = check_triggers(embeddings, read_bpe(folder / TOKENIZER).encode) if embeddings else []
             with stage("fuse", weight_bytes):
                 weights_file = folder / WEIGHTS
-                written = write_weights(weights_file, tensors, loras, options.precision, lambda done: progress("fuse", done), computed)
+                written = write_weights(
+                    weights_file, tensors, loras, options.precision, lambda done: progress("fuse", done), computed
+                )
                 changes = written.changes
             cached = []
-            # No bfloat16 graph yet: ONNX Runtime's CPU provider cannot run one, and a build ships nothing it has not checked.
+            # No bfloat16 graph yet: ONNX Runtime's CPU provider cannot run one, and a build ships nothing it has not
+            # checked.
             computes = ("fp32", "fp16") if options.precision == "fp16" else ("fp32",)
             for graph, recipe in made.items():
                 with stage(f"{'bind' if is_traced(recipe) else 'trace'} {graph}", _GRAPH_BYTES):
                     for compute in computes:
                         model, hit = skeleton(recipe)
-                        bind(model, weights_file, written.placed, options.precision, compute, folder / graph_path(graph, compute))
+                        bind(
+                            model,
+                            weights_file,
+                            written.placed,
+                            options.precision,
+                            compute,
+                            folder / graph_path(graph, compute),
+                        )
                         cached += [graph] if hit and compute == "fp32" else []
             graphs = {}
             with open_tensor_file(weights_file) as weights:
@@ -198,10 +241,15 @@ def build(options: BuildOptions, progress: Progress = lambda stage, done: None) 
                     with stage(f"check {graph}", _REFERENCE_BYTES):
                         paths = {compute: folder / graph_path(graph, compute) for compute in computes}
                         errors = check(recipe, weights, paths, folder / reference_path(graph))
-                        graphs[graph] = {compute: _graph(recipe, _COMPONENTS[graph], compute, error) for compute, error in errors.items()}
+                        graphs[graph] = {
+                            compute: _graph(recipe, _COMPONENTS[graph], compute, error)
+                            for compute, error in errors.items()
+                        }
             with stage("write"):
                 checkpoint.check_unchanged()
-                for file in dict.fromkeys([*(a.file for a in loras), *(a.file for a in embeddings), *(a.file for a in hypernetworks)]):
+                for file in dict.fromkeys(
+                    [*(a.file for a in loras), *(a.file for a in embeddings), *(a.file for a in hypernetworks)]
+                ):
                     file.check_unchanged()
                 for config in [lora.config for lora in loras if lora.config is not None]:
                     config.check_unchanged()
@@ -213,19 +261,35 @@ def build(options: BuildOptions, progress: Progress = lambda stage, done: None) 
                     family=arch.family,
                     architecture={"unet": asdict(arch.unet), "vae": asdict(arch.vae), "clip": asdict(arch.clip)},
                     diffusion=Diffusion(prediction=arch.prediction),
-                    text=(Text(arch.clip.width, arch.clip.tokens, bos, eos, eos, arch.clip.clip_skip, table_rows(embeddings, vocabulary)),),
+                    text=(
+                        Text(
+                            arch.clip.width,
+                            arch.clip.tokens,
+                            bos,
+                            eos,
+                            eos,
+                            arch.clip.clip_skip,
+                            table_rows(embeddings, vocabulary),
+                        ),
+                    ),
                     latents=Latents(sizes.channels, sizes.factor, arch.size, sizes.concat_channels),
                     components=dict.fromkeys(_COMPONENTS.values(), Component(options.precision, computes[-1])),
                     graphs=graphs,
                     sources=(
                         *sources.result(),
-                        *(source for lora, change in zip(loras, changes, strict=True) for source in _lora_sources(lora, change)),
+                        *(
+                            source
+                            for lora, change in zip(loras, changes, strict=True)
+                            for source in _lora_sources(lora, change)
+                        ),
                         *(_embedding_source(embedding) for embedding in embeddings),
                         *(_hypernetwork_source(hypernetwork) for hypernetwork in hypernetworks),
                     ),
                     tools=_tools(),
                     files={
-                        path.relative_to(folder).as_posix(): written.record if path == weights_file else file_record(path)
+                        path.relative_to(folder).as_posix(): (
+                            written.record if path == weights_file else file_record(path)
+                        )
                         for path in sorted(folder.rglob("*"))
                         if path.is_file()
                     },
@@ -237,8 +301,14 @@ def build(options: BuildOptions, progress: Progress = lambda stage, done: None) 
 
 def default_output(options: BuildOptions) -> Path:
     """`emoji+blindbox.sdrt` in the working folder, from the stems of the checkpoint and the adapters."""
-    checkpoint = options.checkpoint.absolute().name if is_folder(options.checkpoint) else options.checkpoint.stem  # a folder's name may hold a dot
-    adapters = [*(o.path for o in options.loras), *(o.path for o in options.embeddings), *(o.path for o in options.hypernetworks)]
+    checkpoint = (
+        options.checkpoint.absolute().name if is_folder(options.checkpoint) else options.checkpoint.stem
+    )  # a folder's name may hold a dot
+    adapters = [
+        *(o.path for o in options.loras),
+        *(o.path for o in options.embeddings),
+        *(o.path for o in options.hypernetworks),
+    ]
     return Path("+".join([checkpoint, *(path.stem for path in adapters)]) + ".sdrt")
 
 
@@ -250,9 +320,13 @@ def _check_output(output: Path, options: BuildOptions) -> None:
     check_outside_bundles("--output", output.parent)
     if os.path.lexists(output):
         if not options.force:
-            raise UsageError(f"{output}: exists already", "Choose another --output, or pass --force to replace the bundle.")
+            raise UsageError(
+                f"{output}: exists already", "Choose another --output, or pass --force to replace the bundle."
+            )
         if output.is_symlink() or not is_bundle(output):
-            raise UsageError(f"{output}: exists and is not a bundle; --force replaces bundles only", "Choose another --output.")
+            raise UsageError(
+                f"{output}: exists and is not a bundle; --force replaces bundles only", "Choose another --output."
+            )
 
 
 def _with_options(arch: Architecture, options: BuildOptions) -> Architecture:
@@ -262,9 +336,15 @@ def _with_options(arch: Architecture, options: BuildOptions) -> Architecture:
             raise UsageError(f"size {width}x{height}: expected multiples of {SIZE_STEP} from {MIN_SIDE} to {MAX_SIDE}")
     for layer in options.clip_skip:
         if not 1 <= layer <= arch.clip.layers:
-            raise UsageError(f"clip skip {layer}: this text encoder has {arch.clip.layers} layers", f"Choose 1 to {arch.clip.layers}.")
+            raise UsageError(
+                f"clip skip {layer}: this text encoder has {arch.clip.layers} layers",
+                f"Choose 1 to {arch.clip.layers}.",
+            )
     if not options.clip_skip or len(set(options.clip_skip)) != len(options.clip_skip):
-        raise UsageError(f"clip skip {', '.join(map(str, options.clip_skip))}: expected each layer once", "Leave out the repeated one.")
+        raise UsageError(
+            f"clip skip {', '.join(map(str, options.clip_skip))}: expected each layer once",
+            "Leave out the repeated one.",
+        )
     return replace(arch, size=(width, height), clip=replace(arch.clip, clip_skip=options.clip_skip))
 
 
@@ -296,12 +376,24 @@ def _embedding_source(embedding: Embedding) -> Source:
 
 def _hypernetwork_source(hypernetwork: Hypernetwork) -> Source:
     option = hypernetwork.option
-    return Source("hypernetwork", option.path.name, hypernetwork.sha256, option.scale, applied={"unet": hypernetwork.layers} if option.scale != 0 else {})
+    return Source(
+        "hypernetwork",
+        option.path.name,
+        hypernetwork.sha256,
+        option.scale,
+        applied={"unet": hypernetwork.layers} if option.scale != 0 else {},
+    )
 
 
 def _graph(recipe: Recipe, component: str, compute: str, error: float) -> Graph:
     signature = recipe.signature
-    return Graph(graph_path(recipe.graph, compute), component, tuple(signature.inputs), tuple(signature.outputs), float(f"{error:.1e}"))
+    return Graph(
+        graph_path(recipe.graph, compute),
+        component,
+        tuple(signature.inputs),
+        tuple(signature.outputs),
+        float(f"{error:.1e}"),
+    )
 
 
 def _tools() -> dict[str, str]:
@@ -324,7 +416,10 @@ def _notes(unknown: Sequence[str], loras: Sequence[Lora], changes: Sequence[Mapp
             yield f"{lora.option.path.name}: given more than once; its changes add up"
         yield from (f"{lora.option.path.name}: {note}" for note in lora.notes)
         if lora.unmatched:
-            yield f"{lora.option.path.name}: {len(lora.unmatched)} keys belong to no module and were left out, such as {lora.unmatched[0]}"
+            yield (
+                f"{lora.option.path.name}: {len(lora.unmatched)} keys belong to no module and were left out, such as"
+                f" {lora.unmatched[0]}"
+            )
 
 
 def _hypernetwork_notes(hypernetworks: Sequence[Hypernetwork]) -> Iterator[str]:
@@ -334,4 +429,7 @@ def _hypernetwork_notes(hypernetworks: Sequence[Hypernetwork]) -> Iterator[str]:
             yield f"{name}: scale 0, nothing changed"
         if hypernetwork.unmatched:
             widths = ", ".join(str(width) for width in hypernetwork.unmatched)
-            yield f"{name}: its networks for contexts {widths} wide belong to no attention layer of this model and were left out"
+            yield (
+                f"{name}: its networks for contexts {widths} wide belong to no attention layer of this model and were"
+                " left out"
+            )

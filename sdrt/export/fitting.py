@@ -1,4 +1,6 @@
-"""Whether a file fits a checkpoint: `sdrt inspect FILE --for CHECKPOINT`. The checks are those of a build; of values only a LoRA's alphas are read."""
+"""Whether a file fits a checkpoint: `sdrt inspect FILE --for CHECKPOINT`. The checks are those of a build; of values
+only a LoRA's alphas are read.
+"""
 
 from __future__ import annotations
 
@@ -15,14 +17,18 @@ from sdrt.export.read.checkpoint import open_checkpoint, select
 
 
 def fit(path: Path, kind: str, checkpoint_path: Path) -> dict[str, Any]:
-    """Whether the file at `path`, which `describe` calls `kind`, can be built into a checkpoint: `fits`, and what it touches or why not.
+    """Whether the file at `path`, which `describe` calls `kind`, can be built into a checkpoint: `fits`, and what it
+    touches or why not.
 
     Raises:
         UsageError: files of that kind go into no checkpoint.
         CheckpointError, InputFileError: the checkpoint cannot be built.
     """
     if kind not in OPTION_OF_KIND:
-        raise UsageError(f"--for {checkpoint_path}: {path} is {kind}, which goes into no checkpoint", f"--for takes {', '.join(OPTION_OF_KIND)}.")
+        raise UsageError(
+            f"--for {checkpoint_path}: {path} is {kind}, which goes into no checkpoint",
+            f"--for takes {', '.join(OPTION_OF_KIND)}.",
+        )
     open_checkpoint(checkpoint_path).close()
     report: dict[str, Any] = {"for": str(checkpoint_path), "fits": True}
     try:
@@ -47,13 +53,20 @@ def _touched(path: Path, kind: str, checkpoint_path: Path) -> dict[str, Any]:
 
         shapes = {graph: recipe.weight_shapes() for graph, recipe in recipes(arch).items()}
         if kind == VAE:
-            expected = {name: shape for graph in ("vae_decoder", "vae_encoder") for name, shape in shapes[graph].items()}
+            expected = {
+                name: shape for graph in ("vae_decoder", "vae_encoder") for name, shape in shapes[graph].items()
+            }
             return {"touches": {"vae": len(select(checkpoint, expected)[0])}}
-        lora = open_lora(LoraOption(path), {name: shape for graph in shapes.values() for name, shape in graph.items()}, arch.unet)
+        lora = open_lora(
+            LoraOption(path), {name: shape for graph in shapes.values() for name, shape in graph.items()}, arch.unet
+        )
         lora.file.close()
         components = [component_name(weight) for weight in lora.deltas]
         touched = {component: components.count(component) for component in sorted(set(components))}
-        bundled = {embedding.option.trigger: embedding.vectors for embedding in embeddings.bundled_embeddings([lora], arch.clip)}
+        bundled = {
+            embedding.option.trigger: embedding.vectors
+            for embedding in embeddings.bundled_embeddings([lora], arch.clip)
+        }
         return {"touches": touched} | ({"embeddings": bundled} if bundled else {})
     finally:
         checkpoint.close()

@@ -1,7 +1,9 @@
-"""From a network to an ONNX graph: traced once per architecture into a skeleton without weights, then bound to a weights file.
+"""From a network to an ONNX graph: traced once per architecture into a skeleton without weights, then bound to a
+weights file.
 
-A skeleton is an ONNX model in which every weight is an input under its canonical name; it is cached in the user's cache folder under
-a key of everything that shapes it. Binding turns those inputs into external data inside the bundle's weights file.
+A skeleton is an ONNX model in which every weight is an input under its canonical name; it is cached in the user's cache
+folder under a key of everything that shapes it. Binding turns those inputs into external data inside the bundle's
+weights file.
 """
 
 from __future__ import annotations
@@ -22,7 +24,17 @@ import torch
 from torch import nn
 from torch.export import Dim
 
-from sdrt.bundle.graphs import STEP, TEXT_ENCODER, VAE_DECODER, VAE_ENCODER, Dimensions, Shape, Signature, concrete, signatures
+from sdrt.bundle.graphs import (
+    STEP,
+    TEXT_ENCODER,
+    VAE_DECODER,
+    VAE_ENCODER,
+    Dimensions,
+    Shape,
+    Signature,
+    concrete,
+    signatures,
+)
 from sdrt.errors import LockedError
 from sdrt.export.architecture import NORM_GROUPS, Architecture
 from sdrt.export.networks.clip import TextEncoder
@@ -66,7 +78,14 @@ class Recipe:
 def model_dimensions(arch: Architecture) -> Dimensions:
     """What an architecture makes of the graphs' signatures."""
     channels, factor = arch.vae.latent_channels, 2 ** (len(arch.vae.channels) - 1)
-    return Dimensions(channels, arch.unet.in_channels - channels, factor, arch.unet.context_width, arch.clip.tokens, arch.clip.clip_skip)
+    return Dimensions(
+        channels,
+        arch.unet.in_channels - channels,
+        factor,
+        arch.unet.context_width,
+        arch.clip.tokens,
+        arch.clip.clip_skip,
+    )
 
 
 def recipes(arch: Architecture) -> dict[str, Recipe]:
@@ -83,16 +102,23 @@ def recipes(arch: Architecture) -> dict[str, Recipe]:
 
 
 def trace(recipe: Recipe) -> ir.Model:
-    """Trace a network into a skeleton. Its weights are allocated but never written, so this needs address space, not memory."""
+    """Trace a network into a skeleton. Its weights are allocated but never written, so this needs address space, not
+    memory.
+    """
     module = recipe.module().to_empty(device="cpu")
     inputs = recipe.signature.inputs
-    example = {name: torch.zeros(concrete(tensor.shape, recipe.sizes), dtype=getattr(torch, tensor.dtype)) for name, tensor in inputs.items()}
+    example = {
+        name: torch.zeros(concrete(tensor.shape, recipe.sizes), dtype=getattr(torch, tensor.dtype))
+        for name, tensor in inputs.items()
+    }
     dynamic = {name: _dynamic_axes(tensor.shape) for name, tensor in inputs.items()}
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)
         exported = torch.export.export(module, (), kwargs=example, dynamic_shapes=dynamic, strict=False)
-        program = torch.onnx.export(exported, (), kwargs=example, dynamo=True, opset_version=OPSET, optimize=False, verbose=False)
+        program = torch.onnx.export(
+            exported, (), kwargs=example, dynamo=True, opset_version=OPSET, optimize=False, verbose=False
+        )
         assert program is not None
         return _skeleton(program.model, recipe, set(dict(module.named_parameters())))
 
@@ -122,7 +148,9 @@ def _skeleton(model: ir.Model, recipe: Recipe, weights: set[str]) -> ir.Model:
         node.doc_string = None
         for value in node.outputs:
             value.metadata_props.clear()
-            if value not in kept:  # the shapes of intermediate values name the tracer's symbols; engines infer them again
+            if (
+                value not in kept
+            ):  # the shapes of intermediate values name the tracer's symbols; engines infer them again
                 value.shape = None
     for value in kept:
         value.metadata_props.clear()
@@ -162,7 +190,8 @@ def skeleton(recipe: Recipe) -> tuple[ir.Model, bool]:
             with staged_folder(folder, replace=folder.exists()) as stage:
                 write_file(stage / "graph.onnx", data)
                 write_file(stage / "sha256", hashlib.sha256(data).hexdigest().encode() + b"\n")
-        except Exception as error:  # the cache only saves time: a full disk there, or another build winning the race, must not fail this build
+        except Exception as error:
+            # The cache only saves time: a full disk there, or another build winning the race, must not fail this one.
             logging.getLogger("sdrt").info("trace cache not written: %s", error)
     return ir.from_proto(_parse(data)), False
 
@@ -186,23 +215,32 @@ def _parse(data: bytes) -> Any:
 def _cache_key(recipe: Recipe) -> str:
     package = Path(__file__).parents[1]
     spec = asdict(recipe.spec)
-    spec.pop("vocabulary", None)  # nothing in a trace depends on how many rows the token table has, and binding gives it its shape
+    spec.pop(
+        "vocabulary", None
+    )  # nothing in a trace depends on how many rows the token table has, and binding gives it its shape
     parts = {
         "graph": recipe.graph,
         "spec": spec,
         "opset": OPSET,
         "norm_groups": NORM_GROUPS,
         "tools": {name: version(name) for name in ("torch", "onnx", "onnxscript", "onnx_ir")},
-        "sources": {name: hashlib.sha256((package / name).read_bytes()).hexdigest() for name in (*_SOURCES[recipe.graph], *_SOURCES_OF_ALL)},
+        "sources": {
+            name: hashlib.sha256((package / name).read_bytes()).hexdigest()
+            for name in (*_SOURCES[recipe.graph], *_SOURCES_OF_ALL)
+        },
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def bind(model: ir.Model, weights_file: Path, placed: Mapping[str, Placed], precision: str, compute: str, path: Path) -> None:
-    """Write the graph at `path` with its weight inputs pointing into `weights_file`, which lies in the same folder. Changes `model`.
+def bind(
+    model: ir.Model, weights_file: Path, placed: Mapping[str, Placed], precision: str, compute: str, path: Path
+) -> None:
+    """Write the graph at `path` with its weight inputs pointing into `weights_file`, which lies in the same folder.
+    Changes `model`.
 
-    `precision` is how the weights are stored, `compute` what the network runs in (`sdrt.export.precision`): float32, or the stored type.
-    Weights stored below the compute type are cast where they enter; an engine folds the casts when it loads.
+    `precision` is how the weights are stored, `compute` what the network runs in (`sdrt.export.precision`): float32, or
+    the stored type. Weights stored below the compute type are cast where they enter; an engine folds the casts when it
+    loads.
     """
     stored = {"fp32": ir.DataType.FLOAT, **HALF}[precision]
     graph = model.graph
@@ -214,7 +252,13 @@ def bind(model: ir.Model, weights_file: Path, placed: Mapping[str, Placed], prec
         assert value.name is not None
         place = placed[value.name]
         tensor = ir.ExternalTensor(
-            weights_file.name, place.offset, place.size_bytes, stored, shape=ir.Shape(place.shape), name=value.name, base_dir=weights_file.parent
+            weights_file.name,
+            place.offset,
+            place.size_bytes,
+            stored,
+            shape=ir.Shape(place.shape),
+            name=value.name,
+            base_dir=weights_file.parent,
         )
         weight = ir.Value(name=value.name, shape=ir.Shape(place.shape), type=ir.TensorType(stored), const_value=tensor)
         graph.inputs.remove(value)

@@ -13,7 +13,16 @@ from sdrt.errors import SdrtError
 from sdrt.export.adapters import embedding as embeddings
 from sdrt.export.adapters import hypernetwork as hypernetworks
 from sdrt.export.adapters.match import bundled_keys
-from sdrt.export.adapters.spelling import below_base_model, family, is_text_encoder, kinds, numbered_list, ranks, refused_kind, split
+from sdrt.export.adapters.spelling import (
+    below_base_model,
+    family,
+    is_text_encoder,
+    kinds,
+    numbered_list,
+    ranks,
+    refused_kind,
+    split,
+)
 from sdrt.export.architecture import default_size
 from sdrt.export.families.recognise import EMBEDDING, HYPERNETWORK, LORA, describe
 from sdrt.export.families.table import component_name, family_of
@@ -22,7 +31,8 @@ from sdrt.export.read.model_files import open_model
 
 
 def inspect_file(path: Path) -> dict[str, Any]:
-    """Kind, size, tensor types, components or adapter ranks, and what `sdrt build` would say of it, as plain values for JSON.
+    """Kind, size, tensor types, components or adapter ranks, and what `sdrt build` would say of it, as plain values for
+    JSON.
 
     Raises:
         InputFileError: the file is malformed.
@@ -48,13 +58,22 @@ def inspect_file(path: Path) -> dict[str, Any]:
         if report["kind"] == HYPERNETWORK:
             return report | hypernetworks.summary(next(iter(model.files.values())))
         components = Counter(component_name(name) for name in shapes)
-        report["components"] = {name: {"tensors": count, "parameters": _parameters(shapes, name)} for name, count in sorted(components.items())}
+        report["components"] = {
+            name: {"tensors": count, "parameters": _parameters(shapes, name)}
+            for name, count in sorted(components.items())
+        }
         try:
             arch = model_architecture(model, tensors)
         except SdrtError as error:
             return report | {"buildable": False, "why": error.message, "fix": error.fix}
         sizes = {"unet": asdict(arch.unet), "vae": asdict(arch.vae), "clip": asdict(arch.clip)}
-        return report | {"buildable": True, "family": arch.family, "prediction": arch.prediction, "size": list(arch.size), "architecture": sizes}
+        return report | {
+            "buildable": True,
+            "family": arch.family,
+            "prediction": arch.prediction,
+            "size": list(arch.size),
+            "architecture": sizes,
+        }
 
 
 def _parameters(shapes: dict[str, tuple[int, ...]], wanted: str) -> int:

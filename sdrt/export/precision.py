@@ -1,9 +1,12 @@
 """Which arithmetic each part of a graph runs in: the one place that decides it.
 
-Half-precision graphs are made from the float32 skeleton, not traced again. The rule is a type promotion, read off the graph:
+Half-precision graphs are made from the float32 skeleton, not traced again. The rule is a type promotion, read off the
+graph:
 
-- an operator with a weight among its operands runs in the weights' type, its activations cast down where they are float32;
-- what comes after the last such operator is float32: guidance and the sampler's update, pixel arithmetic, and every output;
+- an operator with a weight among its operands runs in the weights' type, its activations cast down where they are
+  float32;
+- what comes after the last such operator is float32: guidance and the sampler's update, pixel arithmetic, and every
+  output;
 - any other operator runs in float32 if one of its operands is (latents, tables, the timestep's sinusoid), else in half.
 
 Norm statistics stay float32 inside half operators: engines take that from attributes of the operators themselves.
@@ -23,7 +26,8 @@ _STATISTICS = ("GroupNormalization", "LayerNormalization")
 
 
 def to_half(model: ir.Model, weights: set[str], precision: str) -> None:
-    """Turn a float32 skeleton into one whose weights and network run in `precision` (fp16 or bf16). Inputs and outputs keep their types.
+    """Turn a float32 skeleton into one whose weights and network run in `precision` (fp16 or bf16). Inputs and outputs
+    keep their types.
 
     Every value of `model` must carry its type; see the module's rule for what becomes what.
     """
@@ -52,7 +56,11 @@ def to_half(model: ir.Model, weights: set[str], precision: str) -> None:
         if value.name in weights:
             value.type = ir.TensorType(half)
     for node in list(graph):
-        operands = [(i, v) for i, v in enumerate(node.inputs) if v is not None and i not in _FIXED_OPERANDS.get(node.op_type, ()) and _floating(v)]
+        operands = [
+            (i, v)
+            for i, v in enumerate(node.inputs)
+            if v is not None and i not in _FIXED_OPERANDS.get(node.op_type, ()) and _floating(v)
+        ]
         if not operands or node.op_type == "Cast":
             continue
         weighted = any(v in weighty for _, v in operands)
@@ -99,7 +107,9 @@ def _weights_and_views(graph: ir.Graph, weights: set[str]) -> set[ir.Value]:
 
 
 def _before_weights(graph: ir.Graph, weighty: set[ir.Value]) -> set[ir.Node]:
-    """Nodes from which an operator on activations and a weight can still be reached: the rest is the tail, and float32."""
+    """Nodes from which an operator on activations and a weight can still be reached: the rest is the tail, and
+    float32.
+    """
     reached: set[ir.Node] = set()
     for node in reversed(list(graph)):
         for user in (use.node for output in node.outputs for use in output.uses()):

@@ -1,4 +1,5 @@
-"""A build's check of itself: each graph, through ONNX Runtime, against the module it was traced from, on the smallest picture.
+"""A build's check of itself: each graph, through ONNX Runtime, against the module it was traced from, on the smallest
+picture.
 
 The inputs and the module's outputs are kept in the bundle, for `sdrt verify` to run every engine against.
 """
@@ -57,10 +58,12 @@ def reference_inputs(recipe: Recipe) -> Arrays:
 
 
 class _StoredWeights(TorchFunctionMode):
-    """Hands every operator its weights, read from the file in float32, and keeps none: a network takes the memory of its largest layer.
+    """Hands every operator its weights, read from the file in float32, and keeps none: a network takes the memory of
+    its largest layer.
 
-    Within it the module stays as it was made, on the meta device. A weight that an operator took in some way unseen here would meet the
-    activations as a meta tensor, which torch refuses. `unused` are the weights that no operator has taken.
+    Within it the module stays as it was made, on the meta device. A weight that an operator took in some way unseen
+    here would meet the activations as a meta tensor, which torch refuses. `unused` are the weights that no operator has
+    taken.
     """
 
     def __init__(self, module: torch.nn.Module, weights: TensorFile) -> None:
@@ -69,7 +72,9 @@ class _StoredWeights(TorchFunctionMode):
         self._weights = weights
         self.unused = set(self._names.values())
 
-    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         return func(*map(self._value, args), **{key: self._value(value) for key, value in (kwargs or {}).items()})
 
     def _value(self, argument: Any) -> Any:
@@ -84,7 +89,11 @@ def module_outputs(recipe: Recipe, weights: TensorFile, inputs: Arrays) -> Array
     """What the module itself gives for the stored, rounded weights, in float32."""
     module = recipe.module()
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # how a sum is split over threads shows in its last bits, and references are to be equal bytes on any number of cores
+    torch.set_num_threads(
+        1
+        # how a sum is split over threads shows in its last bits, and references are to be equal bytes on any number of
+        # cores
+    )
     try:
         with torch.inference_mode(), _StoredWeights(module, weights) as stored:
             outputs = module(**{name: torch.from_numpy(array) for name, array in inputs.items()})
@@ -96,7 +105,8 @@ def module_outputs(recipe: Recipe, weights: TensorFile, inputs: Arrays) -> Array
 
 
 def check(recipe: Recipe, weights: TensorFile, graphs: Mapping[str, Path], reference: Path) -> dict[str, float]:
-    """Run a network and its graphs, given by compute type, write the reference file, and return each graph's largest error.
+    """Run a network and its graphs, given by compute type, write the reference file, and return each graph's largest
+    error.
 
     Raises:
         NonFiniteError: the network gives NaN or infinite values.
@@ -106,37 +116,63 @@ def check(recipe: Recipe, weights: TensorFile, graphs: Mapping[str, Path], refer
     expected = module_outputs(recipe, weights, inputs)
     for name, array in expected.items():
         if array.dtype.kind == "f" and not np.isfinite(array).all():
-            message = f"self-check: {recipe.graph}: {name}: {int((~np.isfinite(array)).sum())} values are NaN or infinite"
+            message = (
+                f"self-check: {recipe.graph}: {name}: {int((~np.isfinite(array)).sum())} values are NaN or infinite"
+            )
             raise NonFiniteError(message, "The checkpoint is damaged or overflows; get another.")
     errors = {}
     for compute, path in graphs.items():
         worst = compare(expected, run_unoptimised(path, inputs, compute), compute)[0]
         if not worst.ok:
-            message = f"self-check: {path.name}: {worst.output}: relative error {worst.error:.2e}, expected at most {worst.limit:.0e}"
+            message = (
+                f"self-check: {path.name}: {worst.output}: relative error {worst.error:.2e}, expected at most"
+                f" {worst.limit:.0e}"
+            )
             fix = "This is a bug in sdrt or in ONNX Runtime; please report it."
-            raise CheckFailed(message, fix if compute == "fp32" else "The model may overflow in half precision: build with --precision bf16 or fp32.")
+            raise CheckFailed(
+                message,
+                (
+                    fix
+                    if compute == "fp32"
+                    else "The model may overflow in half precision: build with --precision bf16 or fp32."
+                ),
+            )
         errors[compute] = worst.error
-    arrays: dict[str, Any] = {f"in.{name}": array for name, array in inputs.items()} | {f"out.{name}": array for name, array in expected.items()}
+    arrays: dict[str, Any] = {f"in.{name}": array for name, array in inputs.items()} | {
+        f"out.{name}": array for name, array in expected.items()
+    }
     with new_file(reference) as stream:
         np.savez(stream, **arrays)
     return errors
 
 
 def run_unoptimised(path: Path, inputs: Mapping[str, NDArray[Any]], compute: str) -> Arrays:
-    """Run a graph once through ONNX Runtime on the CPU as it is written: quick to load, and with one weight in float32 at a time.
+    """Run a graph once through ONNX Runtime on the CPU as it is written: quick to load, and with one weight in float32
+    at a time.
 
-    That takes the right order, since nothing holds a cast of a weight back until its weight is needed. By default ONNX Runtime goes from the
-    outputs back, and to the nodes added last first: good for `bind`'s casts, the first nodes of a float32 graph. Those that it puts itself around
-    operators without a half-precision kernel are the last nodes, and good in order of number.
+    That takes the right order, since nothing holds a cast of a weight back until its weight is needed. By default ONNX
+    Runtime goes from the outputs back, and to the nodes added last first: good for `bind`'s casts, the first nodes of a
+    float32 graph. Those that it puts itself around operators without a half-precision kernel are the last nodes, and
+    good in order of number.
     """
     onnxruntime = engine_libraries.onnxruntime()
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.execution_order = onnxruntime.ExecutionOrder.DEFAULT if compute == "fp32" else onnxruntime.ExecutionOrder.PRIORITY_BASED
+    options.execution_order = (
+        onnxruntime.ExecutionOrder.DEFAULT if compute == "fp32" else onnxruntime.ExecutionOrder.PRIORITY_BASED
+    )
     options.enable_cpu_mem_arena = False
     options.add_session_config_entry("session.disable_prepacking", "1")  # each weight is used once
     options.log_severity_level = 3
     run = onnxruntime.RunOptions()
-    session = interruptible(lambda: onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"]))
+    session = interruptible(
+        lambda: onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    )
     outputs = [output.name for output in session.get_outputs()]
-    return dict(zip(outputs, interruptible(lambda: session.run(outputs, dict(inputs), run), partial(setattr, run, "terminate", True)), strict=True))
+    return dict(
+        zip(
+            outputs,
+            interruptible(lambda: session.run(outputs, dict(inputs), run), partial(setattr, run, "terminate", True)),
+            strict=True,
+        )
+    )

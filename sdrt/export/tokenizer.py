@@ -1,4 +1,6 @@
-"""Makes the bundle's tokenizer.json from CLIP's published merges (see data/NOTICE). `sdrt.bundle.bpe` reads it, and so does the `tokenizers` library."""
+"""Makes the bundle's tokenizer.json from CLIP's published merges (see data/NOTICE). `sdrt.bundle.bpe` reads it, and so
+does the `tokenizers` library.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,9 @@ def write_tokenizer(path: Path, size: int) -> tuple[int, int]:
 
 
 def _document(tokens: dict[str, int], merges: list[tuple[str, str]]) -> dict[str, Any]:
-    """The file as the `tokenizers` library writes it, so that other tools can read it; `sdrt.bundle.bpe.TOKENIZER_SHA256` is its hash."""
+    """The file as the `tokenizers` library writes it, so that other tools can read it;
+    `sdrt.bundle.bpe.TOKENIZER_SHA256` is its hash.
+    """
     special = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     return {
         "version": "1.0",
@@ -52,7 +56,11 @@ def _document(tokens: dict[str, int], merges: list[tuple[str, str]]) -> dict[str
         "added_tokens": [{"id": tokens[token], "content": token, **special} for token in (BOS, EOS)],
         "normalizer": {
             "type": "Sequence",
-            "normalizers": [{"type": "NFC"}, {"type": "Replace", "pattern": {"Regex": r"\s+"}, "content": " "}, {"type": "Lowercase"}],
+            "normalizers": [
+                {"type": "NFC"},
+                {"type": "Replace", "pattern": {"Regex": r"\s+"}, "content": " "},
+                {"type": "Lowercase"},
+            ],
         },
         "pre_tokenizer": {
             "type": "Sequence",

@@ -1,4 +1,6 @@
-"""Writes a bundle's weights: the checkpoint's tensors with every adapter's change made in float32, rounded once, in one safetensors file."""
+"""Writes a bundle's weights: the checkpoint's tensors with every adapter's change made in float32, rounded once, in one
+safetensors file.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,9 @@ class Placed:
 
 @dataclass(frozen=True)
 class Change:
-    """What one adapter did to one component: modules it was applied to (a few may hold zeros), and the size of the change relative to the weights it changed (Frobenius norms)."""
+    """What one adapter did to one component: modules it was applied to (a few may hold zeros), and the size of the
+    change relative to the weights it changed (Frobenius norms).
+    """
 
     modules: int
     relative: float
@@ -59,8 +63,8 @@ class Written:
 class Made:
     """A tensor of the bundle that is computed, not copied, or one of the checkpoint's that more than LoRAs change.
 
-    `make` gives it in float32; it is handed a function that gives any of the checkpoint's tensors, LoRAs fused, in float32. `path` is the file
-    to name when the result is too large.
+    `make` gives it in float32; it is handed a function that gives any of the checkpoint's tensors, LoRAs fused, in
+    float32. `path` is the file to name when the result is too large.
     """
 
     shape: tuple[int, ...]
@@ -69,7 +73,9 @@ class Made:
 
 
 def layout(shapes: Mapping[str, tuple[int, ...]], precision: str) -> tuple[bytes, dict[str, Placed]]:
-    """Header of the weights file, and where each tensor goes. Tensors of whole cache lines come first, so that those stay aligned."""
+    """Header of the weights file, and where each tensor goes. Tensors of whole cache lines come first, so that those
+    stay aligned.
+    """
     code = CODES[precision]
     item = ITEM_BYTES[code]
     order = sorted(shapes, key=lambda name: (math.prod(shapes[name]) * item % 64 != 0, name))
@@ -83,7 +89,9 @@ def layout(shapes: Mapping[str, tuple[int, ...]], precision: str) -> tuple[bytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-(8 + len(text)) % ALIGNMENT)
     start = 8 + len(text)
-    return len(text).to_bytes(8, "little") + text, {name: Placed(shapes[name], start + o, size) for name, (o, size) in spans.items()}
+    return len(text).to_bytes(8, "little") + text, {
+        name: Placed(shapes[name], start + o, size) for name, (o, size) in spans.items()
+    }
 
 
 def write_weights(
@@ -94,11 +102,12 @@ def write_weights(
     progress: Callable[[float], None],
     made: Mapping[str, Made] | None = None,
 ) -> Written:
-    """Write the weights file. Each tensor is read once and written once; its hash is taken on the way, on another core, while the next one is made.
+    """Write the weights file. Each tensor is read once and written once; its hash is taken on the way, on another core,
+    while the next one is made.
 
-    Adapters act in the order given. A DoRA rescales what it meets, so its place matters; all others only add, and between two DoRAs they
-    are added in the order of their files' hashes, so that their order does not matter to the last bit.
-    Tensors that are `made` replace or join `tensors`.
+    Adapters act in the order given. A DoRA rescales what it meets, so its place matters; all others only add, and
+    between two DoRAs they are added in the order of their files' hashes, so that their order does not matter to the
+    last bit. Tensors that are `made` replace or join `tensors`.
 
     Raises:
         CheckpointError: a stored value is not finite, or too large for the precision.
@@ -108,15 +117,21 @@ def write_weights(
 
     kind = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
     made = made or {}
-    shapes = {name: tensor.shape for name, tensor in tensors.items()} | {name: tensor.shape for name, tensor in made.items()}
+    shapes = {name: tensor.shape for name, tensor in tensors.items()} | {
+        name: tensor.shape for name, tensor in made.items()
+    }
     header, placed = layout(shapes, precision)
-    norms: list[dict[str, tuple[float, float]]] = [{} for _ in loras]  # by weight: of the change, and of what it changed
+    norms: list[dict[str, tuple[float, float]]] = [
+        {} for _ in loras
+    ]  # by weight: of the change, and of what it changed
     survived: set[int] = set()  # LoRAs that changed some weight by more than its rounding
     total = sum(p.size_bytes for p in placed.values())
     done = 0
 
     def fused(name: str) -> torch.Tensor:
-        """A checkpoint's tensor with the LoRAs: float32 where one touches it, else as stored. May be asked for more than once."""
+        """A checkpoint's tensor with the LoRAs: float32 where one touches it, else as stored. May be asked for more
+        than once.
+        """
         source = tensors[name]
         stored = source.read()
         _check_finite(stored, source)
@@ -159,7 +174,10 @@ def write_weights(
     for i, (lora, by_weight) in enumerate(zip(loras, norms, strict=True)):
         wanted = any(lora.scale(weight) != 0 for weight in lora.deltas)
         if wanted and not any(size for size, _ in by_weight.values()):
-            raise AdapterError(f"{lora.file.path}: all its changes are zero: the LoRA does nothing", "Train it longer, or leave it out.")
+            raise AdapterError(
+                f"{lora.file.path}: all its changes are zero: the LoRA does nothing",
+                "Train it longer, or leave it out.",
+            )
         if wanted and i not in survived:
             raise AdapterError(
                 f"{lora.file.path}: its changes vanish when the weights are rounded to {precision}",
@@ -182,7 +200,9 @@ def _changes(norms: Mapping[str, tuple[float, float]]) -> dict[str, Change]:
 
 
 def _order(weight: str, loras: Sequence[Lora]) -> list[int]:
-    """The adapters that change a weight, by index, in the order they act: each DoRA at its place, those between two DoRAs by hash."""
+    """The adapters that change a weight, by index, in the order they act: each DoRA at its place, those between two
+    DoRAs by hash.
+    """
     runs: list[list[int]] = [[]]
     for i, lora in enumerate(loras):
         if weight in lora.deltas and lora.scale(weight) != 0:
@@ -191,12 +211,24 @@ def _order(weight: str, loras: Sequence[Lora]) -> list[int]:
             else:
                 runs[-1].append(i)
     return [
-        i for run in runs for i in sorted(run, key=lambda i: (loras[i].sha256, loras[i].config_sha256 or "", loras[i].option.scale, loras[i].option.te_scale))
+        i
+        for run in runs
+        for i in sorted(
+            run,
+            key=lambda i: (
+                loras[i].sha256,
+                loras[i].config_sha256 or "",
+                loras[i].option.scale,
+                loras[i].option.te_scale,
+            ),
+        )
     ]
 
 
 def _finite(tensor: torch.Tensor) -> bool:
-    """Whether no value is NaN or infinite. The extremes tell, NaN included, at a fortieth of what asking each value costs in float16."""
+    """Whether no value is NaN or infinite. The extremes tell, NaN included, at a fortieth of what asking each value
+    costs in float16.
+    """
     import torch
 
     low, high = torch.aminmax(tensor)

@@ -1,7 +1,9 @@
-"""Numbered points at which a write can be made to fail, so that a test fails the first, the second, ... until the work succeeds.
+"""Numbered points at which a write can be made to fail, so that a test fails the first, the second, ... until the work
+succeeds.
 
-Owns the counting only; `sdrt.files.publish` says where the points are. Off unless $SDRT_FAULT is N:KIND when the process starts, and then it costs
-one comparison per file operation. The method is SQLite's (its page on how it is tested). Standard library only.
+Owns the counting only; `sdrt.files.publish` says where the points are. Off unless $SDRT_FAULT is N:KIND when the
+process starts, and then it costs one comparison per file operation. The method is SQLite's (its page on how it is
+tested). Standard library only.
 """
 
 from __future__ import annotations
@@ -22,8 +24,8 @@ KINDS = ("kill", "short", *_CODES)
 class Faults:
     """Fails the point `number`, counted from 1. `passed` lists the points so far, as (operation, path).
 
-    kill ends the process as SIGKILL does, before the operation; enospc and eio raise that OSError instead of it; short makes a write take
-    half of what it is given, which the system may do at any time, and lets everything else pass.
+    kill ends the process as SIGKILL does, before the operation; enospc and eio raise that OSError instead of it; short
+    makes a write take half of what it is given, which the system may do at any time, and lets everything else pass.
     """
 
     number: int
@@ -54,7 +56,9 @@ def parse(text: str) -> Faults:
     """
     number, _, kind = text.partition(":")
     if not number.isdecimal() or kind not in KINDS:
-        raise UsageError(f"SDRT_FAULT={text}: expected N:KIND, KIND one of {', '.join(KINDS)}", "Unset it; it is there for tests.")
+        raise UsageError(
+            f"SDRT_FAULT={text}: expected N:KIND, KIND one of {', '.join(KINDS)}", "Unset it; it is there for tests."
+        )
     return Faults(int(number), kind)
 
 

@@ -1,7 +1,7 @@
 """Locks between processes that only save double work: two builds of one output, two traces of one architecture.
 
-Nothing depends on them for being right, since everything is published by rename. So where a lock cannot be had at all (a read-only cache folder, a
-file system without locks, Windows) the work goes on without it. Standard library only.
+Nothing depends on them for being right, since everything is published by rename. So where a lock cannot be had at all
+(a read-only cache folder, a file system without locks, Windows) the work goes on without it. Standard library only.
 """
 
 from __future__ import annotations
@@ -27,12 +27,15 @@ _POLL_S = 0.05
 
 @contextmanager
 def locked(path: Path, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
-    """Hold the lock on what is about to be written at `path`. `waiting` is called again and again while another process holds it.
+    """Hold the lock on what is about to be written at `path`. `waiting` is called again and again while another process
+    holds it.
 
-    The kernel lets go of a lock when its holder dies, however it dies. It lives on a file in the cache folder, removed at the end.
+    The kernel lets go of a lock when its holder dies, however it dies. It lives on a file in the cache folder, removed
+    at the end.
 
     Raises:
-        LockedError: another process still holds it after half an hour, or $SDRT_LOCK_TIMEOUT seconds; it names the process.
+        LockedError: another process still holds it after half an hour, or $SDRT_LOCK_TIMEOUT seconds; it names the
+            process.
         UsageError: that variable is not a number.
     """
     deadline = time.monotonic() + _timeout_s()
@@ -49,7 +52,10 @@ def locked(path: Path, waiting: Callable[[], None] = lambda: None) -> Iterator[N
             if descriptor is not None:
                 break
             if time.monotonic() >= deadline:
-                raise LockedError(f"{path}: {_holder(file)} is writing it, and was not done in time", "Wait until it has finished, or stop it.")
+                raise LockedError(
+                    f"{path}: {_holder(file)} is writing it, and was not done in time",
+                    "Wait until it has finished, or stop it.",
+                )
             waiting()
             time.sleep(_POLL_S)
         yield

@@ -1,7 +1,9 @@
-"""The one writer: whatever sdrt leaves on a disk is written here, into a stage beside the target, flushed, then renamed into place.
+"""The one writer: whatever sdrt leaves on a disk is written here, into a stage beside the target, flushed, then renamed
+into place.
 
-A failed or killed write leaves the target as it was; what a killed process left is swept when the same target is next written. Every operation on
-the file system passes a numbered point of `sdrt.files.faults`. Serves every part of sdrt; standard library only.
+A failed or killed write leaves the target as it was; what a killed process left is swept when the same target is next
+written. Every operation on the file system passes a numbered point of `sdrt.files.faults`. Serves every part of sdrt;
+standard library only.
 """
 
 from __future__ import annotations
@@ -39,8 +41,9 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EMFILE, errno
 def staged_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
     """Yield a new empty folder that becomes `target` when the block ends without an exception.
 
-    Fill it with `new_folder`, `new_file` and `write_file`, the file that says what is in it last. With `replace`, an existing `target` is exchanged
-    atomically and then removed; the caller has made sure it may be. Stages that killed processes left beside the target are swept first.
+    Fill it with `new_folder`, `new_file` and `write_file`, the file that says what is in it last. With `replace`, an
+    existing `target` is exchanged atomically and then removed; the caller has made sure it may be. Stages that killed
+    processes left beside the target are swept first.
 
     Raises:
         UsageError: `target` exists and `replace` is off, or its parent folder cannot be written.
@@ -52,7 +55,8 @@ def staged_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
 
 @contextmanager
 def staged_folders(*, replace: bool = False) -> Iterator[Callable[[Path], AbstractContextManager[Path]]]:
-    """Yield a function like `staged_folder` whose targets all appear when this block ends, or none of them if it or a part of it fails.
+    """Yield a function like `staged_folder` whose targets all appear when this block ends, or none of them if it or a
+    part of it fails.
 
     A process that is killed between two renames leaves the targets renamed until then, each whole.
 
@@ -90,7 +94,8 @@ def staged_folders(*, replace: bool = False) -> Iterator[Callable[[Path], Abstra
 
 @contextmanager
 def staged_file(target: Path, *, replace: bool = True) -> Iterator[Path]:
-    """Yield a path beside `target`; what `write_file` or `new_file` puts there becomes `target` when the block ends without an exception.
+    """Yield a path beside `target`; what `write_file` or `new_file` puts there becomes `target` when the block ends
+    without an exception.
 
     Raises:
         UsageError: the folder cannot be written, or a folder is in the way.
@@ -118,7 +123,8 @@ def staged_file(target: Path, *, replace: bool = True) -> Iterator[Path]:
 
 @contextmanager
 def folders_made(option: str, folder: Path) -> Iterator[None]:
-    """Make a folder that is missing, and those it lies in. If the block fails, those that were made go again, unless something is in them.
+    """Make a folder that is missing, and those it lies in. If the block fails, those that were made go again, unless
+    something is in them.
 
     Raises:
         UsageError: `folder`, which `option` gave, cannot be made.
@@ -145,7 +151,8 @@ def folders_made(option: str, folder: Path) -> Iterator[None]:
 
 @contextmanager
 def new_file(path: Path, size_bytes: int = 0) -> Iterator[BinaryIO]:
-    """Open a file of a stage for writing. Where its size is known, its room is taken at once, so that a full disk is found before the work.
+    """Open a file of a stage for writing. Where its size is known, its room is taken at once, so that a full disk is
+    found before the work.
 
     Nothing is flushed to disk yet: the stage does that for all its files before it is published.
     """
@@ -178,7 +185,9 @@ def remove_folder(folder: Path) -> None:
     _remove_tree(aside)
 
 
-def check_space(folder: Path, needed_bytes: int, what: str, fix: str = "Free some space there, or write somewhere else.") -> None:
+def check_space(
+    folder: Path, needed_bytes: int, what: str, fix: str = "Free some space there, or write somewhere else."
+) -> None:
     """Fail before the work rather than in it.
 
     Raises:
@@ -190,11 +199,15 @@ def check_space(folder: Path, needed_bytes: int, what: str, fix: str = "Free som
 
 
 def no_room(target: Path, error: OSError) -> ResourceError | None:
-    """What to say of an operating-system error at `target` if it means a full or failing disk, or too many open files; else None."""
+    """What to say of an operating-system error at `target` if it means a full or failing disk, or too many open files;
+    else None.
+    """
     if error.errno not in _FULL:
         return None
     free = shutil.disk_usage(target.parent).free if target.parent.exists() else 0
-    return ResourceError(f"{target}: {error.strerror}, {free:,} bytes free there", "Free some space there, or write somewhere else.")
+    return ResourceError(
+        f"{target}: {error.strerror}, {free:,} bytes free there", "Free some space there, or write somewhere else."
+    )
 
 
 def stage_name(target: Path) -> Path:
@@ -249,8 +262,19 @@ def _reported(target: Path) -> Iterator[None]:
     except OSError as error:
         if (full := no_room(target, error)) is not None:
             raise full from error
-        if error.errno in (errno.ENOENT, errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG):
-            raise UsageError(f"{target}: cannot write there: {error.strerror}", "Choose another --output, in a folder that may be written.") from error
+        if error.errno in (
+            errno.ENOENT,
+            errno.EACCES,
+            errno.EROFS,
+            errno.EPERM,
+            errno.ENOTDIR,
+            errno.EISDIR,
+            errno.ENAMETOOLONG,
+        ):
+            raise UsageError(
+                f"{target}: cannot write there: {error.strerror}",
+                "Choose another --output, in a folder that may be written.",
+            ) from error
         raise
 
 
@@ -287,7 +311,11 @@ def _renameat2(old: Path, new: Path, flags: int) -> int:
     rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if rename is None:
         return errno.ENOSYS
-    return ctypes.get_errno() or errno.EINVAL if rename(_AT_FDCWD, os.fsencode(old), _AT_FDCWD, os.fsencode(new), flags) else 0
+    return (
+        ctypes.get_errno() or errno.EINVAL
+        if rename(_AT_FDCWD, os.fsencode(old), _AT_FDCWD, os.fsencode(new), flags)
+        else 0
+    )
 
 
 def _put_all_in_place(stages: Sequence[tuple[Path, Path]], replace: bool) -> None:
@@ -309,7 +337,9 @@ def _put_all_in_place(stages: Sequence[tuple[Path, Path]], replace: bool) -> Non
 
 
 def _put_in_place(stage: Path, target: Path, replace: bool) -> None:
-    """Rename the stage to its target, or exchange the two. Others may do the same at the same time: whoever comes last stays."""
+    """Rename the stage to its target, or exchange the two. Others may do the same at the same time: whoever comes last
+    stays.
+    """
     for _ in range(_ATTEMPTS):
         if replace and target.exists():
             with suppress(FileNotFoundError):
@@ -317,14 +347,18 @@ def _put_in_place(stage: Path, target: Path, replace: bool) -> None:
         elif _rename_to_new(stage, target):
             return None
         elif not replace:
-            raise UsageError(f"{target}: exists already", "Choose another --output, or pass --force to replace a bundle.")
+            raise UsageError(
+                f"{target}: exists already", "Choose another --output, or pass --force to replace a bundle."
+            )
     raise LockedError(f"{target}: other processes keep replacing it", "Run one build of an output at a time.")
 
 
 def _rename_to_new(stage: Path, target: Path) -> bool:
     """Rename the stage to a name that nothing has; false if something has it."""
     _point("rename", target)
-    code = _renameat2(stage, target, _RENAME_NOREPLACE)  # plain rename would replace an empty folder that appeared meanwhile
+    code = _renameat2(
+        stage, target, _RENAME_NOREPLACE
+    )  # plain rename would replace an empty folder that appeared meanwhile
     if code and code != errno.EEXIST and not os.path.lexists(target):
         stage.rename(target)
         return True
@@ -359,7 +393,9 @@ def _remove_tree(stage: Path) -> None:
 
 
 def _sweep(target: Path) -> None:
-    """Remove abandoned stages of `target`. A folder set aside by a replacement that was cut short goes back in place."""
+    """Remove abandoned stages of `target`. A folder set aside by a replacement that was cut short goes
+    back in place.
+    """
     if not target.parent.is_dir():
         return
     pattern = re.compile(re.escape(f".{target.name}-") + r"(\d+)-[0-9a-f]{8}(\.old)?")
@@ -377,7 +413,9 @@ def _sweep(target: Path) -> None:
 
 
 def _hold(stage: Path) -> int | None:
-    """Lock a stage for as long as the descriptor is open: a process in another container, where our number names nobody, must not sweep it."""
+    """Lock a stage for as long as the descriptor is open: a process in another container, where our number names
+    nobody, must not sweep it.
+    """
     if sys.platform == "win32":
         return None
     descriptor = os.open(stage, os.O_RDONLY)
@@ -387,7 +425,9 @@ def _hold(stage: Path) -> int | None:
 
 
 def _abandoned(stage: Path, pid: int) -> bool:
-    """Whether nobody works in a stage: its process is gone and so is its lock. After a day the lock alone tells: numbers of processes come again."""
+    """Whether nobody works in a stage: its process is gone and so is its lock. After a day the lock alone tells:
+    numbers of processes come again.
+    """
     if sys.platform == "win32" or not stage.is_dir():
         return not _alive(pid)
     try:

@@ -1,7 +1,8 @@
-"""Small files that somebody gives, as JSON, TOML, keys and text: read whole and once; those of a build are compared with themselves at its end.
+"""Small files that somebody gives, as JSON, TOML, keys and text: read whole and once; those of a build are compared
+with themselves at its end.
 
-Owns the limit on their size and what may stand in their place: a pipe, device or folder is refused at once. Serves every part of sdrt; standard
-library only.
+Owns the limit on their size and what may stand in their place: a pipe, device or folder is refused at once. Serves
+every part of sdrt; standard library only.
 """
 
 from __future__ import annotations
@@ -41,7 +42,9 @@ class Document:
         except (OSError, InputFileError):
             same = False
         if not same:
-            raise InputFileError(f"{self.path}: changed during the build", "Run the build again when nothing writes to the file.")
+            raise InputFileError(
+                f"{self.path}: changed during the build", "Run the build again when nothing writes to the file."
+            )
 
 
 def read_document(path: Path, limit: int, fix: str = "", kind: type[InputFileError] = InputFileError) -> Document:
@@ -61,7 +64,11 @@ def read_document(path: Path, limit: int, fix: str = "", kind: type[InputFileErr
     try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
-            raise kind(f"{path}: expected a file, found {'a folder' if stat.S_ISDIR(status.st_mode) else 'a device, pipe or socket'}", fix)
+            raise kind(
+                f"{path}: expected a file, found"
+                f" {'a folder' if stat.S_ISDIR(status.st_mode) else 'a device, pipe or socket'}",
+                fix,
+            )
         if status.st_size > limit:
             raise kind(f"{path}: {status.st_size:,} bytes, more than the limit of {limit:,} bytes", fix)
         with os.fdopen(descriptor, "rb", closefd=False) as stream:
@@ -89,7 +96,8 @@ def read_given(path: Path, limit: int, fix: str) -> Document:
 
 
 def strict_json(data: bytes) -> Any:
-    """The value of a JSON text in which no name stands twice in an object, and every number is finite and, if whole, of at most 18 digits.
+    """The value of a JSON text in which no name stands twice in an object, and every number is finite and, if whole, of
+    at most 18 digits.
 
     Raises:
         ValueError, RecursionError: it is no such text.

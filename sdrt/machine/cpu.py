@@ -11,8 +11,9 @@ from pathlib import Path
 from sdrt.errors import UsageError, printable
 
 CORES = ("own", "shared")
-"""Whether the cores are this process's alone, or others keep them busy too: on shared ones threads sleep instead of spinning while they wait, may move to another
-core, and take over each other's work."""
+"""Whether the cores are this process's alone, or others keep them busy too: on shared ones threads sleep instead of
+spinning while they wait, may move to another core, and take over each other's work.
+"""
 
 _CPUINFO = Path("/proc/cpuinfo")
 _CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")
@@ -22,7 +23,9 @@ _KERNEL_FLAGS = re.compile(r"sse4_2|avx|avx2|fma|f16c|avx_\w+|avx512\w*|amx_\w+|
 
 @cache
 def cpu_identity() -> str:
-    """Model and the instruction sets kernels are chosen by, such as "AMD EPYC 9B45 (avx avx2 avx512_bf16 avx512f)"; without commas."""
+    """Model and the instruction sets kernels are chosen by, such as "AMD EPYC 9B45 (avx avx2 avx512_bf16 avx512f)";
+    without commas.
+    """
     name, flags = "", set[str]()
     try:
         for line in _CPUINFO.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -43,7 +46,9 @@ def bound_cores() -> int:
 
 
 def usable_cores() -> int:
-    """Cores this process may keep busy: those it is bound to, or as many as the quota of its container pays for; at least 1."""
+    """Cores this process may keep busy: those it is bound to, or as many as the quota of its container pays for; at
+    least 1.
+    """
     cores, quota = bound_cores(), _quota()
     return max(1, cores if quota is None else min(cores, quota))
 
@@ -61,4 +66,7 @@ def check_threads(threads: int | None) -> None:
     """Raise UsageError for more threads than cores: they would take turns and be slower than fewer."""
     cores = usable_cores()
     if threads is not None and threads > cores:
-        raise UsageError(f"threads {threads}: this process may use {cores} core{'s' * (cores > 1)}", f"Choose 1 to {cores}, or leave the choice to the engine.")
+        raise UsageError(
+            f"threads {threads}: this process may use {cores} core{'s' * (cores > 1)}",
+            f"Choose 1 to {cores}, or leave the choice to the engine.",
+        )

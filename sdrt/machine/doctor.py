@@ -1,7 +1,7 @@
 """What runs on this machine: each backend works, is missing or does not match, and the command that mends it.
 
-Every probe is alone: one that fails says so and leaves the others be. Nothing is taken on trust: ONNX Runtime names providers that cannot
-run, so a one-node model is run through each. What a probe needs is imported when it runs.
+Every probe is alone: one that fails says so and leaves the others be. Nothing is taken on trust: ONNX Runtime names
+providers that cannot run, so a one-node model is run through each. What a probe needs is imported when it runs.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,13 @@ WORKS, MISSING, MISMATCHED = "works", "missing", "mismatched"
 BACKENDS = ("onnxruntime", "onnxruntime-cuda", "openvino", "tensorrt-rtx", "tensorrt")
 _EXTRA = dict(zip(BACKENDS, ("cpu", "cuda", "openvino", "tensorrt-rtx", "tensorrt"), strict=True))
 
-_OLDEST = {"tensorrt-rtx": (1, 7), "tensorrt": (11, 0), "cuda-core": (1, 2), "cuda-bindings": (13, 0), "openvino": (2026, 4)}
+_OLDEST = {
+    "tensorrt-rtx": (1, 7),
+    "tensorrt": (11, 0),
+    "cuda-core": (1, 2),
+    "cuda-bindings": (13, 0),
+    "openvino": (2026, 4),
+}
 _ORT_PACKAGES = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino", "onnxruntime-directml", "onnxruntime-qnn")
 _COMPILER_PACKAGES = {
     "onnxruntime": _ORT_PACKAGES,
@@ -37,7 +44,11 @@ _LIBRARY = re.compile(r"(?:lib)?[\w.+-]+\.(?:so(?:\.\d+)*|dll|dylib)")
 _CUDA_LIBRARY = re.compile(rb"lib(?:cublasLt|cublas|cudnn|cufft|curand|cudart|nvrtc)\.so\.\d+")
 
 # y = x, for x float32 [1]: the smallest model, in ONNX's own encoding.
-_IDENTITY = b'\x08\x08:7\n\x10\n\x01x\x12\x01y"\x08Identity\x12\x01gZ\x0f\n\x01x\x12\n\n\x08\x08\x01\x12\x04\n\x02\x08\x01b\x0f\n\x01y\x12\n\n\x08\x08\x01\x12\x04\n\x02\x08\x01B\x04\n\x00\x10\r'
+_IDENTITY = (
+    b'\x08\x08:7\n\x10\n\x01x\x12\x01y"\x08Identity\x12\x01g'
+    b"Z\x0f\n\x01x\x12\n\n\x08\x08\x01\x12\x04\n\x02\x08\x01"
+    b"b\x0f\n\x01y\x12\n\n\x08\x08\x01\x12\x04\n\x02\x08\x01B\x04\n\x00\x10\r"
+)
 
 
 @dataclass(frozen=True)
@@ -91,7 +102,7 @@ def examine() -> Report:
         "tensorrt-rtx": lambda: probe_tensorrt("tensorrt-rtx", gpus),
         "tensorrt": lambda: probe_tensorrt("tensorrt", gpus),
     }
-    backends = tuple(_isolated(probe, lambda error, name=name: _crashed(name, error)) for name, probe in probes.items())  # type: ignore[misc]
+    backends = tuple(_isolated(probe, partial(_crashed, name)) for name, probe in probes.items())
     return Report(platform.python_version(), platform_name(), gpus, backends)
 
 
@@ -103,7 +114,13 @@ def _isolated(probe: Callable[[], Any], failed: Callable[[str], Any]) -> Any:
 
 
 def _crashed(name: str, why: str) -> Backend:
-    return Backend(name, MISMATCHED, f"does not load: {why}{_named_libraries(why)}", install_command(_EXTRA[name], "--force-reinstall"), _versions(name))
+    return Backend(
+        name,
+        MISMATCHED,
+        f"does not load: {why}{_named_libraries(why)}",
+        install_command(_EXTRA[name], "--force-reinstall"),
+        _versions(name),
+    )
 
 
 def installed(package: str) -> str:
@@ -120,7 +137,9 @@ def compiler_version(target: str) -> str | None:
 
 
 def probe_gpus() -> Gpus:
-    """Ask the CUDA runtime, or the driver where cuda-bindings is not installed. A library's own list of devices proves nothing."""
+    """Ask the CUDA runtime, or the driver where cuda-bindings is not installed. A library's own list of devices proves
+    nothing.
+    """
     try:
         from cuda.bindings import runtime
     except ImportError:
@@ -137,7 +156,11 @@ def probe_gpus() -> Gpus:
     found = []
     for index in range(count):
         properties = runtime.cudaGetDeviceProperties(index)[1]
-        name = properties.name.decode(errors="replace").rstrip("\0") if isinstance(properties.name, bytes) else str(properties.name)
+        name = (
+            properties.name.decode(errors="replace").rstrip("\0")
+            if isinstance(properties.name, bytes)
+            else str(properties.name)
+        )
         found.append(Gpu(name, f"sm_{properties.major}{properties.minor}"))
     return Gpus(tuple(found), supported, "")
 
@@ -148,7 +171,13 @@ def _driver_gpus() -> Gpus:
         driver = ctypes.CDLL(name)
     except OSError:
         return Gpus((), "", f"no NVIDIA driver: {name} is not there")
-    count, newest, major, minor, text = ctypes.c_int(), ctypes.c_int(), ctypes.c_int(), ctypes.c_int(), ctypes.create_string_buffer(256)
+    count, newest, major, minor, text = (
+        ctypes.c_int(),
+        ctypes.c_int(),
+        ctypes.c_int(),
+        ctypes.c_int(),
+        ctypes.create_string_buffer(256),
+    )
     if (status := driver.cuInit(0)) or (status := driver.cuDeviceGetCount(ctypes.byref(count))):
         return Gpus((), "", f"the driver answers with error {status}")
     driver.cuDriverGetVersion(ctypes.byref(newest))
@@ -158,7 +187,11 @@ def _driver_gpus() -> Gpus:
         driver.cuDeviceGetAttribute(ctypes.byref(major), 75, device)
         driver.cuDeviceGetAttribute(ctypes.byref(minor), 76, device)
         found.append(Gpu(text.value.decode(errors="replace"), f"sm_{major.value}{minor.value}"))
-    return Gpus(tuple(found), f"{newest.value // 1000}.{newest.value % 1000 // 10}", "" if found else "the driver finds no device")
+    return Gpus(
+        tuple(found),
+        f"{newest.value // 1000}.{newest.value % 1000 // 10}",
+        "" if found else "the driver finds no device",
+    )
 
 
 def _onnxruntime_conflict(wanted: str, name: str) -> Backend | None:
@@ -167,7 +200,9 @@ def _onnxruntime_conflict(wanted: str, name: str) -> Backend | None:
     if len(found) < 2:
         return None
     fix = f"pip uninstall -y {' '.join(found)} && {install_command(_EXTRA[name])}"
-    return Backend(name, MISMATCHED, f"{' and '.join(found)} are installed together and overwrite each other", fix, _versions(name))
+    return Backend(
+        name, MISMATCHED, f"{' and '.join(found)} are installed together and overwrite each other", fix, _versions(name)
+    )
 
 
 def probe_onnxruntime() -> Backend:
@@ -195,7 +230,11 @@ def probe_onnxruntime_cuda(gpus: Gpus) -> Backend:
         detail = f"missing {', '.join(missing)}" if missing else "the CUDA provider did not start and gave no reason"
         return Backend(name, MISMATCHED, detail, "pip install 'onnxruntime-gpu[cuda,cudnn]'", _versions(name))
     return Backend(
-        name, MISSING, "ONNX Runtime runs on this GPU, but this version of sdrt has no backend for it yet", install_command(_EXTRA["tensorrt"]), _versions(name)
+        name,
+        MISSING,
+        "ONNX Runtime runs on this GPU, but this version of sdrt has no backend for it yet",
+        install_command(_EXTRA["tensorrt"]),
+        _versions(name),
     )
 
 
@@ -213,7 +252,11 @@ def _run_identity(providers: list[str]) -> list[str]:
 
 def _missing_cuda_libraries() -> list[str]:
     """CUDA libraries that ONNX Runtime's provider names and the system cannot load."""
-    root = Path(str(distribution("onnxruntime-gpu").locate_file("onnxruntime"))) / "capi" / "libonnxruntime_providers_cuda.so"
+    root = (
+        Path(str(distribution("onnxruntime-gpu").locate_file("onnxruntime")))
+        / "capi"
+        / "libonnxruntime_providers_cuda.so"
+    )
     if not root.exists():
         return []
     with root.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
@@ -237,17 +280,31 @@ def probe_openvino() -> Backend:
         return Backend(name, MISSING, f"{name} is not installed", install_command(_EXTRA[name]))
     if _numbers(found) < _OLDEST[name]:
         wanted = ".".join(map(str, _OLDEST[name]))
-        return Backend(name, MISMATCHED, f"{name} {found}, at least {wanted} is needed", install_command(_EXTRA[name], "--upgrade"), _versions(name))
+        return Backend(
+            name,
+            MISMATCHED,
+            f"{name} {found}, at least {wanted} is needed",
+            install_command(_EXTRA[name], "--upgrade"),
+            _versions(name),
+        )
     import numpy as np
 
     core = engine_libraries.openvino().Core()
     core.compile_model(core.read_model(_IDENTITY), "CPU").create_infer_request().infer({"x": np.ones(1, np.float32)})
     precision = "bfloat16" if "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES") else "float32"
-    return Backend(name, WORKS, f"ran a model on {core.get_property('CPU', 'FULL_DEVICE_NAME').strip()}, which computes in {precision}", "", _versions(name))
+    return Backend(
+        name,
+        WORKS,
+        f"ran a model on {core.get_property('CPU', 'FULL_DEVICE_NAME').strip()}, which computes in {precision}",
+        "",
+        _versions(name),
+    )
 
 
 def probe_tensorrt(name: str, gpus: Gpus) -> Backend:
-    """Whether engines of a target run here: the library, `cuda.core`, versions, and a GPU the library has kernels for."""
+    """Whether engines of a target run here: the library, `cuda.core`, versions, and a GPU the library has
+    kernels for.
+    """
     if compiler_version(name) is None:
         return Backend(name, MISSING, f"{name} is not installed", install_command(_EXTRA[name]), _versions(name))
     if name == "tensorrt-rtx":
@@ -264,21 +321,37 @@ def probe_tensorrt(name: str, gpus: Gpus) -> Backend:
         if package in versions and _numbers(versions[package]) < oldest:
             wanted = ".".join(map(str, oldest))
             return Backend(
-                name, MISMATCHED, f"{package} {versions[package]}, at least {wanted} is needed", install_command(_EXTRA[name], "--upgrade"), versions
+                name,
+                MISMATCHED,
+                f"{package} {versions[package]}, at least {wanted} is needed",
+                install_command(_EXTRA[name], "--upgrade"),
+                versions,
             )
     if not gpus.found:
         return _no_gpu(name, gpus)
     if name == "tensorrt-rtx" and not any(gpu.sm in {f"sm_{sm}" for sm in RTX_SMS} for gpu in gpus.found):
         sms = ", ".join(f"{gpu.name} ({gpu.sm})" for gpu in gpus.found)
-        return Backend(name, MISMATCHED, f"TensorRT-RTX has no kernels for {sms}", install_command(_EXTRA["tensorrt"]), versions)
+        return Backend(
+            name, MISMATCHED, f"TensorRT-RTX has no kernels for {sms}", install_command(_EXTRA["tensorrt"]), versions
+        )
     return Backend(name, WORKS, ", ".join(f"{gpu.name} ({gpu.sm})" for gpu in gpus.found), "", versions)
 
 
 def _no_gpu(name: str, gpus: Gpus) -> Backend:
     if gpus.driver_cuda:
-        return Backend(name, MISMATCHED, f"no GPU answers: {gpus.detail}", "Update the NVIDIA driver: https://www.nvidia.com/drivers", _versions(name))
-    detail = f"no GPU answers: {gpus.detail}" + ("; compiling for other machines works" if name == "tensorrt-rtx" else "")
-    return Backend(name, MISSING, detail, "Install an NVIDIA GPU's driver: https://www.nvidia.com/drivers", _versions(name))
+        return Backend(
+            name,
+            MISMATCHED,
+            f"no GPU answers: {gpus.detail}",
+            "Update the NVIDIA driver: https://www.nvidia.com/drivers",
+            _versions(name),
+        )
+    detail = f"no GPU answers: {gpus.detail}" + (
+        "; compiling for other machines works" if name == "tensorrt-rtx" else ""
+    )
+    return Backend(
+        name, MISSING, detail, "Install an NVIDIA GPU's driver: https://www.nvidia.com/drivers", _versions(name)
+    )
 
 
 def _numbers(text: str) -> tuple[int, ...]:
@@ -299,6 +372,10 @@ def _versions(name: str) -> dict[str, str]:
     else:
         packages = ("cuda-core", "cuda-bindings")
     found = {package: text for package in packages if (text := installed(package))}
-    if packages is not _ORT_PACKAGES and name in _COMPILER_PACKAGES and (compiler := compiler_version(name)) is not None:
+    if (
+        packages is not _ORT_PACKAGES
+        and name in _COMPILER_PACKAGES
+        and (compiler := compiler_version(name)) is not None
+    ):
         found[name] = compiler
     return found

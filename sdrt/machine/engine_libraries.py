@@ -1,8 +1,9 @@
-"""Imports of ONNX Runtime and OpenVINO, with what they would tell their makers switched off. Nothing else in sdrt imports them.
+"""Imports of ONNX Runtime and OpenVINO, with what they would tell their makers switched off. Nothing else in sdrt
+imports them.
 
-Both report their use unless told not to before they are imported. ONNX Runtime resolves a host name after a while and keeps a device's id and a queue of
-events in the home folder; OpenVINO asks for a host as soon as it is imported. An application that has imported one of them before sdrt did has made its
-own choice, which stays.
+Both report their use unless told not to before they are imported. ONNX Runtime resolves a host name after a while and
+keeps a device's id and a queue of events in the home folder; OpenVINO asks for a host as soon as it is imported. An
+application that has imported one of them before sdrt did has made its own choice, which stays.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ def onnxruntime() -> Any:
 
 
 def openvino() -> Any:
-    """The openvino module. It goes without the package that reports while it is being imported, as it does where that is not installed.
+    """The openvino module. It goes without the package that reports while it is being imported, as it does where that
+    is not installed.
 
     Raises:
         ImportError, OSError: it is not installed, or does not load.

@@ -1,8 +1,9 @@
 """Native calls that a signal ends: Ctrl-C and SIGTERM are heard while an engine works, and so is a time limit.
 
-Python runs the handler of a signal in the main thread, between two of its own steps, so a call into an engine keeps it waiting for as long as the call
-takes. Here the main thread lets another thread make the call and waits for it in a way that handlers interrupt. In other threads, where Python handles
-no signals, a call is made as it is. Standard library only.
+Python runs the handler of a signal in the main thread, between two of its own steps, so a call into an engine keeps it
+waiting for as long as the call takes. Here the main thread lets another thread make the call and waits for it in a way
+that handlers interrupt. In other threads, where Python handles no signals, a call is made as it is. Standard library
+only.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ GRACE_S = 0.5
 _POLL_S = 0.1
 
 abandoned: dict[int, Any] = {}
-"""Calls that did not end when told to, with what they use: they may still run. Leave such a process with `os._exit`, as engines are torn down at its end."""
+"""Calls that did not end when told to, with what they use: they may still run. Leave such a process with `os._exit`, as
+engines are torn down at its end.
+"""
 
 
 class _Call:
@@ -54,7 +57,8 @@ _waiting: SimpleQueue[_Call] | None = None
 def interruptible(run: Callable[[], T], stop: Callable[[], None] = lambda: None) -> T:
     """Make a native call; in the main thread so that an exception of a signal's handler is raised within a second.
 
-    `stop` then tells the call to end; it may be called while the call runs. One that does not end soon is left alone and listed in `abandoned`.
+    `stop` then tells the call to end; it may be called while the call runs. One that does not end soon is left alone
+    and listed in `abandoned`.
     """
     if threading.current_thread() is not threading.main_thread():
         return run()
@@ -74,9 +78,11 @@ def interruptible(run: Callable[[], T], stop: Callable[[], None] = lambda: None)
 
 
 def wait_for(finished: Callable[[int], bool], stop: Callable[[], None], used: Any) -> None:
-    """Wait for a call that an engine makes in threads of its own. `finished` waits up to so many milliseconds and says whether it has ended.
+    """Wait for a call that an engine makes in threads of its own. `finished` waits up to so many milliseconds and says
+    whether it has ended.
 
-    On an exception of a signal's handler `stop` is called; if the call does not end soon, `used`, all that it works on, is kept in `abandoned`.
+    On an exception of a signal's handler `stop` is called; if the call does not end soon, `used`, all that it works on,
+    is kept in `abandoned`.
     """
     try:
         while not finished(round(1000 * _POLL_S)):
@@ -98,7 +104,8 @@ def _has_ended(finished: Callable[[int], bool]) -> bool:
 
 @contextmanager
 def time_limit(seconds: float, what: str, fix: str) -> Iterator[None]:
-    """End what the main thread does in the block after so many seconds, in the way Ctrl-C does. In another thread there is no limit.
+    """End what the main thread does in the block after so many seconds, in the way Ctrl-C does. In another thread there
+    is no limit.
 
     Raises:
         TimeLimitError: it was not done in time.

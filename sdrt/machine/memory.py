@@ -1,4 +1,6 @@
-"""How much memory this process has taken, and how much it may still take. Serves compile, runtime and bench; standard library only."""
+"""How much memory this process has taken, and how much it may still take. Serves compile, runtime and bench; standard
+library only.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +13,9 @@ _PROC, _CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
 
 
 def peak_rss_bytes() -> int | None:
-    """Largest resident memory of this process, None where the system does not say. Linux's own count for the program; `getrusage` starts from what the
-    parent had."""
+    """Largest resident memory of this process, None where the system does not say. Linux's own count for the program;
+    `getrusage` starts from what the parent had.
+    """
     if (peak := _status_bytes("VmHWM")) is not None:
         return peak
     try:
@@ -29,10 +32,12 @@ def rss_bytes() -> int | None:
 
 
 def available_bytes() -> int | None:
-    """How much this process may still take before the system has none left or ends it; None where the system does not say, as outside of Linux.
+    """How much this process may still take before the system has none left or ends it; None where the system does not
+    say, as outside of Linux.
 
-    That is the least of what the machine has, swap included, and of what the limit of each control group leaves that the process lies in, as a container's
-    does. Files that are only cached count as free, as the kernel drops them first.
+    That is the least of what the machine has, swap included, and of what the limit of each control group leaves that
+    the process lies in, as a container's does. Files that are only cached count as free, as the kernel drops them
+    first.
     """
     machine = _fields(_PROC / "meminfo", "kB")
     if "MemAvailable" not in machine:
@@ -49,7 +54,9 @@ def _left_by_groups() -> Iterator[int]:
             if controllers and "memory" not in controllers.split(","):
                 continue
             root = _CGROUPS / "memory" if controllers else _CGROUPS
-            limit, used = ("memory.limit_in_bytes", "memory.usage_in_bytes") if controllers else ("memory.max", "memory.current")
+            limit, used = (
+                ("memory.limit_in_bytes", "memory.usage_in_bytes") if controllers else ("memory.max", "memory.current")
+            )
             inside = root / path.strip("/")
             # A container sees its own group as the root, under a path that may be the host's.
             for group in (folder for folder in (inside, *inside.parents) if folder == root or root in folder.parents):
@@ -57,7 +64,11 @@ def _left_by_groups() -> Iterator[int]:
                     most = int((group / limit).read_text())
                     cached = _fields(group / "memory.stat")
                     prefix = "total_" if controllers else ""
-                    yield most - int((group / used).read_text()) + sum(cached.get(f"{prefix}{kind}_file", 0) for kind in ("active", "inactive"))
+                    yield (
+                        most
+                        - int((group / used).read_text())
+                        + sum(cached.get(f"{prefix}{kind}_file", 0) for kind in ("active", "inactive"))
+                    )
 
 
 def _status_bytes(name: str) -> int | None:
@@ -65,7 +76,9 @@ def _status_bytes(name: str) -> int | None:
 
 
 def _fields(path: Path, unit: str = "") -> dict[str, int]:
-    """The numbers of a file of names and numbers, in bytes; of one that gives a `unit`, the lines that have it. Empty where it cannot be read."""
+    """The numbers of a file of names and numbers, in bytes; of one that gives a `unit`, the lines that have it. Empty
+    where it cannot be read.
+    """
     found: dict[str, int] = {}
     with suppress(OSError):
         for line in path.read_text(encoding="ascii", errors="replace").splitlines():

@@ -1,7 +1,7 @@
 """Which packages each part of sdrt needs, and the command that installs them.
 
-The extras of `pyproject.toml` say the same, for those who install sdrt from a checkout or a wheel; a test holds the two together. Messages name
-the packages themselves, since that is right in every install.
+The extras of `pyproject.toml` say the same, for those who install sdrt from a checkout or a wheel; a test holds the two
+together. Messages name the packages themselves, since that is right in every install.
 """
 
 from __future__ import annotations
@@ -20,5 +20,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
 
 
 def install_command(extra: str, option: str = "") -> str:
-    """The pip command that installs an extra's packages, with an option of `pip install` such as `--upgrade` where one is given."""
+    """The pip command that installs an extra's packages, with an option of `pip install` such as `--upgrade` where one
+    is given.
+    """
     return " ".join(["pip install", *([option] if option else []), *(f"'{package}'" for package in EXTRAS[extra])])

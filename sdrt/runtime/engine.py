@@ -28,8 +28,9 @@ Pixels = NDArray[np.uint8]
 BACKENDS = ("onnxruntime", "onnxruntime-cuda", "openvino", "tensorrt-rtx", "tensorrt")
 READY = ("onnxruntime", "openvino", "tensorrt-rtx", "tensorrt")
 ON_MISSING = ("compile", "fallback", "error")
-"""What to do for a shape that no engine serves: compile it in memory where that takes seconds, which is on a CPU; run the bundle's graphs on ONNX Runtime; or
-raise MissingEngineError, as `compile` does too for a GPU."""
+"""What to do for a shape that no engine serves: compile it in memory where that takes seconds, which is on a CPU; run
+the bundle's graphs on ONNX Runtime; or raise MissingEngineError, as `compile` does too for a GPU.
+"""
 
 
 @dataclass(frozen=True, order=True)
@@ -44,11 +45,13 @@ class BatchShape:
 
 @dataclass(frozen=True)
 class Job:
-    """One picture to denoise. Names, types and the shapes behind the first axis are those of the step's inputs (`sdrt.bundle.graphs`).
+    """One picture to denoise. Names, types and the shapes behind the first axis are those of the step's inputs
+    (`sdrt.bundle.graphs`).
 
-    tables: the picture's own rows, `[S, ...]` each, one per model call; noise is one of them. `next` is the batch's to fill in.
-    inputs: what belongs to the picture: `mask` `[1, h, w]`, 1 keeps; `init` and `init_noise` `[C, h, w]`, registers 0 and 1 at the start; `concat`
-    `[G, C, h, w]` for models that see it beside the latents.
+    tables: the picture's own rows, `[S, ...]` each, one per model call; noise is one of them. `next` is the batch's to
+        fill in.
+    inputs: what belongs to the picture: `mask` `[1, h, w]`, 1 keeps; `init` and `init_noise` `[C, h, w]`, registers 0
+        and 1 at the start; `concat` `[G, C, h, w]` for models that see it beside the latents.
     contexts: sets of `[G, T, W]`, all of one shape. context_of_row: which of them each of the S rows takes.
     """
 
@@ -72,8 +75,8 @@ class Job:
 class RunningBatch(Protocol):
     """Slots for pictures of one shape that are denoised together. Not thread-safe; the engine it came from is.
 
-    `capacity` is the number of slots. A picture may have fewer guidance branches than the batch. After its last row it stays as it is, whatever
-    steps follow, until it leaves.
+    `capacity` is the number of slots. A picture may have fewer guidance branches than the batch. After its last row it
+    stays as it is, whatever steps follow, until it leaves.
     """
 
     capacity: int
@@ -86,7 +89,9 @@ class RunningBatch(Protocol):
         """
 
     def step(self) -> None:
-        """One model call for every picture: the next row of each. It may still be running on the device when this returns."""
+        """One model call for every picture: the next row of each. It may still be running on the device when this
+        returns.
+        """
 
     def leave(self, slot: int) -> None:
         """Free a slot, finished or not."""
@@ -98,7 +103,9 @@ class RunningBatch(Protocol):
         """The denoised estimates of the last step, `[len(slots), C, h, w]`, copied to the host."""
 
     def decode(self, slots: Sequence[int], rounding: float) -> tuple[Pixels, NDArray[np.bool_]]:
-        """Register 0 of slots as pixels `[len(slots), H, W, 3]`, and whether each picture was finite before the clamp."""
+        """Register 0 of slots as pixels `[len(slots), H, W, 3]`, and whether each picture was finite
+        before the clamp.
+        """
 
     def describe(self) -> dict[str, Any]:
         """What runs: as `Engine.describe`, for the engine that this batch took."""
@@ -108,8 +115,9 @@ class RunningBatch(Protocol):
 
 
 class InParts:
-    """A running batch whose parts run one after the other within each step, since no engine takes all its pictures at once. Pictures of a batch do not
-    see each other, so they are the same."""
+    """A running batch whose parts run one after the other within each step, since no engine takes all its pictures at
+    once. Pictures of a batch do not see each other, so they are the same.
+    """
 
     def __init__(self, parts: Sequence[RunningBatch]) -> None:
         self._parts = parts
@@ -131,10 +139,14 @@ class InParts:
         self._parts[part].leave(inner)
 
     def latents(self, slots: Sequence[int]) -> Float:
-        return np.concatenate([self._parts[part].latents([inner]) for part, inner in map(self._places.__getitem__, slots)])
+        return np.concatenate(
+            [self._parts[part].latents([inner]) for part, inner in map(self._places.__getitem__, slots)]
+        )
 
     def denoised(self, slots: Sequence[int]) -> Float:
-        return np.concatenate([self._parts[part].denoised([inner]) for part, inner in map(self._places.__getitem__, slots)])
+        return np.concatenate(
+            [self._parts[part].denoised([inner]) for part, inner in map(self._places.__getitem__, slots)]
+        )
 
     def decode(self, slots: Sequence[int], rounding: float) -> tuple[Pixels, NDArray[np.bool_]]:
         decoded = [self._parts[part].decode([inner], rounding) for part, inner in map(self._places.__getitem__, slots)]
@@ -170,20 +182,25 @@ class Engine(Protocol):
         """Whether `open` takes a batch of this shape, if need be in parts or compiled in memory first."""
 
     def demand(self, shape: JobShape) -> Demand:
-        """About what memory a batch of this shape takes at its peak beside what is loaded: of the machine, or of the GPU.
+        """About what memory a batch of this shape takes at its peak beside what is loaded: of the machine, or of the
+        GPU.
 
         Raises:
             MissingEngineError: no engine serves it.
         """
 
     def free_bytes(self, shape: JobShape) -> int | None:
-        """How much of that memory a batch of this shape may take; None where that is not known, or running out does no harm."""
+        """How much of that memory a batch of this shape may take; None where that is not known, or running out does no
+        harm.
+        """
 
     def encode_text(self, tokens: NDArray[np.int64], clip_skip: int) -> Float:
         """Token ids `[n, 77]` to context `[n, 77, C]`."""
 
     def encode_image(self, pixels: Pixels, noise: Float) -> Float:
-        """Pixels `[N, H, W, 3]` and unit noise `[N, 4, h, w]` (zeros for the posterior's mean) to latents `[N, 4, h, w]`."""
+        """Pixels `[N, H, W, 3]` and unit noise `[N, 4, h, w]` (zeros for the posterior's mean) to latents `[N, 4, h,
+        w]`.
+        """
 
     def open(self, shape: BatchShape, capacity: int) -> RunningBatch:
         """A running batch with all slots free; it may have more of them than asked for.
@@ -194,7 +211,9 @@ class Engine(Protocol):
         """
 
     def decode(self, latents: Float, rounding: float) -> tuple[Pixels, NDArray[np.bool_]]:
-        """Latents `[N, 4, h, w]` to pixels `[N, H, W, 3]` and whether each picture was finite before the clamp `[N]`."""
+        """Latents `[N, 4, h, w]` to pixels `[N, H, W, 3]` and whether each picture was finite before the
+        clamp `[N]`.
+        """
 
     def describe(self) -> dict[str, Any]:
         """What runs the bundle's own size: library and version, precision, threads or device."""
@@ -211,7 +230,9 @@ class Observer(Protocol):
 
 
 class Watched:
-    """Passes on what a GPU engine starts, where somebody observes it. Apart from the engine, so that its buffers need not hold it."""
+    """Passes on what a GPU engine starts, where somebody observes it. Apart from the engine, so that its buffers need
+    not hold it.
+    """
 
     def __init__(self) -> None:
         self.observer: Observer | None = None
@@ -228,13 +249,16 @@ class Watched:
 
 
 Observe = Callable[[Callable[[], Engine]], Engine]
-"""Calls what it is given, which loads the engine, and returns what a pipeline is to use: that engine, or one of its own around it."""
+"""Calls what it is given, which loads the engine, and returns what a pipeline is to use: that engine, or one of its own
+around it.
+"""
 
 
 def tables(rows: Sequence[Row], guidance: Sequence[Sequence[float]]) -> dict[str, Float]:
     """Rows as the graph takes them, all tables but `noise` and `next`.
 
-    `guidance` weighs the branches of the guidance batch for each row; each sums to 1. No sampler keeps the second combination: `v` is 0.
+    `guidance` weighs the branches of the guidance batch for each row; each sums to 1. No sampler keeps the second
+    combination: `v` is 0.
     """
 
     def column(values: list[Any]) -> Float:
@@ -253,13 +277,22 @@ def tables(rows: Sequence[Row], guidance: Sequence[Sequence[float]]) -> dict[str
     }
 
 
-def load_engine(bundle: Bundle, backend: str, threads: int | None = None, device: int = 0, *, on_missing: str = "error", cores: str = "own") -> Engine:
-    """The engine of a backend by name, with one of `ON_MISSING` for shapes it does not serve, and one of `CORES`. What it took is in every result.
+def load_engine(
+    bundle: Bundle,
+    backend: str,
+    threads: int | None = None,
+    device: int = 0,
+    *,
+    on_missing: str = "error",
+    cores: str = "own",
+) -> Engine:
+    """The engine of a backend by name, with one of `ON_MISSING` for shapes it does not serve, and one of `CORES`. What
+    it took is in every result.
 
-    `auto` takes the fastest engine the bundle holds: TensorRT's where a GPU answers, else OpenVINO's where it is installed, else ONNX Runtime,
-    which needs none. One without an engine for what a request asks for by default is passed over, with a warning. A GPU's engine that does not
-    fit this GPU, or a shape that no engine was compiled for, is an error with the command to compile it unless `on_missing` says otherwise,
-    never a silent step down.
+    `auto` takes the fastest engine the bundle holds: TensorRT's where a GPU answers, else OpenVINO's where it is
+    installed, else ONNX Runtime, which needs none. One without an engine for what a request asks for by default is
+    passed over, with a warning. A GPU's engine that does not fit this GPU, or a shape that no engine was compiled for,
+    is an error with the command to compile it unless `on_missing` says otherwise, never a silent step down.
 
     Raises:
         UsageError: no backend or choice has this name, or there are more threads than cores.
@@ -268,9 +301,14 @@ def load_engine(bundle: Bundle, backend: str, threads: int | None = None, device
     one_of("on_missing", on_missing, ON_MISSING)
     shared = one_of("cores", cores, CORES) == "shared"
     if backend != "auto" and backend not in BACKENDS:
-        raise UsageError(f"backend {backend!r}: unknown{nearest(backend, ['auto', *BACKENDS])}", f"Choose one of: auto, {', '.join(READY)}.")
+        raise UsageError(
+            f"backend {backend!r}: unknown{nearest(backend, ['auto', *BACKENDS])}",
+            f"Choose one of: auto, {', '.join(READY)}.",
+        )
     if backend not in ("auto", *READY):
-        raise MachineError(f"backend {backend}: not supported yet by this version of sdrt", f"Choose one of: auto, {', '.join(READY)}.")
+        raise MachineError(
+            f"backend {backend}: not supported yet by this version of sdrt", f"Choose one of: auto, {', '.join(READY)}."
+        )
     chosen = _best(bundle) if backend == "auto" else backend
     if chosen in ("onnxruntime", "openvino"):
         check_threads(threads)
@@ -308,7 +346,10 @@ def _best(bundle: Bundle) -> str:
     if others := sorted({record.key.target for record in engines} - targets):
         own = "x".join(map(str, bundle.manifest.latents.size))
         log.warning(
-            "%s: has engines for %s, but none for its own size %s with guidance; --backend chooses them all the same", bundle.path, ", ".join(others), own
+            "%s: has engines for %s, but none for its own size %s with guidance; --backend chooses them all the same",
+            bundle.path,
+            ", ".join(others),
+            own,
         )
     compiled = next((target for target in ("tensorrt", "tensorrt-rtx") if target in targets), None)
     if compiled is not None and gpu_count():
@@ -316,7 +357,11 @@ def _best(bundle: Bundle) -> str:
     if "openvino" not in targets:
         return "onnxruntime"
     if find_spec("openvino") is None:
-        log.warning("%s: has OpenVINO engines, but openvino is not installed; ONNX Runtime runs it. %s", bundle.path, install_command("openvino"))
+        log.warning(
+            "%s: has OpenVINO engines, but openvino is not installed; ONNX Runtime runs it. %s",
+            bundle.path,
+            install_command("openvino"),
+        )
         return "onnxruntime"
     return "openvino"
 

@@ -1,4 +1,6 @@
-"""From prompt to pixels: the class users meet. Owns batches, timings and what a result says; the arithmetic is the engine's."""
+"""From prompt to pixels: the class users meet. Owns batches, timings and what a result says; the arithmetic is the
+engine's.
+"""
 
 from __future__ import annotations
 
@@ -45,8 +47,9 @@ _OF_SOURCE = ("kind", "name", "sha256", "scale", "te_scale", "trigger")
 class Timings(TypedDict):
     """How long the parts of a request took, in milliseconds, all its pictures together.
 
-    `tokenise` is reading the prompts, before `total` begins. `image_encoder` is 0 without an init image. `steps` has one entry per model call of
-    every batch, and `denoise` is their sum. `total` holds whatever the reader of a stream did between its steps too.
+    `tokenise` is reading the prompts, before `total` begins. `image_encoder` is 0 without an init image. `steps` has
+    one entry per model call of every batch, and `denoise` is their sum. `total` holds whatever the reader of a stream
+    did between its steps too.
     """
 
     total: float
@@ -62,9 +65,9 @@ class Timings(TypedDict):
 class Result:
     """Finished pictures: `images` uint8 `[N, H, W, 3]`, the seed of each, and how they came to be.
 
-    `engine` is what ran: `backend`, `version`, `device`, `compute` (the precision it computes in), and what else the backend has to say.
-    `parameters` are the request's, every open choice made, the bundle's name and id, and what went into it. Two results are equal if they are the
-    same object.
+    `engine` is what ran: `backend`, `version`, `device`, `compute` (the precision it computes in), and what else the
+    backend has to say. `parameters` are the request's, every open choice made, the bundle's name and id, and what went
+    into it. Two results are equal if they are the same object.
     """
 
     images: Pixels
@@ -74,9 +77,14 @@ class Result:
     parameters: Parameters
 
     def picture(self, index: int) -> dict[str, Any]:
-        """What a file of one picture says: `parameters` with the seed and the prompts of picture `index`, and the engine. JSON."""
+        """What a file of one picture says: `parameters` with the seed and the prompts of picture `index`, and the
+        engine. JSON.
+        """
         prompt, negative = self.parameters["prompt"], self.parameters["negative"]
-        own = {name: text if isinstance(text, str) else text[index] for name, text in (("prompt", prompt), ("negative", negative))}
+        own = {
+            name: text if isinstance(text, str) else text[index]
+            for name, text in (("prompt", prompt), ("negative", negative))
+        }
         return {**self.parameters, **own, "seed": self.seeds[index], "engine": self.engine}
 
     def encode(self, format: str = "png", index: int = 0, *, quality: int = QUALITY) -> bytes:
@@ -97,8 +105,8 @@ class Result:
 class Step:
     """A model call that has just finished. `result` is set on the last one only.
 
-    `picture` is the index of the first picture of the batch it belongs to, `index` counts its model calls from 1 to `count`. What it gives to look at
-    lives until the stream is asked for the next step; later it raises UsageError.
+    `picture` is the index of the first picture of the batch it belongs to, `index` counts its model calls from 1 to
+    `count`. What it gives to look at lives until the stream is asked for the next step; later it raises UsageError.
     """
 
     index: int
@@ -124,7 +132,9 @@ class Step:
         return self._engine.decode(self.denoised(), self._rounding)[0]
 
     def noisy_preview(self) -> Pixels:
-        """The latents as they are, noise and all, decoded, uint8 `[N, H, W, 3]`; costs one decode. Until the last call they are brought to unit variance."""
+        """The latents as they are, noise and all, decoded, uint8 `[N, H, W, 3]`; costs one decode. Until the last call
+        they are brought to unit variance.
+        """
         self._course.check_place(self._place)
         latents = self._batch.latents(self._slots)
         if self.index < self.count:
@@ -133,7 +143,9 @@ class Step:
 
 
 class _Course:
-    """How far a stream is and when it has to end: what it shares with its steps, and with the thread that cancels it."""
+    """How far a stream is and when it has to end: what it shares with its steps, and with the thread that
+    cancels it.
+    """
 
     def __init__(self, deadline_s: float | None) -> None:
         self.place = 0
@@ -152,18 +164,23 @@ class _Course:
             raise Cancelled(f"request: cancelled {done}")
         if self._deadline_s is not None and time.monotonic() - self._started >= self._deadline_s:
             raise DeadlineError(
-                f"request: its deadline of {self._deadline_s:g} s passed {done}", "Ask for fewer steps or a smaller size, or allow it more time."
+                f"request: its deadline of {self._deadline_s:g} s passed {done}",
+                "Ask for fewer steps or a smaller size, or allow it more time.",
             )
 
 
 class Stream(Iterator[Step]):
-    """The model calls of a request, each run when it is asked for. One thread at a time reads it; `cancel` may be called from any.
+    """The model calls of a request, each run when it is asked for. One thread at a time reads it; `cancel` may be
+    called from any.
 
     Leaving the loop over it, `close` and `with` end it early too. An error ends it.
     """
 
     def __init__(self, steps: Generator[Step, None, None], course: _Course) -> None:
-        self._steps, self._course = steps, course  # neither knows the stream, so that what it holds is given back when the loop over it is left
+        self._steps, self._course = (
+            steps,
+            course,
+        )  # neither knows the stream, so that what it holds is given back when the loop over it is left
         self._result: Result | None = None
 
     def __next__(self) -> Step:
@@ -186,7 +203,9 @@ class Stream(Iterator[Step]):
         return self._result
 
     def cancel(self) -> None:
-        """End it from another thread: a call that waits for a step raises Cancelled as soon as the model call that runs has ended. Other requests go on."""
+        """End it from another thread: a call that waits for a step raises Cancelled as soon as the model call that runs
+        has ended. Other requests go on.
+        """
         self._course.cancelled.set()
 
     def close(self) -> None:
@@ -202,7 +221,9 @@ class Stream(Iterator[Step]):
     def __enter__(self) -> Stream:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
 
@@ -227,15 +248,24 @@ class Pipeline:
 
     @classmethod
     def load(
-        cls, path: str | Path, *, backend: str = "auto", device: int = 0, threads: int | None = None, on_missing: str = "error", cores: str = "own",
+        cls,
+        path: str | Path,
+        *,
+        backend: str = "auto",
+        device: int = 0,
+        threads: int | None = None,
+        on_missing: str = "error",
+        cores: str = "own",
         observe: Observe | None = None,
-    ) -> Pipeline:  # fmt: skip
-        """Load a bundle after checking every file of it against its manifest; weights that were checked before and are untouched are not read again.
+    ) -> Pipeline:
+        """Load a bundle after checking every file of it against its manifest; weights that were checked before and are
+        untouched are not read again.
 
-        `device` counts GPUs and is ignored on a CPU; `threads` is for CPU engines, None leaves the choice to them. `on_missing` is what a request gets
-        whose size, prompt length or number of guidance branches no engine of the bundle serves: "error"; "compile", seconds of compiling in memory
-        where the engines are OpenVINO's, an error elsewhere; or "fallback", ONNX Runtime in their place, which the result names. `cores` is "own", or
-        "shared" where other processes keep the CPU's cores busy: docs/deploy.md says what that changes. `observe` may put
+        `device` counts GPUs and is ignored on a CPU; `threads` is for CPU engines, None leaves the choice to them.
+        `on_missing` is what a request gets whose size, prompt length or number of guidance branches no engine of the
+        bundle serves: "error"; "compile", seconds of compiling in memory where the engines are OpenVINO's, an error
+        elsewhere; or "fallback", ONNX Runtime in their place, which the result names. `cores` is "own", or "shared"
+        where other processes keep the CPU's cores busy: docs/deploy.md says what that changes. `observe` may put
         something between the pipeline and its engine, as a benchmark does.
 
         Raises:
@@ -253,7 +283,8 @@ class Pipeline:
         bundle = open_bundle(Path(path))
         check_files(bundle, [name for name in bundle.manifest.files if name != WEIGHTS])
         with ThreadPoolExecutor(1) as pool:
-            # Hashing the weights takes as long as reading them, so it runs beside loading. Data alone cannot harm: it is used after the check.
+            # Hashing the weights takes as long as reading them, so it runs beside loading. Data alone cannot harm: it
+            # is used after the check.
             checked: Future[None] = pool.submit(check_file, bundle, WEIGHTS)
             try:
                 load = partial(load_engine, bundle, backend, threads, device, on_missing=on_missing, cores=cores)
@@ -269,11 +300,15 @@ class Pipeline:
         """The batches that engines lie ready for. What else a request asks for is up to `on_missing`."""
         return self._open_engine().shapes
 
-    def memory_bytes(self, size: tuple[int, int] | None = None, batch: int = 1, *, tokens: int | None = None, branches: int = 2) -> int:
-        """About how much memory a call takes at its peak, beside what the pipeline holds already: of the machine, or of the GPU that runs it.
+    def memory_bytes(
+        self, size: tuple[int, int] | None = None, batch: int = 1, *, tokens: int | None = None, branches: int = 2
+    ) -> int:
+        """About how much memory a call takes at its peak, beside what the pipeline holds already: of the machine, or of
+        the GPU that runs it.
 
-        `size` is (width, height) in pixels, None the bundle's; `tokens` multiples of 77, None one chunk; `branches` 1 without guidance, 2 with, and one
-        more for each `AND`. On a CPU a call that asks for more than is available raises ResourceError before its first step.
+        `size` is (width, height) in pixels, None the bundle's; `tokens` multiples of 77, None one chunk; `branches` 1
+        without guidance, 2 with, and one more for each `AND`. On a CPU a call that asks for more than is available
+        raises ResourceError before its first step.
 
         Raises:
             MissingEngineError: no engine serves the shape, and `on_missing` is "error".
@@ -286,31 +321,42 @@ class Pipeline:
         shape = JobShape(request.size, batch, chunk if tokens is None else tokens, branches)
         if shape.tokens % chunk or not any_shapes(manifest).holds(shape):
             raise UsageError(
-                f"tokens {shape.tokens}, branches {branches}: expected a multiple of {chunk} up to {chunk * MAX_CHUNKS}, and 1 to {MAX_BRANCHES} branches"
+                f"tokens {shape.tokens}, branches {branches}: expected a multiple of {chunk} up to"
+                f" {chunk * MAX_CHUNKS}, and 1 to {MAX_BRANCHES} branches"
             )
-        return with_own(self._open_engine().demand(shape), manifest, shape, rows=request.steps, pictures=batch).size_bytes
+        return with_own(
+            self._open_engine().demand(shape), manifest, shape, rows=request.steps, pictures=batch
+        ).size_bytes
 
     def close(self) -> None:
-        """Let go of the engine. Calls that are running finish, streams that were asked for too; later ones raise ClosedError."""
+        """Let go of the engine. Calls that are running finish, streams that were asked for too; later ones raise
+        ClosedError.
+        """
         self._engine = None
 
     def __enter__(self) -> Pipeline:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     @property
     def engine(self) -> dict[str, Any]:
-        """What runs a picture of the bundle's own size: `backend`, `version`, `device`, `compute`, and what else the backend has to say.
+        """What runs a picture of the bundle's own size: `backend`, `version`, `device`, `compute`, and what else the
+        backend has to say.
 
         Raises:
             ClosedError: the pipeline is closed.
         """
         return self._open_engine().describe()
 
-    def __call__(self, prompt: str | Sequence[str], *, deadline_s: float | None = None, **settings: Unpack[Settings]) -> Result:
-        """Make `count` pictures of a prompt, or one of each prompt of a list, `batch` at a time. `Request` documents the settings.
+    def __call__(
+        self, prompt: str | Sequence[str], *, deadline_s: float | None = None, **settings: Unpack[Settings]
+    ) -> Result:
+        """Make `count` pictures of a prompt, or one of each prompt of a list, `batch` at a time. `Request` documents
+        the settings.
 
         `deadline_s` is how many seconds it may take; it is looked at between model calls.
 
@@ -326,11 +372,13 @@ class Pipeline:
         """
         return self.stream(prompt, deadline_s=deadline_s, **settings).result()
 
-    def stream(self, prompt: str | Sequence[str], *, deadline_s: float | None = None, **settings: Unpack[Settings]) -> Stream:
+    def stream(
+        self, prompt: str | Sequence[str], *, deadline_s: float | None = None, **settings: Unpack[Settings]
+    ) -> Stream:
         """The same, a model call at a time: for progress, previews, and cancelling.
 
-        Settings and errors are those of a call. Settings are checked here; the work begins when the first step is asked for. `deadline_s` counts from
-        here, so it holds the time that the stream waits for its turn too.
+        Settings and errors are those of a call. Settings are checked here; the work begins when the first step is asked
+        for. `deadline_s` counts from here, so it holds the time that the stream waits for its turn too.
         """
         engine = self._open_engine()
         course = _Course(_deadline(deadline_s))
@@ -343,10 +391,12 @@ class Pipeline:
         return Stream(self._run(engine, plan, course), course)
 
     def warm_up(self, prompt: str | Sequence[str] = "", **settings: Unpack[Settings]) -> None:
-        """Draw something small of the same shape as a call with these settings, so that the first such call is as fast as later ones.
+        """Draw something small of the same shape as a call with these settings, so that the first such call is as fast
+        as later ones.
 
-        The shape is made of size, batch, whether there is guidance, how long the prompt is and how many parts joined by AND it has, whether there is
-        an init image and a mask. Without `cfg` both shapes are drawn, with guidance and without; the latter only if the bundle has an engine for it.
+        The shape is made of size, batch, whether there is guidance, how long the prompt is and how many parts joined by
+        AND it has, whether there is an init image and a mask. Without `cfg` both shapes are drawn, with guidance and
+        without; the latter only if the bundle has an engine for it.
 
         Raises:
             The errors of a call.
@@ -359,7 +409,13 @@ class Pipeline:
                 log.info("not warmed up without guidance: %s", error.line)
 
     def _draw_quickly(self, prompt: str | Sequence[str], settings: Settings) -> None:
-        quick: Settings = {**settings, "sampler": "euler", "schedule": None, "steps": 3, "seed": 0}  # three: two buffers take turns
+        quick: Settings = {
+            **settings,
+            "sampler": "euler",
+            "schedule": None,
+            "steps": 3,
+            "seed": 0,
+        }  # three: two buffers take turns
         if isinstance(prompt, str):
             quick["count"] = settings.get("batch", 1)
         if settings.get("init_image") is not None:
@@ -373,13 +429,17 @@ class Pipeline:
         return engine
 
     def _check_memory(self, engine: Engine, plan: _Plan) -> None:
-        """Before anything is computed: the system ends a process that takes too much, and whatever else it does with it."""
+        """Before anything is computed: the system ends a process that takes too much, and whatever else it does with
+        it.
+        """
         request, manifest, prompts = plan.request, self.bundle.manifest, plan.prompts.values()
         assert request.size is not None
         chunks, branches = max(each.chunks for each in prompts), max(len(each.weights) for each in prompts)
         shape = JobShape(request.size, min(request.batch, request.count), chunks * manifest.chunk, branches)
         contexts = max(each.contexts for each in prompts)
-        demand = with_own(engine.demand(shape), manifest, shape, contexts=contexts, rows=len(plan.rows), pictures=request.count)
+        demand = with_own(
+            engine.demand(shape), manifest, shape, contexts=contexts, rows=len(plan.rows), pictures=request.count
+        )
         check_memory(demand, shape, engine.free_bytes(shape))
 
     def _rows(self, request: Request) -> list[Row]:
@@ -398,12 +458,28 @@ class Pipeline:
         assert request.size is not None and request.mask_blur is not None
         if request.init_image is None:
             return blank_canvas(request.size, factor) if self.bundle.manifest.latents.concat_channels else None
-        return canvas(request.init_image, request.mask, request.size, resize=request.resize, blur=request.mask_blur, compat=request.compat, factor=factor)
+        return canvas(
+            request.init_image,
+            request.mask,
+            request.size,
+            resize=request.resize,
+            blur=request.mask_blur,
+            compat=request.compat,
+            factor=factor,
+        )
 
     def _run(self, engine: Engine, plan: _Plan, course: _Course) -> Generator[Step, None, None]:
         request, rows = plan.request, plan.rows
         started = time.perf_counter()
-        timings: Timings = {"total": 0.0, "tokenise": plan.tokenise_ms, "text_encoder": 0.0, "image_encoder": 0.0, "denoise": 0.0, "decode": 0.0, "steps": []}
+        timings: Timings = {
+            "total": 0.0,
+            "tokenise": plan.tokenise_ms,
+            "text_encoder": 0.0,
+            "image_encoder": 0.0,
+            "denoise": 0.0,
+            "decode": 0.0,
+            "steps": [],
+        }
         rounding = ROUNDING[request.compat]
         images: list[Pixels] = []
         said: dict[tuple[str, str], Conditioning] = {}
@@ -412,19 +488,37 @@ class Pipeline:
             course.check(f"after {pictures.start} of {request.count} pictures")
             seeds, texts = all_seeds[pictures], all_texts[pictures]
             encoding = time.perf_counter()
-            said = {pair: said[pair] if pair in said else self._conditioner.encode(engine, plan.prompts[pair]) for pair in texts}
+            said = {
+                pair: said[pair] if pair in said else self._conditioner.encode(engine, plan.prompts[pair])
+                for pair in texts
+            }
             timings["text_encoder"] += _since(encoding)
             jobs = self._jobs(engine, plan, seeds, [said[pair] for pair in texts], timings)
             batch = engine.open(jobs[0].shape, len(jobs))
             try:
                 slots = tuple(batch.join(job) for job in jobs)
                 for index, row in enumerate(rows, 1):
-                    course.check(f"after {index - 1} of {len(rows)} model calls of picture {pictures.start + 1} of {request.count}")
+                    course.check(
+                        f"after {index - 1} of {len(rows)} model calls of picture {pictures.start + 1} of"
+                        f" {request.count}"
+                    )
                     course.place += 1
                     step_started = time.perf_counter()
                     batch.step()
                     timings["steps"].append(_since(step_started))
-                    step = Step(index, len(rows), pictures.start, request.count, row.sigma, batch, slots, engine, rounding, course, course.place)
+                    step = Step(
+                        index,
+                        len(rows),
+                        pictures.start,
+                        request.count,
+                        row.sigma,
+                        batch,
+                        slots,
+                        engine,
+                        rounding,
+                        course,
+                        course.place,
+                    )
                     if index < len(rows):
                         yield step
                 course.check(f"before picture {pictures.start + 1} of {request.count} was decoded")
@@ -435,7 +529,12 @@ class Pipeline:
                     timings["denoise"] = sum(timings["steps"])
                     timings["total"] = _since(started)
                     log.debug("%d pictures of %dx%d in %.0f ms", request.count, *(request.size or ()), timings["total"])
-                    step = replace(step, result=Result(np.concatenate(images), request.seeds, timings, batch.describe(), self._parameters(plan)))
+                    step = replace(
+                        step,
+                        result=Result(
+                            np.concatenate(images), request.seeds, timings, batch.describe(), self._parameters(plan)
+                        ),
+                    )
                 yield step
             finally:
                 course.place += 1
@@ -467,7 +566,9 @@ class Pipeline:
         made_by = {"bundle": manifest.name, "bundle_id": bundle_id(manifest), "sources": sources, "sdrt": manifest.sdrt}
         return cast(Parameters, request_to_json(plan.request) | made_from | made_by)
 
-    def _jobs(self, engine: Engine, plan: _Plan, seeds: tuple[int, ...], said: Sequence[Conditioning], timings: Timings) -> list[Job]:
+    def _jobs(
+        self, engine: Engine, plan: _Plan, seeds: tuple[int, ...], said: Sequence[Conditioning], timings: Timings
+    ) -> list[Job]:
         draws = self._draws(plan, seeds)
         started = time.perf_counter()
         init = np.zeros((len(seeds), *draws[0].unit.shape), np.float32)
@@ -491,10 +592,16 @@ class Pipeline:
         return jobs
 
     def _concat(self, engine: Engine, plan: _Plan, draws: Sequence[Draws]) -> Float:
-        """What an inpainting model sees beside the latents, `[N, 5, h, w]`: the mask (1 repaints), and the image with grey under it."""
+        """What an inpainting model sees beside the latents, `[N, 5, h, w]`: the mask (1 repaints), and the image with
+        grey under it.
+        """
         assert plan.start is not None
         start = plan.start
-        masked = _encoded(engine, start.pixels if start.masked_pixels is None else start.masked_pixels, [draw.masked for draw in draws])
+        masked = _encoded(
+            engine,
+            start.pixels if start.masked_pixels is None else start.masked_pixels,
+            [draw.masked for draw in draws],
+        )
         repaint = np.ones_like(start.keep) if plan.request.mask is None else 1 - start.keep
         return np.concatenate([np.repeat(repaint[None], len(draws), axis=0), masked], axis=1).astype(np.float32)
 
@@ -503,9 +610,14 @@ class Pipeline:
         assert request.size is not None and request.noise is not None
         shape = (latents.channels, request.size[1] // latents.factor, request.size[0] // latents.factor)
         # diffusers' inpainting encodes the image itself only where it starts from it, or blends with it.
-        encode = request.init_image is not None and (request.mask is None or not latents.concat_channels or request.strength != 1)
+        encode = request.init_image is not None and (
+            request.mask is None or not latents.concat_channels or request.strength != 1
+        )
         masked = request.mask is not None or bool(latents.concat_channels)
-        return [draw_noise(seed, request.noise, shape, plan.rows, compat=request.compat, encode=encode, masked=masked) for seed in seeds]
+        return [
+            draw_noise(seed, request.noise, shape, plan.rows, compat=request.compat, encode=encode, masked=masked)
+            for seed in seeds
+        ]
 
 
 def _deadline(seconds: float | None) -> float | None:
@@ -515,7 +627,9 @@ def _deadline(seconds: float | None) -> float | None:
 
 
 def _batches(plan: _Plan) -> Iterator[slice]:
-    """The pictures of each batch: neighbours whose prompts take equally many chunks, branches and weights. Filling up the shorter ones would change them."""
+    """The pictures of each batch: neighbours whose prompts take equally many chunks, branches and weights. Filling up
+    the shorter ones would change them.
+    """
     forms = [(plan.prompts[pair].chunks, plan.prompts[pair].weights) for pair in plan.request.texts]
     first = 0
     for here in range(1, len(forms) + 1):
@@ -530,15 +644,21 @@ def _encoded(engine: Engine, pixels: Pixels, posterior: Sequence[Float | None]) 
     return engine.encode_image(np.repeat(pixels[None], len(posterior), axis=0), noise)
 
 
-def _decode(batch: RunningBatch, slots: Sequence[int], seeds: tuple[int, ...], rounding: float, timings: Timings) -> Pixels:
+def _decode(
+    batch: RunningBatch, slots: Sequence[int], seeds: tuple[int, ...], rounding: float, timings: Timings
+) -> Pixels:
     started = time.perf_counter()
     pixels, finite = batch.decode(slots, rounding)
     if not finite.all():
         if not np.isfinite(batch.latents(slots)).all():
-            raise NonFiniteError(f"denoising: latents of seeds {list(seeds)} are NaN or infinite", "Check the bundle with: sdrt verify BUNDLE")
+            raise NonFiniteError(
+                f"denoising: latents of seeds {list(seeds)} are NaN or infinite",
+                "Check the bundle with: sdrt verify BUNDLE",
+            )
         bad = [seed for seed, ok in zip(seeds, finite, strict=True) if not ok]
         raise NonFiniteError(
-            f"VAE decoder: pixels of seeds {bad} are NaN or infinite", "Build the bundle with --precision bf16 or fp32, or with another --vae."
+            f"VAE decoder: pixels of seeds {bad} are NaN or infinite",
+            "Build the bundle with --precision bf16 or fp32, or with another --vae.",
         )
     timings["decode"] += _since(started)
     return pixels

@@ -1,4 +1,6 @@
-"""What a call asks for: every setting with its default, checked against a bundle before any work. No arithmetic and no engine."""
+"""What a call asks for: every setting with its default, checked against a bundle before any work. No arithmetic and no
+engine.
+"""
 
 from __future__ import annotations
 
@@ -55,9 +57,10 @@ class Settings(TypedDict, total=False):
 class Parameters(TypedDict):
     """What a result says of its request: JSON, with every open choice made.
 
-    The fields of `Request`, `prompt` and `negative` being lists where the request gave lists; `init_image` and `mask` are the paths they were read from,
-    as given, None where they came otherwise, and the `_sha256` of what was read; then the bundle's name and id, the files that went into it (kind, name,
-    sha256, scale, te_scale, trigger), and the version of sdrt that built it.
+    The fields of `Request`, `prompt` and `negative` being lists where the request gave lists; `init_image` and `mask`
+    are the paths they were read from, as given, None where they came otherwise, and the `_sha256` of what was read;
+    then the bundle's name and id, the files that went into it (kind, name, sha256, scale, te_scale, trigger), and the
+    version of sdrt that built it.
     """
 
     prompt: str | list[str]
@@ -93,25 +96,34 @@ class Parameters(TypedDict):
 class Request:
     """One call's settings. Numbers may be numpy's.
 
-    prompt: what to show; may be empty. docs/prompts.md has the syntax. A list gives each picture its own, and `count` is its length then.
-    negative: what to steer away from; unused at guidance scale 1. One for all pictures, or a list as long as that of the prompts.
+    prompt: what to show; may be empty. docs/prompts.md has the syntax. A list gives each picture its own, and `count`
+        is its length then.
+    negative: what to steer away from; unused at guidance scale 1. One for all pictures, or a list as long as that of
+        the prompts.
     steps: 1 to 1000. Samplers of two model calls a step (heun) take nearly twice as many calls.
     cfg: guidance scale, 1 or more usually; 1 turns guidance off and halves the work.
-    seed: 0 to 2**64 - 1; None, or -1 as in AUTOMATIC1111, draws one, which the result names. Picture i of a call has seed + i and its own noise.
+    seed: 0 to 2**64 - 1; None, or -1 as in AUTOMATIC1111, draws one, which the result names. Picture i of a call has
+        seed + i and its own noise.
     sampler: a key or label of `sdrt.runtime.sampling.registry.SAMPLERS`, or diffusers' class name.
     schedule: which noise levels it passes through; None takes the sampler's own.
     size: (width, height) in pixels, multiples of 8 from 64 to 8192; None takes the bundle's.
     batch: pictures per model call, 1 to 64.
     count: pictures in total, 1 to 10,000.
     compat: a1111 or diffusers: whose picture to make where the two differ. docs/compatibility.md lists where.
-    noise: nv (AUTOMATIC1111's default, NVIDIA's generator) or cpu (PyTorch's); None is nv for a1111 and cpu for diffusers.
-    clip_skip: text-encoder layer counted from the end, 1 the last, among those the bundle was built with; None takes the first of them.
+    noise: nv (AUTOMATIC1111's default, NVIDIA's generator) or cpu (PyTorch's); None is nv for a1111 and cpu for
+        diffusers.
+    clip_skip: text-encoder layer counted from the end, 1 the last, among those the bundle was built with; None takes
+        the first of them.
     prompt_syntax: a1111 or plain; None is plain for diffusers, else a1111.
     emphasis: what `(word:1.2)` does: one of `sdrt.runtime.prompts.conditioning.EMPHASES`.
-    network_tags: refuse or ignore `<lora:name:0.8>` and the like that the bundle does not hold at that strength; what it holds needs no tag.
-    init_image: start from this picture instead of noise alone: a path, the bytes of a file, a file object, a Pillow image, or uint8 `[H, W, 3]`.
-    strength: how much of the schedule an init image goes through, more than 0 to 1; None is 0.75 for a1111; 0.8, or 1 under a mask, for diffusers.
-    mask: what to repaint of the init image: white is repainted, black kept. Given like it; an array may be uint8 `[H, W]`.
+    network_tags: refuse or ignore `<lora:name:0.8>` and the like that the bundle does not hold at that strength; what
+        it holds needs no tag.
+    init_image: start from this picture instead of noise alone: a path, the bytes of a file, a file object, a Pillow
+        image, or uint8 `[H, W, 3]`.
+    strength: how much of the schedule an init image goes through, more than 0 to 1; None is 0.75 for a1111; 0.8, or 1
+        under a mask, for diffusers.
+    mask: what to repaint of the init image: white is repainted, black kept. Given like it; an array may be uint8 `[H,
+        W]`.
     mask_blur: radius in pixels by which the mask's edge is softened, 0 to 64; None is 4 for a1111, 0 for diffusers.
     resize: how an init image of another size is fitted: stretch, crop, or fill (its edges are drawn out).
     """
@@ -146,7 +158,9 @@ class Request:
     @property
     def texts(self) -> tuple[tuple[str, str], ...]:
         """The prompt and the negative prompt of each picture."""
-        prompts, negatives = ((text,) * self.count if isinstance(text, str) else tuple(text) for text in (self.prompt, self.negative))
+        prompts, negatives = (
+            (text,) * self.count if isinstance(text, str) else tuple(text) for text in (self.prompt, self.negative)
+        )
         return tuple(zip(prompts, negatives, strict=True))
 
 
@@ -180,7 +194,10 @@ def resolved(request: Request, manifest: Manifest) -> Request:
         clip_skip = int(clip_skip)
     if clip_skip not in layers or isinstance(clip_skip, bool):
         built = ", ".join(map(str, layers))
-        raise UsageError(f"clip skip {clip_skip!r}: this bundle was built for {built}", f"Choose one of them, or build again with --clip-skip {clip_skip}.")
+        raise UsageError(
+            f"clip skip {clip_skip!r}: this bundle was built for {built}",
+            f"Choose one of them, or build again with --clip-skip {clip_skip}.",
+        )
     blur = (0 if diffusers else 4) if request.mask_blur is None else request.mask_blur
     return replace(
         request,
@@ -213,17 +230,27 @@ def draw_seed() -> int:
 def _texts(request: Request) -> tuple[str | tuple[str, ...], str | tuple[str, ...], int]:
     """The prompt and the negative prompt, each one text or one for each picture, and how many pictures there are."""
     count = _range("count", request.count, 1, MAX_COUNT)
-    prompt, negative = (_one_or_each(name, text) for name, text in (("prompt", request.prompt), ("negative prompt", request.negative)))
+    prompt, negative = (
+        _one_or_each(name, text) for name, text in (("prompt", request.prompt), ("negative prompt", request.negative))
+    )
     if isinstance(prompt, str):
         if not isinstance(negative, str):
-            raise UsageError(f"negative prompt: a list of {len(negative)}, with one prompt", "Give the prompts as a list too.")
+            raise UsageError(
+                f"negative prompt: a list of {len(negative)}, with one prompt", "Give the prompts as a list too."
+            )
         return prompt, negative, count
     if not 1 <= len(prompt) <= MAX_COUNT:
         raise UsageError(f"prompt: a list of {len(prompt)}, expected 1 to {MAX_COUNT}")
     if count not in (1, len(prompt)):
-        raise UsageError(f"count {count}: there are {len(prompt)} prompts", "Leave the count out: a list of prompts makes one picture of each.")
+        raise UsageError(
+            f"count {count}: there are {len(prompt)} prompts",
+            "Leave the count out: a list of prompts makes one picture of each.",
+        )
     if not isinstance(negative, str) and len(negative) != len(prompt):
-        raise UsageError(f"negative prompt: a list of {len(negative)}, with {len(prompt)} prompts", "Give one for all, or one for each prompt.")
+        raise UsageError(
+            f"negative prompt: a list of {len(negative)}, with {len(prompt)} prompts",
+            "Give one for all, or one for each prompt.",
+        )
     return prompt, negative, len(prompt)
 
 
@@ -237,24 +264,36 @@ def _strength(request: Request, diffusers: bool) -> float | None:
     if request.init_image is None:
         for name, value in (("strength", request.strength), ("mask", request.mask)):
             if value is not None:
-                raise UsageError(f"{name}: given without an init image", "Give the picture to start from, with --init-image.")
+                raise UsageError(
+                    f"{name}: given without an init image", "Give the picture to start from, with --init-image."
+                )
         return None
     if request.strength is None:
         return (0.8 if request.mask is None else 1.0) if diffusers else 0.75
     strength = _number("strength", request.strength, "more than 0 and at most 1")
     if not 0 < strength <= 1:
-        raise UsageError(f"strength {strength}: expected more than 0 and at most 1", "0.75 repaints most of an image, 0.3 keeps its composition.")
+        raise UsageError(
+            f"strength {strength}: expected more than 0 and at most 1",
+            "0.75 repaints most of an image, 0.3 keeps its composition.",
+        )
     return strength
 
 
 def _size(size: tuple[int, int] | None, manifest: Manifest) -> tuple[int, int]:
     chosen = manifest.latents.size if size is None else size
-    if not isinstance(chosen, (tuple, list)) or len(chosen) != 2 or not all(isinstance(side, Integral) for side in chosen):
+    if (
+        not isinstance(chosen, (tuple, list))
+        or len(chosen) != 2
+        or not all(isinstance(side, Integral) for side in chosen)
+    ):
         raise UsageError(f"size {chosen!r}: expected (width, height) in pixels")
     width, height = map(int, chosen)
     for side in (width, height):
         if side % SIZE_STEP or not MIN_SIDE <= side <= MAX_SIDE:
-            raise UsageError(f"size {width}x{height}: expected multiples of {SIZE_STEP} from {MIN_SIDE} to {MAX_SIDE}", _nearest_size(width, height))
+            raise UsageError(
+                f"size {width}x{height}: expected multiples of {SIZE_STEP} from {MIN_SIDE} to {MAX_SIDE}",
+                _nearest_size(width, height),
+            )
     return width, height
 
 

@@ -1,4 +1,6 @@
-"""Requests to and from JSON: what pictures say of themselves, and what other programs ask for. Pictures in a request are the names of their files."""
+"""Requests to and from JSON: what pictures say of themselves, and what other programs ask for. Pictures in a request
+are the names of their files.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,8 @@ def request_to_json(request: Request) -> dict[str, Any]:
 
 
 def settings_from_json(document: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of `Request` that a JSON object holds, with their types checked, not their ranges. What it lacks keeps its default; the rest is left.
+    """The fields of `Request` that a JSON object holds, with their types checked, not their ranges. What it lacks keeps
+    its default; the rest is left.
 
     Raises:
         ValueError: a field is of another type; it names the field.

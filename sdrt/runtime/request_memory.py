@@ -1,7 +1,8 @@
-"""How much memory a request takes on a CPU at its peak, beside the loaded networks: estimated from their sizes before anything is computed.
+"""How much memory a request takes on a CPU at its peak, beside the loaded networks: estimated from their sizes before
+anything is computed.
 
-An estimate that is too low lets through what the system may end; one that is too high refuses what works. So each counts only what is known to be in memory at
-once, and docs/deploy.md has the peaks it was held against.
+An estimate that is too low lets through what the system may end; one that is too high refuses what works. So each
+counts only what is known to be in memory at once, and docs/deploy.md has the peaks it was held against.
 """
 
 from __future__ import annotations
@@ -16,9 +17,13 @@ from sdrt.errors import BundleError, ResourceError
 
 _FLOAT = 4
 _FEATURES = 16
-"""Tensors as large as the UNet's first that lie in memory at once: skip connections, and the wide middle of the first feed-forward."""
+"""Tensors as large as the UNet's first that lie in memory at once: skip connections, and the wide middle of the first
+feed-forward.
+"""
 _PIXEL_FEATURES = 4
-"""Tensors as large as the VAE's mean one in all pixels that lie in memory at once on ONNX Runtime: input, norm, product and shortcut of a block."""
+"""Tensors as large as the VAE's mean one in all pixels that lie in memory at once on ONNX Runtime: input, norm, product
+and shortcut of a block.
+"""
 _FUSED_PIXEL_FEATURES = 3
 """The same on OpenVINO, which fuses the norm."""
 _STEP_SHARE = 0.8
@@ -35,7 +40,9 @@ class Demand:
 
 @dataclass(frozen=True)
 class _Sizes:
-    """What the estimate needs of an architecture. `attention` holds for each level with self-attention how much smaller its sides are, and its heads."""
+    """What the estimate needs of an architecture. `attention` holds for each level with self-attention how much smaller
+    its sides are, and its heads.
+    """
 
     features: int
     attention: tuple[tuple[int, int], ...]
@@ -43,9 +50,9 @@ class _Sizes:
 
 
 def onnxruntime_demand(manifest: Manifest, shape: JobShape) -> Demand:
-    """ONNX Runtime computes in float32 and writes all scores of an attention layer at once. It keeps one block of memory for the scores that the guidance
-    branches share, computed once, and another for those of every branch; all else fits into these. Its sessions share what they have taken, so the larger
-    of step and VAE counts.
+    """ONNX Runtime computes in float32 and writes all scores of an attention layer at once. It keeps one block of
+    memory for the scores that the guidance branches share, computed once, and another for those of every branch; all
+    else fits into these. Its sessions share what they have taken, so the larger of step and VAE counts.
     """
     sizes, (queries, keys, heads) = _sizes(manifest), _largest_attention(manifest, shape)
     copies = shape.batch * (shape.branches + (0 if manifest.latents.concat_channels else 1))
@@ -54,28 +61,41 @@ def onnxruntime_demand(manifest: Manifest, shape: JobShape) -> Demand:
     features = _features(manifest, shape, sizes) * _FLOAT
     vae = shape.batch * _FLOAT * max(_pixel_features(shape, sizes, _PIXEL_FEATURES), pixels * pixels)
     parts = [
-        Demand(scores, f"attention {_gb(scores)} ({heads} heads of {queries:,} x {keys:,} scores of {_FLOAT} bytes, {copies} times)"),
+        Demand(
+            scores,
+            f"attention {_gb(scores)} ({heads} heads of {queries:,} x {keys:,} scores of {_FLOAT} bytes, {copies}"
+            " times)",
+        ),
         Demand(features, f"features {_gb(features)}"),
         Demand(vae, f"decoding {shape.batch} of {side} pixels {_gb(vae)}"),
     ]
     return max(parts, key=lambda part: part.size_bytes)
 
 
-def openvino_demand(manifest: Manifest, shape: JobShape, *, precision: str, step_loaded: bool, decoder_loaded: bool) -> Demand:
-    """OpenVINO never holds an attention layer's scores. A job has two requests, each with its features; the VAE takes one picture at a time, and what a loaded
-    decoder has taken it uses again. `precision` is bf16 or fp32; a step that is not loaded brings its weights once more.
+def openvino_demand(
+    manifest: Manifest, shape: JobShape, *, precision: str, step_loaded: bool, decoder_loaded: bool
+) -> Demand:
+    """OpenVINO never holds an attention layer's scores. A job has two requests, each with its features; the VAE takes
+    one picture at a time, and what a loaded decoder has taken it uses again. `precision` is bf16 or fp32; a step that
+    is not loaded brings its weights once more.
     """
     sizes, width_bytes = _sizes(manifest), 2 if precision == "bf16" else _FLOAT
     features = 2 * _features(manifest, shape, sizes) * width_bytes
     vae = 0 if decoder_loaded else _pixel_features(shape, sizes, _FUSED_PIXEL_FEATURES) * width_bytes
     stored_bytes = _FLOAT if manifest.precision == "fp32" else 2
     weights = 0 if step_loaded else int(_STEP_SHARE * manifest.files[WEIGHTS].size_bytes * width_bytes / stored_bytes)
-    words = f"features of two requests {_gb(features)}, decoding {_gb(vae)}" + (f", weights of a step to load {_gb(weights)}" if weights else "")
+    words = f"features of two requests {_gb(features)}, decoding {_gb(vae)}" + (
+        f", weights of a step to load {_gb(weights)}" if weights else ""
+    )
     return Demand(features + vae + weights, words)
 
 
-def with_own(demand: Demand, manifest: Manifest, shape: JobShape, *, contexts: int = 1, rows: int = 1, pictures: int = 1) -> Demand:
-    """And what lies in our own arrays: `contexts` that the prompts make over the steps, noise of `rows` model calls, and finished `pictures`."""
+def with_own(
+    demand: Demand, manifest: Manifest, shape: JobShape, *, contexts: int = 1, rows: int = 1, pictures: int = 1
+) -> Demand:
+    """And what lies in our own arrays: `contexts` that the prompts make over the steps, noise of `rows` model calls,
+    and finished `pictures`.
+    """
     latents = manifest.latents.channels * _latent_pixels(manifest, shape) * _FLOAT * shape.batch
     text = contexts * shape.branches * shape.batch * shape.tokens * manifest.context_width * _FLOAT
     own = text + latents * (rows + 2 * REGISTERS) + 3 * shape.size[0] * shape.size[1] * pictures
@@ -90,8 +110,10 @@ def check_memory(demand: Demand, shape: JobShape, free_bytes: int | None) -> Non
     """
     if free_bytes is not None and demand.size_bytes > free_bytes:
         raise ResourceError(
-            f"request for {shape.batch} of {shape.size[0]}x{shape.size[1]} at once: takes about {_gb(demand.size_bytes)}, and {_gb(free_bytes)} are free: {demand.words}",
-            "Choose a smaller --size or --batch, or a shorter prompt; OpenVINO engines take far less than ONNX Runtime for large pictures.",
+            f"request for {shape.batch} of {shape.size[0]}x{shape.size[1]} at once: takes about"
+            f" {_gb(demand.size_bytes)}, and {_gb(free_bytes)} are free: {demand.words}",
+            "Choose a smaller --size or --batch, or a shorter prompt; OpenVINO engines take far less than ONNX Runtime"
+            " for large pictures.",
         )
 
 
@@ -104,7 +126,9 @@ def _sizes(manifest: Manifest) -> _Sizes:
         found = _Sizes(channels[0], attention, (vae["channels"][0], vae["channels"][min(1, len(vae["channels"]) - 1)]))
         _all_counts([found.features, *found.vae, *(number for pair in attention for number in pair)])
     except (KeyError, TypeError, ValueError, IndexError, ZeroDivisionError) as error:
-        raise BundleError(f"manifest.architecture: not of the expected form: {error}", "Build the bundle again.") from error
+        raise BundleError(
+            f"manifest.architecture: not of the expected form: {error}", "Build the bundle again."
+        ) from error
     return found
 
 
@@ -115,7 +139,9 @@ def _all_counts(values: Iterable[object]) -> None:
 
 
 def _largest_attention(manifest: Manifest, shape: JobShape) -> tuple[int, int, int]:
-    """Queries, keys and heads of the attention layer with the most scores: of pixels to each other, or to a long prompt. Zeros where there is none."""
+    """Queries, keys and heads of the attention layer with the most scores: of pixels to each other, or to a long
+    prompt. Zeros where there is none.
+    """
     width, height = (side // manifest.latents.factor for side in shape.size)
     levels = [(-(-width // smaller) * -(-height // smaller), heads) for smaller, heads in _sizes(manifest).attention]
     layers = [(pixels, max(pixels, shape.tokens), heads) for pixels, heads in levels]

@@ -1,7 +1,7 @@
 """The running batch: pictures join a free slot, step together, and leave, each when it likes.
 
-Owns which picture has which slot and which rows of the tables, and refills the rows of a picture that has more calls than its slot has rows.
-A backend gives it memory and makes the calls (`StepMemory`).
+Owns which picture has which slot and which rows of the tables, and refills the rows of a picture that has more calls
+than its slot has rows. A backend gives it memory and makes the calls (`StepMemory`).
 """
 
 from __future__ import annotations
@@ -23,14 +23,25 @@ Part = tuple[str, int, int]
 
 def step_sizes(shape: BatchShape, capacity: int, rows: int) -> dict[str, int]:
     """What the free axes of the step are, with `rows` table rows a slot."""
-    return {"N": capacity, "G": shape.branches, "S": table_rows(capacity, rows), "T": shape.tokens, "h": shape.height, "w": shape.width}
+    return {
+        "N": capacity,
+        "G": shape.branches,
+        "S": table_rows(capacity, rows),
+        "T": shape.tokens,
+        "h": shape.height,
+        "w": shape.width,
+    }
 
 
 class StepMemory(Protocol):
-    """Inputs and outputs of the step graph, and the call. Those inputs that a call reads from the one before have two places that take turns."""
+    """Inputs and outputs of the step graph, and the call. Those inputs that a call reads from the one before have two
+    places that take turns.
+    """
 
     def host(self, name: str) -> NDArray[Any]:
-        """An input to write into, zero at first; `registers` and `row` are those that the next call reads. `upload` follows."""
+        """An input to write into, zero at first; `registers` and `row` are those that the next call reads. `upload`
+        follows.
+        """
 
     def upload(self, parts: Sequence[Part]) -> None:
         """Have the next call read what was written into these parts."""
@@ -67,10 +78,12 @@ class _Picture:
 
 
 class Slots:
-    """A `RunningBatch` over a backend's memory, with `rows` rows of the tables for each slot and the idle row, which all share.
+    """A `RunningBatch` over a backend's memory, with `rows` rows of the tables for each slot and the idle row, which
+    all share.
 
-    A slot's rows are a ring: where a picture has more rows, the last leads to the first, which holds the picture's next row by then. Its very last
-    row leads to the idle row, so a finished picture stays as it is. So does a slot that nobody has.
+    A slot's rows are a ring: where a picture has more rows, the last leads to the first, which holds the picture's next
+    row by then. Its very last row leads to the idle row, so a finished picture stays as it is. So does a slot that
+    nobody has.
     """
 
     def __init__(self, memory: StepMemory, signature: Signature, shape: BatchShape, capacity: int, rows: int) -> None:
@@ -90,15 +103,23 @@ class Slots:
 
     def join(self, job: Job) -> int:
         if None not in self._pictures:
-            raise UsageError(f"step: all {self.capacity} slots are taken", "Let a picture leave first, or open a larger batch.")
+            raise UsageError(
+                f"step: all {self.capacity} slots are taken", "Let a picture leave first, or open a larger batch."
+            )
         self._check(job)
         slot = self._pictures.index(None)
         self._memory.ready()
         for name in self._signature.of_picture:
             value = job.contexts[job.context_of_row[0]] if name == "context" else job.inputs[name]
-            self._write(name, slot, _with_branches(value, len(self._memory.host(name)[slot])) if self._has_branches(name) else value)
+            self._write(
+                name,
+                slot,
+                _with_branches(value, len(self._memory.host(name)[slot])) if self._has_branches(name) else value,
+            )
         if len(set(job.context_of_row)) > 1:
-            self._memory.hold_contexts(slot, [_with_branches(context, self._shape.branches) for context in job.contexts])
+            self._memory.hold_contexts(
+                slot, [_with_branches(context, self._shape.branches) for context in job.contexts]
+            )
         registers = self._memory.host("registers")[slot]
         registers[...] = 0  # 0 times a stale NaN would be NaN
         registers[0], registers[1] = job.inputs["init"], job.inputs["init_noise"]
@@ -142,7 +163,9 @@ class Slots:
         self._memory.close()
 
     def _prepare(self, slot: int, job: Job, row: int) -> None:
-        """What a picture's row needs before its call: its numbers where the ring begins again, its context where that changes."""
+        """What a picture's row needs before its call: its numbers where the ring begins again, its context where that
+        changes.
+        """
         if row % self._rows == 0:
             self._memory.ready()
             self._fill(slot, job, row)
@@ -161,8 +184,11 @@ class Slots:
         following = self._memory.host("next")[first : first + count]
         following[...] = range(first + 1, first + count + 1)
         following[-1] = first if row + count < job.rows else IDLE_ROW
-        # All rows of the slot, used or not: where a batch has one slot, tables then lie side by side and are one copy. Of noise, which is large, only those used.
-        self._written += [(name, first, first + (count if name == "noise" else self._rows)) for name in self._signature.tables]
+        # All rows of the slot, used or not: where a batch has one slot, tables then lie side by side and are one copy.
+        # Of noise, which is large, only those used.
+        self._written += [
+            (name, first, first + (count if name == "noise" else self._rows)) for name in self._signature.tables
+        ]
 
     def _first_row(self, slot: int) -> int:
         return table_rows(slot, self._rows)
@@ -175,7 +201,11 @@ class Slots:
         return self._signature.inputs[name].shape[1:2] == ("G",)
 
     def _check(self, job: Job) -> None:
-        given: dict[str, Any] = {**job.tables, **{f"context {i}": context for i, context in enumerate(job.contexts)}, **job.inputs}
+        given: dict[str, Any] = {
+            **job.tables,
+            **{f"context {i}": context for i, context in enumerate(job.contexts)},
+            **job.inputs,
+        }
         sizes = step_sizes(self._shape, 1, 1) | {"S": job.rows, "G": min(job.shape.branches, self._shape.branches)}
         expected: dict[str, tuple[int, ...]] = {}
         for name in (*self._signature.tables, *self._signature.of_picture):

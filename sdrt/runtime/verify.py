@@ -1,4 +1,6 @@
-"""`sdrt verify`: is a bundle what its manifest says, and do its graphs and engines still compute what the build measured?"""
+"""`sdrt verify`: is a bundle what its manifest says, and do its graphs and engines still compute what the build
+measured?
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,8 @@ class GraphCheck:
 
 
 def verify(path: Path) -> list[GraphCheck]:
-    """Check every file's hash, engines' too, and that there is no other file; then run every graph on its reference inputs, through ONNX Runtime and each engine for a CPU.
+    """Check every file's hash, engines' too, and that there is no other file; then run every graph on its reference
+    inputs, through ONNX Runtime and each engine for a CPU.
 
     Engines for GPUs are not run.
 
@@ -70,7 +73,8 @@ def verify(path: Path) -> list[GraphCheck]:
     if bad := [check for check in checks if not check.error <= check.limit]:
         where = f"{bundle.path}: {bad[0].graph}: {bad[0].output}: {bad[0].backend}"
         raise CheckFailed(
-            f"{where}: differs from the reference by {bad[0].error:.2e}, expected at most {bad[0].limit:.0e}", "Build the bundle again on this machine."
+            f"{where}: differs from the reference by {bad[0].error:.2e}, expected at most {bad[0].limit:.0e}",
+            "Build the bundle again on this machine.",
         )
     return checks
 
@@ -86,7 +90,10 @@ def _reference(bundle: Bundle, graph: str) -> Reference:
     for record in bundle.manifest.graphs[graph].values():
         for kind, found, named in (("inputs", inputs, record.inputs), ("outputs", expected, record.outputs)):
             if named and found.keys() != set(named):
-                raise BundleError(f"{path}: {kind} {printable(', '.join(sorted(found))[:200])}: expected {', '.join(sorted(named))}", "Build the bundle again.")
+                raise BundleError(
+                    f"{path}: {kind} {printable(', '.join(sorted(found))[:200])}: expected {', '.join(sorted(named))}",
+                    "Build the bundle again.",
+                )
     return inputs, expected
 
 
@@ -95,12 +102,16 @@ def _compared(graph: str, compute: str, backend: str, expected: Arrays, found: A
         yield GraphCheck(graph, compute, backend, parity.output, parity.error, parity.limit)
 
 
-def _onnxruntime_checks(bundle: Bundle, folder: Path, record: EngineRecord, references: Mapping[str, Reference]) -> Iterator[GraphCheck]:
+def _onnxruntime_checks(
+    bundle: Bundle, folder: Path, record: EngineRecord, references: Mapping[str, Reference]
+) -> Iterator[GraphCheck]:
     """Every saved model against the reference, where it was made for this machine; elsewhere it never runs."""
     if mismatch(record, bundle):
         return  # of other graphs or weights: never used
     version = onnxruntime_model.import_onnxruntime("backend onnxruntime").__version__
-    if why := mismatch(record, bundle, compiler=version, cpu=cpu_identity(), platform=platform_name(), flags=onnxruntime_model.FLAGS):
+    if why := mismatch(
+        record, bundle, compiler=version, cpu=cpu_identity(), platform=platform_name(), flags=onnxruntime_model.FLAGS
+    ):
         log.warning("%s: only its hashes are checked: %s", folder, why)
         return
     for graph in record.plans:
@@ -109,9 +120,12 @@ def _onnxruntime_checks(bundle: Bundle, folder: Path, record: EngineRecord, refe
         yield from _compared(graph, record.key.precision, f"onnxruntime {folder.name}", expected, found)
 
 
-def _openvino_checks(bundle: Bundle, folder: Path, record: EngineRecord, references: Mapping[str, Reference]) -> Iterator[GraphCheck]:
-    """Every graph of an engine against the reference: its blob where that was made for this machine and the reference's shapes, else the
-    same graph compiled the same way for those shapes."""
+def _openvino_checks(
+    bundle: Bundle, folder: Path, record: EngineRecord, references: Mapping[str, Reference]
+) -> Iterator[GraphCheck]:
+    """Every graph of an engine against the reference: its blob where that was made for this machine and the reference's
+    shapes, else the same graph compiled the same way for those shapes.
+    """
     from sdrt.runtime.backends.openvino import model as openvino_model
 
     if mismatch(record, bundle, target="openvino"):
@@ -126,10 +140,24 @@ def _openvino_checks(bundle: Bundle, folder: Path, record: EngineRecord, referen
     for graph in record.plans:
         inputs, expected = references[graph]
         made_for = {name: largest for name, (_, _, largest) in record.key.profiles[graph][0].shapes.items()}
-        padded = {name: _more_rows(array, made_for[name][0]) if graph == STEP and name in tables else array for name, array in inputs.items()}
+        padded = {
+            name: _more_rows(array, made_for[name][0]) if graph == STEP and name in tables else array
+            for name, array in inputs.items()
+        }
         if not stale and {name: array.shape for name, array in padded.items()} == made_for:
             inputs, blob = padded, read_plan(folder, record, graph)
-            compiled = interruptible(partial(openvino_model.import_blob, ov, core, f"{folder}: {graph}", blob, bundle.file(WEIGHTS), precision, None))
+            compiled = interruptible(
+                partial(
+                    openvino_model.import_blob,
+                    ov,
+                    core,
+                    f"{folder}: {graph}",
+                    blob,
+                    bundle.file(WEIGHTS),
+                    precision,
+                    None,
+                )
+            )
         else:
             shapes = {name: array.shape for name, array in inputs.items()}
             path = bundle.graph(graph, "fp32")

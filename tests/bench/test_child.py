@@ -57,7 +57,9 @@ def test_requests_and_answers_travel_as_files(tmp_path: Path, monkeypatch: pytes
 
     monkeypatch.setattr(measure, "measure", fail)
     monkeypatch.setattr("sys.argv", ["-c", str(tmp_path / "request"), str(tmp_path / "answer")])
-    (tmp_path / "request").write_text(json.dumps(asdict(Request("x", size=(64, 72), prompts=("sun", "cat"))) | {"of the future": 1}))
+    (tmp_path / "request").write_text(
+        json.dumps(asdict(Request("x", size=(64, 72), prompts=("sun", "cat"))) | {"of the future": 1})
+    )
     measure.serve()
     assert asked == [Request("x", size=(64, 72), prompts=("sun", "cat"))]
     assert json.loads((tmp_path / "answer").read_text()) == {

@@ -15,7 +15,9 @@ from sdrt.bench.statistics import AMBIGUOUS, FASTER, SAME, SLOWER
 from sdrt.errors import InputFileError
 
 
-def judged(base: Any, new: Any, *, gates: Gates | None = None, interleaved: bool = True, identical: bool = False) -> tuple[Comparison, dict[str, str]]:
+def judged(
+    base: Any, new: Any, *, gates: Gates | None = None, interleaved: bool = True, identical: bool = False
+) -> tuple[Comparison, dict[str, str]]:
     comparison = compare(base, new, gates or Gates(), interleaved=interleaved, identical=identical)
     return comparison, {row.name: row.verdict for row in comparison.rows}
 
@@ -88,15 +90,25 @@ def test_identical_files_are_the_same_whatever_their_noise() -> None:
 
 @pytest.mark.parametrize(
     ("part", "name", "value"),
-    [("config", "steps", 5), ("config", "size", [64, 72]), ("engine", "backend", "openvino"), ("engine", "compute", "bf16"), ("bundle", "family", "sdxl"),
-     ("env", "cpu", "another"), ("env", "gpu", "a GPU"), ("config", "scenario", "server")],
-)  # fmt: skip
+    [
+        ("config", "steps", 5),
+        ("config", "size", [64, 72]),
+        ("engine", "backend", "openvino"),
+        ("engine", "compute", "bf16"),
+        ("bundle", "family", "sdxl"),
+        ("env", "cpu", "another"),
+        ("env", "gpu", "a GPU"),
+        ("config", "scenario", "server"),
+    ],
+)
 def test_what_is_not_comparable_is_refused_by_field(part: str, name: str, value: Any) -> None:
     new = document(2)
     new[part][name] = value
     comparison, words = judged(document(1), new)
     assert (comparison.exit_code, words) == (9, {}) and len(comparison.different) == 1
-    assert comparison.different[0].startswith(f"{part}.{name}: ") and comparison.different[0].endswith(f" and {value!r}")
+    assert comparison.different[0].startswith(f"{part}.{name}: ") and comparison.different[0].endswith(
+        f" and {value!r}"
+    )
 
 
 def test_a_library_that_was_upgraded_may_be_compared() -> None:
@@ -151,7 +163,13 @@ def toml(folder: Path, text: str) -> Path:
 
 
 def test_bench_toml_changes_margins_and_gates(tmp_path: Path) -> None:
-    gates = read_gates(toml(tmp_path, "pairs = 20\n[metrics.total_ms]\nmargin = 0.5\n[metrics.cold_ms]\ngate = true\n[counters.bundle_bytes]\nmargin = 0.1\n"))
+    gates = read_gates(
+        toml(
+            tmp_path,
+            "pairs = 20\n[metrics.total_ms]\nmargin = 0.5\n[metrics.cold_ms]\ngate ="
+            " true\n[counters.bundle_bytes]\nmargin = 0.1\n",
+        )
+    )
     assert (gates.pairs, gates.metric("total_ms"), gates.metric("cold_ms")) == (20, Gate(0.5, True), Gate(0.05, True))
     assert gates.metric("step_ms") == Gate(METRICS["step_ms"].margin, True)
     assert (gates.counter("bundle_bytes"), gates.counter("anything")) == (Gate(0.1, True), Gate(0.0, True))
@@ -164,12 +182,22 @@ def test_bench_toml_changes_margins_and_gates(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "fragment"),
-    [("pairs = ", "TOML"), ("pairs = 0", "pairs: expected 1 to 50"), ("pairs = true", "pairs"), ("pair = 5", "pair: unknown; did you mean 'pairs'"),
-     ("[metrics.total]\nmargin = 1", "metrics.total: unknown; did you mean 'total_ms'"), ("[metrics.total_ms]\nmargins = 1", "did you mean 'margin'"),
-     ("[metrics.total_ms]\nmargin = 0", "above 0"), ("[metrics.total_ms]\nmargin = nan", "nan"), ("[metrics.total_ms]\nmargin = '5%'", "5%"),
-     ("[metrics.total_ms]\ngate = 1", "true or false"), ("metrics = 1", "metrics: expected a table"), ("[metrics]\ntotal_ms = 1", "total_ms: expected a table"),
-     ("[counters.jobs]\nmargin = -1", "from 0 to 10")],
-)  # fmt: skip
+    [
+        ("pairs = ", "TOML"),
+        ("pairs = 0", "pairs: expected 1 to 50"),
+        ("pairs = true", "pairs"),
+        ("pair = 5", "pair: unknown; did you mean 'pairs'"),
+        ("[metrics.total]\nmargin = 1", "metrics.total: unknown; did you mean 'total_ms'"),
+        ("[metrics.total_ms]\nmargins = 1", "did you mean 'margin'"),
+        ("[metrics.total_ms]\nmargin = 0", "above 0"),
+        ("[metrics.total_ms]\nmargin = nan", "nan"),
+        ("[metrics.total_ms]\nmargin = '5%'", "5%"),
+        ("[metrics.total_ms]\ngate = 1", "true or false"),
+        ("metrics = 1", "metrics: expected a table"),
+        ("[metrics]\ntotal_ms = 1", "total_ms: expected a table"),
+        ("[counters.jobs]\nmargin = -1", "from 0 to 10"),
+    ],
+)
 def test_bad_bench_toml(tmp_path: Path, text: str, fragment: str) -> None:
     with pytest.raises(InputFileError) as caught:
         read_gates(toml(tmp_path, text))

@@ -1,6 +1,7 @@
 """The project's own gate: what a picture costs in calls, copies and imports is exact, and must not grow unnoticed.
 
-`benchmarks/counters.json` holds the numbers. A change that lowers or, for a reason, raises one changes the file in the same commit.
+`benchmarks/counters.json` holds the numbers. A change that lowers or, for a reason, raises one changes the file in the
+same commit.
 """
 
 from __future__ import annotations
@@ -45,7 +46,9 @@ def document(counters: dict[str, int]) -> Any:
 
 
 def gated(name: str, found: dict[str, int]) -> None:
-    """As `bench compare` gates a pull request: nothing up, nothing gone. Nothing down or new either: the file would be out of date."""
+    """As `bench compare` gates a pull request: nothing up, nothing gone. Nothing down or new either: the file would be
+    out of date.
+    """
     comparison = compare(document(EXPECTED[name]), document(found), Gates(), interleaved=True)
     assert not comparison.failures, (name, found)
     assert found == EXPECTED[name], f"{name}: better than benchmarks/counters.json says; put {found} there"
@@ -89,14 +92,21 @@ def gpu() -> Iterator[Gpu]:
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_counters_on_a_simulated_gpu(gpu: Gpu, compiled: Path, name: str) -> None:
-    """The third picture, once graphs are captured. What the instruments count is what the simulator counts, and synchronisations are its alone."""
+    """The third picture, once graphs are captured. What the instruments count is what the simulator counts, and
+    synchronisations are its alone.
+    """
     readings = Readings()
     with Pipeline.load(compiled, backend="tensorrt-rtx", observe=readings.observe) as pipe:
-        for prompt in ("sun", "cat"):  # the second finds the empty negative prompt encoded, as the picture that is counted does
+        for prompt in (
+            "sun",
+            "cat",
+        ):  # the second finds the empty negative prompt encoded, as the picture that is counted does
             pipe(prompt, seed=1, **SETTINGS[name])
         with gpu.counted() as simulated:
             found = counted(pipe, readings, SETTINGS[name])
-        assert {count: found.get(count, 0) for count in ("launches", "h2d", "d2h")} == {count: simulated.get(count, 0) for count in ("launches", "h2d", "d2h")}
+        assert {count: found.get(count, 0) for count in ("launches", "h2d", "d2h")} == {
+            count: simulated.get(count, 0) for count in ("launches", "h2d", "d2h")
+        }
         assert "allocations" not in found and "allocations" not in simulated
         gated(f"simulated GPU: {name}", found | {"syncs": simulated["syncs"]})
 
@@ -105,11 +115,17 @@ def test_the_references_hold_on_a_simulated_gpu(gpu: Gpu, compiled: Path) -> Non
     """The guard asks any engine through its protocol; the GPU's code path too."""
     bundle = open_bundle(compiled)
     checks, problems, skipped = check_references(load_engine(bundle, "tensorrt-rtx"), bundle)
-    assert not problems and not skipped and {check["graph"] for check in checks} == {"text_encoder", "step", "vae_decoder"}
+    assert (
+        not problems and not skipped and {check["graph"] for check in checks} == {"text_encoder", "step", "vae_decoder"}
+    )
 
 
 def test_packages_of_the_project_alone() -> None:
-    assert _packages(["sdrt.runtime", "numpy.linalg", "json", "_ctypes", "os.path", "cython_runtime", "torch.nn"]) == {"sdrt", "numpy", "torch"}
+    assert _packages(["sdrt.runtime", "numpy.linalg", "json", "_ctypes", "os.path", "cython_runtime", "torch.nn"]) == {
+        "sdrt",
+        "numpy",
+        "torch",
+    }
 
 
 # The fidelity guard

@@ -1,4 +1,5 @@
-"""Every output format: byte for byte as it was agreed on (tests/golden/bench), and read back by a schema or parser that is not ours.
+"""Every output format: byte for byte as it was agreed on (tests/golden/bench), and read back by a schema or parser that
+is not ours.
 
 After a deliberate change, run with SDRT_WRITE_GOLDEN=1 and look at the difference.
 """
@@ -22,7 +23,13 @@ from junitparser import JUnitXml, TestSuite
 from markdown_it import MarkdownIt
 
 from sdrt.bench.compare import Comparison, compare
-from sdrt.bench.formats import COMPARISON_FORMATS, RESULT_FORMATS, STEP_SUMMARY_BYTES, comparison_markdown, result_markdown
+from sdrt.bench.formats import (
+    COMPARISON_FORMATS,
+    RESULT_FORMATS,
+    STEP_SUMMARY_BYTES,
+    comparison_markdown,
+    result_markdown,
+)
 from sdrt.bench.history import Trend
 from sdrt.bench.layers import analyse
 from sdrt.bench.metrics import Gates
@@ -35,21 +42,37 @@ EXTENSIONS = {"markdown": "md", "junit": "xml", "bencher": "bencher.json", "gith
 BENCHER_SCHEMA = {
     "type": "object",
     "additionalProperties": {
-        "type": "object", "minProperties": 1,
+        "type": "object",
+        "minProperties": 1,
         "additionalProperties": {
-            "type": "object", "required": ["value"], "additionalProperties": False,
-            "properties": {"value": {"type": "number"}, "lower_value": {"type": "number"}, "upper_value": {"type": "number"}},
+            "type": "object",
+            "required": ["value"],
+            "additionalProperties": False,
+            "properties": {
+                "value": {"type": "number"},
+                "lower_value": {"type": "number"},
+                "upper_value": {"type": "number"},
+            },
         },
     },
-}  # fmt: skip
+}
 """What https://bencher.dev/bmf.json asks for, and no further fields."""
 GITHUB_SCHEMA = {
-    "type": "array", "minItems": 1,
+    "type": "array",
+    "minItems": 1,
     "items": {
-        "type": "object", "required": ["name", "unit", "value"], "additionalProperties": False,
-        "properties": {"name": {"type": "string"}, "unit": {"type": "string"}, "value": {"type": "number"}, "range": {"type": "string"}, "extra": {"type": "string"}},
+        "type": "object",
+        "required": ["name", "unit", "value"],
+        "additionalProperties": False,
+        "properties": {
+            "name": {"type": "string"},
+            "unit": {"type": "string"},
+            "value": {"type": "number"},
+            "range": {"type": "string"},
+            "extra": {"type": "string"},
+        },
     },
-}  # fmt: skip
+}
 """What github-action-benchmark documents for `customSmallerIsBetter`."""
 
 
@@ -63,7 +86,9 @@ def comparison(result: Document) -> Comparison:
     """Slower steps, a counter up, one metric too noisy, one gone."""
     new = document(2, 5, slower=0.4)
     new["counters"]["model_calls"] += 1
-    new["samples"]["load_ms"] = [[ms * factor] for ms, factor in zip([500, 600, 400, 900, 450], [1, 2, 0.5, 1.5, 1], strict=True)]
+    new["samples"]["load_ms"] = [
+        [ms * factor] for ms, factor in zip([500, 600, 400, 900, 450], [1, 2, 0.5, 1.5, 1], strict=True)
+    ]
     del new["samples"]["peak_rss_bytes"]
     return compare(result, new, Gates(), interleaved=False)
 
@@ -117,7 +142,12 @@ def test_junit_of_a_comparison(comparison: Comparison) -> None:
     suite = suite_of(COMPARISON_FORMATS["junit"](comparison))
     cases = {case.name: case for case in suite}
     assert suite.tests == len(cases) == len(comparison.rows) + 1
-    assert {name for name, case in cases.items() if case.is_failure} == {"total_ms", "step_ms", "model_calls", "peak_rss_bytes"}
+    assert {name for name, case in cases.items() if case.is_failure} == {
+        "total_ms",
+        "step_ms",
+        "model_calls",
+        "peak_rss_bytes",
+    }
     assert {name for name, case in cases.items() if case.is_skipped} == {"load_ms"}
     assert (suite.failures, suite.skipped, suite.errors) == (4, 1, 0)
     (failure,) = cases["total_ms"].result
@@ -138,21 +168,29 @@ def test_bencher(result: Document) -> None:
     found = json.loads(RESULT_FORMATS["bencher"](result))
     jsonschema.validate(found, BENCHER_SCHEMA)
     (latency,) = found[f"total_ms (toy: {ran(result)})"].items()
-    assert latency[0] == "latency" and latency[1]["value"] == pytest.approx(result["stats"]["total_ms"]["p50"] * 1e6)  # nanoseconds
+    assert latency[0] == "latency" and latency[1]["value"] == pytest.approx(
+        result["stats"]["total_ms"]["p50"] * 1e6
+    )  # nanoseconds
     assert latency[1]["lower_value"] <= latency[1]["value"] <= latency[1]["upper_value"]
 
 
 def test_github_action_benchmark(result: Document) -> None:
     found = json.loads(RESULT_FORMATS["github"](result))
     jsonschema.validate(found, GITHUB_SCHEMA)
-    assert found[0]["unit"] == "ms" and found[0]["value"] == pytest.approx(result["stats"]["total_ms"]["p50"]) and found[0]["range"].startswith("± ")
+    assert (
+        found[0]["unit"] == "ms"
+        and found[0]["value"] == pytest.approx(result["stats"]["total_ms"]["p50"])
+        and found[0]["range"].startswith("± ")
+    )
 
 
 def test_csv(result: Document) -> None:
     rows = list(csv.DictReader(io.StringIO(RESULT_FORMATS["csv"](result)), strict=True))
     assert [row["metric"] for row in rows] == [*result["stats"], *result["counters"]]
     assert float(rows[0]["p50"]) == pytest.approx(result["stats"]["total_ms"]["p50"])
-    assert {(row["backend"], row["size"], row["sampler"]) for row in rows} == {("onnxruntime", "64x64", "euler")}  # in every line
+    assert {(row["backend"], row["size"], row["sampler"]) for row in rows} == {
+        ("onnxruntime", "64x64", "euler")
+    }  # in every line
 
 
 def test_markdown_is_a_table_of_all_rows(comparison: Comparison, result: Document) -> None:
@@ -169,7 +207,9 @@ def test_markdown_is_a_table_of_all_rows(comparison: Comparison, result: Documen
 def test_markdown_fits_a_step_summary(result: Document) -> None:
     long = result | {"env": {f"field {i}": "ä" * 1000 for i in range(1000)}}
     text = result_markdown(long)
-    assert len(text.encode()) <= STEP_SUMMARY_BYTES + 100 and text.endswith("(cut: longer than a step summary may be)\n")
+    assert len(text.encode()) <= STEP_SUMMARY_BYTES + 100 and text.endswith(
+        "(cut: longer than a step summary may be)\n"
+    )
 
 
 class Page(HTMLParser):
@@ -188,7 +228,11 @@ class Page(HTMLParser):
         if tag not in ("meta", "link", "img", "br", "input"):
             self.open.append(tag)
         values = dict(attrs)
-        local = {name: value for name in ("src", "href", "xlink:href") if (value := values.get(name)) and not value.startswith("#")}
+        local = {
+            name: value
+            for name in ("src", "href", "xlink:href")
+            if (value := values.get(name)) and not value.startswith("#")
+        }
         self.loads += [f"{tag} {value}" for value in local.values()]
 
     def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
@@ -220,7 +264,9 @@ def test_the_report_needs_nothing_else(result: Document, comparison: Comparison)
     page = checked(result_html(result | {"layers": layers}, history))
     assert page.tags.count("svg") == 6  # parts, per step, distribution, trend, operators of two graphs
     server = {"offered_per_s": 2.0, "attained_per_s": [1.9, 1.8], "arrivals": 60, "completed": 57, "rejected": 3}
-    assert "attained 1.9, 1.8 in each process: 57 of 60 served, 3 turned away" in result_html(result | {"server": server})
+    assert "attained 1.9, 1.8 in each process: 57 of 60 served, 3 turned away" in result_html(
+        result | {"server": server}
+    )
     text = result_html(result)
     assert "A &lt;fast&gt; CPU" in text and "<fast>" not in text
     assert result_html(result) == text  # no date, no random names
@@ -246,12 +292,21 @@ def test_a_browser_draws_the_report(result: Document, tmp_path: Path) -> None:
 
     assert CHROMIUM is not None
     (tmp_path / "report.html").write_text(result_html(result), encoding="utf-8")
-    size = ["--window-size=1000,1800", f"--screenshot={tmp_path / 'page.png'}", f"--user-data-dir={tmp_path / 'profile'}"]
+    size = [
+        "--window-size=1000,1800",
+        f"--screenshot={tmp_path / 'page.png'}",
+        f"--user-data-dir={tmp_path / 'profile'}",
+    ]
     options = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", *size]
-    subprocess.run([CHROMIUM, *options, (tmp_path / "report.html").as_uri()], check=True, capture_output=True, timeout=120)
+    subprocess.run(
+        [CHROMIUM, *options, (tmp_path / "report.html").as_uri()], check=True, capture_output=True, timeout=120
+    )
     pixels = np.asarray(Image.open(tmp_path / "page.png").convert("RGB"))
     assert pixels.shape == (1800, 1000, 3)
-    rows = {name: np.flatnonzero((pixels == colour).all(-1).any(1)) for name, colour in (("verdict", (237, 249, 240)), ("plots", (31, 111, 235)))}
+    rows = {
+        name: np.flatnonzero((pixels == colour).all(-1).any(1))
+        for name, colour in (("verdict", (237, 249, 240)), ("plots", (31, 111, 235)))
+    }
     assert len(rows["verdict"]) > 30 and rows["verdict"].max() < 400, "the verdict is at the top"
     assert len(rows["plots"]) > 20 and rows["plots"].min() > rows["verdict"].max() and np.ptp(rows["plots"]) > 600, (
         "a bar, a line and dots, one below the other"

@@ -1,4 +1,6 @@
-"""Measuring on a GPU, simulated: times between CUDA events, which cost no wait, and TensorRT's layers, timed beside the captured graphs."""
+"""Measuring on a GPU, simulated: times between CUDA events, which cost no wait, and TensorRT's layers, timed beside the
+captured graphs.
+"""
 
 from __future__ import annotations
 
@@ -44,8 +46,12 @@ def gpu() -> Iterator[Gpu]:
         yield simulated
 
 
-def pictures(compiled: Path, readings: Readings | None, gpu: Gpu) -> tuple[list[str], list[dict[str, list[float]]], dict[str, int], Any]:
-    """What the third of three pictures calls, what each took on the device, what is counted, and its pixels. Without readings it is not timed."""
+def pictures(
+    compiled: Path, readings: Readings | None, gpu: Gpu
+) -> tuple[list[str], list[dict[str, list[float]]], dict[str, int], Any]:
+    """What the third of three pictures calls, what each took on the device, what is counted, and its pixels. Without
+    readings it is not timed.
+    """
     found: list[dict[str, list[float]]] = []
     result: Any = None
 
@@ -72,13 +78,23 @@ def test_each_part_is_timed_by_the_devices_own_clock(gpu: Gpu, compiled: Path) -
 
 
 def test_timing_waits_for_nothing_and_only_benchmarks_time(gpu: Gpu, compiled: Path) -> None:
-    """The same calls in the same order but for the events, none of them a wait, the same pixels; and no event is made for a later picture."""
+    """The same calls in the same order but for the events, none of them a wait, the same pixels; and no event is made
+    for a later picture.
+    """
     plain, _, without, expected = pictures(compiled, None, gpu)
     timed, _, counted, pixels = pictures(compiled, Readings(), gpu)
-    assert [call for call in timed if call not in ("records", "polls")] == [call for call in plain if call not in ("records", "polls")]
-    assert without["records"] == 4 and counted["records"] == 4 + 2 * (1 + 4 + 1)  # one of its own after each model call, as ever
-    assert {name: n for name, n in counted.items() if name not in ("records", "polls")} == {n: v for n, v in without.items() if n not in ("records", "polls")}
-    first, last = (at[0] for at in ([i for i, call in enumerate(order) if call == "launches"] for order in (timed, timed[::-1])))
+    assert [call for call in timed if call not in ("records", "polls")] == [
+        call for call in plain if call not in ("records", "polls")
+    ]
+    assert without["records"] == 4 and counted["records"] == 4 + 2 * (
+        1 + 4 + 1
+    )  # one of its own after each model call, as ever
+    assert {name: n for name, n in counted.items() if name not in ("records", "polls")} == {
+        n: v for n, v in without.items() if n not in ("records", "polls")
+    }
+    first, last = (
+        at[0] for at in ([i for i, call in enumerate(order) if call == "launches"] for order in (timed, timed[::-1]))
+    )
     assert "syncs" not in timed[first : len(timed) - last]
     assert np.array_equal(pixels, expected)
 
@@ -95,7 +111,9 @@ def test_samples_of_a_gpu_are_among_the_others(gpu: Gpu, compiled: Path) -> None
 
 @pytest.fixture
 def profiled(gpu: Gpu, compiled: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Any, Readings]]:
-    """A pipeline that has made a picture, and what the instruments kept of it. Copies are small, and take their time."""
+    """A pipeline that has made a picture, and what the instruments kept of it. Copies are small, and take
+    their time.
+    """
     monkeypatch.setattr(bench_layers, "_RUNS", 2)
     monkeypatch.setattr(layers_tensorrt.device_bytes_per_s, "__defaults__", (4096,))
     readings = Readings(keep=True)
@@ -111,20 +129,33 @@ def test_layers_of_each_graph(profiled: tuple[Any, Readings], gpu: Gpu, compiled
     gpu.costs_ms["d2d"] = 2.0
     with gpu.counted() as counts:
         found = profile(pipe, readings.kept, {STEP: 8.0})
-    assert counts["runs"] == 3 * (1 + 2) and "captures" not in counts and "launches" not in counts and counts["contexts"] == 3
+    assert (
+        counts["runs"] == 3 * (1 + 2)
+        and "captures" not in counts
+        and "launches" not in counts
+        and counts["contexts"] == 3
+    )
     bundle = open_bundle(compiled)
     for graph, made in found["graphs"].items():
         known = layers(str(bundle.graph(graph, "fp32")))
-        assert made["kernels"] == len({name for name, _ in known}) and made["operators_ms"] == pytest.approx(COSTS[graph])
-        assert made["slowest"][0]["name"] == known[-1][0] and made["slowest"][0]["ms"] == pytest.approx(COSTS[graph] * 2 / (len(known) + 1))
+        assert made["kernels"] == len({name for name, _ in known}) and made["operators_ms"] == pytest.approx(
+            COSTS[graph]
+        )
+        assert made["slowest"][0]["name"] == known[-1][0] and made["slowest"][0]["ms"] == pytest.approx(
+            COSTS[graph] * 2 / (len(known) + 1)
+        )
     step = found["graphs"][STEP]
     assert (step["ms"], found["graphs"][VAE_DECODER]["ms"]) == (8.0, pytest.approx(4.0))
-    assert found["peak"] == {"flops_per_s": None, "bytes_per_s": 2 * 4096 / 2e-3} and found["notes"] == [layers_tensorrt.NO_PEAK]
+    assert found["peak"] == {"flops_per_s": None, "bytes_per_s": 2 * 4096 / 2e-3} and found["notes"] == [
+        layers_tensorrt.NO_PEAK
+    ]
     assert step["share_of_peak"] is None is step["share_of_roofline"] and step["share_of_bandwidth"] == pytest.approx(
         step["bytes_per_s"] / found["peak"]["bytes_per_s"]
     )
     pipe._engine.settle()
-    assert gpu.used_bytes() == before and list(pipe._engine._free) == slots, "nothing of it stays, and captured contexts are as they were"
+    assert gpu.used_bytes() == before and list(pipe._engine._free) == slots, (
+        "nothing of it stays, and captured contexts are as they were"
+    )
     assert pipe("sun", steps=2, cfg=3.0, seed=0).engine["cuda_graphs"] is True
 
 
@@ -141,8 +172,12 @@ def test_arithmetic_is_that_of_the_onnx_graph(profiled: tuple[Any, Readings], co
     assert half is not None and half.flops == made["flops"] and half.bytes == made["bytes"] // 2
 
 
-def test_kinds_of_layers_where_the_plan_tells_them_and_what_is_unknown(profiled: tuple[Any, Readings], gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without ONNX Runtime beside TensorRT no operations are counted; where a copy takes no time on the simulated clock no bandwidth is."""
+def test_kinds_of_layers_where_the_plan_tells_them_and_what_is_unknown(
+    profiled: tuple[Any, Readings], gpu: Gpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without ONNX Runtime beside TensorRT no operations are counted; where a copy takes no time on the simulated clock
+    no bandwidth is.
+    """
     pipe, readings = profiled
     monkeypatch.setattr(layers_tensorrt, "find_spec", lambda _: None)
     named = profile(pipe, readings.kept, {})
@@ -152,7 +187,9 @@ def test_kinds_of_layers_where_the_plan_tells_them_and_what_is_unknown(profiled:
     kinds = named["graphs"][TEXT_ENCODER]["by_kind"]
     assert not any(re.search(r"\d", kind["op"]) for kind in kinds) and sum(kind["share"] for kind in kinds) <= 1 + 1e-9
     assert named["notes"] == [layers_tensorrt.NO_PEAK, layers_tensorrt.NO_ARITHMETIC]
-    assert all(made["flops"] is None is made["bytes"] is made["share_of_bandwidth"] for made in named["graphs"].values())
+    assert all(
+        made["flops"] is None is made["bytes"] is made["share_of_bandwidth"] for made in named["graphs"].values()
+    )
     assert named["peak"]["bytes_per_s"] is None
 
 

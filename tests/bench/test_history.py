@@ -23,19 +23,31 @@ from sdrt.errors import InputFileError, LockedError, MachineError, ResourceError
 def test_results_are_read_back_and_unknown_fields_kept(tmp_path: Path) -> None:
     write_json(tmp_path / "a.json", document(1) | {"of the future": [1]})
     found, digest = read_result(tmp_path / "a.json")
-    assert found["of the future"] == [1] and found["samples"] == document(1)["samples"] and found["stats"] == document(1)["stats"] and len(digest) == 64
+    assert (
+        found["of the future"] == [1]
+        and found["samples"] == document(1)["samples"]
+        and found["stats"] == document(1)["stats"]
+        and len(digest) == 64
+    )
 
 
 @pytest.mark.parametrize(
     ("change", "kind", "fragment"),
-    [({"schema": SCHEMA + 1}, MachineError, "this sdrt reads schema 1"), ({"schema": 0}, InputFileError, "schema: expected 1, found 0"),
-     ({"schema": True}, InputFileError, "found True"), ({"samples": []}, InputFileError, "samples: expected an object, found list"),
-     ({"samples": {"total_ms": [1.0]}}, InputFileError, "samples.total_ms: expected a list of numbers per process"),
-     ({"samples": {"total_ms": [[]]}}, InputFileError, "no sample in it"), ({"samples": {"total_ms": [["1"]]}}, InputFileError, "samples.total_ms"),
-     ({"counters": {"jobs": 1.5}}, InputFileError, "counters.jobs: expected a whole number"), ({"config": {}}, InputFileError, "config.scenario: missing"),
-     ({"fidelity": {}}, InputFileError, "fidelity.ok"), ({"id": 5}, InputFileError, "id: expected text, found int"),
-     ({"fidelity": {"ok": True, "picture": {"values": 1}}}, InputFileError, "fidelity.picture")],
-)  # fmt: skip
+    [
+        ({"schema": SCHEMA + 1}, MachineError, "this sdrt reads schema 1"),
+        ({"schema": 0}, InputFileError, "schema: expected 1, found 0"),
+        ({"schema": True}, InputFileError, "found True"),
+        ({"samples": []}, InputFileError, "samples: expected an object, found list"),
+        ({"samples": {"total_ms": [1.0]}}, InputFileError, "samples.total_ms: expected a list of numbers per process"),
+        ({"samples": {"total_ms": [[]]}}, InputFileError, "no sample in it"),
+        ({"samples": {"total_ms": [["1"]]}}, InputFileError, "samples.total_ms"),
+        ({"counters": {"jobs": 1.5}}, InputFileError, "counters.jobs: expected a whole number"),
+        ({"config": {}}, InputFileError, "config.scenario: missing"),
+        ({"fidelity": {}}, InputFileError, "fidelity.ok"),
+        ({"id": 5}, InputFileError, "id: expected text, found int"),
+        ({"fidelity": {"ok": True, "picture": {"values": 1}}}, InputFileError, "fidelity.picture"),
+    ],
+)
 def test_bad_results(tmp_path: Path, change: dict[str, Any], kind: type[Exception], fragment: str) -> None:
     path = tmp_path / "a.json"
     path.write_text(json.dumps(document(1) | change), encoding="utf-8")
@@ -142,10 +154,19 @@ def test_a_torn_last_line_is_left_out_and_mended(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "kind", "fragment"),
-    [("", InputFileError, "no runs"), ("{}\n", InputFileError, "schema"), ('{"schema": 2}\n', MachineError, "Upgrade"), ("x\n", InputFileError, ":1: not valid JSON"),
-     ('{"schema": 1}\n', InputFileError, ":1: not a run"),
-     ('{"schema": 1, "id": "", "time": "", "key": "", "ran": "", "stats": {"x": {}}, "counters": {}}\n', InputFileError, "x: expected a number, found None")],
-)  # fmt: skip
+    [
+        ("", InputFileError, "no runs"),
+        ("{}\n", InputFileError, "schema"),
+        ('{"schema": 2}\n', MachineError, "Upgrade"),
+        ("x\n", InputFileError, ":1: not valid JSON"),
+        ('{"schema": 1}\n', InputFileError, ":1: not a run"),
+        (
+            '{"schema": 1, "id": "", "time": "", "key": "", "ran": "", "stats": {"x": {}}, "counters": {}}\n',
+            InputFileError,
+            "x: expected a number, found None",
+        ),
+    ],
+)
 def test_bad_histories(tmp_path: Path, text: str, kind: type[Exception], fragment: str) -> None:
     (tmp_path / history.FILE).write_text(text, encoding="utf-8")
     with pytest.raises(kind) as caught:

@@ -1,4 +1,6 @@
-"""Profiles: arithmetic by hand and against torch's own count, times from the profilers' raw numbers, and both engines on one model."""
+"""Profiles: arithmetic by hand and against torch's own count, times from the profilers' raw numbers, and both engines
+on one model.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,10 @@ def test_arithmetic_of_operators_by_hand() -> None:
     assert matrix_flops("MatMul", [[2, 77, 64]], [[2, 77, 128]]) == 2 * 2 * 77 * 128 * 64  # the weight was packed away
     assert matrix_flops("Gemm", [[1, 64], [256, 64], [256]], [[1, 256]]) == 2 * 256 * 64
     assert matrix_flops("FullyConnected", [[2, 64, 32], [512, 32], [512]], [[2, 64, 512]]) == 2 * 2 * 64 * 512 * 32
-    assert matrix_flops("Attention", [[1, 2, 10, 8], [1, 2, 20, 8], [1, 2, 20, 8]], [[1, 2, 10, 8]]) == 2 * 2 * 10 * 20 * 16
+    assert (
+        matrix_flops("Attention", [[1, 2, 10, 8], [1, 2, 20, 8], [1, 2, 20, 8]], [[1, 2, 10, 8]])
+        == 2 * 2 * 10 * 20 * 16
+    )
     assert matrix_flops("Add", [[4], [4]], [[4]]) is None
     assert matrix_flops("MatMul", [], []) is None
 
@@ -54,7 +59,9 @@ def averages(*runs_us: float) -> list[int]:
 
 def test_times_from_openvinos_running_averages() -> None:
     assert time_of(averages(7692, 10, 9, 11, 10, 10)) == pytest.approx(10, abs=1.5)  # the first run warms up
-    assert time_of(averages(500, 200, 201, 4200, 199, 202)) == pytest.approx(201, abs=6)  # a run in which the machine did something else
+    assert time_of(averages(500, 200, 201, 4200, 199, 202)) == pytest.approx(
+        201, abs=6
+    )  # a run in which the machine did something else
     assert time_of(averages(3, 2, 2, 2, 2, 2)) == pytest.approx(2, abs=1.5)
     assert time_of(averages(0, 0, 0, 0, 0, 0)) == 0 == time_of([5, 0, 0])
 
@@ -76,14 +83,19 @@ def test_a_backend_without_a_profile_is_refused_by_name() -> None:
 
 @pytest.fixture(scope="module")
 def profiles(flat_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Profiles of one guided picture of the emoji model, by engine. OpenVINO's takes two pictures at a time and gets one."""
+    """Profiles of one guided picture of the emoji model, by engine. OpenVINO's takes two pictures at a time and gets
+    one.
+    """
     pytest.importorskip("openvino")
     from sdrt.bundle.folder import open_bundle
     from sdrt.compile.openvino import compile_bundle
     from sdrt.compile.options import CompileOptions
 
     path = Path(shutil.copytree(flat_bundle, tmp_path_factory.mktemp("layers") / "flat.sdrt"))
-    compile_bundle(open_bundle(path), CompileOptions("openvino", batch=(2, 2), tokens=(77, 77), branches=(2,), rows=4, precision="fp32"))
+    compile_bundle(
+        open_bundle(path),
+        CompileOptions("openvino", batch=(2, 2), tokens=(77, 77), branches=(2,), rows=4, precision="fp32"),
+    )
     found = {}
     patch = pytest.MonkeyPatch()
     patch.setattr(layers, "machine_peak", lambda: PEAK)
@@ -110,7 +122,8 @@ def test_flops_of_the_decoder_are_those_torch_counts(profiles: dict[str, Any]) -
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         module(latents=torch.zeros(1, 4, 8, 8), rounding=torch.zeros(1))
     found = {backend: made["graphs"]["vae_decoder"]["matrix_flops"] for backend, made in profiles.items()}
-    # Torch counts plain multiply-adds, and so do OpenVINO's shapes; ONNX Runtime pads the last convolution's 3 channels to a block of 8 or 16.
+    # Torch counts plain multiply-adds, and so do OpenVINO's shapes; ONNX Runtime pads the last convolution's 3 channels
+    # to a block of 8 or 16.
     assert found["openvino"] == pytest.approx(counter.get_total_flops(), rel=0.01)
     assert found["onnxruntime"] == pytest.approx(counter.get_total_flops(), rel=0.15)
 

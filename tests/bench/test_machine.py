@@ -1,4 +1,6 @@
-"""What a machine does to measurements: throttling read from made-up systems, pictures dropped for it, and the noise report on known scatter."""
+"""What a machine does to measurements: throttling read from made-up systems, pictures dropped for it, and the noise
+report on known scatter.
+"""
 
 from __future__ import annotations
 
@@ -78,20 +80,40 @@ class Nvml:
 
 def test_what_nvml_tells_of_a_gpu_and_what_it_does_not() -> None:
     nvml = Nvml(
-        device_get_current_clocks_event_reasons=0x4 | 0x20, device_get_clock_info=1500, device_get_temperature_v=83, device_get_power_usage=300_000,
-        system_get_driver_version="580.65.06", system_get_cuda_driver_version_v2=13020, device_get_uuid="GPU-1", device_get_ecc_mode=(1, 1),
+        device_get_current_clocks_event_reasons=0x4 | 0x20,
+        device_get_clock_info=1500,
+        device_get_temperature_v=83,
+        device_get_power_usage=300_000,
+        system_get_driver_version="580.65.06",
+        system_get_cuda_driver_version_v2=13020,
+        device_get_uuid="GPU-1",
+        device_get_ecc_mode=(1, 1),
         device_get_compute_running_processes_v3=[1, 2],
-    )  # fmt: skip
+    )
     gpu = GpuState(nvml, 0)
-    assert gpu.now() == {"sm_mhz": 1500, "memory_mhz": 1500, "celsius": 83, "watts": 300.0, "lowered_by": ["power cap", "software thermal slowdown"]}
+    assert gpu.now() == {
+        "sm_mhz": 1500,
+        "memory_mhz": 1500,
+        "celsius": 83,
+        "watts": 300.0,
+        "lowered_by": ["power cap", "software thermal slowdown"],
+    }
     identity = gpu.identity()
-    assert (identity["driver"], identity["cuda"], identity["ecc"], identity["mig"], identity["memory_bytes"]) == ("580.65.06", "13.2", True, None, None)
+    assert (identity["driver"], identity["cuda"], identity["ecc"], identity["mig"], identity["memory_bytes"]) == (
+        "580.65.06",
+        "13.2",
+        True,
+        None,
+        None,
+    )
     assert "GPU-1" not in json.dumps(identity) and len(identity["uuid_hash"]) == 16
     found = _gpu_environment(identity)
     assert (found["gpu_driver"], found["gpu_driver_version"], found["gpu_processes"]) == ("580", "580.65.06", 2)
     assert GpuState(Nvml(device_get_current_clocks_event_reasons=None), 0).now()["lowered_by"] is None
     assert gpu_state(SimpleNamespace(backend="openvino"), 0) is None
-    assert gpu_state(SimpleNamespace(backend="tensorrt", cuda=SimpleNamespace(Device=lambda _: 1 / 0)), 0) is None, "no NVML here"
+    assert gpu_state(SimpleNamespace(backend="tensorrt", cuda=SimpleNamespace(Device=lambda _: 1 / 0)), 0) is None, (
+        "no NVML here"
+    )
 
 
 def test_what_counts_as_throttling() -> None:
@@ -104,11 +126,25 @@ def test_what_counts_as_throttling() -> None:
     silent = Watch(None, lambda: None)
     silent.begin()
     assert silent.told == {"cpu": False, "gpu": False} and not silent.throttled()
-    for reasons, expected in ((0, False), (0x4, False), (0x1, False), (0x8, True), (0x40, True), (0x80, True), (0x24, True)):
-        assert Watch(GpuState(Nvml(device_get_current_clocks_event_reasons=reasons), 0), lambda: None).throttled() is expected
+    for reasons, expected in (
+        (0, False),
+        (0x4, False),
+        (0x1, False),
+        (0x8, True),
+        (0x40, True),
+        (0x80, True),
+        (0x24, True),
+    ):
+        assert (
+            Watch(GpuState(Nvml(device_get_current_clocks_event_reasons=reasons), 0), lambda: None).throttled()
+            is expected
+        )
 
 
-@pytest.mark.parametrize(("throttled", "n", "said"), [((1, 3), 3, "2 pictures of a process dropped"), ((), 5, ""), (range(5), 5, "none was dropped")])
+@pytest.mark.parametrize(
+    ("throttled", "n", "said"),
+    [((1, 3), 3, "2 pictures of a process dropped"), ((), 5, ""), (range(5), 5, "none was dropped")],
+)
 def test_pictures_made_while_the_machine_throttled_are_dropped(throttled: Sequence[int], n: int, said: str) -> None:
     time = FakeTime()
     readings = Readings(clock=time)
@@ -121,14 +157,18 @@ def test_pictures_made_while_the_machine_throttled_are_dropped(throttled: Sequen
     samples, notes = sampler.counted()
     assert (len(samples["total_ms"]), len(samples["step_ms"]), sampler.dropped) == (n, 4 * n, len(throttled))
     assert [note for note in notes if said not in note] == [] and bool(notes) == bool(said)
-    document = assemble([answer(np.random.default_rng(0)) | {"machine": {"dropped": sampler.dropped}, "warnings": notes}], IDENTITY, [])
+    document = assemble(
+        [answer(np.random.default_rng(0)) | {"machine": {"dropped": sampler.dropped}, "warnings": notes}], IDENTITY, []
+    )
     assert document["noise"]["throttled_pictures"] == len(throttled) and document["warnings"] == notes
 
 
 # The noise report
 
 
-def scattered(seed: int, within: float, between: float, *, cost_s: float = 5.0) -> tuple[Callable[[float], list[float]], FakeTime]:
+def scattered(
+    seed: int, within: float, between: float, *, cost_s: float = 5.0
+) -> tuple[Callable[[float], list[float]], FakeTime]:
     """Processes of known scatter, on a clock of their own."""
     random, time = np.random.default_rng(seed), FakeTime()
 
@@ -149,7 +189,10 @@ def test_a_quiet_machine_can_judge_the_default_margin() -> None:
     found = report(1, 0.01, 0.005)
     assert found.fit and found.processes == 12 and found.samples == 600
     assert found.within == pytest.approx(0.01, rel=0.2) and found.between == pytest.approx(0.005, rel=0.6)
-    assert "This machine can see changes of " in found.words()[0] and found.words()[-1] == "The default margin of 5% can be judged here."
+    assert (
+        "This machine can see changes of " in found.words()[0]
+        and found.words()[-1] == "The default margin of 5% can be judged here."
+    )
 
 
 def test_a_noisy_machine_says_what_it_can_see_and_what_would_help() -> None:
@@ -160,7 +203,9 @@ def test_a_noisy_machine_says_what_it_can_see_and_what_would_help() -> None:
 
 
 def test_what_it_can_see_is_what_ten_pairs_see() -> None:
-    """A change of that size is told from none in about four runs of five: the promise, on the scatter it was made for."""
+    """A change of that size is told from none in about four runs of five: the promise, on the scatter it
+    was made for.
+    """
     visible = float(np.median([found for seed in range(40) if (found := report(seed, 0.01, 0.03).visible) is not None]))
     random, seen = np.random.default_rng(9), 0
     for _ in range(300):
@@ -174,9 +219,13 @@ def test_the_time_is_a_limit() -> None:
     found = machine_noise(made, "work", 60, lambda _: None, now=time.seconds)
     assert found.processes == 6 and time.seconds() <= 60
     slow = report(3, 0.01, 0.01, cost_s=40.0)
-    assert slow.processes == 1 and not slow.fit and slow.visible is None and slow.words() == [
-        "cannot tell: only 1 processes fitted into 40 s, 6 are the least; give it more time with --check-time"
-    ]  # fmt: skip
+    assert (
+        slow.processes == 1
+        and not slow.fit
+        and slow.visible is None
+        and slow.words()
+        == ["cannot tell: only 1 processes fitted into 40 s, 6 are the least; give it more time with --check-time"]
+    )
 
 
 def test_work_that_never_varies() -> None:
@@ -217,18 +266,31 @@ def test_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
         made, _ = scattered(4, 0.002, between)
         monkeypatch.setattr(noise, "steady_work", made)
         done = bench("--check-machine")
-        assert done.exit_code == code and "This machine can see changes of" in done.stdout and "process 12 of at most 12" in done.stderr
+        assert (
+            done.exit_code == code
+            and "This machine can see changes of" in done.stdout
+            and "process 12 of at most 12" in done.stderr
+        )
         found = json.loads(bench("--check-machine", "--json").stdout)
         assert found["fit"] is (code == 0) and found["processes"] == 12 and found["words"]
 
 
 @pytest.mark.parametrize(
     ("arguments", "fragment"),
-    [((), "BUNDLE is missing"), (("--check-machine", "--check-time", 1), "--check-time 1: expected 5 to 3600"), (("--check-machine", "--layers"), "measures no result"),
-     (("--check-machine", "--output", "x.json"), "measures no result"), (("--check-machine", "--scenario", "server"), "not at a server"),
-     (("--check-machine", "--steps", 4, "--max-picture-time", 1), "--max-picture-time, --steps: --check-machine without a BUNDLE does not use it"),
-     (("x.sdrt", "--check-machine", "--steps", 4, "--processes", 3), "--processes: --check-machine does not use it"), (("x.sdrt", "--check-time", 9), "is for --check-machine")],
-)  # fmt: skip
+    [
+        ((), "BUNDLE is missing"),
+        (("--check-machine", "--check-time", 1), "--check-time 1: expected 5 to 3600"),
+        (("--check-machine", "--layers"), "measures no result"),
+        (("--check-machine", "--output", "x.json"), "measures no result"),
+        (("--check-machine", "--scenario", "server"), "not at a server"),
+        (
+            ("--check-machine", "--steps", 4, "--max-picture-time", 1),
+            "--max-picture-time, --steps: --check-machine without a BUNDLE does not use it",
+        ),
+        (("x.sdrt", "--check-machine", "--steps", 4, "--processes", 3), "--processes: --check-machine does not use it"),
+        (("x.sdrt", "--check-time", 9), "is for --check-machine"),
+    ],
+)
 def test_bad_options(arguments: tuple[object, ...], fragment: str) -> None:
     done = bench(*arguments)
     assert done.exit_code == 2 and fragment in done.stderr and done.stdout == ""

@@ -44,7 +44,12 @@ def test_every_part_is_timed_at_the_engines_boundary() -> None:
     samples = sampled(7.0).samples
     assert samples["total_ms"] == [pytest.approx(5 + 3 + 2 + 70 + 4)] * 4
     assert samples["step_ms"] == [pytest.approx(7.0)] * 40
-    assert (samples["text_encoder_ms"][0], samples["decode_ms"][0], samples["copies_ms"][0], samples["host_ms"][0]) == pytest.approx((3, 4, 2, 5))
+    assert (
+        samples["text_encoder_ms"][0],
+        samples["decode_ms"][0],
+        samples["copies_ms"][0],
+        samples["host_ms"][0],
+    ) == pytest.approx((3, 4, 2, 5))
     assert "tokenise_ms" not in samples  # nothing was tokenised, so there is no sample of it
 
 
@@ -57,7 +62,9 @@ def test_calls_are_counted_and_other_attributes_passed_on() -> None:
     batch.step()
     batch.latents([0])
     batch.decode([0], 0.5)
-    assert readings.calls == Counter({"batches": 1, "joins": 1, "latents_copies": 1, "decode_calls": 1})  # the latents kept for us are not counted
+    assert readings.calls == Counter(
+        {"batches": 1, "joins": 1, "latents_copies": 1, "decode_calls": 1}
+    )  # the latents kept for us are not counted
     assert (readings.kept["shape"], readings.kept["jobs"]) == ("shape", ["job"]) and "latents" in readings.kept
     assert (engine.extra, engine.backend, engine.describe()["compute"]) == ("untouched", "fake", "fp32")
     readings.reset()
@@ -97,7 +104,10 @@ def test_a_real_pipeline_is_observed_from_its_loading_on(flat_bundle: Path) -> N
         assert result.timings_ms["tokenise"] > 0 and readings.engine_load > 0
         assert readings.inside == sum(readings.steps) + readings.text_encoder + readings.copies + readings.decode
     with Pipeline.load(flat_bundle, threads=1) as pipe:
-        assert pipe("red apple", steps=3, cfg=3, seed=0).images.tobytes() == result.images.tobytes() and len(readings.steps) == 3
+        assert (
+            pipe("red apple", steps=3, cfg=3, seed=0).images.tobytes() == result.images.tobytes()
+            and len(readings.steps) == 3
+        )
 
 
 # Two side by side
@@ -108,10 +118,21 @@ def bundle(flat_bundle: Path) -> Bundle:
     return open_bundle(flat_bundle)
 
 
-def ab(bundle: Bundle, seed: int, slower: float, *, noise: float = 0.01, max_s: float = 1e9, pairs: int = 30, said: list[str] | None = None) -> Comparison:
+def ab(
+    bundle: Bundle,
+    seed: int,
+    slower: float,
+    *,
+    noise: float = 0.01,
+    max_s: float = 1e9,
+    pairs: int = 30,
+    said: list[str] | None = None,
+) -> Comparison:
     sides = [(bundle, Request("old.sdrt")), (bundle, Request("new.sdrt"))]
     made = synthetic_pairs(seed, {"old.sdrt": 0.0, "new.sdrt": slower}, noise)
-    return side_by_side(*sides, Gates(pairs=pairs), (said if said is not None else []).append, max_s=max_s, measure=made)  # type: ignore[arg-type]
+    return side_by_side(
+        *sides, Gates(pairs=pairs), (said if said is not None else []).append, max_s=max_s, measure=made
+    )  # type: ignore[arg-type]
 
 
 def test_ten_per_cent_slower_fails_and_the_same_passes_after_six_pairs(bundle: Bundle) -> None:
@@ -121,11 +142,15 @@ def test_ten_per_cent_slower_fails_and_the_same_passes_after_six_pairs(bundle: B
     said: list[str] = []
     passed = ab(bundle, 2, 0.0, said=said)
     assert passed.exit_code == 0 and {row.verdict for row in passed.rows} == {SAME}
-    assert len(said) == 1 + 6 and "total_ms" in said[-1] and "SAME" in said[-1] and "SAME" not in said[-2], "six pairs are the least"
+    assert len(said) == 1 + 6 and "total_ms" in said[-1] and "SAME" in said[-1] and "SAME" not in said[-2], (
+        "six pairs are the least"
+    )
 
 
 def test_a_fake_engine_that_sleeps_ten_per_cent_longer_fails(bundle: Bundle) -> None:
-    """The whole way from an engine's sleep to the exit code, on a clock that only it moves, with 1 % of noise per process."""
+    """The whole way from an engine's sleep to the exit code, on a clock that only it moves, with 1 % of noise per
+    process.
+    """
     random = np.random.default_rng(3)
 
     def verdict(new_ms: float) -> int:
@@ -134,7 +159,9 @@ def test_a_fake_engine_that_sleeps_ten_per_cent_longer_fails(bundle: Bundle) -> 
             return answer(random) | {"samples": sampler.samples, "fit": sampler.points}
 
         sides = [(bundle, Request("old")), (bundle, Request("new"))]
-        return side_by_side(*sides, Gates(), lambda _: None, max_s=1e9, measure=lambda *_: (side(10.0), side(new_ms))).exit_code  # type: ignore[arg-type]
+        return side_by_side(
+            *sides, Gates(), lambda _: None, max_s=1e9, measure=lambda *_: (side(10.0), side(new_ms))
+        ).exit_code  # type: ignore[arg-type]
 
     assert (verdict(11.0), verdict(10.0)) == (1, 0)
 
@@ -157,8 +184,15 @@ def test_two_that_ran_on_different_engines_are_told_apart_after_one_pair(bundle:
         return both
 
     said: list[str] = []
-    found = side_by_side((bundle, Request("old")), (bundle, Request("new")), Gates(), said.append, max_s=1e9, measure=made)
-    assert found.exit_code == 9 and found.rows == () and "engine.backend: 'onnxruntime' and 'openvino'" in found.headline and len(said) == 2
+    found = side_by_side(
+        (bundle, Request("old")), (bundle, Request("new")), Gates(), said.append, max_s=1e9, measure=made
+    )
+    assert (
+        found.exit_code == 9
+        and found.rows == ()
+        and "engine.backend: 'onnxruntime' and 'openvino'" in found.headline
+        and len(said) == 2
+    )
 
 
 def test_a_run_of_one_process(bundle: Bundle) -> None:

@@ -79,7 +79,9 @@ def test_a_server_without_a_queue_takes_only_who_finds_it_free() -> None:
 def test_queueing_is_that_of_theory() -> None:
     """M/D/1 at a load of 0.5: the mean wait is rho / (2 (1 - rho)) services (Pollaczek and Khinchine)."""
     time = FakeTime()
-    requests = serve(poisson_arrivals(0.5, 40_000, 3), lambda: time.sleep(1), queue=10_000, now=time.seconds, sleep=time.sleep)
+    requests = serve(
+        poisson_arrivals(0.5, 40_000, 3), lambda: time.sleep(1), queue=10_000, now=time.seconds, sleep=time.sleep
+    )
     waits = [r.started - r.arrived for r in requests if r.started is not None]
     assert len(waits) == len(requests) and np.mean(waits) == pytest.approx(0.5, rel=0.05)
 

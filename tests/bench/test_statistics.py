@@ -1,4 +1,6 @@
-"""The statistics of benchmarks on synthetic samples of known shift and noise: false alarms, power, and samples that are not nice."""
+"""The statistics of benchmarks on synthetic samples of known shift and noise: false alarms, power, and samples that are
+not nice.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,9 @@ RUNS, PAIRS, MARGIN = 1000, 10, 0.05
 GATED = ("total_ms", "step_ms", "load_ms")
 
 
-def noisy(random: np.random.Generator, processes: int, cv: float, shift: float = 0.0, pictures: int = 10, within: float = 0.01) -> list[list[float]]:
+def noisy(
+    random: np.random.Generator, processes: int, cv: float, shift: float = 0.0, pictures: int = 10, within: float = 0.01
+) -> list[list[float]]:
     """Processes that differ by `cv`, pictures in each that differ by `within`, around 100 ms."""
     levels = 100 * (1 + shift) * np.exp(random.normal(0, cv, (processes, 1)))
     return [list(row) for row in levels * np.exp(random.normal(0, within, (processes, pictures)))]
@@ -50,9 +54,13 @@ def word(base: list[list[float]], new: list[list[float]], margin: float = MARGIN
 
 
 def sequential(logs: np.ndarray, margin: float = MARGIN) -> tuple[set[str], int]:
-    """What a run comes to that may look at the log ratios `[metrics, pairs]` after each pair from the sixth: the words of the last look, and its pairs."""
+    """What a run comes to that may look at the log ratios `[metrics, pairs]` after each pair from the sixth: the words
+    of the last look, and its pairs.
+    """
     for pairs in range(MIN_PAIRS, logs.shape[1] + 1):
-        found = judge({str(i): from_logs(row[:pairs]) for i, row in enumerate(logs)}, {str(i): margin for i in range(len(logs))})
+        found = judge(
+            {str(i): from_logs(row[:pairs]) for i, row in enumerate(logs)}, {str(i): margin for i in range(len(logs))}
+        )
         words = {verdict.word for verdict in found.values()}
         if SLOWER in words or AMBIGUOUS not in words:
             break
@@ -68,21 +76,29 @@ NOISES = {
     "quiet": lambda random, shape: random.normal(0, 0.01, shape),
     "hopeless": lambda random, shape: random.normal(0, 1.0, shape),
     "restless": mixed,
-    "two kinds of process": lambda random, shape: random.choice([-0.4, 0.0, 0.0, 0.4], shape) + random.normal(0, 0.01, shape),
+    "two kinds of process": lambda random, shape: (
+        random.choice([-0.4, 0.0, 0.0, 0.4], shape) + random.normal(0, 0.01, shape)
+    ),
     "one sample a process": lambda random, shape: random.standard_t(2, shape) * 0.05,
 }
 
 
 @pytest.mark.parametrize("noise", NOISES.values(), ids=NOISES)
-def test_looking_after_every_pair_raises_few_false_alarms(noise: Callable[[np.random.Generator, tuple[int, ...]], np.ndarray]) -> None:
-    """Nothing has changed, three independent timings are gated, and a run goes on for as long as it may: at most 2 of 100 end SLOWER."""
+def test_looking_after_every_pair_raises_few_false_alarms(
+    noise: Callable[[np.random.Generator, tuple[int, ...]], np.ndarray],
+) -> None:
+    """Nothing has changed, three independent timings are gated, and a run goes on for as long as it may: at most 2 of
+    100 end SLOWER.
+    """
     random = np.random.default_rng(1)
     runs = 400
     assert sum(SLOWER in sequential(noise(random, (len(GATED), MAX_PAIRS)))[0] for _ in range(runs)) <= 0.02 * runs
 
 
 def test_a_change_of_the_margin_is_seen_in_nine_of_ten_runs_and_none_is_the_same_in_six_pairs() -> None:
-    """At the scatter between pairs of a busy machine, 2 %, with two timings that nearly agree, as the whole and its largest part do."""
+    """At the scatter between pairs of a busy machine, 2 %, with two timings that nearly agree, as the whole and its
+    largest part do.
+    """
     random = np.random.default_rng(2)
 
     def run(change: float) -> tuple[set[str], int]:
@@ -92,7 +108,10 @@ def test_a_change_of_the_margin_is_seen_in_nine_of_ten_runs_and_none_is_the_same
     slower = [run(MARGIN) for _ in range(300)]
     assert sum(SLOWER in words for words, _ in slower) >= 0.9 * len(slower)
     same = [run(0.0) for _ in range(300)]
-    assert sum(words == {SAME} for words, _ in same) >= 0.98 * len(same) and np.median([pairs for _, pairs in same]) == MIN_PAIRS
+    assert (
+        sum(words == {SAME} for words, _ in same) >= 0.98 * len(same)
+        and np.median([pairs for _, pairs in same]) == MIN_PAIRS
+    )
 
 
 def test_turns_cancel_what_both_sides_share() -> None:
@@ -106,7 +125,9 @@ def test_turns_cancel_what_both_sides_share() -> None:
     estimate = paired(base, new)
     assert estimate is not None and 1.03 < estimate.low < 1.05 < estimate.high < 1.07
     assert word(base, new) == SLOWER
-    apart = paired([side[:-1] for side in base], new)  # as many samples on both sides are turns; otherwise medians are compared
+    apart = paired(
+        [side[:-1] for side in base], new
+    )  # as many samples on both sides are turns; otherwise medians are compared
     assert apart is not None and math.log(apart.high / apart.low) > 3 * math.log(estimate.high / estimate.low)
 
 
@@ -137,7 +158,10 @@ def test_coverage_of_the_interval() -> None:
     assert 0.93 <= np.mean([estimate.low <= 1.1 <= estimate.high for estimate in estimates]) <= 0.97
 
 
-@pytest.mark.parametrize(("freedom", "share", "t"), [(1, 0.975, 12.7062), (2, 0.975, 4.3027), (5, 0.998, 5.0302), (9, 0.975, 2.2622), (30, 0.95, 1.6973)])
+@pytest.mark.parametrize(
+    ("freedom", "share", "t"),
+    [(1, 0.975, 12.7062), (2, 0.975, 4.3027), (5, 0.998, 5.0302), (9, 0.975, 2.2622), (30, 0.95, 1.6973)],
+)
 def test_student_against_a_table(freedom: int, share: float, t: float) -> None:
     """scipy's values."""
     assert student_t(share, freedom) == pytest.approx(t, abs=1e-4)
@@ -147,7 +171,10 @@ def test_student_against_a_table(freedom: int, share: float, t: float) -> None:
 def test_what_is_said_to_be_visible_is_seen_in_four_cases_of_five() -> None:
     random = np.random.default_rng(7)
     change = visible(0.03, PAIRS)
-    found = [judge({"x": from_logs(random.normal(math.log1p(change), 0.03, PAIRS))}, {"x": 0.01})["x"].word for _ in range(RUNS)]
+    found = [
+        judge({"x": from_logs(random.normal(math.log1p(change), 0.03, PAIRS))}, {"x": 0.01})["x"].word
+        for _ in range(RUNS)
+    ]
     assert 0.75 <= found.count(SLOWER) / RUNS <= 0.85
 
 
@@ -158,20 +185,27 @@ def test_bootstrap_is_that_of_the_definition() -> None:
     assert np.quantile(ours, [0.025, 0.5, 0.975]) == pytest.approx(np.quantile(plain, [0.025, 0.5, 0.975]), abs=0.05)
 
 
-@pytest.mark.parametrize(("base", "new"), [([1.0, 2, 3], [4.0, 5]), ([1.0, 1, 2], [1.0, 2, 2, 3]), ([5.0] * 3, [5.0] * 3), ([9.0, 8, 7, 6], [1.0, 2, 3, 4])])
+@pytest.mark.parametrize(
+    ("base", "new"),
+    [([1.0, 2, 3], [4.0, 5]), ([1.0, 1, 2], [1.0, 2, 2, 3]), ([5.0] * 3, [5.0] * 3), ([9.0, 8, 7, 6], [1.0, 2, 3, 4])],
+)
 def test_rank_sums_by_counting_every_choice(base: list[float], new: list[float]) -> None:
     both = np.array(base + new)
     ranks = np.array([(both < v).sum() + ((both == v).sum() + 1) / 2 for v in both])
     found = ranks[len(base) :].sum()
     sums = np.array([sum(choice) for choice in itertools.combinations(ranks, len(new))])
-    assert rank_sum(np.array(base), np.array(new)) == pytest.approx(min(1, 2 * min((sums <= found).mean(), (sums >= found).mean())))
+    assert rank_sum(np.array(base), np.array(new)) == pytest.approx(
+        min(1, 2 * min((sums <= found).mean(), (sums >= found).mean()))
+    )
 
 
 def test_many_ranks_are_taken_as_normal() -> None:
     random = np.random.default_rng(16)
     for shift in (0.0, 0.3):
         values = random.normal(shift, 1, 60)
-        assert rank_sum(values[:30], values[30:]) == pytest.approx(rank_sum(values[:31], values[30:]), rel=0.3, abs=0.05)
+        assert rank_sum(values[:30], values[30:]) == pytest.approx(
+            rank_sum(values[:31], values[30:]), rel=0.3, abs=0.05
+        )
 
 
 def test_slow_drift_cancels_when_runs_interleave() -> None:
@@ -203,7 +237,9 @@ def test_outliers_do_not_move_a_verdict() -> None:
     for side, process in ((base, 0), (new, 3), (new, 7)):
         side[process][2] *= 10
     assert word(base, new) == SAME
-    new[5] = [value * 10 for value in new[5]]  # a whole process stalled: that pair keeps it from being told, and raises no alarm
+    new[5] = [
+        value * 10 for value in new[5]
+    ]  # a whole process stalled: that pair keeps it from being told, and raises no alarm
     assert word(base, new) == AMBIGUOUS
 
 
@@ -254,7 +290,10 @@ def test_pairs_needed_settle_it() -> None:
             assert verdict.word == AMBIGUOUS
             assert verdict.needed is not None and verdict.needed > PAIRS
             needed.append(verdict.needed)
-    settled = [judge({"x": from_logs(random.normal(0, spread, int(np.median(needed))))}, {"x": MARGIN})["x"].word == SAME for _ in range(100)]
+    settled = [
+        judge({"x": from_logs(random.normal(0, spread, int(np.median(needed))))}, {"x": MARGIN})["x"].word == SAME
+        for _ in range(100)
+    ]
     assert sum(settled) > 80
 
 
@@ -295,8 +334,12 @@ def test_summary_against_numpy() -> None:
     pooled = np.concatenate([np.array(p) for p in processes])
     summary = summarise(processes)
     assert (summary.n, summary.processes) == (50, 5)
-    assert (summary.p50, summary.p90, summary.p99) == tuple(pytest.approx(np.percentile(pooled, q)) for q in (50, 90, 99))
-    assert summary.ci95 is not None and summary.ci95[0] <= np.median([np.median(p) for p in processes]) <= summary.ci95[1]
+    assert (summary.p50, summary.p90, summary.p99) == tuple(
+        pytest.approx(np.percentile(pooled, q)) for q in (50, 90, 99)
+    )
+    assert (
+        summary.ci95 is not None and summary.ci95[0] <= np.median([np.median(p) for p in processes]) <= summary.ci95[1]
+    )
 
 
 def test_what_a_run_can_see() -> None:

@@ -1,4 +1,6 @@
-"""Two measuring processes that take turns: who works when, what both measure, and when they run one after the other instead."""
+"""Two measuring processes that take turns: who works when, what both measure, and when they run one after the other
+instead.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,10 @@ def test_a_turn_ends_after_a_model_call_and_waiting_is_not_counted() -> None:
     pipe: Any = FakePipe(TimedEngine(FakeEngine(time, 7.0), readings), time)
     sampler = measure._Sampler(pipe, readings, Request("fake", steps=10))
     sampler.picture(keep=True)
-    assert sampler.samples["total_ms"] == [pytest.approx(5 + 3 + 2 + 70 + 4)] and sampler.samples["step_ms"] == [pytest.approx(7.0)] * 10
+    assert (
+        sampler.samples["total_ms"] == [pytest.approx(5 + 3 + 2 + 70 + 4)]
+        and sampler.samples["step_ms"] == [pytest.approx(7.0)] * 10
+    )
 
 
 def test_a_pair_of_real_processes(flat_bundle: Path) -> None:
@@ -96,13 +101,18 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return measured
 
 
-def test_two_that_memory_does_not_hold_run_one_after_the_other(alone: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_that_memory_does_not_hold_run_one_after_the_other(
+    alone: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     pairs = Pairs(lambda _: None)
     for pair, samples in (
         (0, {"total_ms": [1.0]}),
         (1, {"total_ms": [1.0], "load_ms": [2.0]}),
     ):  # the first two started one after the other, to see what they take
-        assert pairs(Request("old"), Request("new"), pair) == ({"turns": True, "samples": samples},) * 2 and pairs.alone is None
+        assert (
+            pairs(Request("old"), Request("new"), pair) == ({"turns": True, "samples": samples},) * 2
+            and pairs.alone is None
+        )
     monkeypatch.setattr(turns, "available_bytes", lambda: 4 * 10**9)
     assert pairs(Request("old"), Request("new"), 2) == ({"turns": False}, {"turns": False}) and alone == ["old", "new"]
     assert pairs.alone == "the two do not fit into memory beside each other: 6,600 MB needed, 4,000 MB available"
@@ -116,7 +126,11 @@ def test_an_older_sdrt_and_a_server_run_one_after_the_other(alone: list[str], mo
     pairs = Pairs(lambda _: None)
     pairs(Request("old", scenario="server"), Request("new", scenario="server"), 0)
     assert pairs.alone == "a server's requests do not wait for turns"
-    monkeypatch.setattr(turns, "_COMMAND", "import sys; sys.exit(\"ImportError: cannot import name 'take_turns' from 'sdrt.bench.measure'\")")
+    monkeypatch.setattr(
+        turns,
+        "_COMMAND",
+        "import sys; sys.exit(\"ImportError: cannot import name 'take_turns' from 'sdrt.bench.measure'\")",
+    )
     pairs = Pairs(lambda _: None)
     pairs(Request("old"), Request("new"), 0)
     assert pairs.alone == "the sdrt of --old-python cannot take turns yet" and alone == ["old", "new"] * 2

@@ -1,4 +1,6 @@
-"""The arithmetic of `benchmarks/peers/race.py` and `benchmarks/studies/cost.py` on made-up figures. No peer is installed or run."""
+"""The arithmetic of `benchmarks/peers/race.py` and `benchmarks/studies/cost.py` on made-up figures. No peer is
+installed or run.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,13 @@ def _path(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def figures(scale: float, text: float | None = 1.0) -> dict[str, Any]:
-    return {"step_ms": 10 * scale, "decode_ms": 20 * scale, "text_ms": text, "cold_ms": 500 * scale, "peak_rss_mb": 300.0}
+    return {
+        "step_ms": 10 * scale,
+        "decode_ms": 20 * scale,
+        "text_ms": text,
+        "cold_ms": 500 * scale,
+        "peak_rss_mb": 300.0,
+    }
 
 
 def made_report() -> dict[str, Any]:
@@ -33,12 +41,27 @@ def made_report() -> dict[str, Any]:
     settings = {"size": "emoji", "picture": (64, 64), "steps": 4, "cfg": 3.0, "threads": 2}
     pictures = {"ours": grey, "theirs": grey + np.uint8(1)}
     bases = {"ours": "ours", "theirs": "ours", "gone": "ours"}
-    return peer_report.report(settings, bases, samples, {}, pictures, {"ours": 300.0, "theirs": 900.0}, {"gone": "exit code 1: no wheel"}, "ours")
+    return peer_report.report(
+        settings,
+        bases,
+        samples,
+        {},
+        pictures,
+        {"ours": 300.0, "theirs": 900.0},
+        {"gone": "exit code 1: no wheel"},
+        "ours",
+    )
 
 
 def test_ratios_are_of_processes_of_one_round() -> None:
     row = made_report()["rows"]["theirs"]
-    assert row["measures"]["step_ms"] == {"median": 30.0, "ratio": pytest.approx(2), "low": pytest.approx(2), "high": pytest.approx(2), "pairs": 4}
+    assert row["measures"]["step_ms"] == {
+        "median": 30.0,
+        "ratio": pytest.approx(2),
+        "low": pytest.approx(2),
+        "high": pytest.approx(2),
+        "pairs": 4,
+    }
     assert row["measures"]["peak_rss_mb"]["ratio"] == 1
     assert row["measures"]["text_ms"]["median"] is None
     assert row["install_ratio"] == 3

@@ -1,4 +1,6 @@
-"""Byte-pair encoding against the `tokenizers` library on the same file, and files that are not the one that every build writes."""
+"""Byte-pair encoding against the `tokenizers` library on the same file, and files that are not the one that every build
+writes.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,9 @@ def library(written: Path) -> Any:
 
 
 def test_characters_of_all_planes(ours: Bpe, library: Any) -> None:
-    """In and around words, beside numbers and signs. Characters younger than Python's own Unicode are left out: they count as signs."""
+    """In and around words, beside numbers and signs. Characters younger than Python's own Unicode are left out: they
+    count as signs.
+    """
     assigned = [chr(code) for code in range(0x110000) if unicodedata.category(chr(code)) not in ("Cn", "Cs", "Co")]
     texts = [f"b{char}c!{char}1{char}'s{char}" for char in (*assigned[:0x600], *assigned[0x600::23])]
     expected = [found.ids for found in library.encode_batch(texts, add_special_tokens=False)]
@@ -42,7 +46,10 @@ def test_characters_of_all_planes(ours: Bpe, library: Any) -> None:
     assert len(texts) > 7_000
 
 
-@pytest.mark.parametrize("alphabet", ["a", "ab", "aeinorst", "0123", "!?-", "日本語", "😀\u200d👩", "e\u0301\u0323", "aA ", "<|endoftext|>", "'st"])
+@pytest.mark.parametrize(
+    "alphabet",
+    ["a", "ab", "aeinorst", "0123", "!?-", "日本語", "😀\u200d👩", "e\u0301\u0323", "aA ", "<|endoftext|>", "'st"],
+)
 def test_ten_thousand_characters(ours: Bpe, library: Any, alphabet: str) -> None:
     text = "".join(random.Random(alphabet).choices(alphabet, k=10_000))
     assert ours.encode(text) == library.encode(text, add_special_tokens=False).ids
@@ -60,12 +67,17 @@ def test_one_vocabulary_serves_a_process(ours: Bpe, written: Path) -> None:
         (lambda data: b"[" * 1_000_000, "not CLIP's tokenizer"),
         (lambda data: data[:-1], "not CLIP's tokenizer"),
         (lambda data: data + b"\n", "not CLIP's tokenizer"),
-        (lambda data: data.replace(b'"padding":null', b'"padding":{"strategy":{"Fixed":2147483648}}'), "not CLIP's tokenizer"),
+        (
+            lambda data: data.replace(b'"padding":null', b'"padding":{"strategy":{"Fixed":2147483648}}'),
+            "not CLIP's tokenizer",
+        ),
         (lambda data: data.replace(rb'"\\s+"', b'"(a*)*b"'), "not CLIP's tokenizer"),
         (lambda data: data + b" " * (1 << 20), "more than the limit of 2,097,152"),
     ],
 )
-def test_b11_any_other_file_is_refused_before_it_is_parsed(written: Path, tmp_path: Path, change: Any, found: str) -> None:
+def test_b11_any_other_file_is_refused_before_it_is_parsed(
+    written: Path, tmp_path: Path, change: Any, found: str
+) -> None:
     path = tmp_path / "tokenizer.json"
     path.write_bytes(change(written.read_bytes()))
     with pytest.raises(BundleError, match=found) as caught:

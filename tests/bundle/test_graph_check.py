@@ -46,7 +46,9 @@ def model() -> Any:
 
 
 def weight_at(**entries: str) -> Callable[[Any], Any]:
-    return lambda m: place(m.graph.initializer[0], **({"location": "weights.safetensors", "offset": "128", "length": "64"} | entries))
+    return lambda m: place(
+        m.graph.initializer[0], **({"location": "weights.safetensors", "offset": "128", "length": "64"} | entries)
+    )
 
 
 def branch(depth: int) -> Any:
@@ -63,7 +65,9 @@ def constant_elsewhere(m: Any) -> None:
 
 
 def function(m: Any) -> None:
-    m.functions.append(helper.make_function("f", "F", ["x"], ["x"], [helper.make_node("Identity", ["x"], ["x"])], m.opset_import))
+    m.functions.append(
+        helper.make_function("f", "F", ["x"], ["x"], [helper.make_node("Identity", ["x"], ["x"])], m.opset_import)
+    )
 
 
 def endless_loop(m: Any) -> None:
@@ -87,11 +91,23 @@ CHANGES: dict[str, tuple[Callable[[Any], Any], str]] = {
     "another way to write a number": (weight_at(offset="0x10"), "where a number of bytes"),
     "no length": (lambda m: place(m.graph.initializer[0], location="weights.safetensors", offset="0"), "said to be at"),
     "a length of its own": (weight_at(length="32"), "32 bytes for the shape"),
-    "a type that no weight has": (lambda m: setattr(m.graph.initializer[0], "data_type", TensorProto.STRING), "of type 8"),
+    "a type that no weight has": (
+        lambda m: setattr(m.graph.initializer[0], "data_type", TensorProto.STRING),
+        "of type 8",
+    ),
     "many axes": (lambda m: m.graph.initializer[0].dims.extend([2**62] * 100_000), "for the shape"),
-    "a place named twice": (lambda m: m.graph.initializer[0].external_data.add(key="location", value="/etc/passwd"), "twice"),
-    "numbers here and there": (lambda m: setattr(m.graph.initializer[0], "raw_data", b"x" * 64), "points to a file as well"),
-    "a place that is not meant": (lambda m: setattr(m.graph.initializer[0], "data_location", 0), "points to a file as well"),
+    "a place named twice": (
+        lambda m: m.graph.initializer[0].external_data.add(key="location", value="/etc/passwd"),
+        "twice",
+    ),
+    "numbers here and there": (
+        lambda m: setattr(m.graph.initializer[0], "raw_data", b"x" * 64),
+        "points to a file as well",
+    ),
+    "a place that is not meant": (
+        lambda m: setattr(m.graph.initializer[0], "data_location", 0),
+        "points to a file as well",
+    ),
     "an attribute's numbers elsewhere": (constant_elsewhere, "attribute that points"),
     "a node of another domain": (lambda m: setattr(m.graph.node[0], "domain", "com.microsoft"), "com.microsoft"),
     "operators of another domain": (lambda m: m.opset_import.append(helper.make_opsetid("x", 1)), "operators of 'x'"),
@@ -138,7 +154,11 @@ def test_b5_bytes_that_two_readers_would_read_differently(how: str, tmp_path: Pa
 def test_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, weights = tmp_path / "g.onnx", tmp_path / "weights.safetensors"
     path.write_bytes(model().SerializeToString())
-    for limit, value, said in (("MAX_NODES", 1, "more than 1 nodes"), ("_MAX_LISTED", 1, "more than 1 inputs"), ("MAX_GRAPH_BYTES", 50, "more than 50 bytes")):
+    for limit, value, said in (
+        ("MAX_NODES", 1, "more than 1 nodes"),
+        ("_MAX_LISTED", 1, "more than 1 inputs"),
+        ("MAX_GRAPH_BYTES", 50, "more than 50 bytes"),
+    ):
         with monkeypatch.context() as patch:
             patch.setattr(graph_check, limit, value)
             with pytest.raises(BundleError, match=said):
@@ -153,7 +173,11 @@ def test_every_way_of_cutting_or_changing_a_byte_ends_in_our_error_or_none(tmp_p
     path, weights, data = tmp_path / "g.onnx", tmp_path / "weights.safetensors", model().SerializeToString()
     refused = 0
     for at in range(len(data)):
-        for changed in (data[:at], data[:at] + bytes([data[at] ^ 0xFF]) + data[at + 1 :], data[:at] + b"\xff\xff\xff\xff" + data[at:]):
+        for changed in (
+            data[:at],
+            data[:at] + bytes([data[at] ^ 0xFF]) + data[at + 1 :],
+            data[:at] + b"\xff\xff\xff\xff" + data[at:],
+        ):
             path.write_bytes(changed)
             try:
                 check_graph(path, weights, SIZE_BYTES)
@@ -164,11 +188,18 @@ def test_every_way_of_cutting_or_changing_a_byte_ends_in_our_error_or_none(tmp_p
 
 def read_memory(m: Any) -> None:
     tensor = next(tensor for tensor in m.graph.initializer if tensor.external_data)
-    place(tensor, location="*/_ORT_MEM_ADDR_/*", offset="94000000000000", length=next(e.value for e in tensor.external_data if e.key == "length"))
+    place(
+        tensor,
+        location="*/_ORT_MEM_ADDR_/*",
+        offset="94000000000000",
+        length=next(e.value for e in tensor.external_data if e.key == "length"),
+    )
 
 
 def test_b5_no_engine_sees_such_a_graph(small_bundle: Path, tmp_path: Path) -> None:
-    """Through every door: generating on both CPU engines (one compiled on loading), verifying, compiling for each target."""
+    """Through every door: generating on both CPU engines (one compiled on loading), verifying, compiling for each
+    target.
+    """
     hostile = with_graph(small_bundle, tmp_path / "hostile.sdrt", read_memory)
     run = CliRunner()
     compiled = tmp_path / "compiled.sdrt"
@@ -177,7 +208,9 @@ def test_b5_no_engine_sees_such_a_graph(small_bundle: Path, tmp_path: Path) -> N
     folder, record = list_engines(open_bundle(compiled))[0]
     opened = open_bundle(hostile)
     graphs = {graph: opened.manifest.files[by["fp32"].path].sha256 for graph, by in opened.manifest.graphs.items()}
-    key = replace(record.key, compiler="2026.4.0", graphs=graphs, weights=opened.manifest.files[WEIGHTS].sha256)  # an older version's: compiled again
+    key = replace(
+        record.key, compiler="2026.4.0", graphs=graphs, weights=opened.manifest.files[WEIGHTS].sha256
+    )  # an older version's: compiled again
     write_engine(opened, replace(record, key=key), {graph: read_plan(folder, record, graph) for graph in record.plans})
     for command in (
         ["generate", str(hostile), "x", "--backend", "onnxruntime", "--output", str(tmp_path / "x.png")],
@@ -205,10 +238,15 @@ def take_other_inputs(m: Any) -> None:
 
 
 @pytest.mark.parametrize("change", [fail_to_run, take_other_inputs])
-def test_a_graph_that_cannot_run_ends_alike_everywhere(change: Any, small_bundle: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_graph_that_cannot_run_ends_alike_everywhere(
+    change: Any, small_bundle: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     """Not as a bug of ours, and told in our words alone."""
     broken = str(with_graph(small_bundle, tmp_path / "broken.sdrt", change))
-    for command in (["generate", broken, "x", "--backend", "onnxruntime", "--output", str(tmp_path / "x.png")], ["verify", broken]):
+    for command in (
+        ["generate", broken, "x", "--backend", "onnxruntime", "--output", str(tmp_path / "x.png")],
+        ["verify", broken],
+    ):
         done = CliRunner().invoke(app, command)
         assert done.exit_code == 5 and "ONNX Runtime" in done.stderr, (command, done.stderr)
     assert capfd.readouterr() == ("", "")

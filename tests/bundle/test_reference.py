@@ -60,18 +60,29 @@ BAD: list[tuple[Callable[[bytes, Arrays], bytes], str]] = [
     (lambda data, arrays: members(**{"in.latents": header("(" * 3000)}), "cannot be read as arrays"),
     (lambda data, arrays: members(**{"in.latents": bytes(300 << 20)}), "more than the limit of 268,435,456"),
     (lambda data, arrays: members(), "inputs : expected latents, rounding"),
-    (lambda data, arrays: archive({name: array for name, array in arrays.items() if name != "in.rounding"}), "inputs latents: expected latents, rounding"),
-    (lambda data, arrays: archive({name: array for name, array in arrays.items() if name != "out.finite"}), "outputs pixels: expected finite, pixels"),
+    (
+        lambda data, arrays: archive({name: array for name, array in arrays.items() if name != "in.rounding"}),
+        "inputs latents: expected latents, rounding",
+    ),
+    (
+        lambda data, arrays: archive({name: array for name, array in arrays.items() if name != "out.finite"}),
+        "outputs pixels: expected finite, pixels",
+    ),
     (lambda data, arrays: archive(arrays | {"in.other": np.zeros(3)}), "inputs latents, other, rounding"),
     (lambda data, arrays: archive(arrays | {"in.latents": np.zeros((1, 4, 8), np.float32)}), "vae_decoder"),
     (lambda data, arrays: archive(arrays | {"in.latents": np.zeros((1, 4, 8, 8), np.complex64)}), "vae_decoder"),
-    (lambda data, arrays: archive(arrays | {"out.pixels": np.zeros((0,), np.uint8)}), "differs from the reference by inf"),
+    (
+        lambda data, arrays: archive(arrays | {"out.pixels": np.zeros((0,), np.uint8)}),
+        "differs from the reference by inf",
+    ),
     (lambda data, arrays: archive(arrays | {"out.pixels": np.array(["text"])}), "differs from the reference by inf"),
 ]
 
 
 @pytest.mark.parametrize(("change", "message"), BAD, ids=[message[:30] for _, message in BAD])
-def test_malformed_references(small_bundle: Path, tmp_path: Path, change: Callable[[bytes, Arrays], bytes], message: str) -> None:
+def test_malformed_references(
+    small_bundle: Path, tmp_path: Path, change: Callable[[bytes, Arrays], bytes], message: str
+) -> None:
     """In a bundle whose manifest agrees: `verify` says no in words, and takes no memory for what a header claims."""
     copy = tmp_path / "copy.sdrt"
     shutil.copytree(small_bundle, copy)

@@ -34,9 +34,13 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @pytest.fixture
 def bundle(flat_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bundle:
-    """A copy of a bundle whose weights look a minute old: the clock is ahead, since nothing can set a file's change time."""
+    """A copy of a bundle whose weights look a minute old: the clock is ahead, since nothing can set a file's change
+    time.
+    """
     monkeypatch.setenv("SDRT_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setenv("HOME", str(tmp_path))  # so that the copy lies on the file system of the home folder, wherever temporary files are
+    monkeypatch.setenv(
+        "HOME", str(tmp_path)
+    )  # so that the copy lies on the file system of the home folder, wherever temporary files are
     copy = tmp_path / "copy.sdrt"
     shutil.copytree(flat_bundle, copy)
     now = time.time_ns
@@ -79,7 +83,9 @@ def test_another_file_in_its_place_is_read(bundle: Bundle, reads: list[str]) -> 
         check_file(bundle, WEIGHTS)
 
 
-def test_what_has_just_changed_is_not_remembered(bundle: Bundle, reads: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_has_just_changed_is_not_remembered(
+    bundle: Bundle, reads: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     newest = max(bundle.file(WEIGHTS).stat().st_mtime_ns, bundle.file(WEIGHTS).stat().st_ctime_ns)
     for clock in (newest + 1_999_000_000, newest - 5_000_000_000):  # a moment ago, and a clock that went back
         monkeypatch.setattr(checked.time, "time_ns", lambda clock=clock: clock)
@@ -121,7 +127,9 @@ def test_another_disk_is_read_at_every_start(bundle: Bundle, reads: list[str]) -
     assert reads == [WEIGHTS] * 2
 
 
-def test_nothing_is_remembered_beyond_a_start_of_the_system(bundle: Bundle, reads: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_nothing_is_remembered_beyond_a_start_of_the_system(
+    bundle: Bundle, reads: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     check_file(bundle, WEIGHTS)
     boot = tmp_path / "boot_id"
     boot.write_text("another\n")
@@ -157,7 +165,9 @@ def test_a_file_that_is_gone(bundle: Bundle) -> None:
         check_file(bundle, WEIGHTS)
 
 
-def test_a_damaged_or_unwritable_memory_only_costs_time(bundle: Bundle, reads: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_damaged_or_unwritable_memory_only_costs_time(
+    bundle: Bundle, reads: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     check_file(bundle, WEIGHTS)
     (entry,) = (tmp_path / "cache" / "checked").iterdir()
     entry.write_bytes(b"\xff\x00")

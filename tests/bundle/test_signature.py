@@ -13,7 +13,13 @@ from pathlib import Path
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
-from cryptography.hazmat.primitives.serialization import BestAvailableEncryption, Encoding, NoEncryption, PrivateFormat, PublicFormat
+from cryptography.hazmat.primitives.serialization import (
+    BestAvailableEncryption,
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    PublicFormat,
+)
 from typer.testing import CliRunner
 
 from sdrt.bundle.folder import check_files, open_bundle
@@ -78,7 +84,19 @@ def test_round_trip(bundle: Path, keys: tuple[Path, Path]) -> None:
 def test_openssl_agrees(bundle: Path, keys: tuple[Path, Path], tmp_path: Path) -> None:
     path, _ = sign(bundle, keys[0])
     (tmp_path / "raw").write_bytes(base64.b64decode(json.loads(path.read_text())["signatures"]["manifest.json"]))
-    command = ["openssl", "pkeyutl", "-verify", "-pubin", "-inkey", keys[1], "-rawin", "-in", bundle / "manifest.json", "-sigfile", tmp_path / "raw"]
+    command = [
+        "openssl",
+        "pkeyutl",
+        "-verify",
+        "-pubin",
+        "-inkey",
+        keys[1],
+        "-rawin",
+        "-in",
+        bundle / "manifest.json",
+        "-sigfile",
+        tmp_path / "raw",
+    ]
     assert subprocess.run(command, capture_output=True, check=False).returncode == 0
     (bundle / "manifest.json").write_bytes((bundle / "manifest.json").read_bytes() + b"\n")
     assert subprocess.run(command, capture_output=True, check=False).returncode == 1
@@ -119,7 +137,9 @@ def test_b7_signature_by_another_key(bundle: Path, keys: tuple[Path, Path], tmp_
     _, other = write_keys(tmp_path, 2)
     refused(CheckFailed, "signed with the key", lambda: check_signature(bundle, other))
     document = json.loads(signature_path(bundle).read_text())
-    document["key"] = hashlib.sha256(ed25519.Ed25519PrivateKey.from_private_bytes(b"\2" * 32).public_key().public_bytes_raw()).hexdigest()
+    document["key"] = hashlib.sha256(
+        ed25519.Ed25519PrivateKey.from_private_bytes(b"\2" * 32).public_key().public_bytes_raw()
+    ).hexdigest()
     signature_path(bundle).write_text(json.dumps(document))
     refused(CheckFailed, "does not fit", lambda: check_signature(bundle, other))
 
@@ -130,10 +150,20 @@ def test_b7_signature_removed(bundle: Path, keys: tuple[Path, Path]) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "x", "[]", "{}", '{"format": 2, "algorithm": "ed25519", "key": "", "signatures": {}}', '{"format": 1, "algorithm": "rsa", "key": "", "signatures": {}}',
-     '{"format": 1, "algorithm": "ed25519", "key": 1, "signatures": {}}', '{"format": 1, "algorithm": "ed25519", "key": "", "signatures": {"manifest.json": "AAAA"}}',
-     '{"format": 1, "algorithm": "ed25519", "key": "", "signatures": {"manifest.json": "\u00e9"}}', '{"format": 1, "algorithm": "ed25519", "key": "", "signatures": []}', "[" * 100_000],
-)  # fmt: skip
+    [
+        "",
+        "x",
+        "[]",
+        "{}",
+        '{"format": 2, "algorithm": "ed25519", "key": "", "signatures": {}}',
+        '{"format": 1, "algorithm": "rsa", "key": "", "signatures": {}}',
+        '{"format": 1, "algorithm": "ed25519", "key": 1, "signatures": {}}',
+        '{"format": 1, "algorithm": "ed25519", "key": "", "signatures": {"manifest.json": "AAAA"}}',
+        '{"format": 1, "algorithm": "ed25519", "key": "", "signatures": {"manifest.json": "\u00e9"}}',
+        '{"format": 1, "algorithm": "ed25519", "key": "", "signatures": []}',
+        "[" * 100_000,
+    ],
+)
 def test_malformed_signatures(bundle: Path, keys: tuple[Path, Path], text: str) -> None:
     signature_path(bundle).write_text(text, encoding="utf-8")
     refused(CheckFailed, "not a signature", lambda: check_signature(bundle, keys[1]))
@@ -176,7 +206,9 @@ def test_an_existing_signature_needs_force(bundle: Path, keys: tuple[Path, Path]
 
 
 def other_kind(path: Path) -> None:
-    path.write_bytes(ec.generate_private_key(ec.SECP256R1()).private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    path.write_bytes(
+        ec.generate_private_key(ec.SECP256R1()).private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    )
 
 
 def encrypted(path: Path) -> None:
@@ -200,7 +232,10 @@ BAD_KEYS: dict[str, tuple[Callable[[Path], object], str]] = {
 @pytest.mark.parametrize(("make", "fragment"), BAD_KEYS.values(), ids=BAD_KEYS.keys())
 def test_bad_keys(bundle: Path, tmp_path: Path, make: Callable[[Path], object], fragment: str) -> None:
     make(tmp_path / "key.pem")
-    assert str(tmp_path / "key.pem") in refused(InputFileError, fragment, lambda: sign(bundle, tmp_path / "key.pem")).message
+    assert (
+        str(tmp_path / "key.pem")
+        in refused(InputFileError, fragment, lambda: sign(bundle, tmp_path / "key.pem")).message
+    )
 
 
 def test_keys_in_each_others_place(bundle: Path, keys: tuple[Path, Path]) -> None:

@@ -167,12 +167,26 @@ def quick(flat_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_build_prints_one_json_object(here: Path, quick: None) -> None:
     output = here / "styled.sdrt"
-    result = run("build", "--checkpoint", CHECKPOINT, "--lora", f"{LORA}:0.5:0.25", "--size", "128x64", "--output", output, "--json")
+    result = run(
+        "build",
+        "--checkpoint",
+        CHECKPOINT,
+        "--lora",
+        f"{LORA}:0.5:0.25",
+        "--size",
+        "128x64",
+        "--output",
+        output,
+        "--json",
+    )
     report = only_json(result)
     assert report["bundle"] == str(output)
     assert report["cached_traces"] == list(GRAPHS)
     assert report["size_bytes"] == sum(record.size_bytes for record in open_bundle(output).manifest.files.values())
-    assert [(s["name"], s["scale"], s["te_scale"]) for s in report["sources"]] == [("emoji.safetensors", None, None), ("blindbox.safetensors", 0.5, 0.25)]
+    assert [(s["name"], s["scale"], s["te_scale"]) for s in report["sources"]] == [
+        ("emoji.safetensors", None, None),
+        ("blindbox.safetensors", 0.5, 0.25),
+    ]
     assert report["errors"].keys() == set(GRAPHS)
     assert "write" in report["stages_s"]
     for stage in ("read", "fuse", "check step", "write"):
@@ -184,7 +198,11 @@ def test_build_in_words(here: Path, quick: None) -> None:
     result = run("build", "--checkpoint", CHECKPOINT, "--lora", LORA)
     assert result.exit_code == 0, result.stderr
     first, last = result.stdout.splitlines()
-    assert re.fullmatch(r"blindbox\.safetensors at 1:1 .*12 modules of the text_encoder .*[\d.]+%.* 236 modules of the unet .*[\d.]+%.*", first)
+    assert re.fullmatch(
+        r"blindbox\.safetensors at 1:1 .*12 modules of the text_encoder .*[\d.]+%.* 236 modules of the unet"
+        r" .*[\d.]+%.*",
+        first,
+    )
     assert last.startswith(f"built {here / 'emoji+blindbox.sdrt'} (")
     assert 'next: sdrt generate emoji+blindbox.sdrt "your prompt"' in result.stderr
     assert names_in(here) == ["emoji+blindbox.sdrt"]
@@ -235,7 +253,9 @@ def test_inspect_a_bundle(small_bundle: Path) -> None:
 def test_inspect_shows_control_characters_escaped(tmp_path: Path) -> None:
     from conftest import RawTensor, write_raw
 
-    path = write_raw(tmp_path / "x.safetensors", {"a": RawTensor("F32", (1,), bytes(4))}, {"title\x1b[31m": "\x1b]0;owned\x07"})
+    path = write_raw(
+        tmp_path / "x.safetensors", {"a": RawTensor("F32", (1,), bytes(4))}, {"title\x1b[31m": "\x1b]0;owned\x07"}
+    )
     result = run("inspect", path)
     assert result.exit_code == 0
     assert "\x1b" not in result.stdout
@@ -246,7 +266,21 @@ def test_inspect_shows_control_characters_escaped(tmp_path: Path) -> None:
 
 
 def test_generate(shared: Path, here: Path, loaded: Pipeline) -> None:
-    result = run("generate", shared, "red apple", "--negative", "blue", "--steps", 3, "--cfg", 3, "--seed", 7, "--output", "apple.png")
+    result = run(
+        "generate",
+        shared,
+        "red apple",
+        "--negative",
+        "blue",
+        "--steps",
+        3,
+        "--cfg",
+        3,
+        "--seed",
+        7,
+        "--output",
+        "apple.png",
+    )
     assert result.exit_code == 0, result.stderr
     assert result.stdout == "apple.png  seed 7\n"
     assert re.fullmatch(r"[\d.]+ s on onnxruntime\n", result.stderr)
@@ -256,15 +290,43 @@ def test_generate(shared: Path, here: Path, loaded: Pipeline) -> None:
         assert image.mode == "RGB"
         assert np.array_equal(np.asarray(image), expected)
         parameters = json.loads(image.info["sdrt"])
-    assert {key: parameters[key] for key in ("prompt", "negative", "steps", "cfg", "seed", "sampler", "size", "bundle", "sdrt")} == {
-        "prompt": "red apple", "negative": "blue", "steps": 3, "cfg": 3.0, "seed": 7, "sampler": "euler", "size": [64, 64], "bundle": "small", "sdrt": __version__,
-    }  # fmt: skip
+    assert {
+        key: parameters[key]
+        for key in ("prompt", "negative", "steps", "cfg", "seed", "sampler", "size", "bundle", "sdrt")
+    } == {
+        "prompt": "red apple",
+        "negative": "blue",
+        "steps": 3,
+        "cfg": 3.0,
+        "seed": 7,
+        "sampler": "euler",
+        "size": [64, 64],
+        "bundle": "small",
+        "sdrt": __version__,
+    }
     assert parameters["engine"]["backend"] == "onnxruntime"
 
 
 def test_generate_several(shared: Path, here: Path, loaded: Pipeline) -> None:
     report = only_json(
-        run("generate", shared, "röd äpple 🍎", "--steps", 2, "--seed", 40, "--count", 3, "--batch", 2, "--size", "72x64", "-o", "fruit.png", "--json")
+        run(
+            "generate",
+            shared,
+            "röd äpple 🍎",
+            "--steps",
+            2,
+            "--seed",
+            40,
+            "--count",
+            3,
+            "--batch",
+            2,
+            "--size",
+            "72x64",
+            "-o",
+            "fruit.png",
+            "--json",
+        )
     )
     assert report["pictures"] == [{"path": f"fruit-{seed}.png", "seed": seed} for seed in (40, 41, 42)]
     assert names_in(here) == ["fruit-40.png", "fruit-41.png", "fruit-42.png"]
@@ -280,21 +342,52 @@ def test_generate_several(shared: Path, here: Path, loaded: Pipeline) -> None:
 
 
 def test_generate_makes_folders_and_takes_them_back(shared: Path, here: Path) -> None:
-    assert run("generate", shared, "apple", "--steps", 1, "--output", "a/b/x.png", "--contact-sheet", "c/s.png", "--preview", "d/e").exit_code == 0
-    assert (names_in(here), names_in(here / "a/b"), names_in(here / "c"), names_in(here / "d/e")[0][-8:]) == (["a", "c", "d"], ["x.png"], ["s.png"], "-001.png")
+    assert (
+        run(
+            "generate",
+            shared,
+            "apple",
+            "--steps",
+            1,
+            "--output",
+            "a/b/x.png",
+            "--contact-sheet",
+            "c/s.png",
+            "--preview",
+            "d/e",
+        ).exit_code
+        == 0
+    )
+    assert (names_in(here), names_in(here / "a/b"), names_in(here / "c"), names_in(here / "d/e")[0][-8:]) == (
+        ["a", "c", "d"],
+        ["x.png"],
+        ["s.png"],
+        "-001.png",
+    )
     failed(run("generate", shared, "(apple:9999)", "--output", "f/g/x.png"), 2, "weight")
-    failed(run("generate", shared, "apple", "--output", "a/b/x.png/y.png"), 2, "--output a/b/x.png: ", "x.png is no folder")
+    failed(
+        run("generate", shared, "apple", "--output", "a/b/x.png/y.png"), 2, "--output a/b/x.png: ", "x.png is no folder"
+    )
     assert names_in(here) == ["a", "c", "d"]
 
 
 def test_generate_counts_up_and_says_what_it_replaced(shared: Path, here: Path) -> None:
-    """Names that nobody chose replace nothing, whoever made what is there; a name that was chosen replaces a picture of ours and says so."""
+    """Names that nobody chose replace nothing, whoever made what is there; a name that was chosen replaces a picture of
+    ours and says so.
+    """
     for prompt in ("teddy", "panda", "panda"):
         assert run("generate", shared, prompt, "--steps", 1, "--seed", 1).exit_code == 0
     (here / "small-2.png").write_text("mine")
     report = only_json(run("generate", shared, "fox", "--steps", 1, "--seed", 1, "--count", 2, "--json"))
     assert [picture["path"] for picture in report["pictures"]] == ["small-1-4.png", "small-2-2.png"]
-    assert names_in(here) == ["small-1-2.png", "small-1-3.png", "small-1-4.png", "small-1.png", "small-2-2.png", "small-2.png"]
+    assert names_in(here) == [
+        "small-1-2.png",
+        "small-1-3.png",
+        "small-1-4.png",
+        "small-1.png",
+        "small-2-2.png",
+        "small-2.png",
+    ]
     with Image.open("small-1.png") as first, Image.open("small-1-2.png") as second:
         assert [json.loads(image.info["sdrt"])["prompt"] for image in (first, second)] == ["teddy", "panda"]
     again = run("generate", shared, "fox", "--steps", 1, "--output", "small-1.png")
@@ -305,7 +398,11 @@ def test_counting_up_survives_a_race(tmp_path: Path, monkeypatch: pytest.MonkeyP
     """Another process takes the name between the look and the rename."""
     (tmp_path / "x.png").write_bytes(b"theirs")
     monkeypatch.setattr("os.path.lexists", lambda path: False)
-    monkeypatch.setattr(publish, "_renameat2", lambda old, new, flags: errno.EEXIST if os.access(new, os.F_OK) else old.rename(new) and 0)
+    monkeypatch.setattr(
+        publish,
+        "_renameat2",
+        lambda old, new, flags: errno.EEXIST if os.access(new, os.F_OK) else old.rename(new) and 0,
+    )
     assert save_new_picture(tmp_path / "x.png", b"ours") == tmp_path / "x-2.png"
     assert (tmp_path / "x.png").read_bytes() == b"theirs" and names_in(tmp_path) == ["x-2.png", "x.png"]
 
@@ -322,9 +419,15 @@ def test_generate_as_jpeg_and_webp(shared: Path, here: Path) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [["--output", "{bundle}/x.png"], ["--output", "{bundle}/engines/a/b/x.png"], ["--contact-sheet", "link/s.png"], ["--preview", "{bundle}/p"], ["--preview", "{bundle}"]],
+    [
+        ["--output", "{bundle}/x.png"],
+        ["--output", "{bundle}/engines/a/b/x.png"],
+        ["--contact-sheet", "link/s.png"],
+        ["--preview", "{bundle}/p"],
+        ["--preview", "{bundle}"],
+    ],
     ids=lambda options: " ".join(options),
-)  # fmt: skip
+)
 def test_generate_writes_into_no_bundle(shared: Path, here: Path, options: list[str]) -> None:
     (here / "link").symlink_to(shared)
     before = sorted(shared.rglob("*"))
@@ -339,8 +442,16 @@ def test_generate_writes_into_no_bundle(shared: Path, here: Path, options: list[
 
 def test_nothing_else_writes_into_a_bundle(shared: Path, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = sorted(shared.rglob("*"))
-    failed(run("build", "--checkpoint", CHECKPOINT, "--output", shared / "new" / "x.sdrt"), 2, "would write into the bundle")
-    failed(run("sign", shared, "--key", "none.pem", "--output", shared / "graphs" / "x.sig"), 2, "would write into the bundle")
+    failed(
+        run("build", "--checkpoint", CHECKPOINT, "--output", shared / "new" / "x.sdrt"),
+        2,
+        "would write into the bundle",
+    )
+    failed(
+        run("sign", shared, "--key", "none.pem", "--output", shared / "graphs" / "x.sig"),
+        2,
+        "would write into the bundle",
+    )
     failed(run("bench", "run", shared, "--output", shared / "x.json"), 2, "would write into the bundle")
     failed(run("bench", "run", shared, "--history", shared / "runs"), 2, "would write into the bundle")
     failed(run("bench", "run", shared, "--emit", f"csv={shared / 'x.csv'}"), 2, "would write into the bundle")
@@ -360,7 +471,10 @@ def test_a_picture_is_named_after_the_folder(shared: Path, here: Path, monkeypat
 
 
 def test_generate_draws_and_reports_a_seed(shared: Path, here: Path) -> None:
-    seeds = {only_json(run("generate", shared, "apple", "--steps", 1, "--json", *asked))["pictures"][0]["seed"] for asked in ((), (), ("--seed", -1))}
+    seeds = {
+        only_json(run("generate", shared, "apple", "--steps", 1, "--json", *asked))["pictures"][0]["seed"]
+        for asked in ((), (), ("--seed", -1))
+    }
     assert len(seeds) == 3 and min(seeds) >= 0
     assert names_in(here) == sorted(f"small-{seed}.png" for seed in seeds)
 
@@ -388,7 +502,9 @@ def test_generate_replaces_its_own_pictures_only(shared: Path, here: Path) -> No
 
 def test_generate_checks_every_name_before_it_starts(shared: Path, here: Path) -> None:
     Path("x-42.png").write_text("mine")
-    failed(run("generate", shared, "apple", "--steps", 1, "--seed", 41, "--count", 2, "--output", "x.png"), 2, "x-42.png")
+    failed(
+        run("generate", shared, "apple", "--steps", 1, "--seed", 41, "--count", 2, "--output", "x.png"), 2, "x-42.png"
+    )
     assert names_in(here) == ["x-42.png"]
 
 
@@ -426,8 +542,14 @@ def test_generate_checks_every_name_before_it_starts(shared: Path, here: Path) -
         (["--count", "100000000"], ["count 100000000"]),  # before that many names are made
         (["--network-tags", "drop"], ["network tags 'drop'", "refuse, ignore"]),
         (["--output", "x.gif"], ["x.gif", ".png or .jpg or .jpeg or .webp"]),
-        (["--output", "x.png", "--contact-sheet", "../here/x.png"], ["--contact-sheet ../here/x.png", "another name than --output"]),
-        (["--output", "new/x-7.png", "--contact-sheet", "./new/x-7.png", "--seed", "7"], ["--contact-sheet new/x-7.png"]),
+        (
+            ["--output", "x.png", "--contact-sheet", "../here/x.png"],
+            ["--contact-sheet ../here/x.png", "another name than --output"],
+        ),
+        (
+            ["--output", "new/x-7.png", "--contact-sheet", "./new/x-7.png", "--seed", "7"],
+            ["--contact-sheet new/x-7.png"],
+        ),
         (["--output", "x" * 300 + ".png"], ["File name too long"]),
     ],
     ids=lambda value: " ".join(value)[:40],
@@ -448,7 +570,9 @@ def test_generate_with_bad_options(shared: Path, here: Path, options: list[str],
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_generate_on_a_bad_engine(small_bundle: Path, here: Path, options: list[str], code: int, fragments: list[str]) -> None:
+def test_generate_on_a_bad_engine(
+    small_bundle: Path, here: Path, options: list[str], code: int, fragments: list[str]
+) -> None:
     failed(run("generate", small_bundle, "apple", *options), code, *fragments)
     assert not names_in(here)
 
@@ -493,7 +617,12 @@ def test_a_command_line_that_cannot_be_read_is_json_too(args: list[str], fragmen
 
 def test_missing_checkpoint(here: Path) -> None:
     Path("emoji-v1.safetensors").touch()
-    stderr = failed(run("build", "--checkpoint", "emoji-v2.safetensors"), 3, "emoji-v2.safetensors: cannot open", "did you mean 'emoji-v1.safetensors'?")
+    stderr = failed(
+        run("build", "--checkpoint", "emoji-v2.safetensors"),
+        3,
+        "emoji-v2.safetensors: cannot open",
+        "did you mean 'emoji-v1.safetensors'?",
+    )
     assert stderr.splitlines()[-1] == "  fix: Check the path."
     assert names_in(here) == ["emoji-v1.safetensors"]
 
@@ -537,7 +666,9 @@ def test_errors_with_and_without_json(here: Path, args: list[object], code: int,
 def test_h3_l12_a_pickle_with_code_in_it_is_refused_wherever_it_is_given(here: Path, option: str) -> None:
     Path("evil.pt").write_bytes(b"\x80\x02cposix\nsystem\nX\x0c\x00\x00\x00touch canary\x85R.")
     others = [] if option == "--checkpoint" else ["--checkpoint", CHECKPOINT]
-    stderr = failed(run("build", *others, option, "evil.pt"), 4, "evil.pt", "the name posix.system", "nothing of it was run")
+    stderr = failed(
+        run("build", *others, option, "evil.pt"), 4, "evil.pt", "the name posix.system", "nothing of it was run"
+    )
     assert "weights_only" not in stderr
     failed(run("inspect", "evil.pt"), 4, "posix.system")
     assert names_in(here) == ["evil.pt"]
@@ -564,13 +695,23 @@ def test_debug_shows_the_traceback(here: Path) -> None:
         (OSError(11, "Resource temporarily unavailable"), 6, ["Resource temporarily unavailable"]),
         (OSError(9, "Bad file descriptor"), 70, ["bug in sdrt"]),
         (KeyboardInterrupt(), 130, ["interrupted"]),
-        (ModuleNotFoundError("No module named 'onnx'", name="onnx"), 5, ["onnx is not installed", "pip install 'torch>=2.10' 'onnx>=1.21'"]),
-        (ModuleNotFoundError("No module named 'onnxruntime.x'", name="onnxruntime.x"), 5, ["onnxruntime is not installed", "pip install 'onnxruntime>="]),
+        (
+            ModuleNotFoundError("No module named 'onnx'", name="onnx"),
+            5,
+            ["onnx is not installed", "pip install 'torch>=2.10' 'onnx>=1.21'"],
+        ),
+        (
+            ModuleNotFoundError("No module named 'onnxruntime.x'", name="onnxruntime.x"),
+            5,
+            ["onnxruntime is not installed", "pip install 'onnxruntime>="],
+        ),
         (ModuleNotFoundError("No module named 'other'", name="other"), 70, ["other", "bug in sdrt"]),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",
 )
-def test_exceptions_become_exit_codes(monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int, fragments: list[str]) -> None:
+def test_exceptions_become_exit_codes(
+    monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int, fragments: list[str]
+) -> None:
     def raises(*_: object) -> None:
         raise error
 
@@ -581,17 +722,34 @@ def test_exceptions_become_exit_codes(monkeypatch: pytest.MonkeyPatch, error: Ba
 # As a process of its own
 
 
-def process(*args: object, cwd: Path, env: Mapping[str, str] | None = None, code: str = "") -> subprocess.CompletedProcess[str]:
+def process(
+    *args: object, cwd: Path, env: Mapping[str, str] | None = None, code: str = ""
+) -> subprocess.CompletedProcess[str]:
     """The installed script, or the command line after some Python `code`."""
-    command: Sequence[object] = [sys.executable, "-c", f"{code}\nfrom sdrt.cli.app import app\napp()", *args] if code else [SCRIPT, *args]
+    command: Sequence[object] = (
+        [sys.executable, "-c", f"{code}\nfrom sdrt.cli.app import app\napp()", *args] if code else [SCRIPT, *args]
+    )
     environment = {key: value for key, value in os.environ.items() if key != "NO_COLOR"} | dict(env or {})
     return subprocess.run(
-        [str(part) for part in command], cwd=cwd, env=environment, capture_output=True, text=True, encoding="utf-8", errors="surrogateescape", check=False
+        [str(part) for part in command],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        errors="surrogateescape",
+        check=False,
     )
 
 
 def test_script_in_plain_and_poor_terminals(here: Path) -> None:
-    for env in ({"NO_COLOR": "1"}, {"COLUMNS": "20"}, {"LANG": "C", "LC_ALL": "C"}, {"LC_ALL": "POSIX", "PYTHONIOENCODING": "ascii"}, {"TERM": "dumb"}):
+    for env in (
+        {"NO_COLOR": "1"},
+        {"COLUMNS": "20"},
+        {"LANG": "C", "LC_ALL": "C"},
+        {"LC_ALL": "POSIX", "PYTHONIOENCODING": "ascii"},
+        {"TERM": "dumb"},
+    ):
         done = process("build", "--help", cwd=here, env=env)
         assert (done.returncode, done.stderr) == (0, ""), env
         assert "--checkpoint" in re.sub(r"\s|│|\|", "", done.stdout), env
@@ -599,7 +757,9 @@ def test_script_in_plain_and_poor_terminals(here: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "env", [{"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}], ids=["ascii", "C without UTF-8"]
+    "env",
+    [{"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}],
+    ids=["ascii", "C without UTF-8"],
 )
 def test_names_that_the_terminal_cannot_show(here: Path, small_bundle: Path, env: dict[str, str]) -> None:
     (here / "äpfel").mkdir()
@@ -612,7 +772,10 @@ def test_names_that_the_terminal_cannot_show(here: Path, small_bundle: Path, env
 
 
 def test_names_that_are_not_unicode(here: Path, small_bundle: Path) -> None:
-    names = [os.fsdecode(byte + suffix) for byte, suffix in ((b"\xfd", b".png"), (b"\xfe", b".safetensors"), (b"\xff", b".safetensors"))]
+    names = [
+        os.fsdecode(byte + suffix)
+        for byte, suffix in ((b"\xfd", b".png"), (b"\xfe", b".safetensors"), (b"\xff", b".safetensors"))
+    ]
     (here / names[1]).write_bytes(LORA.read_bytes())
     assert process("generate", small_bundle, "apple", "--steps", "1", "--output", names[0], cwd=here).returncode == 0
     assert "kind: a LoRA" in process("inspect", names[1], cwd=here).stdout
@@ -624,28 +787,50 @@ def test_error_of_the_script(here: Path) -> None:
     done = process("generate", "none.sdrt", "apple", cwd=here)
     assert done.returncode == 3
     assert done.stdout == ""
-    assert done.stderr == f"error: {here}/none.sdrt: no such bundle\n  fix: Make one with: sdrt build --checkpoint FILE\n"
+    assert (
+        done.stderr == f"error: {here}/none.sdrt: no such bundle\n  fix: Make one with: sdrt build --checkpoint FILE\n"
+    )
 
 
 @pytest.mark.parametrize(
-    "args", [["--help"], ["--version"], ["inspect", str(CHECKPOINT)], ["inspect", str(CHECKPOINT), "--json"]], ids=lambda a: a[0] + a[-1][:6]
+    "args",
+    [["--help"], ["--version"], ["inspect", str(CHECKPOINT)], ["inspect", str(CHECKPOINT), "--json"]],
+    ids=lambda a: a[0] + a[-1][:6],
 )
 def test_reader_that_went_away(here: Path, args: list[str]) -> None:
     read, write = os.pipe()
     os.close(read)
     with os.fdopen(write, "w") as closed:
-        done = subprocess.run([str(SCRIPT), *args], stdout=closed, stderr=subprocess.PIPE, text=True, cwd=here, check=False)
+        done = subprocess.run(
+            [str(SCRIPT), *args], stdout=closed, stderr=subprocess.PIPE, text=True, cwd=here, check=False
+        )
     assert done.returncode in (0, 1)  # typer itself ends with 1 while it prints the help
     assert done.stderr == ""
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a POSIX shell")
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-@pytest.mark.parametrize(("stdout", "stderr", "code"), [("/dev/full", None, 6), (None, "/dev/full", 0), ("/dev/full", "/dev/full", 6)])
+@pytest.mark.parametrize(
+    ("stdout", "stderr", "code"), [("/dev/full", None, 6), (None, "/dev/full", 0), ("/dev/full", "/dev/full", 6)]
+)
 @pytest.mark.parametrize("options", [[], ["--json"]])
-def test_a_full_disk_under_what_is_printed(here: Path, small_bundle: Path, stdout: str | None, stderr: str | None, code: int, options: list[str]) -> None:
+def test_a_full_disk_under_what_is_printed(
+    here: Path, small_bundle: Path, stdout: str | None, stderr: str | None, code: int, options: list[str]
+) -> None:
     """The picture is there; what cannot be told on stdout fails the command, what cannot be told on stderr does not."""
-    command = [sys.executable, "-m", "sdrt", "generate", str(small_bundle), "apple", "--steps", "1", "--output", "x.png", *options]
+    command = [
+        sys.executable,
+        "-m",
+        "sdrt",
+        "generate",
+        str(small_bundle),
+        "apple",
+        "--steps",
+        "1",
+        "--output",
+        "x.png",
+        *options,
+    ]
     with open(stdout or here / "out", "w") as out, open(stderr or here / "err", "w") as err:
         assert subprocess.run(command, cwd=here, stdout=out, stderr=err, timeout=120).returncode == code
     assert (here / "x.png").exists()
@@ -657,7 +842,13 @@ def test_a_full_disk_under_what_is_printed(here: Path, small_bundle: Path, stdou
 
 
 def test_no_stdout_at_all(here: Path) -> None:
-    done = subprocess.run(["sh", "-c", '"$0" inspect "$1" >&-', str(SCRIPT), str(CHECKPOINT)], capture_output=True, text=True, cwd=here, check=False)
+    done = subprocess.run(
+        ["sh", "-c", '"$0" inspect "$1" >&-', str(SCRIPT), str(CHECKPOINT)],
+        capture_output=True,
+        text=True,
+        cwd=here,
+        check=False,
+    )
     assert done.returncode == 0
     assert "Traceback" not in done.stderr
 
@@ -679,10 +870,18 @@ def test_generate_without_an_engine(here: Path, small_bundle: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
-@pytest.mark.parametrize(("number", "stage"), [(signal.SIGINT, "check step"), (signal.SIGTERM, "fuse"), (signal.SIGHUP, "bind step")], ids=str)
-def test_i2_stopped_build_leaves_nothing(small_checkpoint: Path, here: Path, small_bundle: Path, number: int, stage: str) -> None:
+@pytest.mark.parametrize(
+    ("number", "stage"),
+    [(signal.SIGINT, "check step"), (signal.SIGTERM, "fuse"), (signal.SIGHUP, "bind step")],
+    ids=str,
+)
+def test_i2_stopped_build_leaves_nothing(
+    small_checkpoint: Path, here: Path, small_bundle: Path, number: int, stage: str
+) -> None:
     command = [str(SCRIPT), "build", "--checkpoint", str(small_checkpoint), "--output", "x.sdrt"]
-    with subprocess.Popen(command, cwd=here, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8") as build:
+    with subprocess.Popen(
+        command, cwd=here, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8"
+    ) as build:
         assert build.stderr is not None
         for line in build.stderr:
             if line.startswith(stage):
@@ -698,9 +897,19 @@ def test_i2_stopped_build_leaves_nothing(small_checkpoint: Path, here: Path, sma
 
 
 def test_records_of_a_list_are_told_apart(capsys: pytest.CaptureFixture[str]) -> None:
-    print_report({"sources": [{"kind": "lora", "applied": {"step": 2}, "scales": (1, 2)}, {"kind": "vae", "size_bytes": 1000}], "name": "a"})
-    assert capsys.readouterr().out == (
-        "sources:\n  - kind: lora\n    applied:\n      step: 2\n    scales: [1, 2]\n  - kind: vae\n    size_bytes: 1,000\nname: a\n"
+    print_report(
+        {
+            "sources": [
+                {"kind": "lora", "applied": {"step": 2}, "scales": (1, 2)},
+                {"kind": "vae", "size_bytes": 1000},
+            ],
+            "name": "a",
+        }
+    )
+    assert (
+        capsys.readouterr().out
+        == "sources:\n  - kind: lora\n    applied:\n      step: 2\n    scales: [1, 2]\n  - kind: vae\n    size_bytes:"
+        " 1,000\nname: a\n"
     )
 
 

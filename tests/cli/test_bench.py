@@ -72,28 +72,75 @@ def pair(flat_bundle: Path, tmp_path: Path) -> tuple[Path, Path]:
 def test_a_real_run(flat_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(tmp_path / "summary.md"))
     done = bench(
-        "run", flat_bundle, "--processes", 1, "--pictures", 2, "--warm-up", 0.1, "--steps", 4, "--cfg", 3, "--threads", 1, "--layers", "--scenario", "batch", "--batch", 2,
-        "--output", tmp_path / "a.json", "--history", tmp_path / "runs", "--json", *(f"--emit={name}={tmp_path / name}" for name in ("html", "junit", "csv")),
-    )  # fmt: skip
+        "run",
+        flat_bundle,
+        "--processes",
+        1,
+        "--pictures",
+        2,
+        "--warm-up",
+        0.1,
+        "--steps",
+        4,
+        "--cfg",
+        3,
+        "--threads",
+        1,
+        "--layers",
+        "--scenario",
+        "batch",
+        "--batch",
+        2,
+        "--output",
+        tmp_path / "a.json",
+        "--history",
+        tmp_path / "runs",
+        "--json",
+        *(f"--emit={name}={tmp_path / name}" for name in ("html", "junit", "csv")),
+    )
     assert done.exit_code == 0, done.stderr
     result = json.loads(done.stdout)
     assert result == json.loads((tmp_path / "a.json").read_text())
     jsonschema.validate(result, json.loads((ROOT / "docs" / "bench-schema.json").read_text()))
-    assert {"total_ms", "picture_ms", "tokenise_ms", "text_encoder_ms", "step_ms", "decode_ms", "host_ms", "copies_ms", "cold_ms", "load_ms", "engine_load_ms",
-            "peak_rss_bytes"} <= result["samples"].keys()  # fmt: skip
+    assert {
+        "total_ms",
+        "picture_ms",
+        "tokenise_ms",
+        "text_encoder_ms",
+        "step_ms",
+        "decode_ms",
+        "host_ms",
+        "copies_ms",
+        "cold_ms",
+        "load_ms",
+        "engine_load_ms",
+        "peak_rss_bytes",
+    } <= result["samples"].keys()
     assert len(result["samples"]["step_ms"][0]) == 2 * 4
-    assert {name: result["counters"][name] for name in ("model_calls", "text_encoder_calls", "decode_calls", "batches")} == {
-        "model_calls": 4, "text_encoder_calls": 1, "decode_calls": 1, "batches": 1,
-    }  # fmt: skip
+    assert {
+        name: result["counters"][name] for name in ("model_calls", "text_encoder_calls", "decode_calls", "batches")
+    } == {
+        "model_calls": 4,
+        "text_encoder_calls": 1,
+        "decode_calls": 1,
+        "batches": 1,
+    }
     assert result["packages"] == ["numpy", "onnxruntime", "sdrt"]
     checks = {check["graph"]: check["error"] / check["limit"] for check in result["fidelity"]["checks"]}
     assert set(checks) == {"text_encoder", "step", "vae_decoder"} and max(checks.values()) < 0.5
     assert len(result["fidelity"]["picture"]["latents_sketch"]) == 256
     assert result["config"]["size"] == [64, 64] and result["engine"]["backend"] == "onnxruntime"
     step = result["layers"]["graphs"]["step"]
-    assert step["matrix_flops"] > 0.9 * step["flops"] > 0 and step["slowest"][0]["ms"] > 0 and step["share_of_roofline"] > 0
+    assert (
+        step["matrix_flops"] > 0.9 * step["flops"] > 0
+        and step["slowest"][0]["ms"] > 0
+        and step["share_of_roofline"] > 0
+    )
     for name in ("html", "junit", "csv", "summary.md", "runs/history.jsonl"):
-        assert "onnxruntime fp32 cpu, batch, 64x64, batch 2, 4 steps of euler" in (tmp_path / name).read_text() or name == "csv"
+        assert (
+            "onnxruntime fp32 cpu, batch, 64x64, batch 2, 4 steps of euler" in (tmp_path / name).read_text()
+            or name == "csv"
+        )
     same = bench("compare", tmp_path / "a.json", tmp_path / "a.json")
     assert same.exit_code == 0 and "PASSED" in same.stdout and "identical" in same.stderr
 
@@ -114,30 +161,71 @@ def test_compare_passes_fails_and_cannot_tell(files: Callable[..., Path]) -> Non
 
 def test_compare_of_what_is_not_comparable_has_an_exit_code_of_its_own_and_writes_its_files(
     files: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:  # fmt: skip
+) -> None:
     """A CI job that lets 8 pass must not let this pass, and its next steps find their files."""
     monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(tmp_path / "summary.md"))
     names = ("markdown", "junit", "bencher", "github", "csv", "html")
-    done = bench("compare", files("a.json", 1), files("b.json", 2, config={"steps": 5}), *(f"--emit={name}={tmp_path / name}" for name in names))
-    assert done.exit_code == 9 and "error: not comparable: config.steps: 4 and 5" in done.stderr and "bench ab" in done.stderr
-    assert all((tmp_path / name).stat().st_size > 200 for name in names) and 'errors="1"' in (tmp_path / "junit").read_text()
-    assert all("NOT COMPARABLE, no verdict: config.steps: 4 and 5" in (tmp_path / name).read_text() for name in ("markdown", "html", "summary.md"))
+    done = bench(
+        "compare",
+        files("a.json", 1),
+        files("b.json", 2, config={"steps": 5}),
+        *(f"--emit={name}={tmp_path / name}" for name in names),
+    )
+    assert (
+        done.exit_code == 9
+        and "error: not comparable: config.steps: 4 and 5" in done.stderr
+        and "bench ab" in done.stderr
+    )
+    assert (
+        all((tmp_path / name).stat().st_size > 200 for name in names)
+        and 'errors="1"' in (tmp_path / "junit").read_text()
+    )
+    assert all(
+        "NOT COMPARABLE, no verdict: config.steps: 4 and 5" in (tmp_path / name).read_text()
+        for name in ("markdown", "html", "summary.md")
+    )
 
 
 def test_forced_comparisons_give_no_verdict(files: Callable[..., Path], tmp_path: Path) -> None:
     """Another machine, wrong pictures, a metric gone, half as fast: shown, and never a pass or a failure."""
     base = files("a.json", 1)
-    new = files("b.json", 2, slower=1.0, env={"cpu": "Another"}, counters={"jobs": 9}, fidelity={"ok": False, "problems": ["step: latents: differs"]})
+    new = files(
+        "b.json",
+        2,
+        slower=1.0,
+        env={"cpu": "Another"},
+        counters={"jobs": 9},
+        fidelity={"ok": False, "problems": ["step: latents: differs"]},
+    )
     found = json.loads(new.read_text())
     del found["samples"]["cold_ms"]
     new.write_text(json.dumps(found))
     done = bench("compare", base, new)
-    assert done.exit_code == 9 and "not comparable: env.cpu: 'A <fast> CPU' and 'Another'" in done.stderr and "bench compare --force" in done.stderr
-    done = bench("compare", base, new, "--force", "--emit", f"junit={tmp_path / 'x.xml'}", "--emit", f"markdown={tmp_path / 'x.md'}")
-    assert done.exit_code == 9 and "NOT COMPARABLE, no verdict: env.cpu" in done.stdout and "SLOWER (not gated)" in done.stdout and "PASSED" not in done.stdout
+    assert (
+        done.exit_code == 9
+        and "not comparable: env.cpu: 'A <fast> CPU' and 'Another'" in done.stderr
+        and "bench compare --force" in done.stderr
+    )
+    done = bench(
+        "compare",
+        base,
+        new,
+        "--force",
+        "--emit",
+        f"junit={tmp_path / 'x.xml'}",
+        "--emit",
+        f"markdown={tmp_path / 'x.md'}",
+    )
+    assert (
+        done.exit_code == 9
+        and "NOT COMPARABLE, no verdict: env.cpu" in done.stdout
+        and "SLOWER (not gated)" in done.stdout
+        and "PASSED" not in done.stdout
+    )
     assert "not comparable: env.cpu" in done.stderr and "step: latents: differs" in done.stdout + done.stderr
     assert (
-        "NOT COMPARABLE" in (tmp_path / "x.md").read_text() and 'failures="1" skipped="0" errors="1"' in (tmp_path / "x.xml").read_text()
+        "NOT COMPARABLE" in (tmp_path / "x.md").read_text()
+        and 'failures="1" skipped="0" errors="1"' in (tmp_path / "x.xml").read_text()
     )  # wrong pictures are wrong anywhere
     found = json.loads(bench("compare", base, new, "--force", "--json").stdout)
     assert (
@@ -145,7 +233,9 @@ def test_forced_comparisons_give_no_verdict(files: Callable[..., Path], tmp_path
         and found["different"] == ["env.cpu: 'A <fast> CPU' and 'Another'"]
         and not any(row["failed"] or row["gated"] for row in found["metrics"])
     )
-    assert bench("compare", base, files("c.json", 2, slower=0.2), "--force").exit_code == 1  # comparable: judged as ever
+    assert (
+        bench("compare", base, files("c.json", 2, slower=0.2), "--force").exit_code == 1
+    )  # comparable: judged as ever
 
 
 def test_a_metric_missing_in_one_file(files: Callable[..., Path], tmp_path: Path) -> None:
@@ -161,7 +251,12 @@ def test_a_metric_missing_in_one_file(files: Callable[..., Path], tmp_path: Path
 def test_bad_files(files: Callable[..., Path], tmp_path: Path) -> None:
     good = files("a.json", 1)
     refused(bench("compare", good, tmp_path / "none.json"), 3, "none.json: cannot be read")
-    refused(bench("compare", files("new.json", 1, schema=2), good), 5, "benchmark schema 2; this sdrt reads schema 1", "Upgrade")
+    refused(
+        bench("compare", files("new.json", 1, schema=2), good),
+        5,
+        "benchmark schema 2; this sdrt reads schema 1",
+        "Upgrade",
+    )
     refused(bench("compare", files("old.json", 1, schema=0), good), 3, "schema: expected 1, found 0")
     (tmp_path / "bench.toml").write_text("[metrics.total]\n")
     refused(bench("compare", good, good), 3, "metrics.total: unknown; did you mean 'total_ms'")
@@ -185,7 +280,11 @@ def test_run_prints_a_table_with_the_engine(pair: tuple[Path, Path], synthetic: 
     synthetic(old=0.0)
     done = bench("run", pair[0])
     assert done.exit_code == 0, done.stderr
-    assert "onnxruntime fp32 cpu, 64x64, batch 1, 20 steps of euler" in done.stdout and "total_ms" in done.stdout and "time = " in done.stdout
+    assert (
+        "onnxruntime fp32 cpu, 64x64, batch 1, 20 steps of euler" in done.stdout
+        and "total_ms" in done.stdout
+        and "time = " in done.stdout
+    )
     assert "process 5 of 5" in done.stderr
 
 
@@ -225,7 +324,9 @@ def test_run_fails_for_wrong_pictures(pair: tuple[Path, Path], tmp_path: Path, m
     assert json.loads(done.stdout)["fidelity"]["ok"] is False and (tmp_path / "a.json").exists()
 
 
-def test_ab_fails_for_ten_per_cent_and_passes_for_the_same(pair: tuple[Path, Path], synthetic: Callable[..., None], tmp_path: Path) -> None:
+def test_ab_fails_for_ten_per_cent_and_passes_for_the_same(
+    pair: tuple[Path, Path], synthetic: Callable[..., None], tmp_path: Path
+) -> None:
     synthetic(old=0.0, new=0.1)
     done = bench("ab", *pair, "--emit", f"junit={tmp_path / 'x.xml'}")
     assert done.exit_code == 1 and "total_ms SLOWER" in done.stdout, done.stderr
@@ -233,7 +334,11 @@ def test_ab_fails_for_ten_per_cent_and_passes_for_the_same(pair: tuple[Path, Pat
     synthetic(old=0.0, new=0.0)
     assert bench("ab", *pair).exit_code == 0
     done = bench("ab", *pair, "--pairs", 2)
-    assert done.exit_code == 8 and "total_ms: 2 pairs decide nothing, 6 are the least" in done.stdout and "can see" not in done.stdout
+    assert (
+        done.exit_code == 8
+        and "total_ms: 2 pairs decide nothing, 6 are the least" in done.stdout
+        and "can see" not in done.stdout
+    )
     synthetic(old=0.0, new=0.1)
     assert bench("ab", *pair, "--margin", 0.3).exit_code == 0
     refused(bench("ab", *pair, "--margin", 0), 2, "--margin 0: expected a share above 0")
@@ -242,11 +347,20 @@ def test_ab_fails_for_ten_per_cent_and_passes_for_the_same(pair: tuple[Path, Pat
 
 @pytest.mark.parametrize(
     ("options", "fragment"),
-    [(["--scenario", "batches"], "did you mean 'batch'"), (["--processes", 0], "--processes 0: expected at least 1"), (["--pictures", 0], "at least 1"),
-     (["--rate", 0], "--rate 0: expected above 0"), (["--rate", "nan"], "--rate nan"), (["--duration", -1], "--duration"), (["--queue", -1], "--queue -1"),
-     (["--rate", 900, "--duration", 9000], "the limit is 100,000"), (["--size", "64"], "--size 64: expected WIDTHxHEIGHT"), (["--batch", 2], "choose --scenario batch"),
-     (["--warm-up", "inf"], "--warm-up")],
-)  # fmt: skip
+    [
+        (["--scenario", "batches"], "did you mean 'batch'"),
+        (["--processes", 0], "--processes 0: expected at least 1"),
+        (["--pictures", 0], "at least 1"),
+        (["--rate", 0], "--rate 0: expected above 0"),
+        (["--rate", "nan"], "--rate nan"),
+        (["--duration", -1], "--duration"),
+        (["--queue", -1], "--queue -1"),
+        (["--rate", 900, "--duration", 9000], "the limit is 100,000"),
+        (["--size", "64"], "--size 64: expected WIDTHxHEIGHT"),
+        (["--batch", 2], "choose --scenario batch"),
+        (["--warm-up", "inf"], "--warm-up"),
+    ],
+)
 def test_bad_options(flat_bundle: Path, options: list[object], fragment: str) -> None:
     done = bench("run", flat_bundle, *options)
     refused(done, 2)
@@ -259,24 +373,36 @@ def test_bundles_that_are_not_there(tmp_path: Path) -> None:
 
 
 def test_an_interpreter_that_is_not_there(pair: tuple[Path, Path]) -> None:
-    refused(bench("ab", *pair, "--old-python", "none/python"), 2, "--old-python none/python: expected a Python interpreter")
+    refused(
+        bench("ab", *pair, "--old-python", "none/python"), 2, "--old-python none/python: expected a Python interpreter"
+    )
 
 
-def test_full_disks_are_named(pair: tuple[Path, Path], synthetic: Callable[..., None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_full_disks_are_named(
+    pair: tuple[Path, Path], synthetic: Callable[..., None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     synthetic(old=0.0)
     monkeypatch.setenv("GITHUB_STEP_SUMMARY", "/dev/full")
-    refused(bench("run", pair[0]), 6, "/dev/full: cannot add the summary: No space left on device", "unset GITHUB_STEP_SUMMARY")
+    refused(
+        bench("run", pair[0]),
+        6,
+        "/dev/full: cannot add the summary: No space left on device",
+        "unset GITHUB_STEP_SUMMARY",
+    )
     monkeypatch.delenv("GITHUB_STEP_SUMMARY")
     history = tmp_path / "runs"
     assert bench("run", pair[0], "--history", history).exit_code == 0
     before = (history / "history.jsonl").read_bytes()
     script = (  # a limit on the size of files stops the second line half-way, as a full disk does
-        "import resource, sys\nfrom pathlib import Path\nfrom bench_documents import document\nfrom sdrt.bench import history\nfrom sdrt.errors import ResourceError\n"
-        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({len(before) + 100},) * 2)\n"
-        "try:\n    history.append(Path(sys.argv[1]), document(0, 1))\nexcept ResourceError as error:\n    print(error.message)\n    sys.exit(error.exit_code)"
+        "import resource, sys\nfrom pathlib import Path\nfrom bench_documents import document\nfrom sdrt.bench import"
+        " history\nfrom sdrt.errors import ResourceError\nresource.setrlimit(resource.RLIMIT_FSIZE,"
+        f" ({len(before) + 100},) * 2)\ntry:\n    history.append(Path(sys.argv[1]), document(0, 1))\nexcept"
+        " ResourceError as error:\n    print(error.message)\n    sys.exit(error.exit_code)"
     )
     environment = {"PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests")))}
-    done = subprocess.run([sys.executable, "-c", script, str(history)], env=environment, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(history)], env=environment, capture_output=True, text=True, timeout=60
+    )
     assert done.returncode == 6 and "history.jsonl: cannot add this run: File too large" in done.stdout, done.stderr
     assert (history / "history.jsonl").read_bytes() == before
 
@@ -300,9 +426,16 @@ def test_trend(pair: tuple[Path, Path], synthetic: Callable[..., None], tmp_path
 
 def test_measuring_imports_no_torch_and_no_plotting_library() -> None:
     script = (
-        "import sys, pkgutil, importlib, sdrt.bench\n"
-        "for m in pkgutil.iter_modules(sdrt.bench.__path__):\n    m.name in ('report', 'plots') or importlib.import_module('sdrt.bench.' + m.name)\n"
-        "bad = {'torch', 'onnx', 'matplotlib', 'onnxruntime', 'openvino'} & set(sys.modules)\nsys.exit(str(bad) if bad else 0)"
+        "import sys, pkgutil, importlib, sdrt.bench\nfor m in pkgutil.iter_modules(sdrt.bench.__path__):\n    m.name in"
+        " ('report', 'plots') or importlib.import_module('sdrt.bench.' + m.name)\nbad = {'torch', 'onnx', 'matplotlib',"
+        " 'onnxruntime', 'openvino'} & set(sys.modules)\nsys.exit(str(bad) if bad else 0)"
     )
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=ROOT,
+        env={"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert done.returncode == 0, done.stderr

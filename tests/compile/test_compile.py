@@ -53,7 +53,9 @@ def run(*args: object) -> Any:
 
 @dataclass(frozen=True)
 class Twice:
-    """The emoji bundle compiled in two places at the same time: by the command, with what it said, and by the function."""
+    """The emoji bundle compiled in two places at the same time: by the command, with what it said, and by the
+    function.
+    """
 
     bundle: Path
     said: dict[str, Any]
@@ -81,7 +83,9 @@ def rtx() -> Compiler:
 
 
 def test_every_graph_compiles_to_the_same_bytes_twice(compiled: Twice) -> None:
-    """An engine depends on its key alone, not on where it is made. The build refuses what a CUDA graph could not capture."""
+    """An engine depends on its key alone, not on where it is made. The build refuses what a CUDA graph could not
+    capture.
+    """
     report = compiled.again
     ((folder, record),) = list_engines(open_bundle(compiled.bundle))
     assert report.path.name == folder.name
@@ -108,7 +112,11 @@ def test_a_plan_out_of_order_is_built_again(small_bundle: Path, rtx: Compiler, m
         asked.append(request)
         if len(asked) > 1:
             return answer
-        data = answer.data.replace(b"pixels", b"\0\0\0\0\0\0").replace(b"finite", b"pixels").replace(b"\0\0\0\0\0\0", b"finite", 1)
+        data = (
+            answer.data.replace(b"pixels", b"\0\0\0\0\0\0")
+            .replace(b"finite", b"pixels")
+            .replace(b"\0\0\0\0\0\0", b"finite", 1)
+        )
         return worker.Answer(answer.fields, b"finite" + data, answer.peak_bytes)
 
     monkeypatch.setattr(worker, "_ask", swapped_at_first)
@@ -122,8 +130,23 @@ def test_what_is_recorded(compiled: Twice) -> None:
     ((folder, record),) = list_engines(bundle)
     manifest = bundle.manifest
     assert (record.size, record.batch, record.tokens, record.rows, record.branches) == ((64, 64), 1, 77, 128, (1, 2))
-    assert (record.key.target, record.key.device, record.key.platform, record.key.precision) == ("tensorrt-rtx", "sm_89", platform_name(), manifest.precision)
-    assert mismatch(record, bundle, target="tensorrt-rtx", compiler=record.key.compiler, device_sm="sm_89", platform=platform_name()) == ""
+    assert (record.key.target, record.key.device, record.key.platform, record.key.precision) == (
+        "tensorrt-rtx",
+        "sm_89",
+        platform_name(),
+        manifest.precision,
+    )
+    assert (
+        mismatch(
+            record,
+            bundle,
+            target="tensorrt-rtx",
+            compiler=record.key.compiler,
+            device_sm="sm_89",
+            platform=platform_name(),
+        )
+        == ""
+    )
     assert record.weight_bytes == manifest.files["graphs/weights.safetensors"].size_bytes
     assert record.state_bytes > 2 * 8 * 4 * 8 * 8 * 4 + 128 * 4 * 8 * 8 * 4
     for graph in GRAPHS:
@@ -175,9 +198,16 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, data: bytes = b"plan") -> list[str
 
 
 @pytest.mark.parametrize(
-    "damage", [lambda f: (f / "step.plan").write_bytes(b"plam"), lambda f: (f / "step.plan").unlink(), lambda f: (f / "engine.json").write_text("{")]
+    "damage",
+    [
+        lambda f: (f / "step.plan").write_bytes(b"plam"),
+        lambda f: (f / "step.plan").unlink(),
+        lambda f: (f / "engine.json").write_text("{"),
+    ],
 )
-def test_a_damaged_engine_is_compiled_again(small_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: Callable[[Path], Any]) -> None:
+def test_a_damaged_engine_is_compiled_again(
+    small_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: Callable[[Path], Any]
+) -> None:
     asked = stand_in(monkeypatch)
     bundle = open_bundle(fresh(small_bundle, tmp_path / "flat.sdrt"))
     options = CompileOptions("tensorrt-rtx")
@@ -209,9 +239,17 @@ def test_prune(small_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     compiler = tensorrt.open_compiler
     monkeypatch.setattr(tensorrt, "open_compiler", lambda *arguments: replace(compiler(*arguments), version="1.6.0.1"))
     old = compile_bundle(bundle, CompileOptions("tensorrt-rtx", sms=(89,))).path
-    listed = {engine["engine"]: engine for engine in json.loads(run("inspect", bundle.path, "--json").stdout)["engines"]}
-    assert listed[good.name]["stale"] is False and listed[good.name]["shapes"] == "64x64, batch 1, 77 tokens, 1 or 2 guidance branches"
-    assert listed[old.name]["stale"] is True and "built for TensorRT-RTX 1.6.0.1, this machine has 1." in listed[old.name]["why"]
+    listed = {
+        engine["engine"]: engine for engine in json.loads(run("inspect", bundle.path, "--json").stdout)["engines"]
+    }
+    assert (
+        listed[good.name]["stale"] is False
+        and listed[good.name]["shapes"] == "64x64, batch 1, 77 tokens, 1 or 2 guidance branches"
+    )
+    assert (
+        listed[old.name]["stale"] is True
+        and "built for TensorRT-RTX 1.6.0.1, this machine has 1." in listed[old.name]["why"]
+    )
     result = run("compile", bundle.path, "--prune")
     assert result.exit_code == 0 and result.stdout == f"removed {old}\n"
     assert good.is_dir() and not old.exists()
@@ -223,7 +261,10 @@ def test_inspect_shows_a_damaged_engine(small_bundle: Path, tmp_path: Path, monk
     bundle = open_bundle(fresh(small_bundle, tmp_path / "flat.sdrt"))
     folder = compile_bundle(bundle, CompileOptions("tensorrt-rtx", size=((64, 64), (96, 128)), batch=(1, 4))).path
     words = run("inspect", bundle.path, "--all").stdout
-    assert "shapes: 64x64 to 96x128, batch 1 to 4, 77 tokens, 1 or 2 guidance branches" in words and "stale: False" in words
+    assert (
+        "shapes: 64x64 to 96x128, batch 1 to 4, 77 tokens, 1 or 2 guidance branches" in words
+        and "stale: False" in words
+    )
     (folder / "engine.json").write_text("{")
     (engine,) = json.loads(run("inspect", bundle.path, "--json").stdout)["engines"]
     assert engine["engine"] == folder.name and "not valid JSON" in engine["error"]
@@ -252,7 +293,13 @@ def test_axes(flat_bundle: Path) -> None:
     shapes = resolve_shapes(manifest, size=((64, 128), (128, 128)), batch=(2, 4), tokens=(77, 154), branches=(1, 3))
     one, three = axes(STEP, shapes, manifest)
     assert one["G"] == (1, 1, 1) and three["G"] == (3, 3, 3)
-    assert (one["h"], one["w"], one["N"], one["T"], one["S"]) == ((16,) * 3, (8, 8, 16), (2, 2, 4), (77, 77, 154), (257, 257, 513))
+    assert (one["h"], one["w"], one["N"], one["T"], one["S"]) == (
+        (16,) * 3,
+        (8, 8, 16),
+        (2, 2, 4),
+        (77, 77, 154),
+        (257, 257, 513),
+    )
     assert axes(TEXT_ENCODER, shapes, manifest)[0]["n"] == (1, 3, 6)
     assert axes(VAE_DECODER, shapes, manifest)[0]["N"] == (1, 2, 4)  # any part of the pictures may be finished
 
@@ -261,7 +308,11 @@ def test_profiles(flat_bundle: Path) -> None:
     manifest = open_bundle(flat_bundle).manifest
     shapes = resolve_shapes(manifest, batch=(1, 2))
     one, two = profiles_of(STEP, shapes, manifest)
-    assert one.shapes["context"] == ((1, 1, 77, 64), (1, 1, 77, 64), (2, 1, 77, 64)) and one.shapes["row"] == ((1,), (1,), (2,))
+    assert one.shapes["context"] == ((1, 1, 77, 64), (1, 1, 77, 64), (2, 1, 77, 64)) and one.shapes["row"] == (
+        (1,),
+        (1,),
+        (2,),
+    )
     assert two.shapes["context"] == ((1, 2, 77, 64), (1, 2, 77, 64), (2, 2, 77, 64))
     (encoder,) = profiles_of(VAE_ENCODER, shapes, manifest)
     assert encoder.shapes["pixels"] == ((1, 64, 64, 3), (1, 64, 64, 3), (2, 64, 64, 3))
@@ -318,10 +369,18 @@ def test_ranges_compile(flat_bundle: Path, rtx: Compiler) -> None:
 # Attention without a fused kernel
 
 
-def attention_graph(path: Path, *, heads: int, width: int, tokens: int | str = 64, batch: int | str = 1, kind: int = TensorProto.FLOAT16) -> Path:
+def attention_graph(
+    path: Path, *, heads: int, width: int, tokens: int | str = 64, batch: int | str = 1, kind: int = TensorProto.FLOAT16
+) -> Path:
     """softmax(q k) v of one input, and a product before it so that there is something to fuse."""
     shape = [batch, heads, tokens, width]
-    number = helper.make_tensor("number", kind, [1], np.array([0.5], np.float16 if kind == TensorProto.FLOAT16 else np.float32).tobytes(), raw=True)
+    number = helper.make_tensor(
+        "number",
+        kind,
+        [1],
+        np.array([0.5], np.float16 if kind == TensorProto.FLOAT16 else np.float32).tobytes(),
+        raw=True,
+    )
     graph = helper.make_graph(
         [
             helper.make_node("Mul", ["x", "number"], ["q"], name="scale"),
@@ -350,7 +409,9 @@ def attention_graph(path: Path, *, heads: int, width: int, tokens: int | str = 6
         ({"heads": 1, "width": 64, "tokens": "T"}, True),
     ],
 )
-def test_attention_decomposes_only_where_it_must(rtx: Compiler, tmp_path: Path, sizes: dict[str, Any], unfused: bool) -> None:
+def test_attention_decomposes_only_where_it_must(
+    rtx: Compiler, tmp_path: Path, sizes: dict[str, Any], unfused: bool
+) -> None:
     path = attention_graph(tmp_path / "attention.onnx", **sizes)
     tokens = (32, 64, 128) if "tokens" in sizes else (64,) * 3
     profile = Profile({"x": tuple((1, sizes["heads"], count, sizes["width"]) for count in tokens)})  # type: ignore[dict-item]
@@ -379,9 +440,14 @@ def test_a_graph_the_compiler_cannot_read(rtx: Compiler, tmp_path: Path) -> None
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, [4])],
     )
     onnx.save(
-        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20), helper.make_opsetid("com.microsoft", 1)], ir_version=10), tmp_path / "odd.onnx"
+        helper.make_model(
+            graph, opset_imports=[helper.make_opsetid("", 20), helper.make_opsetid("com.microsoft", 1)], ir_version=10
+        ),
+        tmp_path / "odd.onnx",
     )
-    with pytest.raises(MachineError, match=r"odd\.onnx: step: TensorRT-RTX [\d.]+ cannot read node odd one \(GroupNorm\)"):
+    with pytest.raises(
+        MachineError, match=r"odd\.onnx: step: TensorRT-RTX [\d.]+ cannot read node odd one \(GroupNorm\)"
+    ):
         worker.build(rtx, STEP, tmp_path / "odd.onnx", [], DEMAND, lambda *_: None)
 
 
@@ -426,7 +492,9 @@ def test_the_compiler_is_missing(small_bundle: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_the_compiler_lacks_a_library(small_bundle: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    (tmp_path / "tensorrt.py").write_text("raise ImportError('libnvinfer.so.11: cannot open shared object file: No such file or directory')")
+    (tmp_path / "tensorrt.py").write_text(
+        "raise ImportError('libnvinfer.so.11: cannot open shared object file: No such file or directory')"
+    )
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "tensorrt", raising=False)
     result = run("compile", small_bundle, "--target", "tensorrt")
@@ -465,10 +533,18 @@ def test_bad_options(small_bundle: Path, options: list[str], code: int, words: s
 @pytest.mark.parametrize(
     ("lines", "kind", "words"),
     [
-        (["[virtualMemoryBuffer.cpp::resizePhysical] Error Code 2: OutOfMemory (no further information)"], ResourceError, "out of memory"),
+        (
+            ["[virtualMemoryBuffer.cpp::resizePhysical] Error Code 2: OutOfMemory (no further information)"],
+            ResourceError,
+            "out of memory",
+        ),
         (["x", "CUDA error: out of memory when allocating 123 bytes", "y"], ResourceError, "123 bytes"),
         (["terminate called after throwing an instance of 'std::bad_alloc'"], ResourceError, "bad_alloc"),
-        (["Error Code 10: Could not find any implementation for node {ForeignNode[/mid/attn...Add]}."], MachineError, "{ForeignNode[/mid/attn...Add]}"),
+        (
+            ["Error Code 10: Could not find any implementation for node {ForeignNode[/mid/attn...Add]}."],
+            MachineError,
+            "{ForeignNode[/mid/attn...Add]}",
+        ),
         (["first", "Error Code 1: Myelin (something else\x1b[2J)"], MachineError, "something else\\x1b"),
         ([], MachineError, "no reason given"),
     ],
@@ -512,19 +588,27 @@ def decoder(small_bundle: Path) -> tuple[Path, list[Profile]]:
     return bundle.graph(VAE_DECODER, bundle.manifest.precision), [Profile({"latents": latents, "rounding": rounding})]
 
 
-def test_i3_a_worker_that_the_system_kills(small_bundle: Path, rtx: Compiler, workers: list[subprocess.Popen[bytes]]) -> None:
+def test_i3_a_worker_that_the_system_kills(
+    small_bundle: Path, rtx: Compiler, workers: list[subprocess.Popen[bytes]]
+) -> None:
     """As the kernel does when memory runs out."""
-    with pytest.raises(ResourceError, match=r"vae_decoder: TensorRT-RTX [0-9.]+: killed by the system, most likely out of memory") as raised:
+    with pytest.raises(
+        ResourceError, match=r"vae_decoder: TensorRT-RTX [0-9.]+: killed by the system, most likely out of memory"
+    ) as raised:
         worker.build(rtx, VAE_DECODER, *decoder(small_bundle), DEMAND, lambda *_: workers[-1].kill())
     assert "the batch of 8: lower --batch" in raised.value.fix
 
 
 def test_i3_a_worker_that_crashes(small_bundle: Path, rtx: Compiler, workers: list[subprocess.Popen[bytes]]) -> None:
     with pytest.raises(MachineError, match="ended with exit code -11"):
-        worker.build(rtx, VAE_DECODER, *decoder(small_bundle), DEMAND, lambda *_: workers[-1].send_signal(signal.SIGSEGV))
+        worker.build(
+            rtx, VAE_DECODER, *decoder(small_bundle), DEMAND, lambda *_: workers[-1].send_signal(signal.SIGSEGV)
+        )
 
 
-def test_a_worker_that_cannot_start(small_bundle: Path, rtx: Compiler, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_worker_that_cannot_start(
+    small_bundle: Path, rtx: Compiler, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     (tmp_path / "sdrt.py").write_text("raise SystemError('another package of this name')")
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(MachineError, match="another package of this name"):
@@ -602,7 +686,9 @@ def gone(number: int) -> bool:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("whole_group", [False, True])
-def test_stopping_the_command(compiling: tuple[subprocess.Popen[str], int, Path], number: int, whole_group: bool) -> None:
+def test_stopping_the_command(
+    compiling: tuple[subprocess.Popen[str], int, Path], number: int, whole_group: bool
+) -> None:
     """Ctrl-C in a terminal reaches the whole group, `kill` one process."""
     process, child, bundle = compiling
     (os.killpg if whole_group and number == signal.SIGINT else os.kill)(process.pid, number)
@@ -634,7 +720,9 @@ def test_build_checks_the_compiler_first(tmp_path: Path, monkeypatch: pytest.Mon
     assert result.exit_code == 5 and "cannot import TensorRT-RTX" in result.stderr
 
 
-def test_build_compiles(small_checkpoint: Path, compiled: Twice, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_build_compiles(
+    small_checkpoint: Path, compiled: Twice, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from sdrt.export import selfcheck
 
     ((folder, record),) = list_engines(open_bundle(compiled.bundle))
@@ -646,9 +734,23 @@ def test_build_compiles(small_checkpoint: Path, compiled: Twice, tmp_path: Path,
             raise ResourceError("step: out of memory", "Lower --batch.")
         return CompileReport(folder, record, False, {})
 
-    monkeypatch.setattr(selfcheck, "check", lambda recipe, weights, graphs, reference: [dict.fromkeys(graphs, 0.0), reference.touch()][0])
+    monkeypatch.setattr(
+        selfcheck,
+        "check",
+        lambda recipe, weights, graphs, reference: [dict.fromkeys(graphs, 0.0), reference.touch()][0],
+    )
     monkeypatch.setattr(tensorrt, "compile_bundle", compile_stand_in)
-    options = ["build", "--checkpoint", small_checkpoint, "--target", "onnxruntime", "--target", "tensorrt-rtx", "--output", tmp_path / "a.sdrt"]
+    options = [
+        "build",
+        "--checkpoint",
+        small_checkpoint,
+        "--target",
+        "onnxruntime",
+        "--target",
+        "tensorrt-rtx",
+        "--output",
+        tmp_path / "a.sdrt",
+    ]
     result = run(*options, "--json")
     assert result.exit_code == 0, result.stderr
     assert [engine["path"] for engine in json.loads(result.stdout)["engines"]] == [str(folder)]
@@ -712,12 +814,19 @@ def enterprise(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path
 def test_enterprise(enterprise: Path, small_bundle: Path) -> None:
     """The GPU is in the key, the activations are known at once, and what the build measured is kept for the next."""
     compiler = open_compiler("tensorrt", None, 1)
-    assert (compiler.version, compiler.device, compiler.gpu, compiler.sms) == ("11.4.0.106", "NVIDIA H100 80GB HBM3, sm_90", 1, ())
+    assert (compiler.version, compiler.device, compiler.gpu, compiler.sms) == (
+        "11.4.0.106",
+        "NVIDIA H100 80GB HBM3, sm_90",
+        1,
+        (),
+    )
     assert tensorrt.build_flags(compiler.trt) == ("no_tf32", "no_auxiliary_streams")
     for _ in range(2):
         built, _ = worker.build(compiler, VAE_DECODER, *decoder(small_bundle), DEMAND, lambda *_: None)
         assert built.device_memory_bytes == 12345
-        assert [path.name for path in (enterprise / "cache" / "timing").iterdir()] == ["11.4.0.106-NVIDIA-H100-80GB-HBM3-sm_90.cache"]
+        assert [path.name for path in (enterprise / "cache" / "timing").iterdir()] == [
+            "11.4.0.106-NVIDIA-H100-80GB-HBM3-sm_90.cache"
+        ]
 
 
 def test_enterprise_without_its_gpu(enterprise: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -726,6 +835,8 @@ def test_enterprise_without_its_gpu(enterprise: Path, monkeypatch: pytest.Monkey
     with pytest.raises(MachineError, match="device 2: this machine has 2"):
         open_compiler("tensorrt", None, 2)
     monkeypatch.setattr(runtime, "cudaGetDeviceCount", lambda: (runtime.cudaError_t.cudaErrorInsufficientDriver, None))
-    with pytest.raises(MachineError, match=r"compiles on a GPU, and none answers here \(cudaErrorInsufficientDriver\)") as raised:
+    with pytest.raises(
+        MachineError, match=r"compiles on a GPU, and none answers here \(cudaErrorInsufficientDriver\)"
+    ) as raised:
         open_compiler("tensorrt")
     assert "--target tensorrt-rtx" in raised.value.fix

@@ -1,4 +1,6 @@
-"""ONNX Runtime's saved models: the same pictures as without them, a start that optimises nothing, and everything a bundle, disk or machine can get wrong."""
+"""ONNX Runtime's saved models: the same pictures as without them, a start that optimises nothing, and everything a
+bundle, disk or machine can get wrong.
+"""
 
 from __future__ import annotations
 
@@ -95,7 +97,9 @@ def saved_of(pipeline: Pipeline) -> str | None:
     [{}, {"cfg": 1.0, "sampler": "euler_a"}, {"size": (96, 64), "batch": 2, "count": 2}, {"prompt": "apple " * 90}],
     ids=["guided", "one branch", "another size, two pictures", "two chunks of text"],
 )
-def test_pictures_are_equal_to_the_last_bit(pipe: Pipeline, plain: Pipeline, report: CompileReport, arguments: dict[str, Any]) -> None:
+def test_pictures_are_equal_to_the_last_bit(
+    pipe: Pipeline, plain: Pipeline, report: CompileReport, arguments: dict[str, Any]
+) -> None:
     """One engine serves every shape."""
     found, expected = (p(**{"prompt": "red apple"} | ONE | arguments) for p in (pipe, plain))
     assert np.array_equal(found.images, expected.images)
@@ -127,19 +131,33 @@ def test_a_second_start_optimises_nothing(bundle: Path, monkeypatch: pytest.Monk
     with Pipeline.load(bundle) as loaded:
         assert seen == [(bytes, ort.GraphOptimizationLevel.ORT_DISABLE_ALL, "")] * 3
         if sys.platform == "linux":
-            mapped = {Path(line.split()[-1]).name for line in Path("/proc/self/maps").read_text().splitlines() if str(bundle) in line}
+            mapped = {
+                Path(line.split()[-1]).name
+                for line in Path("/proc/self/maps").read_text().splitlines()
+                if str(bundle) in line
+            }
             assert {"step.weights", "text_encoder.weights", "vae_decoder.weights"} <= mapped
         assert saved_of(loaded) is not None
     result = run("compile", bundle, "--target", "onnxruntime")
-    assert result.exit_code == 0 and "already there" in result.stderr and "any size, batch, prompt and guidance" in result.stdout
+    assert (
+        result.exit_code == 0
+        and "already there" in result.stderr
+        and "any size, batch, prompt and guidance" in result.stdout
+    )
 
 
-def test_weights_that_nobody_touched_are_hashed_once(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_that_nobody_touched_are_hashed_once(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("SDRT_CACHE_DIR", str(tmp_path / "cache"))
     now, read = time.time_ns, []
     monkeypatch.setattr(checked.time, "time_ns", lambda: now() + 60_000_000_000)
     check = engine_cache.check_external_data
-    monkeypatch.setattr(onnxruntime_model, "check_external_data", lambda folder, record, graph: (read.append(graph), check(folder, record, graph)))
+    monkeypatch.setattr(
+        onnxruntime_model,
+        "check_external_data",
+        lambda folder, record, graph: (read.append(graph), check(folder, record, graph)),
+    )
     for _ in range(2):
         Pipeline.load(bundle, backend="onnxruntime").close()
     assert sorted(read) == sorted([STEP, TEXT_ENCODER, VAE_DECODER])
@@ -148,7 +166,20 @@ def test_weights_that_nobody_touched_are_hashed_once(bundle: Path, tmp_path: Pat
 def test_generating_needs_neither_torch_nor_a_socket(bundle: Path, report: CompileReport, tmp_path: Path) -> None:
     script = LOCKED_DOWN + "from sdrt.cli.app import app\napp()"
     said = run_python(
-        script, "generate", str(bundle), "red apple", "--steps", "1", "--seed", "1", "--size", "64x64", "--output", "a.png", "--json", cwd=tmp_path
+        script,
+        "generate",
+        str(bundle),
+        "red apple",
+        "--steps",
+        "1",
+        "--seed",
+        "1",
+        "--size",
+        "64x64",
+        "--output",
+        "a.png",
+        "--json",
+        cwd=tmp_path,
     )
     assert json.loads(said)["engine"]["engine"] == report.path.name
 
@@ -156,16 +187,27 @@ def test_generating_needs_neither_torch_nor_a_socket(bundle: Path, report: Compi
 def test_the_record(report: CompileReport, bundle: Path) -> None:
     record, opened = report.record, open_bundle(bundle)
     assert read_engine(report.path) == record and not report.cached
-    assert (record.size, record.batch, record.tokens, record.rows, record.branches, record.state_bytes) == (None, None, None, None, (), 0)
+    assert (record.size, record.batch, record.tokens, record.rows, record.branches, record.state_bytes) == (
+        None,
+        None,
+        None,
+        None,
+        (),
+        0,
+    )
     assert record.key.profiles == dict.fromkeys(GRAPHS, ()) and record.key.compiler == ort.__version__
-    assert names(report.path) == sorted(["engine.json", *(f"{graph}.onnx" for graph in GRAPHS), *(f"{graph}.weights" for graph in GRAPHS)])
+    assert names(report.path) == sorted(
+        ["engine.json", *(f"{graph}.onnx" for graph in GRAPHS), *(f"{graph}.weights" for graph in GRAPHS)]
+    )
     stored = opened.manifest.files[WEIGHTS].size_bytes
     assert stored < sum(plan.disk_bytes for plan in record.plans.values()) < 2 * stored + compiling._MARGIN_BYTES
     assert all(report.graphs[graph].plan_bytes == record.plans[graph].disk_bytes for graph in GRAPHS)
     assert sys.platform != "linux" or all((made.peak_bytes or 0) > 10**7 for made in report.graphs.values())
 
 
-def test_the_peak_and_bytes_are_told(small_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, report: CompileReport) -> None:
+def test_the_peak_and_bytes_are_told(
+    small_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, report: CompileReport
+) -> None:
     monkeypatch.setattr(worker, "save_model", from_(report.path))
     result = run("compile", copied(small_bundle, tmp_path / "a.sdrt"), "--target", "onnxruntime")
     assert result.exit_code == 0 and "layers" not in result.stdout and "0.01 GB peak" in result.stdout
@@ -174,7 +216,12 @@ def test_the_peak_and_bytes_are_told(small_bundle: Path, tmp_path: Path, monkeyp
 def test_inspect_and_verify(bundle: Path, report: CompileReport) -> None:
     (listed,) = json.loads(run("inspect", bundle, "--json").stdout)["engines"]
     assert (listed["target"], listed["stale"]) == ("onnxruntime", False)
-    assert listed["shapes"] == {"size": [[64, 64], [8192, 8192]], "batch": [1, 64], "tokens": [77, 2464], "branches": list(range(1, 17))}
+    assert listed["shapes"] == {
+        "size": [[64, 64], [8192, 8192]],
+        "batch": [1, 64],
+        "tokens": [77, 2464],
+        "branches": list(range(1, 17)),
+    }
     assert listed["plan_bytes"] == sum(plan.disk_bytes for plan in report.record.plans.values())
     checks = [check for check in verify(bundle) if check.backend == f"onnxruntime {report.path.name}"]
     assert {check.graph for check in checks} == set(GRAPHS) and all(check.error <= check.limit for check in checks)
@@ -202,19 +249,27 @@ def test_only_compile_saves_models(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    "option", ["--size 128x128", "--batch 2", "--tokens 154", "--branches 2", "--precision fp32", "--sm 89", "--device 1"], ids=lambda option: option.split()[0]
+    "option",
+    ["--size 128x128", "--batch 2", "--tokens 154", "--branches 2", "--precision fp32", "--sm 89", "--device 1"],
+    ids=lambda option: option.split()[0],
 )
 def test_options_that_nothing_reads(small_bundle: Path, option: str) -> None:
     result = run("compile", small_bundle, "--target", "onnxruntime", *option.split())
     name = option.split()[0]
-    assert result.exit_code == 2 and f"{name[2:]}: ONNX Runtime " in result.stderr and f"Leave {name} out" in result.stderr
+    assert (
+        result.exit_code == 2 and f"{name[2:]}: ONNX Runtime " in result.stderr and f"Leave {name} out" in result.stderr
+    )
     assert not (small_bundle / ENGINES).exists()
 
 
 def test_onnxruntime_is_missing(small_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     result = run("compile", small_bundle, "--target", "onnxruntime")
-    assert result.exit_code == 5 and "target onnxruntime: cannot import" in result.stderr and "pip install 'onnxruntime>=1.25'" in result.stderr
+    assert (
+        result.exit_code == 5
+        and "target onnxruntime: cannot import" in result.stderr
+        and "pip install 'onnxruntime>=1.25'" in result.stderr
+    )
 
 
 # What does not fit
@@ -247,7 +302,9 @@ def altered(source: Path, to: Path, **changes: Any) -> Path:
     ],
     ids=["processor", "version", "platform", "weights", "graphs", "flags"],
 )
-def test_b8_b9_an_engine_that_does_not_fit(bundle: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, changes: dict[str, Any], said: str) -> None:
+def test_b8_b9_an_engine_that_does_not_fit(
+    bundle: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, changes: dict[str, Any], said: str
+) -> None:
     """It is never used, and one warning says why and gives the command."""
     copy = altered(bundle, tmp_path / "other.sdrt", **changes)
     assert onnxruntime_model.find_saved(open_bundle(copy), ort.__version__) is None
@@ -255,7 +312,9 @@ def test_b8_b9_an_engine_that_does_not_fit(bundle: Path, tmp_path: Path, caplog:
     assert said in warned and warned.endswith(f"sdrt compile {copy} --target onnxruntime")
 
 
-def test_b9_on_another_processor_the_bundles_own_graphs_run(bundle: Path, plain: Pipeline, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_b9_on_another_processor_the_bundles_own_graphs_run(
+    bundle: Path, plain: Pipeline, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     copy = altered(bundle, tmp_path / "other.sdrt", device="Another CPU (avx2)")
     with caplog.at_level(logging.WARNING), Pipeline.load(copy, backend="onnxruntime") as loaded:
         assert saved_of(loaded) is None
@@ -265,9 +324,13 @@ def test_b9_on_another_processor_the_bundles_own_graphs_run(bundle: Path, plain:
     assert listed["stale"] is True and "built for Another CPU (avx2), this machine is" in listed["why"]
 
 
-def test_verify_runs_only_what_was_made_here(bundle: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_verify_runs_only_what_was_made_here(
+    bundle: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(
-        onnxruntime_model, "run_graph", lambda path, inputs: read_reference(path.parents[1] / f"reference/{path.name.partition('.')[0]}.npz")[1]
+        onnxruntime_model,
+        "run_graph",
+        lambda path, inputs: read_reference(path.parents[1] / f"reference/{path.name.partition('.')[0]}.npz")[1],
     )
     copy = altered(bundle, tmp_path / "other.sdrt", device="Another CPU (avx2)")
     assert not [check for check in verify(copy) if check.backend.startswith("onnxruntime ")]
@@ -287,7 +350,9 @@ def test_prune_and_force(bundle: Path, report: CompileReport, tmp_path: Path, mo
     assert names(copy / ENGINES) == [report.path.name]
 
 
-def test_another_sdrts_engine_and_other_targets_leave_it_alone(small_bundle: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_another_sdrts_engine_and_other_targets_leave_it_alone(
+    small_bundle: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     copy = copied(small_bundle, tmp_path / "a.sdrt")
     for name, text in (("openvino-0123456789abcdef", "nonsense"), ("onnxruntime-0123456789abcdef", '{"format": 9}')):
         (copy / ENGINES / name).mkdir(parents=True)
@@ -301,14 +366,20 @@ def test_another_sdrts_engine_and_other_targets_leave_it_alone(small_bundle: Pat
 
 
 @pytest.mark.parametrize("name", ["step.onnx", "step.weights", "text_encoder.weights"])
-def test_b1_a_changed_byte(bundle: Path, report: CompileReport, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_b1_a_changed_byte(
+    bundle: Path, report: CompileReport, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     copy = copied(bundle, tmp_path / "changed.sdrt")
     path = copy / ENGINES / report.path.name / name
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
     result = run("generate", copy, "red apple", "--steps", "1", "--size", "64x64", "--output", tmp_path / "a.png")
-    assert result.exit_code == 4 and f"{name}: changed since it was compiled" in result.stderr and not (tmp_path / "a.png").exists()
+    assert (
+        result.exit_code == 4
+        and f"{name}: changed since it was compiled" in result.stderr
+        and not (tmp_path / "a.png").exists()
+    )
     result = run("verify", copy)
     assert result.exit_code == 1 and f"{name}: changed since it was compiled" in result.stderr
     monkeypatch.setattr(worker, "save_model", from_(report.path))
@@ -316,7 +387,9 @@ def test_b1_a_changed_byte(bundle: Path, report: CompileReport, tmp_path: Path, 
     assert path.read_bytes() == (report.path / name).read_bytes()
 
 
-def test_weights_of_the_encoder_are_checked_when_it_is_loaded(bundle: Path, report: CompileReport, tmp_path: Path) -> None:
+def test_weights_of_the_encoder_are_checked_when_it_is_loaded(
+    bundle: Path, report: CompileReport, tmp_path: Path
+) -> None:
     copy = copied(bundle, tmp_path / "changed.sdrt")
     path = copy / ENGINES / report.path.name / f"{VAE_ENCODER}.weights"
     path.write_bytes(path.read_bytes()[:-1] + b"\1")
@@ -352,7 +425,12 @@ def test_b5_a_model_that_points_out_of_its_folder(report: CompileReport, tmp_pat
     shutil.copyfile(report.path / "vae_decoder.weights", tmp_path / "outside.weights")
     (tmp_path / "engine").mkdir()
     with pytest.raises(MachineError, match="External data path"):
-        onnxruntime_model.open_saved(onnxruntime_model.import_onnxruntime("tests"), model.SerializeToString(), tmp_path / "engine" / "a.onnx", None)
+        onnxruntime_model.open_saved(
+            onnxruntime_model.import_onnxruntime("tests"),
+            model.SerializeToString(),
+            tmp_path / "engine" / "a.onnx",
+            None,
+        )
 
 
 @pytest.mark.parametrize(
@@ -401,7 +479,9 @@ def from_(folder: Path, saved: list[str] | None = None) -> Any:
 
 
 @pytest.mark.parametrize("kind", ["enospc", "eio"])
-def test_i1_d1_failing_writes_leave_nothing(small_bundle: Path, report: CompileReport, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+def test_i1_d1_failing_writes_leave_nothing(
+    small_bundle: Path, report: CompileReport, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
     """At every point of the writer in turn, until the work succeeds."""
     monkeypatch.setattr(worker, "save_model", from_(report.path))
     opened = open_bundle(copied(small_bundle, tmp_path / "a.sdrt"))
@@ -414,7 +494,11 @@ def test_i1_d1_failing_writes_leave_nothing(small_bundle: Path, report: CompileR
         else:
             assert engine_cache.read_intact(found.path) == found.record
             break
-        assert not [name for name in names(opened.path / ENGINES) if name.startswith(".")] if (opened.path / ENGINES).exists() else True
+        assert (
+            not [name for name in names(opened.path / ENGINES) if name.startswith(".")]
+            if (opened.path / ENGINES).exists()
+            else True
+        )
         shutil.rmtree(opened.path / ENGINES, ignore_errors=True)
     assert 10 < number < 30 and len(fault.passed) >= number - 1
 
@@ -434,16 +518,23 @@ def test_d1_a_disk_that_fills_up_while_onnxruntime_writes(small_bundle: Path, tm
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, before[1]))
     try:
-        with pytest.raises(ResourceError, match=r"text_encoder: ONNX Runtime cannot write the whole model, [\d,]+ bytes free there"):
+        with pytest.raises(
+            ResourceError, match=r"text_encoder: ONNX Runtime cannot write the whole model, [\d,]+ bytes free there"
+        ):
             compile_bundle(opened, OPTIONS)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert names(opened.path / ENGINES) == []
 
 
-def test_i1_a_killed_compilation_leaves_nothing_that_stays(small_bundle: Path, report: CompileReport, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_i1_a_killed_compilation_leaves_nothing_that_stays(
+    small_bundle: Path, report: CompileReport, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     copy = copied(small_bundle, tmp_path / "a.sdrt")
-    code = "import sdrt.compile.worker as w, time; w.save_model = lambda *a: (print('there', flush=True), time.sleep(60)); from sdrt.cli.app import app; app()"
+    code = (
+        "import sdrt.compile.worker as w, time; w.save_model = lambda *a: (print('there', flush=True), time.sleep(60));"
+        " from sdrt.cli.app import app; app()"
+    )
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))}
     command = [sys.executable, "-c", code, "compile", str(copy), "--target", "onnxruntime"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment) as process:
@@ -458,9 +549,19 @@ def test_i1_a_killed_compilation_leaves_nothing_that_stays(small_bundle: Path, r
 
 @pytest.mark.parametrize(
     ("end", "kind", "said"),
-    [(signal.SIGKILL, ResourceError, "most likely out of memory"), (signal.SIGSEGV, MachineError, "ended with exit code -11")],
+    [
+        (signal.SIGKILL, ResourceError, "most likely out of memory"),
+        (signal.SIGSEGV, MachineError, "ended with exit code -11"),
+    ],
 )
-def test_a_worker_that_dies(small_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: signal.Signals, kind: type[Exception], said: str) -> None:
+def test_a_worker_that_dies(
+    small_bundle: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    end: signal.Signals,
+    kind: type[Exception],
+    said: str,
+) -> None:
     opened = open_bundle(copied(small_bundle, tmp_path / "a.sdrt"))
     start = subprocess.Popen
 
@@ -479,15 +580,25 @@ def test_a_worker_ends_with_its_caller(small_bundle: Path, tmp_path: Path) -> No
     """ONNX Runtime itself does not look whether it should stop."""
     script = "import time, sdrt.compile.worker as w; w.save_model_here = lambda *a: time.sleep(60); w.serve()"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))}
-    request = {"target": "onnxruntime", "graph": STEP, "name": "step.fp32.onnx", "folder": str(tmp_path), "reference": "none"}
-    with subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment) as process:
+    request = {
+        "target": "onnxruntime",
+        "graph": STEP,
+        "name": "step.fp32.onnx",
+        "folder": str(tmp_path),
+        "reference": "none",
+    }
+    with subprocess.Popen(
+        [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
+    ) as process:
         assert process.stdin is not None
         process.stdin.write(json.dumps(request).encode() + b"\n")
         process.stdin.close()
         assert process.wait(30) == -signal.SIGTERM
 
 
-def test_a_saved_model_that_computes_something_else(small_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_saved_model_that_computes_something_else(
+    small_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     opened, scales = open_bundle(small_bundle), iter([1.0, 1.001])
     real = optimized_model.outputs_of
 
@@ -497,7 +608,9 @@ def test_a_saved_model_that_computes_something_else(small_bundle: Path, tmp_path
 
     monkeypatch.setattr(optimized_model, "outputs_of", scaled)
     with pytest.raises(MachineError, match=r"saved a model whose latents differs by 1\.00e-03, expected at most 1e-04"):
-        optimized_model.save_model(VAE_ENCODER, opened.graph(VAE_ENCODER, "fp32"), tmp_path, opened.file(f"reference/{VAE_ENCODER}.npz"))
+        optimized_model.save_model(
+            VAE_ENCODER, opened.graph(VAE_ENCODER, "fp32"), tmp_path, opened.file(f"reference/{VAE_ENCODER}.npz")
+        )
 
 
 def test_a_saved_model_gives_the_same_bytes(small_bundle: Path, tmp_path: Path) -> None:

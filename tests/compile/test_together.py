@@ -57,7 +57,9 @@ def fail_at(number: int, function: Callable[..., Any], error: BaseException) -> 
 
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize(("error", "code"), [(ResourceError("no room"), 6), (KeyboardInterrupt(), 130)])
-def test_a_command_that_fails_at_its_second_engine(copied: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int) -> None:
+def test_a_command_that_fails_at_its_second_engine(
+    copied: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int
+) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(openvino, "write_engine", fail_at(2, openvino.write_engine, error))
         assert run("compile", copied, "--target", "openvino").exit_code == code
@@ -68,7 +70,11 @@ def test_a_command_that_fails_at_its_second_engine(copied: Path, monkeypatch: py
 
 @pytest.mark.usefixtures("quick")
 def test_a_command_that_fails_at_its_second_target(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worker, "save_model", fail_at(len(GRAPHS), lambda *_: ({"build_s": 0.0, "exact": True}, None), ResourceError("no room")))
+    monkeypatch.setattr(
+        worker,
+        "save_model",
+        fail_at(len(GRAPHS), lambda *_: ({"build_s": 0.0, "exact": True}, None), ResourceError("no room")),
+    )
     monkeypatch.setattr("sdrt.compile.onnxruntime._plan", lambda model: openvino.Plan(model.name, 0, "0" * 64, None))
     assert run("compile", copied, "--target", "openvino", "--target", "onnxruntime").exit_code == 6
     assert targets(copied) == []
@@ -83,7 +89,9 @@ def replace_two(folder: Path) -> None:
 
 @pytest.mark.parametrize("existing", [("a", "b"), ("a",), ("b",), ()])
 @pytest.mark.parametrize("exchanges", [True, False])
-def test_d1_two_folders_at_every_point_of_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, existing: tuple[str, ...], exchanges: bool) -> None:
+def test_d1_two_folders_at_every_point_of_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, existing: tuple[str, ...], exchanges: bool
+) -> None:
     if not exchanges:
         real = publish._renameat2
         monkeypatch.setattr(publish, "_renameat2", lambda old, new, flags: 38 if flags == 2 else real(old, new, flags))
@@ -114,8 +122,14 @@ def test_d1_two_folders_at_every_point_of_failure(tmp_path: Path, monkeypatch: p
 
 
 def test_auto_takes_what_serves_an_ordinary_request(copied: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Half of an earlier command, another size or another prompt is passed over with a word; the rest of them then does."""
-    for options in (["--branches", "1"], ["--size", "64x128", "--branches", "2"], ["--tokens", "154", "--branches", "2"]):
+    """Half of an earlier command, another size or another prompt is passed over with a word; the rest of them then
+    does.
+    """
+    for options in (
+        ["--branches", "1"],
+        ["--size", "64x128", "--branches", "2"],
+        ["--tokens", "154", "--branches", "2"],
+    ):
         assert run("compile", copied, "--target", "openvino", *options).exit_code == 0
     with caplog.at_level(logging.WARNING, logger="sdrt"):
         assert load_engine(open_bundle(copied), "auto").backend == "onnxruntime"

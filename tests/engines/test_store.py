@@ -52,7 +52,10 @@ def bundle(flat_bundle: Path, tmp_path: Path) -> Bundle:
 def step_profile(branches: int) -> Profile:
     """Of one or two pictures of 64x64 to 128x128 pixels."""
     tables = dict.fromkeys(signatures(Dimensions(4, 0, 8, 64, 77, (1,)))[STEP].tables, ((129,), (129,), (257,)))
-    tables |= {"w": ((129, branches), (129, branches), (257, branches)), "init": ((1, 4, 8, 8), (1, 4, 8, 8), (2, 4, 16, 16))}
+    tables |= {
+        "w": ((129, branches), (129, branches), (257, branches)),
+        "init": ((1, 4, 8, 8), (1, 4, 8, 8), (2, 4, 16, 16)),
+    }
     return Profile(tables | {"context": ((1, branches, 77, 64), (1, branches, 77, 64), (2, branches, 77, 64))})
 
 
@@ -68,11 +71,18 @@ def record_for(bundle: Bundle, **changes: Any) -> EngineRecord:
         graphs={graph: manifest.files[manifest.graphs[graph]["fp16"].path].sha256 for graph in GRAPHS},
         weights=manifest.files[WEIGHTS].sha256,
         profiles=dict.fromkeys(GRAPHS, (latents,))
-        | {"step": (step_profile(1), step_profile(2)), "text_encoder": (Profile({"tokens": ((1, 77), (2, 77), (2, 77))}),)},
+        | {
+            "step": (step_profile(1), step_profile(2)),
+            "text_encoder": (Profile({"tokens": ((1, 77), (2, 77), (2, 77))}),),
+        },
         flags=("no_tf32",),
     )
-    plans = {graph: Plan(f"{graph}.plan", len(data), hashlib.sha256(data).hexdigest(), None) for graph, data in PLANS.items()}
-    return EngineRecord(1, replace(key, **changes), (128, 128), 2, 77, 128, (1, 2), 1000, manifest.files[WEIGHTS].size_bytes, plans)
+    plans = {
+        graph: Plan(f"{graph}.plan", len(data), hashlib.sha256(data).hexdigest(), None) for graph, data in PLANS.items()
+    }
+    return EngineRecord(
+        1, replace(key, **changes), (128, 128), 2, 77, 128, (1, 2), 1000, manifest.files[WEIGHTS].size_bytes, plans
+    )
 
 
 @pytest.fixture
@@ -94,7 +104,10 @@ def test_equal_keys_have_equal_digests(bundle: Bundle) -> None:
     key = record_for(bundle).key
     shuffled = replace(key, graphs=dict(reversed(key.graphs.items())), profiles=dict(reversed(key.profiles.items())))
     assert key_digest(key) == key_digest(shuffled)
-    assert key_digest(key) == hashlib.sha256(json.dumps(asdict(key), sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    assert (
+        key_digest(key)
+        == hashlib.sha256(json.dumps(asdict(key), sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    )
     assert folder_name(key) == f"tensorrt-rtx-{key_digest(key)[:16]}"
 
 
@@ -119,12 +132,24 @@ def test_every_field_of_the_key_counts(bundle: Bundle, changes: dict[str, Any]) 
 def test_the_order_of_profiles_counts(bundle: Bundle) -> None:
     """The runtime chooses a profile by its index."""
     one, two = Profile({"w": ((128, 1),) * 3}), Profile({"w": ((128, 2),) * 3})
-    assert key_digest(record_for(bundle, profiles={"step": (one, two)}).key) != key_digest(record_for(bundle, profiles={"step": (two, one)}).key)
+    assert key_digest(record_for(bundle, profiles={"step": (one, two)}).key) != key_digest(
+        record_for(bundle, profiles={"step": (two, one)}).key
+    )
 
 
 def test_the_digest_never_changes() -> None:
     """Engines on disk are found by it: a change of this number orphans every engine of every user."""
-    key = EngineKey("tensorrt", "11.4", "X, sm_90", "linux-x86_64", "fp16", {"step": "a" * 64}, "b" * 64, {"step": (Profile({"w": ((1, 1),) * 3}),)}, ("f",))
+    key = EngineKey(
+        "tensorrt",
+        "11.4",
+        "X, sm_90",
+        "linux-x86_64",
+        "fp16",
+        {"step": "a" * 64},
+        "b" * 64,
+        {"step": (Profile({"w": ((1, 1),) * 3}),)},
+        ("f",),
+    )
     assert key_digest(key) == "9c0e1b18e354c5c82dd3dab7fab3d4cc77f21d9e61ea96bbb84811d803df2f1b"
 
 
@@ -140,7 +165,10 @@ def test_write_and_read(bundle: Bundle) -> None:
     record = record_for(bundle)
     folder = write_engine(bundle, record, {graph: memoryview(data) for graph, data in PLANS.items()})
     assert folder == bundle.path / "engines" / folder_name(record.key)
-    assert sorted(path.name for path in folder.iterdir()) == ["engine.json", *(f"{graph}.plan" for graph in sorted(GRAPHS))]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "engine.json",
+        *(f"{graph}.plan" for graph in sorted(GRAPHS)),
+    ]
     assert read_engine(folder) == record
     assert list_engines(bundle) == [(folder, record)]
     assert {graph: read_plan(folder, record, graph) for graph in GRAPHS} == PLANS
@@ -150,7 +178,9 @@ def test_write_and_read(bundle: Bundle) -> None:
 def test_an_engine_of_the_same_key_is_replaced(bundle: Bundle, engine: Path) -> None:
     data = PLANS | {"step": b"other code"}
     old = record_for(bundle)
-    record = replace(old, plans=old.plans | {"step": Plan("step.plan", 10, hashlib.sha256(b"other code").hexdigest(), 4096)})
+    record = replace(
+        old, plans=old.plans | {"step": Plan("step.plan", 10, hashlib.sha256(b"other code").hexdigest(), 4096)}
+    )
     assert write_engine(bundle, record, data) == engine
     assert read_plan(engine, read_engine(engine), "step") == b"other code"
     assert [path.name for path in (bundle.path / ENGINES).iterdir()] == [engine.name]
@@ -270,13 +300,22 @@ def every_shape(document: dict[str, Any], name: str, shape: list[int]) -> None:
         (lambda d: d["plans"]["step"].update(file="engine.json"), "unsafe file name"),
         (lambda d: d["plans"]["step"].update(file="a\nb"), "expected a word"),
         (lambda d: d["plans"]["step"].update(file="vae_decoder.plan"), "two plans share a file"),
-        (lambda d: d["key"]["profiles"]["step"][0]["shapes"].update(latents=[[2], [1], [3]]), "expected smallest <= best <= largest"),
+        (
+            lambda d: d["key"]["profiles"]["step"][0]["shapes"].update(latents=[[2], [1], [3]]),
+            "expected smallest <= best <= largest",
+        ),
         (lambda d: d["key"]["profiles"]["step"][0]["shapes"].update(latents=[[1, 2], [1], [3]]), "engine.json"),
-        (lambda d: d["key"]["profiles"]["step"][0]["shapes"].update(latents=[[0], [1], [3]]), "expected smallest <= best <= largest"),
+        (
+            lambda d: d["key"]["profiles"]["step"][0]["shapes"].update(latents=[[0], [1], [3]]),
+            "expected smallest <= best <= largest",
+        ),
         (lambda d: d["key"]["profiles"]["step"].pop(), "profiles of step: expected 2, found 1"),
         (lambda d: d["key"]["profiles"]["vae_decoder"].clear(), "profiles of vae_decoder: expected 1, found 0"),
         (lambda d: d["key"]["profiles"]["step"][0]["shapes"].pop("w"), "no shape for w of step"),
-        (lambda d: d["key"]["profiles"]["text_encoder"][0]["shapes"].pop("tokens"), "no shape for tokens of text_encoder"),
+        (
+            lambda d: d["key"]["profiles"]["text_encoder"][0]["shapes"].pop("tokens"),
+            "no shape for tokens of text_encoder",
+        ),
         (lambda d: every_shape(d, "w", []), "w: 0 sides"),
         (lambda d: every_shape(d, "q", []), "q: 0 sides"),
         (lambda d: every_shape(d, "w", [1, 2]), "w: expected 257 rows"),
@@ -313,7 +352,14 @@ def test_a_malformed_record(engine: Path, change: Callable[[dict[str, Any]], Any
     assert raised.value.message.isprintable()
 
 
-@pytest.mark.parametrize("change", [lambda k: k.update(compiler="1.7.2"), lambda k: k.update(device="sm_90"), lambda k: k["graphs"].update(step="0" * 64)])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda k: k.update(compiler="1.7.2"),
+        lambda k: k.update(device="sm_90"),
+        lambda k: k["graphs"].update(step="0" * 64),
+    ],
+)
 def test_a_key_edited_to_fit(engine: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     """The folder's name is the key's digest."""
     edit(engine, lambda document: change(document["key"]))
@@ -351,8 +397,12 @@ def test_a_plan_said_to_be_huge_is_not_read(bundle: Bundle) -> None:
 
 @pytest.mark.parametrize("name", ["extra.plan", ".hidden", "folder", "link"])
 @pytest.mark.parametrize("place", ["engine", "engines", "graphs", "."])
-def test_b2_nothing_else_may_lie_in_a_bundle_that_is_verified_or_signed(bundle: Bundle, engine: Path, tmp_path: Path, place: str, name: str) -> None:
-    """Hidden files may lie in a bundle that is used, as file managers leave them; a signature covers all there is, or is not given."""
+def test_b2_nothing_else_may_lie_in_a_bundle_that_is_verified_or_signed(
+    bundle: Bundle, engine: Path, tmp_path: Path, place: str, name: str
+) -> None:
+    """Hidden files may lie in a bundle that is used, as file managers leave them; a signature covers all there is, or
+    is not given.
+    """
     assert [folder for folder, _ in check_all(bundle)] == [engine]
     where = {"engine": engine, "engines": engine.parent}.get(place, bundle.path / place) / name
     if name == "folder":
@@ -390,7 +440,9 @@ def test_engines_that_are_links(bundle: Bundle, engine: Path, tmp_path: Path) ->
     )
 )
 def test_any_value_anywhere_is_refused_as_ours(value: Any) -> None:
-    """Whatever stands in a field, the parser answers with ValueError, KeyError, TypeError or AttributeError, which `read_engine` reports."""
+    """Whatever stands in a field, the parser answers with ValueError, KeyError, TypeError or AttributeError, which
+    `read_engine` reports.
+    """
     document = {
         "format": 1,
         "key": value,
@@ -413,7 +465,12 @@ def test_any_value_anywhere_is_refused_as_ours(value: Any) -> None:
 def test_an_engine_that_fits(bundle: Bundle) -> None:
     record = record_for(bundle)
     assert mismatch(record, bundle) == ""
-    assert mismatch(record, bundle, target="tensorrt-rtx", compiler="1.7.1.116", device_sm="sm_89", platform="linux-x86_64") == ""
+    assert (
+        mismatch(
+            record, bundle, target="tensorrt-rtx", compiler="1.7.1.116", device_sm="sm_89", platform="linux-x86_64"
+        )
+        == ""
+    )
 
 
 @pytest.mark.parametrize(
@@ -426,22 +483,35 @@ def test_an_engine_that_fits(bundle: Bundle) -> None:
         ({"target": "tensorrt"}, {"compiler": "11.5"}, "built for TensorRT 1.7.1.116, this machine has 11.5"),
         ({}, {"device_sm": "sm_90"}, "built for sm_86,sm_89, this GPU is sm_90"),
         ({}, {"device_sm": "sm_8"}, "built for sm_86,sm_89, this GPU is sm_8"),
-        ({"device": "NVIDIA H100 80GB HBM3, sm_90"}, {"device_sm": "sm_100"}, "built for NVIDIA H100 80GB HBM3, sm_90, this GPU is sm_100"),
+        (
+            {"device": "NVIDIA H100 80GB HBM3, sm_90"},
+            {"device_sm": "sm_100"},
+            "built for NVIDIA H100 80GB HBM3, sm_90, this GPU is sm_100",
+        ),
         ({"device": "NVIDIA H100 80GB HBM3, sm_90"}, {"device_sm": "sm_90"}, ""),
         ({}, {"platform": "windows-x86_64"}, "built for linux-x86_64, this machine is windows-x86_64"),
         ({}, {"flags": ("weightless",)}, "built by another version of sdrt, in another way"),
         ({"flags": ("weightless",)}, {"flags": ("weightless",)}, ""),
-        ({}, {"compiler": "2", "device_sm": "sm_90"}, "built for TensorRT-RTX 1.7.1.116, this machine has 2; built for sm_86,sm_89, this GPU is sm_90"),
+        (
+            {},
+            {"compiler": "2", "device_sm": "sm_90"},
+            "built for TensorRT-RTX 1.7.1.116, this machine has 2; built for sm_86,sm_89, this GPU is sm_90",
+        ),
     ],
 )
-def test_b8_an_engine_that_does_not_fit(bundle: Bundle, changes: dict[str, Any], machine: dict[str, Any], words: str) -> None:
+def test_b8_an_engine_that_does_not_fit(
+    bundle: Bundle, changes: dict[str, Any], machine: dict[str, Any], words: str
+) -> None:
     assert mismatch(record_for(bundle, **changes), bundle, **machine) == words
 
 
 @pytest.mark.parametrize("graph", GRAPHS)
 def test_another_graph(bundle: Bundle, graph: str) -> None:
     record = record_for(bundle)
-    assert mismatch(replace(record, key=replace(record.key, graphs=record.key.graphs | {graph: "0" * 64})), bundle) == "built for graphs that have changed"
+    assert (
+        mismatch(replace(record, key=replace(record.key, graphs=record.key.graphs | {graph: "0" * 64})), bundle)
+        == "built for graphs that have changed"
+    )
 
 
 def test_state_bytes(bundle: Bundle) -> None:
@@ -451,7 +521,9 @@ def test_state_bytes(bundle: Bundle) -> None:
     tables = [8 * rows, *(4 * rows * columns for columns in (1, 8, 2, 2, 8, 1, 8 * 11, 3)), rows * latent // 3]
     buffers = [8 * 3, *tables, 8 * latent, 4 * 3 * 2 * 77 * width, latent // 4, latent, latent]
     buffers += [8 * latent, 8 * 3, latent, 3 * 3 * 64 * 96]
-    assert state_bytes(bundle.manifest, size=(96, 64), batch=3, tokens=77, rows=128, branches=2) == sum((b + 255) // 256 * 256 for b in buffers)
+    assert state_bytes(bundle.manifest, size=(96, 64), batch=3, tokens=77, rows=128, branches=2) == sum(
+        (b + 255) // 256 * 256 for b in buffers
+    )
 
 
 # Pruning

@@ -53,7 +53,9 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 def instant(quick: None, small_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The weights and the tokenizer are copied from a finished bundle of the small checkpoint, too."""
 
-    def write_weights(path: Path, tensors: dict[str, Tensor], loras: object, precision: str, progress: object, made: object) -> Any:
+    def write_weights(
+        path: Path, tensors: dict[str, Tensor], loras: object, precision: str, progress: object, made: object
+    ) -> Any:
         shutil.copy(small_bundle / WEIGHTS, path)
         placed = layout({name: tensor.entry.shape for name, tensor in tensors.items()}, precision)[1]
         return Written(file_record(path), placed, [])
@@ -126,7 +128,9 @@ def test_name_is_the_only_trace_of_the_place(flat_bundle: Path, blindbox_bundle:
     assert manifest["name"] == "flat"
 
 
-def test_folder_name_changes_the_manifest_only(small_checkpoint: Path, small_bundle: Path, out: Path, quick: None, no_trace: None) -> None:
+def test_folder_name_changes_the_manifest_only(
+    small_checkpoint: Path, small_bundle: Path, out: Path, quick: None, no_trace: None
+) -> None:
     build(BuildOptions(small_checkpoint, output=out / "other name"))
     first, second = contents(small_bundle), contents(out / "other name")
     changed = {name for name in first.keys() | second.keys() if first.get(name) != second.get(name)}
@@ -143,9 +147,16 @@ def test_i4_another_lora_is_not_traced_again(out: Path, quick: None, no_trace: N
     assert report.cached == GRAPHS
 
 
-def test_another_checkpoint_and_precision_are_not_traced_again(small_checkpoint: Path, out: Path, quick: None, no_trace: None) -> None:
-    save_file({name: tensor.float() * 0.9 for name, tensor in load_file(small_checkpoint).items()}, out / "other.safetensors")
-    assert build(BuildOptions(out / "other.safetensors", precision="fp32", size=(128, 64), output=out / "x.sdrt")).cached == GRAPHS
+def test_another_checkpoint_and_precision_are_not_traced_again(
+    small_checkpoint: Path, out: Path, quick: None, no_trace: None
+) -> None:
+    save_file(
+        {name: tensor.float() * 0.9 for name, tensor in load_file(small_checkpoint).items()}, out / "other.safetensors"
+    )
+    assert (
+        build(BuildOptions(out / "other.safetensors", precision="fp32", size=(128, 64), output=out / "x.sdrt")).cached
+        == GRAPHS
+    )
 
 
 class Cache:
@@ -226,7 +237,9 @@ def test_i5_damaged_entry_is_traced_again_and_mended(cache: Cache, damage: Calla
     assert cache.traced == 2
 
 
-def test_cache_that_cannot_be_written_costs_time_only(cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cache_that_cannot_be_written_costs_time_only(
+    cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("SDRT_CACHE_DIR", str(tmp_path / "file"))
     assert not cache.get()
@@ -250,17 +263,24 @@ def stages(small_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     seen: dict[str, None] = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(selfcheck, "check", lambda recipe, weights, graphs, reference: dict.fromkeys(graphs, 0.0))
-        build(BuildOptions(small_checkpoint, output=tmp_path_factory.mktemp("stages") / "x.sdrt"), lambda stage, done: seen.setdefault(stage))
+        build(
+            BuildOptions(small_checkpoint, output=tmp_path_factory.mktemp("stages") / "x.sdrt"),
+            lambda stage, done: seen.setdefault(stage),
+        )
     return list(seen)
 
 
 def test_stages(stages: list[str]) -> None:
-    binds, checks = ([f"{what} {graph}" for graph in GRAPHS] for what in ("bind", "check"))  # the traces are in the cache
+    binds, checks = (
+        [f"{what} {graph}" for graph in GRAPHS] for what in ("bind", "check")
+    )  # the traces are in the cache
     assert stages == ["read", "tokenizer", "fuse", *binds, *checks, "write"]
 
 
 @pytest.mark.parametrize("exists", [False, True], ids=["new", "replacing"])
-def test_i2_interrupt_at_any_stage_leaves_everything_as_it_was(small_checkpoint: Path, out: Path, instant: None, stages: list[str], exists: bool) -> None:
+def test_i2_interrupt_at_any_stage_leaves_everything_as_it_was(
+    small_checkpoint: Path, out: Path, instant: None, stages: list[str], exists: bool
+) -> None:
     if exists:
         old_bundle(out / "x.sdrt")
     before = contents(out)
@@ -291,7 +311,12 @@ def test_interrupt_half_way_through_the_weights(small_checkpoint: Path, out: Pat
 def test_existing_output_is_refused_before_any_work(out: Path) -> None:
     old_bundle(out / "x.sdrt")
     before = contents(out)
-    error = refused(BuildOptions(out / "no such checkpoint", output=out / "x.sdrt"), UsageError, str(out / "x.sdrt"), "exists already")
+    error = refused(
+        BuildOptions(out / "no such checkpoint", output=out / "x.sdrt"),
+        UsageError,
+        str(out / "x.sdrt"),
+        "exists already",
+    )
     assert "--force" in error.fix
     assert contents(out) == before
 
@@ -313,7 +338,10 @@ def test_force_keeps_the_bundle_when_the_build_fails(out: Path) -> None:
 
 FOREIGN: dict[str, Callable[[Path], Any]] = {
     "folder": lambda path: [path.mkdir(), (path / "thesis.tex").write_text("x")],
-    "folder with another manifest": lambda path: [path.mkdir(), (path / "manifest.json").write_text('{"name": "a web app"}')],
+    "folder with another manifest": lambda path: [
+        path.mkdir(),
+        (path / "manifest.json").write_text('{"name": "a web app"}'),
+    ],
     "empty folder": Path.mkdir,
     "file": lambda path: path.write_text("x"),
     "link to a bundle": lambda path: path.symlink_to(old_bundle(path.with_name("other.sdrt"))),
@@ -324,10 +352,14 @@ FOREIGN: dict[str, Callable[[Path], Any]] = {
 
 @pytest.mark.parametrize("force", [False, True], ids=["", "force"])
 @pytest.mark.parametrize("make", FOREIGN.values(), ids=FOREIGN.keys())
-def test_what_is_not_ours_is_never_replaced(small_checkpoint: Path, out: Path, make: Callable[[Path], Any], force: bool) -> None:
+def test_what_is_not_ours_is_never_replaced(
+    small_checkpoint: Path, out: Path, make: Callable[[Path], Any], force: bool
+) -> None:
     make(out / "x.sdrt")
     before = contents(out), sorted(out.rglob("*"))
-    refused(BuildOptions(small_checkpoint, output=out / "x.sdrt", force=force), UsageError, str(out / "x.sdrt"), "exists")
+    refused(
+        BuildOptions(small_checkpoint, output=out / "x.sdrt", force=force), UsageError, str(out / "x.sdrt"), "exists"
+    )
     assert (contents(out), sorted(out.rglob("*"))) == before
 
 
@@ -335,7 +367,11 @@ def test_the_folder_of_the_output_is_made(small_checkpoint: Path, small_lora: Pa
     refused(BuildOptions(small_lora, output=out / "a" / "b" / "x.sdrt"), CheckpointError, "found a LoRA")
     assert not list(out.iterdir())
     assert build(BuildOptions(small_checkpoint, output=out / "a" / "b" / "x.sdrt")).path == out / "a" / "b" / "x.sdrt"
-    refused(BuildOptions(small_checkpoint, output=out / "a" / "b" / "x.sdrt" / "y.sdrt"), UsageError, "would write into the bundle")
+    refused(
+        BuildOptions(small_checkpoint, output=out / "a" / "b" / "x.sdrt" / "y.sdrt"),
+        UsageError,
+        "would write into the bundle",
+    )
 
 
 @pytest.mark.parametrize("name", ["file/x.sdrt", "x" * 300], ids=["below a file", "name too long"])
@@ -392,9 +428,19 @@ def rewritten_unseen(path: Path) -> None:
 @pytest.mark.parametrize("change", [rewritten, rewritten_unseen])
 @pytest.mark.parametrize("which", ["checkpoint", "vae", "lora"])
 def test_c20_input_that_changes_during_the_build(
-    small_checkpoint: Path, out: Path, tmp_path: Path, instant: None, which: str, change: Callable[[Path], None], small_lora: Path
+    small_checkpoint: Path,
+    out: Path,
+    tmp_path: Path,
+    instant: None,
+    which: str,
+    change: Callable[[Path], None],
+    small_lora: Path,
 ) -> None:
-    files = {"checkpoint": tmp_path / "c.safetensors", "vae": vae_of(small_checkpoint, tmp_path / "v.safetensors"), "lora": tmp_path / "l.safetensors"}
+    files = {
+        "checkpoint": tmp_path / "c.safetensors",
+        "vae": vae_of(small_checkpoint, tmp_path / "v.safetensors"),
+        "lora": tmp_path / "l.safetensors",
+    }
     shutil.copy(small_checkpoint, files["checkpoint"])
     shutil.copy(small_lora, files["lora"])
 
@@ -403,12 +449,17 @@ def test_c20_input_that_changes_during_the_build(
             change(files[which])
 
     with pytest.raises(InputFileError, match="changed during the build") as caught:
-        build(BuildOptions(files["checkpoint"], (LoraOption(files["lora"]),), files["vae"], output=out / "x.sdrt"), progress)
+        build(
+            BuildOptions(files["checkpoint"], (LoraOption(files["lora"]),), files["vae"], output=out / "x.sdrt"),
+            progress,
+        )
     assert caught.value.message.startswith(str(files[which]))
     assert not list(out.iterdir())
 
 
-def test_c20_input_that_is_truncated_during_the_build(small_checkpoint: Path, out: Path, tmp_path: Path, quick: None) -> None:
+def test_c20_input_that_is_truncated_during_the_build(
+    small_checkpoint: Path, out: Path, tmp_path: Path, quick: None
+) -> None:
     shutil.copy(small_checkpoint, tmp_path / "c.safetensors")
 
     def progress(stage: str, done: float | None) -> None:
@@ -427,10 +478,14 @@ def as_ckpt(checkpoint: Path, path: Path, zipped: bool) -> Path:
 
 
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
-def test_a_ckpt_that_changes_during_the_build(small_checkpoint: Path, out: Path, tmp_path: Path, instant: None, zipped: bool) -> None:
+def test_a_ckpt_that_changes_during_the_build(
+    small_checkpoint: Path, out: Path, tmp_path: Path, instant: None, zipped: bool
+) -> None:
     path = as_ckpt(small_checkpoint, tmp_path / "c.ckpt", zipped)
     with pytest.raises(InputFileError, match=r"c\.ckpt: changed during the build"):
-        build(BuildOptions(path, output=out / "x.sdrt"), lambda stage, done: rewritten(path) if stage == "write" else None)
+        build(
+            BuildOptions(path, output=out / "x.sdrt"), lambda stage, done: rewritten(path) if stage == "write" else None
+        )
     assert not list(out.iterdir())
 
 
@@ -467,7 +522,9 @@ def test_the_output_is_named_after_the_whole_name_of_a_folder(tmp_path: Path, mo
 
 
 @pytest.mark.parametrize("compute", ["fp32", "fp16"])
-def test_graph_that_differs_from_its_network_fails_the_build(small_checkpoint: Path, out: Path, monkeypatch: pytest.MonkeyPatch, compute: str) -> None:
+def test_graph_that_differs_from_its_network_fails_the_build(
+    small_checkpoint: Path, out: Path, monkeypatch: pytest.MonkeyPatch, compute: str
+) -> None:
     run = selfcheck.run_unoptimised
 
     def perturbed(path: Path, inputs: Any, which: str) -> Any:
@@ -477,7 +534,13 @@ def test_graph_that_differs_from_its_network_fails_the_build(small_checkpoint: P
         return outputs
 
     monkeypatch.setattr(selfcheck, "run_unoptimised", perturbed)
-    error = refused(BuildOptions(small_checkpoint, output=out / "x.sdrt"), CheckFailed, "self-check", "text_encoder", "relative error")
+    error = refused(
+        BuildOptions(small_checkpoint, output=out / "x.sdrt"),
+        CheckFailed,
+        "self-check",
+        "text_encoder",
+        "relative error",
+    )
     assert error.exit_code == 1
     assert not list(out.iterdir())
 
@@ -492,7 +555,9 @@ def parts(flat_bundle: Path) -> Iterator[tuple[dict[str, Recipe], TensorFile, Pa
 
 
 @pytest.mark.parametrize("graph", GRAPHS)
-def test_every_output_is_checked(parts: tuple[dict[str, Recipe], TensorFile, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, graph: str) -> None:
+def test_every_output_is_checked(
+    parts: tuple[dict[str, Recipe], TensorFile, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, graph: str
+) -> None:
     made, weights, folder = parts
     recipe, path = made[graph], folder / f"{graph}.fp32.onnx"
     right = selfcheck.module_outputs(recipe, weights, selfcheck.reference_inputs(recipe))
@@ -500,7 +565,11 @@ def test_every_output_is_checked(parts: tuple[dict[str, Recipe], TensorFile, Pat
     monkeypatch.setattr(selfcheck, "run_unoptimised", lambda *_: right)
     assert selfcheck.check(recipe, weights, {"fp32": path}, tmp_path / "r.npz") == {"fp32": 0.0}
     for name, array in right.items():
-        for wrong in (array + 1 if array.dtype != bool else ~array, array[:0], np.zeros_like(array) - np.nan if array.dtype.kind == "f" else array * 0 + 7):
+        for wrong in (
+            array + 1 if array.dtype != bool else ~array,
+            array[:0],
+            np.zeros_like(array) - np.nan if array.dtype.kind == "f" else array * 0 + 7,
+        ):
             monkeypatch.setattr(selfcheck, "run_unoptimised", lambda *_, wrong=wrong, name=name: right | {name: wrong})
             (tmp_path / "r.npz").unlink(missing_ok=True)
             with pytest.raises(CheckFailed, match=f"{graph}.*{name}"):
@@ -508,7 +577,9 @@ def test_every_output_is_checked(parts: tuple[dict[str, Recipe], TensorFile, Pat
             assert not (tmp_path / "r.npz").exists()
 
 
-def test_network_that_gives_nan_fails_the_build(small_checkpoint: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_network_that_gives_nan_fails_the_build(
+    small_checkpoint: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     outputs = selfcheck.module_outputs
 
     def broken(recipe: Recipe, weights: TensorFile, inputs: Any) -> Any:
@@ -517,21 +588,35 @@ def test_network_that_gives_nan_fails_the_build(small_checkpoint: Path, out: Pat
         return found
 
     monkeypatch.setattr(selfcheck, "module_outputs", broken)
-    refused(BuildOptions(small_checkpoint, output=out / "x.sdrt"), NonFiniteError, "self-check: text_encoder", "1 values are NaN or infinite")
+    refused(
+        BuildOptions(small_checkpoint, output=out / "x.sdrt"),
+        NonFiniteError,
+        "self-check: text_encoder",
+        "1 values are NaN or infinite",
+    )
     assert not list(out.iterdir())
 
 
 def test_checkpoint_that_overflows_in_its_own_network(small_checkpoint: Path, out: Path, tmp_path: Path) -> None:
     """Every weight is finite, what they compute is not."""
-    tensors = {name: tensor.float() if tensor.dtype == torch.float16 else tensor for name, tensor in load_file(small_checkpoint).items()}
+    tensors = {
+        name: tensor.float() if tensor.dtype == torch.float16 else tensor
+        for name, tensor in load_file(small_checkpoint).items()
+    }
     tensors["cond_stage_model.transformer.text_model.encoder.layers.0.mlp.fc1.weight"].fill_(3e38)
     save_file(tensors, tmp_path / "c.safetensors")
-    error = refused(BuildOptions(tmp_path / "c.safetensors", precision="fp32", output=out / "x.sdrt"), NonFiniteError, "self-check: text_encoder")
+    error = refused(
+        BuildOptions(tmp_path / "c.safetensors", precision="fp32", output=out / "x.sdrt"),
+        NonFiniteError,
+        "self-check: text_encoder",
+    )
     assert "checkpoint" in error.fix
     assert not list(out.iterdir())
 
 
-def test_reference_is_what_the_network_computes(parts: tuple[dict[str, Recipe], TensorFile, Path], flat_bundle: Path) -> None:
+def test_reference_is_what_the_network_computes(
+    parts: tuple[dict[str, Recipe], TensorFile, Path], flat_bundle: Path
+) -> None:
     made, weights, _ = parts
     for graph, recipe in made.items():
         with np.load(flat_bundle / "reference" / f"{graph}.npz", allow_pickle=False) as stored:
@@ -552,7 +637,9 @@ def held_whole(recipe: Recipe, weights: TensorFile, inputs: dict[str, Any]) -> d
 
 
 @pytest.mark.parametrize("graph", GRAPHS)
-def test_weights_read_as_they_are_needed_give_the_same_bits(parts: tuple[dict[str, Recipe], TensorFile, Path], graph: str) -> None:
+def test_weights_read_as_they_are_needed_give_the_same_bits(
+    parts: tuple[dict[str, Recipe], TensorFile, Path], graph: str
+) -> None:
     made, weights, _ = parts
     inputs = selfcheck.reference_inputs(made[graph])
     assert torch.get_num_threads() == 1
@@ -582,7 +669,9 @@ class Watched:
 
 
 @pytest.mark.parametrize("graph", GRAPHS)
-def test_the_check_holds_the_weights_of_one_operator_and_takes_every_one(parts: tuple[dict[str, Recipe], TensorFile, Path], graph: str) -> None:
+def test_the_check_holds_the_weights_of_one_operator_and_takes_every_one(
+    parts: tuple[dict[str, Recipe], TensorFile, Path], graph: str
+) -> None:
     made, weights, _ = parts
     watched: Any = Watched(weights)
     selfcheck.module_outputs(made[graph], watched, selfcheck.reference_inputs(made[graph]))
@@ -604,11 +693,17 @@ def test_weights_that_no_operator_takes_are_not_passed_over(parts: tuple[dict[st
 
 
 def largest_use(order: list[str], path: Path) -> int:
-    """The most bytes that float32 copies of stored weights, and views of these, take at a time if the nodes of a graph file run in this order."""
+    """The most bytes that float32 copies of stored weights, and views of these, take at a time if the nodes of a graph
+    file run in this order.
+    """
     import onnx
 
     model = onnx.load(path, load_external_data=False)
-    sizes = {tensor.name: 4 * int(np.prod(tensor.dims)) for tensor in model.graph.initializer if tensor.data_type == onnx.TensorProto.FLOAT16}
+    sizes = {
+        tensor.name: 4 * int(np.prod(tensor.dims))
+        for tensor in model.graph.initializer
+        if tensor.data_type == onnx.TensorProto.FLOAT16
+    }
     nodes = {node.name: node for node in model.graph.node}
     steps = [nodes[name] for name in order if name in nodes]
     last = {name: i for i, node in enumerate(steps) for name in node.input}
@@ -625,7 +720,9 @@ def largest_use(order: list[str], path: Path) -> int:
 
 
 @pytest.mark.parametrize("compute", ["fp32", "fp16"])
-def test_the_check_widens_few_weights_at_a_time(flat_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compute: str) -> None:
+def test_the_check_widens_few_weights_at_a_time(
+    flat_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compute: str
+) -> None:
     """At the full size all of them at once would take 3.4 GB. The order is ONNX Runtime's own, read off its profile."""
     sessions: list[Any] = []
     session_of = onnxruntime.InferenceSession
@@ -640,9 +737,15 @@ def test_the_check_widens_few_weights_at_a_time(flat_bundle: Path, tmp_path: Pat
     checkpoint = open_checkpoint(CHECKPOINT)
     checkpoint.close()
     recipe = recipes(checkpoint.architecture)[STEP]
-    selfcheck.run_unoptimised(flat_bundle / "graphs" / f"step.{compute}.onnx", selfcheck.reference_inputs(recipe), compute)
+    selfcheck.run_unoptimised(
+        flat_bundle / "graphs" / f"step.{compute}.onnx", selfcheck.reference_inputs(recipe), compute
+    )
     events = json.loads(Path(sessions[0].end_profiling()).read_text())
-    order = [event["name"].removesuffix("_kernel_time") for event in events if event.get("cat") == "Node" and event["name"].endswith("_kernel_time")]
+    order = [
+        event["name"].removesuffix("_kernel_time")
+        for event in events
+        if event.get("cat") == "Node" and event["name"].endswith("_kernel_time")
+    ]
     whole = 4 * sum(int(np.prod(shape)) for shape in recipe.weight_shapes().values())
     assert largest_use(order, tmp_path / "run.onnx") < 0.4 * whole
 
@@ -669,7 +772,9 @@ def test_manifest_tells_where_everything_came_from(blindbox_bundle: Path) -> Non
     assert manifest.latents == Latents(4, 8, (64, 64), 0)
     assert manifest.text[0] == Text(64, 77, 49406, 49407, 49407, (1,))
     assert manifest.graphs.keys() == set(GRAPHS)
-    assert {name: (blindbox_bundle / name).stat().st_size for name in manifest.files} == {n: r.size_bytes for n, r in manifest.files.items()}
+    assert {name: (blindbox_bundle / name).stat().st_size for name in manifest.files} == {
+        n: r.size_bytes for n, r in manifest.files.items()
+    }
 
 
 def test_options_reach_the_manifest(out: Path, tmp_path: Path, quick: None) -> None:
@@ -703,28 +808,49 @@ def built_with(folder: Path, checkpoint: Path = CHECKPOINT, **options: Any) -> B
 def test_leftovers_are_noted(out: Path, tmp_path: Path, quick: None) -> None:
     save_file(load_file(CHECKPOINT) | {"my.notes": torch.zeros(3)}, tmp_path / "c.safetensors")
     save_file(load_file(LORA) | {"lora_unet_other.alpha": torch.zeros(())}, tmp_path / "l.safetensors")
-    report = built_with(out, tmp_path / "c.safetensors", loras=(LoraOption(tmp_path / "l.safetensors"),), allow_unmatched=True)
+    report = built_with(
+        out, tmp_path / "c.safetensors", loras=(LoraOption(tmp_path / "l.safetensors"),), allow_unmatched=True
+    )
     assert report.notes == (
         "1 tensors of the checkpoint are not used, such as my.notes",
         "l.safetensors: 1 keys belong to no module and were left out, such as lora_unet_other.alpha",
     )
 
 
-def test_a_lora_brings_its_embedding(small_checkpoint: Path, small_bundle: Path, small_lora: Path, out: Path, tmp_path: Path, quick: None) -> None:
+def test_a_lora_brings_its_embedding(
+    small_checkpoint: Path, small_bundle: Path, small_lora: Path, out: Path, tmp_path: Path, quick: None
+) -> None:
     taught = 0.5 * torch.randn(2, 64, generator=torch.Generator().manual_seed(0))
     save_file(load_file(small_lora) | {"bundle_emb.<toy>.clip_l": taught}, tmp_path / "l.safetensors")
-    report = built_with(out, small_checkpoint, loras=(LoraOption(tmp_path / "l.safetensors"), LoraOption(tmp_path / "l.safetensors", 0.5)))
+    report = built_with(
+        out,
+        small_checkpoint,
+        loras=(LoraOption(tmp_path / "l.safetensors"), LoraOption(tmp_path / "l.safetensors", 0.5)),
+    )
     assert report.manifest.text[0].embeddings == {"<toy>": (49408, 49409)}
-    assert [(s.kind, s.name, s.trigger) for s in report.manifest.sources[3:]] == [("embedding", "l.safetensors", "<toy>")]
-    table = load_file(report.path / WEIGHTS)["cond_stage_model.transformer.text_model.embeddings.token_embedding.weight"]
+    assert [(s.kind, s.name, s.trigger) for s in report.manifest.sources[3:]] == [
+        ("embedding", "l.safetensors", "<toy>")
+    ]
+    table = load_file(report.path / WEIGHTS)[
+        "cond_stage_model.transformer.text_model.embeddings.token_embedding.weight"
+    ]
     assert torch.equal(table[49408:], taught.half()) and not any("belong to no module" in note for note in report.notes)
-    assert set(report.stages_s) >= {"bind step", "bind text_encoder"} and not any(stage.startswith("trace") for stage in report.stages_s)
+    assert set(report.stages_s) >= {"bind step", "bind text_encoder"} and not any(
+        stage.startswith("trace") for stage in report.stages_s
+    )
 
 
-def test_a_missing_file_is_found_before_any_work(small_checkpoint: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_file_is_found_before_any_work(
+    small_checkpoint: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(build_module, "open_checkpoint", lambda *_, **__: pytest.fail("the checkpoint was opened"))
     gone = Path("gone.safetensors")
-    for given in ({"loras": (LoraOption(gone),)}, {"embeddings": (EmbeddingOption(gone, "x"),)}, {"hypernetworks": (HypernetworkOption(gone),)}, {"vae": gone}):
+    for given in (
+        {"loras": (LoraOption(gone),)},
+        {"embeddings": (EmbeddingOption(gone, "x"),)},
+        {"hypernetworks": (HypernetworkOption(gone),)},
+        {"vae": gone},
+    ):
         with pytest.raises(InputFileError, match=r"gone\.safetensors: cannot open"):
             built_with(out, small_checkpoint, **given)
 
@@ -742,7 +868,9 @@ def test_default_output() -> None:
     assert default_output(BuildOptions(Path("a/emoji.safetensors"), loras)) == Path("emoji+style.v2+light.sdrt")
 
 
-def test_default_output_is_in_the_working_folder(small_checkpoint: Path, out: Path, instant: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_default_output_is_in_the_working_folder(
+    small_checkpoint: Path, out: Path, instant: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(out)
     assert build(BuildOptions(small_checkpoint)).path == out / "small.sdrt"
     assert [path.name for path in out.iterdir()] == ["small.sdrt"]

@@ -32,7 +32,10 @@ def embedding(path: Path, width: int) -> Path:
 
 
 def vae(path: Path, **changed: torch.Tensor) -> Path:
-    save_file({name: tensor.contiguous() for name, tensor in load_file(CHECKPOINT).items() if name.startswith(VAE)} | changed, path)
+    save_file(
+        {name: tensor.contiguous() for name, tensor in load_file(CHECKPOINT).items() if name.startswith(VAE)} | changed,
+        path,
+    )
     return path
 
 
@@ -43,7 +46,10 @@ def test_lora() -> None:
 
 
 def test_lora_of_another_model(tmp_path: Path) -> None:
-    tensors = {"lora_te_text_model_encoder_layers_0_mlp_fc1.lora_down.weight": torch.ones(4, 768), "lora_te_text_model_encoder_layers_0_mlp_fc1.lora_up.weight": torch.ones(3072, 4)}  # fmt: skip
+    tensors = {
+        "lora_te_text_model_encoder_layers_0_mlp_fc1.lora_down.weight": torch.ones(4, 768),
+        "lora_te_text_model_encoder_layers_0_mlp_fc1.lora_up.weight": torch.ones(3072, 4),
+    }
     save_file(tensors, tmp_path / "x.safetensors")
     report = asked(tmp_path / "x.safetensors", 1)
     assert report["fits"] is False and "lora_te_text_model_encoder_layers_0_mlp_fc1" in report["why"] and report["fix"]
@@ -53,7 +59,11 @@ def test_embedding(tmp_path: Path) -> None:
     report = asked(embedding(tmp_path / "toy.safetensors", 64), 0)
     assert (report["fits"], report["touches"], report["trigger"]) == (True, {"text_encoder": 3}, "toy")
     report = asked(embedding(tmp_path / "toy.safetensors", 768), 1)
-    assert report["fits"] is False and report["base_family"] == "Stable Diffusion 1.x" and "expected vectors 64 wide" in report["why"]
+    assert (
+        report["fits"] is False
+        and report["base_family"] == "Stable Diffusion 1.x"
+        and "expected vectors 64 wide" in report["why"]
+    )
 
 
 def test_hypernetwork(tmp_path: Path) -> None:
@@ -91,6 +101,8 @@ def test_checkpoint_that_is_none(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("fits", [True, False])
 def test_words(tmp_path: Path, fits: bool) -> None:
-    result = CliRunner().invoke(app, ["inspect", str(embedding(tmp_path / "toy.safetensors", 64 if fits else 1024)), "--for", str(CHECKPOINT)])
+    result = CliRunner().invoke(
+        app, ["inspect", str(embedding(tmp_path / "toy.safetensors", 64 if fits else 1024)), "--for", str(CHECKPOINT)]
+    )
     assert result.exit_code == (0 if fits else 1)
     assert f"fits: {fits}" in result.stdout and "vectors: 3" in result.stdout and "trigger: toy" in result.stdout

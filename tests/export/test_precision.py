@@ -1,4 +1,6 @@
-"""The float16 graphs: close to float32 with every value rounded, casts only at the borders of the network, and the same weights file."""
+"""The float16 graphs: close to float32 with every value rounded, casts only at the borders of the network, and the same
+weights file.
+"""
 
 from __future__ import annotations
 
@@ -28,8 +30,12 @@ from sdrt.runtime.sampling.registry import plan_rows
 Array = NDArray[Any]
 FLOAT, HALF = TensorProto.FLOAT, TensorProto.FLOAT16
 ELEMENTS = {
-    "tensor(float)": FLOAT, "tensor(float16)": HALF, "tensor(int64)": TensorProto.INT64, "tensor(uint8)": TensorProto.UINT8, "tensor(bool)": TensorProto.BOOL,
-}  # fmt: skip
+    "tensor(float)": FLOAT,
+    "tensor(float16)": HALF,
+    "tensor(int64)": TensorProto.INT64,
+    "tensor(uint8)": TensorProto.UINT8,
+    "tensor(bool)": TensorProto.BOOL,
+}
 
 BORDERS = {"text_encoder": (0, 1), "step": (3, 1), "vae_decoder": (1, 1), "vae_encoder": (1, 1)}
 """Casts down and up. The step's go down at the latents, the context and the timestep's sinusoid."""
@@ -44,11 +50,15 @@ class Graph:
         self.nodes = list(self.model.graph.node)
         self.initializers = {tensor.name: tensor for tensor in self.model.graph.initializer}
         self.types = types | {name: tensor.data_type for name, tensor in self.initializers.items()}
-        self.views = {name for name, tensor in self.initializers.items() if tensor.data_location == TensorProto.EXTERNAL}
+        self.views = {
+            name for name, tensor in self.initializers.items() if tensor.data_location == TensorProto.EXTERNAL
+        }
         """Weights, and what is made of nothing but weights and constants."""
         for node in self.nodes:
             operands = [name for name in node.input if name]
-            if self.views.intersection(operands) and all(name in self.views or name in self.initializers for name in operands):
+            if self.views.intersection(operands) and all(
+                name in self.views or name in self.initializers for name in operands
+            ):
                 self.views.update(node.output)
 
     def floats(self, values: Any) -> set[int]:
@@ -57,14 +67,20 @@ class Graph:
 
     def weighted(self) -> list[int]:
         """Places of the operators on activations and a weight."""
-        return [i for i, node in enumerate(self.nodes) if self.views.intersection(node.input) and not self.views.issuperset(node.output)]
+        return [
+            i
+            for i, node in enumerate(self.nodes)
+            if self.views.intersection(node.input) and not self.views.issuperset(node.output)
+        ]
 
 
 # Fidelity
 
 
 class Networks:
-    """The graphs of one precision. With `watched`, every value inside them is an output: rounded to its type, and looked at."""
+    """The graphs of one precision. With `watched`, every value inside them is an output: rounded to its type, and
+    looked at.
+    """
 
     def __init__(self, bundle: Path, precision: str, watched: Path | None = None) -> None:
         self._bundle, self._precision, self._watched = open_bundle(bundle), precision, watched
@@ -84,7 +100,9 @@ class Networks:
         """Latents and pixels; the loop is written out here."""
         manifest = self._bundle.manifest
         tokenizer = Tokenizer(self._bundle.file(TOKENIZER), manifest.text[0])
-        tokens = np.array([chunk.tokens for text in ("", prompt) for chunk in chunk_segments(tokenizer, [Segment(text, 1.0)])])
+        tokens = np.array(
+            [chunk.tokens for text in ("", prompt) for chunk in chunk_segments(tokenizer, [Segment(text, 1.0)])]
+        )
         context = self.run(TEXT_ENCODER, tokens=tokens)["context_skip_1"]
         rows = plan_rows(sampler, "normal", steps, manifest.diffusion)
         table = tables(rows, [[1 - cfg, cfg]] * len(rows)) | {"next": np.arange(1, len(rows) + 1)}
@@ -182,7 +200,9 @@ def step_inputs(timestep: float) -> dict[str, Array]:
 
 @pytest.mark.parametrize("graph", GRAPHS)
 def test_files_are_valid(halves: dict[str, Graph], tmp_path: Path, graph: str) -> None:
-    """By path, so that the external weights are found; operand types are checked as a strongly typed engine checks them."""
+    """By path, so that the external weights are found; operand types are checked as a strongly typed engine checks
+    them.
+    """
     # A copy: the checker refuses weights with a second hard link, and other tests link this bundle's files.
     copied = Path(shutil.copytree(halves[graph].path.parent, tmp_path / "graphs")) / halves[graph].path.name
     onnx.checker.check_model(str(copied), full_check=True)
@@ -190,7 +210,10 @@ def test_files_are_valid(halves: dict[str, Graph], tmp_path: Path, graph: str) -
 
 @pytest.mark.parametrize("graph", GRAPHS)
 def test_borders_are_float32(halves: dict[str, Graph], graph: str, flat_bundle: Path) -> None:
-    found, single = halves[graph].model.graph, onnx.load(open_bundle(flat_bundle).graph(graph, "fp32"), load_external_data=False).graph
+    found, single = (
+        halves[graph].model.graph,
+        onnx.load(open_bundle(flat_bundle).graph(graph, "fp32"), load_external_data=False).graph,
+    )
     assert HALF not in {value.type.tensor_type.elem_type for value in [*found.input, *found.output]}
     for ours, expected in zip([*found.input, *found.output], [*single.input, *single.output], strict=True):
         assert (ours.name, ours.type) == (expected.name, expected.type)
@@ -199,7 +222,9 @@ def test_borders_are_float32(halves: dict[str, Graph], graph: str, flat_bundle: 
 @pytest.mark.parametrize("graph", GRAPHS)
 def test_casts_are_at_the_borders_only(halves: dict[str, Graph], graph: str) -> None:
     found = halves[graph]
-    casts = [(found.types[node.input[0]], found.types[node.output[0]]) for node in found.nodes if node.op_type == "Cast"]
+    casts = [
+        (found.types[node.input[0]], found.types[node.output[0]]) for node in found.nodes if node.op_type == "Cast"
+    ]
     assert (casts.count((FLOAT, HALF)), casts.count((HALF, FLOAT))) == BORDERS[graph]
     assert all(HALF not in pair for pair in casts if pair not in ((FLOAT, HALF), (HALF, FLOAT)))
     if graph == STEP:
@@ -258,23 +283,37 @@ def test_norm_statistics_are_float32(halves: dict[str, Graph], graph: str) -> No
     norms = [node for node in halves[graph].nodes if node.op_type.endswith("Normalization")]
     assert norms
     for node in norms:
-        assert [attribute.i for attribute in node.attribute if attribute.name == "stash_type"] in ([], [FLOAT]), node.name
+        assert [attribute.i for attribute in node.attribute if attribute.name == "stash_type"] in (
+            [],
+            [FLOAT],
+        ), node.name
 
 
 @pytest.mark.parametrize("graph", GRAPHS)
 def test_weights_are_the_same_bytes(halves: dict[str, Graph], graph: str, flat_bundle: Path) -> None:
-    """Both precisions point at the same places of one weights file, and the half graph takes them as they are stored."""
+    """Both precisions point at the same places of one weights file, and the half graph takes them as they
+    are stored.
+    """
     single = onnx.load(open_bundle(flat_bundle).graph(graph, "fp32"), load_external_data=False).graph
 
     def places(tensors: Any) -> dict[str, Any]:
         external = [tensor for tensor in tensors if tensor.data_location == TensorProto.EXTERNAL]
-        return {tensor.name: (tensor.data_type, list(tensor.dims), {entry.key: entry.value for entry in tensor.external_data}) for tensor in external}
+        return {
+            tensor.name: (
+                tensor.data_type,
+                list(tensor.dims),
+                {entry.key: entry.value for entry in tensor.external_data},
+            )
+            for tensor in external
+        }
 
     found = places(halves[graph].initializers.values())
     assert found == places(single.initializer) and len(found) > 30
     assert {kind for kind, _, _ in found.values()} == {HALF}
     assert {place["location"] for _, _, place in found.values()} == {"weights.safetensors"}
-    assert sum(tensor.ByteSize() for tensor in halves[graph].initializers.values()) < 1 << 20, "nothing but constants is stored twice"
+    assert sum(tensor.ByteSize() for tensor in halves[graph].initializers.values()) < 1 << 20, (
+        "nothing but constants is stored twice"
+    )
 
 
 def test_the_manifest_says_so(flat_bundle: Path) -> None:
@@ -294,8 +333,12 @@ def small(nodes: list[tuple[str, list[str], str]], outputs: list[str], constants
     made = [onnx.helper.make_node(kind, inputs, [output], name=output) for kind, inputs, output in nodes]
     values = [onnx.helper.make_tensor_value_info(name, FLOAT, [2, 2]) for name in ("x", "t", "w")]
     ends = [onnx.helper.make_tensor_value_info(name, FLOAT, [2, 2]) for name in outputs]
-    graph = onnx.helper.make_graph(made, "small", values, ends, [onnx.numpy_helper.from_array(value, name) for name, value in constants.items()])
-    model = onnx.shape_inference.infer_shapes(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 23)]))
+    graph = onnx.helper.make_graph(
+        made, "small", values, ends, [onnx.numpy_helper.from_array(value, name) for name, value in constants.items()]
+    )
+    model = onnx.shape_inference.infer_shapes(
+        onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 23)])
+    )
     return ir.from_proto(model)
 
 
@@ -330,18 +373,28 @@ def test_rule(precision: str, kind: ir.DataType) -> None:
         f"mixed.to_{kind.name.lower()}",
         "last.to_float",
     ]
-    assert {name: value.dtype for name, value in model.graph.initializers.items()} == {"c": ir.DataType.FLOAT, f"c.{precision}": kind}
+    assert {name: value.dtype for name, value in model.graph.initializers.items()} == {
+        "c": ir.DataType.FLOAT,
+        f"c.{precision}": kind,
+    }
     assert [value.dtype for value in model.graph.inputs] == [ir.DataType.FLOAT, ir.DataType.FLOAT, kind]
 
 
 def test_values_are_cast_once() -> None:
-    model = small([("MatMul", ["x", "w"], "a"), ("MatMul", ["x", "w"], "b"), ("Add", ["a", "b"], "after")], ["after"], {})
+    model = small(
+        [("MatMul", ["x", "w"], "a"), ("MatMul", ["x", "w"], "b"), ("Add", ["a", "b"], "after")], ["after"], {}
+    )
     to_half(model, {"w"}, "fp16")
     assert [node.name for node in model.graph if node.op_type == "Cast"] == ["x.to_float16", "a.to_float", "b.to_float"]
 
 
 def test_scales_of_resize_stay_float32() -> None:
-    nodes = [("MatMul", ["x", "w"], "a"), ("Resize", ["a", "", "scales"], "b"), ("MatMul", ["b", "w"], "c"), ("Neg", ["c"], "after")]
+    nodes = [
+        ("MatMul", ["x", "w"], "a"),
+        ("Resize", ["a", "", "scales"], "b"),
+        ("MatMul", ["b", "w"], "c"),
+        ("Neg", ["c"], "after"),
+    ]
     model = small(nodes, ["after"], {"scales": np.array([1, 1], np.float32)})
     to_half(model, {"w"}, "fp16")
     assert {name: value.dtype for name, value in model.graph.initializers.items()} == {"scales": ir.DataType.FLOAT}

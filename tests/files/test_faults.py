@@ -1,4 +1,6 @@
-"""Failing the first, the second, ... write, until the work succeeds: the target is always the old one or the new one, whole."""
+"""Failing the first, the second, ... write, until the work succeeds: the target is always the old one or the new one,
+whole.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +55,8 @@ def test_i1_i10_kill_at_every_point(tmp_path: Path, job: str) -> None:
     rows = json.loads(done.stdout)
     assert [row["status"] for row in rows] == [-9] * (len(rows) - 1) + [0]
     assert len(rows) > (4 if job == "picture" else 20)
-    # I10: where there is no exchange, a kill between the two renames leaves no target until the next start puts the old one back.
+    # I10: where there is no exchange, a kill between the two renames leaves no target until the next start puts the old
+    # one back.
     assert {row["after kill"] for row in rows} == ({old, new, ""} if job == "two renames" else {old, new})
     for row in rows:
         assert row["again"] == 0 or job == "new", row
@@ -109,7 +112,9 @@ def test_short_writes_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_i9_nothing_is_published_before_it_is_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The model of a power cut: only what was flushed survives. At the rename that is everything, the names in each folder included."""
+    """The model of a power cut: only what was flushed survives. At the rename that is everything, the names in each
+    folder included.
+    """
     with armed(monkeypatch, 0, "kill") as fault:
         write_bundle(tmp_path / "x.sdrt")
     operations = [(operation, path.relative_to(tmp_path).parts) for operation, path in fault.passed]
@@ -156,7 +161,10 @@ def test_it_is_off_otherwise() -> None:
 # A full disk
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux") or os.getuid() != 0, reason="only root may mount; the limit on file size stands in")
+@pytest.mark.skipif(
+    not sys.platform.startswith("linux") or os.getuid() != 0,
+    reason="only root may mount; the limit on file size stands in",
+)
 @pytest.mark.parametrize("exists", [False, True], ids=["new", "replacing"])
 def test_d1_disks_of_every_size(tmp_path: Path, exists: bool) -> None:
     needed = sum(FILES.values())
@@ -222,12 +230,16 @@ def test_file_systems_that_cannot_take_room(tmp_path: Path, monkeypatch: pytest.
 
     monkeypatch.setattr(os, "posix_fallocate", refused)
     write_bundle(tmp_path / "x.sdrt")
-    assert (tmp_path / "x.sdrt" / "graphs" / "weights.safetensors").read_bytes() == content("graphs/weights.safetensors", 3_000_000)
+    assert (tmp_path / "x.sdrt" / "graphs" / "weights.safetensors").read_bytes() == content(
+        "graphs/weights.safetensors", 3_000_000
+    )
 
 
 def test_space_is_checked_with_the_numbers(tmp_path: Path) -> None:
     publish.check_space(tmp_path, 1, "a byte")
-    with pytest.raises(ResourceError, match=r"weights needs about 1,000,000,000,000,000,000 bytes, [\d,]+ are free there") as caught:
+    with pytest.raises(
+        ResourceError, match=r"weights needs about 1,000,000,000,000,000,000 bytes, [\d,]+ are free there"
+    ) as caught:
         publish.check_space(tmp_path, 10**18, "weights")
     assert str(tmp_path) in caught.value.message and caught.value.exit_code == 6
 
@@ -243,7 +255,10 @@ for _ in range(6):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="renameat2 is Linux's")
 def test_i6_eight_writers_of_one_output_without_a_lock(tmp_path: Path) -> None:
-    running = [subprocess.Popen([sys.executable, "-c", MANY, tmp_path], env=ENVIRONMENT, stderr=subprocess.PIPE, text=True) for _ in range(8)]
+    running = [
+        subprocess.Popen([sys.executable, "-c", MANY, tmp_path], env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+        for _ in range(8)
+    ]
     for process in running:
         _, errors = process.communicate(timeout=120)
         assert process.returncode == 0, errors
@@ -276,7 +291,9 @@ with locked(pathlib.Path(sys.argv[1])):
 @contextmanager
 def holder(path: Path, cache: Path) -> Iterator[subprocess.Popen[str]]:
     environment = ENVIRONMENT | {"SDRT_CACHE_DIR": str(cache)}
-    with subprocess.Popen([sys.executable, "-c", HOLD, path], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD, path], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
         assert process.stdout is not None and process.stdout.readline() == "held\n"
         try:
             yield process
@@ -288,7 +305,10 @@ def holder(path: Path, cache: Path) -> Iterator[subprocess.Popen[str]]:
 def test_i7_timeout_names_the_holder(tmp_path: Path, locks: Path) -> None:
     waited = []
     with holder(tmp_path / "x.sdrt", tmp_path / "cache") as process:
-        with pytest.raises(LockedError, match=f"process {process.pid} is writing it") as caught, locked(tmp_path / "x.sdrt", lambda: waited.append(1)):
+        with (
+            pytest.raises(LockedError, match=f"process {process.pid} is writing it") as caught,
+            locked(tmp_path / "x.sdrt", lambda: waited.append(1)),
+        ):
             raise AssertionError("the lock was given twice")
         assert caught.value.exit_code == 7 and str(tmp_path / "x.sdrt") in caught.value.message
         assert waited
@@ -406,7 +426,9 @@ def test_a_stage_held_by_a_process_unknown_here_is_kept(tmp_path: Path) -> None:
 @pytest.mark.skipif(sys.platform == "win32", reason="no locks there")
 @pytest.mark.parametrize(("age_s", "kept"), [(0, True), (23 * 3600, True), (25 * 3600, False), (-25 * 3600, True)])
 def test_i8_a_number_that_came_again(tmp_path: Path, age_s: int, kept: bool) -> None:
-    """The dead owner's number now names another process, which holds no lock: swept after a day. A time in the future means nothing."""
+    """The dead owner's number now names another process, which holds no lock: swept after a day. A time in the future
+    means nothing.
+    """
     stage = tmp_path / f".x.sdrt-{os.getppid()}-0123abcd"
     stage.mkdir()
     then = stage.stat().st_mtime - age_s

@@ -65,7 +65,9 @@ def test_folder_appears_at_the_end_only(target: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "error", [RuntimeError("x"), KeyboardInterrupt(), SystemExit(3), OSError(errno.EBADF, "x"), UsageError("x")], ids=lambda e: type(e).__name__
+    "error",
+    [RuntimeError("x"), KeyboardInterrupt(), SystemExit(3), OSError(errno.EBADF, "x"), UsageError("x")],
+    ids=lambda e: type(e).__name__,
 )
 @pytest.mark.parametrize("exists", [False, True], ids=["new", "replacing"])
 def test_folder_is_given_up_on_any_error(target: Path, error: BaseException, exists: bool) -> None:
@@ -80,7 +82,9 @@ def test_folder_is_given_up_on_any_error(target: Path, error: BaseException, exi
 
 
 @pytest.mark.parametrize(
-    "make", [old_folder, Path.touch, Path.mkdir, lambda p: p.symlink_to("nowhere")], ids=["folder", "file", "empty folder", "dangling link"]
+    "make",
+    [old_folder, Path.touch, Path.mkdir, lambda p: p.symlink_to("nowhere")],
+    ids=["folder", "file", "empty folder", "dangling link"],
 )
 def test_existing_target_is_refused(target: Path, make: Callable[[Path], None]) -> None:
     make(target)
@@ -131,7 +135,9 @@ def refusing_renameat2(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("system", [without_renameat2, refusing_renameat2])
-def test_replacing_without_an_exchange(target: Path, monkeypatch: pytest.MonkeyPatch, system: Callable[[pytest.MonkeyPatch], None]) -> None:
+def test_replacing_without_an_exchange(
+    target: Path, monkeypatch: pytest.MonkeyPatch, system: Callable[[pytest.MonkeyPatch], None]
+) -> None:
     system(monkeypatch)
     old_folder(target)
     write_new(target, replace=True)
@@ -139,7 +145,9 @@ def test_replacing_without_an_exchange(target: Path, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("error", [OSError(errno.EBUSY, "busy"), KeyboardInterrupt()], ids=["error", "interrupt"])
-def test_replacing_without_an_exchange_that_fails_half_way(target: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
+def test_replacing_without_an_exchange_that_fails_half_way(
+    target: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
     without_renameat2(monkeypatch)
     old_folder(target)
     rename, calls = Path.rename, list[Path]()
@@ -305,8 +313,13 @@ def test_folder_set_aside_is_removed_where_the_target_is(target: Path, dead_pid:
 
 def test_kill_leaves_a_stage_that_the_next_run_sweeps(target: Path) -> None:
     old_folder(target)
-    code = "import sys, pathlib, sdrt.files.publish\nwith sdrt.files.publish.staged_folder(pathlib.Path(sys.argv[1]), replace=True) as stage:\n    (stage / 'x').touch()\n    print('ready', flush=True)\n    sys.stdin.read()\n"
-    with subprocess.Popen([sys.executable, "-c", code, str(target)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+    code = (
+        "import sys, pathlib, sdrt.files.publish\nwith sdrt.files.publish.staged_folder(pathlib.Path(sys.argv[1]),"
+        " replace=True) as stage:\n    (stage / 'x').touch()\n    print('ready', flush=True)\n    sys.stdin.read()\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(target)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
         assert len(list(target.parent.iterdir())) == 2
@@ -426,7 +439,24 @@ def test_file_replaces_a_link_not_what_it_points_at(target: Path, tmp_path: Path
 # The one writer
 
 
-WRITES = {"write_bytes", "write_text", "mkdir", "makedirs", "rename", "unlink", "rmtree", "rmdir", "touch", "symlink_to", "hardlink_to", "copy", "copyfile", "copytree", "savez", "mkdtemp"}  # fmt: skip
+WRITES = {
+    "write_bytes",
+    "write_text",
+    "mkdir",
+    "makedirs",
+    "rename",
+    "unlink",
+    "rmtree",
+    "rmdir",
+    "touch",
+    "symlink_to",
+    "hardlink_to",
+    "copy",
+    "copyfile",
+    "copytree",
+    "savez",
+    "mkdtemp",
+}
 ALLOWED = {
     "cli/generate.py": {"mkdir"},  # the folder of previews, which the user names
     "files/publish.py": WRITES,
@@ -434,7 +464,10 @@ ALLOWED = {
     "export/graph.py": {"mkdir"},  # the cache's own folders
     "bundle/remembered.py": {"mkdir"},
     "compile/tensorrt_network.py": {"mkdir"},
-    "bench/history.py": {"mkdir", "open"},  # a journal that processes append to under a lock, cut back where a line fails
+    "bench/history.py": {
+        "mkdir",
+        "open",
+    },  # a journal that processes append to under a lock, cut back where a line fails
     "bench/measure.py": {"write_text"},  # messages between two processes, in a temporary folder
     "bench/child.py": {"write_text"},
     "bench/steady_work.py": {"write_text"},
@@ -443,15 +476,23 @@ ALLOWED = {
 }
 
 
-@pytest.mark.parametrize("file", sorted(path.relative_to(ROOT / "sdrt").as_posix() for path in (ROOT / "sdrt").rglob("*.py")))
+@pytest.mark.parametrize(
+    "file", sorted(path.relative_to(ROOT / "sdrt").as_posix() for path in (ROOT / "sdrt").rglob("*.py"))
+)
 def test_nothing_else_writes(file: str) -> None:
-    """Every other file writes through this module. Looks for the names of what writes, and for modes of opening that do."""
+    """Every other file writes through this module. Looks for the names of what writes, and for modes of opening that
+    do.
+    """
     found = set()
     for node in ast.walk(ast.parse((ROOT / "sdrt" / file).read_text(encoding="utf-8"))):
         if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute | ast.Name):
             continue
         name = node.func.attr if isinstance(node.func, ast.Attribute) else node.func.id
-        modes = [word.value for word in [*node.args, *(k.value for k in node.keywords)] if isinstance(word, ast.Constant) and isinstance(word.value, str)]
+        modes = [
+            word.value
+            for word in [*node.args, *(k.value for k in node.keywords)]
+            if isinstance(word, ast.Constant) and isinstance(word.value, str)
+        ]
         owner = ast.unparse(node.func.value) if isinstance(node.func, ast.Attribute) else ""
         if name in WRITES and (name != "copy" or owner == "shutil"):
             found.add(name)

@@ -24,7 +24,9 @@ def test_the_tests_exist_or_there_is_a_reason(row: list[str]) -> None:
     assert named or proof.startswith(("does not apply", "not kept")), number
     for file, test in named:
         tree = ast.parse((ROOT / "tests" / f"{file}.py").read_text(encoding="utf-8"))
-        assert test in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}, f"{number}: {file}::{test}"
+        assert test in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}, (
+            f"{number}: {file}::{test}"
+        )
         assert {*number.lower().split(", ")} & {*test.split("_")}, f"{test}: expected {number} in its name"
 
 

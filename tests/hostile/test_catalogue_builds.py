@@ -1,4 +1,6 @@
-"""Builds as a user of a strange machine sees them: reproducible from anywhere, with full disks, small memory, few descriptors, and stopped."""
+"""Builds as a user of a strange machine sees them: reproducible from anywhere, with full disks, small memory, few
+descriptors, and stopped.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ from sdrt.export.adapters.match import LoraOption
 from sdrt.export.build import BuildOptions, build
 from sdrt.files.publish import write_file
 
-ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")} | {"PYTHONPATH": str(ROOT)}
+ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")} | {
+    "PYTHONPATH": str(ROOT)
+}
 
 
 @pytest.fixture
@@ -55,15 +59,26 @@ def left(folder: Path) -> list[str]:
 # Reproducible
 
 
-def test_the_same_bundle_from_another_place_process_and_time(small_checkpoint: Path, small_lora: Path, tmp_path: Path) -> None:
-    """Another folder, working folder, home, locale, time zone, hash seed, umask, file times and names of the inputs' folders."""
+def test_the_same_bundle_from_another_place_process_and_time(
+    small_checkpoint: Path, small_lora: Path, tmp_path: Path
+) -> None:
+    """Another folder, working folder, home, locale, time zone, hash seed, umask, file times and names of the inputs'
+    folders.
+    """
     inputs, out, here = tmp_path / "somewhere else", tmp_path / "out", tmp_path / "here"
     for folder in (inputs, out, here):
         folder.mkdir()
     for file in (small_checkpoint, small_lora):
         shutil.copy(file, inputs / file.name)
         os.utime(inputs / file.name, (10**9, 10**9))
-    strange = {"HOME": str(here), "LC_ALL": "C", "TZ": "Asia/Kathmandu", "PYTHONHASHSEED": "7", "SOURCE_DATE_EPOCH": "1000000000", "TMPDIR": str(here)}
+    strange = {
+        "HOME": str(here),
+        "LC_ALL": "C",
+        "TZ": "Asia/Kathmandu",
+        "PYTHONHASHSEED": "7",
+        "SOURCE_DATE_EPOCH": "1000000000",
+        "TMPDIR": str(here),
+    }
     arguments = [
         "build",
         "--checkpoint",
@@ -91,7 +106,9 @@ def test_the_same_bundle_from_another_place_process_and_time(small_checkpoint: P
         assert str(tmp_path).encode() not in data, name
 
 
-def test_a_fresh_trace_is_the_cached_one(small_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fresh_trace_is_the_cached_one(
+    small_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of the smallest graph: what two machines with empty caches would make of it."""
     from sdrt.export.read.checkpoint import open_checkpoint
 
@@ -123,22 +140,32 @@ def small_disk(folder: Path, options: str) -> Iterator[Path]:
 
 def test_d1_a_disk_too_small_is_found_before_the_work(small_checkpoint: Path, tmp_path: Path, quick: None) -> None:
     seen = []
-    with small_disk(tmp_path / "disk", "size=38m") as disk, pytest.raises(ResourceError, match=r"needs about [\d,]+ bytes, 39,\d{3},\d{3} are free") as caught:
+    with (
+        small_disk(tmp_path / "disk", "size=38m") as disk,
+        pytest.raises(ResourceError, match=r"needs about [\d,]+ bytes, 39,\d{3},\d{3} are free") as caught,
+    ):
         build(BuildOptions(small_checkpoint, output=disk / "x.sdrt"), lambda stage, done: seen.append(stage))
     assert "x.sdrt: tokenizer" in caught.value.message and "fuse" not in seen
 
 
 @pytest.mark.parametrize("size", ["1m", "8m", "10m"])
-def test_d1_a_disk_that_fills_up_in_the_work(small_checkpoint: Path, tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch, size: str) -> None:
+def test_d1_a_disk_that_fills_up_in_the_work(
+    small_checkpoint: Path, tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch, size: str
+) -> None:
     """As when another process takes the room after the check."""
     monkeypatch.setattr(build_module, "check_space", lambda *_: None)
     with small_disk(tmp_path / "disk", f"size={size}") as disk:
-        with pytest.raises(ResourceError, match=r"No space left on device(: weights\.safetensors needs [\d,]+ bytes)?, [\d,]+ bytes free there"):
+        with pytest.raises(
+            ResourceError,
+            match=r"No space left on device(: weights\.safetensors needs [\d,]+ bytes)?, [\d,]+ bytes free there",
+        ):
             build(BuildOptions(small_checkpoint, output=disk / "x.sdrt"))
         assert left(disk) == []
 
 
-def test_d2_a_full_cache_costs_time_only(small_checkpoint: Path, tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_d2_a_full_cache_costs_time_only(
+    small_checkpoint: Path, tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What is cached is traced again and not kept; here the trace itself is taken from the full cache's neighbour."""
     skeletons = {}
     original = graph_module.skeleton
@@ -197,7 +224,9 @@ app()
 @pytest.mark.parametrize("what", ["files", "memory"])
 def test_d3_d4_too_few_descriptors_and_too_little_memory(small_checkpoint: Path, tmp_path: Path, what: str) -> None:
     arguments = ["build", "--checkpoint", small_checkpoint, "--target", "onnxruntime", "--output", tmp_path / "x.sdrt"]
-    done = subprocess.run([sys.executable, "-c", LIMITED, what, *map(str, arguments)], env=ENVIRONMENT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", LIMITED, what, *map(str, arguments)], env=ENVIRONMENT, capture_output=True, text=True
+    )
     assert done.returncode == 6, done.stderr
     assert "Too many open files" in done.stderr if what == "files" else "out of memory" in done.stderr
     assert "Traceback" not in done.stderr
@@ -205,9 +234,16 @@ def test_d3_d4_too_few_descriptors_and_too_little_memory(small_checkpoint: Path,
 
 
 @pytest.mark.parametrize(
-    "text", ["DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes", "Failed to allocate memory for requested buffer", "std::bad_alloc"]
+    "text",
+    [
+        "DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes",
+        "Failed to allocate memory for requested buffer",
+        "std::bad_alloc",
+    ],
 )
-def test_d4_the_words_of_torch_and_onnxruntime(small_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+def test_d4_the_words_of_torch_and_onnxruntime(
+    small_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
     def check(*_: object) -> None:
         raise RuntimeError(text)
 
@@ -217,7 +253,9 @@ def test_d4_the_words_of_torch_and_onnxruntime(small_checkpoint: Path, tmp_path:
     assert left(tmp_path) == []
 
 
-def test_other_errors_of_torch_are_not_memory(small_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_errors_of_torch_are_not_memory(
+    small_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def check(*_: object) -> None:
         raise RuntimeError("shapes do not match")
 
@@ -231,13 +269,26 @@ def test_other_errors_of_torch_are_not_memory(small_checkpoint: Path, tmp_path: 
 
 def build_command(checkpoint: Path, output: Path) -> list[str]:
     script = "from sdrt.cli.app import app; app()"
-    return [sys.executable, "-c", script, "build", "--checkpoint", str(checkpoint), "--target", "onnxruntime", "--output", str(output)]
+    return [
+        sys.executable,
+        "-c",
+        script,
+        "build",
+        "--checkpoint",
+        str(checkpoint),
+        "--target",
+        "onnxruntime",
+        "--output",
+        str(output),
+    ]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
 def test_i2_stopped_twice(small_checkpoint: Path, tmp_path: Path) -> None:
     """An impatient second signal may leave the stage; nothing else, and the next build sweeps it."""
-    with subprocess.Popen(build_command(small_checkpoint, tmp_path / "x.sdrt"), env=ENVIRONMENT, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        build_command(small_checkpoint, tmp_path / "x.sdrt"), env=ENVIRONMENT, stderr=subprocess.PIPE, text=True
+    ) as process:
         assert process.stderr is not None
         for line in process.stderr:
             if line.startswith("bind step"):
@@ -254,7 +305,10 @@ def test_i6_two_builds_of_one_output(small_checkpoint: Path, tmp_path: Path, sma
     """The second waits for the first, then finds its output; with --force it builds again."""
     command = build_command(small_checkpoint, tmp_path / "small.sdrt")
     running = [
-        subprocess.Popen([*command, *extra], env=ENVIRONMENT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) for extra in ([], ["--force"])
+        subprocess.Popen(
+            [*command, *extra], env=ENVIRONMENT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+        )
+        for extra in ([], ["--force"])
     ]
     said = [process.communicate(timeout=300)[1] for process in running]
     codes = [process.returncode for process in running]
@@ -265,7 +319,9 @@ def test_i6_two_builds_of_one_output(small_checkpoint: Path, tmp_path: Path, sma
     assert [name for name in first if first[name] != second.get(name)] == []
 
 
-def test_i7_a_lock_that_does_not_come_free(small_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_i7_a_lock_that_does_not_come_free(
+    small_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from sdrt.errors import LockedError
     from sdrt.files.lock import locked
 
@@ -287,7 +343,9 @@ def test_i8_times_of_files_mean_nothing_to_the_cache(
     build(BuildOptions(small_checkpoint, (LoraOption(small_lora, 0.5, 0.5),), output=tmp_path / "x.sdrt"))
 
 
-def test_eio_is_told_as_it_is(small_checkpoint: Path, tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_eio_is_told_as_it_is(
+    small_checkpoint: Path, tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(descriptor: int) -> None:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 

@@ -1,6 +1,8 @@
-"""Seeded mutations of a checkpoint, a LoRA and a manifest: refused with exit code 3 or 4 and a message, or read and used. Never a bug, a hang or much memory.
+"""Seeded mutations of a checkpoint, a LoRA and a manifest: refused with exit code 3 or 4 and a message, or read and
+used. Never a bug, a hang or much memory.
 
-The whole of it is 10,000 of each: SDRT_MUTATIONS=10000 pytest tests/hostile/test_catalogue_mutations.py (some minutes). The tests take the first of them.
+The whole of it is 10,000 of each: SDRT_MUTATIONS=10000 pytest tests/hostile/test_catalogue_mutations.py (some minutes).
+The tests take the first of them.
 """
 
 from __future__ import annotations
@@ -31,13 +33,42 @@ from sdrt.export.read.checkpoint import open_checkpoint, select
 from sdrt.export.weights import write_weights
 
 _ALL = os.environ.get("SDRT_MUTATIONS")
-COUNTS = dict.fromkeys(("checkpoint", "lora", "manifest"), int(_ALL)) if _ALL else {"checkpoint": 500, "lora": 1_000, "manifest": 2_000}
+COUNTS = (
+    dict.fromkeys(("checkpoint", "lora", "manifest"), int(_ALL))
+    if _ALL
+    else {"checkpoint": 500, "lora": 1_000, "manifest": 2_000}
+)
 HANG_S = 60
 MEMORY_BYTES = 300 << 20
 WORDS = [
-    b"0", b"-1", b"1e999", b"NaN", b"null", b"true", b'""', b"[]", b"{}", b"9" * 30, b'"\\u0000"', b'"\\ud800"', b'"F64"', b'"BOOL"', b'"../x"', b"[[[[[[[[", b"4611686018427387904",
-    b'"\\u001b[31m"', b'"lora_unet_x.lora_up.weight"', b'"format":', b',"a":1', b"}}", b"]", b'"data_offsets":[0,4]', b"\xff\xfe", b"\\", b" ",
-]  # fmt: skip
+    b"0",
+    b"-1",
+    b"1e999",
+    b"NaN",
+    b"null",
+    b"true",
+    b'""',
+    b"[]",
+    b"{}",
+    b"9" * 30,
+    b'"\\u0000"',
+    b'"\\ud800"',
+    b'"F64"',
+    b'"BOOL"',
+    b'"../x"',
+    b"[[[[[[[[",
+    b"4611686018427387904",
+    b'"\\u001b[31m"',
+    b'"lora_unet_x.lora_up.weight"',
+    b'"format":',
+    b',"a":1',
+    b"}}",
+    b"]",
+    b'"data_offsets":[0,4]',
+    b"\xff\xfe",
+    b"\\",
+    b" ",
+]
 
 
 def mutated(data: bytes, generator: random.Random) -> bytes:
@@ -84,7 +115,9 @@ def swapped(data: bytes, generator: random.Random) -> bytes:
             elif kind == 2 and isinstance(node, dict):
                 node[str(other_key)] = node[key]
             else:
-                node[key] = generator.choice([0, -1, 2**64, 1.5, None, True, "", "\0\x1b[2J", "é" * 300, [], {}, [0, 0], [-1], ["x"], {"a": {}}])
+                node[key] = generator.choice(
+                    [0, -1, 2**64, 1.5, None, True, "", "\0\x1b[2J", "é" * 300, [], {}, [0, 0], [-1], ["x"], {"a": {}}]
+                )
         except (KeyError, IndexError):
             continue
     try:
@@ -122,7 +155,10 @@ def run(name: str, original: bytes, attempt: Callable[[bytes], None]) -> None:
             try:
                 attempt(data)
             except SdrtError as error:
-                assert error.exit_code in (3, 4) or (name == "manifest" and "upgrade" in error.fix.lower()), (index, error)
+                assert error.exit_code in (3, 4) or (name == "manifest" and "upgrade" in error.fix.lower()), (
+                    index,
+                    error,
+                )
                 assert len(error.message) > 20, (index, error)
                 assert error.message.isprintable(), (index, error)
                 refused += 1
@@ -131,11 +167,15 @@ def run(name: str, original: bytes, attempt: Callable[[bytes], None]) -> None:
 
 
 def file_of(text: bytes, index: int, generator: random.Random) -> tuple[bytes, int]:
-    """A header in front, and by how many bytes the data is to be longer; now and then its length, or the data's, is a lie."""
+    """A header in front, and by how many bytes the data is to be longer; now and then its length, or the data's, is a
+    lie.
+    """
     length = len(text)
     if index % 16 == 5:
         length += generator.choice((-1, 1, 8, -8, 300, 1 << 20, 1 << 40, (1 << 64) - 1))
-    return (length % (1 << 64)).to_bytes(8, "little") + text, generator.choice((-1, 1, 7, -500, 4096)) if index % 16 == 11 else 0
+    return (length % (1 << 64)).to_bytes(8, "little") + text, (
+        generator.choice((-1, 1, 7, -500, 4096)) if index % 16 == 11 else 0
+    )
 
 
 def write(path: Path, text: bytes, data: bytes | int, generator: random.Random) -> None:
@@ -153,7 +193,11 @@ def test_c_checkpoint_headers(tmp_path: Path) -> None:
     expected = {name: shape for recipe in recipes(SMALL).values() for name, shape in recipe.weight_shapes().items()}
     records, data_bytes = dict[str, Any](), 0
     for name, shape in expected.items():
-        records[name] = {"dtype": "F16", "shape": list(shape), "data_offsets": [data_bytes, data_bytes := data_bytes + 2 * math.prod(shape)]}
+        records[name] = {
+            "dtype": "F16",
+            "shape": list(shape),
+            "data_offsets": [data_bytes, data_bytes := data_bytes + 2 * math.prod(shape)],
+        }
     original, generator = json.dumps(records).encode(), random.Random("lengths")
 
     def attempt(text: bytes) -> None:
@@ -176,7 +220,9 @@ def small_lora(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tensors = load_file(LORA)
     kept = sorted({name.partition(".")[0] for name in tensors})[::16]
     path = tmp_path_factory.mktemp("lora") / "small.safetensors"
-    save_file({name: tensor.to(torch.float32) for name, tensor in tensors.items() if name.partition(".")[0] in kept}, path)
+    save_file(
+        {name: tensor.to(torch.float32) for name, tensor in tensors.items() if name.partition(".")[0] in kept}, path
+    )
     return path
 
 
@@ -191,13 +237,17 @@ def test_l_lora_headers(tmp_path: Path, small_lora: Path) -> None:
     checkpoint.close()
     whole = open_lora(LoraOption(small_lora), expected, unet, allow_unmatched=False)
     whole.file.close()
-    expected = {name: shape for name, shape in expected.items() if name in whole.deltas}  # a short table of names is searched quickly
+    expected = {
+        name: shape for name, shape in expected.items() if name in whole.deltas
+    }  # a short table of names is searched quickly
 
     def attempt(text: bytes) -> None:
         values = bytearray(data)
         for _ in range(generator.choice((0, 0, 1, 5))):
             at = generator.randrange(len(values) - 8)
-            values[at : at + 4] = generator.choice((generator.randbytes(4), b"\0\0\x80\x7f", b"\0\0\xc0\xff", b"\xff\xff\x7f\x7f", bytes(4)))
+            values[at : at + 4] = generator.choice(
+                (generator.randbytes(4), b"\0\0\x80\x7f", b"\0\0\xc0\xff", b"\xff\xff\x7f\x7f", bytes(4))
+            )
         write(tmp_path / "x.safetensors", text, bytes(values), generator)
         lora = open_lora(LoraOption(tmp_path / "x.safetensors"), expected, unet, allow_unmatched=False)
         with lora.file:

@@ -1,4 +1,6 @@
-"""A loaded pipeline in the hands of threads: cancelled anywhere, closed while it runs, used from loops, processes and at exit; and a short soak."""
+"""A loaded pipeline in the hands of threads: cancelled anywhere, closed while it runs, used from loops, processes and
+at exit; and a short soak.
+"""
 
 from __future__ import annotations
 
@@ -96,8 +98,16 @@ print("leaving")
 
 @pytest.mark.parametrize("how", ["stream", "thread"])
 def test_t6_exit_while_running(flat_bundle: Path, how: str) -> None:
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")} | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-W", "error", "-c", EXIT, flat_bundle, how], capture_output=True, text=True, env=environment, timeout=120)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")} | {
+        "PYTHONPATH": str(ROOT)
+    }
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", EXIT, flat_bundle, how],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=120,
+    )
     assert done.stdout == "leaving\n"
     assert done.returncode == 0, done.stderr
 

@@ -52,17 +52,29 @@ def now_a_folder(path: Path) -> None:
 
 CHANGES = (unseen, replaced, truncated, Path.unlink, now_a_folder)
 INPUTS = (
-    "model.tiny/model_index.json", "model.tiny/unet/config.json", "model.tiny/vae/config.json", "model.tiny/text_encoder/config.json",
-    "model.tiny/scheduler/scheduler_config.json", "model.tiny/unet/diffusion_pytorch_model.safetensors", "model.tiny/text_encoder/model.safetensors",
-    "vae/config.json", "vae/diffusion_pytorch_model.safetensors", "peft/adapter_model.safetensors", "peft/adapter_config.json", "word.pt", "chain.pt",
-)  # fmt: skip
+    "model.tiny/model_index.json",
+    "model.tiny/unet/config.json",
+    "model.tiny/vae/config.json",
+    "model.tiny/text_encoder/config.json",
+    "model.tiny/scheduler/scheduler_config.json",
+    "model.tiny/unet/diffusion_pytorch_model.safetensors",
+    "model.tiny/text_encoder/model.safetensors",
+    "vae/config.json",
+    "vae/diffusion_pytorch_model.safetensors",
+    "peft/adapter_model.safetensors",
+    "peft/adapter_config.json",
+    "word.pt",
+    "chain.pt",
+)
 CASES = [(name, change) for i, name in enumerate(INPUTS) for change in (CHANGES[0], CHANGES[1 + i % 4])]
 """The least change that there is of every one, and one of the others."""
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One of everything that a build takes: a diffusers folder, a VAE's folder, a LoRA with its settings, an embedding and a hypernetwork."""
+    """One of everything that a build takes: a diffusers folder, a VAE's folder, a LoRA with its settings, an embedding
+    and a hypernetwork.
+    """
     folder, weights = tmp_path_factory.mktemp("inputs"), seeded(SMALL)
     model = folder / "model.tiny"
     reference.unet(weights, asdict(SMALL.unet)).save_pretrained(model / "unet")
@@ -74,7 +86,10 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (model / "scheduler" / "scheduler_config.json").write_text(json.dumps({"prediction_type": "epsilon"}))
     (folder / "peft").mkdir()
     module = "base_model.model.text_model.encoder.layers.0.self_attn.q_proj.lora_"
-    save_file({f"{module}A.weight": torch.ones(2, 64), f"{module}B.weight": torch.ones(64, 2)}, folder / "peft" / "adapter_model.safetensors")
+    save_file(
+        {f"{module}A.weight": torch.ones(2, 64), f"{module}B.weight": torch.ones(64, 2)},
+        folder / "peft" / "adapter_model.safetensors",
+    )
     (folder / "peft" / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 4}))
     torch.save({"string_to_param": {"*": torch.ones(2, 64)}, "name": "word"}, folder / "word.pt")
     hypernetwork_files.save(folder / "chain.pt", hypernetwork_files.Settings(widths=(64,)), 1)
@@ -91,7 +106,9 @@ def inputs(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
 
     monkeypatch.setattr(selfcheck, "check", check)
     monkeypatch.setattr(graph, "skeleton", lambda recipe: (None, True))
-    monkeypatch.setattr(graph, "bind", lambda model, weights_file, placed, precision, compute, path: write_file(path, b"no graph"))
+    monkeypatch.setattr(
+        graph, "bind", lambda model, weights_file, placed, precision, compute, path: write_file(path, b"no graph")
+    )
     shutil.copytree(saved, tmp_path / "inputs")
     (tmp_path / "out").mkdir()
     return tmp_path / "inputs"
@@ -111,7 +128,14 @@ def options(inputs: Path) -> BuildOptions:
 
 def test_c20_all_of_these_are_read(inputs: Path) -> None:
     report = build(options(inputs))
-    assert [source.kind for source in report.manifest.sources] == ["checkpoint", "vae", "lora", "lora-config", "embedding", "hypernetwork"]
+    assert [source.kind for source in report.manifest.sources] == [
+        "checkpoint",
+        "vae",
+        "lora",
+        "lora-config",
+        "embedding",
+        "hypernetwork",
+    ]
 
 
 @pytest.mark.parametrize(("name", "change"), CASES, ids=[f"{name}-{change.__name__}" for name, change in CASES])

@@ -1,4 +1,5 @@
-"""Whole commands on failing machines: `sdrt build` and `sdrt compile` killed and failed at points of the writer, on disks that are too small, and two at once.
+"""Whole commands on failing machines: `sdrt build` and `sdrt compile` killed and failed at points of the writer, on
+disks that are too small, and two at once.
 
 The points are a seeded sample; `benchmarks/checks/faults.py` takes all of them.
 """
@@ -39,7 +40,9 @@ SAMPLES = {
 @pytest.mark.skipif(sys.platform == "win32", reason="forks")
 @pytest.mark.parametrize("job", SAMPLES)
 def test_d1_i1_whole_commands(tmp_path: Path, small_checkpoint: Path, small_bundle: Path, job: str) -> None:
-    """The old one or the new one, whole; after a kill the next run makes what an uninterrupted one makes; otherwise exit code 6 and nothing left."""
+    """The old one or the new one, whole; after a kill the next run makes what an uninterrupted one makes; otherwise
+    exit code 6 and nothing left.
+    """
     if job == "compile":
         pytest.importorskip("openvino")
     done = run_python(HERE / "faulty_commands.py", tmp_path, job, small_checkpoint, *SAMPLES[job])
@@ -56,13 +59,22 @@ def stub(folder: Path) -> None:
     (folder / "manifest.json").write_text('{"format": 1, "sdrt": "0", "graphs": {}, "files": {}}')
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux") or os.getuid() != 0, reason="only root may mount; the limit on file size stands in")
+@pytest.mark.skipif(
+    not sys.platform.startswith("linux") or os.getuid() != 0,
+    reason="only root may mount; the limit on file size stands in",
+)
 @pytest.mark.parametrize("checked", [True, False], ids=["as it is", "filled by somebody after the check"])
-def test_d1_a_build_on_disks_of_every_size(tmp_path: Path, small_checkpoint: Path, small_bundle: Path, monkeypatch: pytest.MonkeyPatch, checked: bool) -> None:
+def test_d1_a_build_on_disks_of_every_size(
+    tmp_path: Path, small_checkpoint: Path, small_bundle: Path, monkeypatch: pytest.MonkeyPatch, checked: bool
+) -> None:
     if not checked:
         monkeypatch.setattr(build_module, "check_space", lambda *_: None)
     needed = sum(path.stat().st_size for path in small_bundle.rglob("*"))
-    sizes = [64 << 10, 1 << 20, 12 << 20, 32 << 20, 45 << 20, 60 << 20] if checked else [16 << 10, *range(needed // 9, needed + (2 << 20), needed // 9)]
+    sizes = (
+        [64 << 10, 1 << 20, 12 << 20, 32 << 20, 45 << 20, 60 << 20]
+        if checked
+        else [16 << 10, *range(needed // 9, needed + (2 << 20), needed // 9)]
+    )
     outcomes = []
     for size_bytes in sizes:
         (disk := tmp_path / str(size_bytes)).mkdir()
@@ -75,7 +87,10 @@ def test_d1_a_build_on_disks_of_every_size(tmp_path: Path, small_checkpoint: Pat
                 outcomes.append(True)
             except ResourceError as error:
                 assert str(disk) in error.message and error.exit_code == 6 and error.fix
-                assert " free there" in error.message and ("needs about" if checked else "No space left on device") in error.message
+                assert (
+                    " free there" in error.message
+                    and ("needs about" if checked else "No space left on device") in error.message
+                )
                 assert state(disk / "small.sdrt") == before
                 outcomes.append(False)
             assert names(disk) == ["small.sdrt"]
@@ -100,7 +115,17 @@ def test_d1_a_limit_on_the_size_of_files(tmp_path: Path, small_checkpoint: Path,
     stub(tmp_path / "x.sdrt")
     before = state(tmp_path / "x.sdrt")
     done = run_python(
-        "-c", LIMITED, "1000000", "build", "--checkpoint", small_checkpoint, "--target", "onnxruntime", "--force", "--output", tmp_path / "x.sdrt"
+        "-c",
+        LIMITED,
+        "1000000",
+        "build",
+        "--checkpoint",
+        small_checkpoint,
+        "--target",
+        "onnxruntime",
+        "--force",
+        "--output",
+        tmp_path / "x.sdrt",
     )
     assert done.returncode == 6, done.stderr
     size_bytes = (small_bundle / WEIGHTS).stat().st_size
@@ -117,22 +142,50 @@ def test_d2_a_full_folder_for_temporary_files(tmp_path: Path, small_checkpoint: 
     """A build does without it."""
     (disk := tmp_path / "tmp").mkdir()
     with small_disk(disk, 4096):
-        arguments = ["build", "--checkpoint", small_checkpoint, "--target", "onnxruntime", "--output", tmp_path / "small.sdrt"]
+        arguments = [
+            "build",
+            "--checkpoint",
+            small_checkpoint,
+            "--target",
+            "onnxruntime",
+            "--output",
+            tmp_path / "small.sdrt",
+        ]
         done = run_python("-c", "from sdrt.cli.app import app; app()", *arguments, environment={"TMPDIR": str(disk)})
         assert done.returncode == 0, done.stderr
     assert state(tmp_path / "small.sdrt") == state(small_bundle)
 
 
 @pytest.mark.parametrize("command", ["build", "generate"])
-def test_d3_no_more_threads(tmp_path: Path, small_checkpoint: Path, small_bundle: Path, monkeypatch: pytest.MonkeyPatch, command: str) -> None:
+def test_d3_no_more_threads(
+    tmp_path: Path, small_checkpoint: Path, small_bundle: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
     """Root is not held to a limit on processes, so Python's answer to one is given here in its place."""
 
     def refuse(*_: object) -> None:
         raise RuntimeError("can't start new thread")
 
     arguments = {
-        "build": ["build", "--checkpoint", small_checkpoint, "--target", "onnxruntime", "--output", tmp_path / "out.sdrt"],
-        "generate": ["generate", small_bundle, "x", "--size", "64x64", "--steps", "1", "--output", tmp_path / "out.png"],
+        "build": [
+            "build",
+            "--checkpoint",
+            small_checkpoint,
+            "--target",
+            "onnxruntime",
+            "--output",
+            tmp_path / "out.sdrt",
+        ],
+        "generate": [
+            "generate",
+            small_bundle,
+            "x",
+            "--size",
+            "64x64",
+            "--steps",
+            "1",
+            "--output",
+            tmp_path / "out.png",
+        ],
     }[command]
     monkeypatch.setattr(threading.Thread, "start", refuse)
     answer = CliRunner().invoke(app, [str(argument) for argument in arguments])
@@ -151,7 +204,9 @@ def test_d4_an_engine_that_is_out_of_memory_and_says_so_at_the_end_of_a_long_tex
     assert isinstance(explained(None, "step", RuntimeError(text)), ResourceError)
 
 
-def test_d1_a_disk_that_fails_under_an_input(tmp_path: Path, small_checkpoint: Path, small_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_d1_a_disk_that_fails_under_an_input(
+    tmp_path: Path, small_checkpoint: Path, small_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The input is to blame, not the output that is being written."""
     from sdrt.export.read.tensor_file import TensorFile
 
@@ -180,7 +235,19 @@ def test_d1_a_disk_that_fails_under_an_input(tmp_path: Path, small_checkpoint: P
 
 
 def compile_arguments(bundle: Path) -> list[object]:
-    return ["compile", bundle, "--target", "openvino", "--tokens", "77", "--branches", "2", "--precision", "fp32", "--json"]
+    return [
+        "compile",
+        bundle,
+        "--target",
+        "openvino",
+        "--tokens",
+        "77",
+        "--branches",
+        "2",
+        "--precision",
+        "fp32",
+        "--json",
+    ]
 
 
 @pytest.fixture
@@ -194,7 +261,10 @@ def copied(small_bundle: Path, tmp_path: Path) -> Path:
 def test_i6_two_compilations_of_one_engine(copied: Path) -> None:
     """One compiles; the other waits for it, or comes after it, and finds the engine."""
     command = [sys.executable, "-c", "from sdrt.cli.app import app; app()", *map(str, compile_arguments(copied))]
-    running = [subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    running = [
+        subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
     said = [process.communicate(timeout=300) for process in running]
     assert [process.returncode for process in running] == [0, 0], said
     (first,), (second,) = (json.loads(out)["engines"] for out, _ in said)

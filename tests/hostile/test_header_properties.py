@@ -1,7 +1,9 @@
-"""Generated safetensors headers: whatever a file says of itself, it is read as the safetensors library reads it, or refused with exit code 3 or 4.
+"""Generated safetensors headers: whatever a file says of itself, it is read as the safetensors library reads it, or
+refused with exit code 3 or 4.
 
-The oracle is the library. It reads some files that are refused here; each such refusal is for one of the reasons in `STRICTER`.
-SDRT_MUTATIONS=10000 pytest tests/hostile/test_header_properties.py generates as many; the test takes the first of them.
+The oracle is the library. It reads some files that are refused here; each such refusal is for one of the reasons in
+`STRICTER`. SDRT_MUTATIONS=10000 pytest tests/hostile/test_header_properties.py generates as many; the test takes the
+first of them.
 """
 
 from __future__ import annotations
@@ -24,23 +26,48 @@ from sdrt.export.read.tensor_entry import ITEM_BYTES
 from sdrt.export.read.tensor_file import MAX_HEADER_BYTES, MAX_SEPARATORS, open_tensor_file
 
 STRICTER = re.compile(
-    r"holds this name twice|unknown type|at most 8 sizes|more than the limit|empty or truncated download|expected dtype, shape and|is not JSON|surrogate"
+    r"holds this name twice|unknown type|at most 8 sizes|more than the limit|empty or truncated download|expected"
+    r" dtype, shape and|is not JSON|surrogate"
 )
 
 EXAMPLES = int(os.environ.get("SDRT_MUTATIONS", "1200"))
 NAMES = st.one_of(
-    st.sampled_from(["a", "b", "layer.weight", "", "__metadata__", "é", "\U0001f34e", "\x1b[31m", "a\0b", '"', "\\", "\ud800", "x" * 300]), st.text(max_size=8)
+    st.sampled_from(
+        [
+            "a",
+            "b",
+            "layer.weight",
+            "",
+            "__metadata__",
+            "é",
+            "\U0001f34e",
+            "\x1b[31m",
+            "a\0b",
+            '"',
+            "\\",
+            "\ud800",
+            "x" * 300,
+        ]
+    ),
+    st.text(max_size=8),
 )
 SIZES = st.one_of(
-    st.integers(0, 4), st.sampled_from([-1, 1 << 31, 1 << 32, 1 << 62, (1 << 63) - 1, 1 << 63, 1 << 64, 10**30]), st.sampled_from([1.0, True, None, "2", [2]])
+    st.integers(0, 4),
+    st.sampled_from([-1, 1 << 31, 1 << 32, 1 << 62, (1 << 63) - 1, 1 << 63, 1 << 64, 10**30]),
+    st.sampled_from([1.0, True, None, "2", [2]]),
 )
-TYPES = st.one_of(st.sampled_from([*ITEM_BYTES, "F32", "F16", "F4", "C64", "F8_E8M0", "f32", "F13", ""]), st.sampled_from([None, 4, ["F32"], {}]))
+TYPES = st.one_of(
+    st.sampled_from([*ITEM_BYTES, "F32", "F16", "F4", "C64", "F8_E8M0", "f32", "F13", ""]),
+    st.sampled_from([None, 4, ["F32"], {}]),
+)
 LIES = st.one_of(st.just(0), st.integers(-9, 9), st.sampled_from([1 << 20, 1 << 62, 1 << 63, 1 << 64]))
 
 
 @st.composite
 def tensors(draw: st.DrawFn) -> tuple[list[tuple[str, Any]], int]:
-    """Names with their records, in the header's order, and how many bytes of data there are. Most fields are as they should be, some lie."""
+    """Names with their records, in the header's order, and how many bytes of data there are. Most fields are as they
+    should be, some lie.
+    """
     records: list[tuple[str, Any]] = []
     end = 0
     for _ in range(draw(st.integers(0, 4))):
@@ -53,7 +80,9 @@ def tensors(draw: st.DrawFn) -> tuple[list[tuple[str, Any]], int]:
         start = end + (draw(LIES) if good == 2 else 0)
         stop = start + length + (draw(LIES) if good == 3 else 0)
         offsets: Any = (
-            draw(st.sampled_from([[start], [], [stop, start], [start, stop, stop], {"0": start}, [float(start), stop]])) if good == 4 else [start, stop]
+            draw(st.sampled_from([[start], [], [stop, start], [start, stop, stop], {"0": start}, [float(start), stop]]))
+            if good == 4
+            else [start, stop]
         )
         record: Any = {"dtype": dtype, "shape": shape, "data_offsets": offsets}
         if draw(st.integers(0, 12)) == 0:
@@ -74,7 +103,10 @@ def check(path: Path, data: bytes) -> str:
     path.write_bytes(data)
     expected: dict[str, Any] | None
     try:
-        expected = {name: (found["dtype"], found["shape"], bytes(found["data"])) for name, found in safetensors.deserialize(data)}
+        expected = {
+            name: (found["dtype"], found["shape"], bytes(found["data"]))
+            for name, found in safetensors.deserialize(data)
+        }
     except (safetensors.SafetensorError, UnicodeError):
         expected = None
     try:
@@ -85,7 +117,10 @@ def check(path: Path, data: bytes) -> str:
         assert expected is None or STRICTER.search(error.message), error
         return "refused"
     with opened:
-        found = {name: (entry.dtype, list(entry.shape), bytes(opened.read_bytes(entry))) for name, entry in opened.entries.items()}
+        found = {
+            name: (entry.dtype, list(entry.shape), bytes(opened.read_bytes(entry)))
+            for name, entry in opened.entries.items()
+        }
     assert found == expected
     return "read"
 
@@ -100,9 +135,16 @@ def check(path: Path, data: bytes) -> str:
 )
 @example(made=([], 0), data_lie=0, length_lie=0, metadata=None, padding="", encoding="utf-8")
 @example(
-    made=([("a", {"dtype": "F32", "shape": [1 << 62, 8], "data_offsets": [0, 0]})], 0), data_lie=0, length_lie=0, metadata=None, padding="", encoding="utf-8"
+    made=([("a", {"dtype": "F32", "shape": [1 << 62, 8], "data_offsets": [0, 0]})], 0),
+    data_lie=0,
+    length_lie=0,
+    metadata=None,
+    padding="",
+    encoding="utf-8",
 )
-@settings(max_examples=EXAMPLES, deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(
+    max_examples=EXAMPLES, deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.too_slow]
+)
 def test_c_c7_c10_c13_generated_headers(
     tmp_path_factory: pytest.TempPathFactory,
     made: tuple[list[tuple[str, Any]], int],
@@ -117,12 +159,18 @@ def test_c_c7_c10_c13_generated_headers(
         records = [("__metadata__", metadata), *records]
     raw = (text_of(records) + padding).encode(encoding)
     length = (len(raw) + length_lie) % (1 << 64)
-    event(check(tmp_path_factory.getbasetemp() / "header.safetensors", length.to_bytes(8, "little") + raw + bytes(max(0, end + data_lie))))
+    event(
+        check(
+            tmp_path_factory.getbasetemp() / "header.safetensors",
+            length.to_bytes(8, "little") + raw + bytes(max(0, end + data_lie)),
+        )
+    )
 
 
 @given(
     st.recursive(
-        st.one_of(st.none(), st.booleans(), st.integers(), st.text(max_size=4)), lambda inner: st.lists(inner) | st.dictionaries(st.text(max_size=3), inner)
+        st.one_of(st.none(), st.booleans(), st.integers(), st.text(max_size=4)),
+        lambda inner: st.lists(inner) | st.dictionaries(st.text(max_size=3), inner),
     )
 )
 @settings(max_examples=150, deadline=None, derandomize=True, database=None)
@@ -132,7 +180,9 @@ def test_c_c13_any_json_for_a_header(tmp_path_factory: pytest.TempPathFactory, d
 
 
 LARGE = {
-    "tiny tensors": lambda size: b"{" + b",".join(b'"%d":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}' % i for i in range(size // 60)) + b"}",
+    "tiny tensors": lambda size: (
+        b"{" + b",".join(b'"%d":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}' % i for i in range(size // 60)) + b"}"
+    ),
     "empty objects": lambda size: b"{" + b'"":{},' * (size // 6) + b'"":{}}',
     "empty lists": lambda size: b'{"a":[' + b"[]," * (size // 3) + b"[]]}",
     "deep": lambda size: b'{"a":' + b"[" * size,
@@ -143,7 +193,9 @@ LARGE = {
 
 @pytest.mark.parametrize("kind", LARGE)
 def test_c8_memory_is_bounded_by_the_header(tmp_path: Path, kind: str) -> None:
-    """A dense header of 2 MB costs at most 32 times as much, and the number of separators bounds what a larger one can cost."""
+    """A dense header of 2 MB costs at most 32 times as much, and the number of separators bounds what a larger one can
+    cost.
+    """
     size = 2_000_000
     raw = LARGE[kind](size)
     (tmp_path / "x.safetensors").write_bytes(len(raw).to_bytes(8, "little") + raw)
@@ -166,7 +218,9 @@ def test_c8_separators_are_counted_before_the_header_is_parsed(tmp_path: Path) -
     (tmp_path / "x.safetensors").write_bytes(len(raw).to_bytes(8, "little") + raw)
     tracemalloc.start()
     try:
-        with pytest.raises(InputFileError, match="4,000,003 brackets, colons and commas, more than the limit of 4,000,000"):
+        with pytest.raises(
+            InputFileError, match="4,000,003 brackets, colons and commas, more than the limit of 4,000,000"
+        ):
             open_tensor_file(tmp_path / "x.safetensors")
         assert tracemalloc.get_traced_memory()[1] < 3 * len(raw)
     finally:

@@ -1,4 +1,6 @@
-"""Every option that takes a path, given everything a path can be that is no such file: answered at once, with the exit code of bad input or bad usage."""
+"""Every option that takes a path, given everything a path can be that is no such file: answered at once, with the exit
+code of bad input or bad usage.
+"""
 
 from __future__ import annotations
 
@@ -110,10 +112,32 @@ def command(where: str, path: Path, checkpoint: Path, bundle: Path, good: Path, 
 
 
 WHERE = [
-    "build --checkpoint", "build --lora", "build --embedding", "build --hypernetwork", "build --vae", "build --output", "build --force --output", "inspect", "inspect --for",
-    "verify", "verify --key", "verify --signature", "sign", "sign --key", "sign --output", "compile", "generate", "generate --output", "generate --init-image", "generate --mask",
-    "generate --from-png", "bench run", "bench run --prompts", "bench compare", "bench trend",
-]  # fmt: skip
+    "build --checkpoint",
+    "build --lora",
+    "build --embedding",
+    "build --hypernetwork",
+    "build --vae",
+    "build --output",
+    "build --force --output",
+    "inspect",
+    "inspect --for",
+    "verify",
+    "verify --key",
+    "verify --signature",
+    "sign",
+    "sign --key",
+    "sign --output",
+    "compile",
+    "generate",
+    "generate --output",
+    "generate --init-image",
+    "generate --mask",
+    "generate --from-png",
+    "bench run",
+    "bench run --prompts",
+    "bench compare",
+    "bench trend",
+]
 SLOW = ("generate --output", "generate --init-image", "generate --mask")
 """These load the bundle before they read the file; a few kinds will do."""
 FEW = ("pipe", "dangling link", "link to an endless device", "link to a proc file that may wait")
@@ -128,13 +152,19 @@ def test_c19_every_input_and_everything_it_may_not_be(
     expected = (2,) if where.endswith("--output") else (1,) if where == "verify --signature" else (3,)
     out = tmp_path / "out.png"
     for kind, make in KINDS.items():
-        if (where, kind) in FINE or (where in SLOW and kind not in FEW) or (kind.endswith("wait") and not os.access("/proc/kmsg", os.R_OK)):
+        if (
+            (where, kind) in FINE
+            or (where in SLOW and kind not in FEW)
+            or (kind.endswith("wait") and not os.access("/proc/kmsg", os.R_OK))
+        ):
             continue
         path = tmp_path / kind / NAME
         path.parent.mkdir()
         make(path)
         before = os.lstat(path)
-        answer = CliRunner().invoke(app, [str(argument) for argument in command(where, path, small_checkpoint, small_bundle, good, out)])
+        answer = CliRunner().invoke(
+            app, [str(argument) for argument in command(where, path, small_checkpoint, small_bundle, good, out)]
+        )
         assert answer.exit_code in expected, (kind, answer.exit_code, answer.stderr)
         errors = [line for line in answer.stderr.splitlines() if line.startswith("error: ")]
         assert len(errors) == 1 and errors[0].isprintable() and "name.png" in errors[0], (kind, answer.stderr)
@@ -145,11 +175,17 @@ def test_c19_every_input_and_everything_it_may_not_be(
 
 
 @pytest.mark.parametrize("where", WHERE)
-def test_c19_names_that_no_file_can_have(where: str, tmp_path: Path, small_checkpoint: Path, small_bundle: Path, good: Path, alarmed: None) -> None:
+def test_c19_names_that_no_file_can_have(
+    where: str, tmp_path: Path, small_checkpoint: Path, small_bundle: Path, good: Path, alarmed: None
+) -> None:
     for name in ("x" * 5000 + ".png", "a\0b.png", "", "no/such/folder/x.png"):
         arguments = command(where, Path(name), small_checkpoint, small_bundle, good, tmp_path / "out.png")
         answer = CliRunner().invoke(app, [str(argument) for argument in arguments])
-        assert answer.exit_code in ((1, 2, 3) if where != "bench run --prompts" else (2, 3)), (name[:20], answer.exit_code, answer.stderr[-500:])
+        assert answer.exit_code in ((1, 2, 3) if where != "bench run --prompts" else (2, 3)), (
+            name[:20],
+            answer.exit_code,
+            answer.stderr[-500:],
+        )
         assert "Traceback" not in answer.stderr
     assert not os.path.lexists(tmp_path / "out.png")
 
@@ -165,7 +201,9 @@ SIDE_FILES = (
 
 
 @pytest.mark.parametrize("name", SIDE_FILES)
-def test_c19_files_beside_the_one_that_was_given(tmp_path: Path, small_checkpoint: Path, alarmed: None, name: str) -> None:
+def test_c19_files_beside_the_one_that_was_given(
+    tmp_path: Path, small_checkpoint: Path, alarmed: None, name: str
+) -> None:
     """What a folder, or an adapter's folder, may hold in place of a file that is read with it."""
     for kind, make in KINDS.items():
         folder = tmp_path / kind
@@ -184,7 +222,9 @@ def test_c19_files_beside_the_one_that_was_given(tmp_path: Path, small_checkpoin
             (folder / name).unlink()
             arguments = ["build", "--checkpoint", folder]
         make(folder / name)
-        answer = CliRunner().invoke(app, [str(a) for a in [*arguments, "--target", "onnxruntime", "--output", tmp_path / "out.sdrt"]])
+        answer = CliRunner().invoke(
+            app, [str(a) for a in [*arguments, "--target", "onnxruntime", "--output", tmp_path / "out.sdrt"]]
+        )
         if kind == "dangling link" and name == "adapter_config.json":
             assert answer.exit_code == 0, answer.stderr  # as if it were not there, and the build says so
             assert "adapter_config.json is not beside it" in answer.stderr
@@ -200,7 +240,13 @@ def peft_lora(path: Path) -> None:
     import torch
     from safetensors.torch import save_file
 
-    save_file({f"base_model.model.{MODULE}.lora_{part}.weight": torch.ones(shape) for part, shape in (("A", (2, 64)), ("B", (64, 2)))}, path)
+    save_file(
+        {
+            f"base_model.model.{MODULE}.lora_{part}.weight": torch.ones(shape)
+            for part, shape in (("A", (2, 64)), ("B", (64, 2)))
+        },
+        path,
+    )
 
 
 MODULE = "text_model.encoder.layers.0.self_attn.q_proj"

@@ -1,6 +1,8 @@
-"""Whole pictures from text, from an image and under a mask, against diffusers' own pipelines with every scheduler it has for our samplers.
+"""Whole pictures from text, from an image and under a mask, against diffusers' own pipelines with every scheduler it
+has for our samplers.
 
-The reference networks hold the bundle's stored weights; prompts go through transformers' tokenizer, noise through torch's generator.
+The reference networks hold the bundle's stored weights; prompts go through transformers' tokenizer, noise through
+torch's generator.
 """
 
 from __future__ import annotations
@@ -61,13 +63,17 @@ Draw = Callable[..., Pixels]
 
 
 def drawer(bundle: Path, folder: Path) -> Draw:
-    """Draws with diffusers: `kind` is StableDiffusionPipeline, ...Img2ImgPipeline or ...InpaintPipeline; the rest are its arguments."""
+    """Draws with diffusers: `kind` is StableDiffusionPipeline, ...Img2ImgPipeline or ...InpaintPipeline; the rest are
+    its arguments.
+    """
     import diffusers
 
     base = reference.diffusers_pipeline(bundle, reference.clip_tokenizer(folder))
 
     def draw(kind: str, sampler: str, seed: int, **arguments: Any) -> Pixels:
-        pipeline = getattr(diffusers, f"StableDiffusion{kind}Pipeline")(**base.components, requires_safety_checker=False)
+        pipeline = getattr(diffusers, f"StableDiffusion{kind}Pipeline")(
+            **base.components, requires_safety_checker=False
+        )
         pipeline.set_progress_bar_config(disable=True)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of diffusers and torchsde, about themselves
@@ -102,7 +108,9 @@ def mask() -> Image.Image:
 
 
 def drawn(pipe: Pipeline, sampler: str, seed: int, **settings: Any) -> Pixels:
-    return pipe("red apple", negative="blue", cfg=3.0, steps=STEPS, seed=seed, sampler=sampler, compat="diffusers", **settings).images
+    return pipe(
+        "red apple", negative="blue", cfg=3.0, steps=STEPS, seed=seed, sampler=sampler, compat="diffusers", **settings
+    ).images
 
 
 @pytest.mark.parametrize("sampler", DIFFUSERS)
@@ -121,15 +129,21 @@ def test_image_to_image(ours: Pipeline, diffusers_draw: Draw, init: Image.Image,
 
 @pytest.mark.parametrize("sampler", DIFFUSERS)
 @pytest.mark.parametrize("strength", [0.7, 1.0])
-def test_inpainting(ours: Pipeline, diffusers_draw: Draw, init: Image.Image, mask: Image.Image, sampler: str, strength: float) -> None:
-    expected = diffusers_draw("Inpaint", sampler, 13, image=init, mask_image=mask, strength=strength, height=64, width=64)
+def test_inpainting(
+    ours: Pipeline, diffusers_draw: Draw, init: Image.Image, mask: Image.Image, sampler: str, strength: float
+) -> None:
+    expected = diffusers_draw(
+        "Inpaint", sampler, 13, image=init, mask_image=mask, strength=strength, height=64, width=64
+    )
     found = drawn(ours, sampler, 13, init_image=init, mask=mask, strength=strength)
     assert psnr(found, expected) >= LIKE_DIFFUSERS_DB
     assert psnr(found[:, :16], np.asarray(init)[None, :16]) > psnr(found[:, 32:], np.asarray(init)[None, 32:]) + 3
 
 
 @pytest.mark.parametrize("strength", [0.05, 0.13, 0.5, 0.99, 1.0])
-def test_strength_counts_steps_as_diffusers_does(ours: Pipeline, diffusers_draw: Draw, init: Image.Image, strength: float) -> None:
+def test_strength_counts_steps_as_diffusers_does(
+    ours: Pipeline, diffusers_draw: Draw, init: Image.Image, strength: float
+) -> None:
     if int(STEPS * strength) == 0:
         with pytest.raises(UsageError, match="strength"):
             drawn(ours, "euler", 1, init_image=init, strength=strength)
@@ -164,7 +178,9 @@ def test_a1111_lays_the_image_over_the_picture(ours: Pipeline, init: Image.Image
 def test_nothing_to_repaint(ours: Pipeline, init: Image.Image, compat: str) -> None:
     """Under a black mask the image comes back, in diffusers through the VAE."""
     black = Image.new("L", init.size, 0)
-    found = ours("red apple", cfg=3, steps=5, seed=1, init_image=init, mask=black, strength=0.8, compat=compat).images[0]
+    found = ours("red apple", cfg=3, steps=5, seed=1, init_image=init, mask=black, strength=0.8, compat=compat).images[
+        0
+    ]
     if compat == "a1111":
         assert np.array_equal(found, np.asarray(init))
     else:
@@ -187,7 +203,14 @@ def test_files_are_read_once(ours: Pipeline, init: Image.Image, mask: Image.Imag
 
 
 def test_batches_and_seeds(ours: Pipeline, init: Image.Image, mask: Image.Image) -> None:
-    settings: dict[str, Any] = {"cfg": 3, "steps": 4, "init_image": init, "mask": mask, "compat": "diffusers", "strength": 0.8}
+    settings: dict[str, Any] = {
+        "cfg": 3,
+        "steps": 4,
+        "init_image": init,
+        "mask": mask,
+        "compat": "diffusers",
+        "strength": 0.8,
+    }
     together = ours("sun", seed=3, count=3, batch=3, **settings).images
     alone = np.concatenate([ours("sun", seed=seed, **settings).images for seed in (3, 4, 5)])
     assert psnr(together, alone) > 60 and psnr(alone[0], alone[1]) < 40
@@ -205,7 +228,9 @@ def test_the_result_says_what_was_asked(ours: Pipeline, init: Image.Image, tmp_p
 
 @pytest.fixture(scope="module")
 def inpainting(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A bundle whose UNet takes 9 channels: the emoji model, seeded weights for the new ones, one level and attention taken from it as they are."""
+    """A bundle whose UNet takes 9 channels: the emoji model, seeded weights for the new ones, one level and attention
+    taken from it as they are.
+    """
     from sdrt.export.build import BuildOptions, build
 
     folder = tmp_path_factory.mktemp("inpainting")
@@ -215,7 +240,11 @@ def inpainting(tmp_path_factory: pytest.TempPathFactory) -> Path:
     new = torch.randn(len(old), 5, 3, 3, generator=torch.Generator().manual_seed(0)) * 0.05
     weights[name] = torch.cat([old, new.to(old.dtype)], dim=1)
     save_file(weights, folder / "inpainting.safetensors")
-    return build(BuildOptions(folder / "inpainting.safetensors", precision="fp32", size=(64, 64), output=folder / "inpainting.sdrt")).path
+    return build(
+        BuildOptions(
+            folder / "inpainting.safetensors", precision="fp32", size=(64, 64), output=folder / "inpainting.sdrt"
+        )
+    ).path
 
 
 def test_inpainting_models(inpainting: Path, init: Image.Image, mask: Image.Image, tmp_path: Path) -> None:
@@ -224,7 +253,10 @@ def test_inpainting_models(inpainting: Path, init: Image.Image, mask: Image.Imag
         assert pipe.bundle.manifest.latents.concat_channels == 5
         for sampler, strength in (("euler", 1.0), ("ddim", 0.7), ("euler_a", 1.0)):
             expected = draw("Inpaint", sampler, 16, image=init, mask_image=mask, strength=strength, height=64, width=64)
-            assert psnr(drawn(pipe, sampler, 16, init_image=init, mask=mask, strength=strength), expected) >= LIKE_DIFFUSERS_DB, sampler
+            assert (
+                psnr(drawn(pipe, sampler, 16, init_image=init, mask=mask, strength=strength), expected)
+                >= LIKE_DIFFUSERS_DB
+            ), sampler
         masked, whole = (pipe("sun", cfg=3, steps=4, seed=1, init_image=init, mask=m).images for m in (mask, None))
         from_text = pipe("sun", cfg=3, steps=4, seed=1).images
         assert psnr(masked, whole) < 40 and from_text.std() > 5

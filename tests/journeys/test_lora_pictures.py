@@ -1,4 +1,6 @@
-"""Pictures of the emoji model with an adapter of each kind in the bundle, against diffusers' networks with LyCORIS's modules at work in their layers."""
+"""Pictures of the emoji model with an adapter of each kind in the bundle, against diffusers' networks with LyCORIS's
+modules at work in their layers.
+"""
 
 from __future__ import annotations
 
@@ -55,14 +57,22 @@ def draw(pipeline: Any) -> NDArray[np.uint8]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # torch tensors under numpy 2, inside diffusers
         images = pipeline(
-            PROMPT, latents=latents, guidance_scale=SETTINGS["cfg"], num_inference_steps=SETTINGS["steps"], height=64, width=64, output_type="np"
+            PROMPT,
+            latents=latents,
+            guidance_scale=SETTINGS["cfg"],
+            num_inference_steps=SETTINGS["steps"],
+            height=64,
+            width=64,
+            output_type="np",
         ).images
     return np.round(images * 255).astype(np.uint8)
 
 
 @contextmanager
 def adapted(pipeline: Any, path: Path, size: float, options: dict[str, Any]) -> Iterator[None]:
-    """Put a seeded adapter of every linear layer and convolution of both networks to work, and its file in the world's format at `path`."""
+    """Put a seeded adapter of every linear layer and convolution of both networks to work, and its file in the world's
+    format at `path`.
+    """
     import lycoris
 
     logging.getLogger("LyCORIS").setLevel(logging.ERROR)
@@ -87,7 +97,9 @@ def adapted(pipeline: Any, path: Path, size: float, options: dict[str, Any]) -> 
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_picture_is_that_of_the_layers_with_the_adapter(kind: str, theirs: Any, without: NDArray[np.uint8], tmp_path: Path) -> None:
+def test_picture_is_that_of_the_layers_with_the_adapter(
+    kind: str, theirs: Any, without: NDArray[np.uint8], tmp_path: Path
+) -> None:
     size, options = KINDS[kind]
     path = tmp_path / "style.safetensors"
     with torch.no_grad(), adapted(theirs, path, size, options):
@@ -102,7 +114,10 @@ def test_picture_is_that_of_the_layers_with_the_adapter(kind: str, theirs: Any, 
 
 def test_build_says_what_it_took(tmp_path: Path) -> None:
     """peft's settings are a source of their own, a guessed alpha and a file given twice are remarks."""
-    ones = {f"base_model.model.{LINEAR[2]}.lora_B.weight": torch.ones(96, 2) / 100, f"base_model.model.{LINEAR[2]}.lora_A.weight": torch.ones(2, 64) / 100}
+    ones = {
+        f"base_model.model.{LINEAR[2]}.lora_B.weight": torch.ones(96, 2) / 100,
+        f"base_model.model.{LINEAR[2]}.lora_A.weight": torch.ones(2, 64) / 100,
+    }
     stack = []
     for name in ("with", "guessed"):
         (tmp_path / name).mkdir()
@@ -112,7 +127,11 @@ def test_build_says_what_it_took(tmp_path: Path) -> None:
     (tmp_path / "with" / "adapter_config.json").write_bytes(settings)
     report = build(BuildOptions(CHECKPOINT, tuple(stack), precision="fp32", output=tmp_path / "a.sdrt"))
     kinds = [(source.kind, source.name) for source in report.manifest.sources]
-    assert kinds[1:] == [("lora", "with.safetensors"), ("lora-config", "adapter_config.json"), ("lora", "guessed.safetensors")]
+    assert kinds[1:] == [
+        ("lora", "with.safetensors"),
+        ("lora-config", "adapter_config.json"),
+        ("lora", "guessed.safetensors"),
+    ]
     assert report.manifest.sources[2].sha256 == hashlib.sha256(settings).hexdigest()
     assert report.notes == (
         "with.safetensors: given more than once; its changes add up",

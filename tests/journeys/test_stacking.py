@@ -1,4 +1,6 @@
-"""Every kind of adapter in one build, those that examples/emoji/train.py made, against diffusers with each of them applied there."""
+"""Every kind of adapter in one build, those that examples/emoji/train.py made, against diffusers with each of them
+applied there.
+"""
 
 from __future__ import annotations
 
@@ -67,7 +69,9 @@ def adapters(tmp_path_factory: pytest.TempPathFactory) -> Adapters:
 
 @pytest.fixture(scope="module")
 def stacked(adapters: Adapters, flat_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> BuildReport:
-    """The emoji checkpoint with two LoRAs, an embedding and two hypernetworks, the second of which is random and folded; weights in float32."""
+    """The emoji checkpoint with two LoRAs, an embedding and two hypernetworks, the second of which is random and
+    folded; weights in float32.
+    """
     return build(adapters.options(tmp_path_factory.mktemp("stacked") / "stacked.sdrt", "fp32"))
 
 
@@ -81,7 +85,9 @@ def half(adapters: Adapters, stacked: BuildReport, tmp_path_factory: pytest.Temp
 
 @pytest.fixture(scope="module")
 def diffusers_pipeline(flat_bundle: Path, adapters: Adapters, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A pipeline of diffusers over the checkpoint's own weights, to which it adds the LoRAs and the embedding by itself."""
+    """A pipeline of diffusers over the checkpoint's own weights, to which it adds the LoRAs and the embedding by
+    itself.
+    """
     from diffusers import EulerDiscreteScheduler
 
     pipeline = reference.diffusers_pipeline(flat_bundle, reference.clip_tokenizer(tmp_path_factory.mktemp("tokenizer")))
@@ -89,7 +95,9 @@ def diffusers_pipeline(flat_bundle: Path, adapters: Adapters, tmp_path_factory: 
         pipeline.load_lora_weights(str(path.parent), weight_name=path.name, local_files_only=True)
         pipeline.fuse_lora(lora_scale=scale)
         pipeline.unload_lora_weights()
-    pipeline.load_textual_inversion(str(adapters.embedding), token="<toy>", local_files_only=True)  # it refuses a word of the vocabulary
+    pipeline.load_textual_inversion(
+        str(adapters.embedding), token="<toy>", local_files_only=True
+    )  # it refuses a word of the vocabulary
     pipeline.unet.set_attn_processor(files.Processor(adapters.chain))
     pipeline.scheduler = EulerDiscreteScheduler(**TRAINING, timestep_spacing="linspace")
     return pipeline
@@ -99,7 +107,9 @@ def diffusers_pipeline(flat_bundle: Path, adapters: Adapters, tmp_path_factory: 
 def test_h5_step_graph_is_diffusers_with_everything_applied(
     flat_bundle: Path, stacked: BuildReport, half: BuildReport, diffusers_pipeline: Any, h: int, w: int
 ) -> None:
-    inputs = reference.identity_step(2, h, w, 1, np.random.RandomState(1).standard_normal((2, 77, 64)).astype(np.float32))
+    inputs = reference.identity_step(
+        2, h, w, 1, np.random.RandomState(1).standard_normal((2, 77, 64)).astype(np.float32)
+    )
     inputs["registers"][0] = np.random.RandomState(2).standard_normal((2, 4, h, w))
     latents, context = (torch.from_numpy(x) for x in (inputs["registers"][0], inputs["context"]))
     expected = diffusers_pipeline.unet(latents, torch.tensor(500.0), encoder_hidden_states=context).sample.numpy()
@@ -108,12 +118,20 @@ def test_h5_step_graph_is_diffusers_with_everything_applied(
     assert relative(Graphs(flat_bundle).run("step", **inputs)["denoised"], expected) > 0.1
 
 
-def test_picture_is_that_of_diffusers_with_everything_applied(flat_bundle: Path, blindbox_bundle: Path, stacked: BuildReport, diffusers_pipeline: Any) -> None:
+def test_picture_is_that_of_diffusers_with_everything_applied(
+    flat_bundle: Path, blindbox_bundle: Path, stacked: BuildReport, diffusers_pipeline: Any
+) -> None:
     latents = torch.randn((1, 4, 8, 8), generator=torch.Generator("cpu").manual_seed(3))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # torch tensors under numpy 2, inside diffusers
         image = diffusers_pipeline(
-            PROMPT.replace("toy", "<toy>"), latents=latents, guidance_scale=3.0, num_inference_steps=6, height=64, width=64, output_type="np"
+            PROMPT.replace("toy", "<toy>"),
+            latents=latents,
+            guidance_scale=3.0,
+            num_inference_steps=6,
+            height=64,
+            width=64,
+            output_type="np",
         ).images
     expected = np.round(image * 255).astype(np.uint8)
     for path in (blindbox_bundle, flat_bundle):
@@ -121,14 +139,22 @@ def test_picture_is_that_of_diffusers_with_everything_applied(flat_bundle: Path,
             assert psnr(pipeline(PROMPT, cfg=3, steps=6, seed=3, compat="diffusers").images, expected) < 28
     with Pipeline.load(stacked.path, threads=1) as pipeline:
         assert psnr(pipeline(PROMPT, cfg=3, steps=6, seed=3, compat="diffusers").images, expected) >= 45
-        assert psnr(pipeline(PROMPT.replace("toy", "cup"), cfg=3, steps=6, seed=3, compat="diffusers").images, expected) < 40
-        negative = [pipeline("red apple", negative=text, cfg=3, steps=6, seed=3, compat="diffusers").images for text in ("toy", "")]
+        assert (
+            psnr(pipeline(PROMPT.replace("toy", "cup"), cfg=3, steps=6, seed=3, compat="diffusers").images, expected)
+            < 40
+        )
+        negative = [
+            pipeline("red apple", negative=text, cfg=3, steps=6, seed=3, compat="diffusers").images
+            for text in ("toy", "")
+        ]
     assert psnr(negative[0], negative[1]) < 40
 
 
 def test_manifest_records_what_went_in_and_what_it_touched(stacked: BuildReport) -> None:
     manifest = open_bundle(stacked.path).manifest
-    found = {source.name: (source.kind, source.scale, source.trigger, source.applied) for source in manifest.sources[3:]}
+    found = {
+        source.name: (source.kind, source.scale, source.trigger, source.applied) for source in manifest.sources[3:]
+    }
     assert found == {
         "violet.safetensors": ("embedding", None, "toy", {"text_encoder": 2}),
         "gold.pt": ("hypernetwork", 0.4, None, {"unet": 32}),
@@ -140,7 +166,11 @@ def test_manifest_records_what_went_in_and_what_it_touched(stacked: BuildReport)
 
 
 def test_scale_zero_is_the_plain_bundle(flat_bundle: Path, adapters: Adapters, tmp_path: Path) -> None:
-    options = BuildOptions(CHECKPOINT, output=tmp_path / "flat.sdrt", hypernetworks=(HypernetworkOption(adapters.hypernetworks[0].path, 0.0),))
+    options = BuildOptions(
+        CHECKPOINT,
+        output=tmp_path / "flat.sdrt",
+        hypernetworks=(HypernetworkOption(adapters.hypernetworks[0].path, 0.0),),
+    )
     report = build(options)
     assert report.notes == ("gold.pt: scale 0, nothing changed",)
     for name in ("graphs/weights.safetensors", "graphs/step.fp32.onnx"):

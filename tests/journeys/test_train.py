@@ -1,4 +1,6 @@
-"""examples/emoji/train.py: every kind for two steps on three small pictures, taken up again to the same weights, and read by sdrt as what it is."""
+"""examples/emoji/train.py: every kind for two steps on three small pictures, taken up again to the same weights, and
+read by sdrt as what it is.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,13 @@ from sdrt.export.read.checkpoint import open_checkpoint
 
 SMALL = replace(TINY, clip=replace(TINY.clip, vocabulary=49408), vae=replace(TINY.vae, channels=(32, 32, 32, 32)))
 METADATA = {"modelspec.resolution": "64x64"}
-KINDS = {"lora": "x.safetensors", "embedding": "x.pt", "hypernetwork": "x.pt", "dreambooth": "x.safetensors", "model": "x.safetensors"}
+KINDS = {
+    "lora": "x.safetensors",
+    "embedding": "x.pt",
+    "hypernetwork": "x.pt",
+    "dreambooth": "x.safetensors",
+    "model": "x.safetensors",
+}
 
 
 @pytest.fixture
@@ -43,7 +51,9 @@ def three(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("pictures")
     random = np.random.RandomState(0)
     for name, side in (("red_apple", 64), ("cat_face", 64), ("robot", 80)):
-        Image.fromarray(random.randint(0, 256, (side, side, 4 if name == "robot" else 3)).astype(np.uint8)).save(folder / f"{name}.png")
+        Image.fromarray(random.randint(0, 256, (side, side, 4 if name == "robot" else 3)).astype(np.uint8)).save(
+            folder / f"{name}.png"
+        )
     return folder
 
 
@@ -63,14 +73,35 @@ def options(train: ModuleType, kind: str, tiny: Path, pictures: Path, output: Pa
     if kind in ("dreambooth", "model"):
         more = ("--rate", "0.1", *more)  # so that float16 shows the two steps
     found: Namespace = train.arguments().parse_args(
-        [kind, "--checkpoint", str(tiny), "--pictures", str(pictures), "--output", str(output), "--steps", "2", "--batch", "2", "--save-every", "1", *more]
+        [
+            kind,
+            "--checkpoint",
+            str(tiny),
+            "--pictures",
+            str(pictures),
+            "--output",
+            str(output),
+            "--steps",
+            "2",
+            "--batch",
+            "2",
+            "--save-every",
+            "1",
+            *more,
+        ]
     )
     return found
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_run_that_was_stopped_goes_on_to_the_same_weights(
-    train: ModuleType, tiny: Path, three: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, capsys: pytest.CaptureFixture[str]
+    train: ModuleType,
+    tiny: Path,
+    three: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     (tmp_path / "straight").mkdir()
     (tmp_path / "stopped").mkdir()
@@ -93,7 +124,9 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_weights(
     assert content(train.train(stopped)) == content(straight)
     assert "going on at step 1" in capsys.readouterr().err
     state = torch.load(stopped.output.with_name(stopped.output.name + ".training"), weights_only=True)
-    assert state["step"] == 2 and len(state["optimizer"]["state"]) >= (len(state["parameters"]) if kind != "model" else 1)
+    assert state["step"] == 2 and len(state["optimizer"]["state"]) >= (
+        len(state["parameters"]) if kind != "model" else 1
+    )
     check(kind, tiny, straight)
 
 
@@ -109,11 +142,17 @@ def check(kind: str, tiny: Path, path: Path) -> None:
     """sdrt takes the file for what it is, and it is not what the checkpoint was."""
     checkpoint = open_checkpoint(tiny)
     arch, shapes = checkpoint.architecture, {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
-    before = {name: tensor.read() for name, tensor in checkpoint.tensors.items() if name.endswith(("to_k.weight", "fc1.weight", "decoder.conv_in.weight"))}
+    before = {
+        name: tensor.read()
+        for name, tensor in checkpoint.tensors.items()
+        if name.endswith(("to_k.weight", "fc1.weight", "decoder.conv_in.weight"))
+    }
     checkpoint.close()
     if kind == "lora":
         lora = open_lora(LoraOption(path), shapes, arch.unet)
-        assert len(lora.deltas) == 4 * 12 and lora.file.metadata["ss_network_dim"] == "4"  # 4 transformers of 12 projections
+        assert (
+            len(lora.deltas) == 4 * 12 and lora.file.metadata["ss_network_dim"] == "4"
+        )  # 4 transformers of 12 projections
         assert all(bool(lora.change(name, torch.zeros(lora.deltas[name].shape)).any()) for name in lora.deltas)
         lora.file.close()
     elif kind == "embedding":
@@ -122,12 +161,20 @@ def check(kind: str, tiny: Path, path: Path) -> None:
         found.file.close()
     elif kind == "hypernetwork":
         network = open_hypernetwork(HypernetworkOption(path), arch.unet)
-        assert network.spec.layers == ((32,) * 3, (64,) * 3) and network.spec.activation == "Hardswish" and not network.spec.activate_output
+        assert (
+            network.spec.layers == ((32,) * 3, (64,) * 3)
+            and network.spec.activation == "Hardswish"
+            and not network.spec.activate_output
+        )
         network.file.close()
     else:
         trained = open_checkpoint(path)
-        assert trained.architecture == arch and trained.tensors.keys() >= {name for name in shapes if "position_ids" not in name}
-        changed = {name: not torch.equal(trained.tensors[name].read().float(), value.float()) for name, value in before.items()}
+        assert trained.architecture == arch and trained.tensors.keys() >= {
+            name for name in shapes if "position_ids" not in name
+        }
+        changed = {
+            name: not torch.equal(trained.tensors[name].read().float(), value.float()) for name, value in before.items()
+        }
         assert all(changed[name] == (kind == "model" or not name.startswith("first_stage_model")) for name in changed)
         trained.close()
 
@@ -168,7 +215,9 @@ def test_looks_change_the_picture_and_keep_white(train: ModuleType) -> None:
         ("nan", 3, "NaN or infinite after training"),
     ],
 )
-def test_bad_input(train: ModuleType, tiny: Path, three: Path, tmp_path: Path, spoil: str, code: int, message: str) -> None:
+def test_bad_input(
+    train: ModuleType, tiny: Path, three: Path, tmp_path: Path, spoil: str, code: int, message: str
+) -> None:
     output, pictures, more = tmp_path / "x.safetensors", three, list[str]()
     if spoil in ("none", "broken"):
         pictures = tmp_path / "empty"

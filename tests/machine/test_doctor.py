@@ -46,7 +46,11 @@ def test_this_machine() -> None:
     report = examine()
     backends = by_name(report.backends)
     assert tuple(backends) == BACKENDS and report.ok
-    assert backends["onnxruntime"].state == WORKS and "CPUExecutionProvider" in backends["onnxruntime"].detail and backends["onnxruntime"].fix == ""
+    assert (
+        backends["onnxruntime"].state == WORKS
+        and "CPUExecutionProvider" in backends["onnxruntime"].detail
+        and backends["onnxruntime"].fix == ""
+    )
     assert backends["tensorrt-rtx"].versions.keys() >= {"tensorrt-rtx", "cuda-core", "cuda-bindings"}
     for backend in report.backends:
         assert backend.state in (WORKS, MISSING, MISMATCHED)
@@ -84,7 +88,10 @@ def test_what_can_be_loaded_is_not_asked_from_onnxruntime(monkeypatch: pytest.Mo
 
 
 def test_importing_the_module_loads_no_library() -> None:
-    script = "import sys, sdrt.machine.doctor; print([m for m in ('onnxruntime', 'tensorrt_rtx', 'tensorrt', 'cuda', 'numpy') if m in sys.modules])"
+    script = (
+        "import sys, sdrt.machine.doctor; print([m for m in ('onnxruntime', 'tensorrt_rtx', 'tensorrt', 'cuda',"
+        " 'numpy') if m in sys.modules])"
+    )
     assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
@@ -101,7 +108,12 @@ def test_importing_the_module_loads_no_library() -> None:
     ],
 )
 @pytest.mark.parametrize(
-    ("probe", "name"), [("probe_onnxruntime", "onnxruntime"), ("probe_onnxruntime_cuda", "onnxruntime-cuda"), ("probe_openvino", "openvino")]
+    ("probe", "name"),
+    [
+        ("probe_onnxruntime", "onnxruntime"),
+        ("probe_onnxruntime_cuda", "onnxruntime-cuda"),
+        ("probe_openvino", "openvino"),
+    ],
 )
 def test_a_probe_that_fails(monkeypatch: pytest.MonkeyPatch, probe: str, name: str, error: BaseException) -> None:
     def fail(*_: object) -> Backend:
@@ -113,7 +125,9 @@ def test_a_probe_that_fails(monkeypatch: pytest.MonkeyPatch, probe: str, name: s
     assert backends[name].fix.startswith("pip install --force-reinstall '")
     if "libcublas" in str(error):
         assert backends[name].detail.endswith("; missing libcublasLt.so.13")
-    assert {other: backend.state for other, backend in backends.items() if other != name}.keys() == set(BACKENDS) - {name}
+    assert {other: backend.state for other, backend in backends.items() if other != name}.keys() == set(BACKENDS) - {
+        name
+    }
     assert name == "onnxruntime" or backends["onnxruntime"].state == WORKS
 
 
@@ -144,11 +158,23 @@ def answer(monkeypatch: pytest.MonkeyPatch, status: str, count: int | None, driv
         ("cudaSuccess", 2, 13000, Gpus((Gpu("NVIDIA GeForce RTX 4090", "sm_89"),) * 2, "13.0", "")),
         ("cudaSuccess", 0, 12080, Gpus((), "12.8", "the driver finds no device (cudaSuccess)")),
         ("cudaErrorNoDevice", None, 12080, Gpus((), "12.8", "the driver finds no device (cudaErrorNoDevice)")),
-        ("cudaErrorInsufficientDriver", None, 0, Gpus((), "", "no NVIDIA driver is loaded (cudaErrorInsufficientDriver)")),
-        ("cudaErrorInsufficientDriver", None, 11040, Gpus((), "11.4", "the driver supports CUDA 11.4 only (cudaErrorInsufficientDriver)")),
+        (
+            "cudaErrorInsufficientDriver",
+            None,
+            0,
+            Gpus((), "", "no NVIDIA driver is loaded (cudaErrorInsufficientDriver)"),
+        ),
+        (
+            "cudaErrorInsufficientDriver",
+            None,
+            11040,
+            Gpus((), "11.4", "the driver supports CUDA 11.4 only (cudaErrorInsufficientDriver)"),
+        ),
     ],
 )
-def test_the_runtime_answers(monkeypatch: pytest.MonkeyPatch, status: str, count: int | None, driver: int, expected: Gpus) -> None:
+def test_the_runtime_answers(
+    monkeypatch: pytest.MonkeyPatch, status: str, count: int | None, driver: int, expected: Gpus
+) -> None:
     answer(monkeypatch, status, count, driver)
     assert doctor.probe_gpus() == expected
 
@@ -218,19 +244,28 @@ def test_onnxruntime_twice(packages: dict[str, str], probe: Callable[[], Backend
 
 
 def test_onnxruntime_is_missing(packages: dict[str, str]) -> None:
-    assert doctor.probe_onnxruntime_cuda(ADA).fix == "pip uninstall -y onnxruntime && pip install 'onnxruntime-gpu>=1.25'"
+    assert (
+        doctor.probe_onnxruntime_cuda(ADA).fix == "pip uninstall -y onnxruntime && pip install 'onnxruntime-gpu>=1.25'"
+    )
     del packages["onnxruntime"]
-    assert (doctor.probe_onnxruntime().state, doctor.probe_onnxruntime().fix) == (MISSING, "pip install 'onnxruntime>=1.25'")
+    assert (doctor.probe_onnxruntime().state, doctor.probe_onnxruntime().fix) == (
+        MISSING,
+        "pip install 'onnxruntime>=1.25'",
+    )
     assert doctor.probe_onnxruntime_cuda(ADA).fix == "pip install 'onnxruntime-gpu>=1.25'"
 
 
-def test_onnxruntime_cuda_names_missing_libraries(packages: dict[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_onnxruntime_cuda_names_missing_libraries(
+    packages: dict[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """The provider falls back to the CPU without a word; which libraries it wants stands in its file."""
     import onnxruntime
 
     packages["onnxruntime-gpu"] = packages.pop("onnxruntime")
     (tmp_path / "capi").mkdir()
-    (tmp_path / "capi" / "libonnxruntime_providers_cuda.so").write_bytes(b"\x7fELF\0libcublasLt.so.99\0libc.so.6\0libcudnn.so.99\0libcublasLt.so.99\0")
+    (tmp_path / "capi" / "libonnxruntime_providers_cuda.so").write_bytes(
+        b"\x7fELF\0libcublasLt.so.99\0libc.so.6\0libcudnn.so.99\0libcublasLt.so.99\0"
+    )
     monkeypatch.setattr(doctor, "distribution", lambda name: SimpleNamespace(locate_file=lambda _: tmp_path))
     monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: None, raising=False)
     monkeypatch.setattr(doctor, "_run_identity", lambda providers: ["CPUExecutionProvider"])
@@ -269,7 +304,9 @@ def test_tensorrt_rtx_without_a_gpu_still_compiles(packages: dict[str, str]) -> 
     assert backend.state == MISSING and "compiling for other machines works" in backend.detail
 
 
-@pytest.mark.parametrize(("package", "version", "wanted"), [("cuda-core", "0.3.2", "1.2"), ("cuda-bindings", "12.9.1", "13.0")])
+@pytest.mark.parametrize(
+    ("package", "version", "wanted"), [("cuda-core", "0.3.2", "1.2"), ("cuda-bindings", "12.9.1", "13.0")]
+)
 def test_versions_that_are_too_old(packages: dict[str, str], package: str, version: str, wanted: str) -> None:
     packages[package] = version
     backend = doctor.probe_tensorrt("tensorrt-rtx", ADA)
@@ -281,7 +318,10 @@ def test_versions_that_are_too_old(packages: dict[str, str], package: str, versi
 def test_packages_that_are_missing(packages: dict[str, str], package: str) -> None:
     del packages[package]
     backend = doctor.probe_tensorrt("tensorrt-rtx", ADA)
-    assert (backend.state, backend.fix) == (MISSING, "pip install 'tensorrt-rtx-cu12>=1.7' 'cuda-core>=1.2' 'cuda-bindings>=13'")
+    assert (backend.state, backend.fix) == (
+        MISSING,
+        "pip install 'tensorrt-rtx-cu12>=1.7' 'cuda-core>=1.2' 'cuda-bindings>=13'",
+    )
 
 
 def test_tensorrt_is_missing(packages: dict[str, str]) -> None:
@@ -295,11 +335,17 @@ def test_tensorrt_is_missing(packages: dict[str, str]) -> None:
     [
         ("__version__ = '11.4.0.106'", WORKS, "H100"),
         ("__version__ = '10.16.1'", MISMATCHED, "tensorrt 10.16.1, at least 11.0 is needed"),
-        ("raise ImportError('libnvinfer.so.11: cannot open shared object file')", MISMATCHED, "missing libnvinfer.so.11"),
+        (
+            "raise ImportError('libnvinfer.so.11: cannot open shared object file')",
+            MISMATCHED,
+            "missing libnvinfer.so.11",
+        ),
         ("import ctypes; ctypes.CDLL('libnvinfer.so.11')", MISMATCHED, "missing libnvinfer.so.11"),
     ],
 )
-def test_tensorrt(packages: dict[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, source: str, state: str, fragment: str) -> None:
+def test_tensorrt(
+    packages: dict[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, source: str, state: str, fragment: str
+) -> None:
     packages["tensorrt"] = "11.4.0.106"
     (tmp_path / "tensorrt.py").write_text(source)
     monkeypatch.syspath_prepend(tmp_path)
@@ -316,7 +362,11 @@ def test_openvino() -> None:
 
 
 @pytest.mark.parametrize(
-    ("version", "state", "fix"), [(None, MISSING, "pip install 'openvino>=2026.4'"), ("2025.4.1", MISMATCHED, "pip install --upgrade 'openvino>=2026.4'")]
+    ("version", "state", "fix"),
+    [
+        (None, MISSING, "pip install 'openvino>=2026.4'"),
+        ("2025.4.1", MISMATCHED, "pip install --upgrade 'openvino>=2026.4'"),
+    ],
 )
 def test_openvino_missing_or_old(monkeypatch: pytest.MonkeyPatch, version: str | None, state: str, fix: str) -> None:
     monkeypatch.setattr(doctor, "compiler_version", lambda target: version)

@@ -1,4 +1,6 @@
-"""Nothing reports to anybody: sockets are refused below Python, in the process itself, and the home and temporary folders are looked at afterwards."""
+"""Nothing reports to anybody: sockets are refused below Python, in the process itself, and the home and temporary
+folders are looked at afterwards.
+"""
 
 from __future__ import annotations
 
@@ -29,9 +31,16 @@ class Watched:
     def run(self, *command: str) -> str:
         dropped = ("PYTEST", "XDG_", "ORT_")
         environment = {name: value for name, value in os.environ.items() if not name.startswith(dropped)}
-        environment |= {"HOME": str(self.home), "TMPDIR": str(self.temporary), "LD_PRELOAD": str(self.shim), "SOCKETS_SEEN": str(self._seen)}
+        environment |= {
+            "HOME": str(self.home),
+            "TMPDIR": str(self.temporary),
+            "LD_PRELOAD": str(self.shim),
+            "SOCKETS_SEEN": str(self._seen),
+        }
         environment |= {"PYTHONPATH": str(ROOT)}
-        done = subprocess.run([sys.executable, *command], capture_output=True, text=True, cwd=self.folder, env=environment, timeout=600)
+        done = subprocess.run(
+            [sys.executable, *command], capture_output=True, text=True, cwd=self.folder, env=environment, timeout=600
+        )
         assert done.returncode == 0, done.stderr
         return done.stdout
 
@@ -40,7 +49,11 @@ class Watched:
         return self._seen.read_text() if self._seen.exists() else ""
 
     def left(self) -> list[str]:
-        return sorted(path.relative_to(self.folder).as_posix() for place in (self.home, self.temporary) for path in place.rglob("*"))
+        return sorted(
+            path.relative_to(self.folder).as_posix()
+            for place in (self.home, self.temporary)
+            for path in place.rglob("*")
+        )
 
 
 @pytest.fixture(scope="session")
@@ -74,7 +87,9 @@ def test_b13_no_command_opens_a_socket_or_leaves_a_file(watched: Watched, small_
 
 def test_it_would_be_seen(watched: Watched) -> None:
     """The two libraries as they are by themselves; and Python's own sockets."""
-    watched.run("-c", f"import onnxruntime; onnxruntime.InferenceSession({_IDENTITY!r}, providers=['CPUExecutionProvider'])")
+    watched.run(
+        "-c", f"import onnxruntime; onnxruntime.InferenceSession({_IDENTITY!r}, providers=['CPUExecutionProvider'])"
+    )
     onnxruntime = watched.left()
     watched.run("-c", "import openvino")
     openvino = watched.left()

@@ -97,14 +97,23 @@ def test_a_forked_process_makes_calls_too() -> None:
         "import os, sys\nfrom sdrt.machine.interruptible import interruptible\ninterruptible(int)\nchild = os.fork()\n"
         "if not child: os._exit(interruptible(lambda: 5))\nprint(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
     assert done.stdout == "5\n", done.stderr
 
 
 def test_a_time_limit() -> None:
     with time_limit(LONG_S, "this", "wait"):
         pass
-    with pytest.raises(TimeLimitError, match=r"this: not done within 0\.2 seconds") as caught, time_limit(0.2, "this", "wait"):
+    with (
+        pytest.raises(TimeLimitError, match=r"this: not done within 0\.2 seconds") as caught,
+        time_limit(0.2, "this", "wait"),
+    ):
         interruptible(lambda: time.sleep(2))
     assert caught.value.exit_code == 7 and caught.value.fix == "wait"
     timer = interrupted_soon()
@@ -130,7 +139,12 @@ def heavy(path: Path) -> Path:
     nodes = [helper.make_node("MatMul", [f"x{i}", "x0"], [f"x{i + 1}"]) for i in range(4000)]
     sides = [1024, 1024]
     inputs, outputs = ([helper.make_tensor_value_info(name, TensorProto.FLOAT, sides)] for name in ("x0", "x4000"))
-    onnx.save(helper.make_model(helper.make_graph(nodes, "heavy", inputs, outputs), opset_imports=[helper.make_opsetid("", 23)]), path)
+    onnx.save(
+        helper.make_model(
+            helper.make_graph(nodes, "heavy", inputs, outputs), opset_imports=[helper.make_opsetid("", 23)]
+        ),
+        path,
+    )
     return path
 
 
@@ -172,7 +186,9 @@ except KeyboardInterrupt:
     print("ended", len(abandoned), flush=True)
 """
     command = [sys.executable, "-c", script, str(heavy(tmp_path / "heavy.onnx"))]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=LONG_S, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=LONG_S, env=os.environ | {"PYTHONPATH": str(ROOT)}
+    )
     assert (done.stdout, done.returncode) == ("ended 0\n", 0), done.stderr
 
 
@@ -194,7 +210,9 @@ def test_b5_a_graph_that_takes_for_ever(small_bundle: Path, tmp_path: Path, limi
     bundle = str(with_graph(small_bundle, tmp_path / "heavy.sdrt", make_heavy))
     arguments = ["verify", bundle, "--timeout", limit] if limit else ["generate", bundle, "apple", "--output", "x.png"]
     command = [sys.executable, "-m", "sdrt", *arguments]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}) as process:
+    with subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}
+    ) as process:
         try:
             if not limit:
                 time.sleep(5)

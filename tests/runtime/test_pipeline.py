@@ -1,4 +1,6 @@
-"""The pipeline: whole pictures against diffusers, batches, threads, streams, errors, and its logic over a fake engine."""
+"""The pipeline: whole pictures against diffusers, batches, threads, streams, errors, and its logic over a
+fake engine.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,15 @@ from reference import TRAINING, psnr
 
 from sdrt.bundle.folder import Bundle, open_bundle
 from sdrt.engines.shapes import JobShape
-from sdrt.errors import BundleError, ClosedError, InputFileError, MachineError, NonFiniteError, ResourceError, UsageError
+from sdrt.errors import (
+    BundleError,
+    ClosedError,
+    InputFileError,
+    MachineError,
+    NonFiniteError,
+    ResourceError,
+    UsageError,
+)
 from sdrt.runtime import Pipeline, Result, Step
 from sdrt.runtime.engine import BatchShape, Engine, Float, Pixels, RunningBatch
 from sdrt.runtime.prompts.tokenizer import Tokenizer
@@ -50,7 +60,9 @@ Draw = Callable[..., Pixels]
 
 @pytest.fixture(scope="module")
 def diffusers_pictures(flat_bundle: Path, blindbox_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Draw:
-    """A function that draws pictures with diffusers, one for each prompt and seed, from the stored weights of the flat or the blindbox bundle."""
+    """A function that draws pictures with diffusers, one for each prompt and seed, from the stored weights of the flat
+    or the blindbox bundle.
+    """
     from diffusers import DDIMScheduler, EulerDiscreteScheduler
 
     tokenizer = reference.clip_tokenizer(tmp_path_factory.mktemp("clip"))
@@ -58,7 +70,9 @@ def diffusers_pictures(flat_bundle: Path, blindbox_bundle: Path, tmp_path_factor
     made: dict[str, Any] = {}
     schedulers = {
         "euler": EulerDiscreteScheduler(**TRAINING, timestep_spacing="linspace", steps_offset=1),
-        "ddim": DDIMScheduler(**TRAINING, timestep_spacing="leading", steps_offset=1, set_alpha_to_one=False, clip_sample=False),
+        "ddim": DDIMScheduler(
+            **TRAINING, timestep_spacing="leading", steps_offset=1, set_alpha_to_one=False, clip_sample=False
+        ),
     }
 
     def draw(
@@ -76,7 +90,12 @@ def diffusers_pictures(flat_bundle: Path, blindbox_bundle: Path, tmp_path_factor
             made[bundle] = reference.diffusers_pipeline(bundles[bundle], tokenizer)
         pipeline, (width, height) = made[bundle], size
         pipeline.scheduler = schedulers[sampler]
-        latents = torch.cat([torch.randn((1, 4, height // 8, width // 8), generator=torch.Generator("cpu").manual_seed(seed)) for seed in seeds])
+        latents = torch.cat(
+            [
+                torch.randn((1, 4, height // 8, width // 8), generator=torch.Generator("cpu").manual_seed(seed))
+                for seed in seeds
+            ]
+        )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # torch tensors under numpy 2, inside diffusers
             image = pipeline(
@@ -103,11 +122,17 @@ def test_prompts_are_the_example_s() -> None:
 
 @pytest.mark.parametrize("sampler", ["euler", "ddim"])
 @pytest.mark.parametrize("bundle", ["flat", "blindbox"])
-def test_pictures_are_diffusers_pictures(request: pytest.FixtureRequest, diffusers_pictures: Draw, bundle: str, sampler: str) -> None:
+def test_pictures_are_diffusers_pictures(
+    request: pytest.FixtureRequest, diffusers_pictures: Draw, bundle: str, sampler: str
+) -> None:
     """diffusers draws the prompts in one batch, which costs it less; here each is a call of its own."""
     seeds = range(100, 100 + len(PROMPTS))
-    for prompt, seed, expected in zip(PROMPTS, seeds, diffusers_pictures(bundle, PROMPTS, sampler=sampler, seeds=seeds), strict=True):
-        result = request.getfixturevalue(bundle)(prompt, cfg=3, steps=20, seed=seed, sampler=sampler, compat="diffusers")
+    for prompt, seed, expected in zip(
+        PROMPTS, seeds, diffusers_pictures(bundle, PROMPTS, sampler=sampler, seeds=seeds), strict=True
+    ):
+        result = request.getfixturevalue(bundle)(
+            prompt, cfg=3, steps=20, seed=seed, sampler=sampler, compat="diffusers"
+        )
         assert result.images.dtype == np.uint8 and result.images.std() > 20
         assert psnr(result.images, expected[None]) >= LIKE_DIFFUSERS_DB, (prompt, seed)
 
@@ -118,8 +143,12 @@ def test_the_lora_is_seen(flat: Pipeline, blindbox: Pipeline, sampler: str) -> N
     assert psnr(fused, without) < 25
 
 
-def test_one_pipeline_takes_any_settings(flat_bundle: Path, diffusers_pictures: Draw, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sampler, guidance, size and steps change from call to call; nothing is loaded again and every picture is right."""
+def test_one_pipeline_takes_any_settings(
+    flat_bundle: Path, diffusers_pictures: Draw, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sampler, guidance, size and steps change from call to call; nothing is loaded again and every
+    picture is right.
+    """
     import onnxruntime
 
     settings: list[dict[str, Any]] = [
@@ -140,7 +169,10 @@ def test_one_pipeline_takes_any_settings(flat_bundle: Path, diffusers_pictures: 
 
 def test_every_sampler_draws_the_same_subject(flat: Pipeline) -> None:
     """Deterministic samplers agree on a picture, if not on its pixels; the ancestral one draws another."""
-    pictures = {name: flat("red heart", cfg=3, steps=30, seed=3, sampler=name).images for name in ("euler", "heun", "ddim", "dpmpp_2m", "DPM++ 2M Karras")}
+    pictures = {
+        name: flat("red heart", cfg=3, steps=30, seed=3, sampler=name).images
+        for name in ("euler", "heun", "ddim", "dpmpp_2m", "DPM++ 2M Karras")
+    }
     for name, picture in pictures.items():
         assert psnr(picture, pictures["heun"]) > 18, name
     ancestral = flat("red heart", cfg=3, steps=30, seed=3, sampler="euler_a").images
@@ -182,7 +214,9 @@ def test_a_picture_does_not_depend_on_its_batch(flat: Pipeline, sampler: str, ba
 
 def test_t1_eight_threads(flat: Pipeline) -> None:
     def draw(seed: int) -> Pixels:
-        kwargs = [{"sampler": "euler"}, {"sampler": "euler_a"}, {"size": (96, 64)}, {"sampler": "heun", "cfg": 2.0}][seed % 4]
+        kwargs = [{"sampler": "euler"}, {"sampler": "euler_a"}, {"size": (96, 64)}, {"sampler": "heun", "cfg": 2.0}][
+            seed % 4
+        ]
         return flat(PROMPTS[seed % 3], seed=seed, **QUICK | kwargs).images
 
     alone = [draw(seed) for seed in range(8)]
@@ -209,7 +243,9 @@ def test_extreme_seeds(flat: Pipeline, seed: int) -> None:
 
 def test_stream_counts_model_calls(flat: Pipeline) -> None:
     steps = list(flat.stream("fox", seed=1, sampler="heun", **QUICK))
-    assert [(step.index, step.count, step.picture, step.pictures) for step in steps] == [(i, 7, 0, 1) for i in range(1, 8)]
+    assert [(step.index, step.count, step.picture, step.pictures) for step in steps] == [
+        (i, 7, 0, 1) for i in range(1, 8)
+    ]
     assert [step.result is None for step in steps] == [True] * 6 + [False]
     sigmas = [step.sigma for step in steps]
     assert sigmas[0] == pytest.approx(14.6146, abs=1e-4) and sigmas == sorted(sigmas, reverse=True)
@@ -237,7 +273,9 @@ def test_previews_come_to_the_picture(flat: Pipeline) -> None:
     assert step.result is not None and previews[0].dtype == np.uint8
     distances = [psnr(preview, step.result.images) for preview in previews]
     assert distances[0] < distances[5] < distances[-1]
-    assert np.abs(previews[-1].astype(int) - step.result.images.astype(int)).max() <= 1  # Euler ends on the denoised estimate
+    assert (
+        np.abs(previews[-1].astype(int) - step.result.images.astype(int)).max() <= 1
+    )  # Euler ends on the denoised estimate
 
 
 def test_leaving_a_stream(flat: Pipeline) -> None:
@@ -299,7 +337,11 @@ class Poisoned:
     def open(self, shape: BatchShape, capacity: int) -> RunningBatch:
         batch: Any = self._engine.open(shape, capacity)
         join = batch.join
-        batch.join = lambda job: join(replace(job, inputs=job.inputs | {"init_noise": np.full_like(job.inputs["init_noise"], np.nan)}) if self.armed else job)
+        batch.join = lambda job: join(
+            replace(job, inputs=job.inputs | {"init_noise": np.full_like(job.inputs["init_noise"], np.nan)})
+            if self.armed
+            else job
+        )
         opened: RunningBatch = batch
         return opened
 
@@ -366,7 +408,10 @@ def test_guidance_so_large_that_it_overflows(flat: Pipeline) -> None:
         ({"guidance": 3}, "setting 'guidance': unknown\nChoose among: negative, steps"),
         ({"sampler_name": "euler"}, "setting 'sampler_name': unknown; did you mean 'sampler'"),
         ({"init_image": 5}, "init image: expected a path, bytes, a file object, a Pillow image or an array, found int"),
-        ({"init_image": np.zeros((64, 64, 3), np.uint8), "strength": float("nan")}, "strength nan: expected a finite number, more than 0 and at most 1"),
+        (
+            {"init_image": np.zeros((64, 64, 3), np.uint8), "strength": float("nan")},
+            "strength nan: expected a finite number, more than 0 and at most 1",
+        ),
         ({"sampler": "eulr"}, "sampler 'eulr': unknown; did you mean 'euler'"),
         ({"schedule": "leading"}, "schedule 'leading': sampler euler cannot take it"),
         ({"prompt": "word " * 76, "compat": "diffusers"}, "76 tokens"),
@@ -381,8 +426,14 @@ def test_guidance_so_large_that_it_overflows(flat: Pipeline) -> None:
         ({"clip_skip": 2}, "clip skip 2: this bundle was built for 1"),
         ({"strength": 0.5}, "strength: given without an init image"),
         ({"mask": np.zeros((64, 64), np.uint8)}, "mask: given without an init image"),
-        ({"init_image": np.zeros((64, 64, 3), np.uint8), "strength": 0}, "strength 0: expected more than 0 and at most 1"),
-        ({"init_image": np.zeros((64, 64, 3), np.uint8), "strength": 1.5}, "strength 1.5: expected more than 0 and at most 1"),
+        (
+            {"init_image": np.zeros((64, 64, 3), np.uint8), "strength": 0},
+            "strength 0: expected more than 0 and at most 1",
+        ),
+        (
+            {"init_image": np.zeros((64, 64, 3), np.uint8), "strength": 1.5},
+            "strength 1.5: expected more than 0 and at most 1",
+        ),
         ({"init_image": np.zeros((64, 64, 3), np.uint8), "mask_blur": 65}, "mask blur 65: expected 0 to 64"),
         ({"init_image": np.zeros((64, 64, 3), np.uint8), "resize": "squash"}, "resize 'squash': unknown"),
         ({"sampler": "dpmpp_2s_a", "compat": "diffusers"}, "sampler dpmpp_2s_a: diffusers has no scheduler"),
@@ -418,7 +469,9 @@ def test_no_bundle(tmp_path: Path) -> None:
         Pipeline.load(tmp_path / "none.sdrt")
 
 
-@pytest.mark.parametrize("name", ["graphs/weights.safetensors", "graphs/step.fp32.onnx", "tokenizer/tokenizer.json", "reference/step.npz"])
+@pytest.mark.parametrize(
+    "name", ["graphs/weights.safetensors", "graphs/step.fp32.onnx", "tokenizer/tokenizer.json", "reference/step.npz"]
+)
 def test_a_changed_bundle_is_not_loaded(flat_bundle: Path, tmp_path: Path, name: str) -> None:
     changed = tmp_path / "changed.sdrt"
     shutil.copytree(flat_bundle, changed)
@@ -482,9 +535,17 @@ def test_jobs_with_guidance(fake: FakeEngine, over_fake: Pipeline) -> None:
     assert tokens.tolist() == [sun, fox] and tokens.dtype == np.int64 and clip_skip == 1
     one, two = fake.jobs
     for job in (one, two):
-        assert job.contexts[0][:, :, 0].tolist() == [sun, fox] and job.contexts[0].shape == (2, 77, 64) and job.context_of_row == (0, 0, 0)
+        assert (
+            job.contexts[0][:, :, 0].tolist() == [sun, fox]
+            and job.contexts[0].shape == (2, 77, 64)
+            and job.context_of_row == (0, 0, 0)
+        )
         assert job.tables["w"].tolist() == [[-1.5, 2.5]] * 3 and job.tables["noise"].shape == (3, 4, 13, 9)
-        assert {name: array.shape for name, array in job.inputs.items()} == {"init": (4, 13, 9), "init_noise": (4, 13, 9), "mask": (1, 13, 9)}
+        assert {name: array.shape for name, array in job.inputs.items()} == {
+            "init": (4, 13, 9),
+            "init_noise": (4, 13, 9),
+            "mask": (1, 13, 9),
+        }
         assert {array.dtype for array in (*job.inputs.values(), *job.tables.values())} == {np.dtype(np.float32)}
     assert not np.array_equal(one.inputs["init_noise"], two.inputs["init_noise"])
     assert [batch.rows for batch in fake.batches] == [3] and fake.roundings == [0.0]
@@ -499,15 +560,26 @@ def test_jobs_without_guidance(fake: FakeEngine, over_fake: Pipeline) -> None:
 
 
 def test_what_a_result_says(over_fake: Pipeline) -> None:
-    result: Result = over_fake("fox", negative="sun", cfg=2, seed=4, steps=3, sampler="DPM++ 2M Karras", batch=2, count=3)
+    result: Result = over_fake(
+        "fox", negative="sun", cfg=2, seed=4, steps=3, sampler="DPM++ 2M Karras", batch=2, count=3
+    )
     assert result.seeds == (4, 5, 6) and result.images.shape == (3, 64, 64, 3)
     assert result.engine == {"backend": "fake", "device": "none"}
     expected = {
-        "prompt": "fox", "negative": "sun", "steps": 3, "cfg": 2, "sampler": "dpmpp_2m", "schedule": "karras", "size": [64, 64], "batch": 2, "clip_skip": 1,
-    }  # fmt: skip
+        "prompt": "fox",
+        "negative": "sun",
+        "steps": 3,
+        "cfg": 2,
+        "sampler": "dpmpp_2m",
+        "schedule": "karras",
+        "size": [64, 64],
+        "batch": 2,
+        "clip_skip": 1,
+    }
     assert {name: result.parameters[name] for name in expected} == expected
     assert (
-        set(result.timings_ms) == {"total", "tokenise", "text_encoder", "image_encoder", "denoise", "decode", "steps"} and len(result.timings_ms["steps"]) == 6
+        set(result.timings_ms) == {"total", "tokenise", "text_encoder", "image_encoder", "denoise", "decode", "steps"}
+        and len(result.timings_ms["steps"]) == 6
     )
 
 

@@ -1,4 +1,6 @@
-"""What a request takes in memory: the estimate against peaks that were measured, the refusal before the first step, and what the system leaves."""
+"""What a request takes in memory: the estimate against peaks that were measured, the refusal before the first step, and
+what the system leaves.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ MEASURED_MB = [
     ((512, 512), 1, 1, 1111),
     ((256, 256), 3, 2, 347),
 ]
-"""Peaks of a request of two steps beside the loaded emoji model on ONNX Runtime 1.32, in fresh processes with one thread."""
+"""Peaks of a request of two steps beside the loaded emoji model on ONNX Runtime 1.32, in fresh processes with one
+thread.
+"""
 
 
 @pytest.fixture
@@ -37,7 +41,9 @@ def emoji(flat_bundle: Path) -> Manifest:
 
 
 @pytest.mark.parametrize(("size", "batch", "branches", "peak_mb"), MEASURED_MB)
-def test_the_estimate_is_close_below_what_was_measured(emoji: Manifest, size: tuple[int, int], batch: int, branches: int, peak_mb: int) -> None:
+def test_the_estimate_is_close_below_what_was_measured(
+    emoji: Manifest, size: tuple[int, int], batch: int, branches: int, peak_mb: int
+) -> None:
     """Above it would refuse what works; far below it would let through what the system ends."""
     shape = JobShape(size, batch, 77, branches)
     found = with_own(onnxruntime_demand(emoji, shape), emoji, shape, rows=2, pictures=batch).size_bytes / 1e6
@@ -60,35 +66,62 @@ def test_what_killed_a_machine_of_24_gb_is_refused(emoji: Manifest) -> None:
     shape = JobShape((1024, 1024), 1, 77, 2)
     demand = onnxruntime_demand(emoji, shape)
     assert demand.size_bytes == 3 * 8 * 16384**2 * 4
-    with pytest.raises(ResourceError, match=r"takes about 25\.77 GB, and 22\.00 GB are free: attention 25\.77 GB \(8 heads of 16,384 x 16,384 scores"):
+    with pytest.raises(
+        ResourceError,
+        match=r"takes about 25\.77 GB, and 22\.00 GB are free: attention 25\.77 GB \(8 heads of 16,384 x 16,384 scores",
+    ):
         check_memory(demand, shape, 22 * GB)
     check_memory(demand, shape, 26 * GB)
     check_memory(demand, shape, None)
     small = openvino_demand(emoji, shape, precision="bf16", step_loaded=True, decoder_loaded=False)
     assert small.size_bytes < GB / 2  # it never holds the scores
-    assert openvino_demand(emoji, shape, precision="fp32", step_loaded=False, decoder_loaded=False).size_bytes > 2 * small.size_bytes
+    assert (
+        openvino_demand(emoji, shape, precision="fp32", step_loaded=False, decoder_loaded=False).size_bytes
+        > 2 * small.size_bytes
+    )
 
 
 def test_the_whole_request_counts(emoji: Manifest) -> None:
-    """Contexts of prompt editing in a large batch, and pictures that wait for the last one, are as much memory as any."""
+    """Contexts of prompt editing in a large batch, and pictures that wait for the last one, are as much
+    memory as any.
+    """
     shape = JobShape((64, 64), 64, 2464, 16)
     own = with_own(Demand(0, ""), emoji, shape, contexts=8, rows=20)
     assert own.size_bytes > 8 * 64 * 16 * 2464 * 64 * 4
-    assert with_own(Demand(0, ""), emoji, JobShape((64, 64), 1, 77, 2), pictures=10_000).size_bytes > 10_000 * 64 * 64 * 3
+    assert (
+        with_own(Demand(0, ""), emoji, JobShape((64, 64), 1, 77, 2), pictures=10_000).size_bytes > 10_000 * 64 * 64 * 3
+    )
 
 
-@pytest.mark.parametrize("sizes", [{}, {"unet": 5}, {"unet": {"channels": [-1], "transformer_depth": [1], "heads": 8}, "vae": {"channels": [1]}}])
+@pytest.mark.parametrize(
+    "sizes",
+    [{}, {"unet": 5}, {"unet": {"channels": [-1], "transformer_depth": [1], "heads": 8}, "vae": {"channels": [1]}}],
+)
 def test_a_bundle_that_says_nonsense(emoji: Manifest, sizes: dict[str, Any]) -> None:
     with pytest.raises(BundleError, match=r"manifest\.architecture"):
         onnxruntime_demand(replace(emoji, architecture=sizes), JobShape((64, 64), 1, 77, 2))
 
 
-def test_a_request_is_refused_before_it_starts(small_bundle: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_request_is_refused_before_it_starts(
+    small_bundle: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr(onnxruntime, "available_bytes", lambda: 100_000_000)
     monkeypatch.setattr(onnxruntime, "_kept", Demand(0, ""))
-    arguments = ["generate", str(small_bundle), "apple", "--backend", "onnxruntime", "--size", "512x512", "--output", str(tmp_path / "a.png")]
+    arguments = [
+        "generate",
+        str(small_bundle),
+        "apple",
+        "--backend",
+        "onnxruntime",
+        "--size",
+        "512x512",
+        "--output",
+        str(tmp_path / "a.png"),
+    ]
     result = CliRunner().invoke(app, arguments)
-    assert result.exit_code == 6 and "0.10 GB are free: attention" in result.stderr and "smaller --size" in result.stderr
+    assert (
+        result.exit_code == 6 and "0.10 GB are free: attention" in result.stderr and "smaller --size" in result.stderr
+    )
     assert not (tmp_path / "a.png").exists()
     with Pipeline.load(small_bundle, backend="onnxruntime") as pipe:
         with pytest.raises(ResourceError):
@@ -111,17 +144,29 @@ def test_memory_bytes(small_bundle: Path) -> None:
     with Pipeline.load(small_bundle, backend="onnxruntime") as pipe:
         own = pipe.memory_bytes()
         assert 0 < own == pipe.memory_bytes((64, 64)) < pipe.memory_bytes(batch=4) < pipe.memory_bytes((256, 256), 4)
-        assert own < pipe.memory_bytes(tokens=154) and pipe.memory_bytes((512, 512), branches=1) < pipe.memory_bytes((512, 512))
+        assert own < pipe.memory_bytes(tokens=154) and pipe.memory_bytes((512, 512), branches=1) < pipe.memory_bytes(
+            (512, 512)
+        )
         (taken,) = pipe.shapes
-        assert taken.holds(JobShape((8192, 8192), 64, 2464, 16)) and not taken.holds(JobShape((8192, 8192), 65, 2464, 16))
+        assert taken.holds(JobShape((8192, 8192), 64, 2464, 16)) and not taken.holds(
+            JobShape((8192, 8192), 65, 2464, 16)
+        )
         for wrong in ({"size": (63, 64)}, {"batch": 0}, {"tokens": 78}, {"tokens": 0}, {"branches": 17}):
             with pytest.raises(UsageError):
                 pipe.memory_bytes(**wrong)
 
 
 MEMINFO = "MemTotal: 32000 kB\nMemAvailable: 20000 kB\nSwapFree: 1000 kB\nHugePages_Total: 0\n"
-GROUP_2 = {"memory.max": "9000000", "memory.current": "6000000", "memory.stat": "anon 4\nactive_file 1000000\ninactive_file 500000\n"}
-GROUP_1 = {"memory.limit_in_bytes": "9000000", "memory.usage_in_bytes": "6000000", "memory.stat": "active_file 7\ntotal_active_file 1000000\n"}
+GROUP_2 = {
+    "memory.max": "9000000",
+    "memory.current": "6000000",
+    "memory.stat": "anon 4\nactive_file 1000000\ninactive_file 500000\n",
+}
+GROUP_1 = {
+    "memory.limit_in_bytes": "9000000",
+    "memory.usage_in_bytes": "6000000",
+    "memory.stat": "active_file 7\ntotal_active_file 1000000\n",
+}
 FREE_OF_GROUP_2, FREE_OF_GROUP_1 = 4_500_000 + 1_024_000, 4_000_000 + 1_024_000
 NONE_LEFT = {"memory.max": "9000000", "memory.current": "12000000", "memory.stat": ""}
 
@@ -134,14 +179,22 @@ NONE_LEFT = {"memory.max": "9000000", "memory.current": "12000000", "memory.stat
         ("0::/a/b\n", {"a": GROUP_2, "a/b": GROUP_2 | {"memory.max": "max"}}, FREE_OF_GROUP_2),
         ("0::/a/b\n", {"": GROUP_2}, FREE_OF_GROUP_2),  # the path is the host's, the root is the container
         ("4:memory:/box\n0::/\n", {"memory/box": GROUP_1}, FREE_OF_GROUP_1),
-        ("4:cpu,memory:/box\n", {"memory": GROUP_1, "memory/box": GROUP_1 | {"memory.limit_in_bytes": "9223372036854771712"}}, FREE_OF_GROUP_1),
+        (
+            "4:cpu,memory:/box\n",
+            {"memory": GROUP_1, "memory/box": GROUP_1 | {"memory.limit_in_bytes": "9223372036854771712"}},
+            FREE_OF_GROUP_1,
+        ),
         ("0::/../..\n", {"": NONE_LEFT}, 0),
         ("nonsense\n", {}, 21000 * 1024),
         (None, {}, 21000 * 1024),
     ],
 )
 def test_what_a_container_may_take(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, of_process: str | None, groups: dict[str, dict[str, str]], expected: int
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    of_process: str | None,
+    groups: dict[str, dict[str, str]],
+    expected: int,
 ) -> None:
     (tmp_path / "proc/self").mkdir(parents=True)
     (tmp_path / "proc/meminfo").write_text(MEMINFO)

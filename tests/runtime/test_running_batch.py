@@ -1,4 +1,6 @@
-"""Pictures that differ in everything but their shape, in one running batch: each comes out as if it were alone, to the last bit."""
+"""Pictures that differ in everything but their shape, in one running batch: each comes out as if it were alone, to the
+last bit.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +51,9 @@ class Picture:
 
 @dataclass(frozen=True)
 class Visit:
-    """A picture that comes `after` steps of the batch, stays `lingers` steps beyond its last row, or leaves after `cancelled` of its rows."""
+    """A picture that comes `after` steps of the batch, stays `lingers` steps beyond its last row, or leaves after
+    `cancelled` of its rows.
+    """
 
     picture: Picture
     after: int
@@ -64,19 +68,41 @@ def pictures(draw: st.DrawFn) -> Picture:
     strength = draw(st.sampled_from([None, 0.6, 0.9]))
     cfg = draw(st.sampled_from([1.0, 3.0, 7.5]))
     return Picture(
-        draw(st.sampled_from(names)), draw(st.integers(4, 6)), cfg, draw(st.integers(0, 3)), strength, strength is not None and draw(st.booleans()), compat,
+        draw(st.sampled_from(names)),
+        draw(st.integers(4, 6)),
+        cfg,
+        draw(st.integers(0, 3)),
+        strength,
+        strength is not None and draw(st.booleans()),
+        compat,
         draw(st.booleans()),
-    )  # fmt: skip
+    )
 
 
-VISITS = st.lists(st.builds(Visit, pictures(), st.integers(0, 5), st.integers(0, 2), st.none() | st.integers(0, 4)), min_size=2, max_size=6)
+VISITS = st.lists(
+    st.builds(Visit, pictures(), st.integers(0, 5), st.integers(0, 2), st.none() | st.integers(0, 4)),
+    min_size=2,
+    max_size=6,
+)
 
 
 @cache
 def job_of(picture: Picture) -> Job:
     """A picture's job, made as the pipeline makes it, but of seeded noise for contexts, image and mask."""
-    schedule = SAMPLERS[picture.sampler].schedules[0] if picture.compat == "a1111" else SAMPLERS[picture.sampler].diffusers.schedules[0]  # type: ignore[union-attr]
-    rows = plan_rows(picture.sampler, schedule, picture.steps, Diffusion(), compat=picture.compat, strength=picture.strength, masked=picture.masked)
+    schedule = (
+        SAMPLERS[picture.sampler].schedules[0]
+        if picture.compat == "a1111"
+        else SAMPLERS[picture.sampler].diffusers.schedules[0]
+    )  # type: ignore[union-attr]
+    rows = plan_rows(
+        picture.sampler,
+        schedule,
+        picture.steps,
+        Diffusion(),
+        compat=picture.compat,
+        strength=picture.strength,
+        masked=picture.masked,
+    )
     weights = [1.0] if picture.cfg == 1 else [1 - picture.cfg, picture.cfg]
     draws = draw_noise(picture.seed, "cpu", SHAPE, rows, compat=picture.compat)
     random = np.random.RandomState(picture.seed)
@@ -88,7 +114,12 @@ def job_of(picture: Picture) -> Job:
     mask = np.float32(noise(1, *SHAPE[1:]) > 0) if picture.masked else np.zeros((1, *SHAPE[1:]), np.float32)
     contexts = tuple(noise(len(weights), 77, 64) for _ in range(2))
     changes = tuple(int(picture.edited and row >= len(rows) / 2) for row in range(len(rows)))
-    return Job({**tables(rows, [weights] * len(rows)), "noise": draws.steps}, {"init": init, "init_noise": draws.unit, "mask": mask}, contexts, changes)
+    return Job(
+        {**tables(rows, [weights] * len(rows)), "noise": draws.steps},
+        {"init": init, "init_noise": draws.unit, "mask": mask},
+        contexts,
+        changes,
+    )
 
 
 def alone(engine: Engine, job: Job) -> Float:
@@ -167,7 +198,9 @@ def simulated(gpu: Gpu, compiled: Path) -> Engine:
 
 @settings(max_examples=12, deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.too_slow])
 @given(visits=VISITS)
-def test_mixed_on_a_simulated_gpu(simulated: Engine, gpu: Gpu, expected: dict[Picture, Float], visits: list[Visit]) -> None:
+def test_mixed_on_a_simulated_gpu(
+    simulated: Engine, gpu: Gpu, expected: dict[Picture, Float], visits: list[Visit]
+) -> None:
     """Two graphs are captured for the shape, whoever sits in the slots. All counts are of the whole run."""
     captured = gpu.counts["captures"]
     check_mixed(simulated, expected, visits)
@@ -175,7 +208,9 @@ def test_mixed_on_a_simulated_gpu(simulated: Engine, gpu: Gpu, expected: dict[Pi
 
 
 def test_joining_copies_one_slot(simulated: Any, gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
-    """While another runs: some copies, all into the slot's own rows and places; no capture, no allocation, no synchronisation, a launch a step."""
+    """While another runs: some copies, all into the slot's own rows and places; no capture, no allocation, no
+    synchronisation, a launch a step.
+    """
     copied: list[tuple[Block, int, int]] = []
     real = Block.to_device
 
@@ -183,7 +218,10 @@ def test_joining_copies_one_slot(simulated: Any, gpu: Gpu, monkeypatch: pytest.M
         copied.append((self, start, end))
         real(self, stream, start, end)
 
-    jobs = [job_of(Picture(sampler, 4, 3.0, seed, None, False, "a1111", False)) for seed, sampler in enumerate(("heun", "euler_a"))]
+    jobs = [
+        job_of(Picture(sampler, 4, 3.0, seed, None, False, "a1111", False))
+        for seed, sampler in enumerate(("heun", "euler_a"))
+    ]
     batch: Any = simulated.open(jobs[0].shape, CAPACITY)
     batch.join(jobs[0])
     batch.step()
@@ -195,11 +233,16 @@ def test_joining_copies_one_slot(simulated: Any, gpu: Gpu, monkeypatch: pytest.M
     assert counts.keys() <= {"launches", "h2d", "records", "events", "polls"}
     step = batch._memory._step
     signature = simulated.signatures[STEP]
-    own = {name: (1 + slot * ROWS, 1 + (slot + 1) * ROWS) if name in signature.tables else (slot, slot + 1) for name in signature.inputs}
+    own = {
+        name: (1 + slot * ROWS, 1 + (slot + 1) * ROWS) if name in signature.tables else (slot, slot + 1)
+        for name in signature.inputs
+    }
     places = [  # with the padding behind the last entry
         (block, block.offset(name, first), block._entries(name, first, end)[1])
-        for name, (first, end) in own.items() for block in (step.inputs, step.outputs) if name in block.layout.sections
-    ]  # fmt: skip
+        for name, (first, end) in own.items()
+        for block in (step.inputs, step.outputs)
+        if name in block.layout.sections
+    ]
     for block, start, end in copied:
         assert any(here is block and first <= start and end <= limit for here, first, limit in places), (start, end)
     with gpu.counted() as counts:
@@ -219,7 +262,12 @@ def test_a_full_batch_and_a_slot_that_was_left(small_bundle: Path) -> None:
         batch.join(job)
     batch.leave(0)
     assert batch.join(job) == 0
-    three = Job({**job.tables, "w": np.ones((job.rows, 3), np.float32), "v": np.zeros((job.rows, 3), np.float32)}, job.inputs, job.contexts, job.context_of_row)
+    three = Job(
+        {**job.tables, "w": np.ones((job.rows, 3), np.float32), "v": np.zeros((job.rows, 3), np.float32)},
+        job.inputs,
+        job.contexts,
+        job.context_of_row,
+    )
     batch.leave(1)
     with pytest.raises(UsageError, match="step: w: shape"):
         batch.join(three)

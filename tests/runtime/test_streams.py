@@ -1,4 +1,6 @@
-"""What an application does with a pipeline: cancel, set deadlines, warm up, close it while it runs, draw several prompts at once, and sort its errors."""
+"""What an application does with a pipeline: cancel, set deadlines, warm up, close it while it runs, draw several
+prompts at once, and sort its errors.
+"""
 
 from __future__ import annotations
 
@@ -105,7 +107,10 @@ def test_another_thread_cancels_within_one_model_call(gate: Gate, gated: Pipelin
     cancelled.cancel()
     gate.go.release(10)
     first, second = (call.ended() for call in calls)
-    assert isinstance(first.error, Cancelled) and first.error.message == "request: cancelled after 1 of 3 model calls of picture 1 of 1"
+    assert (
+        isinstance(first.error, Cancelled)
+        and first.error.message == "request: cancelled after 1 of 3 model calls of picture 1 of 1"
+    )
     assert second.error is None and second.value.images.shape == (1, 64, 64, 3)
     assert sorted(batch.rows for batch in gate.batches) == [1, 3]
     assert all(batch.closed for batch in gate.batches)
@@ -115,7 +120,10 @@ def test_another_thread_cancels_within_one_model_call(gate: Gate, gated: Pipelin
     assert other.result() is second.value
 
 
-@pytest.mark.parametrize(("seen", "said"), [(0, "after 0 of 2 pictures"), (2, "after 2 of 3 model calls of picture 1"), (3, "after 1 of 2 pictures")])
+@pytest.mark.parametrize(
+    ("seen", "said"),
+    [(0, "after 0 of 2 pictures"), (2, "after 2 of 3 model calls of picture 1"), (3, "after 1 of 2 pictures")],
+)
 def test_cancelling_between_steps(pipe: Pipeline, seen: int, said: str) -> None:
     stream = pipe.stream("fox", count=2, **QUICK)
     for _ in range(seen):
@@ -130,7 +138,11 @@ def test_a_deadline(gate: Gate, gated: Pipeline) -> None:
     assert gate.begun.acquire(timeout=20)
     threading.Event().wait(0.06)
     gate.go.release(10)
-    assert isinstance(call.ended().error, DeadlineError) and isinstance(call.error, TimeLimitError) and call.error.exit_code == 7
+    assert (
+        isinstance(call.ended().error, DeadlineError)
+        and isinstance(call.error, TimeLimitError)
+        and call.error.exit_code == 7
+    )
     assert call.error.message == "request: its deadline of 0.05 s passed after 1 of 3 model calls of picture 1 of 1"
     assert [(batch.rows, batch.closed) for batch in gate.batches] == [(1, True)]
     assert gated("fox", deadline_s=np.float32(60), **QUICK).seeds == (5,)
@@ -182,14 +194,26 @@ def test_an_old_step_shows_nothing(pipe: Pipeline) -> None:
 @pytest.mark.parametrize("sampler", ["euler", "euler_a"])
 def test_each_picture_of_several_prompts_is_the_one_drawn_alone(pipe: Pipeline, sampler: str, batch: int) -> None:
     """Prompts of one chunk and of three, of two branches and of three, edited on the way."""
-    prompts = ["red apple", "cat face", "red apple, " * 60, "robot", "red apple AND cat face", "[red:blue:0.5] apple", "ghost"]
+    prompts = [
+        "red apple",
+        "cat face",
+        "red apple, " * 60,
+        "robot",
+        "red apple AND cat face",
+        "[red:blue:0.5] apple",
+        "ghost",
+    ]
     negatives = ["", "dog", "", "dog", "blue", "", "dog"]
     result = pipe(prompts, negative=negatives, batch=batch, sampler=sampler, **QUICK)
     assert result.seeds == tuple(range(5, 12)) and result.parameters["count"] == 7
     for i, (prompt, negative) in enumerate(zip(prompts, negatives, strict=True)):
         alone = pipe(prompt, negative=negative, sampler=sampler, steps=3, cfg=3.0, seed=5 + i)
         assert np.array_equal(result.images[i], alone.images[0]), i
-        assert (result.picture(i)["prompt"], result.picture(i)["negative"], result.picture(i)["seed"]) == (prompt, negative, 5 + i)
+        assert (result.picture(i)["prompt"], result.picture(i)["negative"], result.picture(i)["seed"]) == (
+            prompt,
+            negative,
+            5 + i,
+        )
 
 
 def test_prompts_of_one_form_share_a_batch(gate: Gate, gated: Pipeline) -> None:
@@ -198,7 +222,10 @@ def test_prompts_of_one_form_share_a_batch(gate: Gate, gated: Pipeline) -> None:
     assert [len(batch.jobs) for batch in gate.batches] == [2, 1, 2, 1]
     assert [step.picture for step in steps[::3]] == [0, 2, 3, 5]
     fox, sun = 3240, 2176
-    assert [job.contexts[0][:, 1, 0].tolist() for job in gate.batches[0].jobs] == [[fox, fox], [fox, sun]]  # each its negative, then its prompt
+    assert [job.contexts[0][:, 1, 0].tolist() for job in gate.batches[0].jobs] == [
+        [fox, fox],
+        [fox, sun],
+    ]  # each its negative, then its prompt
 
 
 @pytest.mark.parametrize(
@@ -239,7 +266,9 @@ def test_warm_up_draws_the_shapes_of_later_calls(gate: Gate, gated: Pipeline) ->
         encoded = bool(gate.images)
         for cfg in (7.0, 1.0):
             gate.batches.clear(), gate.images.clear()
-            gated(prompt, cfg=cfg, count=1 if isinstance(prompt, list) else settings.get("batch", 1), steps=5, **settings)  # type: ignore[arg-type, misc]
+            gated(
+                prompt, cfg=cfg, count=1 if isinstance(prompt, list) else settings.get("batch", 1), steps=5, **settings
+            )  # type: ignore[arg-type, misc]
             assert shapes() <= warm and bool(gate.images) == encoded
     gate.batches.clear()
     gated.warm_up(cfg=1)
@@ -283,7 +312,16 @@ def test_what_a_result_says_is_typed(pipe: Pipeline) -> None:
 @pytest.mark.parametrize("whole", [np.int64, np.uint8, np.int16])
 def test_numbers_of_numpy(pipe: Pipeline, whole: Any) -> None:
     """They are numbers, and a result's text is made of Python's."""
-    given = pipe("fox", seed=whole(5), steps=whole(3), cfg=np.float32(3), size=(whole(64), whole(72)), batch=whole(1), count=whole(1), clip_skip=whole(1))
+    given = pipe(
+        "fox",
+        seed=whole(5),
+        steps=whole(3),
+        cfg=np.float32(3),
+        size=(whole(64), whole(72)),
+        batch=whole(1),
+        count=whole(1),
+        clip_skip=whole(1),
+    )
     assert np.array_equal(given.images, pipe("fox", size=(64, 72), **QUICK).images)
     assert b"Seed: 5" in given.encode()
     for setting in ("seed", "steps", "batch", "count", "cfg"):
@@ -295,9 +333,18 @@ def test_numbers_of_numpy(pipe: Pipeline, whole: Any) -> None:
 
 
 def test_errors_are_public_and_sorted() -> None:
-    """Each has an exit code of its family and an HTTP status; the caller's mistake, a missing engine and a broken machine are told apart."""
+    """Each has an exit code of its family and an HTTP status; the caller's mistake, a missing engine and a broken
+    machine are told apart.
+    """
     tree = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, SdrtError)]
-    documented = {(words[0], int(words[1]), int(words[2])) for words in ([*line.replace("│", "").replace("├──", "").replace("└──", "").split(), ""] for line in (errors.__doc__ or "").splitlines()) if words[:2][-1].isdigit()}  # fmt: skip
+    documented = {
+        (words[0], int(words[1]), int(words[2]))
+        for words in (
+            [*line.replace("│", "").replace("├──", "").replace("└──", "").split(), ""]
+            for line in (errors.__doc__ or "").splitlines()
+        )
+        if words[:2][-1].isdigit()
+    }
     assert {(kind.__name__, kind.exit_code, kind.http_status) for kind in tree} == documented
     build_only = {"CheckpointError", "AdapterError", "InconclusiveError"}
     assert {kind.__name__ for kind in tree} - build_only <= set(runtime.__all__)
@@ -308,25 +355,46 @@ def test_errors_are_public_and_sorted() -> None:
 
 def test_a_path_is_beside_the_message() -> None:
     error = MissingEngineError("no engine for 8x8", "Compile one.", path=Path("/srv/a.sdrt"))
-    assert (error.message, error.path, error.line) == ("no engine for 8x8", "/srv/a.sdrt", "/srv/a.sdrt: no engine for 8x8")
+    assert (error.message, error.path, error.line) == (
+        "no engine for 8x8",
+        "/srv/a.sdrt",
+        "/srv/a.sdrt: no engine for 8x8",
+    )
     assert str(error) == "/srv/a.sdrt: no engine for 8x8\nCompile one."
     again = pickle.loads(pickle.dumps(error))
     assert (again.message, again.fix, again.path) == (error.message, error.fix, error.path)
 
 
 def test_python_m_sdrt() -> None:
-    done = subprocess.run([sys.executable, "-m", "sdrt", "--version"], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "sdrt", "--version"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert (done.returncode, done.stdout.split()[0]) == (0, "sdrt")
 
 
 def test_the_log_is_quiet_until_asked(small_bundle: Path, tmp_path: Path) -> None:
-    script = "import logging, sdrt\nlog = logging.getLogger('sdrt')\nlog.warning('beware')\nlogging.basicConfig()\nlog.warning('heard')"
+    script = (
+        "import logging, sdrt\nlog ="
+        " logging.getLogger('sdrt')\nlog.warning('beware')\nlogging.basicConfig()\nlog.warning('heard')"
+    )
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
     assert "heard" in done.stderr and "beware" not in done.stderr
 
     def said(*options: str) -> str:
         result = CliRunner().invoke(
-            app, [*options, "generate", str(small_bundle), "fox", "--steps", "1", "--backend", "onnxruntime", "--output", str(tmp_path / "a.png")]
+            app,
+            [
+                *options,
+                "generate",
+                str(small_bundle),
+                "fox",
+                "--steps",
+                "1",
+                "--backend",
+                "onnxruntime",
+                "--output",
+                str(tmp_path / "a.png"),
+            ],
         )
         assert result.exit_code == 0, result.output
         return result.stderr

@@ -21,19 +21,51 @@ M = TypeVar("M", bound=nn.Module)
 
 # One module of each kind: its canonical name, kohya's, and its path in diffusers' UNet or transformers' text model.
 _BLOCK = "down_blocks.1.attentions.0.transformer_blocks.0."
-LINEAR = (UNET + "input_blocks.4.1.transformer_blocks.0.attn2.to_k", "lora_unet_" + _BLOCK.replace(".", "_") + "attn2_to_k", _BLOCK + "attn2.to_k")
-SQUARE = (UNET + "input_blocks.4.1.transformer_blocks.0.attn1.to_q", "lora_unet_" + _BLOCK.replace(".", "_") + "attn1_to_q", _BLOCK + "attn1.to_q")
-POINTWISE = (UNET + "input_blocks.4.1.proj_in", "lora_unet_down_blocks_1_attentions_0_proj_in", "down_blocks.1.attentions.0.proj_in")
-KERNEL = (UNET + "input_blocks.4.0.in_layers.2", "lora_unet_down_blocks_1_resnets_0_conv1", "down_blocks.1.resnets.0.conv1")
-NORM = (UNET + "input_blocks.4.0.in_layers.0", "lora_unet_down_blocks_1_resnets_0_norm1", "down_blocks.1.resnets.0.norm1")
-LAYER_NORM = (CLIP + "text_model.final_layer_norm", "lora_te_text_model_final_layer_norm", "text_model.final_layer_norm")
-TEXT = (CLIP + "text_model.encoder.layers.0.mlp.fc1", "lora_te_text_model_encoder_layers_0_mlp_fc1", "text_model.encoder.layers.0.mlp.fc1")
+LINEAR = (
+    UNET + "input_blocks.4.1.transformer_blocks.0.attn2.to_k",
+    "lora_unet_" + _BLOCK.replace(".", "_") + "attn2_to_k",
+    _BLOCK + "attn2.to_k",
+)
+SQUARE = (
+    UNET + "input_blocks.4.1.transformer_blocks.0.attn1.to_q",
+    "lora_unet_" + _BLOCK.replace(".", "_") + "attn1_to_q",
+    _BLOCK + "attn1.to_q",
+)
+POINTWISE = (
+    UNET + "input_blocks.4.1.proj_in",
+    "lora_unet_down_blocks_1_attentions_0_proj_in",
+    "down_blocks.1.attentions.0.proj_in",
+)
+KERNEL = (
+    UNET + "input_blocks.4.0.in_layers.2",
+    "lora_unet_down_blocks_1_resnets_0_conv1",
+    "down_blocks.1.resnets.0.conv1",
+)
+NORM = (
+    UNET + "input_blocks.4.0.in_layers.0",
+    "lora_unet_down_blocks_1_resnets_0_norm1",
+    "down_blocks.1.resnets.0.norm1",
+)
+LAYER_NORM = (
+    CLIP + "text_model.final_layer_norm",
+    "lora_te_text_model_final_layer_norm",
+    "text_model.final_layer_norm",
+)
+TEXT = (
+    CLIP + "text_model.encoder.layers.0.mlp.fc1",
+    "lora_te_text_model_encoder_layers_0_mlp_fc1",
+    "text_model.encoder.layers.0.mlp.fc1",
+)
 QUERY = (
-    CLIP + "text_model.encoder.layers.0.self_attn.q_proj", "lora_te_text_model_encoder_layers_0_self_attn_q_proj", "text_model.encoder.layers.0.self_attn.q_proj",
-)  # fmt: skip
+    CLIP + "text_model.encoder.layers.0.self_attn.q_proj",
+    "lora_te_text_model_encoder_layers_0_self_attn_q_proj",
+    "text_model.encoder.layers.0.self_attn.q_proj",
+)
 EMBEDDING = (
-    CLIP + "text_model.embeddings.position_embedding", "lora_te_text_model_embeddings_position_embedding", "text_model.embeddings.position_embedding",
-)  # fmt: skip
+    CLIP + "text_model.embeddings.position_embedding",
+    "lora_te_text_model_embeddings_position_embedding",
+    "text_model.embeddings.position_embedding",
+)
 
 
 @cache
@@ -48,13 +80,17 @@ def architecture() -> Architecture:
 def model() -> tuple[dict[str, tuple[int, ...]], UNetSpec]:
     """Names and shapes of the emoji model's weights, and its UNet's sizes."""
     arch = architecture()
-    return {name: shape for recipe in recipes(arch).values() for name, shape in recipe.weight_shapes().items()}, arch.unet
+    return {
+        name: shape for recipe in recipes(arch).values() for name, shape in recipe.weight_shapes().items()
+    }, arch.unet
 
 
 def opened(path: Path, scale: float = 1.0, te_scale: float | None = None, *, allow_unmatched: bool = False) -> Lora:
     """An adapter matched to the emoji model."""
     shapes, spec = model()
-    return open_lora(LoraOption(path, scale, scale if te_scale is None else te_scale), shapes, spec, allow_unmatched=allow_unmatched)
+    return open_lora(
+        LoraOption(path, scale, scale if te_scale is None else te_scale), shapes, spec, allow_unmatched=allow_unmatched
+    )
 
 
 def randomised(module: M, seed: int, keep: Collection[str] = ()) -> M:

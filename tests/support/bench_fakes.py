@@ -39,10 +39,13 @@ class FakeEngine:
     def open(self, *_: Any) -> Any:
         self.time.sleep(0.001)
         return SimpleNamespace(
-            step=lambda: self.time.sleep(self.step_ms / 1e3), latents=lambda _: self.time.sleep(0.001) or np.zeros(3),
-            denoised=lambda _: self.time.sleep(0.001), decode=lambda _, rounding: self.decode(None, rounding), close=lambda: None,
+            step=lambda: self.time.sleep(self.step_ms / 1e3),
+            latents=lambda _: self.time.sleep(0.001) or np.zeros(3),
+            denoised=lambda _: self.time.sleep(0.001),
+            decode=lambda _, rounding: self.decode(None, rounding),
+            close=lambda: None,
             join=lambda _: self.time.sleep(0.001) or 0,
-        )  # fmt: skip
+        )
 
     def decode(self, *_: Any) -> str:
         self.time.sleep(0.004)

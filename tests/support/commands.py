@@ -13,7 +13,9 @@ def run(*args: object) -> Result:
 
 
 def failed(result: Result, code: int, *fragments: str) -> str:
-    """The command ended with this code, one `error:` line that holds the fragments, at most one `fix:` line after it, and nothing on stdout."""
+    """The command ended with this code, one `error:` line that holds the fragments, at most one `fix:` line after it,
+    and nothing on stdout.
+    """
     assert result.exit_code == code, (result.exit_code, result.stdout, result.stderr)
     assert "Traceback" not in result.stderr
     lines = result.stderr.splitlines()

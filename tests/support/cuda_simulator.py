@@ -124,7 +124,14 @@ class Buffer:
     @classmethod
     def _make(cls, gpu: Gpu, address: int, size: int, allocation: Allocation | None, owner: object) -> Buffer:
         self = object.__new__(cls)
-        self._gpu, self._address, self._size, self._allocation, self._owner, self._closed = gpu, address, size, allocation, owner, False
+        self._gpu, self._address, self._size, self._allocation, self._owner, self._closed = (
+            gpu,
+            address,
+            size,
+            allocation,
+            owner,
+            False,
+        )
         return self
 
     @staticmethod
@@ -176,10 +183,15 @@ class LegacyPinnedMemoryResource:
 
 
 class GraphBuilder:
-    """As in cuda.core, `end_building` only says that a capture broke: it is `close` that ends such a one, and raises."""
+    """As in cuda.core, `end_building` only says that a capture broke: it is `close` that ends such a one,
+    and raises.
+    """
 
     def __init__(self) -> None:
-        raise NotImplementedError("directly creating a Graph object can be ambiguous. Please either call Device or stream.create_graph_builder()")
+        raise NotImplementedError(
+            "directly creating a Graph object can be ambiguous. Please either call Device or"
+            " stream.create_graph_builder()"
+        )
 
     @classmethod
     def _make(cls, gpu: Gpu, stream: Stream) -> GraphBuilder:
@@ -197,7 +209,9 @@ class GraphBuilder:
     def is_building(self) -> bool:
         capture = None if self._stream is None else self._stream._queue.capture
         if capture is not None and capture.invalidated:
-            raise RuntimeError("Build process encountered an error and has been invalidated. Build process must now be ended.")
+            raise RuntimeError(
+                "Build process encountered an error and has been invalidated. Build process must now be ended."
+            )
         return capture is not None
 
     def begin_building(self, mode: str | None = "relaxed") -> GraphBuilder:
@@ -231,7 +245,10 @@ class GraphBuilder:
         if stream is not None and self._capture is not None and not self._ended:
             stream._queue.capture = None
             if self._capture.invalidated:
-                raise CUDAError("CUDA_ERROR_STREAM_CAPTURE_INVALIDATED: The operation is not permitted: an error before broke the capture")
+                raise CUDAError(
+                    "CUDA_ERROR_STREAM_CAPTURE_INVALIDATED: The operation is not permitted: an error before broke the"
+                    " capture"
+                )
 
     def __del__(self) -> None:
         if getattr(self, "_capture", None) is not None and not self._ended and self._stream is not None:
@@ -366,8 +383,15 @@ def module(name: str, **contents: Any) -> ModuleType:
 
 def modules() -> dict[str, ModuleType]:
     graph = module("cuda.core.graph", Graph=Graph, GraphBuilder=GraphBuilder)
-    core = module("cuda.core", graph=graph, LEGACY_DEFAULT_STREAM=LEGACY_DEFAULT_STREAM, PER_THREAD_DEFAULT_STREAM=PER_THREAD_DEFAULT_STREAM)
-    vars(core).update({kind.__name__: kind for kind in (Device, Stream, Event, EventOptions, Buffer, LegacyPinnedMemoryResource)})
+    core = module(
+        "cuda.core",
+        graph=graph,
+        LEGACY_DEFAULT_STREAM=LEGACY_DEFAULT_STREAM,
+        PER_THREAD_DEFAULT_STREAM=PER_THREAD_DEFAULT_STREAM,
+    )
+    vars(core).update(
+        {kind.__name__: kind for kind in (Device, Stream, Event, EventOptions, Buffer, LegacyPinnedMemoryResource)}
+    )
     driver = module("cuda.bindings.driver", cuMemGetInfo=cuMemGetInfo, CUresult=CUresult)
     runtime = module("cuda.bindings.runtime", cudaGetDeviceCount=cudaGetDeviceCount, cudaError_t=cudaError_t)
     bindings = module("cuda.bindings", driver=driver, runtime=runtime)

@@ -23,12 +23,16 @@ ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.sta
 
 def run_python(*arguments: str | Path, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-W", "error", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT | (environment or {}), timeout=300, cwd=ROOT)
+    return subprocess.run(
+        command, capture_output=True, text=True, env=ENVIRONMENT | (environment or {}), timeout=300, cwd=ROOT
+    )
 
 
 @contextmanager
 def small_disk(folder: Path, size_bytes: int) -> Iterator[None]:
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size_bytes}", "none", folder], capture_output=True, text=True)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={size_bytes}", "none", folder], capture_output=True, text=True
+    )
     if mounted.returncode:
         pytest.skip(f"may not mount: {mounted.stderr.strip()}")
     try:

@@ -1,8 +1,10 @@
-"""Whole commands made to fail at numbered points of the one writer: `sdrt build` over a bundle, a first build with no trace cached, `sdrt compile`.
+"""Whole commands made to fail at numbered points of the one writer: `sdrt build` over a bundle, a first build with no
+trace cached, `sdrt compile`.
 
-`python faulty_commands.py FOLDER JOB CHECKPOINT KIND=POINTS...` prints one JSON object; POINTS is `all`, or how many of them to take. Each run is a
-child forked from a process that has imported everything and knows the traces and compiled blobs, so it writes all that a command writes, the
-self-check included, and takes half a second. `problems` says what was not as it must be, and is empty.
+`python faulty_commands.py FOLDER JOB CHECKPOINT KIND=POINTS...` prints one JSON object; POINTS is `all`, or how many of
+them to take. Each run is a child forked from a process that has imported everything and knows the traces and compiled
+blobs, so it writes all that a command writes, the self-check included, and takes half a second. `problems` says what
+was not as it must be, and is empty.
 """
 
 from __future__ import annotations
@@ -30,7 +32,9 @@ Run = Callable[[Path], int]
 
 @dataclass(frozen=True)
 class Job:
-    """`prepare` makes what is there before; `run` is the command. `target` is what it replaces or makes, `around` the folder that holds that."""
+    """`prepare` makes what is there before; `run` is the command. `target` is what it replaces or makes, `around` the
+    folder that holds that.
+    """
 
     prepare: Callable[[Path], None]
     run: Run
@@ -38,7 +42,9 @@ class Job:
 
 
 def in_child(work: Callable[[], int], told: Path) -> int:
-    """The exit status of some work in a process of its own: its exit code, or minus a signal. What it says on stderr is in the file `told`."""
+    """The exit status of some work in a process of its own: its exit code, or minus a signal. What it says on stderr is
+    in the file `told`.
+    """
     pid = os.fork()
     if not pid:
         code = 71
@@ -108,14 +114,30 @@ def fail_everywhere(job: Job, root: Path, kinds: dict[str, str], enough: int = 1
             status = in_child(failing(number, kind, job, folder), told)
             around, after = job.target(folder).parent, state(job.target(folder))
             where = f"{kind} at {number}, {points[number - 1][0]} {Path(points[number - 1][1]).name}: "
-            for problem in [*judged(kind, status, told.read_text(), old, new, after, names(around) if around.is_dir() else [], job.target(folder).name)]:
+            for problem in [
+                *judged(
+                    kind,
+                    status,
+                    told.read_text(),
+                    old,
+                    new,
+                    after,
+                    names(around) if around.is_dir() else [],
+                    job.target(folder).name,
+                )
+            ]:
                 problems.append(where + problem)
             if kind == "kill":  # the next run, with nothing cleaned up in between
                 if (again := in_child(lambda: job.run(folder), told)) != 0:  # noqa: B023
                     problems.append(where + f"the next run ended with {again}: {told.read_text()[-300:]}")
-                if state(job.target(folder)) != new or names(around) != names(job.target(reference).parent) or names(folder) != names(reference):
+                if (
+                    state(job.target(folder)) != new
+                    or names(around) != names(job.target(reference).parent)
+                    or names(folder) != names(reference)
+                ):
                     problems.append(
-                        where + f"the next run left {names(folder)}, {names(around)}, the target {'new' if state(job.target(folder)) == new else 'wrong'}"
+                        where + f"the next run left {names(folder)}, {names(around)}, the target"
+                        f" {'new' if state(job.target(folder)) == new else 'wrong'}"
                     )
             done[kind] += 1
             shutil.rmtree(folder)
@@ -135,7 +157,9 @@ def chosen(points: Sequence[tuple[str, str]], asked: str, kind: str) -> Iterator
     yield from sorted([*sorted(always)[: int(asked)], *picked])
 
 
-def judged(kind: str, status: int, told: str, old: str, new: str, after: str, beside: list[str], target: str) -> Iterator[str]:
+def judged(
+    kind: str, status: int, told: str, old: str, new: str, after: str, beside: list[str], target: str
+) -> Iterator[str]:
     """What is wrong with the outcome of a run that was made to fail."""
     if kind == "kill":
         if status != -9:
@@ -151,7 +175,10 @@ def judged(kind: str, status: int, told: str, old: str, new: str, after: str, be
         yield f"does not say where, and what is free: {told[-300:]}"
     # After the publication only a flush and the removal of the old one can fail; before it, nothing may have changed.
     if after not in ((new,) if status == 0 else (old, new)):
-        yield f"ended with {status}, but the target is {'the old one' if after == old else 'the new one' if after == new else 'neither'}"
+        yield (
+            f"ended with {status}, but the target is"
+            f" {'the old one' if after == old else 'the new one' if after == new else 'neither'}"
+        )
     left = [name for name in beside if name != target and name.startswith(f".{target}-")]
     if left and status:
         yield f"left {left}"
@@ -161,7 +188,18 @@ def judged(kind: str, status: int, told: str, old: str, new: str, after: str, be
 
 
 def build_arguments(checkpoint: Path, folder: Path, *more: object) -> list[object]:
-    return ["build", "--checkpoint", checkpoint, "--target", "onnxruntime", "--size", "64x64", "--output", folder / "x.sdrt", *more]
+    return [
+        "build",
+        "--checkpoint",
+        checkpoint,
+        "--target",
+        "onnxruntime",
+        "--size",
+        "64x64",
+        "--output",
+        folder / "x.sdrt",
+        *more,
+    ]
 
 
 def remember_traces(checkpoint: Path) -> None:
@@ -177,13 +215,19 @@ def remember_traces(checkpoint: Path) -> None:
 
 def build_over(root: Path, checkpoint: Path) -> Job:
     """A build with other options over a bundle."""
-    assert in_child(lambda: command(build_arguments(checkpoint, root, "--precision", "fp32")), root / "told") == 0, (root / "told").read_text()
+    assert in_child(lambda: command(build_arguments(checkpoint, root, "--precision", "fp32")), root / "told") == 0, (
+        root / "told"
+    ).read_text()
     (root / "x.sdrt").rename(root / "old")
 
     def prepare(folder: Path) -> None:
         shutil.copytree(root / "old", folder / "x.sdrt", copy_function=os.link)
 
-    return Job(prepare, lambda folder: command(build_arguments(checkpoint, folder, "--force")), lambda folder: folder / "x.sdrt")
+    return Job(
+        prepare,
+        lambda folder: command(build_arguments(checkpoint, folder, "--force")),
+        lambda folder: folder / "x.sdrt",
+    )
 
 
 def build_first(root: Path, checkpoint: Path) -> Job:
@@ -191,34 +235,57 @@ def build_first(root: Path, checkpoint: Path) -> Job:
 
     def run(folder: Path) -> int:
         os.environ["SDRT_CACHE_DIR"] = str(folder / "cache")
-        return command(build_arguments(checkpoint, folder, "--force"))  # --force: a killed run may have published already
+        return command(
+            build_arguments(checkpoint, folder, "--force")
+        )  # --force: a killed run may have published already
 
     return Job(lambda folder: None, run, lambda folder: folder / "x.sdrt")
 
 
 def compile_openvino(root: Path, checkpoint: Path) -> Job:
     """`sdrt compile` of one engine into a bundle that has it already, damaged."""
-    arguments = ["compile", root / "x.sdrt", "--target", "openvino", "--tokens", "77", "--branches", "2", "--precision", "fp32"]
-    assert in_child(lambda: command(build_arguments(checkpoint, root)) or command(arguments), root / "told") == 0, (root / "told").read_text()
+    arguments = [
+        "compile",
+        root / "x.sdrt",
+        "--target",
+        "openvino",
+        "--tokens",
+        "77",
+        "--branches",
+        "2",
+        "--precision",
+        "fp32",
+    ]
+    assert in_child(lambda: command(build_arguments(checkpoint, root)) or command(arguments), root / "told") == 0, (
+        root / "told"
+    ).read_text()
     (root / "x.sdrt").rename(root / "compiled")
     (engine,) = (root / "compiled" / "engines").iterdir()
     from sdrt.compile import openvino
     from sdrt.compile.options import GraphReport
 
     blobs = {path.stem: path.read_bytes() for path in engine.glob("*.blob")}
-    openvino._compile = lambda ov, core, bundle, graph, shapes, precision: openvino._Blob(blobs[graph], GraphReport(0.0, 0.0, 1, len(blobs[graph]), (), None))
+    openvino._compile = lambda ov, core, bundle, graph, shapes, precision: openvino._Blob(
+        blobs[graph], GraphReport(0.0, 0.0, 1, len(blobs[graph]), (), None)
+    )
     return compile_again(root, arguments, next(engine.glob("*.blob")))
 
 
 def compile_onnxruntime(root: Path, checkpoint: Path) -> Job:
-    """`sdrt compile` of ONNX Runtime's saved models into a bundle that has them already, damaged. What ONNX Runtime writes itself is copied."""
+    """`sdrt compile` of ONNX Runtime's saved models into a bundle that has them already, damaged. What ONNX Runtime
+    writes itself is copied.
+    """
     arguments = ["compile", root / "x.sdrt", "--target", "onnxruntime"]
-    assert in_child(lambda: command(build_arguments(checkpoint, root)) or command(arguments), root / "told") == 0, (root / "told").read_text()
+    assert in_child(lambda: command(build_arguments(checkpoint, root)) or command(arguments), root / "told") == 0, (
+        root / "told"
+    ).read_text()
     (root / "x.sdrt").rename(root / "compiled")
     (engine,) = (root / "compiled" / "engines").iterdir()
     from sdrt.compile import worker
 
-    def save_model(graph: str, path: Path, folder: Path, reference: Path, version: str) -> tuple[dict[str, Any], int | None]:
+    def save_model(
+        graph: str, path: Path, folder: Path, reference: Path, version: str
+    ) -> tuple[dict[str, Any], int | None]:
         for file in engine.glob(f"{graph}.*"):
             shutil.copyfile(file, folder / file.name)
         return {"build_s": 0.0, "exact": True}, None
@@ -256,7 +323,9 @@ def main() -> None:
     else:
         from sdrt.export.build import BuildOptions, build
 
-        build(BuildOptions(checkpoint, output=root / "x.sdrt", size=(64, 64)))  # imports and loads what each child would have to otherwise
+        build(
+            BuildOptions(checkpoint, output=root / "x.sdrt", size=(64, 64))
+        )  # imports and loads what each child would have to otherwise
         shutil.rmtree(root / "x.sdrt")
         remember_traces(checkpoint)
     gc.collect()

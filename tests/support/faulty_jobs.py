@@ -1,7 +1,8 @@
-"""Small jobs through the one writer, for tests that make it fail, and a process that kills them at every point. Imports no torch.
+"""Small jobs through the one writer, for tests that make it fail, and a process that kills them at every point. Imports
+no torch.
 
-`python faulty_jobs.py FOLDER JOB` runs JOB once for each point, in a child killed there, then once more to its end. It prints, for each point,
-what the target held after the kill and what lay beside it after the next run.
+`python faulty_jobs.py FOLDER JOB` runs JOB once for each point, in a child killed there, then once more to its end. It
+prints, for each point, what the target held after the kill and what lay beside it after the next run.
 """
 
 from __future__ import annotations
@@ -17,7 +18,12 @@ from pathlib import Path
 
 from sdrt.files import faults, publish
 
-FILES = {"graphs/weights.safetensors": 3_000_000, "graphs/step.fp32.onnx": 70_000, "tokenizer/tokenizer.json": 5_000, "reference/step.npz": 1}
+FILES = {
+    "graphs/weights.safetensors": 3_000_000,
+    "graphs/step.fp32.onnx": 70_000,
+    "tokenizer/tokenizer.json": 5_000,
+    "reference/step.npz": 1,
+}
 ENOUGH = 10_000
 
 
@@ -35,7 +41,10 @@ def write_bundle(target: Path, *, replace: bool = False) -> None:
             with publish.new_file(stage / name, size_bytes) as stream:
                 for start in range(0, size_bytes, 400_000):
                     stream.write(data[start : start + 400_000])
-        publish.write_file(stage / "manifest.json", json.dumps({name: hashlib.sha256(content(name, n)).hexdigest() for name, n in FILES.items()}).encode())
+        publish.write_file(
+            stage / "manifest.json",
+            json.dumps({name: hashlib.sha256(content(name, n)).hexdigest() for name, n in FILES.items()}).encode(),
+        )
 
 
 def old_bundle(target: Path) -> None:
@@ -92,7 +101,10 @@ def state(path: Path) -> str:
         return ""
     digest = hashlib.sha256()
     for file in [path, *sorted(path.rglob("*"))]:
-        digest.update(os.fsencode(file.relative_to(path)) + (b"/" if file.is_dir() else hashlib.sha256(file.read_bytes()).digest()))
+        digest.update(
+            os.fsencode(file.relative_to(path))
+            + (b"/" if file.is_dir() else hashlib.sha256(file.read_bytes()).digest())
+        )
     return digest.hexdigest()
 
 
@@ -133,7 +145,15 @@ def main() -> None:
         with suppress(OSError):
             shutil.rmtree(root / "again")
         again = in_child(lambda folder=folder: (write_over if sys.argv[2] == "new" else job)(folder))
-        rows.append({"status": status, "after kill": after_kill, "again": again, "in the end": state(folder / "x.sdrt"), "beside": names(folder)})
+        rows.append(
+            {
+                "status": status,
+                "after kill": after_kill,
+                "again": again,
+                "in the end": state(folder / "x.sdrt"),
+                "beside": names(folder),
+            }
+        )
         shutil.rmtree(folder)
         if status == 0:
             break

@@ -1,8 +1,9 @@
 """A simulated GPU on the host: memory, queues of work, counters and faults. Strict, and lazy.
 
-Device memory is host memory on 256-byte boundaries, full of NaN until something writes it. Work is queued and runs only when the host
-polls an event (one piece of work a poll) or synchronises, so the host sees no result before it could see it on a device. What the real
-libraries leave undefined is refused here. `cuda_simulator` and `tensorrt_simulator` are the libraries on top.
+Device memory is host memory on 256-byte boundaries, full of NaN until something writes it. Work is queued and runs only
+when the host polls an event (one piece of work a poll) or synchronises, so the host sees no result before it could see
+it on a device. What the real libraries leave undefined is refused here. `cuda_simulator` and `tensorrt_simulator` are
+the libraries on top.
 """
 
 from __future__ import annotations
@@ -46,7 +47,9 @@ class Faults:
     copy: int = 0
     """Starting this copy fails, and does no further harm."""
     capture: str = ""
-    """refused: TensorRT will not run into a capture; invalidated: that also breaks the capture; instantiate: the graph cannot be made."""
+    """refused: TensorRT will not run into a capture; invalidated: that also breaks the capture; instantiate: the graph
+    cannot be made.
+    """
     replay: str = ""
     """wrong: replays write other numbers than plain runs; nothing: they write nothing."""
     runs: dict[str, int] = field(default_factory=dict)
@@ -64,7 +67,9 @@ class Faults:
 
 @dataclass(eq=False)
 class Work:
-    """One piece of queued work. `host` lists the pinned ranges it touches: (address, bytes, whether it writes). A marker takes no time."""
+    """One piece of queued work. `host` lists the pinned ranges it touches: (address, bytes, whether it writes). A
+    marker takes no time.
+    """
 
     run: Callable[[], None]
     host: tuple[tuple[int, int, bool], ...] = ()
@@ -121,7 +126,9 @@ class Gpu:
         self.memory_bytes, self.sm, self.devices = memory_bytes, sm, devices
         self.faults = Faults()
         self.costs_ms: dict[str, float] = {}
-        """What a run of each network takes on the device's clock, 1 where nothing is said, and a copy within it (d2d), 0 where nothing is."""
+        """What a run of each network takes on the device's clock, 1 where nothing is said, and a copy within it (d2d),
+        0 where nothing is.
+        """
         self.clock_ms = 0.0
         self.detailed_plans = False
         """Whether plans hold the kinds of their layers."""
@@ -146,7 +153,9 @@ class Gpu:
         before, found = self.counts.copy(), dict[str, int]()
         yield found
         self.bury()
-        found.update({name: number - before[name] for name, number in sorted(self.counts.items()) if number != before[name]})
+        found.update(
+            {name: number - before[name] for name, number in sorted(self.counts.items()) if number != before[name]}
+        )
 
     def used_bytes(self, kind: str = "device") -> int:
         self.bury()
@@ -188,22 +197,31 @@ class Gpu:
             if size <= 0:
                 raise Refused(f"an allocation of {size} bytes")
             if self.faults.strikes("allocation") or (kind == "device" and self.used_bytes() + size > self.memory_bytes):
-                raise CUDAError("CUDA_ERROR_OUT_OF_MEMORY: The API call failed because it was unable to allocate enough memory")
+                raise CUDAError(
+                    "CUDA_ERROR_OUT_OF_MEMORY: The API call failed because it was unable to allocate enough memory"
+                )
             backing = np.full(size + ALIGNMENT, STALE, np.uint8)
-            self._backing.append(backing)  # kept for good: a dangling view reads stale bytes instead of ending the process
+            self._backing.append(
+                backing
+            )  # kept for good: a dangling view reads stale bytes instead of ending the process
             start = -backing.ctypes.data % ALIGNMENT
             allocation = Allocation(kind, backing.ctypes.data + start, backing[start : start + size], queue)
             self._allocations[allocation.address] = allocation
             return allocation
 
     def free(self, allocation: Allocation, queue: Queue | None) -> None:
-        """Close an allocation: pinned memory once the queue is empty, device memory in its turn. Works on a dead device too."""
+        """Close an allocation: pinned memory once the queue is empty, device memory in its turn. Works on a dead device
+        too.
+        """
         with self._lock:
             if not allocation.open:
                 return
             if allocation.kind == "pinned":
                 if queue is None:
-                    raise Refused("pinned memory closed without a stream: that waits for the default stream, which orders nothing here")
+                    raise Refused(
+                        "pinned memory closed without a stream: that waits for the default stream, which orders nothing"
+                        " here"
+                    )
                 if not self._dead:
                     self.synchronise(queue)
                 self._end(allocation)
@@ -237,7 +255,10 @@ class Gpu:
                 if allocation.kind == "device":
                     self.free(allocation, allocation.queue)
                 elif allocation.open:
-                    if any(overlap(address, size, allocation.address, len(allocation.memory)) for address, size, _ in self._host_ranges()):
+                    if any(
+                        overlap(address, size, allocation.address, len(allocation.memory))
+                        for address, size, _ in self._host_ranges()
+                    ):
                         raise Refused("pinned memory dropped while a queued copy uses it")
                     self._end(allocation)
 
@@ -267,7 +288,10 @@ class Gpu:
             if capture.thread != threading.get_ident():
                 raise Refused("work on a stream that another thread is capturing")
             if capture.invalidated:
-                raise CUDAError("CUDA_ERROR_STREAM_CAPTURE_INVALIDATED: The operation is not permitted: an error before broke the capture")
+                raise CUDAError(
+                    "CUDA_ERROR_STREAM_CAPTURE_INVALIDATED: The operation is not permitted: an error before broke the"
+                    " capture"
+                )
         return capture
 
     def copy(self, target: int, source: int, size: int, queue: Queue) -> None:
@@ -281,13 +305,20 @@ class Gpu:
             if (capture := self.capture_of(queue)) is not None:
                 found = [(target, size), (source, size)]
                 capture.nodes.append(
-                    Node(lambda: [self.find(*span) for span in found], lambda: self._move(target, source, size), lambda: [self.view(target, size)])
+                    Node(
+                        lambda: [self.find(*span) for span in found],
+                        lambda: self._move(target, source, size),
+                        lambda: [self.view(target, size)],
+                    )
                 )
                 return
         kind = kinds[to, from_]
         with self.call(kind):
             if self.faults.strikes("copy"):
-                raise CUDAError("CUDA_ERROR_INVALID_VALUE: This indicates that one or more of the parameters passed is not within an acceptable range")
+                raise CUDAError(
+                    "CUDA_ERROR_INVALID_VALUE: This indicates that one or more of the parameters passed is not within"
+                    " an acceptable range"
+                )
             if kind == "d2d":
                 queue.work.append(Work(lambda: self._move(target, source, size, self.costs_ms.get(kind, 0.0))))
             else:
@@ -346,7 +377,10 @@ class Gpu:
     def compute(self, run: Callable[[], None]) -> None:
         """Run kernels now, unless it is the call that fails."""
         if self.faults.strikes("illegal_address"):
-            self._dead = "CUDA_ERROR_ILLEGAL_ADDRESS: While executing a kernel, the device encountered a load or store instruction on an invalid address"
+            self._dead = (
+                "CUDA_ERROR_ILLEGAL_ADDRESS: While executing a kernel, the device encountered a load or store"
+                " instruction on an invalid address"
+            )
             raise CUDAError(self._dead)
         run()
 

@@ -55,7 +55,9 @@ ACTIVATIONS: dict[str, Elementwise] = {
 
 @dataclass(frozen=True)
 class Settings:
-    """What AUTOMATIC1111 asks for when it makes a hypernetwork; dropout has a probability for each width of the structure."""
+    """What AUTOMATIC1111 asks for when it makes a hypernetwork; dropout has a probability for each width of the
+    structure.
+    """
 
     widths: tuple[int, ...] = (64, 96, 128)
     structure: tuple[float, ...] = (1, 2, 1)
@@ -84,7 +86,9 @@ def state(settings: Settings, width: int, generator: torch.Generator, size: floa
     tensors = {}
     for index, (kind, before, after) in enumerate(settings.layers(width)):
         if kind == "linear":
-            tensors[f"linear.{index}.weight"] = torch.randn(after, before, generator=generator) * size / math.sqrt(before)
+            tensors[f"linear.{index}.weight"] = (
+                torch.randn(after, before, generator=generator) * size / math.sqrt(before)
+            )
             tensors[f"linear.{index}.bias"] = torch.randn(after, generator=generator) * size / 4
         elif kind == "norm":
             tensors[f"linear.{index}.weight"] = size * (1 + 0.2 * torch.randn(after, generator=generator))
@@ -95,7 +99,9 @@ def state(settings: Settings, width: int, generator: torch.Generator, size: floa
 def content(settings: Settings, seed: int, **changed: Any) -> dict[Any, Any]:
     """What a hypernetwork's .pt holds. None among `changed` leaves a setting out."""
     generator = torch.Generator().manual_seed(seed)
-    made: dict[Any, Any] = {width: (state(settings, width, generator), state(settings, width, generator)) for width in settings.widths}
+    made: dict[Any, Any] = {
+        width: (state(settings, width, generator), state(settings, width, generator)) for width in settings.widths
+    }
     made |= {
         "step": 100,
         "name": "other",
@@ -156,10 +162,15 @@ class Processor:
     def __init__(self, chain: Chain) -> None:
         self.chain = chain
 
-    def __call__(self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, **_: Any) -> Tensor:
+    def __call__(
+        self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, **_: Any
+    ) -> Tensor:
         context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         keys, values = keys_and_values(self.chain, context)
-        q, k, v = (x.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for x in (attn.to_q(hidden_states), attn.to_k(keys), attn.to_v(values)))
+        q, k, v = (
+            x.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+            for x in (attn.to_q(hidden_states), attn.to_k(keys), attn.to_v(values))
+        )
         weights = torch.softmax(q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1]), dim=-1)
         out: Tensor = attn.to_out[0]((weights @ v).transpose(1, 2).flatten(2))
         return out

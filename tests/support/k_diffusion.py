@@ -1,4 +1,6 @@
-"""k-diffusion's samplers and AUTOMATIC1111's schedules in plain float64, as the references that rows are tested against."""
+"""k-diffusion's samplers and AUTOMATIC1111's schedules in plain float64, as the references that rows are tested
+against.
+"""
 
 from __future__ import annotations
 
@@ -186,12 +188,20 @@ def sample_dpmpp_sde(model: Denoiser, x: Array, sigmas: list[float], noise: Nois
         factor = 1 / (2 * r)
         down, up = get_ancestral_step(math.exp(-t), math.exp(-s))
         s_down = -math.log(down)
-        x_2 = (math.exp(-s_down) / math.exp(-t)) * x - math.expm1(t - s_down) * denoised + noise(math.exp(-t), math.exp(-s)) * up
+        x_2 = (
+            (math.exp(-s_down) / math.exp(-t)) * x
+            - math.expm1(t - s_down) * denoised
+            + noise(math.exp(-t), math.exp(-s)) * up
+        )
         denoised_2 = model(x_2, math.exp(-s))
         down, up = get_ancestral_step(math.exp(-t), math.exp(-t_next))
         t_down = -math.log(down)
         blend = (1 - factor) * denoised + factor * denoised_2
-        x = (math.exp(-t_down) / math.exp(-t)) * x - math.expm1(t - t_down) * blend + noise(math.exp(-t), math.exp(-t_next)) * up
+        x = (
+            (math.exp(-t_down) / math.exp(-t)) * x
+            - math.expm1(t - t_down) * blend
+            + noise(math.exp(-t), math.exp(-t_next)) * up
+        )
     return x
 
 

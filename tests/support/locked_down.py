@@ -9,7 +9,18 @@ from pathlib import Path
 
 from conftest import ROOT
 
-BUILD_ONLY = ("torch", "transformers", "tokenizers", "huggingface_hub", "diffusers", "peft", "safetensors", "onnx", "onnxscript", "onnx_ir")
+BUILD_ONLY = (
+    "torch",
+    "transformers",
+    "tokenizers",
+    "huggingface_hub",
+    "diffusers",
+    "peft",
+    "safetensors",
+    "onnx",
+    "onnxscript",
+    "onnx_ir",
+)
 
 
 # Refuses the packages of a build, and every use of a socket.
@@ -29,7 +40,16 @@ sys.addaudithook(audit)
 
 def run_python(script: str, *arguments: str, cwd: Path = ROOT) -> str:
     """Run a script in a fresh interpreter that treats warnings as errors, and return what it printed."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")} | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-W", "error", "-c", script, *arguments], capture_output=True, text=True, cwd=cwd, env=environment, timeout=300)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")} | {
+        "PYTHONPATH": str(ROOT)
+    }
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", script, *arguments],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env=environment,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout

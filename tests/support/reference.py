@@ -1,4 +1,6 @@
-"""Independent references: transformers and diffusers networks that hold a bundle's stored weights, CLIP's tokenizer, and distances."""
+"""Independent references: transformers and diffusers networks that hold a bundle's stored weights, CLIP's tokenizer,
+and distances.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from safetensors.torch import load_file
 
-torch.set_num_threads(1)  # the networks are small: threads would only wait for each other, long where the cores are shared
+torch.set_num_threads(
+    1
+)  # the networks are small: threads would only wait for each other, long where the cores are shared
 
 Weights = dict[str, torch.Tensor]
 
@@ -53,7 +57,9 @@ def text_model(weights: Weights, clip: Mapping[str, Any]) -> Any:
     model = CLIPTextModel(config).eval()
     # transformers 5 drops the outer `text_model.`
     prefix = TEXT if any(name.startswith("text_model.") for name in model.state_dict()) else TEXT + "text_model."
-    model.load_state_dict({name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)})
+    model.load_state_dict(
+        {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
+    )
     return model
 
 
@@ -69,8 +75,12 @@ def unet(weights: Weights, spec: Mapping[str, Any]) -> Any:
         layers_per_block=spec["res_blocks"][0],
         cross_attention_dim=spec["context_width"],
         attention_head_dim=spec["heads"],  # diffusers' old misnomer: the number of heads
-        down_block_types=tuple("CrossAttnDownBlock2D" if depth else "DownBlock2D" for depth in spec["transformer_depth"]),
-        up_block_types=tuple("CrossAttnUpBlock2D" if depth else "UpBlock2D" for depth in reversed(spec["transformer_depth"])),
+        down_block_types=tuple(
+            "CrossAttnDownBlock2D" if depth else "DownBlock2D" for depth in spec["transformer_depth"]
+        ),
+        up_block_types=tuple(
+            "CrossAttnUpBlock2D" if depth else "UpBlock2D" for depth in reversed(spec["transformer_depth"])
+        ),
     ).eval()
     model.load_state_dict(convert_ldm_unet_checkpoint(dict(weights), dict(model.config)))
     return model
@@ -112,8 +122,12 @@ def diffusers_pipeline(bundle: Path, tokenizer: Any) -> Any:
     return pipeline
 
 
-def automatic1111_upsample(self: Any, hidden_states: torch.Tensor, output_size: tuple[int, int] | None = None) -> torch.Tensor:
-    """AUTOMATIC1111's rule in place of diffusers' `Upsample2D.forward`: double, convolve, and only then take the size of the skip."""
+def automatic1111_upsample(
+    self: Any, hidden_states: torch.Tensor, output_size: tuple[int, int] | None = None
+) -> torch.Tensor:
+    """AUTOMATIC1111's rule in place of diffusers' `Upsample2D.forward`: double, convolve, and only then take the size
+    of the skip.
+    """
     h = self.conv(F.interpolate(hidden_states, scale_factor=2.0, mode="nearest"))
     return h if output_size is None else F.interpolate(h, size=tuple(output_size), mode="nearest")
 
@@ -123,7 +137,12 @@ def vocabulary_files(folder: Path) -> Path:
     merges = gzip.decompress(VOCABULARY.read_bytes()).decode().split("\n")[1 : 49152 - 256 - 2 + 1]
     visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
     symbols = [chr(code) for code in visible] + [chr(256 + i) for i in range(256 - len(visible))]
-    tokens = symbols + [symbol + "</w>" for symbol in symbols] + ["".join(merge.split()) for merge in merges] + ["<|startoftext|>", "<|endoftext|>"]
+    tokens = (
+        symbols
+        + [symbol + "</w>" for symbol in symbols]
+        + ["".join(merge.split()) for merge in merges]
+        + ["<|startoftext|>", "<|endoftext|>"]
+    )
     (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
     (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
     return folder
@@ -148,7 +167,9 @@ class Graphs:
 
         name = f"{graph}.{precision}.onnx"
         if name not in self._sessions:
-            self._sessions[name] = onnxruntime.InferenceSession(str(self.bundle / "graphs" / name), providers=["CPUExecutionProvider"])
+            self._sessions[name] = onnxruntime.InferenceSession(
+                str(self.bundle / "graphs" / name), providers=["CPUExecutionProvider"]
+            )
         session = self._sessions[name]
         outputs = [output.name for output in session.get_outputs()]
         return dict(zip(outputs, session.run(outputs, inputs), strict=True))
@@ -162,7 +183,8 @@ class Graphs:
 
 
 def identity_step(n: int, h: int, w: int, branches: int, context: NDArray[np.float32]) -> dict[str, NDArray[Any]]:
-    """Inputs of the step graph for n pictures whose one row feeds register 0 to the network and gives the plain sum of its branches as `denoised`.
+    """Inputs of the step graph for n pictures whose one row feeds register 0 to the network and gives the plain sum of
+    its branches as `denoised`.
 
     `context` is `[n, branches, T, W]`.
     """

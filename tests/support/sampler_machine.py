@@ -1,4 +1,6 @@
-"""The step graph's arithmetic in float64 and on an engine, and the toy network and noise that samplers are tested with."""
+"""The step graph's arithmetic in float64 and on an engine, and the toy network and noise that samplers are tested
+with.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ def normals(seed: int, shape: tuple[int, ...] = (6,)) -> Iterator[Array]:
 
 
 def interval_noise(shape: tuple[int, ...] = (6,)) -> Callable[[float, float], Array]:
-    """In place of a Brownian path: numbers that depend on the interval, and smoothly, so that rounding of its ends does not matter."""
+    """In place of a Brownian path: numbers that depend on the interval, and smoothly, so that rounding of its ends does
+    not matter.
+    """
     phase = np.arange(math.prod(shape)).reshape(shape)
     return lambda sigma, sigma_next: np.sin(phase + 3 * math.log(sigma) - 2 * math.log(sigma_next))
 
@@ -43,7 +47,9 @@ def run_machine(
     mask: Array | None = None,
     rows: Sequence[Row] | None = None,
 ) -> Array:
-    """Register 0 after the last row. Rows that draw take from `fresh`, rows that name an interval from `interval_noise`; `rows` say which, for tables."""
+    """Register 0 after the last row. Rows that draw take from `fresh`, rows that name an interval from
+    `interval_noise`; `rows` say which, for tables.
+    """
     if isinstance(table, Mapping):
         assert rows is not None
         columns = list(zip(*(table[name] for name in ("timestep", "a", "u", "q", "M", "inpaint")), strict=True))
@@ -56,7 +62,9 @@ def run_machine(
     mask = zero if mask is None else mask
     r = np.stack([kept, unit_noise, *[zero] * 6])
     for (t, a, u, q, M, (k, b, c)), row in zip(columns, rows, strict=True):
-        denoised = np.tensordot(u.astype(np.float64), r, 1) + float(q) * network(np.tensordot(a.astype(np.float64), r, 1), float(t))
+        denoised = np.tensordot(u.astype(np.float64), r, 1) + float(q) * network(
+            np.tensordot(a.astype(np.float64), r, 1), float(t)
+        )
         denoised = denoised + k * mask * (kept - denoised)
         noise = zero if row.noise is None else next(fresh) if row.noise == "draw" else path(*row.noise)
         r = np.tensordot(M.astype(np.float64), np.stack([*r, denoised, zero, noise]), 1)
@@ -64,11 +72,13 @@ def run_machine(
     return np.asarray(r[0])
 
 
-def run_engine(engine: Engine, graphs: Graphs, rows: Sequence[Row]) -> tuple[Array, Callable[[Array, float], Array], Array, Iterator[Array]]:
+def run_engine(
+    engine: Engine, graphs: Graphs, rows: Sequence[Row]
+) -> tuple[Array, Callable[[Array, float], Array], Array, Iterator[Array]]:
     """Two small pictures, guided, through an engine.
 
-    Gives the finished latents, and what a reference loop needs to make them again: the network (the same graph, asked for its raw prediction only),
-    unit noise, and the fresh noise in the order that it was used.
+    Gives the finished latents, and what a reference loop needs to make them again: the network (the same graph, asked
+    for its raw prediction only), unit noise, and the fresh noise in the order that it was used.
     """
     shape, guidance = (2, 4, 8, 8), 3.0
     stream = CpuNoise(11)
@@ -92,7 +102,9 @@ def run_engine(engine: Engine, graphs: Graphs, rows: Sequence[Row]) -> tuple[Arr
     slots = []
     for i in range(shape[0]):
         inputs = {"init": zeros, "init_noise": unit_noise[i], "mask": zeros[:1]}
-        slots.append(batch.join(Job({**table, "noise": noise[:, i]}, inputs, (context[i :: shape[0]],), (0,) * len(rows))))
+        slots.append(
+            batch.join(Job({**table, "noise": noise[:, i]}, inputs, (context[i :: shape[0]],), (0,) * len(rows)))
+        )
     for _ in rows:
         batch.step()
     drawn = (noise[i].astype(np.float64) for i, row in enumerate(rows) if row.noise is not None)

@@ -1,4 +1,5 @@
-"""Plans of the TensorRT simulator: what a network takes and gives, which layers it has, and how an engine of it gets into a bundle.
+"""Plans of the TensorRT simulator: what a network takes and gives, which layers it has, and how an engine of it gets
+into a bundle.
 
 A plan is a line that names it as the simulator's, and JSON: the graph's file, profiles, size of the activation block.
 """
@@ -17,7 +18,17 @@ from typing import Any
 import numpy as np
 
 from sdrt.bundle.folder import open_bundle
-from sdrt.bundle.graphs import GRAPHS, STEP, TEXT_ENCODER, VAE_DECODER, VAE_ENCODER, concrete, dimensions, signatures, table_rows
+from sdrt.bundle.graphs import (
+    GRAPHS,
+    STEP,
+    TEXT_ENCODER,
+    VAE_DECODER,
+    VAE_ENCODER,
+    concrete,
+    dimensions,
+    signatures,
+    table_rows,
+)
 from sdrt.bundle.graphs import Tensor as Signed
 from sdrt.bundle.manifest import WEIGHTS
 from sdrt.engines.record import FORMAT, EngineKey, EngineRecord, Plan, Profile
@@ -45,7 +56,10 @@ def layers(graph: str) -> list[tuple[str, str]]:
     """Names and kinds of the operators of a graph file, a plan's layers here."""
     import onnx
 
-    return [(node.name or f"layer {index}", node.op_type) for index, node in enumerate(onnx.load(graph, load_external_data=False).graph.node)]
+    return [
+        (node.name or f"layer {index}", node.op_type)
+        for index, node in enumerate(onnx.load(graph, load_external_data=False).graph.node)
+    ]
 
 
 @functools.cache
@@ -61,7 +75,9 @@ def session(graph: str) -> Any:
 
 def tensors(network: Any) -> dict[str, Tensor]:
     both = [(tensor, True) for tensor in network.get_inputs()] + [(tensor, False) for tensor in network.get_outputs()]
-    return {tensor.name: Tensor(tuple(tensor.shape), np.dtype(_DTYPES[tensor.type]), is_input) for tensor, is_input in both}
+    return {
+        tensor.name: Tensor(tuple(tensor.shape), np.dtype(_DTYPES[tensor.type]), is_input) for tensor, is_input in both
+    }
 
 
 def evaluate(axis: int | str, sizes: Mapping[str, int]) -> int:
@@ -71,9 +87,17 @@ def evaluate(axis: int | str, sizes: Mapping[str, int]) -> int:
     return math.prod(int(factor) if factor.isdigit() else sizes[factor] for factor in axis.split("*"))
 
 
-def plan(graph: Path, name: str, profiles: Sequence[Mapping[str, Any]], *, activation_bytes: int, version: str = VERSION) -> bytes:
+def plan(
+    graph: Path, name: str, profiles: Sequence[Mapping[str, Any]], *, activation_bytes: int, version: str = VERSION
+) -> bytes:
     """A plan file for a graph file."""
-    document = {"graph": str(graph), "name": name, "profiles": list(profiles), "activation_bytes": activation_bytes, "version": version}
+    document = {
+        "graph": str(graph),
+        "name": name,
+        "profiles": list(profiles),
+        "activation_bytes": activation_bytes,
+        "version": version,
+    }
     return MAGIC + json.dumps(document).encode()
 
 
@@ -90,7 +114,8 @@ def compile_engine(
     target: str = "tensorrt-rtx",
     compiler: str = VERSION,
 ) -> Path:
-    """Put an engine of the simulator into a bundle, over its float32 graphs. Plans name those of `graphs`, a bundle of equal ones.
+    """Put an engine of the simulator into a bundle, over its float32 graphs. Plans name those of `graphs`, a bundle of
+    equal ones.
 
     `heights` and `widths` are the smallest and largest picture in pixels.
     """
@@ -102,11 +127,20 @@ def compile_engine(
     plans, blobs = {}, {}
     for graph in GRAPHS:
         inputs = known[graph].inputs
-        free: dict[str, tuple[int, ...]] = {"N": (1, batch), "h": tuple(side // factor for side in heights), "w": tuple(side // factor for side in widths)}
+        free: dict[str, tuple[int, ...]] = {
+            "N": (1, batch),
+            "h": tuple(side // factor for side in heights),
+            "w": tuple(side // factor for side in widths),
+        }
         free |= {"S": (table_rows(1, rows), table_rows(batch, rows)), "T": (manifest.chunk,) * 2, "n": (1, 2)}
-        profiles[graph] = tuple(_profile(inputs, free | {"G": (count, count)}) for count in (branches if graph == STEP else (1,)))
+        profiles[graph] = tuple(
+            _profile(inputs, free | {"G": (count, count)}) for count in (branches if graph == STEP else (1,))
+        )
         blobs[graph] = plan(
-            open_bundle(graphs or bundle).graph(graph, "fp32"), graph, [p.shapes for p in profiles[graph]], activation_bytes=ACTIVATION_BYTES[graph]
+            open_bundle(graphs or bundle).graph(graph, "fp32"),
+            graph,
+            [p.shapes for p in profiles[graph]],
+            activation_bytes=ACTIVATION_BYTES[graph],
         )
         digest = hashlib.sha256(blobs[graph]).hexdigest()
         plans[graph] = Plan(f"{graph}.plan", len(blobs[graph]), digest, ACTIVATION_BYTES[graph])
@@ -123,10 +157,14 @@ def compile_engine(
     )
     size, tokens = (widths[1], heights[1]), manifest.chunk
     state = state_bytes(manifest, size=size, batch=batch, tokens=tokens, rows=rows, branches=max(branches))
-    record = EngineRecord(FORMAT, key, size, batch, tokens, rows, branches, state, manifest.files[WEIGHTS].size_bytes, plans)
+    record = EngineRecord(
+        FORMAT, key, size, batch, tokens, rows, branches, state, manifest.files[WEIGHTS].size_bytes, plans
+    )
     return write_engine(opened, record, blobs)
 
 
 def _profile(inputs: Mapping[str, Signed], free: Mapping[str, tuple[int, ...]]) -> Profile:
     low, high = ({axis: sizes[end] for axis, sizes in free.items()} for end in (0, -1))
-    return Profile({name: (concrete(t.shape, low), concrete(t.shape, low), concrete(t.shape, high)) for name, t in inputs.items()})
+    return Profile(
+        {name: (concrete(t.shape, low), concrete(t.shape, low), concrete(t.shape, high)) for name, t in inputs.items()}
+    )

@@ -1,7 +1,8 @@
 """A stand-in for the part of the TensorRT-RTX runtime that the GPU runtime uses, over a simulated GPU.
 
-A plan names an ONNX graph; ONNX Runtime computes it on the host, reading and writing at the addresses the context was given. What
-TensorRT answers with False or None is answered so; what it leaves undefined is refused. Parameter names are those of 1.7; tests compare.
+A plan names an ONNX graph; ONNX Runtime computes it on the host, reading and writing at the addresses the context was
+given. What TensorRT answers with False or None is answered so; what it leaves undefined is refused. Parameter names are
+those of 1.7; tests compare.
 """
 
 from __future__ import annotations
@@ -49,7 +50,9 @@ class IRuntimeConfig:
         self.dynamic_shapes_kernel_specialization_strategy = DynamicShapesKernelSpecializationStrategy.LAZY
         self._allocation = ExecutionContextAllocationStrategy.STATIC
 
-    def set_execution_context_allocation_strategy(self, strategy: ExecutionContextAllocationStrategy = ExecutionContextAllocationStrategy.STATIC) -> None:
+    def set_execution_context_allocation_strategy(
+        self, strategy: ExecutionContextAllocationStrategy = ExecutionContextAllocationStrategy.STATIC
+    ) -> None:
         self._allocation = strategy
 
 
@@ -78,7 +81,9 @@ class ICudaEngine:
         self._gpu, self._session = gpu, session(plan["graph"])
         self.name: str = plan["name"]
         self.device_memory_size_v2: int = plan["activation_bytes"]
-        self._profiles = [{name: tuple(map(tuple, three)) for name, three in profile.items()} for profile in plan["profiles"]]
+        self._profiles = [
+            {name: tuple(map(tuple, three)) for name, three in profile.items()} for profile in plan["profiles"]
+        ]
         self._tensors = tensors(self._session)
         self._layers = layers(plan["graph"])
         return self
@@ -129,7 +134,14 @@ class EngineInspector:
         if format != LayerInformationFormat.JSON:
             raise NotImplementedError("only JSON is simulated")
         detailed = self._engine._gpu.detailed_plans
-        return json.dumps({"Layers": [{"Name": name, "LayerType": kind} if detailed else name for name, kind in self._engine._layers], "Bindings": []})
+        return json.dumps(
+            {
+                "Layers": [
+                    {"Name": name, "LayerType": kind} if detailed else name for name, kind in self._engine._layers
+                ],
+                "Bindings": [],
+            }
+        )
 
 
 class IProfiler:
@@ -182,7 +194,9 @@ class Run:
         gpu.clock_ms += self.engine._cost_ms
 
     def float_outputs(self) -> list[Bytes]:
-        floats = [name for name, tensor in self.engine._tensors.items() if not tensor.is_input and tensor.dtype.kind == "f"]
+        floats = [
+            name for name, tensor in self.engine._tensors.items() if not tensor.is_input and tensor.dtype.kind == "f"
+        ]
         return [self.engine._gpu.view(self.addresses[name], self.size_bytes(name)) for name in floats]
 
 
@@ -220,14 +234,22 @@ class IExecutionContext:
         return run.shapes[name] if run is not None else (-1,) * len(self.engine._tensors[name].shape)
 
     def report_to_profiler(self) -> bool:
-        """Report the run before, whose work must have ended. It waits for it in the real library; here a caller that has not waited is refused."""
+        """Report the run before, whose work must have ended. It waits for it in the real library; here a caller that
+        has not waited is refused.
+        """
         with self._gpu.call(unsafe=True):
             if self._profiler is None:
                 return self._no("report_to_profiler without a profiler")
             if self.enqueue_emits_profile:
-                raise Refused(f"{self.engine.name}: report_to_profiler where enqueueing reports by itself: every layer would be told twice")
+                raise Refused(
+                    f"{self.engine.name}: report_to_profiler where enqueueing reports by itself: every layer would be"
+                    " told twice"
+                )
             if self._timed != 1:
-                raise Refused(f"{self.engine.name}: {self._timed} finished runs since the last report, 1 is expected: wait for the stream first")
+                raise Refused(
+                    f"{self.engine.name}: {self._timed} finished runs since the last report, 1 is expected: wait for"
+                    " the stream first"
+                )
             self._report()
             return True
 
@@ -235,11 +257,16 @@ class IExecutionContext:
         assert self._profiler is not None
         self._timed = 0
         for position, (name, _) in enumerate(self.engine._layers, 1):  # the n-th layer takes n shares of the run
-            self._profiler.report_layer_time(name, self.engine._cost_ms * 2 * position / (len(self.engine._layers) * (len(self.engine._layers) + 1)))
+            self._profiler.report_layer_time(
+                name, self.engine._cost_ms * 2 * position / (len(self.engine._layers) * (len(self.engine._layers) + 1))
+            )
 
     def set_device_memory(self, memory: int, size: int) -> None:
         if size < self.engine.device_memory_size_v2:
-            raise Refused(f"{self.engine.name}: an activation block of {size} bytes, {self.engine.device_memory_size_v2} are needed")
+            raise Refused(
+                f"{self.engine.name}: an activation block of {size} bytes, {self.engine.device_memory_size_v2} are"
+                " needed"
+            )
         if memory % ALIGNMENT:
             raise Refused(f"{self.engine.name}: an activation block at {memory:#x}, not on {ALIGNMENT} bytes")
         self._gpu.find(memory, size)
@@ -256,7 +283,11 @@ class IExecutionContext:
 
     def set_input_shape(self, name: str, shape: Sequence[int]) -> bool:
         low, _, high = self.engine._profiles[self.active_optimization_profile].get(name, ((), (), ()))
-        if not low or len(low) != len(shape) or not all(a <= size <= b for a, size, b in zip(low, shape, high, strict=True)):
+        if (
+            not low
+            or len(low) != len(shape)
+            or not all(a <= size <= b for a, size, b in zip(low, shape, high, strict=True))
+        ):
             return self._no(f"{name}: shape {tuple(shape)} is not within {low} to {high}")
         self._shapes[name] = tuple(shape)
         return True
@@ -293,10 +324,18 @@ class IExecutionContext:
                 capture.invalidated = gpu.faults.capture == "invalidated"
                 return self._no("a fault on purpose")
             if self._warm != state:
-                raise Refused(f"{name}: captured before one finished run with the same shapes, addresses, profile and activation block")
-            if self._config.dynamic_shapes_kernel_specialization_strategy != DynamicShapesKernelSpecializationStrategy.EAGER:
+                raise Refused(
+                    f"{name}: captured before one finished run with the same shapes, addresses, profile and activation"
+                    " block"
+                )
+            if (
+                self._config.dynamic_shapes_kernel_specialization_strategy
+                != DynamicShapesKernelSpecializationStrategy.EAGER
+            ):
                 raise Refused(f"{name}: kernels are specialised lazily: the graph would keep the fallback ones")
-            capture.nodes.append(Node(functools.partial(_still_bound, weakref.ref(self), run, state), run.compute, run.float_outputs))
+            capture.nodes.append(
+                Node(functools.partial(_still_bound, weakref.ref(self), run, state), run.compute, run.float_outputs)
+            )
             return True
 
     def _no(self, why: str) -> bool:
@@ -309,10 +348,17 @@ class IExecutionContext:
 
     def _state(self) -> object:
         """What a captured graph holds fixed."""
-        return self.active_optimization_profile, self._memory, tuple(sorted(self._addresses.items())), tuple(sorted(self._shapes.items()))
+        return (
+            self.active_optimization_profile,
+            self._memory,
+            tuple(sorted(self._addresses.items())),
+            tuple(sorted(self._shapes.items())),
+        )
 
     def _run(self, *, addresses: bool = True) -> Run | None:
-        """What would run now; None where TensorRT returns False: something is not set, or shapes contradict each other."""
+        """What would run now; None where TensorRT returns False: something is not set, or shapes contradict each
+        other.
+        """
         if self._memory is None:
             raise Refused(f"{self.engine.name}: no activation block is set")
         shapes, sizes = {}, dict[str, int]()
@@ -322,7 +368,11 @@ class IExecutionContext:
                 return None
             if tensor.is_input:
                 shapes[name] = self._shapes[name]
-                sizes |= {axis: size for axis, size in zip(tensor.shape, shapes[name], strict=True) if isinstance(axis, str) and axis.isidentifier()}
+                sizes |= {
+                    axis: size
+                    for axis, size in zip(tensor.shape, shapes[name], strict=True)
+                    if isinstance(axis, str) and axis.isidentifier()
+                }
         for name, tensor in self.engine._tensors.items():
             expected = tuple(evaluate(axis, sizes) for axis in tensor.shape)
             if shapes.setdefault(name, expected) != expected:
@@ -342,7 +392,15 @@ def _still_bound(context: weakref.ref[IExecutionContext], run: Run, state: objec
 
 def modules() -> dict[str, ModuleType]:
     kinds = (
-        Logger, ExecutionContextAllocationStrategy, DynamicShapesKernelSpecializationStrategy, Runtime, ICudaEngine, IExecutionContext, IRuntimeConfig,
-        IProfiler, EngineInspector, LayerInformationFormat,
-    )  # fmt: skip
+        Logger,
+        ExecutionContextAllocationStrategy,
+        DynamicShapesKernelSpecializationStrategy,
+        Runtime,
+        ICudaEngine,
+        IExecutionContext,
+        IRuntimeConfig,
+        IProfiler,
+        EngineInspector,
+        LayerInformationFormat,
+    )
     return {"tensorrt_rtx": module("tensorrt_rtx", __version__=__version__, **{kind.__name__: kind for kind in kinds})}

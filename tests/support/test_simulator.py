@@ -1,4 +1,6 @@
-"""The simulated GPU: every rule it keeps is broken here on purpose, every fault is set off, and its surface is that of the real libraries."""
+"""The simulated GPU: every rule it keeps is broken here on purpose, every fault is set off, and its surface is that of
+the real libraries.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +55,9 @@ class Bench:
         self.gpu, self.device = gpu, cuda.Device(0)
         self.device.set_current()
         self.stream = self.device.create_stream()
-        self.activations, self.x, self.y = (self.device.allocate(size, stream=self.stream) for size in (512, 1024, 1024))
+        self.activations, self.x, self.y = (
+            self.device.allocate(size, stream=self.stream) for size in (512, 1024, 1024)
+        )
         self.host = cuda.LegacyPinnedMemoryResource().allocate(1024, stream=self.stream)
         profiles = [{"x": ((1, SIDE), (1, SIDE), (top, SIDE))} for top in (2, 8)]
         made = plan(network, "double", profiles, activation_bytes=300)
@@ -65,7 +69,9 @@ class Bench:
         self.context.set_device_memory(self.activations.handle, 512)
         if bound:
             assert self.context.set_input_shape("x", (2, SIDE))
-            assert self.context.set_tensor_address("x", self.x.handle) and self.context.set_tensor_address("y", self.y.handle)
+            assert self.context.set_tensor_address("x", self.x.handle) and self.context.set_tensor_address(
+                "y", self.y.handle
+            )
 
     def run(self, stream: Any = None) -> bool:
         return bool(self.context.execute_async_v3(int((stream or self.stream).handle)))
@@ -197,8 +203,19 @@ def test_counters(bench: Bench) -> None:
         bench.device.allocate(4, stream=bench.stream).close(bench.stream)
         bench.stream.record().sync()
     assert counts == {
-        "allocations": 1, "captures": 1, "d2d": 1, "d2h": 1, "events": 1, "fills": 1, "frees": 1, "h2d": 1, "launches": 1, "records": 1, "runs": 2, "syncs": 4,
-    }  # fmt: skip
+        "allocations": 1,
+        "captures": 1,
+        "d2d": 1,
+        "d2h": 1,
+        "events": 1,
+        "fills": 1,
+        "frees": 1,
+        "h2d": 1,
+        "launches": 1,
+        "records": 1,
+        "runs": 2,
+        "syncs": 4,
+    }
 
 
 def test_fresh_and_freed_memory_is_nan(bench: Bench) -> None:
@@ -517,7 +534,9 @@ def rebind(bench: Bench, change: str) -> None:
     elif change == "address":
         assert context.set_tensor_address("y", bench.y.handle + 256)
     elif change == "profile":
-        assert context.set_optimization_profile_async(1, int(bench.stream.handle)) and context.set_input_shape("x", (2, SIDE))
+        assert context.set_optimization_profile_async(1, int(bench.stream.handle)) and context.set_input_shape(
+            "x", (2, SIDE)
+        )
     else:
         bench.second = bench.device.allocate(512, stream=bench.stream)  # type: ignore[attr-defined]
         context.set_device_memory(bench.second.handle, 512)  # type: ignore[attr-defined]
@@ -548,7 +567,9 @@ def test_closed_graph(bench: Bench) -> None:
             use(bench.stream)
 
 
-@pytest.mark.parametrize("kernels", [trt.DynamicShapesKernelSpecializationStrategy.LAZY, trt.DynamicShapesKernelSpecializationStrategy.NONE])
+@pytest.mark.parametrize(
+    "kernels", [trt.DynamicShapesKernelSpecializationStrategy.LAZY, trt.DynamicShapesKernelSpecializationStrategy.NONE]
+)
 def test_capture_with_fallback_kernels(gpu: Gpu, network: Path, kernels: Any) -> None:
     bench = Bench(gpu, network, kernels=kernels)
     bench.warm()
@@ -606,7 +627,9 @@ def test_another_thread_uses_a_stream_that_is_being_captured(bench: Bench) -> No
     builder = bench.begin()
     (error,) = in_thread(lambda: (bench.device.set_current(), bench.run()))
     assert isinstance(error, Refused) and "another thread" in str(error)
-    assert in_thread(lambda: (bench.device.set_current(), bench.device.create_stream().sync())) == [], "its own stream is its own business"
+    assert in_thread(lambda: (bench.device.set_current(), bench.device.create_stream().sync())) == [], (
+        "its own stream is its own business"
+    )
     builder.end_building()
     builder.close()
 
@@ -634,7 +657,10 @@ def test_order_of_building(bench: Bench) -> None:
 
 def test_builder_dropped_while_capturing(network: Path) -> None:
     gpu = Gpu()
-    with pytest.raises(AssertionError, match="graph builder was dropped"), installed(gpu, cuda.modules() | trt.modules()):
+    with (
+        pytest.raises(AssertionError, match="graph builder was dropped"),
+        installed(gpu, cuda.modules() | trt.modules()),
+    ):
         Bench(gpu, network).begin()
         gc.collect()
 
@@ -646,7 +672,10 @@ def test_stream_left_capturing(network: Path) -> None:
     builder.close()
 
 
-@pytest.mark.parametrize("kind", [cuda.Stream, cuda.Event, cuda.Buffer, cuda.GraphBuilder, cuda.Graph, trt.ICudaEngine, trt.IExecutionContext])
+@pytest.mark.parametrize(
+    "kind",
+    [cuda.Stream, cuda.Event, cuda.Buffer, cuda.GraphBuilder, cuda.Graph, trt.ICudaEngine, trt.IExecutionContext],
+)
 def test_made_by_the_library_only(kind: Any) -> None:
     with pytest.raises((RuntimeError, TypeError, NotImplementedError)):
         kind()
@@ -690,7 +719,14 @@ def test_fault_illegal_address(bench: Bench) -> None:
     assert bench.run()
     graph.launch(bench.stream)
     event = bench.stream.record()
-    for call in (bench.stream.sync, bench.stream.sync, bench.run, lambda: graph.launch(bench.stream), lambda: event.is_done, bench.stream.record):
+    for call in (
+        bench.stream.sync,
+        bench.stream.sync,
+        bench.run,
+        lambda: graph.launch(bench.stream),
+        lambda: event.is_done,
+        bench.stream.record,
+    ):
         with pytest.raises(CUDAError, match="CUDA_ERROR_ILLEGAL_ADDRESS"):
             call()
     bench.host.close(bench.stream)
@@ -846,8 +882,12 @@ CUDA_METHODS = {
     "Graph": ("upload", "launch", "close"),
 }
 CUDA_PROPERTIES = {
-    "Device": ("name", "pci_bus_id", "compute_capability"), "Stream": ("handle",), "Event": ("is_done", "is_timing_enabled"), "Buffer": ("handle", "size"), "GraphBuilder": ("stream", "is_building"),
-}  # fmt: skip
+    "Device": ("name", "pci_bus_id", "compute_capability"),
+    "Stream": ("handle",),
+    "Event": ("is_done", "is_timing_enabled"),
+    "Buffer": ("handle", "size"),
+    "GraphBuilder": ("stream", "is_building"),
+}
 
 
 @pytest.mark.parametrize("kind", CUDA_METHODS)
@@ -870,7 +910,9 @@ def test_options_of_events() -> None:
 
 
 def test_surface_of_cuda_bindings() -> None:
-    driver, runtime = (pytest.importorskip(f"cuda.bindings.{name}", exc_type=ImportError) for name in ("driver", "runtime"))
+    driver, runtime = (
+        pytest.importorskip(f"cuda.bindings.{name}", exc_type=ImportError) for name in ("driver", "runtime")
+    )
     assert callable(driver.cuMemGetInfo) and callable(runtime.cudaGetDeviceCount)
     assert int(driver.CUresult.CUDA_SUCCESS) == cuda.CUresult.CUDA_SUCCESS
     for member in cuda.cudaError_t:
@@ -918,7 +960,11 @@ def test_surface_of_tensorrt(kind: str) -> None:
 
 def test_enumerations_of_tensorrt() -> None:
     real = pytest.importorskip("tensorrt_rtx", exc_type=ImportError)
-    for ours in (trt.ExecutionContextAllocationStrategy, trt.DynamicShapesKernelSpecializationStrategy, trt.LayerInformationFormat):
+    for ours in (
+        trt.ExecutionContextAllocationStrategy,
+        trt.DynamicShapesKernelSpecializationStrategy,
+        trt.LayerInformationFormat,
+    ):
         members = getattr(real, ours.__name__).__members__
         assert {name: int(member) for name, member in members.items()} == {member.name: member.value for member in ours}
     assert int(real.Logger.WARNING) == trt.Logger.WARNING

@@ -33,7 +33,9 @@ SMALL = Architecture(
     UNetSpec(4, 4, (32, 64), (1, 1), (1, 0), 1, 64, False, 8, None),
     VaeSpec((32, 32, 32, 32), 1, 4, 0.18215),
 )
-"""With CLIP's whole vocabulary and a latent for every 8 pixels, so that it can be built: in half a second once it is traced."""
+"""With CLIP's whole vocabulary and a latent for every 8 pixels, so that it can be built: in half a second once it is
+traced.
+"""
 
 
 @cache
@@ -50,7 +52,9 @@ def seeded(arch: Architecture, seed: int = 0) -> dict[str, torch.Tensor]:
 
 @cache
 def lively(arch: Architecture) -> dict[str, torch.Tensor]:
-    """Seeded tensors that keep the size of what goes through them, so that prompt, guidance, steps and sampler all show in the picture's pixels."""
+    """Seeded tensors that keep the size of what goes through them, so that prompt, guidance, steps and sampler all show
+    in the picture's pixels.
+    """
     random = torch.Generator().manual_seed(0)
     tensors = {}
     for name, shape in sorted(expected_shapes(arch).items()):
@@ -64,7 +68,9 @@ def lively(arch: Architecture) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def header_only(path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: str = "F16", metadata: Mapping[str, str] | None = None) -> Path:
+def header_only(
+    path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: str = "F16", metadata: Mapping[str, str] | None = None
+) -> Path:
     """A safetensors file of these shapes whose data is a hole in the file system."""
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     offset = 0

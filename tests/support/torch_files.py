@@ -58,7 +58,9 @@ def read(path: Path) -> dict[str, torch.Tensor]:
 
 
 def refused(path: Path, *fragments: str, kind: type[SdrtError] = InputFileError, reading: bool = False) -> SdrtError:
-    """Opening `path` fails with exactly this class, in one printable line that names the file, and never advises to load it unsafely (P13)."""
+    """Opening `path` fails with exactly this class, in one printable line that names the file, and never advises to
+    load it unsafely (P13).
+    """
     with pytest.raises(SdrtError) as caught, open_tensor_file(path) as file:
         assert reading, "opened without an error"
         for name in file.entries:
@@ -75,7 +77,9 @@ def refused(path: Path, *fragments: str, kind: type[SdrtError] = InputFileError,
     return error
 
 
-def zipped_pickle(path: Path, data: bytes, members: dict[str, bytes] | None = None, compression: int = zipfile.ZIP_STORED) -> Path:
+def zipped_pickle(
+    path: Path, data: bytes, members: dict[str, bytes] | None = None, compression: int = zipfile.ZIP_STORED
+) -> Path:
     """An archive as torch writes it around any pickle."""
     with zipfile.ZipFile(path, "w", compression) as archive:
         for name, content in {"data.pkl": data, "version": b"3\n", **(members or {})}.items():
@@ -104,27 +108,73 @@ class ZipEntry:
     after: bytes = b""
 
 
-def zip_bytes(entries: Sequence[ZipEntry], *, count: int | None = None, before: bytes = b"", comment: bytes = b"", start: int | None = None) -> bytes:
+def zip_bytes(
+    entries: Sequence[ZipEntry],
+    *,
+    count: int | None = None,
+    before: bytes = b"",
+    comment: bytes = b"",
+    start: int | None = None,
+) -> bytes:
     """A zip archive from parts that may lie (PKWARE's APPNOTE 4.3)."""
     out, directory = bytearray(before), b""
     for entry in entries:
         packed = entry.packed if entry.packed is not None else entry.data
-        fields = {"crc": zlib.crc32(entry.data), "packed": len(packed), "size": len(entry.data), "flags": entry.flags, "method": entry.method}
+        fields = {
+            "crc": zlib.crc32(entry.data),
+            "packed": len(packed),
+            "size": len(entry.data),
+            "flags": entry.flags,
+            "method": entry.method,
+        }
         local, central = fields | entry.local, fields | {"offset": len(out)} | entry.central
         name = entry.name if entry.local_name is None else entry.local_name
-        out += struct.pack("<4s5H3L2H", b"PK\3\4", 20, local["flags"], local["method"], 0, 0, local["crc"], local["packed"], local["size"], len(name), 0)
+        out += struct.pack(
+            "<4s5H3L2H",
+            b"PK\3\4",
+            20,
+            local["flags"],
+            local["method"],
+            0,
+            0,
+            local["crc"],
+            local["packed"],
+            local["size"],
+            len(name),
+            0,
+        )
         out += name + packed + entry.after
         directory += struct.pack(
-            "<4s6H3L5H2L", b"PK\1\2", 20, 20, central["flags"], central["method"], 0, 0, central["crc"], central["packed"], central["size"],
-            len(entry.name), len(entry.extra), 0, 0, 0, entry.attributes << 16, central["offset"],
-        )  # fmt: skip
+            "<4s6H3L5H2L",
+            b"PK\1\2",
+            20,
+            20,
+            central["flags"],
+            central["method"],
+            0,
+            0,
+            central["crc"],
+            central["packed"],
+            central["size"],
+            len(entry.name),
+            len(entry.extra),
+            0,
+            0,
+            0,
+            entry.attributes << 16,
+            central["offset"],
+        )
         directory += entry.name + entry.extra
     number = len(entries) if count is None else count
-    end = struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, number, number, len(directory), len(out) if start is None else start, len(comment))
+    end = struct.pack(
+        "<4s4H2LH", b"PK\5\6", 0, 0, number, number, len(directory), len(out) if start is None else start, len(comment)
+    )
     return bytes(out) + directory + end + comment
 
 
-def simple_archive(*others: ZipEntry, change: Callable[[dict[str, ZipEntry]], None] | None = None, **options: Any) -> bytes:
+def simple_archive(
+    *others: ZipEntry, change: Callable[[dict[str, ZipEntry]], None] | None = None, **options: Any
+) -> bytes:
     """One float32 tensor "a" of two ones, as torch saves it, with changes."""
     stream = io.BytesIO()
     torch.save({"a": torch.ones(2)}, stream)

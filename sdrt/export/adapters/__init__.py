@@ -1,1 +1,3 @@
-"""LoRA and its relatives, embeddings and hypernetworks: how files spell them, which weights they change, and by what formula."""
+"""LoRA and its relatives, embeddings and hypernetworks: how files spell them, which weights they change, and by what
+formula.
+"""

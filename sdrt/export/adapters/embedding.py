@@ -1,7 +1,9 @@
-"""Reads learned embeddings (textual inversion, Gal et al. 2022): which tensor of the file holds the vectors, for whom, under which trigger.
+"""Reads learned embeddings (textual inversion, Gal et al. 2022): which tensor of the file holds the vectors, for whom,
+under which trigger.
 
-Layouts: AUTOMATIC1111's `string_to_param`, also as text within a PNG, diffusers' one tensor under its token, `emb_params`, `clip_l` alone, SDXL's
-`clip_l` and `clip_g`, and what a LoRA brings along. Nothing is read but headers until `read_vectors`. The vectors become rows of the bundle's token table.
+Layouts: AUTOMATIC1111's `string_to_param`, also as text within a PNG, diffusers' one tensor under its token,
+`emb_params`, `clip_l` alone, SDXL's `clip_l` and `clip_g`, and what a LoRA brings along. Nothing is read but headers
+until `read_vectors`. The vectors become rows of the bundle's token table.
 """
 
 from __future__ import annotations
@@ -49,7 +51,8 @@ class Embedding:
 
 
 def parse_embedding_option(text: str) -> EmbeddingOption:
-    """`FILE[:TRIGGER]` as typed; the trigger is the file's stem if not given. A colon inside the path (`C:\\x`, an existing `a:b.pt`) is kept.
+    """`FILE[:TRIGGER]` as typed; the trigger is the file's stem if not given. A colon inside the path (`C:\\x`, an
+    existing `a:b.pt`) is kept.
 
     Raises:
         UsageError: the trigger is empty or has characters that no prompt can.
@@ -60,7 +63,10 @@ def parse_embedding_option(text: str) -> EmbeddingOption:
         path, trigger = match[1], match[2]
     chosen = Path(path).stem if trigger is None else trigger
     if not chosen.strip() or not chosen.isprintable():
-        raise UsageError(f"--embedding {printable(text)}: trigger {printable(chosen)!r}: expected words", "Write it as --embedding style.pt:my-style.")
+        raise UsageError(
+            f"--embedding {printable(text)}: trigger {printable(chosen)!r}: expected words",
+            "Write it as --embedding style.pt:my-style.",
+        )
     return EmbeddingOption(Path(path), chosen)
 
 
@@ -76,7 +82,8 @@ def open_embedding(option: EmbeddingOption, clip: ClipSpec) -> Embedding:
     """Open an embedding and check that it fits a text encoder.
 
     Raises:
-        AdapterError: the file is no embedding, holds several or too many vectors, or its width is another model's, whose family is named.
+        AdapterError: the file is no embedding, holds several or too many vectors, or its width is another model's,
+            whose family is named.
         InputFileError: the file is malformed.
     """
     file = open_tensor_file(option.path)
@@ -89,7 +96,8 @@ def open_embedding(option: EmbeddingOption, clip: ClipSpec) -> Embedding:
 
 
 def bundled_embeddings(loras: Sequence[Lora], clip: ClipSpec) -> list[Embedding]:
-    """The embeddings that LoRAs bring along, under their own triggers, each once however often its LoRA is given. They share the LoRA's open file.
+    """The embeddings that LoRAs bring along, under their own triggers, each once however often its LoRA is given. They
+    share the LoRA's open file.
 
     Raises:
         AdapterError: as `open_embedding`.
@@ -100,7 +108,9 @@ def bundled_embeddings(loras: Sequence[Lora], clip: ClipSpec) -> list[Embedding]
             if (lora.sha256, key) not in found:
                 entry = lora.file.entries[key]
                 option = EmbeddingOption(lora.option.path, trigger)
-                found[lora.sha256, key] = Embedding(option, lora.file, lora.sha256, entry, _vectors(lora.file, entry, clip))
+                found[lora.sha256, key] = Embedding(
+                    option, lora.file, lora.sha256, entry, _vectors(lora.file, entry, clip)
+                )
     return list(found.values())
 
 
@@ -116,11 +126,14 @@ def _vectors(file: TensorFile, entry: TensorEntry, clip: ClipSpec) -> int:
         made_for = f": it was made for {TOKENS[width]}" if width in TOKENS else ""
         needed = f", as {TOKENS[clip.width]} has" if clip.width in TOKENS else ""
         raise AdapterError(
-            f"{where}: expected vectors {clip.width} wide{needed}, found {width}{made_for}", "Use an embedding made for this checkpoint's family."
+            f"{where}: expected vectors {clip.width} wide{needed}, found {width}{made_for}",
+            "Use an embedding made for this checkpoint's family.",
         )
     limit = clip.tokens - 2
     if not 1 <= vectors <= limit:
-        raise AdapterError(f"{where}: {vectors} vectors, expected 1 to {limit}, what a chunk of a prompt holds", _RETRIEVE)
+        raise AdapterError(
+            f"{where}: {vectors} vectors, expected 1 to {limit}, what a chunk of a prompt holds", _RETRIEVE
+        )
     return vectors
 
 
@@ -129,17 +142,25 @@ def _only_entry(file: TensorFile) -> TensorEntry:
     names = {entry.name for entry in found}
     if not found:
         kind = describe({name: entry.shape for name, entry in file.entries.items()})
-        raise AdapterError(f"{file.path}: expected {KIND}, found {kind}", how_to_give(kind) or "--embedding takes a textual-inversion embedding.")
+        raise AdapterError(
+            f"{file.path}: expected {KIND}, found {kind}",
+            how_to_give(kind) or "--embedding takes a textual-inversion embedding.",
+        )
     if output := sorted(name for name in names if name.endswith("_out")):
         raise AdapterError(
             f"{file.path}: {printable(output[0])}: vectors for a text encoder's output, which sdrt does not replace",
             "Train or save the embedding without output vectors (OneTrainer: output embedding off).",
         )
     if other := next((EMBEDDINGS[name] for name in names if name in EMBEDDINGS), ""):
-        raise AdapterError(f"{file.path}: {', '.join(sorted(names))}: an embedding made for {other}", "Use an embedding made for this checkpoint's family.")
+        raise AdapterError(
+            f"{file.path}: {', '.join(sorted(names))}: an embedding made for {other}",
+            "Use an embedding made for this checkpoint's family.",
+        )
     if len(found) > 1:
         shown = ", ".join(printable(name) for name in sorted(names)[:5])
-        raise AdapterError(f"{file.path}: holds {len(found)} embeddings ({shown}), expected one", "Save each in a file of its own.")
+        raise AdapterError(
+            f"{file.path}: holds {len(found)} embeddings ({shown}), expected one", "Save each in a file of its own."
+        )
     return found[0]
 
 
@@ -153,7 +174,11 @@ def read_vectors(embedding: Embedding) -> torch.Tensor:
 
     values = embedding.file.read(embedding.entry.name).to(torch.float32).reshape(embedding.vectors, -1)
     if bad := int((~torch.isfinite(values)).sum()):
-        raise AdapterError(f"{embedding.file.path}: {printable(embedding.entry.name)}: {bad} of {values.numel()} values are NaN or infinite", _RETRIEVE)
+        raise AdapterError(
+            f"{embedding.file.path}: {printable(embedding.entry.name)}: {bad} of {values.numel()} values are NaN or"
+            " infinite",
+            _RETRIEVE,
+        )
     return values
 
 
@@ -186,7 +211,8 @@ def check_triggers(embeddings: Sequence[Embedding], encode: Callable[[str], Sequ
     """Check that each trigger is something of its own to the tokenizer. Returns remarks for the user.
 
     Raises:
-        UsageError: two triggers have the same token ids (letter case and Unicode form do not tell them apart), or one has none.
+        UsageError: two triggers have the same token ids (letter case and Unicode form do not tell them apart), or one
+            has none.
     """
     known: dict[tuple[int, ...], Embedding] = {}
     notes = []
@@ -194,14 +220,22 @@ def check_triggers(embeddings: Sequence[Embedding], encode: Callable[[str], Sequ
         trigger, path = embedding.option.trigger, embedding.file.path
         ids = tuple(encode(trigger))
         if not ids:
-            raise UsageError(f"--embedding {path}: trigger {trigger!r}: the tokenizer sees nothing in it", "Choose a word: --embedding FILE:TRIGGER.")
+            raise UsageError(
+                f"--embedding {path}: trigger {trigger!r}: the tokenizer sees nothing in it",
+                "Choose a word: --embedding FILE:TRIGGER.",
+            )
         if (other := known.setdefault(ids, embedding)) is not embedding:
             raise UsageError(
-                f"{path}: trigger {trigger!r} is that of {other.file.path} too ({other.option.trigger!r}): one trigger cannot stand for two embeddings",
-                "Give one of them another trigger: --embedding FILE:TRIGGER. One that a LoRA brings along keeps its own.",
+                f"{path}: trigger {trigger!r} is that of {other.file.path} too ({other.option.trigger!r}): one trigger"
+                " cannot stand for two embeddings",
+                "Give one of them another trigger: --embedding FILE:TRIGGER. One that a LoRA brings along keeps its"
+                " own.",
             )
         if len(ids) == 1:
-            notes.append(f"{path.name}: the trigger {trigger!r} is a word of the vocabulary: every prompt with that word uses the embedding")
+            notes.append(
+                f"{path.name}: the trigger {trigger!r} is a word of the vocabulary: every prompt with that word uses"
+                " the embedding"
+            )
     return notes
 
 

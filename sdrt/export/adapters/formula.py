@@ -1,7 +1,8 @@
 """The algebra of the LoRA family: from an adapter's matrices to what they add to one weight, in float32.
 
-W is a weight `[out, in, *kernel]`, ΔW its change, r the rank. Sources: Hu et al. 2021 (LoRA, eq. 3); LyCORIS modules and functional/*.py (LoCon, LoHa after
-Hyeon-Woo et al. 2022 (FedPara), LoKr); Liu et al. 2024 (DoRA, eq. 5) with LyCORIS's two axes.
+W is a weight `[out, in, *kernel]`, ΔW its change, r the rank. Sources: Hu et al. 2021 (LoRA, eq. 3); LyCORIS modules
+and functional/*.py (LoCon, LoHa after Hyeon-Woo et al. 2022 (FedPara), LoKr); Liu et al. 2024 (DoRA, eq. 5) with
+LyCORIS's two axes.
 """
 
 from __future__ import annotations
@@ -25,8 +26,9 @@ Read = Callable[[str], "torch.Tensor"]
 class Delta:
     """What one adapter does to one weight. `keys` are the parts' keys in its file; `factor` is alpha over rank.
 
-    `shape` is what the matrices make: that of the weight, or of its first four input channels where a model for inpainting has more.
-    `norm_axis` is the axis of W that DoRA's magnitudes run along: 0 one for each output, 1 one for each input; None without DoRA.
+    `shape` is what the matrices make: that of the weight, or of its first four input channels where a model for
+    inpainting has more. `norm_axis` is the axis of W that DoRA's magnitudes run along: 0 one for each output, 1 one for
+    each input; None without DoRA.
     """
 
     keys: Mapping[str, str]
@@ -102,7 +104,8 @@ def _described(shapes: Mapping[str, Shape]) -> str:
     names = {DOWN: "down", UP: "up", MID: "mid"}
     order = (UP, DOWN, MID)
     shown = sorted(
-        (part for part in shapes if part not in ("alpha", "dora_scale", MAGNITUDE)), key=lambda part: (order.index(part) if part in order else len(order), part)
+        (part for part in shapes if part not in ("alpha", "dora_scale", MAGNITUDE)),
+        key=lambda part: (order.index(part) if part in order else len(order), part),
     )
     return " and ".join(f"{names.get(part, part)} {list(shapes[part])}" for part in shown)
 
@@ -134,21 +137,29 @@ def _made(shapes: Mapping[str, Shape]) -> Shape:
         check(len(a) == len(b) == 2 and a[0] == b[1] and 0 not in a + b)
         return a[1], b[0]
     if "hada_w1_a" in shapes:
-        one, two = (product(shapes[f"hada_{w}_a"], shapes[f"hada_{w}_b"], shapes.get(f"hada_{t}")) for w, t in (("w1", "t1"), ("w2", "t2")))
+        one, two = (
+            product(shapes[f"hada_{w}_a"], shapes[f"hada_{w}_b"], shapes.get(f"hada_{t}"))
+            for w, t in (("w1", "t1"), ("w2", "t2"))
+        )
         check(one == two)
         return one
     if "diff" in shapes:
         check(len(shapes["diff"]) >= 1)
         return shapes["diff"]
     small = shapes["lokr_w1"] if "lokr_w1" in shapes else product(shapes["lokr_w1_a"], shapes["lokr_w1_b"], None)
-    large = shapes["lokr_w2"] if "lokr_w2" in shapes else product(shapes["lokr_w2_a"], shapes["lokr_w2_b"], shapes.get("lokr_t2"))
+    large = (
+        shapes["lokr_w2"]
+        if "lokr_w2" in shapes
+        else product(shapes["lokr_w2_a"], shapes["lokr_w2_b"], shapes.get("lokr_t2"))
+    )
     small = _stripped(small)
     check(len(small) == 2 and len(large) >= 2 and 0 not in small + large)
     return (small[0] * large[0], small[1] * large[1], *large[2:])
 
 
 def norm_axis(parts: Mapping[str, Shape], shape: Shape) -> int | None:
-    """Which axis DoRA's magnitudes run along: peft's always the outputs, LyCORIS's as their shape says; None without DoRA.
+    """Which axis DoRA's magnitudes run along: peft's always the outputs, LyCORIS's as their shape says; None without
+    DoRA.
 
     Raises:
         MisfitError: they run along neither.
@@ -205,7 +216,9 @@ def _product(keys: Mapping[str, str], read: Read, pair: str, core: str) -> torch
 
 
 def _core(core: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Tucker's form: R[p, q, ...] = Σ_ij core[i, j, ...] · a[i, p] · b[j, q], of `[r, r, *kernel]`, `[r, out]`, `[r, in]`."""
+    """Tucker's form: R[p, q, ...] = Σ_ij core[i, j, ...] · a[i, p] · b[j, q], of `[r, r, *kernel]`, `[r, out]`, `[r,
+    in]`.
+    """
     import torch
 
     return torch.einsum("ij...,ip,jq->pq...", core, a, b)
@@ -219,13 +232,26 @@ def _kronecker(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def _sparse(read: Read, shape: Shape) -> torch.Tensor:
-    """The residual that LyCORIS's extraction may keep beside the low rank: indices `[2, n]`, values `[n]` and size `[2]` of a matrix `[out, in * kernel]`."""
+    """The residual that LyCORIS's extraction may keep beside the low rank: indices `[2, n]`, values `[n]` and size
+    `[2]` of a matrix `[out, in * kernel]`.
+    """
     import torch
 
-    indices, values, size = read("bias_indices").long(), read("bias_values"), [int(n) for n in read("bias_size").flatten()]
-    good = len(size) == 2 and size == [shape[0], math.prod(shape[1:])] and indices.shape == (2, values.numel()) and values.dim() == 1
+    indices, values, size = (
+        read("bias_indices").long(),
+        read("bias_values"),
+        [int(n) for n in read("bias_size").flatten()],
+    )
+    good = (
+        len(size) == 2
+        and size == [shape[0], math.prod(shape[1:])]
+        and indices.shape == (2, values.numel())
+        and values.dim() == 1
+    )
     if not good or (values.numel() and (int(indices.min()) < 0 or bool((indices.amax(1) >= torch.tensor(size)).any()))):
-        raise MisfitError(f"bias_size {size} with bias_indices {list(indices.shape)} and bias_values {list(values.shape)}")
+        raise MisfitError(
+            f"bias_size {size} with bias_indices {list(indices.shape)} and bias_values {list(values.shape)}"
+        )
     dense = torch.zeros(size)
     dense.index_put_((indices[0], indices[1]), values, accumulate=True)
     return dense.reshape(shape)
@@ -234,7 +260,8 @@ def _sparse(read: Read, shape: Shape) -> torch.Tensor:
 def decomposed(weight: torch.Tensor, change: torch.Tensor, magnitude: torch.Tensor, axis: int) -> torch.Tensor:
     """DoRA's change: V · m / |V| - W with V = W + ΔW, |V| the norms along `axis` and m the magnitudes, one for each.
 
-    V is normalised, as its trainers do (peft, LyCORIS); some tools divide by the norm of W where the axis is that of the outputs.
+    V is normalised, as its trainers do (peft, LyCORIS); some tools divide by the norm of W where the axis is that of
+    the outputs.
     """
     import torch
 

@@ -1,8 +1,9 @@
-"""Reads the structure of hypernetworks (AUTOMATIC1111, modules/hypernetworks) and checks that they fit a UNet. Imports no torch.
+"""Reads the structure of hypernetworks (AUTOMATIC1111, modules/hypernetworks) and checks that they fit a UNet. Imports
+no torch.
 
-A hypernetwork has, for some widths, two small networks: in every attention layer whose context is that wide, keys are made from
-n_k(context) and values from n_v(context), where n(x) = x + scale * layers(x). The context of self-attention is its own input.
-`sdrt.export.adapters.hypernetwork_weights` does the rest.
+A hypernetwork has, for some widths, two small networks: in every attention layer whose context is that wide, keys are
+made from n_k(context) and values from n_v(context), where n(x) = x + scale * layers(x). The context of self-attention
+is its own input. `sdrt.export.adapters.hypernetwork_weights` does the rest.
 """
 
 from __future__ import annotations
@@ -27,13 +28,32 @@ from sdrt.export.read.tensor_entry import FLOATS
 from sdrt.export.read.tensor_file import TensorFile, open_tensor_file
 
 ACTIVATIONS = {
-    "relu": "ReLU", "leakyrelu": "LeakyReLU", "elu": "ELU", "swish": "Hardswish", "tanh": "Tanh", "sigmoid": "Sigmoid", "celu": "ELU", "gelu": "GELU",
-    "hardshrink": "Hardshrink", "hardsigmoid": "Hardsigmoid", "hardswish": "Hardswish", "hardtanh": "Hardtanh", "logsigmoid": "LogSigmoid", "mish": "Mish",
-    "relu6": "ReLU6", "rrelu": "RReLU", "selu": "SELU", "silu": "SiLU", "softplus": "Softplus", "softshrink": "Softshrink", "softsign": "Softsign",
+    "relu": "ReLU",
+    "leakyrelu": "LeakyReLU",
+    "elu": "ELU",
+    "swish": "Hardswish",
+    "tanh": "Tanh",
+    "sigmoid": "Sigmoid",
+    "celu": "ELU",
+    "gelu": "GELU",
+    "hardshrink": "Hardshrink",
+    "hardsigmoid": "Hardsigmoid",
+    "hardswish": "Hardswish",
+    "hardtanh": "Hardtanh",
+    "logsigmoid": "LogSigmoid",
+    "mish": "Mish",
+    "relu6": "ReLU6",
+    "rrelu": "RReLU",
+    "selu": "SELU",
+    "silu": "SiLU",
+    "softplus": "Softplus",
+    "softshrink": "Softshrink",
+    "softsign": "Softsign",
     "tanhshrink": "Tanhshrink",
-}  # fmt: skip
-"""AUTOMATIC1111's names to classes of torch.nn: every activation that works elementwise and learns nothing. Its swish is
-Hardswish; CELU and ELU differ in a parameter that it leaves at 1."""
+}
+"""AUTOMATIC1111's names to classes of torch.nn: every activation that works elementwise and learns nothing. Its swish
+is Hardswish; CELU and ELU differ in a parameter that it leaves at 1.
+"""
 SMALLEST, LARGEST = 0.001, 100.0
 _LEGACY = {"linear1": "linear.0", "linear2": "linear.1"}
 PARTS = ("k", "v")
@@ -50,8 +70,9 @@ class HypernetworkOption:
 
 @dataclass(frozen=True)
 class Hypernetwork:
-    """An opened hypernetwork that fits a model. `spec` covers the widths that the model has; `names` gives, by width and part, the file's
-    tensors in the order of the layers, weight before bias. `unmatched` widths are no attention layer's. `layers` counts those it touches.
+    """An opened hypernetwork that fits a model. `spec` covers the widths that the model has; `names` gives, by width
+    and part, the file's tensors in the order of the layers, weight before bias. `unmatched` widths are no attention
+    layer's. `layers` counts those it touches.
     """
 
     option: HypernetworkOption
@@ -82,7 +103,8 @@ def parse_hypernetwork_option(text: str) -> HypernetworkOption:
         scale = math.nan
     if scale != 0 and not SMALLEST <= abs(scale) <= LARGEST:  # NaN compares as false
         raise UsageError(
-            f"--hypernetwork {printable(text)}: scale {printable(match[2])!r}: expected a number from {SMALLEST:g} to {LARGEST:g}, its negative, or 0",
+            f"--hypernetwork {printable(text)}: scale {printable(match[2])!r}: expected a number from {SMALLEST:g} to"
+            f" {LARGEST:g}, its negative, or 0",
             "Write it as --hypernetwork style.pt:0.8.",
         )
     return HypernetworkOption(Path(match[1]), scale)
@@ -102,10 +124,12 @@ def attention_widths(unet: UNetSpec) -> Counter[int]:
 def open_hypernetwork(option: HypernetworkOption, unet: UNetSpec, *, allow_unmatched: bool = False) -> Hypernetwork:
     """Open a hypernetwork and check its structure and that it fits a UNet. Reads headers and settings only.
 
-    Widths that the model lacks are left out, but a hypernetwork for another family's context is refused without `allow_unmatched`.
+    Widths that the model lacks are left out, but a hypernetwork for another family's context is refused without
+    `allow_unmatched`.
 
     Raises:
-        AdapterError: the file is no hypernetwork, its settings and tensors disagree, its activation is unknown, or it is for another model.
+        AdapterError: the file is no hypernetwork, its settings and tensors disagree, its activation is unknown, or it
+            is for another model.
         InputFileError: the file is malformed.
     """
     file = open_tensor_file(option.path)
@@ -116,8 +140,8 @@ def open_hypernetwork(option: HypernetworkOption, unet: UNetSpec, *, allow_unmat
         if unmatched and (len(unmatched) == len(widths) or not (unet.context_width in widths or allow_unmatched)):
             family = next((CONTEXTS[width] for width in unmatched if width in CONTEXTS), "")
             raise AdapterError(
-                f"{file.path}: has networks for contexts {_words(widths)} wide, expected some of {_words(sorted(known))}"
-                + (f"; it was made for {family}" if family else ""),
+                f"{file.path}: has networks for contexts {_words(widths)} wide, expected some of"
+                f" {_words(sorted(known))}" + (f"; it was made for {family}" if family else ""),
                 "Use a hypernetwork made for this checkpoint's family"
                 + (", or pass --allow-unmatched to apply the rest." if len(unmatched) < len(widths) else "."),
             )
@@ -130,14 +154,18 @@ def open_hypernetwork(option: HypernetworkOption, unet: UNetSpec, *, allow_unmat
 
 
 def read_structure(file: TensorFile) -> tuple[HypernetworkSpec, dict[tuple[int, str], tuple[str, ...]]]:
-    """A hypernetwork's structure, from its settings and the shapes of its tensors, and the tensors' names by width and part.
+    """A hypernetwork's structure, from its settings and the shapes of its tensors, and the tensors' names by width and
+    part.
 
     Raises:
         AdapterError: it is no hypernetwork, or settings and tensors disagree.
     """
     kind = describe({name: entry.shape for name, entry in file.entries.items()})
     if kind != KIND:
-        raise AdapterError(f"{file.path}: expected {KIND}, found {kind}", how_to_give(kind) or "--hypernetwork takes AUTOMATIC1111's .pt files.")
+        raise AdapterError(
+            f"{file.path}: expected {KIND}, found {kind}",
+            how_to_give(kind) or "--hypernetwork takes AUTOMATIC1111's .pt files.",
+        )
     settings = _settings(file)
     activation = _activation(file, settings)
     networks: dict[tuple[int, str], dict[int, dict[str, str]]] = {}
@@ -155,16 +183,27 @@ def read_structure(file: TensorFile) -> tuple[HypernetworkSpec, dict[tuple[int, 
         norms.add(has_norms)
         if layers.setdefault(width, widths) != widths:
             raise AdapterError(
-                f"{file.path}: {width}: the network for keys has layers {_words(layers[width])} wide, the one for values {_words(widths)}", AGAIN
+                f"{file.path}: {width}: the network for keys has layers {_words(layers[width])} wide, the one for"
+                f" values {_words(widths)}",
+                AGAIN,
             )
         names[width, part] = tuple(by_index[i][kind] for i in sorted(by_index) for kind in ("weight", "bias"))
     for width in layers:
         if missing := [part for part in PARTS if (width, part) not in names]:
-            raise AdapterError(f"{file.path}: {width}: the network for {'keys' if missing[0] == 'k' else 'values'} is missing", AGAIN)
+            raise AdapterError(
+                f"{file.path}: {width}: the network for {'keys' if missing[0] == 'k' else 'values'} is missing", AGAIN
+            )
     stated = bool(settings.get("is_layer_norm", norms == {True}))
     if norms != {stated}:
-        raise AdapterError(f"{file.path}: is_layer_norm: expected {not stated}, which the tensors say, found {stated}", AGAIN)
-    spec = HypernetworkSpec(tuple(layers.values()), activation, stated, activation is not None and bool(settings.get("activate_output", True)))
+        raise AdapterError(
+            f"{file.path}: is_layer_norm: expected {not stated}, which the tensors say, found {stated}", AGAIN
+        )
+    spec = HypernetworkSpec(
+        tuple(layers.values()),
+        activation,
+        stated,
+        activation is not None and bool(settings.get("activate_output", True)),
+    )
     return spec, names
 
 
@@ -193,9 +232,15 @@ def _modern(key: str) -> str:
 
 
 def _network(
-    file: TensorFile, width: int, by_index: Mapping[int, Mapping[str, str]], activation: str | None, settings: Mapping[str, Any]
+    file: TensorFile,
+    width: int,
+    by_index: Mapping[int, Mapping[str, str]],
+    activation: str | None,
+    settings: Mapping[str, Any],
 ) -> tuple[tuple[int, ...], bool]:
-    """The widths along one network, and whether each layer has a norm after it. Indices count activations and dropouts, which hold no tensors."""
+    """The widths along one network, and whether each layer has a norm after it. Indices count activations and dropouts,
+    which hold no tensors.
+    """
     linears, norms, widths = list[int](), list[int](), [width]
     for index in sorted(by_index):
         where = f"{file.path}: {printable(next(iter(by_index[index].values())))}"
@@ -204,18 +249,32 @@ def _network(
         weight, bias = (file.entries[by_index[index][kind]] for kind in ("weight", "bias"))
         for entry in (weight, bias):
             if entry.dtype not in FLOATS:
-                raise AdapterError(f"{file.path}: {printable(entry.name)}: expected one of {', '.join(FLOATS)}, found {entry.dtype}", AGAIN)
-        if len(weight.shape) == 2 and weight.shape[1] == widths[-1] and weight.shape[0] and bias.shape == weight.shape[:1]:
+                raise AdapterError(
+                    f"{file.path}: {printable(entry.name)}: expected one of {', '.join(FLOATS)}, found {entry.dtype}",
+                    AGAIN,
+                )
+        if (
+            len(weight.shape) == 2
+            and weight.shape[1] == widths[-1]
+            and weight.shape[0]
+            and bias.shape == weight.shape[:1]
+        ):
             linears.append(index)
             widths.append(weight.shape[0])
         elif weight.shape == bias.shape == (widths[-1],) and linears and (not norms or norms[-1] < linears[-1]):
             norms.append(index)
         else:
-            raise AdapterError(f"{where}: weight {list(weight.shape)} and bias {list(bias.shape)} do not follow a layer {widths[-1]} wide", AGAIN)
+            raise AdapterError(
+                f"{where}: weight {list(weight.shape)} and bias {list(bias.shape)} do not follow a layer {widths[-1]}"
+                " wide",
+                AGAIN,
+            )
     if widths[-1] != width:
         raise AdapterError(f"{file.path}: {width}: the last layer is {widths[-1]} wide, expected {width}", AGAIN)
     if norms and len(norms) != len(linears):
-        raise AdapterError(f"{file.path}: {width}: {len(norms)} norms for {len(linears)} layers, expected one for each or none", AGAIN)
+        raise AdapterError(
+            f"{file.path}: {width}: {len(norms)} norms for {len(linears)} layers, expected one for each or none", AGAIN
+        )
     _check_settings(file, width, widths, activation, settings)
     dropout = bool(settings.get("use_dropout") or settings.get("dropout_structure"))
     for first, second in itertools.pairwise(linears):
@@ -227,14 +286,20 @@ def _network(
     return tuple(widths), bool(norms)
 
 
-def _check_settings(file: TensorFile, width: int, widths: Sequence[int], activation: str | None, settings: Mapping[str, Any]) -> None:
+def _check_settings(
+    file: TensorFile, width: int, widths: Sequence[int], activation: str | None, settings: Mapping[str, Any]
+) -> None:
     stated = settings.get("layer_structure")
     if stated is None:
         return
     good = isinstance(stated, (list, tuple)) and all(isinstance(n, (int, float)) and 0 < n <= 1000 for n in stated)
     if not good or [int(width * n) for n in stated] != list(widths):
         found = _words([n / width for n in widths])
-        raise AdapterError(f"{file.path}: layer_structure: {printable(str(stated)[:80])}, but the tensors of {width} are {found} times as wide", AGAIN)
+        raise AdapterError(
+            f"{file.path}: layer_structure: {printable(str(stated)[:80])}, but the tensors of {width} are {found} times"
+            " as wide",
+            AGAIN,
+        )
 
 
 def _words(numbers: Sequence[float]) -> str:
@@ -256,6 +321,10 @@ def summary(file: TensorFile) -> dict[str, Any]:
         "activation": spec.activation or "none",
         "layer_norm": spec.layer_norm,
         "activate_output": spec.activate_output,
-        "form": "linear: folded into the weights of keys and values" if spec.activation is None and not spec.layer_norm else "traced into the UNet",
+        "form": (
+            "linear: folded into the weights of keys and values"
+            if spec.activation is None and not spec.layer_norm
+            else "traced into the UNet"
+        ),
         "base_family": ", ".join(CONTEXTS[width] for width in widths if width in CONTEXTS) or "unknown",
     }

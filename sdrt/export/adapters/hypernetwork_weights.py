@@ -1,7 +1,9 @@
-"""What hypernetworks make of a UNet: tensors of the bundle, either folded into the weights of keys and values or traced in.
+"""What hypernetworks make of a UNet: tensors of the bundle, either folded into the weights of keys and values or traced
+in.
 
-A linear hypernetwork at the end of its width's chain folds: with n(x) = M x + b, to_k(n(x)) = (W M) x + W b. All others are part of the
-trace, as `sdrt.export.networks.unet.Hypernetworks`, and their values are weights like any other: the trace knows the structure only.
+A linear hypernetwork at the end of its width's chain folds: with n(x) = M x + b, to_k(n(x)) = (W M) x + W b. All others
+are part of the trace, as `sdrt.export.networks.unet.Hypernetworks`, and their values are weights like any other: the
+trace knows the structure only.
 """
 
 from __future__ import annotations
@@ -33,16 +35,27 @@ def check_values(hypernetworks: Sequence[Hypernetwork]) -> None:
     for hypernetwork in hypernetworks:
         path, active = hypernetwork.file.path, False
         if (other := known.setdefault(hypernetwork.sha256, hypernetwork)) is not hypernetwork:
-            raise UsageError(f"--hypernetwork {path}: given twice, as {other.file.path} too", "Give it once, with the scale you want.")
+            raise UsageError(
+                f"--hypernetwork {path}: given twice, as {other.file.path} too",
+                "Give it once, with the scale you want.",
+            )
         for layers, part in itertools.product(hypernetwork.spec.layers, PARTS):
             network = _network(hypernetwork, layers, part)
-            for (_, value), name in zip(network.layers.named_parameters(), hypernetwork.names[layers[0], part], strict=True):
+            for (_, value), name in zip(
+                network.layers.named_parameters(), hypernetwork.names[layers[0], part], strict=True
+            ):
                 if bad := int((~torch.isfinite(value)).sum()):
-                    raise AdapterError(f"{path}: {printable(name)}: {bad} of {value.numel()} values are NaN or infinite", AGAIN)
+                    raise AdapterError(
+                        f"{path}: {printable(name)}: {bad} of {value.numel()} values are NaN or infinite", AGAIN
+                    )
             with torch.inference_mode():
-                active = active or bool(network.layers(torch.randn(4, layers[0], generator=torch.Generator().manual_seed(0))).any())
+                active = active or bool(
+                    network.layers(torch.randn(4, layers[0], generator=torch.Generator().manual_seed(0))).any()
+                )
         if not active:
-            raise AdapterError(f"{path}: adds nothing to any input: the hypernetwork does nothing", "Train it longer, or leave it out.")
+            raise AdapterError(
+                f"{path}: adds nothing to any input: the hypernetwork does nothing", "Train it longer, or leave it out."
+            )
 
 
 def _network(hypernetwork: Hypernetwork, layers: tuple[int, ...], part: str) -> Residual:
@@ -57,9 +70,11 @@ def _network(hypernetwork: Hypernetwork, layers: tuple[int, ...], part: str) -> 
 def attach(
     hypernetworks: Sequence[Hypernetwork], unet: UNetSpec, shapes: Mapping[str, tuple[int, ...]], *, fold: bool = True
 ) -> tuple[UNetSpec, dict[str, Made]]:
-    """What hypernetworks, in the order they apply, make of a UNet whose weights have `shapes`: its structure, and the tensors that change or are new.
+    """What hypernetworks, in the order they apply, make of a UNet whose weights have `shapes`: its structure, and the
+    tensors that change or are new.
 
-    For each width, the linear ones that no other follows are folded, the others traced. Scale 0 leaves a hypernetwork out.
+    For each width, the linear ones that no other follows are folded, the others traced. Scale 0 leaves a hypernetwork
+    out.
     """
     acting = [h for h in hypernetworks if h.option.scale != 0]
     folded: dict[int, list[Hypernetwork]] = {}
@@ -98,7 +113,9 @@ def _traced_tensors(prefix: str, hypernetwork: Hypernetwork, layers: tuple[int, 
     return made
 
 
-def _folded_tensors(width: int, part: str, chain: Sequence[Hypernetwork], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Made]:
+def _folded_tensors(
+    width: int, part: str, chain: Sequence[Hypernetwork], shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, Made]:
     known: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def affine() -> tuple[torch.Tensor, torch.Tensor]:
@@ -121,7 +138,11 @@ def _folded_tensors(width: int, part: str, chain: Sequence[Hypernetwork], shapes
         return lambda fused: (fused(weight).to(torch.float64) @ affine()[1]).to(torch.float32)
 
     path, made = chain[-1].file.path, {}
-    for weight in [name for name, shape in shapes.items() if re.search(rf"\.attn[12]\.to_{part}\.weight$", name) and shape[1] == width]:
+    for weight in [
+        name
+        for name, shape in shapes.items()
+        if re.search(rf"\.attn[12]\.to_{part}\.weight$", name) and shape[1] == width
+    ]:
         made[weight] = Made(shapes[weight], path, folded_weight(weight))
         made[weight.removesuffix("weight") + "bias"] = Made(shapes[weight][:1], path, folded_bias(weight))
     return made

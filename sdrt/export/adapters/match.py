@@ -14,7 +14,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sdrt.errors import AdapterError, UsageError, nearest, printable
-from sdrt.export.adapters.formula import Delta, MisfitError, additive, decomposed, fitting_shape, kinds_of, missing_parts, norm_axis, rank_of
+from sdrt.export.adapters.formula import (
+    Delta,
+    MisfitError,
+    additive,
+    decomposed,
+    fitting_shape,
+    kinds_of,
+    missing_parts,
+    norm_axis,
+    rank_of,
+)
 from sdrt.export.adapters.numbered import check_numbers, numbered_modules
 from sdrt.export.adapters.settings import FILE_NAME, PeftConfig, config_beside, config_in_header
 from sdrt.export.adapters.spelling import (
@@ -57,10 +67,11 @@ class LoraOption:
 
 @dataclass(frozen=True)
 class Lora:
-    """An opened adapter of the LoRA family, matched to a model: what it does to each weight, by canonical name. `unmatched` keys were allowed to be.
+    """An opened adapter of the LoRA family, matched to a model: what it does to each weight, by canonical name.
+    `unmatched` keys were allowed to be.
 
-    `config` is the `adapter_config.json` whose alpha it takes, if it takes one; `notes` are remarks for the user. `bundled` gives the keys of the
-    embeddings that the file brings along, by trigger; they are not among the deltas.
+    `config` is the `adapter_config.json` whose alpha it takes, if it takes one; `notes` are remarks for the user.
+    `bundled` gives the keys of the embeddings that the file brings along, by trigger; they are not among the deltas.
     """
 
     option: LoraOption
@@ -81,7 +92,9 @@ class Lora:
         return self.option.te_scale if component is not None and component.network == "clip" else self.option.scale
 
     def rescales(self, weight: str) -> bool:
-        """Whether its change of a weight depends on the weight it meets, as DoRA's does, and so on the adapters before it."""
+        """Whether its change of a weight depends on the weight it meets, as DoRA's does, and so on the adapters before
+        it.
+        """
         return weight in self.deltas and self.deltas[weight].norm_axis is not None
 
     def change(self, weight: str, current: torch.Tensor) -> torch.Tensor:
@@ -98,7 +111,10 @@ class Lora:
         try:
             made = additive(delta, lambda part: self._read(delta.keys[part]))
         except MisfitError as error:
-            raise AdapterError(f"{self.file.path}: {printable(next(iter(delta.keys.values())))}: {error}: no part of a weight {list(delta.shape)}") from error
+            raise AdapterError(
+                f"{self.file.path}: {printable(next(iter(delta.keys.values())))}: {error}: no part of a weight"
+                f" {list(delta.shape)}"
+            ) from error
         if delta.shape != tuple(current.shape):
             padding = torch.zeros(current.shape)
             padding[:, : delta.shape[1]] = made
@@ -115,16 +131,23 @@ class Lora:
         if not value.is_floating_point():
             if key.endswith((".bias_indices", ".bias_size")):
                 return value
-            raise AdapterError(f"{self.file.path}: {printable(key)}: expected floating-point numbers, found {self.file.entries[key].dtype}")
+            raise AdapterError(
+                f"{self.file.path}: {printable(key)}: expected floating-point numbers, found"
+                f" {self.file.entries[key].dtype}"
+            )
         value = value.to(torch.float32)
         if not torch.isfinite(value).all():
             count = int((~torch.isfinite(value)).sum())
-            raise AdapterError(f"{self.file.path}: {printable(key)}: {count} values are NaN or infinite", "Download or train the adapter again.")
+            raise AdapterError(
+                f"{self.file.path}: {printable(key)}: {count} values are NaN or infinite",
+                "Download or train the adapter again.",
+            )
         return value
 
 
 def parse_lora_option(text: str) -> LoraOption:
-    """`FILE[:SCALE[:TE_SCALE]]` as typed; TE_SCALE defaults to SCALE. A colon inside the path (`C:\\x`, `a:b.safetensors`) is kept.
+    """`FILE[:SCALE[:TE_SCALE]]` as typed; TE_SCALE defaults to SCALE. A colon inside the path (`C:\\x`,
+    `a:b.safetensors`) is kept.
 
     Raises:
         UsageError: a scale is not a finite number.
@@ -153,11 +176,15 @@ def _is_number(text: str) -> bool:
     return True
 
 
-def open_lora(option: LoraOption, shapes: Mapping[str, tuple[int, ...]], spec: UNetSpec, *, allow_unmatched: bool = False) -> Lora:
-    """Open an adapter of the LoRA family and match every key of it to a weight of the model, given by canonical name and shape.
+def open_lora(
+    option: LoraOption, shapes: Mapping[str, tuple[int, ...]], spec: UNetSpec, *, allow_unmatched: bool = False
+) -> Lora:
+    """Open an adapter of the LoRA family and match every key of it to a weight of the model, given by canonical name
+    and shape.
 
     Raises:
-        AdapterError: the file is no such adapter, is of a kind that cannot be fused, is for another family, has an incomplete set of
+        AdapterError: the file is no such adapter, is of a kind that cannot be fused, is for another family, has an
+            incomplete set of
             matrices or, without `allow_unmatched`, a key that belongs to no module; never silent when nothing matches.
     """
     file = open_tensor_file(option.path)
@@ -165,7 +192,7 @@ def open_lora(option: LoraOption, shapes: Mapping[str, tuple[int, ...]], spec: U
         _check_kind(file)
         table = adapter_names([name.removesuffix(".weight") for name in shapes if name.endswith(".weight")], spec)
         spelled = numbered_list({name: entry.shape for name, entry in file.entries.items()})
-        if numbered := {name.rpartition(":")[0] for name in (spelled.values() or file.entries) if is_numbered(name)}:
+        if numbered := {name.rpartition(":")[0] for name in spelled.values() or file.entries if is_numbered(name)}:
             known = numbered_modules(set(table.values()), spec)
             check_numbers(file.path, numbered, known, file.metadata.get(next(iter(numbered)).partition(":")[0], ""))
             table |= known
@@ -181,7 +208,16 @@ def open_lora(option: LoraOption, shapes: Mapping[str, tuple[int, ...]], spec: U
         for module in modules.values():
             _add_deltas(file, module, shapes, spec, config, deltas, unmatched, allow_unmatched)
         sha256 = file.sha256()
-        return Lora(option, file, sha256, deltas, tuple(unmatched), config.document if config is not None else None, tuple(notes), bundled)
+        return Lora(
+            option,
+            file,
+            sha256,
+            deltas,
+            tuple(unmatched),
+            config.document if config is not None else None,
+            tuple(notes),
+            bundled,
+        )
     except BaseException:
         file.close()
         raise
@@ -193,11 +229,15 @@ def _check_kind(file: TensorFile) -> None:
         kind, key = refused
         raise AdapterError(
             f"{file.path}: {printable(key)}: {kind}: not supported",
-            "sdrt fuses LoRA, LoCon, LoHa, LoKr, DoRA and full differences; convert the adapter, or train one of these.",
+            "sdrt fuses LoRA, LoCon, LoHa, LoKr, DoRA and full differences; convert the adapter, or train one of"
+            " these.",
         )
     kind = describe(shapes)
     if kind != LORA:
-        raise AdapterError(f"{file.path}: expected {LORA}, found {kind}", how_to_give(kind) or "--lora takes LoRA, LyCORIS and DoRA files.")
+        raise AdapterError(
+            f"{file.path}: expected {LORA}, found {kind}",
+            how_to_give(kind) or "--lora takes LoRA, LyCORIS and DoRA files.",
+        )
 
 
 def how_to_give(kind: str) -> str:
@@ -219,14 +259,19 @@ def bundled_keys(file: TensorFile) -> dict[str, str]:
             continue
         if trigger in found or not trigger.strip() or not trigger.isprintable():
             reason = f"is {printable(found[trigger])} too" if trigger in found else "is no word that a prompt can say"
-            raise AdapterError(f"{file.path}: {printable(key)}: the embedding of {printable(trigger)!r} {reason}", "Get the adapter again.")
+            raise AdapterError(
+                f"{file.path}: {printable(key)}: the embedding of {printable(trigger)!r} {reason}",
+                "Get the adapter again.",
+            )
         found[trigger] = key
     return found
 
 
 @dataclass(frozen=True)
 class _Module:
-    """The keys of one module in the file, by part; `name` is the file's spelling of it, below peft's `base_model.model.` if it is there."""
+    """The keys of one module in the file, by part; `name` is the file's spelling of it, below peft's
+    `base_model.model.` if it is there.
+    """
 
     name: str
     canonical: str
@@ -235,9 +280,16 @@ class _Module:
 
 
 def _modules(
-    file: TensorFile, spelled: Mapping[str, str], bundled: Collection[str], table: Mapping[str, str], spec: UNetSpec, allow_unmatched: bool
+    file: TensorFile,
+    spelled: Mapping[str, str],
+    bundled: Collection[str],
+    table: Mapping[str, str],
+    spec: UNetSpec,
+    allow_unmatched: bool,
 ) -> tuple[dict[str, _Module], list[str]]:
-    """The file's keys but for embeddings by canonical module, and those that belong to none. `spelled` names the keys that say nothing."""
+    """The file's keys but for embeddings by canonical module, and those that belong to none. `spelled` names the keys
+    that say nothing.
+    """
     modules: dict[str, _Module] = {}
     unmatched = []
     for key in file.entries:
@@ -251,43 +303,60 @@ def _modules(
         name, canonical, part = parsed[0], table[parsed[0]], _SAME_AS.get(parsed[1], parsed[1])
         module = modules.setdefault(canonical, _Module(name, canonical, inner != spelled.get(key, key), {}))
         if part in module.keys or module.name != name:
-            raise AdapterError(f"{file.path}: {printable(key)}: changes {canonical}.weight, which another key of the file changes too")
+            raise AdapterError(
+                f"{file.path}: {printable(key)}: changes {canonical}.weight, which another key of the file changes too"
+            )
         module.keys[part] = key
     if unmatched and (not modules or not allow_unmatched):
         _refuse_unmatched(file, unmatched, modules, table, spec)
     if not modules:
         raise AdapterError(
-            f"{file.path}: no key of this LoRA belongs to this model: 0 modules would change", "Check which model it was trained for: sdrt inspect FILE"
+            f"{file.path}: no key of this LoRA belongs to this model: 0 modules would change",
+            "Check which model it was trained for: sdrt inspect FILE",
         )
     return modules, unmatched
 
 
-def _refuse_unmatched(file: TensorFile, unmatched: Sequence[str], modules: Mapping[str, object], table: Mapping[str, str], spec: UNetSpec) -> None:
+def _refuse_unmatched(
+    file: TensorFile, unmatched: Sequence[str], modules: Mapping[str, object], table: Mapping[str, str], spec: UNetSpec
+) -> None:
     base = file.metadata.get("ss_base_model_version", "")
     made_for = _made_for(file, spec) or (f"; it was made for {printable(base)}" if base and not modules else "")
     shown = ", ".join(printable(k) for k in unmatched[:_SHOWN_KEYS])
     counted = f"{file.path}: {len(unmatched)} of {len(file.entries)} keys"
     for key in unmatched:
         if what := _whole(below_base_model(key), table):
-            raise AdapterError(f"{counted} are no change of a weight: {printable(key)} is {what} ({grouped(unmatched)})", _MERGE)
+            raise AdapterError(
+                f"{counted} are no change of a weight: {printable(key)} is {what} ({grouped(unmatched)})", _MERGE
+            )
     if vectors := [key for key in unmatched if key.startswith("bundle_emb.")]:
         raise AdapterError(
-            f"{counted} belong to no module of this model{made_for}: {printable(vectors[0])} holds an embedding's vectors for another text encoder",
+            f"{counted} belong to no module of this model{made_for}: {printable(vectors[0])} holds an embedding's"
+            " vectors for another text encoder",
             "Use a LoRA made for this checkpoint's family, or pass --allow-unmatched to leave these out.",
         )
     inner = below_base_model(unmatched[0])
     name = parsed[0] if (parsed := split(inner)) else inner
     alike = [choice for choice in table if choice[:5] == name[:5]] or table
-    message = f"{counted} belong to no module of this model{made_for}: {shown}{nearest(name, alike)} ({grouped(unmatched)})"
-    fix = "Use a LoRA made for this checkpoint's family" + (", or pass --allow-unmatched to fuse the rest." if modules else ".")
+    message = (
+        f"{counted} belong to no module of this model{made_for}: {shown}{nearest(name, alike)} ({grouped(unmatched)})"
+    )
+    fix = "Use a LoRA made for this checkpoint's family" + (
+        ", or pass --allow-unmatched to fuse the rest." if modules else "."
+    )
     raise AdapterError(message, fix)
 
 
-_MERGE = "Merge the adapter in the tool that trained it (peft: merge_and_unload) and build the merged model, or pass --allow-unmatched to leave these out."
+_MERGE = (
+    "Merge the adapter in the tool that trained it (peft: merge_and_unload) and build the merged model, or pass"
+    " --allow-unmatched to leave these out."
+)
 
 
 def _whole(inner: str, table: Mapping[str, str]) -> str:
-    """What a key is that holds a module's trained values themselves instead of a change of them; empty if it does not."""
+    """What a key is that holds a module's trained values themselves instead of a change of them; empty if
+    it does not.
+    """
     module, _, leaf = inner.rpartition(".")
     if leaf not in ("weight", "bias"):
         return ""
@@ -305,10 +374,18 @@ def _made_for(file: TensorFile, spec: UNetSpec) -> str:
 
 
 def _add_deltas(
-    file: TensorFile, module: _Module, shapes: Mapping[str, tuple[int, ...]], spec: UNetSpec,
-    config: PeftConfig | None, deltas: dict[str, Delta], unmatched: list[str], allow_unmatched: bool,
-) -> None:  # fmt: skip
-    """Add what a module's keys do to its weight and to its bias; a bias the model has not goes to `unmatched`, if that is allowed."""
+    file: TensorFile,
+    module: _Module,
+    shapes: Mapping[str, tuple[int, ...]],
+    spec: UNetSpec,
+    config: PeftConfig | None,
+    deltas: dict[str, Delta],
+    unmatched: list[str],
+    allow_unmatched: bool,
+) -> None:
+    """Add what a module's keys do to its weight and to its bias; a bias the model has not goes to `unmatched`, if that
+    is allowed.
+    """
     where = f"{file.path}: {printable(module.name)}"
     keys = {part: key for part, key in module.keys.items() if part not in _BIAS_PARTS}
     entries = {part: file.entries[key].shape for part, key in keys.items()}
@@ -316,11 +393,19 @@ def _add_deltas(
     if keys.keys() - {"alpha"} or not module.keys.keys() & set(_BIAS_PARTS):
         weight = shapes[f"{module.canonical}.weight"]
         if len(kinds := kinds_of(keys)) > 1:
-            raise AdapterError(f"{where}: holds both {kinds[0]} and {kinds[1]}, expected one of them", "Get the adapter again.")
+            raise AdapterError(
+                f"{where}: holds both {kinds[0]} and {kinds[1]}, expected one of them", "Get the adapter again."
+            )
         if missing := missing_parts(keys):
-            raise AdapterError(f"{where}: {missing[0]} is missing, the rest of the set is there", "The LoRA is incomplete; download or train it again.")
+            raise AdapterError(
+                f"{where}: {missing[0]} is missing, the rest of the set is there",
+                "The LoRA is incomplete; download or train it again.",
+            )
         if config is not None and config.use_dora(module.name) and MAGNITUDE not in keys:
-            raise AdapterError(f"{where}: {MAGNITUDE} is missing, and {config.source} says use_dora", "The adapter is incomplete; get it again.")
+            raise AdapterError(
+                f"{where}: {MAGNITUDE} is missing, and {config.source} says use_dora",
+                "The adapter is incomplete; get it again.",
+            )
         try:
             shape = fitting_shape(entries, weight, _plain_channels(module.canonical, spec))
             axis = norm_axis(entries, shape)
@@ -336,7 +421,9 @@ def _add_deltas(
         deltas[f"{module.canonical}.weight"] = Delta(used, shape, 1.0 if "diff" in used else factor, axis)
     biases = [part for part in _BIAS_PARTS if part in module.keys]
     if len(biases) > 1:
-        raise AdapterError(f"{where}: holds both {biases[0]} and {biases[1]}, expected one of them", "Get the adapter again.")
+        raise AdapterError(
+            f"{where}: holds both {biases[0]} and {biases[1]}, expected one of them", "Get the adapter again."
+        )
     for part in biases:
         key, bias = module.keys[part], shapes.get(f"{module.canonical}.bias")
         found = file.entries[key].shape
@@ -344,13 +431,19 @@ def _add_deltas(
             unmatched.append(key)
         elif bias is None:
             raise AdapterError(
-                f"{file.path}: {printable(key)}: changes a bias, and {module.canonical} has none in this model{_made_for(file, spec)}",
+                f"{file.path}: {printable(key)}: changes a bias, and {module.canonical} has none in this"
+                f" model{_made_for(file, spec)}",
                 "Use an adapter made for this checkpoint's family, or pass --allow-unmatched to leave such biases out.",
             )
         elif math.prod(found) != bias[0]:
-            raise AdapterError(f"{file.path}: {printable(key)}: expected a bias of shape {list(bias)}, found {list(found)}{_made_for(file, spec)}")
+            raise AdapterError(
+                f"{file.path}: {printable(key)}: expected a bias of shape {list(bias)}, found"
+                f" {list(found)}{_made_for(file, spec)}"
+            )
         else:
-            deltas[f"{module.canonical}.bias"] = Delta({"diff" if part == "diff_b" else part: key}, bias, 1.0 if part == "diff_b" else factor)
+            deltas[f"{module.canonical}.bias"] = Delta(
+                {"diff" if part == "diff_b" else part: key}, bias, 1.0 if part == "diff_b" else factor
+            )
 
 
 def _factor(file: TensorFile, module: _Module, rank: int | None, config: PeftConfig | None) -> float:
@@ -369,7 +462,9 @@ def _factor(file: TensorFile, module: _Module, rank: int | None, config: PeftCon
 
 
 def _plain_channels(module: str, spec: UNetSpec) -> int | None:
-    """The input channels of a UNet's first layer in the model without inputs beside the latents, if it is that layer and has more."""
+    """The input channels of a UNet's first layer in the model without inputs beside the latents, if it is that layer
+    and has more.
+    """
     component = component_of(module)
     first = component is not None and component.network == "unet" and module == component.prefix + "input_blocks.0.0"
     return spec.out_channels if first and spec.in_channels > spec.out_channels else None

@@ -1,7 +1,9 @@
-"""The first LoRA format of all (cloneofsimo/lora, 2022), whose keys number the modules: which number is which. Imports no torch.
+"""The first LoRA format of all (cloneofsimo/lora, 2022), whose keys number the modules: which number is which. Imports
+no torch.
 
-Modules are numbered as diffusers 0.10 holds them: down blocks, up blocks, middle block; in each transformer block `attn1`, `ff`, `attn2`. Those
-trained by default are all linear layers of the attentions and the first one of `ff`, and in the text encoder those of the attentions.
+Modules are numbered as diffusers 0.10 holds them: down blocks, up blocks, middle block; in each transformer block
+`attn1`, `ff`, `attn2`. Those trained by default are all linear layers of the attentions and the first one of `ff`, and
+in the text encoder those of the attentions.
 """
 
 from __future__ import annotations
@@ -22,7 +24,9 @@ _PARTS_OF_THE_UNET = ("input_blocks.", "output_blocks.", "middle_block.")
 
 
 def numbered_modules(modules: Collection[str], levels: Levels) -> dict[str, str]:
-    """The format's name of each module it can change, such as `unet:12` or `text_encoder:0`, to the module's canonical name."""
+    """The format's name of each module it can change, such as `unet:12` or `text_encoder:0`, to the module's canonical
+    name.
+    """
 
     def blocks(pattern: str, leaves: tuple[str, ...]) -> Iterator[str]:
         for number in itertools.count():
@@ -32,7 +36,10 @@ def numbered_modules(modules: Collection[str], levels: Levels) -> dict[str, str]
 
     attentions = [ldm for ldm, diffusers in diffusers_prefixes(levels).items() if ".attentions." in diffusers]
     ordered = [name for part in _PARTS_OF_THE_UNET for name in attentions if name.startswith(part)]
-    patterns = {"unet": ([f"{name}transformer_blocks.{{}}." for name in ordered], _BLOCK), "clip": (["text_model.encoder.layers.{}."], _TEXT_LAYER)}
+    patterns = {
+        "unet": ([f"{name}transformer_blocks.{{}}." for name in ordered], _BLOCK),
+        "clip": (["text_model.encoder.layers.{}."], _TEXT_LAYER),
+    }
     names: dict[str, str] = {}
     for component in COMPONENTS:
         below, leaves = patterns.get(component.network, ((), ()))
@@ -42,9 +49,11 @@ def numbered_modules(modules: Collection[str], levels: Levels) -> dict[str, str]
 
 
 def check_numbers(path: Path, found: Collection[str], known: Collection[str], trained: str) -> None:
-    """Check that a file numbers all modules of a component or none: with others among them, a number would mean another module.
+    """Check that a file numbers all modules of a component or none: with others among them, a number would mean another
+    module.
 
-    `found` are the file's names, `known` those of `numbered_modules`; `trained` is what the header says of the modules that were trained.
+    `found` are the file's names, `known` those of `numbered_modules`; `trained` is what the header says of the modules
+    that were trained.
 
     Raises:
         AdapterError: it numbers more, or fewer.
@@ -54,7 +63,8 @@ def check_numbers(path: Path, found: Collection[str], known: Collection[str], tr
         if count != expected[component] or not set(found) <= set(known):
             said = f" (its header: {printable(trained)[:80]})" if trained else ""
             raise AdapterError(
-                f"{path}: a LoRA in the first format of all, whose keys number the modules: {count} of the {component}{said}; expected "
-                f"{expected[component]}, all attention layers of this model",
-                "Which module a number means is known for that set only: use the adapter with the model's family, or convert it with the tool that trained it.",
+                f"{path}: a LoRA in the first format of all, whose keys number the modules: {count} of the"
+                f" {component}{said}; expected {expected[component]}, all attention layers of this model",
+                "Which module a number means is known for that set only: use the adapter with the model's family, or"
+                " convert it with the tool that trained it.",
             )

@@ -1,4 +1,5 @@
-"""The form in which AUTOMATIC1111 shares embeddings: a PNG with a text chunk, `sd-ti-embedding`, of base64 over JSON. Imports no torch.
+"""The form in which AUTOMATIC1111 shares embeddings: a PNG with a text chunk, `sd-ti-embedding`, of base64 over JSON.
+Imports no torch.
 
 The same tool hides the vectors in the picture's pixels too, for pictures that lost their text; those are not read.
 """
@@ -23,7 +24,8 @@ _AGAIN = "Get the embedding again, as .pt or .safetensors if there is one."
 
 
 def read_png_embedding(path: Path, stream: BinaryIO) -> tuple[dict[str, TensorEntry], dict[str, Any], bytes]:
-    """The vectors of a PNG as entries by dotted name, the document around them as a tree with the entries as leaves, and the vectors' bytes, float32.
+    """The vectors of a PNG as entries by dotted name, the document around them as a tree with the entries as leaves,
+    and the vectors' bytes, float32.
 
     Raises:
         InputFileError: the picture holds no embedding as text, or a damaged one.
@@ -40,7 +42,8 @@ def read_png_embedding(path: Path, stream: BinaryIO) -> tuple[dict[str, TensorEn
     if not isinstance(text, str):
         raise InputFileError(
             f"{path}: a picture (PNG) that holds no embedding as text ({TEXT}), expected a model's file",
-            "Give a model, adapter or bundle. An embedding that a picture keeps in its pixels alone is not read: get it as .pt or .safetensors.",
+            "Give a model, adapter or bundle. An embedding that a picture keeps in its pixels alone is not read: get it"
+            " as .pt or .safetensors.",
         )
     where = f"{path}: {TEXT}"
     if len(text) > MAX_TEXT_BYTES:
@@ -58,15 +61,22 @@ def read_png_embedding(path: Path, stream: BinaryIO) -> tuple[dict[str, TensorEn
 
 
 def _read(where: str, value: dict[str, Any], name: str, entries: dict[str, TensorEntry], data: bytearray) -> Any:
-    """A part of the document with each `{"TORCHTENSOR": [...]}` replaced by an entry, whose bytes are added to `data`."""
+    """A part of the document with each `{"TORCHTENSOR": [...]}` replaced by an entry, whose bytes are
+    added to `data`.
+    """
     if value.keys() == {"TORCHTENSOR"}:
         try:
             vectors = np.array(value["TORCHTENSOR"], dtype=np.float64).astype("<f4")
         except (ValueError, TypeError, OverflowError) as error:
-            raise InputFileError(f"{where}: {printable(name)}: expected vectors of numbers: {printable(str(error))[:200]}", _AGAIN) from error
+            raise InputFileError(
+                f"{where}: {printable(name)}: expected vectors of numbers: {printable(str(error))[:200]}", _AGAIN
+            ) from error
         if len(entries) == MAX_TENSORS:
             raise InputFileError(f"{where}: more than {MAX_TENSORS:,} tensors", _AGAIN)
         entries[name] = TensorEntry(name, "F32", vectors.shape, len(data), vectors.nbytes)
         data += vectors.tobytes()
         return entries[name]
-    return {key: _read(where, part, f"{name}.{key}".removeprefix("."), entries, data) if isinstance(part, dict) else part for key, part in value.items()}
+    return {
+        key: _read(where, part, f"{name}.{key}".removeprefix("."), entries, data) if isinstance(part, dict) else part
+        for key, part in value.items()
+    }

@@ -1,7 +1,8 @@
 """What peft and diffusers keep outside the matrices: alpha, and how it scales. Imports no torch.
 
-peft writes `adapter_config.json` beside its file; diffusers writes the same settings into the safetensors header, below the component's name
-(`lora_adapter_metadata`: `{"unet.lora_alpha": 8, ...}`). Source: peft tuners/lora/config.py and layer.py, utils/other.py `get_pattern_key`.
+peft writes `adapter_config.json` beside its file; diffusers writes the same settings into the safetensors header, below
+the component's name (`lora_adapter_metadata`: `{"unet.lora_alpha": 8, ...}`). Source: peft tuners/lora/config.py and
+layer.py, utils/other.py `get_pattern_key`.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ _COMPONENTS = ("unet.", "text_encoder.")
 
 @dataclass(frozen=True)
 class PeftConfig:
-    """Settings by the prefix of the modules they are for ("" for all). `document` is a file of its own; in the header there is none."""
+    """Settings by the prefix of the modules they are for ("" for all). `document` is a file of its own; in the header
+    there is none.
+    """
 
     source: str
     settings: Mapping[str, Mapping[str, Any]]
@@ -42,10 +45,11 @@ class PeftConfig:
         return self._for(module)[0].get("use_dora") is True
 
     def factor(self, module: str, rank: int | None) -> float | None:
-        """What multiplies the change of a module, given by its name below `base_model.model.`: alpha / r, or alpha / sqrt(r) for rank-stabilised LoRA.
+        """What multiplies the change of a module, given by its name below `base_model.model.`: alpha / r, or alpha /
+        sqrt(r) for rank-stabilised LoRA.
 
-        `rank` is that of the matrices, None where they have none (a LoKr of two whole matrices, which peft scales all the same). Returns None if
-        the settings do not say.
+        `rank` is that of the matrices, None where they have none (a LoKr of two whole matrices, which peft scales all
+        the same). Returns None if the settings do not say.
 
         Raises:
             AdapterError: alpha or r is no such number, a pattern is not a plain name, or r contradicts the matrices.
@@ -60,16 +64,27 @@ class PeftConfig:
         if stated is None:
             stated = settings.get("r")
         for key, value in (("alpha", alpha), ("r", stated)):
-            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or (key == "r" and (value < 1 or value != int(value))):
-                raise AdapterError(f"{self.source}: {key}: expected a {'whole number above 0' if key == 'r' else 'finite number'}, found {value!r:.80}")
+            if (
+                isinstance(value, bool)
+                or not isinstance(value, int | float)
+                or not math.isfinite(value)
+                or (key == "r" and (value < 1 or value != int(value)))
+            ):
+                raise AdapterError(
+                    f"{self.source}: {key}: expected a {'whole number above 0' if key == 'r' else 'finite number'},"
+                    f" found {value!r:.80}"
+                )
         if rank is not None and stated != rank:
             raise AdapterError(
-                f"{self.source}: r: {stated}, but {printable(module)} has rank {rank}", "Its settings belong to another adapter; get the two files together."
+                f"{self.source}: r: {stated}, but {printable(module)} has rank {rank}",
+                "Its settings belong to another adapter; get the two files together.",
             )
         return float(alpha) / (math.sqrt(stated) if settings.get("use_rslora") is True else stated)
 
     def _matched(self, settings: Mapping[str, Any], pattern: str, module: str) -> Any:
-        """The value of the first entry that names the module, as peft matches them: the end of its path, or with `^` the whole."""
+        """The value of the first entry that names the module, as peft matches them: the end of its path, or with `^`
+        the whole.
+        """
         entries = settings.get(pattern) or {}
         if not isinstance(entries, dict):
             raise AdapterError(f"{self.source}: {pattern}: expected an object, found {entries!r:.80}")
@@ -77,7 +92,8 @@ class PeftConfig:
             plain = key.removeprefix("^").removesuffix("$").replace("\\.", ".")
             if not re.fullmatch(r"[\w.]+", plain):
                 raise AdapterError(
-                    f"{self.source}: {pattern}: {printable(key)}: expected a module's name, found a regular expression", "Write full names there."
+                    f"{self.source}: {pattern}: {printable(key)}: expected a module's name, found a regular expression",
+                    "Write full names there.",
                 )
             if module == plain or (not key.startswith("^") and module.endswith("." + plain)):
                 return value
@@ -131,11 +147,14 @@ def _parse(source: str, data: bytes) -> dict[str, Any]:
 def _check_kind(source: str, settings: Mapping[str, Any]) -> None:
     kind = settings.get("peft_type", "LORA")
     if kind not in _FUSED_TYPES:
-        raise AdapterError(f"{source}: peft_type {kind!r:.80}: not supported", f"sdrt fuses {', '.join(_FUSED_TYPES)} of peft.")
+        raise AdapterError(
+            f"{source}: peft_type {kind!r:.80}: not supported", f"sdrt fuses {', '.join(_FUSED_TYPES)} of peft."
+        )
     start = settings.get("init_lora_weights")
     if isinstance(start, str) and start.lower().startswith(_CHANGES_THE_BASE):
         raise AdapterError(
-            f"{source}: init_lora_weights {start!r:.80}: the adapter was trained on weights that this start changed, and fits no others",
+            f"{source}: init_lora_weights {start!r:.80}: the adapter was trained on weights that this start changed,"
+            " and fits no others",
             "Save it from peft with path_initial_model_for_weight_conversion, which makes a plain LoRA of it.",
         )
     for option in ("use_qalora", "layer_replication"):

@@ -1,7 +1,8 @@
-"""How the LoRA family spells its keys: each key as the module it belongs to and the part of the change it is. Imports no torch.
+"""How the LoRA family spells its keys: each key as the module it belongs to and the part of the change it is. Imports
+no torch.
 
-Sources: kohya-ss networks/lora.py, LyCORIS modules/*.py (`weight_list` of each), diffusers utils/state_dict_utils.py, peft `get_peft_model_state_dict`.
-A part is named as LyCORIS names it, whatever the file's spelling.
+Sources: kohya-ss networks/lora.py, LyCORIS modules/*.py (`weight_list` of each), diffusers utils/state_dict_utils.py,
+peft `get_peft_model_state_dict`. A part is named as LyCORIS names it, whatever the file's spelling.
 """
 
 from __future__ import annotations
@@ -19,19 +20,54 @@ MAGNITUDE = "lora_magnitude_vector"
 UP_BIAS = "lora_B.bias"
 
 _OWN_NAMES = (
-    DOWN, UP, MID, "alpha", "dora_scale", "diff", "diff_b", "w_norm", "b_norm", "bias_indices", "bias_values", "bias_size",
-    "hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2",
-    "lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t1", "lokr_t2",
-)  # fmt: skip
+    DOWN,
+    UP,
+    MID,
+    "alpha",
+    "dora_scale",
+    "diff",
+    "diff_b",
+    "w_norm",
+    "b_norm",
+    "bias_indices",
+    "bias_values",
+    "bias_size",
+    "hada_w1_a",
+    "hada_w1_b",
+    "hada_w2_a",
+    "hada_w2_b",
+    "hada_t1",
+    "hada_t2",
+    "lokr_w1",
+    "lokr_w1_a",
+    "lokr_w1_b",
+    "lokr_w2",
+    "lokr_w2_a",
+    "lokr_w2_b",
+    "lokr_t1",
+    "lokr_t2",
+)
 _PARTS = {f".{part}": part for part in _OWN_NAMES} | {
-    ".lora_A.weight": DOWN, ".lora_B.weight": UP, ".lora_B.bias": UP_BIAS,
-    ".lora_embedding_A": "lora_embedding_A", ".lora_embedding_B": "lora_embedding_B",
-    ".lora_magnitude_vector": MAGNITUDE, ".lora_magnitude_vector.weight": MAGNITUDE,
-    ".lora.down.weight": DOWN, ".lora.up.weight": UP, "_lora.down.weight": DOWN, "_lora.up.weight": UP,
-    ".lora_layer.down.weight": DOWN, ".lora_layer.up.weight": UP, ".lora_linear_layer.down.weight": DOWN, ".lora_linear_layer.up.weight": UP,
-}  # fmt: skip
+    ".lora_A.weight": DOWN,
+    ".lora_B.weight": UP,
+    ".lora_B.bias": UP_BIAS,
+    ".lora_embedding_A": "lora_embedding_A",
+    ".lora_embedding_B": "lora_embedding_B",
+    ".lora_magnitude_vector": MAGNITUDE,
+    ".lora_magnitude_vector.weight": MAGNITUDE,
+    ".lora.down.weight": DOWN,
+    ".lora.up.weight": UP,
+    "_lora.down.weight": DOWN,
+    "_lora.up.weight": UP,
+    ".lora_layer.down.weight": DOWN,
+    ".lora_layer.up.weight": UP,
+    ".lora_linear_layer.down.weight": DOWN,
+    ".lora_linear_layer.up.weight": UP,
+}
 _KEY = re.compile("(.+?)(" + "|".join(re.escape(suffix) for suffix in _PARTS) + ")", re.DOTALL)
-_ADAPTER_NAME = re.compile(r"(\.lora_(?:A|B|magnitude_vector|embedding_A|embedding_B))\.(?!(?:weight|bias)$)[^.]+(\.weight|\.bias|)", re.DOTALL)
+_ADAPTER_NAME = re.compile(
+    r"(\.lora_(?:A|B|magnitude_vector|embedding_A|embedding_B))\.(?!(?:weight|bias)$)[^.]+(\.weight|\.bias|)", re.DOTALL
+)
 """peft's state dictionaries name the adapter ("default", "default_0", ...) within each key; its files do not."""
 _BASE_MODEL = re.compile(r"(unet\.|text_encoder\.|)base_model\.model\.")
 _BUNDLED = re.compile(r"bundle_emb\.(.+?)\.(string_to_param\..+|[^.]+)", re.DOTALL)
@@ -62,7 +98,9 @@ def split(key: str) -> tuple[str, str] | None:
 
 
 def below_base_model(key: str) -> str:
-    """A key without peft's `base_model.model.`, at its start or below a component's name; the key itself where there is none."""
+    """A key without peft's `base_model.model.`, at its start or below a component's name; the key itself where there is
+    none.
+    """
     match = _BASE_MODEL.match(key)
     return match[1] + key[match.end() :] if match else key
 
@@ -82,7 +120,8 @@ def is_numbered(key: str) -> bool:
 
 
 def numbered_list(shapes: Shapes) -> dict[str, str]:
-    """The first LoRA format as torch saved it, a bare list of the matrices up and down in turn: each key to its numbered name. Empty for any other file.
+    """The first LoRA format as torch saved it, a bare list of the matrices up and down in turn: each key to its
+    numbered name. Empty for any other file.
 
     All layers of a text encoder's attentions are one width in and out, which no UNet's are.
     """
@@ -113,7 +152,9 @@ def refused_kind(shapes: Shapes) -> tuple[str, str] | None:
 
 
 def family(shapes: Shapes) -> str:
-    """The model family an adapter was made for, told by its names or by the widths it attends to; empty if they do not tell."""
+    """The model family an adapter was made for, told by its names or by the widths it attends to; empty if they do not
+    tell.
+    """
     modules: dict[str, dict[str, tuple[int, ...]]] = {}
     for key, shape in shapes.items():
         if parsed := split(below_base_model(key)):
@@ -121,12 +162,19 @@ def family(shapes: Shapes) -> str:
     for prefix, name in ADAPTERS.items():
         if any(module.startswith(prefix) for module in modules):
             return name
-    context, text = ("attn2_to_k", "attn2.to_k", "attn2.processor.to_k"), ("self_attn_q_proj", "self_attn.q_proj", "self_attn.to_q")
+    context, text = (
+        ("attn2_to_k", "attn2.to_k", "attn2.processor.to_k"),
+        ("self_attn_q_proj", "self_attn.q_proj", "self_attn.to_q"),
+    )
     found = ""
     for endings, table in ((context, CONTEXTS), (text, TEXTS)):
         widths = (_inputs(parts) for module, parts in modules.items() if module.endswith(endings))
         found = found or next((table[width] for width in widths if width in table), "")
-    nine = any(_inputs(parts) == 9 for module, parts in modules.items() if module.endswith(("conv_in", "input_blocks_0_0", "input_blocks.0.0")))
+    nine = any(
+        _inputs(parts) == 9
+        for module, parts in modules.items()
+        if module.endswith(("conv_in", "input_blocks_0_0", "input_blocks.0.0"))
+    )
     return f"{found or 'a model'} for inpainting" if nine else found
 
 
@@ -140,12 +188,17 @@ def _inputs(parts: Shapes) -> int:
     for part in (DOWN, "hada_w1_b", "diff"):
         if len(parts.get(part, ())) >= 2:
             return parts[part][1]
-    small, large = (next((parts[p] for p in (f"lokr_{w}", f"lokr_{w}_b") if len(parts.get(p, ())) >= 2), (0, 0)) for w in ("w1", "w2"))
+    small, large = (
+        next((parts[p] for p in (f"lokr_{w}", f"lokr_{w}_b") if len(parts.get(p, ())) >= 2), (0, 0))
+        for w in ("w1", "w2")
+    )
     return small[1] * large[1]
 
 
 def kinds(shapes: Shapes) -> dict[str, int]:
-    """How many modules of an adapter are of each kind, most common first: "LoRA", "LoHa", "LoKr", "full difference", "norm", and "DoRA" before them."""
+    """How many modules of an adapter are of each kind, most common first: "LoRA", "LoHa", "LoKr", "full difference",
+    "norm", and "DoRA" before them.
+    """
     modules: dict[str, set[str]] = {}
     for key in shapes:
         if parsed := split(key):
@@ -158,9 +211,13 @@ def kinds(shapes: Shapes) -> dict[str, int]:
 
 
 _SIGNS = {
-    "LoCon with mid": {MID}, "LoRA": {DOWN, UP, "lora_embedding_A"}, "LoHa": {"hada_w1_a", "hada_w1_b"},
-    "LoKr": {"lokr_w1", "lokr_w1_a", "lokr_w2", "lokr_w2_a"}, "full difference": {"diff", "diff_b"}, "norm": {"w_norm", "b_norm"},
-}  # fmt: skip
+    "LoCon with mid": {MID},
+    "LoRA": {DOWN, UP, "lora_embedding_A"},
+    "LoHa": {"hada_w1_a", "hada_w1_b"},
+    "LoKr": {"lokr_w1", "lokr_w1_a", "lokr_w2", "lokr_w2_a"},
+    "full difference": {"diff", "diff_b"},
+    "norm": {"w_norm", "b_norm"},
+}
 
 
 def ranks(shapes: Shapes) -> dict[int, int]:

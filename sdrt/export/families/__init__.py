@@ -1,1 +1,3 @@
-"""Families of models: everything that differs between them, in one frozen value each. No other package asks which family a model is of."""
+"""Families of models: everything that differs between them, in one frozen value each. No other package asks which
+family a model is of.
+"""

@@ -1,7 +1,8 @@
-"""Every spelling of a checkpoint's tensor names, and the canonical one: LDM names for UNet and VAE, Hugging Face's CLIP names for the text encoder.
+"""Every spelling of a checkpoint's tensor names, and the canonical one: LDM names for UNet and VAE, Hugging Face's CLIP
+names for the text encoder.
 
-Three things differ between tools: the prefix of a component (the family says which), the names below it (LDM's or diffusers'), and a few
-leaves (the VAE's attention has three spellings). Imports no torch.
+Three things differ between tools: the prefix of a component (the family says which), the names below it (LDM's or
+diffusers'), and a few leaves (the VAE's attention has three spellings). Imports no torch.
 """
 
 from __future__ import annotations
@@ -19,11 +20,21 @@ from sdrt.export.families.table import COMPONENTS, component_of
 
 EMA = "model_ema."
 MIN_EMA_KEYS = 100
-"""A checkpoint has EMA weights if more than this many names start with `model_ema.`; pruned files keep a few counters of theirs."""
+"""A checkpoint has EMA weights if more than this many names start with `model_ema.`; pruned files keep a few counters
+of theirs.
+"""
 
 _VAE_ATTENTION = {
-    "query": "q", "key": "k", "value": "v", "proj_attn": "proj_out", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out", "group_norm": "norm",
-}  # fmt: skip
+    "query": "q",
+    "key": "k",
+    "value": "v",
+    "proj_attn": "proj_out",
+    "to_q": "q",
+    "to_k": "k",
+    "to_v": "v",
+    "to_out.0": "proj_out",
+    "group_norm": "norm",
+}
 _NUMBER = r"([0-9]{1,4})"
 
 
@@ -34,7 +45,8 @@ class _Levels:
 
 
 def canonical_names(path: Path, shapes: Shapes) -> dict[str, str]:
-    """Each name of a file to its canonical name; names of no known component stay as they are, and so do those of adapters.
+    """Each name of a file to its canonical name; names of no known component stay as they are, and so do those of
+    adapters.
 
     Raises:
         CheckpointError: a forged number of blocks.
@@ -50,7 +62,9 @@ def canonical_names(path: Path, shapes: Shapes) -> dict[str, str]:
 
 
 def ema_name(name: str) -> str:
-    """The name of a UNet weight's exponential moving average: `model.diffusion_model.a.b` is `model_ema.diffusion_modelab` (LitEma in CompVis' LDM)."""
+    """The name of a UNet weight's exponential moving average: `model.diffusion_model.a.b` is
+    `model_ema.diffusion_modelab` (LitEma in CompVis' LDM).
+    """
     return EMA + name.partition(".")[2].replace(".", "")
 
 
@@ -62,12 +76,18 @@ def has_ema(names: Iterable[str]) -> bool:
 def is_vae_attention(name: str) -> bool:
     """Whether a canonical name is a weight that some tools store as a matrix and LDM as a 1x1 convolution."""
     component = component_of(name)
-    return component is not None and component.network == "vae" and re.search(r"\.mid\.attn_1\.(q|k|v|proj_out)\.weight$", name) is not None
+    return (
+        component is not None
+        and component.network == "vae"
+        and re.search(r"\.mid\.attn_1\.(q|k|v|proj_out)\.weight$", name) is not None
+    )
 
 
 def _below(shapes: Shapes, component: Component) -> dict[str, str]:
     """Names of a component to what follows its prefix. Bare names count only where none has a prefix."""
-    below = {name: name.removeprefix(prefix) for prefix in component.prefixes for name in shapes if name.startswith(prefix)}
+    below = {
+        name: name.removeprefix(prefix) for prefix in component.prefixes for name in shapes if name.startswith(prefix)
+    }
     if below or not any(name in shapes for name in component.needed):
         return below
     return {name: name for name in shapes if name.startswith(component.bare)}
@@ -81,7 +101,10 @@ def _ldm_unet(path: Path, shapes: Shapes) -> dict[str, str]:
     table = diffusers_prefixes(
         _Levels(
             tuple(block_count(path, shapes, f"down_blocks.{level}.resnets.{{}}.") for level in levels),
-            tuple(block_count(path, shapes, f"down_blocks.{level}.attentions.0.transformer_blocks.{{}}.") for level in levels),
+            tuple(
+                block_count(path, shapes, f"down_blocks.{level}.attentions.0.transformer_blocks.{{}}.")
+                for level in levels
+            ),
         )
     )
     modules = {diffusers + ".": ldm + "." for ldm, diffusers in OUTER.items()}

@@ -13,9 +13,10 @@ Shapes = Mapping[str, tuple[int, ...]]
 class Component:
     """One network of a model, and how files spell it.
 
-    `name` is what reports call it, and the folder that diffusers saves it in; `title` is what messages call it. `network` says which of sdrt's
-    networks it is. Canonical names of its tensors begin with `prefix`; checkpoints begin them with any of `prefixes`. Where no name has one of
-    these, a file holds the bare network if one of `needed` is there; its tensors are then the names that begin with one of `bare`.
+    `name` is what reports call it, and the folder that diffusers saves it in; `title` is what messages call it.
+    `network` says which of sdrt's networks it is. Canonical names of its tensors begin with `prefix`; checkpoints begin
+    them with any of `prefixes`. Where no name has one of these, a file holds the bare network if one of `needed` is
+    there; its tensors are then the names that begin with one of `bare`.
     """
 
     name: str
@@ -34,14 +35,17 @@ class Component:
     ignored: tuple[str, ...] = ()
     """How the names below the prefix begin that change nothing."""
     rows: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """Ends of stored names to the ends of the model's names that stand for equal parts of the rows, first rows first."""
+    """Ends of stored names to the ends of the model's names that stand for equal parts of the rows, first rows first.
+    """
     transposed: tuple[str, ...] = ()
     """Ends of the model's names whose matrices are stored transposed."""
 
 
 @dataclass(frozen=True)
 class Sign:
-    """Shows of what kind a file is: a name that begins with one of `starts`, or the name `holds`, which has the shape `shape` if one is given."""
+    """Shows of what kind a file is: a name that begins with one of `starts`, or the name `holds`, which has the shape
+    `shape` if one is given.
+    """
 
     kind: str
     starts: tuple[str, ...] = ()
@@ -58,8 +62,9 @@ class Sign:
 class Family:
     """A family that sdrt builds.
 
-    `name` is what manifests say, `title` what messages say, `builds` names all of the family that is built. `kinds` are the words for a whole checkpoint, by
-    the number of the UNet's input channels. Contexts and token vectors of `context_width` and `token_width` show that an adapter is for this family.
+    `name` is what manifests say, `title` what messages say, `builds` names all of the family that is built. `kinds` are
+    the words for a whole checkpoint, by the number of the UNet's input channels. Contexts and token vectors of
+    `context_width` and `token_width` show that an adapter is for this family.
     """
 
     name: str
@@ -87,7 +92,9 @@ class Family:
     pipelines: tuple[str, ...]
     """Classes of diffusers whose models are built."""
     settings: Mapping[str, Mapping[str, tuple[Any, ...]]]
-    """Values that settings of diffusers' JSON files may have, by file and name; the rest is the same for all families (`diffusers_config`)."""
+    """Values that settings of diffusers' JSON files may have, by file and name; the rest is the same for all families
+    (`diffusers_config`).
+    """
     schedulers: tuple[str, ...]
     """Classes of schedulers that the family's own folders name, with timesteps spaced "leading"."""
 
@@ -109,7 +116,9 @@ class Family:
 
 @dataclass(frozen=True)
 class OtherFamily:
-    """A family that sdrt only knows by name, to say of what family a file is. Widths are those of contexts and of token vectors, with words for each."""
+    """A family that sdrt only knows by name, to say of what family a file is. Widths are those of contexts and of token
+    vectors, with words for each.
+    """
 
     title: str
     signs: tuple[Sign, ...] = ()

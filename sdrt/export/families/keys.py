@@ -19,7 +19,9 @@ OUTER = {
 
 
 class Levels(Protocol):
-    """As much of a `UNetSpec` as its blocks' names depend on: residual blocks and transformer depth of each level, finest first."""
+    """As much of a `UNetSpec` as its blocks' names depend on: residual blocks and transformer depth of each level,
+    finest first.
+    """
 
     @property
     def res_blocks(self) -> tuple[int, ...]: ...
@@ -28,7 +30,9 @@ class Levels(Protocol):
 
 
 def diffusers_prefixes(spec: Levels) -> dict[str, str]:
-    """LDM prefixes of the UNet's blocks to diffusers', both with a trailing dot, e.g. `input_blocks.1.0.` to `down_blocks.0.resnets.0.`."""
+    """LDM prefixes of the UNet's blocks to diffusers', both with a trailing dot, e.g. `input_blocks.1.0.` to
+    `down_blocks.0.resnets.0.`.
+    """
     table: dict[str, str] = {}
     index = 1
     for level, blocks in enumerate(spec.res_blocks):
@@ -39,7 +43,11 @@ def diffusers_prefixes(spec: Levels) -> dict[str, str]:
         if level + 1 < len(spec.res_blocks):
             table[f"input_blocks.{index}.0.op."] = f"down_blocks.{level}.downsamplers.0.conv."
             index += 1
-    table |= {"middle_block.0.": "mid_block.resnets.0.", "middle_block.1.": "mid_block.attentions.0.", "middle_block.2.": "mid_block.resnets.1."}
+    table |= {
+        "middle_block.0.": "mid_block.resnets.0.",
+        "middle_block.1.": "mid_block.attentions.0.",
+        "middle_block.2.": "mid_block.resnets.1.",
+    }
     index = 0
     for up, level in enumerate(reversed(range(len(spec.res_blocks)))):
         for i in range(spec.res_blocks[level] + 1):
@@ -47,7 +55,9 @@ def diffusers_prefixes(spec: Levels) -> dict[str, str]:
             if spec.transformer_depth[level]:
                 table[f"output_blocks.{index}.1."] = f"up_blocks.{up}.attentions.{i}."
             if level and i == spec.res_blocks[level]:
-                table[f"output_blocks.{index}.{2 if spec.transformer_depth[level] else 1}.conv."] = f"up_blocks.{up}.upsamplers.0.conv."
+                table[f"output_blocks.{index}.{2 if spec.transformer_depth[level] else 1}.conv."] = (
+                    f"up_blocks.{up}.upsamplers.0.conv."
+                )
             index += 1
     return table
 
@@ -64,11 +74,12 @@ def diffusers_module(module: str, spec: UNetSpec) -> str:
 
 
 def adapter_names(modules: Iterable[str], spec: UNetSpec) -> dict[str, str]:
-    """Every name an adapter may use for a module of this model, in each tool's spelling, to the module's canonical name.
+    """Every name an adapter may use for a module of this model, in each tool's spelling, to the module's canonical
+    name.
 
-    kohya and LyCORIS join the path with underscores below a prefix, in LDM's or diffusers' spelling; peft and diffusers keep the dots. diffusers'
-    first files go through `processor` and call the text encoder's projections as the UNet's. Built from the model's own names, never parsed from
-    the adapter's: an underscore there is ambiguous.
+    kohya and LyCORIS join the path with underscores below a prefix, in LDM's or diffusers' spelling; peft and diffusers
+    keep the dots. diffusers' first files go through `processor` and call the text encoder's projections as the UNet's.
+    Built from the model's own names, never parsed from the adapter's: an underscore there is ambiguous.
     """
     table: dict[str, str] = {}
     for module in modules:
@@ -88,7 +99,9 @@ def adapter_names(modules: Iterable[str], spec: UNetSpec) -> dict[str, str]:
 
 
 def _old_attention(name: str) -> list[str]:
-    """What diffusers before 0.22 called an attention projection of the UNet: `attn1.processor.to_q` + `_lora`, and `to_out` for `to_out.0`."""
+    """What diffusers before 0.22 called an attention projection of the UNet: `attn1.processor.to_q` + `_lora`, and
+    `to_out` for `to_out.0`.
+    """
     block, dot, projection = name.partition(".to_")
     if not dot or not block.endswith((".attn1", ".attn2")):
         return []
@@ -97,6 +110,8 @@ def _old_attention(name: str) -> list[str]:
 
 
 def _old_text(name: str) -> list[str]:
-    """What diffusers before 0.18 called a projection of the text encoder: `self_attn.to_q` + `_lora` for `self_attn.q_proj`."""
+    """What diffusers before 0.18 called a projection of the text encoder: `self_attn.to_q` + `_lora` for
+    `self_attn.q_proj`.
+    """
     block, dot, projection = name.rpartition(".self_attn.")
     return [f"{block}.self_attn.to_{projection.removesuffix('_proj')}"] if dot else []

@@ -11,7 +11,11 @@ OTHERS = (
         "Flux",
         (Sign("a Flux model", ("model.diffusion_model.double_blocks.", "double_blocks.")),),
         adapters=(
-            "lora_unet_double_blocks", "lora_unet_single_blocks", "transformer.single_transformer_blocks.", "double_blocks.", "diffusion_model.double_blocks.",
+            "lora_unet_double_blocks",
+            "lora_unet_single_blocks",
+            "transformer.single_transformer_blocks.",
+            "double_blocks.",
+            "diffusion_model.double_blocks.",
             "lycoris_single_transformer_blocks",
         ),
     ),
@@ -20,7 +24,9 @@ OTHERS = (
         (Sign("an SD3 model", ("model.diffusion_model.joint_blocks.", "joint_blocks.")),),
         adapters=("lora_te3_", "lora_unet_joint_blocks", "joint_blocks.", "diffusion_model.joint_blocks."),
     ),
-    OtherFamily("SD3 or Flux", adapters=("lora_transformer_", "transformer.transformer_blocks.", "lycoris_transformer_blocks")),
+    OtherFamily(
+        "SD3 or Flux", adapters=("lora_transformer_", "transformer.transformer_blocks.", "lycoris_transformer_blocks")
+    ),
     OtherFamily(
         "SDXL",
         (Sign("an SDXL model", holds="conditioner.embedders.1.model.ln_final.weight"),),
@@ -41,5 +47,5 @@ OTHERS = (
         contexts={1024: "an SD2 UNet without its text encoder"},
         tokens={1024: "Stable Diffusion 2.x"},
     ),
-)  # fmt: skip
+)
 """In the order in which files are compared with them."""

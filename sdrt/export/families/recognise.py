@@ -1,4 +1,6 @@
-"""What a file is, told by the names and shapes of its tensors: a checkpoint of some family, a part of one, or an adapter. Imports no torch."""
+"""What a file is, told by the names and shapes of its tensors: a checkpoint of some family, a part of one, or an
+adapter. Imports no torch.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ UNET_ALONE = "a Stable Diffusion UNet without its text encoder"
 HYPERNETWORK_KEY = re.compile(r"(\d{1,6})\.([01])\.(linear\d?\..+)")
 """Width, 0 for keys or 1 for values, and the layer's own name."""
 _MAX_TOKENS, _NARROWEST = 16, 64
-"""Embeddings that one file may hold before it is another kind of file, and their least width: text encoders are multiples of 64 wide."""
+"""Embeddings that one file may hold before it is another kind of file, and their least width: text encoders are
+multiples of 64 wide.
+"""
 _CHANNELS = {7: "an x4 upscaler", 8: "an instruct-pix2pix model"}
 """What a UNet of so many input channels is, in any family."""
 
@@ -29,7 +33,9 @@ _CONTROL = (
 
 
 def describe(names: Shapes) -> str:
-    """What a set of tensor names is, in words: a family sdrt builds, one it does not build yet, or another kind of file."""
+    """What a set of tensor names is, in words: a family sdrt builds, one it does not build yet, or another kind of
+    file.
+    """
     return (
         _adapter(names)
         or next((sign.kind for other in OTHERS for sign in other.signs if sign(names)), "")
@@ -54,10 +60,14 @@ def _adapter(names: Shapes) -> str:
 
 
 def _are_embeddings(names: Shapes) -> bool:
-    """AUTOMATIC1111's and SDXL's names, or a few tensors of vectors under names that are no layer's: tokens, as diffusers saves them."""
+    """AUTOMATIC1111's and SDXL's names, or a few tensors of vectors under names that are no layer's: tokens, as
+    diffusers saves them.
+    """
     if any(name.startswith("string_to_param.") for name in names) or names.keys() <= {"emb_params", "clip_l", "clip_g"}:
         return True
-    return len(names) <= _MAX_TOKENS and all(len(s) in (1, 2) and s[-1] >= _NARROWEST and not n.endswith((".weight", ".bias")) for n, s in names.items())
+    return len(names) <= _MAX_TOKENS and all(
+        len(s) in (1, 2) and s[-1] >= _NARROWEST and not n.endswith((".weight", ".bias")) for n, s in names.items()
+    )
 
 
 def _control(names: Shapes) -> str:
@@ -82,7 +92,9 @@ def _checkpoint(names: Shapes) -> str:
             return _CHANNELS.get(channels, f"a UNet of {channels} input channels")
         if _has(names, family.text_encoder.prefix):
             return family.kinds[channels]
-        width = next((s[-1] for n, s in names.items() if n.startswith(unet) and n.endswith("attn2.to_k.weight") and s), 0)
+        width = next(
+            (s[-1] for n, s in names.items() if n.startswith(unet) and n.endswith("attn2.to_k.weight") and s), 0
+        )
         return next((other.contexts[width] for other in OTHERS if width in other.contexts), UNET_ALONE)
     for component in COMPONENTS:
         if component.network == "vae" and _has(names, component.prefix, "decoder.up.", "encoder.down."):

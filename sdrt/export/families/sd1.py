@@ -14,12 +14,24 @@ _UNET = Component(
     prefixes=(UNET, "diffusion_model.", "unet."),
     needed=("input_blocks.0.0.weight", "conv_in.weight"),
     bare=(
-        "input_blocks.", "middle_block.", "output_blocks.", "time_embed.", "out.", "label_emb.", "down_blocks.", "mid_block.", "up_blocks.", "conv_in.", "conv_out.",
-        "conv_norm_out.", "time_embedding.", "add_embedding.",
+        "input_blocks.",
+        "middle_block.",
+        "output_blocks.",
+        "time_embed.",
+        "out.",
+        "label_emb.",
+        "down_blocks.",
+        "mid_block.",
+        "up_blocks.",
+        "conv_in.",
+        "conv_out.",
+        "conv_norm_out.",
+        "time_embedding.",
+        "add_embedding.",
     ),
     adapters_flat=("lora_unet_", "lycoris_", "lycoris_unet_"),
     adapters_dotted=("", "unet.", "diffusion_model.", UNET),
-)  # fmt: skip
+)
 _VAE = Component(
     name="vae",
     title="VAE",
@@ -27,7 +39,15 @@ _VAE = Component(
     prefix=VAE,
     prefixes=(VAE, "vae."),
     needed=("decoder.conv_in.weight",),
-    bare=("decoder.", "encoder.conv_", "encoder.down", "encoder.mid", "encoder.norm_out.", "quant_conv.", "post_quant_conv."),
+    bare=(
+        "decoder.",
+        "encoder.conv_",
+        "encoder.down",
+        "encoder.mid",
+        "encoder.norm_out.",
+        "quant_conv.",
+        "post_quant_conv.",
+    ),
     ignored=("loss.", "model_ema."),
 )
 _TEXT_ENCODER = Component(
@@ -65,12 +85,20 @@ SD1 = Family(
         "label_emb.": "a UNet that is told a class or a size",
     },
     pipelines=(
-        "StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline", "LatentConsistencyModelPipeline",
+        "StableDiffusionPipeline",
+        "StableDiffusionImg2ImgPipeline",
+        "StableDiffusionInpaintPipeline",
+        "LatentConsistencyModelPipeline",
         "LatentConsistencyModelImg2ImgPipeline",
     ),
     settings={
         "text_encoder/config.json": {"hidden_act": ("quick_gelu",)},
-        "scheduler/scheduler_config.json": {"beta_schedule": ("scaled_linear",), "beta_start": (0.00085,), "beta_end": (0.012,), "num_train_timesteps": (1000,)},
+        "scheduler/scheduler_config.json": {
+            "beta_schedule": ("scaled_linear",),
+            "beta_start": (0.00085,),
+            "beta_end": (0.012,),
+            "num_train_timesteps": (1000,),
+        },
     },
     schedulers=("PNDMScheduler", "DDIMScheduler"),
-)  # fmt: skip
+)

@@ -9,17 +9,31 @@ from sdrt.export.families.sd1 import SD1
 FAMILIES: tuple[Family, ...] = (SD1,)
 BUILDS = f"This version of sdrt builds {', '.join(family.builds for family in FAMILIES)}."
 COMPONENTS: tuple[Component, ...] = tuple(component for family in FAMILIES for component in family.components)
-CONTEXTS = {family.context_width: family.title for family in FAMILIES} | {width: other.title for other in OTHERS for width in other.contexts}
+CONTEXTS = {family.context_width: family.title for family in FAMILIES} | {
+    width: other.title for other in OTHERS for width in other.contexts
+}
 """Whose text contexts are that wide."""
-TOKENS = {family.token_width: family.title for family in FAMILIES} | {width: words for other in OTHERS for width, words in other.tokens.items()}
+TOKENS = {family.token_width: family.title for family in FAMILIES} | {
+    width: words for other in OTHERS for width, words in other.tokens.items()
+}
 """Whose token vectors are that wide."""
-TEXTS = {family.token_width: family.title for family in FAMILIES} | {width: other.title for other in OTHERS for width in other.tokens}
+TEXTS = {family.token_width: family.title for family in FAMILIES} | {
+    width: other.title for other in OTHERS for width in other.tokens
+}
 """Whose text encoders are that wide."""
 ADAPTERS = {start: other.title for other in OTHERS for start in other.adapters}
 """How the modules of other families' LoRAs begin."""
 TEXT_MODULES = (
-    "lora_te", "lycoris_te", "lycoris_text", "lycoris_encoder_layers", "text_encoder", "text_model.", "encoder.layers.", "cond_stage_model.", "conditioner.",
-)  # fmt: skip
+    "lora_te",
+    "lycoris_te",
+    "lycoris_text",
+    "lycoris_encoder_layers",
+    "text_encoder",
+    "text_model.",
+    "encoder.layers.",
+    "cond_stage_model.",
+    "conditioner.",
+)
 """How the modules of text encoders begin in any family's LoRAs."""
 EMBEDDINGS = {name: other.title for other in OTHERS for name in other.embeddings}
 """Tensors that only other families' embeddings hold."""

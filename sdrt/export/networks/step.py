@@ -1,13 +1,15 @@
 """The denoising step as a linear machine around the UNet: one graph that every sampler drives with rows of numbers.
 
-Each picture n of a call has its own row of the tables, registers r, denoised estimate D, and E, a second combination of the branches' outputs:
+Each picture n of a call has its own row of the tables, registers r, denoised estimate D, and E, a second combination of
+the branches' outputs:
 
     input = sum_j a_j r_j                        out = sum_g w_g UNet(input, timestep, context_g)
     D     = sum_j u_j r_j + q out                D  += k mask (init - D)
     E     = sum_g v_g UNet(input, timestep, context_g)
     r'    = M [r_0 .. r_(R-1), D, E, noise]      r'_0 += (1 - k) mask (b init + c init_noise - r'_0)
 
-so sampler, schedule, guidance scale and seed are data, and pictures that differ in all of them share a call. docs/architecture.md derives it.
+so sampler, schedule, guidance scale and seed are data, and pictures that differ in all of them share a call.
+docs/architecture.md derives it.
 """
 
 from __future__ import annotations
@@ -63,11 +65,13 @@ class Step(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Run row `row[n]` of the tables once for each picture n.
 
-        Shapes are in `sdrt.bundle.graphs`; `inpaint` holds (k, b, c), `mask` 1 where the image is kept, `next` the row after each row.
-        What inpainting models see beside the latents, `concat`, is not scaled as the latents are.
+        Shapes are in `sdrt.bundle.graphs`; `inpaint` holds (k, b, c), `mask` 1 where the image is kept, `next` the row
+        after each row. What inpainting models see beside the latents, `concat`, is not scaled as the latents are.
         Returns the next registers, the next rows and the denoised estimates `[N, C, h, w]`.
         """
-        next, timestep, a, w, v, u, q, M, inpaint, noise = (x.index_select(0, row) for x in (next, timestep, a, w, v, u, q, M, inpaint, noise))
+        next, timestep, a, w, v, u, q, M, inpaint, noise = (
+            x.index_select(0, row) for x in (next, timestep, a, w, v, u, q, M, inpaint, noise)
+        )
         latents, unet, branches = _combine(a, registers), self.model.diffusion_model, w.shape[1]
         contexts = context.flatten(0, 1)
         if concat is None:

@@ -1,7 +1,9 @@
-"""The denoising UNet of the Stable Diffusion 1.x / 2.x topology, as a plain module whose parameter names are the checkpoint's.
+"""The denoising UNet of the Stable Diffusion 1.x / 2.x topology, as a plain module whose parameter names are the
+checkpoint's.
 
-Owns the network, its sizes, and the hypernetworks that change what its attention sees, nothing else. Parameter names follow the LDM
-single-file layout below `model.diffusion_model.` (Rombach et al. 2022, "High-Resolution Image Synthesis with Latent Diffusion Models").
+Owns the network, its sizes, and the hypernetworks that change what its attention sees, nothing else. Parameter names
+follow the LDM single-file layout below `model.diffusion_model.` (Rombach et al. 2022, "High-Resolution Image Synthesis
+with Latent Diffusion Models").
 """
 
 from __future__ import annotations
@@ -20,7 +22,9 @@ from sdrt.export.networks.attention import attention
 
 
 def timestep_embedding(timestep: Tensor, width: int) -> Tensor:
-    """Sinusoids of a float32 timestep `[B]` as `[B, width]`, cosines first (LDM's order); always float32, since 961.733 is 961.5 in float16."""
+    """Sinusoids of a float32 timestep `[B]` as `[B, width]`, cosines first (LDM's order); always float32, since 961.733
+    is 961.5 in float16.
+    """
     half = width // 2
     frequencies = torch.exp(torch.arange(half, dtype=torch.float32) * (-math.log(10000.0) / half))
     angles = timestep.float()[:, None] * frequencies[None, :]
@@ -28,7 +32,9 @@ def timestep_embedding(timestep: Tensor, width: int) -> Tensor:
 
 
 class Residual(nn.Module):
-    """One network of a hypernetwork: x + scale * layers(x). The scale is a weight, so that another one needs no other trace."""
+    """One network of a hypernetwork: x + scale * layers(x). The scale is a weight, so that another one needs no other
+    trace.
+    """
 
     def __init__(self, widths: tuple[int, ...], spec: HypernetworkSpec) -> None:
         super().__init__()
@@ -61,7 +67,8 @@ def _activation(name: str) -> nn.Module:
 
 
 class Hypernetworks(nn.Module):
-    """Hypernetworks in the order they apply (AUTOMATIC1111, modules/hypernetworks): each has, for some widths, one network for keys and one for values.
+    """Hypernetworks in the order they apply (AUTOMATIC1111, modules/hypernetworks): each has, for some widths, one
+    network for keys and one for values.
 
     Parameters are named `<i>.<width>.<k|v>.*`. An input of a width that a hypernetwork lacks passes through it.
     """
@@ -69,7 +76,10 @@ class Hypernetworks(nn.Module):
     def __init__(self, specs: tuple[HypernetworkSpec, ...]) -> None:
         super().__init__()
         for i, spec in enumerate(specs):
-            pairs = {str(widths[0]): nn.ModuleDict({part: Residual(widths, spec) for part in ("k", "v")}) for widths in spec.layers}
+            pairs = {
+                str(widths[0]): nn.ModuleDict({part: Residual(widths, spec) for part in ("k", "v")})
+                for widths in spec.layers
+            }
             self.add_module(str(i), nn.ModuleDict(pairs))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -91,11 +101,12 @@ def pass_through(x: Tensor) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class Context:
-    """What attention sees besides its own input: keys and values of cross-attention are made from these `[N*G, T, C]`, those of self-attention
-    from what `hypernetworks` makes of the input.
+    """What attention sees besides its own input: keys and values of cross-attention are made from these `[N*G, T, C]`,
+    those of self-attention from what `hypernetworks` makes of the input.
 
-    A picture's G guidance branches differ in their context only, so what flows through the network before the first cross-attention is the same for
-    all of them. It is computed once a picture, `[N, ...]`, as long as `shared` is true; from then on it is `[N*G, ...]`.
+    A picture's G guidance branches differ in their context only, so what flows through the network before the first
+    cross-attention is the same for all of them. It is computed once a picture, `[N, ...]`, as long as `shared` is true;
+    from then on it is `[N*G, ...]`.
     """
 
     keys: Tensor
@@ -117,10 +128,17 @@ def _repeated(x: Tensor, branches: int) -> Tensor:
 class ResBlock(nn.Module):
     def __init__(self, channels: int, out_channels: int, embedding_width: int) -> None:
         super().__init__()
-        self.in_layers = nn.Sequential(nn.GroupNorm(NORM_GROUPS, channels), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1))
+        self.in_layers = nn.Sequential(
+            nn.GroupNorm(NORM_GROUPS, channels), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1)
+        )
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(embedding_width, out_channels))
         # The Identity stands where training has dropout, so that the convolution keeps its checkpoint index.
-        self.out_layers = nn.Sequential(nn.GroupNorm(NORM_GROUPS, out_channels), nn.SiLU(), nn.Identity(), nn.Conv2d(out_channels, out_channels, 3, padding=1))
+        self.out_layers = nn.Sequential(
+            nn.GroupNorm(NORM_GROUPS, out_channels),
+            nn.SiLU(),
+            nn.Identity(),
+            nn.Conv2d(out_channels, out_channels, 3, padding=1),
+        )
         self.skip_connection = nn.Identity() if channels == out_channels else nn.Conv2d(channels, out_channels, 1)
 
     def forward(self, x: Tensor, embedding: Tensor, context: Context) -> Tensor:
@@ -178,12 +196,16 @@ class TransformerBlock(nn.Module):
 
 
 class SpatialTransformer(nn.Module):
-    def __init__(self, channels: int, context_width: int, heads: int, depth: int, linear: bool, biased: tuple[int, ...]) -> None:
+    def __init__(
+        self, channels: int, context_width: int, heads: int, depth: int, linear: bool, biased: tuple[int, ...]
+    ) -> None:
         super().__init__()
         self.linear = linear
         self.norm = nn.GroupNorm(NORM_GROUPS, channels, eps=1e-6)
         self.proj_in = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
-        self.transformer_blocks = nn.ModuleList(TransformerBlock(channels, context_width, heads, biased) for _ in range(depth))
+        self.transformer_blocks = nn.ModuleList(
+            TransformerBlock(channels, context_width, heads, biased) for _ in range(depth)
+        )
         self.proj_out = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor, embedding: Tensor, context: Context) -> Tensor:
@@ -257,7 +279,13 @@ class UNet(nn.Module):
             if level + 1 < len(spec.channels):
                 self.input_blocks.append(nn.ModuleList([Downsample(current)]))
                 skips.append(current)
-        self.middle_block = nn.ModuleList([ResBlock(current, current, width), transformer(current, spec.middle_depth), ResBlock(current, current, width)])
+        self.middle_block = nn.ModuleList(
+            [
+                ResBlock(current, current, width),
+                transformer(current, spec.middle_depth),
+                ResBlock(current, current, width),
+            ]
+        )
         self.output_blocks = nn.ModuleList()
         for level in reversed(range(len(spec.channels))):
             channels = spec.channels[level]
@@ -269,7 +297,9 @@ class UNet(nn.Module):
                     layers.append(Upsample(channels))
                 self.output_blocks.append(nn.ModuleList(layers))
                 current = channels
-        self.out = nn.Sequential(nn.GroupNorm(NORM_GROUPS, base), nn.SiLU(), nn.Conv2d(base, spec.out_channels, 3, padding=1))
+        self.out = nn.Sequential(
+            nn.GroupNorm(NORM_GROUPS, base), nn.SiLU(), nn.Conv2d(base, spec.out_channels, 3, padding=1)
+        )
 
     def forward(
         self,
@@ -281,13 +311,17 @@ class UNet(nn.Module):
         *,
         shared: bool = True,
     ) -> Tensor:
-        """Scaled latents of N pictures, a timestep for each, float32 `[N]`, and contexts `[N*G, T, context_width]` to `[N*G, C, h, w]`.
+        """Scaled latents of N pictures, a timestep for each, float32 `[N]`, and contexts `[N*G, T, context_width]` to
+        `[N*G, C, h, w]`.
 
-        `branches` is G. Latents are `[N, C, h, w]` where they are `shared`: all guidance branches of a picture denoise the same ones. Otherwise they
-        are `[N*G, C, h, w]`, as models need whose branches differ in more than the context. `hypernetworks` gives what keys and what values are made
-        from, for the context and for each input of self-attention.
+        `branches` is G. Latents are `[N, C, h, w]` where they are `shared`: all guidance branches of a picture denoise
+        the same ones. Otherwise they are `[N*G, C, h, w]`, as models need whose branches differ in more than the
+        context. `hypernetworks` gives what keys and what values are made from, for the context and for each input of
+        self-attention.
         """
-        seen = Context(*hypernetworks(context), hypernetworks, branches, shared)  # keys and values are the same for every layer, so made once
+        seen = Context(
+            *hypernetworks(context), hypernetworks, branches, shared
+        )  # keys and values are the same for every layer, so made once
         embedding = self.time_embed(timestep_embedding(timestep, self.base).to(x.dtype))
         if not shared:
             embedding = _repeated(embedding, branches)

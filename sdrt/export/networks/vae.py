@@ -1,6 +1,7 @@
 """The VAE of Stable Diffusion: decoder from latents to pixels, encoder from pixels to latents.
 
-Owns the two networks and the pixel arithmetic around them. Parameter names follow the LDM layout below `first_stage_model.`.
+Owns the two networks and the pixel arithmetic around them. Parameter names follow the LDM layout below
+`first_stage_model.`.
 """
 
 from __future__ import annotations
@@ -85,7 +86,9 @@ class Downsample(nn.Module):
 class Level(nn.Module):
     def __init__(self, channels: int, out_channels: int, res_blocks: int) -> None:
         super().__init__()
-        self.block = nn.ModuleList(ResnetBlock(channels if i == 0 else out_channels, out_channels) for i in range(res_blocks))
+        self.block = nn.ModuleList(
+            ResnetBlock(channels if i == 0 else out_channels, out_channels) for i in range(res_blocks)
+        )
 
 
 class Decoder(nn.Module):

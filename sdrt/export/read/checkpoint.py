@@ -1,4 +1,6 @@
-"""A checkpoint as tensors by canonical name, whatever files and spelling it came in, and the architecture they make. No tensor is read before it is used."""
+"""A checkpoint as tensors by canonical name, whatever files and spelling it came in, and the architecture they make. No
+tensor is read before it is used.
+"""
 
 from __future__ import annotations
 
@@ -23,10 +25,21 @@ if TYPE_CHECKING:
     import torch
 
 _IGNORED = (
-    "alphas_cumprod", "betas", "log_one_minus_alphas_cumprod", "sqrt_", "posterior_", "lvlb_weights", "logvar", "scale_factor", EMA, "scaled_fp8", "v_pred",
-    "global_step", *(start for family in FAMILIES for start in family.ignored),
+    "alphas_cumprod",
+    "betas",
+    "log_one_minus_alphas_cumprod",
+    "sqrt_",
+    "posterior_",
+    "lvlb_weights",
+    "logvar",
+    "scale_factor",
+    EMA,
+    "scaled_fp8",
+    "v_pred",
+    "global_step",
+    *(start for family in FAMILIES for start in family.ignored),
     *(component.prefix + start for component in COMPONENTS for start in component.ignored),
-)  # fmt: skip
+)
 _IGNORED_ENDS = (".scale_input", ".input_scale", ".scaled_fp8", ".comfy_quant")
 _FP8_SCALES = (".scale_weight", ".weight_scale")
 
@@ -35,9 +48,9 @@ _FP8_SCALES = (".scale_weight", ".weight_scale")
 class Tensor:
     """Where a tensor of the model lies: its entry within its file, and how the model takes it.
 
-    `rows` are the first and the one after the last of the stored rows that it is, None for all; a `transposed` matrix has them as its columns.
-    `reshaped` is the model's shape where the file has another for the same values; `scale` is the entry of the number that an 8-bit weight is to be
-    multiplied by.
+    `rows` are the first and the one after the last of the stored rows that it is, None for all; a `transposed` matrix
+    has them as its columns. `reshaped` is the model's shape where the file has another for the same values; `scale` is
+    the entry of the number that an 8-bit weight is to be multiplied by.
     """
 
     file: TensorFile
@@ -56,7 +69,8 @@ class Tensor:
         return stored[::-1] if self.transposed else stored
 
     def read(self) -> torch.Tensor:
-        """The stored values in the model's shape, in the stored type; 8-bit floats as float32, scaled. No more of the file is read than that.
+        """The stored values in the model's shape, in the stored type; 8-bit floats as float32, scaled. No more of the
+        file is read than that.
 
         Raises:
             CheckpointError: the scale of an 8-bit weight is no finite number.
@@ -70,14 +84,19 @@ class Tensor:
         if self.scale is not None:
             scale = self.file.read(self.scale.name).float()
             if scale.numel() != 1 or not bool(torch.isfinite(scale).all()):
-                raise CheckpointError(f"{self.file.path}: {printable(self.scale.name)}: expected one finite number, found shape {list(scale.shape)}")
+                raise CheckpointError(
+                    f"{self.file.path}: {printable(self.scale.name)}: expected one finite number, found shape"
+                    f" {list(scale.shape)}"
+                )
             stored = stored * scale.reshape(())
         return (stored.T if self.transposed else stored).reshape(self.shape).contiguous()
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An opened checkpoint: every tensor by canonical name, and the architecture they make. `notes` are the decisions taken, for the user."""
+    """An opened checkpoint: every tensor by canonical name, and the architecture they make. `notes` are the decisions
+    taken, for the user.
+    """
 
     model: ModelFiles
     vae: ModelFiles | None
@@ -98,12 +117,14 @@ class Checkpoint:
 
 
 def open_checkpoint(path: Path, vae: Path | None = None, *, ema: bool = False) -> Checkpoint:
-    """Read all but the tensors of a checkpoint, one file or a diffusers folder, and of the file or folder whose VAE replaces its own.
+    """Read all but the tensors of a checkpoint, one file or a diffusers folder, and of the file or folder whose VAE
+    replaces its own.
 
     `ema` takes the UNet's averaged weights, which some checkpoints hold beside the plain ones.
 
     Raises:
-        CheckpointError: the checkpoint is of another kind or family, a component is missing, or it has no averaged weights.
+        CheckpointError: the checkpoint is of another kind or family, a component is missing, or it has no averaged
+            weights.
         InputFileError: a file is malformed.
         UnsafeError: a file holds something other than data.
     """
@@ -115,7 +136,11 @@ def open_checkpoint(path: Path, vae: Path | None = None, *, ema: bool = False) -
         if has_ema(tensors):
             notes.append(
                 f"{model.name}: holds the UNet twice; "
-                + ("the averaged (EMA) weights were taken" if ema else "the plain weights were taken, --ema takes the averaged")
+                + (
+                    "the averaged (EMA) weights were taken"
+                    if ema
+                    else "the plain weights were taken, --ema takes the averaged"
+                )
             )
         if ema:
             tensors |= _averaged(model, tensors)
@@ -128,7 +153,10 @@ def open_checkpoint(path: Path, vae: Path | None = None, *, ema: bool = False) -
         if remark := default_size(model.metadata, family)[1]:
             notes.append(f"{model.name}: {remark}")
         if model.settings.text_layers is not None and (layers := _layers_after(tensors, family, arch.clip.layers)):
-            notes.append(f"{model.name}: its settings use {arch.clip.layers} layers of the text encoder, those after them were left out")
+            notes.append(
+                f"{model.name}: its settings use {arch.clip.layers} layers of the text encoder, those after them were"
+                " left out"
+            )
             tensors = {name: tensor for name, tensor in tensors.items() if name not in layers}
         if arch.prediction != "epsilon":
             notes.append(f"{model.name}: says that it predicts {arch.prediction}")
@@ -148,7 +176,9 @@ def _layers_after(tensors: Mapping[str, Tensor], family: Family, count: int) -> 
 
 
 def model_architecture(model: ModelFiles, tensors: Mapping[str, Tensor], vae: ModelFiles | None = None) -> Architecture:
-    """The architecture that tensors by canonical name make, with what the model's and the VAE's own settings say. Raises as `architecture` does."""
+    """The architecture that tensors by canonical name make, with what the model's and the VAE's own settings say.
+    Raises as `architecture` does.
+    """
     arch = architecture(model.path, {name: tensor.shape for name, tensor in tensors.items()}, model.metadata)
     stated, scale = model.settings, (vae or model).settings.vae_scale
     if scale is not None:
@@ -158,7 +188,8 @@ def model_architecture(model: ModelFiles, tensors: Mapping[str, Tensor], vae: Mo
     if stated.text_layers is not None:
         if stated.text_layers > arch.clip.layers:
             raise CheckpointError(
-                f"{model.path}: text_encoder/config.json: num_hidden_layers: {stated.text_layers}, but the tensors say {arch.clip.layers}",
+                f"{model.path}: text_encoder/config.json: num_hidden_layers: {stated.text_layers}, but the tensors say"
+                f" {arch.clip.layers}",
                 "The folder's files belong to different models; download it again.",
             )
         arch = replace(arch, clip=replace(arch.clip, layers=stated.text_layers))
@@ -184,7 +215,8 @@ def canonical_tensors(model: ModelFiles) -> dict[str, Tensor]:
         stored = model.tensors[name]
         if canonical in tensors:
             raise CheckpointError(
-                f"{stored.file.path}: {printable(name)}: stands for {printable(canonical)}, as {printable(tensors[canonical].entry.name)} does"
+                f"{stored.file.path}: {printable(name)}: stands for {printable(canonical)}, as"
+                f" {printable(tensors[canonical].entry.name)} does"
             )
         matrix = is_vae_attention(canonical) and len(stored.entry.shape) == 2
         tensors[canonical] = Tensor(stored.file, stored.entry, (*stored.entry.shape, 1, 1) if matrix else None)
@@ -198,10 +230,12 @@ def canonical_tensors(model: ModelFiles) -> dict[str, Tensor]:
 
 
 def as_parts(component: Component, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors of a component as the model has them: a stored one that holds several as these, a stored transpose as the matrix.
+    """Tensors of a component as the model has them: a stored one that holds several as these, a stored transpose as the
+    matrix.
 
     Raises:
-        CheckpointError: a stored tensor's rows do not divide into its parts, or the file has one of these too; or it is no matrix.
+        CheckpointError: a stored tensor's rows do not divide into its parts, or the file has one of these too; or it is
+            no matrix.
     """
     found: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
@@ -213,7 +247,10 @@ def as_parts(component: Component, tensors: Mapping[str, Tensor]) -> dict[str, T
             if not shape or shape[0] % len(parts):
                 raise CheckpointError(f"{where}: expected rows in {len(parts)} equal parts, found shape {shape}")
             count = shape[0] // len(parts)
-            made = {name.removesuffix(end) + part: replace(tensor, rows=(i * count, (i + 1) * count)) for i, part in enumerate(parts)}
+            made = {
+                name.removesuffix(end) + part: replace(tensor, rows=(i * count, (i + 1) * count))
+                for i, part in enumerate(parts)
+            }
             if twice := made.keys() & tensors.keys():
                 raise CheckpointError(f"{where}: holds {printable(min(twice))}, which the file has beside it")
             found |= made
@@ -227,10 +264,12 @@ def as_parts(component: Component, tensors: Mapping[str, Tensor]) -> dict[str, T
 
 
 def select(checkpoint: Checkpoint, expected: Mapping[str, tuple[int, ...]]) -> tuple[dict[str, Tensor], list[str]]:
-    """The checkpoint's tensors for the expected names and shapes, and the names of those left over that belong to no network.
+    """The checkpoint's tensors for the expected names and shapes, and the names of those left over that belong to no
+    network.
 
     Raises:
-        CheckpointError: one is missing, has another shape, or is not floating-point; or one of the expected networks has one more, which
+        CheckpointError: one is missing, has another shape, or is not floating-point; or one of the expected networks
+            has one more, which
             changes what it computes.
     """
     missing = [name for name in expected if name not in checkpoint.tensors]
@@ -249,14 +288,20 @@ def select(checkpoint: Checkpoint, expected: Mapping[str, tuple[int, ...]]) -> t
             raise CheckpointError(f"{path}: {name}: expected shape {list(shape)}, found {list(entry.shape)}")
         if entry.dtype not in FLOATS:
             raise CheckpointError(f"{path}: {name}: expected one of {', '.join(FLOATS)}, found {entry.dtype}")
-    unknown = [name for name in checkpoint.tensors if name not in expected and not name.startswith(_IGNORED) and not name.endswith(_IGNORED_ENDS)]
+    unknown = [
+        name
+        for name in checkpoint.tensors
+        if name not in expected and not name.startswith(_IGNORED) and not name.endswith(_IGNORED_ENDS)
+    ]
     asked = [component for component in COMPONENTS if any(name.startswith(component.prefix) for name in expected)]
     for component in asked:
         if foreign := [name for name in unknown if name.startswith(component.prefix + component.computes)]:
             others = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
             raise CheckpointError(
-                f"{checkpoint.tensors[foreign[0]].file.path}: {printable(foreign[0])}{others}: unknown in a {component.title}, which would compute something else without it",
-                "The checkpoint is of a kind that this version of sdrt does not build, or was put together of several; use another.",
+                f"{checkpoint.tensors[foreign[0]].file.path}: {printable(foreign[0])}{others}: unknown in a"
+                f" {component.title}, which would compute something else without it",
+                "The checkpoint is of a kind that this version of sdrt does not build, or was put together of several;"
+                " use another.",
             )
     return {name: checkpoint.tensors[name] for name in expected}, unknown
 
@@ -264,12 +309,19 @@ def select(checkpoint: Checkpoint, expected: Mapping[str, tuple[int, ...]]) -> t
 def _averaged(model: ModelFiles, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     if not has_ema(tensors):
         raise CheckpointError(f"{model.path}: has no averaged weights ({EMA}*)", "Leave out --ema.")
-    unet = {name: ema_name(name) for name in tensors if (component := component_of(name)) is not None and component.network == "unet"}
+    unet = {
+        name: ema_name(name)
+        for name in tensors
+        if (component := component_of(name)) is not None and component.network == "unet"
+    }
     if len(set(unet.values())) != len(unet):
         raise CheckpointError(f"{model.path}: two weights of the UNet have one averaged weight", "Leave out --ema.")
     averaged = {name: tensors[ema] for name, ema in unet.items() if ema in tensors}
     if absent := [name for name in unet if name not in averaged]:
-        raise CheckpointError(f"{model.path}: {printable(absent[0])}: has no averaged weight, {len(averaged)} others have one", "Leave out --ema.")
+        raise CheckpointError(
+            f"{model.path}: {printable(absent[0])}: has no averaged weight, {len(averaged)} others have one",
+            "Leave out --ema.",
+        )
     return averaged
 
 
@@ -277,7 +329,10 @@ def _vae_tensors(model: ModelFiles) -> dict[str, Tensor]:
     tensors = {name: tensor for name, tensor in canonical_tensors(model).items() if _is_vae(name)}
     if not any(name.endswith("decoder.conv_in.weight") for name in tensors):
         found = describe({name: tensor.shape for name, tensor in canonical_tensors(model).items()})
-        raise CheckpointError(f"{model.path}: expected a VAE, found {found}", "Give a VAE in LDM's or diffusers' naming, or a checkpoint that holds one.")
+        raise CheckpointError(
+            f"{model.path}: expected a VAE, found {found}",
+            "Give a VAE in LDM's or diffusers' naming, or a checkpoint that holds one.",
+        )
     return tensors
 
 

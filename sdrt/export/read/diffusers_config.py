@@ -1,4 +1,5 @@
-"""What the JSON files of a diffusers folder say that tensors do not. Every setting is used, known to change nothing, or refuses the folder.
+"""What the JSON files of a diffusers folder say that tensors do not. Every setting is used, known to change nothing, or
+refuses the folder.
 
 Names and defaults are those of diffusers' and transformers' configurations.
 """
@@ -16,62 +17,174 @@ from sdrt.export.families.family import Family
 from sdrt.export.families.table import BUILDS, FAMILIES
 
 PREDICTION_TYPES = {"epsilon": "epsilon", "v_prediction": "v"}
-UNET, VAE, TEXT, SCHEDULER = "unet/config.json", "vae/config.json", "text_encoder/config.json", "scheduler/scheduler_config.json"
+UNET, VAE, TEXT, SCHEDULER = (
+    "unet/config.json",
+    "vae/config.json",
+    "text_encoder/config.json",
+    "scheduler/scheduler_config.json",
+)
 
 # What sdrt's networks compute. A folder that says otherwise would build and give wrong pictures.
 _FIXED: dict[str, dict[str, tuple[Any, ...]]] = {
     UNET: {
-        "_class_name": ("UNet2DConditionModel",), "act_fn": ("silu", "swish"), "norm_num_groups": (32,), "norm_eps": (1e-5,), "class_embed_type": (None,),
-        "num_class_embeds": (None,), "addition_embed_type": (None,), "encoder_hid_dim": (None,), "encoder_hid_dim_type": (None,), "time_cond_proj_dim": (None,),
-        "time_embedding_type": ("positional",), "time_embedding_dim": (None,), "time_embedding_act_fn": (None,), "timestep_post_act": (None,),
-        "center_input_sample": (False,), "flip_sin_to_cos": (True,), "freq_shift": (0,), "downsample_padding": (1,), "mid_block_scale_factor": (1,),
-        "mid_block_type": ("UNetMidBlock2DCrossAttn",), "mid_block_only_cross_attention": (None, False), "resnet_time_scale_shift": ("default",),
-        "resnet_skip_time_act": (False,), "resnet_out_scale_factor": (1, None), "dual_cross_attention": (False,), "only_cross_attention": (False,),
-        "cross_attention_norm": (None,), "conv_in_kernel": (3,), "conv_out_kernel": (3,), "attention_type": ("default",), "class_embeddings_concat": (False,),
+        "_class_name": ("UNet2DConditionModel",),
+        "act_fn": ("silu", "swish"),
+        "norm_num_groups": (32,),
+        "norm_eps": (1e-5,),
+        "class_embed_type": (None,),
+        "num_class_embeds": (None,),
+        "addition_embed_type": (None,),
+        "encoder_hid_dim": (None,),
+        "encoder_hid_dim_type": (None,),
+        "time_cond_proj_dim": (None,),
+        "time_embedding_type": ("positional",),
+        "time_embedding_dim": (None,),
+        "time_embedding_act_fn": (None,),
+        "timestep_post_act": (None,),
+        "center_input_sample": (False,),
+        "flip_sin_to_cos": (True,),
+        "freq_shift": (0,),
+        "downsample_padding": (1,),
+        "mid_block_scale_factor": (1,),
+        "mid_block_type": ("UNetMidBlock2DCrossAttn",),
+        "mid_block_only_cross_attention": (None, False),
+        "resnet_time_scale_shift": ("default",),
+        "resnet_skip_time_act": (False,),
+        "resnet_out_scale_factor": (1, None),
+        "dual_cross_attention": (False,),
+        "only_cross_attention": (False,),
+        "cross_attention_norm": (None,),
+        "conv_in_kernel": (3,),
+        "conv_out_kernel": (3,),
+        "attention_type": ("default",),
+        "class_embeddings_concat": (False,),
         "reverse_transformer_layers_per_block": (None,),
     },
     VAE: {
-        "_class_name": ("AutoencoderKL",), "act_fn": ("silu", "swish"), "norm_num_groups": (32,), "latents_mean": (None,), "latents_std": (None,),
-        "shift_factor": (None, 0), "mid_block_add_attention": (True,), "use_quant_conv": (True,), "use_post_quant_conv": (True,),
+        "_class_name": ("AutoencoderKL",),
+        "act_fn": ("silu", "swish"),
+        "norm_num_groups": (32,),
+        "latents_mean": (None,),
+        "latents_std": (None,),
+        "shift_factor": (None, 0),
+        "mid_block_add_attention": (True,),
+        "use_quant_conv": (True,),
+        "use_post_quant_conv": (True,),
     },
     TEXT: {"model_type": ("clip_text_model",), "layer_norm_eps": (1e-5,), "use_attention_mask": (False, None)},
     SCHEDULER: {
         "_class_name": (
-            "DDIMScheduler", "DDPMScheduler", "PNDMScheduler", "LMSDiscreteScheduler", "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler",
-            "HeunDiscreteScheduler", "KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler", "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler",
-            "DPMSolverSDEScheduler", "DEISMultistepScheduler", "UniPCMultistepScheduler", "LCMScheduler", "TCDScheduler",
+            "DDIMScheduler",
+            "DDPMScheduler",
+            "PNDMScheduler",
+            "LMSDiscreteScheduler",
+            "EulerDiscreteScheduler",
+            "EulerAncestralDiscreteScheduler",
+            "HeunDiscreteScheduler",
+            "KDPM2DiscreteScheduler",
+            "KDPM2AncestralDiscreteScheduler",
+            "DPMSolverMultistepScheduler",
+            "DPMSolverSinglestepScheduler",
+            "DPMSolverSDEScheduler",
+            "DEISMultistepScheduler",
+            "UniPCMultistepScheduler",
+            "LCMScheduler",
+            "TCDScheduler",
         ),
-        "trained_betas": (None,), "rescale_betas_zero_snr": (False,), "thresholding": (False,), "use_flow_sigmas": (False,), "use_dynamic_shifting": (False,),
+        "trained_betas": (None,),
+        "rescale_betas_zero_snr": (False,),
+        "thresholding": (False,),
+        "use_flow_sigmas": (False,),
+        "use_dynamic_shifting": (False,),
     },
-}  # fmt: skip
+}
 _USED = {
-    UNET: ("attention_head_dim", "num_attention_heads", "sample_size"), VAE: ("scaling_factor",), TEXT: ("num_attention_heads", "num_hidden_layers"),
+    UNET: ("attention_head_dim", "num_attention_heads", "sample_size"),
+    VAE: ("scaling_factor",),
+    TEXT: ("num_attention_heads", "num_hidden_layers"),
     SCHEDULER: ("prediction_type",),
-}  # fmt: skip
+}
 # Precision, training, and what acts only together with a setting above that is not there.
 _HARMLESS = {
-    UNET: ("dropout", "upcast_attention", "addition_time_embed_dim", "addition_embed_type_num_heads", "projection_class_embeddings_input_dim"),
+    UNET: (
+        "dropout",
+        "upcast_attention",
+        "addition_time_embed_dim",
+        "addition_embed_type_num_heads",
+        "projection_class_embeddings_input_dim",
+    ),
     VAE: ("force_upcast", "sample_size"),
     TEXT: (
-        "architectures", "attention_dropout", "dropout", "bos_token_id", "eos_token_id", "pad_token_id", "projection_dim", "initializer_range", "initializer_factor",
-        "torch_dtype", "dtype", "transformers_version", "gradient_checkpointing", "return_dict", "output_attentions", "output_hidden_states", "torchscript",
-        "chunk_size_feed_forward", "is_encoder_decoder", "is_decoder", "id2label", "label2id", "problem_type", "tie_word_embeddings", "use_cache",
+        "architectures",
+        "attention_dropout",
+        "dropout",
+        "bos_token_id",
+        "eos_token_id",
+        "pad_token_id",
+        "projection_dim",
+        "initializer_range",
+        "initializer_factor",
+        "torch_dtype",
+        "dtype",
+        "transformers_version",
+        "gradient_checkpointing",
+        "return_dict",
+        "output_attentions",
+        "output_hidden_states",
+        "torchscript",
+        "chunk_size_feed_forward",
+        "is_encoder_decoder",
+        "is_decoder",
+        "id2label",
+        "label2id",
+        "problem_type",
+        "tie_word_embeddings",
+        "use_cache",
     ),
     # How a picture is sampled, which `sdrt generate` chooses for each picture.
     SCHEDULER: (
-        "timestep_spacing", "steps_offset", "skip_prk_steps", "set_alpha_to_one", "clip_sample", "clip_sample_range", "sample_max_value",
-        "dynamic_thresholding_ratio", "variance_type", "solver_order", "solver_type", "solver_p", "algorithm_type", "lower_order_final", "euler_at_final",
-        "predict_x0", "disable_corrector", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas", "final_sigmas_type",
-        "lambda_min_clipped", "interpolation_type", "timestep_type", "sigma_min", "sigma_max", "noise_sampler_seed", "original_inference_steps",
-        "timestep_scaling", "flow_shift", "time_shift_type", "shift_terminal",
+        "timestep_spacing",
+        "steps_offset",
+        "skip_prk_steps",
+        "set_alpha_to_one",
+        "clip_sample",
+        "clip_sample_range",
+        "sample_max_value",
+        "dynamic_thresholding_ratio",
+        "variance_type",
+        "solver_order",
+        "solver_type",
+        "solver_p",
+        "algorithm_type",
+        "lower_order_final",
+        "euler_at_final",
+        "predict_x0",
+        "disable_corrector",
+        "use_karras_sigmas",
+        "use_exponential_sigmas",
+        "use_beta_sigmas",
+        "use_lu_lambdas",
+        "final_sigmas_type",
+        "lambda_min_clipped",
+        "interpolation_type",
+        "timestep_type",
+        "sigma_min",
+        "sigma_max",
+        "noise_sampler_seed",
+        "original_inference_steps",
+        "timestep_scaling",
+        "flow_shift",
+        "time_shift_type",
+        "shift_terminal",
     ),
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)
 class Settings:
-    """None where the files do not say. `sample_size` counts latents a side, `vae_scale` is `VaeSpec.scale`, `text_layers` is how many layers of the
-    text encoder are used. `configs` are the networks' config.json by file name, whose sizes `check_sizes` compares, and the scheduler's; `notes` are for the user.
+    """None where the files do not say. `sample_size` counts latents a side, `vae_scale` is `VaeSpec.scale`,
+    `text_layers` is how many layers of the text encoder are used. `configs` are the networks' config.json by file name,
+    whose sizes `check_sizes` compares, and the scheduler's; `notes` are for the user.
     """
 
     prediction: str | None = None
@@ -113,7 +226,12 @@ def read_settings(path: Path, configs: Mapping[str, Mapping[str, Any]], schedule
 
 
 def _check_settings(path: Path, name: str, document: Mapping[str, Any]) -> None:
-    known = {*_USED[name], *_HARMLESS[name], *_SIZES.get(name, {}), *(key for family in FAMILIES for key in family.settings.get(name, {}))}
+    known = {
+        *_USED[name],
+        *_HARMLESS[name],
+        *_SIZES.get(name, {}),
+        *(key for family in FAMILIES for key in family.settings.get(name, {})),
+    }
     _check_fixed(path, name, document, _FIXED[name])
     for key, value in document.items():
         # What starts with _ is the tool's own; null is not set.
@@ -125,7 +243,13 @@ def _check_fixed(path: Path, name: str, document: Mapping[str, Any], fixed: Mapp
     for key, allowed in fixed.items():
         values = document[key] if isinstance(document.get(key), list) else [document.get(key, allowed[0])]
         if not all(any(_same(value, good) for good in allowed) for value in values):
-            raise _refused(path, name, key, document[key], " or ".join(str(good) for good in allowed[:4]) + (" or another of its kind" if allowed[4:] else ""))
+            raise _refused(
+                path,
+                name,
+                key,
+                document[key],
+                " or ".join(str(good) for good in allowed[:4]) + (" or another of its kind" if allowed[4:] else ""),
+            )
 
 
 def check_family(path: Path, configs: Mapping[str, Mapping[str, Any]], family: Family) -> None:
@@ -137,27 +261,49 @@ def check_family(path: Path, configs: Mapping[str, Mapping[str, Any]], family: F
     for name, fixed in family.settings.items():
         _check_fixed(path, name, configs.get(name, {}), fixed)
     unet, text = configs.get(UNET, {}), configs.get(TEXT, {})
-    key = "num_attention_heads" if unet.get("num_attention_heads") is not None else "attention_head_dim"  # diffusers' old misnomer: the number of heads
+    key = (
+        "num_attention_heads" if unet.get("num_attention_heads") is not None else "attention_head_dim"
+    )  # diffusers' old misnomer: the number of heads
     heads = unet.get(key, family.heads)
     if any(not _same(n, family.heads) for n in (heads if isinstance(heads, list) else [heads])):
         raise _refused(path, UNET, key, heads, f"{family.heads} heads")
     width, text_heads = text.get("hidden_size"), text.get("num_attention_heads")
     if isinstance(width, int) and isinstance(text_heads, int) and width != text_heads * family.text_head_width:
-        raise _refused(path, TEXT, "num_attention_heads", text_heads, f"{width // family.text_head_width}, of {family.text_head_width} channels each")
+        raise _refused(
+            path,
+            TEXT,
+            "num_attention_heads",
+            text_heads,
+            f"{width // family.text_head_width}, of {family.text_head_width} channels each",
+        )
 
 
 def _sampling(scheduler: Mapping[str, Any]) -> list[str]:
-    """A remark where a folder was made to be sampled otherwise than its family's own folders: a bundle keeps no sampler."""
+    """A remark where a folder was made to be sampled otherwise than its family's own folders: a bundle keeps no
+    sampler.
+    """
     own = [name for family in FAMILIES for name in family.schedulers]
     chosen = [str(scheduler["_class_name"])] if scheduler.get("_class_name", own[0]) not in own else []
     if (spacing := scheduler.get("timestep_spacing", "leading")) != "leading":
         chosen.append(f"timestep_spacing {printable(str(spacing))[:40]}")
-    chosen += [key for key in ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas") if scheduler.get(key) is True]
-    return [f"{SCHEDULER}: says {', '.join(chosen)}; a bundle keeps no sampler: choose with --sampler and --schedule of sdrt generate"] if chosen else []
+    chosen += [
+        key
+        for key in ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
+        if scheduler.get(key) is True
+    ]
+    return (
+        [
+            f"{SCHEDULER}: says {', '.join(chosen)}; a bundle keeps no sampler: choose with --sampler and --schedule of"
+            " sdrt generate"
+        ]
+        if chosen
+        else []
+    )
 
 
 def check_sizes(path: Path, configs: Mapping[str, Mapping[str, Any]], arch: Architecture) -> None:
-    """Check that the sizes which config.json files state are those of the tensors, which diffusers would not load otherwise.
+    """Check that the sizes which config.json files state are those of the tensors, which diffusers would not load
+    otherwise.
 
     Raises:
         CheckpointError: one is not.
@@ -165,7 +311,11 @@ def check_sizes(path: Path, configs: Mapping[str, Mapping[str, Any]], arch: Arch
     for name, config in configs.items():
         for key, read in _SIZES.get(name, {}).items():
             found, expected = config.get(key), read(arch)
-            if found is not None and not (list(found) == list(expected) if isinstance(found, list) else all(_same(found, size) for size in expected)):
+            if found is not None and not (
+                list(found) == list(expected)
+                if isinstance(found, list)
+                else all(_same(found, size) for size in expected)
+            ):
                 shown = expected[0] if len(set(expected)) == 1 else list(expected)
                 raise CheckpointError(
                     f"{path}: {name}: {key}: {printable(repr(found)[:80])}, but the tensors say {shown}",
@@ -185,7 +335,9 @@ _SIZES: dict[str, dict[str, Callable[[Architecture], Sequence[Any]]]] = {
         "block_out_channels": lambda arch: arch.unet.channels,
         "layers_per_block": lambda arch: arch.unet.res_blocks,
         "cross_attention_dim": lambda arch: (arch.unet.context_width,) * len(arch.unet.channels),
-        "transformer_layers_per_block": lambda arch: [depth or arch.unet.middle_depth for depth in arch.unet.transformer_depth],
+        "transformer_layers_per_block": lambda arch: [
+            depth or arch.unet.middle_depth for depth in arch.unet.transformer_depth
+        ],
         "use_linear_projection": lambda arch: (arch.unet.linear_projections,),
         "down_block_types": lambda arch: _blocks(arch.unet.transformer_depth, "CrossAttnDownBlock2D", "DownBlock2D"),
         "up_block_types": lambda arch: _blocks(arch.unet.transformer_depth[::-1], "CrossAttnUpBlock2D", "UpBlock2D"),

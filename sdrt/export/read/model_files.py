@@ -1,7 +1,9 @@
-"""The file or folder a model comes in: one file of tensors, or the folder diffusers saves, with a subfolder per network.
+"""The file or folder a model comes in: one file of tensors, or the folder diffusers saves, with a subfolder per
+network.
 
-Owns which files of a folder are read (docs/architecture.md says in which order they are preferred), what its JSON files say that tensors do not,
-and the hash that stands for all of them. Tensors are named as one file would name them: `unet.`, `vae.`, `text_encoder.` and the name within.
+Owns which files of a folder are read (docs/architecture.md says in which order they are preferred), what its JSON files
+say that tensors do not, and the hash that stands for all of them. Tensors are named as one file would name them:
+`unet.`, `vae.`, `text_encoder.` and the name within.
 """
 
 from __future__ import annotations
@@ -25,11 +27,22 @@ from sdrt.export.read.tensor_file import TensorFile, open_tensor_file
 from sdrt.files.read import Document, read_document
 
 COMPONENTS = tuple(dict.fromkeys(component.name for component in ALL))
-_UNUSED_COMPONENTS = ("tokenizer", "scheduler", "safety_checker", "feature_extractor", "image_encoder", "requires_safety_checker")
+_UNUSED_COMPONENTS = (
+    "tokenizer",
+    "scheduler",
+    "safety_checker",
+    "feature_extractor",
+    "image_encoder",
+    "requires_safety_checker",
+)
 """Of a pipeline: what sdrt has itself, and what changes no picture. An image encoder serves IP-Adapters only."""
 _PIPELINES = tuple(pipeline for family in FAMILIES for pipeline in family.pipelines)
 MAX_DOCUMENT_BYTES = 16 << 20
-_STEMS = {"unet": ("diffusion_pytorch_model",), "vae": ("diffusion_pytorch_model",), "text_encoder": ("model", "pytorch_model")}
+_STEMS = {
+    "unet": ("diffusion_pytorch_model",),
+    "vae": ("diffusion_pytorch_model",),
+    "text_encoder": ("model", "pytorch_model"),
+}
 _AGAIN = "Download the folder again."
 
 
@@ -43,7 +56,9 @@ class Stored:
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """A model's open files by name below `path`, and its JSON files; every tensor by the name the model gives it. No tensor has been read."""
+    """A model's open files by name below `path`, and its JSON files; every tensor by the name the model gives it. No
+    tensor has been read.
+    """
 
     path: Path
     files: Mapping[str, TensorFile]
@@ -58,15 +73,20 @@ class ModelFiles:
         return self.path.name or self.path.absolute().name
 
     def sha256(self) -> str:
-        """SHA-256 of the file; of a folder, that of the lines `sha256sum` prints for the files that were read, sorted by name.
+        """SHA-256 of the file; of a folder, that of the lines `sha256sum` prints for the files that were read, sorted
+        by name.
 
         Raises:
             InputFileError: a file was replaced or written to since it was opened.
         """
         if not self.documents and len(self.files) == 1:
             return next(iter(self.files.values())).sha256()
-        sums = {name: file.sha256() for name, file in self.files.items()} | {name: document.sha256 for name, document in self.documents.items()}
-        return hashlib.sha256("".join(f"{sums[name]}  {name}\n" for name in sorted(sums)).encode("utf-8", "surrogateescape")).hexdigest()
+        sums = {name: file.sha256() for name, file in self.files.items()} | {
+            name: document.sha256 for name, document in self.documents.items()
+        }
+        return hashlib.sha256(
+            "".join(f"{sums[name]}  {name}\n" for name in sorted(sums)).encode("utf-8", "surrogateescape")
+        ).hexdigest()
 
     def check_unchanged(self) -> None:
         """Raise InputFileError if a file that was read, weights or JSON, has changed."""
@@ -110,20 +130,33 @@ def open_model(path: Path) -> ModelFiles:
                 f"Draw with it: sdrt generate {path} PROMPT, or build another from the checkpoint it came from.",
             )
         if not os.path.lexists(path / "model_index.json") and os.path.exists(path / "config.json"):
-            raise CheckpointError(f"{path}: expected a whole pipeline, found one network of it (config.json)", "Give the folder above, with model_index.json.")
+            raise CheckpointError(
+                f"{path}: expected a whole pipeline, found one network of it (config.json)",
+                "Give the folder above, with model_index.json.",
+            )
         index = folder.document(
-            "model_index.json", "It is what diffusers saves beside the folders unet, vae and text_encoder; give such a folder, or one file."
+            "model_index.json",
+            "It is what diffusers saves beside the folders unet, vae and text_encoder; give such a folder, or one"
+            " file.",
         )
         kind = str(index.get("_class_name"))
         for component, value in index.items():
-            if component not in (*COMPONENTS, *_UNUSED_COMPONENTS) and not component.startswith("_") and value not in (None, [None, None], False):
+            if (
+                component not in (*COMPONENTS, *_UNUSED_COMPONENTS)
+                and not component.startswith("_")
+                and value not in (None, [None, None], False)
+            ):
                 raise CheckpointError(
-                    f"{path}: model_index.json: a {printable(kind)} with a {printable(component)[:80]}: not supported yet",
+                    f"{path}: model_index.json: a {printable(kind)} with a {printable(component)[:80]}: not"
+                    " supported yet",
                     BUILDS,
                 )
         for component in COMPONENTS:
             if component not in index and not (path / component).is_dir():
-                raise CheckpointError(f"{path}: model_index.json: names no {component}, found {printable(kind)}", "Give the folder of a whole pipeline.")
+                raise CheckpointError(
+                    f"{path}: model_index.json: names no {component}, found {printable(kind)}",
+                    "Give the folder of a whole pipeline.",
+                )
             folder.component(component, f"{component}/")
         if kind not in _PIPELINES and "_class_name" in index:
             raise CheckpointError(f"{path}: model_index.json: a {printable(kind)[:80]}: not supported yet", BUILDS)
@@ -137,16 +170,22 @@ def open_model(path: Path) -> ModelFiles:
 
 
 def open_vae(path: Path) -> ModelFiles:
-    """Open what holds a VAE: one file, a diffusers VAE's folder, or a whole pipeline's folder, of which only `vae` is read. Raises as `open_model`."""
+    """Open what holds a VAE: one file, a diffusers VAE's folder, or a whole pipeline's folder, of which only `vae` is
+    read. Raises as `open_model`.
+    """
     if not is_folder(path):
         return open_model(path)
     with ExitStack() as opened:
         folder = _Folder(path, opened)
         below = "vae/" if (path / "vae").is_dir() else ""
-        config = folder.document(f"{below}config.json", "Give a VAE in one file, or a folder with config.json and the weights beside it.")
+        config = folder.document(
+            f"{below}config.json", "Give a VAE in one file, or a folder with config.json and the weights beside it."
+        )
         kind = config.get("_class_name", "AutoencoderKL")
         if kind != "AutoencoderKL":
-            raise CheckpointError(f"{path}: {below}config.json: expected an AutoencoderKL, found {printable(str(kind))[:80]}", BUILDS)
+            raise CheckpointError(
+                f"{path}: {below}config.json: expected an AutoencoderKL, found {printable(str(kind))[:80]}", BUILDS
+            )
         folder.component("vae", below)
         model = folder.model(read_settings(path, {"vae": config}, {}))
         opened.pop_all()
@@ -190,25 +229,38 @@ class _Folder:
         try:
             present = {entry.name for entry in folder.iterdir()}
         except OSError as error:
-            raise InputFileError(f"{folder}: cannot open: {error.strerror}", f"The pipeline has no {component}; {_AGAIN.lower()}") from error
+            raise InputFileError(
+                f"{folder}: cannot open: {error.strerror}", f"The pipeline has no {component}; {_AGAIN.lower()}"
+            ) from error
         choices = [name for stem in _STEMS[component] for name in _preferred(stem)]
         choices.sort(key=lambda name: (".fp16." in name, ".bin" in name))
         name = next((name for name in choices if name in present), None)
         if name is None:
-            raise InputFileError(f"{folder}: no weights, expected one of {', '.join(choices[:4])}{nearest(choices[0], present)}", _AGAIN)
+            raise InputFileError(
+                f"{folder}: no weights, expected one of {', '.join(choices[:4])}{nearest(choices[0], present)}", _AGAIN
+            )
         if ".fp16." in name:
             self.notes.append(f"{self.path.name}: {below}{name} is the fp16 variant; there is no other")
         if not name.endswith(".json"):
             self._add(component, below + name, None)
             return
         weight_map = self.document(below + name, _AGAIN).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(shard, str) for shard in weight_map.values()):
+        if (
+            not isinstance(weight_map, dict)
+            or not weight_map
+            or not all(isinstance(shard, str) for shard in weight_map.values())
+        ):
             raise InputFileError(f"{folder / name}: weight_map: expected names of tensors and of their files", _AGAIN)
         for shard in sorted(set(weight_map.values())):
             if shard in ("", ".", "..") or "/" in shard or "\\" in shard or "\0" in shard:
-                raise UnsafeError(f"{folder / name}: {printable(shard)[:200]}: a shard outside its folder", "Get the folder from its source again.")
+                raise UnsafeError(
+                    f"{folder / name}: {printable(shard)[:200]}: a shard outside its folder",
+                    "Get the folder from its source again.",
+                )
             if shard not in present:
-                raise InputFileError(f"{folder / name}: names the shard {printable(shard)[:200]}, which is not there", _AGAIN)
+                raise InputFileError(
+                    f"{folder / name}: names the shard {printable(shard)[:200]}, which is not there", _AGAIN
+                )
         for shard in sorted(set(weight_map.values())):
             self._add(component, below + shard, [tensor for tensor, where in weight_map.items() if where == shard])
 
@@ -217,7 +269,9 @@ class _Folder:
         self.opened.callback(file.close)
         if expected is not None and set(expected) != file.entries.keys():
             odd = sorted(set(expected) ^ file.entries.keys())[0]
-            raise InputFileError(f"{self.path / name}: {printable(odd)}: in the index or in the shard, but not in both", _AGAIN)
+            raise InputFileError(
+                f"{self.path / name}: {printable(odd)}: in the index or in the shard, but not in both", _AGAIN
+            )
         self.files[name] = file
         self.tensors |= {f"{component}.{tensor}": Stored(file, entry) for tensor, entry in file.entries.items()}
 
@@ -227,7 +281,13 @@ def _preferred(stem: str) -> tuple[str, ...]:
     return tuple(
         f"{stem}{name}"
         for kind in ("safetensors", "bin")
-        for name in (f".{kind}", f".{kind}.index.json", f".fp16.{kind}", f".{kind}.index.fp16.json", f".fp16.{kind}.index.json")
+        for name in (
+            f".{kind}",
+            f".{kind}.index.json",
+            f".fp16.{kind}",
+            f".{kind}.index.fp16.json",
+            f".fp16.{kind}.index.json",
+        )
     )
 
 

@@ -1,4 +1,5 @@
-"""What a pickle may name, and the inert builder that stands in for each: the exact table behind `pickles.py`. Imports no torch.
+"""What a pickle may name, and the inert builder that stands in for each: the exact table behind `pickles.py`. Imports
+no torch.
 
 A builder only notes what it is given. Adding a name here never makes Python look it up.
 """
@@ -11,15 +12,44 @@ from dataclasses import dataclass
 from typing import Any
 
 STORAGE_TYPES = {
-    "DoubleStorage": "F64", "FloatStorage": "F32", "HalfStorage": "F16", "BFloat16Storage": "BF16", "LongStorage": "I64", "IntStorage": "I32",
-    "ShortStorage": "I16", "CharStorage": "I8", "ByteStorage": "U8", "BoolStorage": "BOOL", "ComplexFloatStorage": "C64", "ComplexDoubleStorage": "C128",
+    "DoubleStorage": "F64",
+    "FloatStorage": "F32",
+    "HalfStorage": "F16",
+    "BFloat16Storage": "BF16",
+    "LongStorage": "I64",
+    "IntStorage": "I32",
+    "ShortStorage": "I16",
+    "CharStorage": "I8",
+    "ByteStorage": "U8",
+    "BoolStorage": "BOOL",
+    "ComplexFloatStorage": "C64",
+    "ComplexDoubleStorage": "C128",
     "UntypedStorage": "U8",
-}  # fmt: skip
+}
 _TYPES = {
-    "float64": "F64", "double": "F64", "float32": "F32", "float": "F32", "float16": "F16", "half": "F16", "bfloat16": "BF16", "float8_e4m3fn": "F8_E4M3",
-    "float8_e5m2": "F8_E5M2", "int64": "I64", "long": "I64", "int32": "I32", "int": "I32", "int16": "I16", "int8": "I8", "uint8": "U8", "uint16": "U16",
-    "uint32": "U32", "uint64": "U64", "bool": "BOOL", "complex64": "C64", "complex128": "C128",
-}  # fmt: skip
+    "float64": "F64",
+    "double": "F64",
+    "float32": "F32",
+    "float": "F32",
+    "float16": "F16",
+    "half": "F16",
+    "bfloat16": "BF16",
+    "float8_e4m3fn": "F8_E4M3",
+    "float8_e5m2": "F8_E5M2",
+    "int64": "I64",
+    "long": "I64",
+    "int32": "I32",
+    "int": "I32",
+    "int16": "I16",
+    "int8": "I8",
+    "uint8": "U8",
+    "uint16": "U16",
+    "uint32": "U32",
+    "uint64": "U64",
+    "bool": "BOOL",
+    "complex64": "C64",
+    "complex128": "C128",
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,7 +61,9 @@ class Name:
 
 @dataclass(frozen=True)
 class StorageReference:
-    """Bytes that tensors are views of, by the key under which the file holds them. `first_item` is where a legacy file's view of it starts."""
+    """Bytes that tensors are views of, by the key under which the file holds them. `first_item` is where a legacy
+    file's view of it starts.
+    """
 
     key: str
     dtype: str
@@ -41,7 +73,9 @@ class StorageReference:
 
 @dataclass(frozen=True, eq=False)
 class TensorReference:
-    """A view of a storage, as the pickle has it, not yet checked against the storage: counts are of items of `dtype`."""
+    """A view of a storage, as the pickle has it, not yet checked against the storage: counts are of items
+    of `dtype`.
+    """
 
     storage: StorageReference
     dtype: str
@@ -71,14 +105,28 @@ class Parameters(dict[Any, Any]):
 
 
 def kind(value: object) -> str:
-    return value.text.replace(" ", ".") if isinstance(value, Name) else value.name if isinstance(value, Baggage) else type(value).__name__
+    return (
+        value.text.replace(" ", ".")
+        if isinstance(value, Name)
+        else value.name
+        if isinstance(value, Baggage)
+        else type(value).__name__
+    )
 
 
 def shown(value: object) -> str:
-    """A value in a few characters. Never its repr: that of a huge number is refused by Python, that of shared lists may be endless."""
+    """A value in a few characters. Never its repr: that of a huge number is refused by Python, that of shared lists may
+    be endless.
+    """
     if isinstance(value, tuple | list):
-        return "[" + ", ".join(shown(item) if not isinstance(item, tuple | list) else kind(item) for item in value[:9]) + (", ...]" if len(value) > 9 else "]")
-    return str(value) if isinstance(value, bool | float) or (type(value) is int and abs(value) < 1 << 64) else kind(value)
+        return (
+            "["
+            + ", ".join(shown(item) if not isinstance(item, tuple | list) else kind(item) for item in value[:9])
+            + (", ...]" if len(value) > 9 else "]")
+        )
+    return (
+        str(value) if isinstance(value, bool | float) or (type(value) is int and abs(value) < 1 << 64) else kind(value)
+    )
 
 
 def is_count(value: object) -> bool:
@@ -97,7 +145,9 @@ def hashable(value: Any) -> Any:
 
 
 def _tensor(name: str, arguments: tuple[Any, ...]) -> TensorReference:
-    """`_rebuild_tensor(storage, offset, shape, strides)`; v2 adds flags and hooks, v3 also the type of an untyped storage's items."""
+    """`_rebuild_tensor(storage, offset, shape, strides)`; v2 adds flags and hooks, v3 also the type of an untyped
+    storage's items.
+    """
     if len(arguments) < 4 or not isinstance(arguments[0], StorageReference):
         raise MalformedPickle("a tensor without a storage")
     storage, offset, shape, strides = arguments[:4]
@@ -120,7 +170,11 @@ def _parameter(name: str, arguments: tuple[Any, ...]) -> TensorReference:
 def _tensor_with_attributes(name: str, arguments: tuple[Any, ...]) -> TensorReference:
     """`_rebuild_from_type_v2(builder, type, arguments, attributes)`: a tensor that had Python attributes."""
     builder, inner = (arguments[0], arguments[2]) if len(arguments) == 4 else (None, None)
-    if not isinstance(builder, Name) or not builder.text.startswith("torch._utils _rebuild_tensor") or not isinstance(inner, tuple):
+    if (
+        not isinstance(builder, Name)
+        or not builder.text.startswith("torch._utils _rebuild_tensor")
+        or not isinstance(inner, tuple)
+    ):
         raise MalformedPickle("a tensor of an unknown type")
     return _tensor(builder.text, inner)
 
@@ -171,7 +225,20 @@ def _numpy_type(name: str, arguments: tuple[Any, ...]) -> NumpyType:
 
 
 def _numpy_scalar(name: str, arguments: tuple[Any, ...]) -> Any:
-    formats = {"f8": "<d", "f4": "<f", "f2": "<e", "i8": "<q", "i4": "<i", "i2": "<h", "i1": "<b", "u8": "<Q", "u4": "<L", "u2": "<H", "u1": "<B", "b1": "<?"}
+    formats = {
+        "f8": "<d",
+        "f4": "<f",
+        "f2": "<e",
+        "i8": "<q",
+        "i4": "<i",
+        "i2": "<h",
+        "i1": "<b",
+        "u8": "<Q",
+        "u4": "<L",
+        "u2": "<H",
+        "u1": "<B",
+        "b1": "<?",
+    }
     if len(arguments) != 2 or not isinstance(arguments[0], NumpyType) or not isinstance(arguments[1], bytes):
         return _baggage(name, arguments)
     form = formats.get(arguments[0].code)
@@ -202,19 +269,36 @@ NAMES: dict[str, Builder | None] = {
     "numpy dtype": _numpy_type,
     "numpy ndarray": None,
     "argparse Namespace": _baggage,
-    **{f"{module} {name}": _baggage for module in ("pathlib", "pathlib._local") for name in ("PosixPath", "WindowsPath")},
+    **{
+        f"{module} {name}": _baggage
+        for module in ("pathlib", "pathlib._local")
+        for name in ("PosixPath", "WindowsPath")
+    },
     "typing Any": None,
     **{f"{module} {name}": None for module in ("torch", "torch.cuda") for name in STORAGE_TYPES},
     **{f"torch {name}": None for name in _TYPES},
     **{f"{module} scalar": _numpy_scalar for module in ("numpy.core.multiarray", "numpy._core.multiarray")},
     **{f"{module} _reconstruct": _baggage for module in ("numpy.core.multiarray", "numpy._core.multiarray")},
     **{f"{module} _reconstructor": _reconstructed for module in ("copyreg", "copy_reg")},
-    **{f"{module} {name}": None for module in ("builtins", "__builtin__") for name in ("object", "dict", "list", "tuple", "int", "float", "bool", "str", "long")},
-    **{f"{module} {name}": _baggage for module in ("builtins", "__builtin__") for name in ("set", "frozenset", "complex", "slice")},
+    **{
+        f"{module} {name}": None
+        for module in ("builtins", "__builtin__")
+        for name in ("object", "dict", "list", "tuple", "int", "float", "bool", "str", "long")
+    },
+    **{
+        f"{module} {name}": _baggage
+        for module in ("builtins", "__builtin__")
+        for name in ("set", "frozenset", "complex", "slice")
+    },
     **{
         f"{package}.callbacks.{name}": _baggage
         for package in ("pytorch_lightning", "lightning.pytorch")
-        for name in ("model_checkpoint ModelCheckpoint", "early_stopping EarlyStopping", "lr_monitor LearningRateMonitor", "timer Timer")
+        for name in (
+            "model_checkpoint ModelCheckpoint",
+            "early_stopping EarlyStopping",
+            "lr_monitor LearningRateMonitor",
+            "timer Timer",
+        )
     },
     "pytorch_lightning.utilities.parsing AttributeDict": _baggage,
     "lightning_fabric.utilities.data AttributeDict": _baggage,
@@ -223,6 +307,11 @@ NAMES: dict[str, Builder | None] = {
         f"omegaconf.{name}": _baggage
         for name in ("dictconfig DictConfig", "listconfig ListConfig", "base ContainerMetadata", "base Metadata")
     },
-    **{f"omegaconf.nodes {name}": _baggage for name in ("AnyNode", "IntegerNode", "FloatNode", "StringNode", "BooleanNode")},
-}  # fmt: skip
-"""Every name a pickle may hold, "module name" as one text, and what stands in for a call of it. None: it may be referred to, not called."""
+    **{
+        f"omegaconf.nodes {name}": _baggage
+        for name in ("AnyNode", "IntegerNode", "FloatNode", "StringNode", "BooleanNode")
+    },
+}
+"""Every name a pickle may hold, "module name" as one text, and what stands in for a call of it. None: it may be
+referred to, not called.
+"""

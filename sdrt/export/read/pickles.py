@@ -1,7 +1,8 @@
-"""Reads a pickle as data: its opcodes are interpreted here, and what they name is looked up in an exact table of inert builders.
+"""Reads a pickle as data: its opcodes are interpreted here, and what they name is looked up in an exact table of inert
+builders.
 
-Nothing is imported, called or instantiated on a pickle's behalf. A name outside the table refuses the file. Written from the opcode
-documentation of Python's `pickletools`, whose tokenizer it uses. Imports no torch.
+Nothing is imported, called or instantiated on a pickle's behalf. A name outside the table refuses the file. Written
+from the opcode documentation of Python's `pickletools`, whose tokenizer it uses. Imports no torch.
 """
 
 from __future__ import annotations
@@ -11,7 +12,19 @@ from pickletools import genops
 from typing import Any, BinaryIO
 
 from sdrt.errors import InputFileError, UnsafeError, printable
-from sdrt.export.read.pickle_names import NAMES, STORAGE_TYPES, Baggage, MalformedPickle, Name, NumpyType, Parameters, StorageReference, is_count, kind, pairs
+from sdrt.export.read.pickle_names import (
+    NAMES,
+    STORAGE_TYPES,
+    Baggage,
+    MalformedPickle,
+    Name,
+    NumpyType,
+    Parameters,
+    StorageReference,
+    is_count,
+    kind,
+    pairs,
+)
 
 MAX_PICKLE_BYTES = 100_000_000
 MAX_OPCODES = 1_000_000
@@ -20,7 +33,9 @@ MAX_DEPTH = 200
 MAX_LINE_BYTES = 1 << 20
 MAX_KEY_LENGTH = 100
 MAX_COPIED = 100_000_000
-"""What builders may copy in all: characters, with a value counted as 100. A pickle can refer to one long list as often as it has opcodes."""
+"""What builders may copy in all: characters, with a value counted as 100. A pickle can refer to one long list as often
+as it has opcodes.
+"""
 
 
 class PickleBytes:
@@ -53,9 +68,11 @@ class PickleBytes:
 
 
 def read_pickle(source: PickleBytes, where: str, storages: dict[str, StorageReference] | None = None) -> Any:
-    """The value that a pickle describes: plain Python values, `TensorReference`s, and `Baggage` and `Name`s where those were stored.
+    """The value that a pickle describes: plain Python values, `TensorReference`s, and `Baggage` and `Name`s where those
+    were stored.
 
-    `where` names the file in messages. The source is left behind the pickle's STOP. `storages` collects every storage referred to, by its key.
+    `where` names the file in messages. The source is left behind the pickle's STOP. `storages` collects every storage
+    referred to, by its key.
 
     Raises:
         InputFileError: it is malformed or passes a limit.
@@ -64,9 +81,12 @@ def read_pickle(source: PickleBytes, where: str, storages: dict[str, StorageRefe
     try:
         return _Interpreter(where, {} if storages is None else storages).run(source)
     except (ValueError, IndexError, OverflowError, DeprecationWarning) as error:
-        # genops and the stack raise these for bytes that are no pickle (the warning, where warnings are errors, for a bad escape in a text).
+        # genops and the stack raise these for bytes that are no pickle (the warning, where warnings are errors, for a
+        # bad escape in a text).
         message = str(error) if not isinstance(error, IndexError) else "it takes more from its stack than is there"
-        raise InputFileError(f"{where}: malformed pickle: {printable(message[:200])}", "Download the file again.") from error
+        raise InputFileError(
+            f"{where}: malformed pickle: {printable(message[:200])}", "Download the file again."
+        ) from error
 
 
 class _Interpreter:
@@ -91,18 +111,24 @@ class _Interpreter:
                 self.stack.append(argument)
             elif name == "STOP":
                 if self.below or len(self.stack) != 1:
-                    raise MalformedPickle(f"STOP at byte {position} with {len(self.stack)} values on the stack, expected 1")
+                    raise MalformedPickle(
+                        f"STOP at byte {position} with {len(self.stack)} values on the stack, expected 1"
+                    )
                 return self.stack.pop()
             elif name in _CONSTANTS:
                 self.stack.append(_CONSTANTS[name]())
             elif name in _ACTIONS:
                 _ACTIONS[name](self, argument)
             else:
-                raise self._unsafe(f"the opcode {name} at byte {position}, which stands for code or objects outside the file")
+                raise self._unsafe(
+                    f"the opcode {name} at byte {position}, which stands for code or objects outside the file"
+                )
         raise MalformedPickle("it does not end")
 
     def check_frame(self, name: str, argument: Any, position: int, source: PickleBytes) -> None:
-        """Frames hold whole opcodes, lie one behind the other, and the last ends with the pickle: readers differ on any other."""
+        """Frames hold whole opcodes, lie one behind the other, and the last ends with the pickle: readers differ on any
+        other.
+        """
         end = source.tell()
         if position < self.frame_end < end:
             raise MalformedPickle(f"{name} at byte {position} goes on behind the end of its frame")
@@ -113,7 +139,9 @@ class _Interpreter:
                 raise MalformedPickle(f"a frame of {argument:,} bytes, {source.end - end:,} are left")
             self.frame_end = end + argument
         if name == "STOP" and end < self.frame_end:
-            raise MalformedPickle(f"STOP at byte {position}, {self.frame_end - end:,} bytes before the end of its frame")
+            raise MalformedPickle(
+                f"STOP at byte {position}, {self.frame_end - end:,} bytes before the end of its frame"
+            )
 
     def _unsafe(self, what: str) -> UnsafeError:
         return UnsafeError(
@@ -188,7 +216,9 @@ class _Interpreter:
 
     def count_copies(self, *values: Any) -> None:
         self.copied += sum(
-            len(value) * (1 if isinstance(value, str | bytes) else 100) for value in values if isinstance(value, str | bytes | list | tuple | dict)
+            len(value) * (1 if isinstance(value, str | bytes) else 100)
+            for value in values
+            if isinstance(value, str | bytes | list | tuple | dict)
         )
         if self.copied > MAX_COPIED:
             raise MalformedPickle(f"it repeats itself beyond the limit of {MAX_COPIED // 100:,} values")
@@ -213,7 +243,9 @@ class _Interpreter:
         self.construct(target, tuple(arguments))
 
     def build(self, _: object) -> None:
-        """Attributes set on what was built. State dicts carry `_metadata` there; of a ParameterDict they are the parameters."""
+        """Attributes set on what was built. State dicts carry `_metadata` there; of a ParameterDict they are the
+        parameters.
+        """
         state, target = self.stack.pop(), self.stack[-1]
         if isinstance(target, Parameters):
             if isinstance(state, dict) and isinstance(state.get("_parameters"), dict):
@@ -229,9 +261,19 @@ class _Interpreter:
         """Storages are the one thing torch keeps outside the pickle: ("storage", type, key, device, items[, view])."""
         key = self.stack.pop()
         if not isinstance(key, tuple) or not key or key[0] != "storage":
-            what = printable(repr(key[0][:80])) if isinstance(key, tuple) and key and isinstance(key[0], str) else kind(key)
+            what = (
+                printable(repr(key[0][:80]))
+                if isinstance(key, tuple) and key and isinstance(key[0], str)
+                else kind(key)
+            )
             raise self._unsafe(f"a reference to {what} outside the pickle, expected a storage")
-        if len(key) not in (5, 6) or not isinstance(key[1], Name) or not isinstance(key[2], str) or len(key[2]) > MAX_KEY_LENGTH or not is_count(key[4]):
+        if (
+            len(key) not in (5, 6)
+            or not isinstance(key[1], Name)
+            or not isinstance(key[2], str)
+            or len(key[2]) > MAX_KEY_LENGTH
+            or not is_count(key[4])
+        ):
             raise MalformedPickle("a storage without its type, key and size")
         dtype = STORAGE_TYPES.get(key[1].text.rpartition(" ")[2])
         if dtype is None:
@@ -239,7 +281,13 @@ class _Interpreter:
         view = key[5] if len(key) == 6 else None
         first = 0
         if view is not None:
-            if not isinstance(view, tuple) or len(view) != 3 or not is_count(view[1]) or not is_count(view[2]) or view[1] + view[2] > key[4]:
+            if (
+                not isinstance(view, tuple)
+                or len(view) != 3
+                or not is_count(view[1])
+                or not is_count(view[2])
+                or view[1] + view[2] > key[4]
+            ):
                 raise MalformedPickle("a view of a storage that does not lie within it")
             first = view[1]
         storage = self.storages.setdefault(key[2], StorageReference(key[2], dtype, key[4]))
@@ -249,9 +297,26 @@ class _Interpreter:
 
 
 _PUSHED = {
-    "INT", "LONG", "LONG1", "LONG4", "BININT", "BININT1", "BININT2", "FLOAT", "BINFLOAT", "STRING", "BINSTRING", "SHORT_BINSTRING", "UNICODE", "BINUNICODE",
-    "SHORT_BINUNICODE", "BINUNICODE8", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8",
-}  # fmt: skip
+    "INT",
+    "LONG",
+    "LONG1",
+    "LONG4",
+    "BININT",
+    "BININT1",
+    "BININT2",
+    "FLOAT",
+    "BINFLOAT",
+    "STRING",
+    "BINSTRING",
+    "SHORT_BINSTRING",
+    "UNICODE",
+    "BINUNICODE",
+    "SHORT_BINUNICODE",
+    "BINUNICODE8",
+    "BINBYTES",
+    "SHORT_BINBYTES",
+    "BINBYTES8",
+}
 _CONSTANTS: dict[str, Callable[[], Any]] = {
     "NONE": lambda: None,
     "NEWTRUE": lambda: True,

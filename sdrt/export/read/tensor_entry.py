@@ -32,7 +32,8 @@ FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """One tensor in a file: `dtype` is the safetensors code, `offset` counts bytes from the start of the file, or of `storage` where it has one.
+    """One tensor in a file: `dtype` is the safetensors code, `offset` counts bytes from the start of the file, or of
+    `storage` where it has one.
 
     `strides` count elements; empty where the tensor lies row-major without gaps.
     """

@@ -1,7 +1,9 @@
-"""Opens a file of tensors, safetensors, what torch.save wrote, or a PNG that carries an embedding: names, types and shapes at once, data on demand. Never executes what it reads.
+"""Opens a file of tensors, safetensors, what torch.save wrote, or a PNG that carries an embedding: names, types and
+shapes at once, data on demand. Never executes what it reads.
 
-A safetensors header is checked more strictly than the safetensors library does (format document: safetensors README): duplicate keys,
-holes and trailing bytes are refused, and every message names the file and the tensor. torch is imported only when data is read.
+A safetensors header is checked more strictly than the safetensors library does (format document: safetensors README):
+duplicate keys, holes and trailing bytes are refused, and every message names the file and the tensor. torch is imported
+only when data is read.
 """
 
 from __future__ import annotations
@@ -31,19 +33,27 @@ if TYPE_CHECKING:
 MAX_HEADER_BYTES = 100_000_000
 _BLOCK_BYTES = 1 << 20
 MAX_SEPARATORS = 4_000_000
-"""Brackets, colons and commas in a header, those within metadata's text included: 100,000 tensors have 1.5 million. Bounds what parsing takes."""
+"""Brackets, colons and commas in a header, those within metadata's text included: 100,000 tensors have 1.5 million.
+Bounds what parsing takes.
+"""
 _PNG = b"\x89PNG\r\n\x1a\n"
-_PICTURES = {"JPEG": (b"\xff\xd8\xff",), "GIF": (b"GIF87a", b"GIF89a"), "JPEG XL": (b"\xff\x0a", b"\x00\x00\x00\x0cJXL ")}
+_PICTURES = {
+    "JPEG": (b"\xff\xd8\xff",),
+    "GIF": (b"GIF87a", b"GIF89a"),
+    "JPEG XL": (b"\xff\x0a", b"\x00\x00\x00\x0cJXL "),
+}
 PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
 _LEGACY_TEXT_START = b"L119547037146038801333356L"  # torch's magic number, as protocol 0 spells it
 
 
 class TensorFile:
-    """An open file of tensors. All reads go through one descriptor, so the file cannot be swapped between two of them. Thread-safe.
+    """An open file of tensors. All reads go through one descriptor, so the file cannot be swapped between two of them.
+    Thread-safe.
 
-    `entries` are its tensors by name. `tree` is the same as the file nests it: dictionaries, lists, text and numbers, with entries as leaves; a
-    safetensors file is one flat dictionary. Below a `state_dict`, both start there. `metadata` is a safetensors file's own; `notes` are for the user.
-    `decoded` holds the tensors' bytes where the file spells them in another way, and the entries' offsets count from its start.
+    `entries` are its tensors by name. `tree` is the same as the file nests it: dictionaries, lists, text and numbers,
+    with entries as leaves; a safetensors file is one flat dictionary. Below a `state_dict`, both start there.
+    `metadata` is a safetensors file's own; `notes` are for the user. `decoded` holds the tensors' bytes where the file
+    spells them in another way, and the entries' offsets count from its start.
     """
 
     def __init__(
@@ -82,8 +92,8 @@ class TensorFile:
         self.close()
 
     def read_bytes(self, entry: TensorEntry) -> bytearray:
-        """The tensor's bytes, little-endian, row-major; from the first element to the last where the entry has strides. `TensorEntry.rows` makes an
-        entry of a part, of which no more is read.
+        """The tensor's bytes, little-endian, row-major; from the first element to the last where the entry has strides.
+        `TensorEntry.rows` makes an entry of a part, of which no more is read.
 
         Raises:
             InputFileError: the file is shorter than when it was opened, or damaged.
@@ -95,7 +105,9 @@ class TensorFile:
     def _read_bytes(self, entry: TensorEntry) -> bytearray:
         size, start = entry.size_bytes, entry.offset
         if entry.strides and size:
-            size = (1 + sum((n - 1) * stride for n, stride in zip(entry.shape, entry.strides, strict=True))) * (size // math.prod(entry.shape))
+            size = (1 + sum((n - 1) * stride for n, stride in zip(entry.shape, entry.strides, strict=True))) * (
+                size // math.prod(entry.shape)
+            )
         if self._decoded is not None:
             return bytearray(self._decoded[start : start + size])
         member = entry.storage
@@ -113,11 +125,14 @@ class TensorFile:
             self._stream.seek(start)
             whole = self._stream.readinto(data) == len(data)  # type: ignore[attr-defined]
         if not whole:
-            raise InputFileError(f"{self.path}: {printable(entry.name)}: the file changed during the build", "Run the build again.")
+            raise InputFileError(
+                f"{self.path}: {printable(entry.name)}: the file changed during the build", "Run the build again."
+            )
         return data
 
     def read(self, name: str, rows: tuple[int, int] | None = None) -> torch.Tensor:
-        """The tensor as it is stored, row-major; or its rows from the first to before the second number, which is all that is read then.
+        """The tensor as it is stored, row-major; or its rows from the first to before the second number, which is all
+        that is read then.
 
         Raises:
             InputFileError: the tensor is not floating-point or integer data that torch can hold; or as `read_bytes`.
@@ -127,9 +142,19 @@ class TensorFile:
 
         entry = self.entries[name] if rows is None else self.entries[name].rows(*rows)
         kinds = {
-            "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn,
-            "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-        }  # fmt: skip
+            "F64": torch.float64,
+            "F32": torch.float32,
+            "F16": torch.float16,
+            "BF16": torch.bfloat16,
+            "F8_E4M3": torch.float8_e4m3fn,
+            "F8_E5M2": torch.float8_e5m2,
+            "I64": torch.int64,
+            "I32": torch.int32,
+            "I16": torch.int16,
+            "I8": torch.int8,
+            "U8": torch.uint8,
+            "BOOL": torch.bool,
+        }
         if entry.dtype not in kinds:
             raise InputFileError(f"{self.path}: {printable(name)}: expected floating-point data, found {entry.dtype}")
         if entry.size_bytes == 0:
@@ -147,7 +172,9 @@ class TensorFile:
         return self._sha256
 
     def check_unchanged(self) -> None:
-        """Raise InputFileError if the file has changed: in size or time since it was opened, in content since `sha256` was taken, or is another by now."""
+        """Raise InputFileError if the file has changed: in size or time since it was opened, in content since `sha256`
+        was taken, or is another by now.
+        """
         if sys.platform != "win32":  # nobody replaces an open file there
             try:
                 replaced = not os.path.samestat(self.path.stat(), os.fstat(self._stream.fileno()))
@@ -178,15 +205,20 @@ class TensorFile:
             raise self._changed()
 
     def _changed(self) -> InputFileError:
-        return InputFileError(f"{self.path}: changed during the build", "Run the build again when nothing writes to the file.")
+        return InputFileError(
+            f"{self.path}: changed during the build", "Run the build again when nothing writes to the file."
+        )
 
 
 def open_tensor_file(path: Path) -> TensorFile:
-    """Open a safetensors file, or one that torch.save wrote, and check all but its tensors' values. Its content tells which it is, not its name.
+    """Open a safetensors file, or one that torch.save wrote, and check all but its tensors' values. Its content tells
+    which it is, not its name.
 
     Raises:
-        InputFileError: the file is missing, not a regular file, of another format, malformed, or past a limit; the message says which.
-        UnsafeError: bytes follow the last tensor, so the file may be two files in one; or a pickle names anything but tensors and plain values.
+        InputFileError: the file is missing, not a regular file, of another format, malformed, or past a limit; the
+            message says which.
+        UnsafeError: bytes follow the last tensor, so the file may be two files in one; or a pickle names anything but
+            tensors and plain values.
     """
     stream = _opened(path)
     try:
@@ -198,7 +230,13 @@ def open_tensor_file(path: Path) -> TensorFile:
             entries, tree, decoded = read_png_embedding(path, stream)
             return TensorFile(path, stream, entries, {}, tree, (), decoded)
         if not (start[8:9] == b"{" and header_bytes <= MAX_HEADER_BYTES and 8 + header_bytes <= size):
-            read = read_zip_archive if start.startswith(b"PK\x03\x04") else read_legacy_archive if _is_pickle(path, start) else None
+            read = (
+                read_zip_archive
+                if start.startswith(b"PK\x03\x04")
+                else read_legacy_archive
+                if _is_pickle(path, start)
+                else None
+            )
             if read is None:
                 _refuse(path, start, size, header_bytes)
             archive = read(path, stream, size)
@@ -228,22 +266,30 @@ def _opened(path: Path) -> BinaryIO:
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise InputFileError(f"{printable(str(path))}: cannot open: {reason}{_similar_file(path)}", "Check the path.") from error
+        raise InputFileError(
+            f"{printable(str(path))}: cannot open: {reason}{_similar_file(path)}", "Check the path."
+        ) from error
     status = os.fstat(descriptor)
     if not stat.S_ISREG(status.st_mode):
         os.close(descriptor)
         kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a device, pipe or socket"
-        raise InputFileError(f"{path}: expected a file of tensors, found {kind}", "Give one .safetensors, .ckpt, .pt or .bin file.")
+        raise InputFileError(
+            f"{path}: expected a file of tensors, found {kind}", "Give one .safetensors, .ckpt, .pt or .bin file."
+        )
     return os.fdopen(descriptor, "rb", buffering=0)
 
 
 @contextmanager
 def _reading(path: Path) -> Iterator[None]:
-    """Turn a failed read of an input into an error that names it: inside a build, any other would be taken for one of the output."""
+    """Turn a failed read of an input into an error that names it: inside a build, any other would be taken for one of
+    the output.
+    """
     try:
         yield
     except OSError as error:
-        raise InputFileError(f"{path}: cannot be read: {error.strerror}", "Check the disk, or copy the file to another.") from error
+        raise InputFileError(
+            f"{path}: cannot be read: {error.strerror}", "Check the disk, or copy the file to another."
+        ) from error
 
 
 def _identity(status: os.stat_result) -> tuple[int, int, int, int]:
@@ -260,10 +306,17 @@ def _similar_file(path: Path) -> str:
 
 
 def _is_pickle(path: Path, start: bytes) -> bool:
-    """Whether a file that is no safetensors file starts as a pickle. Protocols 0 and 1 have no mark of their own: there the name decides too."""
+    """Whether a file that is no safetensors file starts as a pickle. Protocols 0 and 1 have no mark of their own: there
+    the name decides too.
+    """
     marked = start[0:1] == b"\x80" and start[1:2] <= b"\x05" and len(start) > 8
     texts = (b"<", b"{", b"[", b"version https://git-lfs", b"GGUF", b"\0", b"\xef\xbb\xbf")
-    named = path.suffix.lower() in PICKLE_SUFFIXES and len(start) > 8 and not start.lstrip().startswith(texts) and start[257:262] != b"ustar"
+    named = (
+        path.suffix.lower() in PICKLE_SUFFIXES
+        and len(start) > 8
+        and not start.lstrip().startswith(texts)
+        and start[257:262] != b"ustar"
+    )
     return marked or start.startswith(_LEGACY_TEXT_START) or named
 
 
@@ -272,40 +325,68 @@ def _refuse(path: Path, start: bytes, size: int, header_bytes: int) -> NoReturn:
     again = "Download the file again."
     text = start.removeprefix(b"\xef\xbb\xbf").lstrip()
     if size <= 8 or header_bytes == 0:
-        raise InputFileError(f"{path}: {size} bytes{', all zero at the start' if size >= 8 else ''}: an empty or truncated download", again)
+        raise InputFileError(
+            f"{path}: {size} bytes{', all zero at the start' if size >= 8 else ''}: an empty or truncated download",
+            again,
+        )
     if start.startswith(b"version https://git-lfs"):
         raise InputFileError(f"{path}: a git-lfs pointer, not the file itself", "Fetch the file with: git lfs pull")
-    if picture := next((name for name, marks in _PICTURES.items() if start.startswith(marks)), None) or ("WebP" if start[8:12] == b"WEBP" else None):
+    if picture := next((name for name, marks in _PICTURES.items() if start.startswith(marks)), None) or (
+        "WebP" if start[8:12] == b"WEBP" else None
+    ):
         raise InputFileError(
-            f"{path}: a picture ({picture}), expected a model's file", "Give a model, adapter or bundle; of pictures only a PNG can hold an embedding."
+            f"{path}: a picture ({picture}), expected a model's file",
+            "Give a model, adapter or bundle; of pictures only a PNG can hold an embedding.",
         )
     if start[257:262] == b"ustar":
-        raise InputFileError(f"{path}: a tar archive (the form of torch before 0.2?), expected safetensors", "Save it again with a later torch.")
+        raise InputFileError(
+            f"{path}: a tar archive (the form of torch before 0.2?), expected safetensors",
+            "Save it again with a later torch.",
+        )
     if start.startswith(b"GGUF"):
         raise InputFileError(f"{path}: a GGUF file, expected safetensors", "Get the .safetensors version of the model.")
-    if text[:1] in (b"<", b"{", b"[") and header_bytes > MAX_HEADER_BYTES:  # a true header's length may start with these bytes too
+    if (
+        text[:1] in (b"<", b"{", b"[") and header_bytes > MAX_HEADER_BYTES
+    ):  # a true header's length may start with these bytes too
         what = "an HTML page" if text[:1] == b"<" else "JSON text"
         shown = text[:40].decode("utf-8", "replace")
-        raise InputFileError(f"{path}: {what}, not a safetensors file: it starts with {shown!r}", "Download the file again, logged in if the site asks for it.")
+        raise InputFileError(
+            f"{path}: {what}, not a safetensors file: it starts with {shown!r}",
+            "Download the file again, logged in if the site asks for it.",
+        )
     if header_bytes > MAX_HEADER_BYTES:
-        raise InputFileError(f"{path}: a header of {header_bytes:,} bytes, more than the limit of {MAX_HEADER_BYTES:,}: not a safetensors file", again)
+        raise InputFileError(
+            f"{path}: a header of {header_bytes:,} bytes, more than the limit of {MAX_HEADER_BYTES:,}: not a"
+            " safetensors file",
+            again,
+        )
     if 8 + header_bytes > size:
-        raise InputFileError(f"{path}: truncated: the header needs {8 + header_bytes:,} bytes, the file has {size:,}", again)
-    raise InputFileError(f"{path}: not a safetensors file: the header starts with {start[8:16].decode('latin-1')!r}, expected '{{'", again)
+        raise InputFileError(
+            f"{path}: truncated: the header needs {8 + header_bytes:,} bytes, the file has {size:,}", again
+        )
+    raise InputFileError(
+        f"{path}: not a safetensors file: the header starts with {start[8:16].decode('latin-1')!r}, expected '{{'",
+        again,
+    )
 
 
 def _parse_header(path: Path, header: bytes, start: int, size: int) -> tuple[dict[str, TensorEntry], dict[str, str]]:
     if (separators := sum(header.count(mark) for mark in (b"{", b"[", b":", b","))) > MAX_SEPARATORS:
-        message = f"{path}: the header: {separators:,} brackets, colons and commas, more than the limit of {MAX_SEPARATORS:,}"
+        message = (
+            f"{path}: the header: {separators:,} brackets, colons and commas, more than the limit of {MAX_SEPARATORS:,}"
+        )
         raise InputFileError(message, "Save the file without its metadata.")
     try:
         document = json.loads(header.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
     except _DuplicateKey as error:
         raise InputFileError(
-            f"{path}: {printable(error.args[0])}: the header holds this name twice", "Save the file again; two tensors cannot share a name."
+            f"{path}: {printable(error.args[0])}: the header holds this name twice",
+            "Save the file again; two tensors cannot share a name.",
         ) from error
     except (ValueError, RecursionError) as error:
-        raise InputFileError(f"{path}: the header is not valid JSON: {printable(str(error))}", "Download the file again.") from error
+        raise InputFileError(
+            f"{path}: the header is not valid JSON: {printable(str(error))}", "Download the file again."
+        ) from error
     metadata = document.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise InputFileError(f"{path}: __metadata__: expected an object of strings")
@@ -317,19 +398,23 @@ def _parse_header(path: Path, header: bytes, start: int, size: int) -> tuple[dic
         where = f"{path}: {printable(entry.name)}"
         if entry.offset < end:
             raise InputFileError(
-                f"{where}: overlaps the tensor before it: starts at byte {entry.offset - start:,}, expected {end - start:,}", "Save the file again."
+                f"{where}: overlaps the tensor before it: starts at byte {entry.offset - start:,}, expected"
+                f" {end - start:,}",
+                "Save the file again.",
             )
         if entry.offset > end:
             raise InputFileError(f"{where}: a hole of {entry.offset - end:,} bytes before it", "Save the file again.")
         end = entry.offset + entry.size_bytes
         if end > size:
             raise InputFileError(
-                f"{where}: truncated: the tensors need {max(e.offset + e.size_bytes for e in entries.values()):,} bytes, the file has {size:,}",
+                f"{where}: truncated: the tensors need {max(e.offset + e.size_bytes for e in entries.values()):,}"
+                f" bytes, the file has {size:,}",
                 "Download the file again.",
             )
     if end < size:
         raise UnsafeError(
-            f"{path}: {size - end:,} bytes follow the last tensor, expected none: the file may hold something else too", "Get the file from its source again."
+            f"{path}: {size - end:,} bytes follow the last tensor, expected none: the file may hold something else too",
+            "Get the file from its source again.",
         )
     return entries, metadata
 
@@ -367,9 +452,13 @@ def _entry(path: Path, name: str, record: object, start: int) -> TensorEntry:
         raise InputFileError(f"{where}: bad data_offsets {printable(repr(offsets)[:80])}")
     expected, found = math.prod(shape) * ITEM_BYTES[dtype], offsets[1] - offsets[0]
     if expected != found:
-        raise InputFileError(f"{where}: {dtype} {shape} needs {expected:,} bytes, data_offsets give {found:,}", "Save the file again.")
+        raise InputFileError(
+            f"{where}: {dtype} {shape} needs {expected:,} bytes, data_offsets give {found:,}", "Save the file again."
+        )
     return TensorEntry(name, dtype, tuple(shape), start + offsets[0], found)
 
 
 def _counts(value: object) -> bool:
-    return isinstance(value, list) and all(isinstance(v, int) and not isinstance(v, bool) and 0 <= v < 1 << 63 for v in value)
+    return isinstance(value, list) and all(
+        isinstance(v, int) and not isinstance(v, bool) and 0 <= v < 1 << 63 for v in value
+    )

@@ -1,7 +1,7 @@
 """Finds the members of a zip archive and reads them, stricter than the zip format is.
 
-Owns the checks that two readers of one archive see the same: one directory at the very end, headers that agree with it, no overlap, no gap, no
-duplicate. Written from PKWARE's APPNOTE 6.3.10; standard library only.
+Owns the checks that two readers of one archive see the same: one directory at the very end, headers that agree with it,
+no overlap, no gap, no duplicate. Written from PKWARE's APPNOTE 6.3.10; standard library only.
 """
 
 from __future__ import annotations
@@ -21,10 +21,14 @@ MAX_MEMBERS = 65_535
 MAX_NAME_BYTES = 1024
 MIN_EXPANSION_BYTES = 1 << 20
 MAX_EXPANSION = 4
-"""What a file unpacks to may be this many times its size (or MIN_EXPANSION_BYTES, where that is more): weights hardly deflate, bombs do."""
+"""What a file unpacks to may be this many times its size (or MIN_EXPANSION_BYTES, where that is more): weights hardly
+deflate, bombs do.
+"""
 
 _STORED, _DEFLATED = 0, 8
-_END, _END64, _LOCATOR, _CENTRAL, _LOCAL, _DESCRIPTOR = (b"PK" + bytes(pair) for pair in ((5, 6), (6, 6), (6, 7), (1, 2), (3, 4), (7, 8)))
+_END, _END64, _LOCATOR, _CENTRAL, _LOCAL, _DESCRIPTOR = (
+    b"PK" + bytes(pair) for pair in ((5, 6), (6, 6), (6, 7), (1, 2), (3, 4), (7, 8))
+)
 _DESCRIBED, _UTF8 = 0x8, 0x800
 _CHUNK = 1 << 22
 _AGAIN = "Download the file again."
@@ -33,7 +37,9 @@ _SOURCE = "Get the file from its source again, as .safetensors if there is one."
 
 @dataclass(frozen=True)
 class Member:
-    """Bytes within a file: `size_bytes` of them, or `deflated_bytes` that inflate to as many; `crc32` of the unpacked bytes, None where none was kept."""
+    """Bytes within a file: `size_bytes` of them, or `deflated_bytes` that inflate to as many; `crc32` of the unpacked
+    bytes, None where none was kept.
+    """
 
     name: str
     offset: int
@@ -67,14 +73,20 @@ def members(path: Path, stream: BinaryIO, size: int) -> list[Member]:
     """
     start, directory_bytes, count, end = _directory(path, stream, size)
     if count > MAX_MEMBERS:
-        raise UnsafeError(f"{path}: a zip archive of {count:,} members, more than the limit of {MAX_MEMBERS:,}", _SOURCE)
+        raise UnsafeError(
+            f"{path}: a zip archive of {count:,} members, more than the limit of {MAX_MEMBERS:,}", _SOURCE
+        )
     if start + directory_bytes != end:
-        raise UnsafeError(f"{path}: the zip directory ends at byte {start + directory_bytes:,}, expected {end:,}", _SOURCE)
+        raise UnsafeError(
+            f"{path}: the zip directory ends at byte {start + directory_bytes:,}, expected {end:,}", _SOURCE
+        )
     headers = _central_headers(path, _exactly(path, stream, start, directory_bytes), count)
     deflated = sum(header.size_bytes for header in headers if header.method == _DEFLATED)
     if deflated > expansion_limit(size):
         raise InputFileError(
-            f"{path}: its members unpack to {deflated:,} bytes, more than the limit of {expansion_limit(size):,} ({MAX_EXPANSION} times the file)", _SOURCE
+            f"{path}: its members unpack to {deflated:,} bytes, more than the limit of {expansion_limit(size):,}"
+            f" ({MAX_EXPANSION} times the file)",
+            _SOURCE,
         )
     found = {header.name: _member(path, stream, header, start) for header in headers}
     _check_gaps(path, stream, headers, found, start)
@@ -97,12 +109,17 @@ def read_member(path: Path, stream: BinaryIO, member: Member) -> bytearray:
     else:
         data = _inflated(where, stream, member)
     if member.crc32 is not None and zlib.crc32(data) != member.crc32:
-        raise UnsafeError(f"{where}: checksum {zlib.crc32(data):08x}, the archive says {member.crc32:08x}: damaged, or tampered with", _SOURCE)
+        raise UnsafeError(
+            f"{where}: checksum {zlib.crc32(data):08x}, the archive says {member.crc32:08x}: damaged, or tampered with",
+            _SOURCE,
+        )
     return data
 
 
 def check_member(path: Path, stream: BinaryIO, member: Member) -> None:
-    """Compare a stored member's checksum, in constant memory, before a part of it is read. Raises as `read_member` does."""
+    """Compare a stored member's checksum, in constant memory, before a part of it is read. Raises as `read_member`
+    does.
+    """
     assert member.deflated_bytes is None
     if member.crc32 is None:
         return
@@ -112,7 +129,9 @@ def check_member(path: Path, stream: BinaryIO, member: Member) -> None:
         crc32, left = zlib.crc32(chunk, crc32), left - len(chunk)
     if crc32 != member.crc32:
         where = f"{path}: {printable(member.name)}"
-        raise UnsafeError(f"{where}: checksum {crc32:08x}, the archive says {member.crc32:08x}: damaged, or tampered with", _SOURCE)
+        raise UnsafeError(
+            f"{where}: checksum {crc32:08x}, the archive says {member.crc32:08x}: damaged, or tampered with", _SOURCE
+        )
 
 
 def _inflated(where: str, stream: BinaryIO, member: Member) -> bytearray:
@@ -140,7 +159,9 @@ def _exactly(path: Path, stream: BinaryIO, offset: int, size: int) -> bytes:
     stream.seek(offset)
     data = stream.read(size)
     if len(data) != size:
-        raise InputFileError(f"{path}: truncated: expected {size:,} bytes at byte {offset:,}, found {len(data):,}", _AGAIN)
+        raise InputFileError(
+            f"{path}: truncated: expected {size:,} bytes at byte {offset:,}, found {len(data):,}", _AGAIN
+        )
     return data
 
 
@@ -152,7 +173,11 @@ def _directory(path: Path, stream: BinaryIO, size: int) -> tuple[int, int, int, 
     if at < 0 or len(tail) - at < 22:
         raise InputFileError(f"{path}: a truncated zip archive: it has no directory at its end", _AGAIN)
     if at + 22 != len(tail):
-        raise UnsafeError(f"{path}: {len(tail) - at - 22:,} bytes follow the zip archive, expected none: the file may hold something else too", _SOURCE)
+        raise UnsafeError(
+            f"{path}: {len(tail) - at - 22:,} bytes follow the zip archive, expected none: the file may hold something"
+            " else too",
+            _SOURCE,
+        )
     _, disk, first_disk, here, count, directory_bytes, start, _ = struct.unpack("<4s4H2LH", tail[at:])
     end = tail_start + at
     if disk or first_disk or here != count:
@@ -167,7 +192,11 @@ def _directory(path: Path, stream: BinaryIO, size: int) -> tuple[int, int, int, 
     )
     agrees = all(
         short in (full, escape)
-        for short, full, escape in ((count, count64, 0xFFFF), (directory_bytes, directory_bytes64, 0xFFFFFFFF), (start, start64, 0xFFFFFFFF))
+        for short, full, escape in (
+            (count, count64, 0xFFFF),
+            (directory_bytes, directory_bytes64, 0xFFFFFFFF),
+            (start, start64, 0xFFFFFFFF),
+        )
     )
     if signature != _END64 or record_bytes != 44 or disk or first_disk or here64 != count64 or not agrees:
         raise UnsafeError(f"{path}: the two ends of the zip archive contradict each other", _SOURCE)
@@ -192,11 +221,17 @@ def _central_headers(path: Path, directory: bytes, count: int) -> list[_Header]:
         if name in seen:
             raise UnsafeError(f"{where}: the zip archive holds this member twice", _SOURCE)
         if disk or comment_bytes or (method == _STORED and packed != size):
-            raise UnsafeError(f"{where}: a zip member stored as {packed:,} bytes of {size:,}, or with a comment: readers disagree about such", _SOURCE)
+            raise UnsafeError(
+                f"{where}: a zip member stored as {packed:,} bytes of {size:,}, or with a comment: readers disagree"
+                " about such",
+                _SOURCE,
+            )
         seen.add(name)
         headers.append(_Header(name, flags, method, crc32, packed, size, offset))
     if at != len(directory):
-        raise UnsafeError(f"{path}: the zip directory holds {len(directory) - at:,} bytes after its {count:,} members", _SOURCE)
+        raise UnsafeError(
+            f"{path}: the zip directory holds {len(directory) - at:,} bytes after its {count:,} members", _SOURCE
+        )
     return headers
 
 
@@ -229,18 +264,29 @@ def _check_header(where: str, name: bytes, flags: int, method: int, attributes: 
     except UnicodeDecodeError:
         text = ""
     parts = text.split("/")
-    if not text or len(name) > MAX_NAME_BYTES or "\\" in text or "\0" in text or any(part in ("", ".", "..") for part in parts) or parts[0].endswith(":"):
+    if (
+        not text
+        or len(name) > MAX_NAME_BYTES
+        or "\\" in text
+        or "\0" in text
+        or any(part in ("", ".", "..") for part in parts)
+        or parts[0].endswith(":")
+    ):
         raise UnsafeError(f"{where}: a zip member's name that is not a plain relative path", _SOURCE)
     if stat.S_IFMT(attributes >> 16) not in (0, stat.S_IFREG):
         raise UnsafeError(f"{where}: a zip member that is a link, folder or device, expected a file", _SOURCE)
     if method not in (_STORED, _DEFLATED):
-        raise InputFileError(f"{where}: packed by method {method}, expected stored or deflated", "Save the file again with torch.save.")
+        raise InputFileError(
+            f"{where}: packed by method {method}, expected stored or deflated", "Save the file again with torch.save."
+        )
 
 
 def _member(path: Path, stream: BinaryIO, header: _Header, directory_start: int) -> Member:
     where = f"{path}: {printable(header.name.decode())}"
     if header.offset + 30 > directory_start:
-        raise InputFileError(f"{where}: starts at byte {header.offset:,}, past the members' end at {directory_start:,}", _AGAIN)
+        raise InputFileError(
+            f"{where}: starts at byte {header.offset:,}, past the members' end at {directory_start:,}", _AGAIN
+        )
     fields = struct.unpack("<4s5H3L2H", _exactly(path, stream, header.offset, 30))
     signature, flags, method, crc32, packed, size, name_bytes, extra_bytes = fields[0], *fields[2:4], *fields[6:]
     rest = _exactly(path, stream, header.offset + 30, name_bytes + extra_bytes)
@@ -250,19 +296,36 @@ def _member(path: Path, stream: BinaryIO, header: _Header, directory_start: int)
         size, packed = _wide(where, rest[name_bytes:], size, packed)
         agrees = (crc32, packed, size) == (header.crc32, header.packed_bytes, header.size_bytes)
     if not agrees:
-        raise UnsafeError(f"{where}: its header contradicts the zip directory: two readers would see two files", _SOURCE)
+        raise UnsafeError(
+            f"{where}: its header contradicts the zip directory: two readers would see two files", _SOURCE
+        )
     start = header.offset + 30 + name_bytes + extra_bytes
     if start + header.packed_bytes > directory_start:
-        raise InputFileError(f"{where}: {header.packed_bytes:,} bytes from byte {start:,}, past the members' end at {directory_start:,}", _AGAIN)
-    return Member(header.name.decode(), start, header.size_bytes, header.packed_bytes if header.method == _DEFLATED else None, header.crc32)
+        raise InputFileError(
+            f"{where}: {header.packed_bytes:,} bytes from byte {start:,}, past the members' end at {directory_start:,}",
+            _AGAIN,
+        )
+    return Member(
+        header.name.decode(),
+        start,
+        header.size_bytes,
+        header.packed_bytes if header.method == _DEFLATED else None,
+        header.crc32,
+    )
 
 
-def _check_gaps(path: Path, stream: BinaryIO, headers: Sequence[_Header], found: dict[bytes, Member], directory_start: int) -> None:
+def _check_gaps(
+    path: Path, stream: BinaryIO, headers: Sequence[_Header], found: dict[bytes, Member], directory_start: int
+) -> None:
     """Members follow each other with nothing between them but the data descriptors that their flags announce."""
     ordered = sorted(headers, key=lambda header: header.offset)
     starts = [header.offset for header in ordered] + [directory_start]
     if starts[0] != 0:
-        raise UnsafeError(f"{path}: {starts[0]:,} bytes before the first zip member, expected none: the file may hold something else too", _SOURCE)
+        raise UnsafeError(
+            f"{path}: {starts[0]:,} bytes before the first zip member, expected none: the file may hold something"
+            " else too",
+            _SOURCE,
+        )
     for header, (_, next_start) in zip(ordered, itertools.pairwise(starts), strict=True):
         end = found[header.name].offset + header.packed_bytes
         gap = next_start - end
@@ -275,6 +338,8 @@ def _check_gaps(path: Path, stream: BinaryIO, headers: Sequence[_Header], found:
         if header.flags & _DESCRIBED and gap in (12, 16, 20, 24):
             described = _exactly(path, stream, end, gap)
         sizes = {12: "<3L", 16: "<3L", 20: "<L2Q", 24: "<L2Q"}
-        body = described[4:] if gap in (16, 24) and described[:4] == _DESCRIPTOR else described if gap in (12, 20) else b""
+        body = (
+            described[4:] if gap in (16, 24) and described[:4] == _DESCRIPTOR else described if gap in (12, 20) else b""
+        )
         if not body or struct.unpack(sizes[gap], body) != (header.crc32, header.packed_bytes, header.size_bytes):
             raise UnsafeError(f"{where}: {gap:,} bytes follow this zip member that belong to none", _SOURCE)

@@ -1,4 +1,6 @@
-"""An engine whose shapes are static, with ONNX Runtime behind it for the shapes it does not serve. Chosen by `on_missing="fallback"`."""
+"""An engine whose shapes are static, with ONNX Runtime behind it for the shapes it does not serve. Chosen by
+`on_missing="fallback"`.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ log = logging.getLogger("sdrt")
 
 
 class FallbackEngine:
-    """Thread-safe. Each batch runs whole on one of the two; results name which, with `instead_of` where it is the second."""
+    """Thread-safe. Each batch runs whole on one of the two; results name which, with `instead_of` where it is the
+    second.
+    """
 
     def __init__(self, first: Engine, load_second: Callable[[], Engine], factor: int) -> None:
         """`load_second` is called once, when the first request needs it; `factor` pixels a side per latent."""

@@ -1,4 +1,5 @@
-"""Pictures as input: fitted to the size asked for, and masks brought to the latents. Owns no arithmetic of the denoising.
+"""Pictures as input: fitted to the size asked for, and masks brought to the latents. Owns no arithmetic of the
+denoising.
 
 Formulas: AUTOMATIC1111's modules/processing.py and modules/images.py, diffusers' image_processor.py, in our own words.
 """
@@ -30,10 +31,13 @@ class Canvas:
     """What a picture starts from, W x H pixels.
 
     pixels: uint8 `[H, W, 3]`.
-    keep: float32 `[1, h, w]`, where the latents stay the image's (1) and where they are repainted (0); all 0 without a mask.
-    masked_pixels: uint8 `[H, W, 3]`, the image with grey where it is repainted, as inpainting models see it; None without a mask.
-    overlay: float32 `[H, W, 1]`, how much of the image is laid over the finished picture, 0 to 1; None where the tool lays nothing over it.
-    sha256: of what `init_image` and `mask` were read from: the bytes of a file, the pixels of what was in memory.
+    keep: float32 `[1, h, w]`, where the latents stay the image's (1) and where they are repainted (0); all 0 without a
+        mask.
+    masked_pixels: uint8 `[H, W, 3]`, the image with grey where it is repainted, as inpainting models see it; None
+        without a mask.
+    overlay: float32 `[H, W, 1]`, how much of the image is laid over the finished picture, 0 to 1; None where the tool
+        lays nothing over it. sha256: of what `init_image` and `mask` were read from: the bytes of a file, the pixels of
+        what was in memory.
     """
 
     pixels: Pixels
@@ -50,7 +54,16 @@ def blank_canvas(size: tuple[int, int], factor: int) -> Canvas:
     return Canvas(grey, np.zeros((1, height // factor, width // factor), np.float32), grey)
 
 
-def canvas(init: ImageInput, mask: ImageInput | None, size: tuple[int, int], *, resize: str, blur: int, compat: str, factor: int) -> Canvas:
+def canvas(
+    init: ImageInput,
+    mask: ImageInput | None,
+    size: tuple[int, int],
+    *,
+    resize: str,
+    blur: int,
+    compat: str,
+    factor: int,
+) -> Canvas:
     """Bring an init image, and the mask that says what to repaint of it (white), to `size` and to the latents.
 
     Raises:
@@ -70,14 +83,19 @@ def canvas(init: ImageInput, mask: ImageInput | None, size: tuple[int, int], *, 
     sha256["mask"], opened = drawn.sha256, drawn.image
     if opened.size != image.size:
         raise UsageError(
-            f"mask: {opened.width}x{opened.height} pixels, the init image has {image.width}x{image.height}", "Draw the mask on a copy of the image."
+            f"mask: {opened.width}x{opened.height} pixels, the init image has {image.width}x{image.height}",
+            "Draw the mask on a copy of the image.",
         )
     masked = _diffusers_mask if compat == "diffusers" else _a1111_mask
     return replace(masked(pixels, opened, size, resize, blur, factor), sha256=sha256)
 
 
-def _diffusers_mask(pixels: Pixels, mask: Image.Image, size: tuple[int, int], resize: str, blur: int, factor: int) -> Canvas:
-    """Repainted where at least half white, at the resolution of pixels; the nearest pixel decides for a latent. Nothing is laid over the result."""
+def _diffusers_mask(
+    pixels: Pixels, mask: Image.Image, size: tuple[int, int], resize: str, blur: int, factor: int
+) -> Canvas:
+    """Repainted where at least half white, at the resolution of pixels; the nearest pixel decides for a latent. Nothing
+    is laid over the result.
+    """
     from PIL import ImageFilter
 
     if blur:
@@ -87,8 +105,12 @@ def _diffusers_mask(pixels: Pixels, mask: Image.Image, size: tuple[int, int], re
     return Canvas(pixels, keep, _greyed(pixels, repaint))
 
 
-def _a1111_mask(pixels: Pixels, mask: Image.Image, size: tuple[int, int], resize: str, blur: int, factor: int) -> Canvas:
-    """Blurred before it is fitted; a latent is repainted or kept whole, while the image is laid over the result along the soft edge."""
+def _a1111_mask(
+    pixels: Pixels, mask: Image.Image, size: tuple[int, int], resize: str, blur: int, factor: int
+) -> Canvas:
+    """Blurred before it is fitted; a latent is repainted or kept whole, while the image is laid over the result along
+    the soft edge.
+    """
     from PIL import Image
 
     grey = _binary_alpha(mask) if mask.mode == "RGBA" and mask.getextrema()[-1] != (255, 255) else mask.convert("L")
@@ -99,7 +121,9 @@ def _a1111_mask(pixels: Pixels, mask: Image.Image, size: tuple[int, int], resize
     latent = np.asarray(fitted.convert("RGB").resize((size[0] // factor, size[1] // factor)), np.float32)[..., 0] / 255
     keep = 1 - np.around(latent)[None]
     overlay = 1 - np.clip(repaint * 2, 0, 255)[..., None] / 255
-    return Canvas(pixels, keep.astype(np.float32), _greyed(pixels, np.around(repaint / 255) > 0), overlay.astype(np.float32))
+    return Canvas(
+        pixels, keep.astype(np.float32), _greyed(pixels, np.around(repaint / 255) > 0), overlay.astype(np.float32)
+    )
 
 
 def _binary_alpha(mask: Image.Image) -> Image.Image:
@@ -119,7 +143,9 @@ def laid_over(picture: Pixels, canvas: Canvas) -> Pixels:
 
 
 def gaussian_blur(grey: NDArray[np.uint8], sigma: int) -> NDArray[np.uint8]:
-    """A mask `[H, W]` softened as AUTOMATIC1111 does: OpenCV's Gaussian of 2 int(2.5 sigma + 0.5) + 1 taps, rows and then columns, edges reflected."""
+    """A mask `[H, W]` softened as AUTOMATIC1111 does: OpenCV's Gaussian of 2 int(2.5 sigma + 0.5) + 1 taps, rows and
+    then columns, edges reflected.
+    """
     reach = int(2.5 * sigma + 0.5)
     taps = np.exp(-(np.arange(-reach, reach + 1, dtype=np.float64) ** 2) / (2 * sigma**2))
     taps /= taps.sum()
@@ -130,7 +156,9 @@ def gaussian_blur(grey: NDArray[np.uint8], sigma: int) -> NDArray[np.uint8]:
 
 
 def _filtered_rows(rows: NDArray[np.uint8], taps: NDArray[np.float64]) -> NDArray[np.uint8]:
-    """Every row convolved with the taps, through Fourier transforms: the time does not grow with the radius, nor the memory with the mask."""
+    """Every row convolved with the taps, through Fourier transforms: the time does not grow with the radius, nor the
+    memory with the mask.
+    """
     reach, width = len(taps) // 2, rows.shape[1]
     if width == 1:
         return rows
@@ -186,7 +214,11 @@ def fill(image: Image.Image, size: tuple[int, int]) -> Image.Image:
 
 def _scaled_size(image: Image.Image, size: tuple[int, int], *, cover: bool) -> tuple[int, int]:
     (width, height), wider = size, size[0] * image.height > size[1] * image.width
-    scaled = (width, image.height * width // image.width) if wider == cover else (image.width * height // image.height, height)
+    scaled = (
+        (width, image.height * width // image.width)
+        if wider == cover
+        else (image.width * height // image.height, height)
+    )
     return max(1, scaled[0]), max(1, scaled[1])
 
 
@@ -198,7 +230,11 @@ def _centred(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     return result
 
 
-RESIZES: dict[str, Callable[[Image.Image, tuple[int, int]], Image.Image]] = {"stretch": stretch, "crop": crop, "fill": fill}
+RESIZES: dict[str, Callable[[Image.Image, tuple[int, int]], Image.Image]] = {
+    "stretch": stretch,
+    "crop": crop,
+    "fill": fill,
+}
 
 
 def _flattened(image: Image.Image) -> Image.Image:

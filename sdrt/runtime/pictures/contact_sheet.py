@@ -1,4 +1,6 @@
-"""The way from noise to picture in one image: the latents as they are above, the network's estimate of the finished picture below."""
+"""The way from noise to picture in one image: the latents as they are above, the network's estimate of the finished
+picture below.
+"""
 
 from __future__ import annotations
 
@@ -26,25 +28,35 @@ class Frame:
 
 
 def shown_calls(count: int) -> set[int]:
-    """Which of `count` model calls (from 1) a sheet shows: at most `COLUMNS`, evenly spaced, the first and last among them."""
+    """Which of `count` model calls (from 1) a sheet shows: at most `COLUMNS`, evenly spaced, the first and last among
+    them.
+    """
     if count <= COLUMNS:
         return set(range(1, count + 1))
     return {1 + round(i * (count - 1) / (COLUMNS - 1)) for i in range(COLUMNS)}
 
 
 def contact_sheet(frames: Sequence[Frame], side: int = 160) -> Image.Image:
-    """One RGB image of all frames, left to right; pictures are drawn at most `side` pixels wide, small ones enlarged in whole steps."""
+    """One RGB image of all frames, left to right; pictures are drawn at most `side` pixels wide, small ones enlarged in
+    whole steps.
+    """
     from PIL import Image, ImageDraw, ImageFont
 
     height, width = frames[0].noisy.shape[:2]
     scale = max(1, side // width) if width <= side else side / width
     cell = (round(width * scale), round(height * scale))
-    sheet = Image.new("RGB", (2 * _MARGIN + len(frames) * (cell[0] + _GAP) - _GAP, 2 * _MARGIN + 2 * cell[1] + _GAP + _CAPTION), _PAPER)
+    sheet = Image.new(
+        "RGB",
+        (2 * _MARGIN + len(frames) * (cell[0] + _GAP) - _GAP, 2 * _MARGIN + 2 * cell[1] + _GAP + _CAPTION),
+        _PAPER,
+    )
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
     for column, frame in enumerate(frames):
         left = _MARGIN + column * (cell[0] + _GAP)
         for row, pixels in enumerate((frame.noisy, frame.denoised)):
             method = Image.Resampling.NEAREST if width <= side else Image.Resampling.LANCZOS
             sheet.paste(Image.fromarray(pixels).resize(cell, method), (left, _MARGIN + row * (cell[1] + _GAP)))
-        draw.text((left + cell[0] / 2, _MARGIN + 2 * cell[1] + _GAP + _CAPTION / 2), frame.caption, _INK, font, anchor="mm")
+        draw.text(
+            (left + cell[0] / 2, _MARGIN + 2 * cell[1] + _GAP + _CAPTION / 2), frame.caption, _INK, font, anchor="mm"
+        )
     return sheet

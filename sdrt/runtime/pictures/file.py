@@ -1,7 +1,8 @@
-"""A finished picture as a PNG, JPEG or WebP that says how it was made: AUTOMATIC1111's text, which other tools read, and all of it as JSON.
+"""A finished picture as a PNG, JPEG or WebP that says how it was made: AUTOMATIC1111's text, which other tools read,
+and all of it as JSON.
 
-A PNG holds the text in its chunk `parameters` and the JSON in the chunk `sdrt`; the others hold them as EXIF, in UserComment and MakerNote. The
-JSON is what `picture_settings` reads back, so that a picture can be made again.
+A PNG holds the text in its chunk `parameters` and the JSON in the chunk `sdrt`; the others hold them as EXIF, in
+UserComment and MakerNote. The JSON is what `picture_settings` reads back, so that a picture can be made again.
 """
 
 from __future__ import annotations
@@ -63,14 +64,18 @@ def encode(image: Pixels, parameters: Mapping[str, Any], format: str = "png", *,
         picture.save(stream, "PNG", pnginfo=info)
         return stream.getvalue()
     exif = Image.Exif()
-    exif.get_ifd(_EXIF).update({_USER_COMMENT: _UNICODE + text.encode("utf-16-be"), _MAKER_NOTE: _OURS + everything.encode()})
+    exif.get_ifd(_EXIF).update(
+        {_USER_COMMENT: _UNICODE + text.encode("utf-16-be"), _MAKER_NOTE: _OURS + everything.encode()}
+    )
     if format == "webp":
         picture.save(stream, "WEBP", quality=quality, lossless=quality == 100, exif=exif)
         return stream.getvalue()
     try:
         picture.save(stream, "JPEG", quality=quality, exif=exif)
     except ValueError as error:  # one segment holds all of it, 65,533 bytes
-        raise UsageError("format 'jpeg': the prompt and settings are longer than a JPEG's EXIF holds", "Choose png or webp.") from error
+        raise UsageError(
+            "format 'jpeg': the prompt and settings are longer than a JPEG's EXIF holds", "Choose png or webp."
+        ) from error
     return stream.getvalue()
 
 
@@ -86,7 +91,8 @@ def save_picture(path: Path, data: bytes) -> None:
 
 
 def save_new_picture(path: Path, data: bytes) -> Path:
-    """Write the bytes of a picture to a file of that name, or, where something has it, of the first that is free: NAME-2, NAME-3 and so on.
+    """Write the bytes of a picture to a file of that name, or, where something has it, of the first that is free:
+    NAME-2, NAME-3 and so on.
 
     Raises:
         ResourceError: the disk is full.
@@ -126,7 +132,12 @@ def read_said(path: Path) -> Said:
     try:
         with Image.open(BytesIO(read_document(path, MAX_FILE_BYTES, fix).data), formats=names) as image:
             if image.format == "PNG":
-                return Said(*(text if isinstance(text := image.info.get(name), str) else None for name in (TEXT_CHUNK, JSON_CHUNK)))
+                return Said(
+                    *(
+                        text if isinstance(text := image.info.get(name), str) else None
+                        for name in (TEXT_CHUNK, JSON_CHUNK)
+                    )
+                )
             exif = image.getexif().get_ifd(_EXIF)
     except FileNotFoundError as error:
         raise InputFileError(f"{path}: no such file", fix) from error
@@ -134,7 +145,9 @@ def read_said(path: Path) -> Said:
         raise InputFileError(f"{path}: cannot be read as a picture: it is none of {', '.join(names)}", fix) from error
     except (OSError, SyntaxError, ValueError, struct_error, Image.DecompressionBombError) as error:
         raise InputFileError(f"{path}: cannot be read as a picture: {printable(str(error))}", fix) from error
-    comment, note = (value if isinstance(value := exif.get(tag), bytes) else b"" for tag in (_USER_COMMENT, _MAKER_NOTE))
+    comment, note = (
+        value if isinstance(value := exif.get(tag), bytes) else b"" for tag in (_USER_COMMENT, _MAKER_NOTE)
+    )
     return Said(
         comment.removeprefix(_UNICODE).decode("utf-16-be", "replace") if comment.startswith(_UNICODE) else None,
         note.removeprefix(_OURS).decode("utf-8", "replace") if note.startswith(_OURS) else None,
@@ -160,7 +173,9 @@ def parameters_of(path: Path, said: Said) -> dict[str, Any]:
         other = "; --settings-from takes what AUTOMATIC1111's text says" if said.text is not None else ""
         raise InputFileError(f"{path}: does not say how sdrt made it{other}", fix)
     if said.ours == CONTACT_SHEET:
-        raise InputFileError(f"{path}: a contact sheet, expected a picture", "Give the picture that generate wrote beside it.")
+        raise InputFileError(
+            f"{path}: a contact sheet, expected a picture", "Give the picture that generate wrote beside it."
+        )
     try:
         parameters = json.loads(said.ours[:_MAX_CHUNK])
     except (ValueError, RecursionError) as error:

@@ -1,4 +1,6 @@
-"""The text that AUTOMATIC1111 writes under its pictures, written and read: prompt, negative prompt, and a line of `Name: value` pairs."""
+"""The text that AUTOMATIC1111 writes under its pictures, written and read: prompt, negative prompt, and a line of
+`Name: value` pairs.
+"""
 
 from __future__ import annotations
 
@@ -21,13 +23,18 @@ _FEWEST_PAIRS = 3
 
 
 def infotext(parameters: Mapping[str, Any]) -> str:
-    """The settings as AUTOMATIC1111 writes them under its pictures: prompt, negative prompt, and a line of `Name: value` pairs.
+    """The settings as AUTOMATIC1111 writes them under its pictures: prompt, negative prompt, and a line of `Name:
+    value` pairs.
 
-    What was fused is named as its prompts and pairs do: LoRAs and hypernetworks as tags after the prompt, with the hashes of their files.
+    What was fused is named as its prompts and pairs do: LoRAs and hypernetworks as tags after the prompt, with the
+    hashes of their files.
     """
     width, height = parameters["size"]
     sources = parameters.get("sources", [])
-    of_kind = {kind: [source for source in sources if source["kind"] == kind] for kind in ("checkpoint", "vae", "lora", "embedding", "hypernetwork")}
+    of_kind = {
+        kind: [source for source in sources if source["kind"] == kind]
+        for kind in ("checkpoint", "vae", "lora", "embedding", "hypernetwork")
+    }
     pairs: dict[str, Any] = {
         "Steps": parameters["steps"],
         "Sampler": SAMPLERS[parameters["sampler"]].label,
@@ -53,11 +60,17 @@ def infotext(parameters: Mapping[str, Any]) -> str:
     if parameters["emphasis"] != "original":
         pairs["Emphasis"] = parameters["emphasis"].capitalize()
     for name, kind in (("Lora hashes", "lora"), ("TI hashes", "embedding"), ("Hypernet hashes", "hypernetwork")):
-        if hashes := ", ".join(f"{source.get('trigger') or network_name(source['name'])}: {source['sha256'][:12]}" for source in of_kind[kind]):
+        if hashes := ", ".join(
+            f"{source.get('trigger') or network_name(source['name'])}: {source['sha256'][:12]}"
+            for source in of_kind[kind]
+        ):
             pairs[name] = hashes
     pairs["Version"] = f"sdrt {parameters['sdrt']}"
     said = without_networks(parameters["prompt"], lambda kind, tag: kind not in NETWORKS)
-    tags = [network_tag(source["kind"], source["name"], source["scale"], source.get("te_scale")) for source in of_kind["lora"] + of_kind["hypernetwork"]]
+    tags = [
+        network_tag(source["kind"], source["name"], source["scale"], source.get("te_scale"))
+        for source in of_kind["lora"] + of_kind["hypernetwork"]
+    ]
     lines = [" ".join([said.rstrip(), *tags]) if tags else said]
     if parameters["negative"]:
         lines.append(f"{_NEGATIVE} {parameters['negative']}")
@@ -92,7 +105,9 @@ def parse_infotext(text: str) -> Infotext:
 
 
 def settings_of_infotext(read: Infotext) -> tuple[dict[str, Any], dict[str, str]]:
-    """The fields of `Request` that a text gives, and the pairs that give none: of other settings, or with values that cannot be read."""
+    """The fields of `Request` that a text gives, and the pairs that give none: of other settings, or with values that
+    cannot be read.
+    """
     settings: dict[str, Any] = {"prompt": read.prompt, "negative": read.negative, "compat": "a1111"}
     rest: dict[str, str] = {}
     for name, value in read.pairs.items():
@@ -124,8 +139,16 @@ def _noise(text: str) -> str:
 
 
 _SETTINGS: dict[str, tuple[str, Callable[[str], Any]]] = {
-    "Steps": ("steps", int), "Sampler": ("sampler", str), "Schedule type": ("schedule", str), "CFG scale": ("cfg", float), "Seed": ("seed", int),
-    "Size": ("size", _size), "Denoising strength": ("strength", float), "Clip skip": ("clip_skip", int), "Mask blur": ("mask_blur", int),
-    "RNG": ("noise", _noise), "Emphasis": ("emphasis", str.lower),
-}  # fmt: skip
+    "Steps": ("steps", int),
+    "Sampler": ("sampler", str),
+    "Schedule type": ("schedule", str),
+    "CFG scale": ("cfg", float),
+    "Seed": ("seed", int),
+    "Size": ("size", _size),
+    "Denoising strength": ("strength", float),
+    "Clip skip": ("clip_skip", int),
+    "Mask blur": ("mask_blur", int),
+    "RNG": ("noise", _noise),
+    "Emphasis": ("emphasis", str.lower),
+}
 """The setting of each pair, and how its value is read."""

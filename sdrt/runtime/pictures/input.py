@@ -1,4 +1,5 @@
-"""The one door for pictures that are given: paths, bytes, file objects, Pillow images and arrays come out alike, upright, within the limits, hashed.
+"""The one door for pictures that are given: paths, bytes, file objects, Pillow images and arrays come out alike,
+upright, within the limits, hashed.
 
 Owns which formats are read and how large they may be. What becomes of a picture is `images`' matter.
 """
@@ -33,14 +34,17 @@ _FIX = f"Give a {', '.join(FORMATS)} file."
 
 @dataclass(frozen=True)
 class Given:
-    """A picture that was given, upright. `sha256` is of the bytes of the file it was read from, or, of a Pillow image or an array, of its pixels."""
+    """A picture that was given, upright. `sha256` is of the bytes of the file it was read from, or, of a Pillow image
+    or an array, of its pixels.
+    """
 
     image: Image.Image
     sha256: str
 
 
 def open_picture(setting: str, source: ImageInput) -> Given:
-    """Open the picture that a setting, such as `init_image`, was given as. A file object is read from where it stands, to its end.
+    """Open the picture that a setting, such as `init_image`, was given as. A file object is read from where it stands,
+    to its end.
 
     Raises:
         InputFileError: it cannot be read as a picture, is in a format that is not read, or is larger than the limits.
@@ -54,18 +58,30 @@ def open_picture(setting: str, source: ImageInput) -> Given:
     if isinstance(source, (bytes, bytearray, memoryview)):
         return _read(name, bytes(source))
     if isinstance(source, np.ndarray):
-        good = source.dtype == np.uint8 and (source.ndim == 2 or (source.ndim == 3 and source.shape[2] in (3, 4))) and 0 not in source.shape
+        good = (
+            source.dtype == np.uint8
+            and (source.ndim == 2 or (source.ndim == 3 and source.shape[2] in (3, 4)))
+            and 0 not in source.shape
+        )
         if not good:
-            raise UsageError(f"{name}: array of shape {list(source.shape)} and {source.dtype}, expected uint8 [H, W], [H, W, 3] or [H, W, 4]")
+            raise UsageError(
+                f"{name}: array of shape {list(source.shape)} and {source.dtype}, expected uint8 [H, W], [H, W, 3] or"
+                " [H, W, 4]"
+            )
         _check_pixels(name, source.shape[1], source.shape[0])
         return _of_pixels(Image.fromarray(source))
     if isinstance(source, Image.Image):
         if source.format not in (None, *FORMATS):  # not loaded yet, perhaps: then Pillow would read it only now
-            raise InputFileError(f"{name}: a Pillow image read from {printable(str(source.format))}", f"{_FIX} If you trust it, give image.copy().")
+            raise InputFileError(
+                f"{name}: a Pillow image read from {printable(str(source.format))}",
+                f"{_FIX} If you trust it, give image.copy().",
+            )
         return _of_pixels(_upright(name, source))
     if callable(getattr(source, "read", None)):
         return _read(name, _bytes_of_stream(name, source))
-    raise UsageError(f"{name}: expected a path, bytes, a file object, a Pillow image or an array, found {type(source).__name__}")
+    raise UsageError(
+        f"{name}: expected a path, bytes, a file object, a Pillow image or an array, found {type(source).__name__}"
+    )
 
 
 def _bytes_of_file(name: str, path: Path) -> bytes:
@@ -81,9 +97,13 @@ def _bytes_of_stream(name: str, stream: object) -> bytes:
     try:
         data = stream.read(MAX_FILE_BYTES + 1)  # type: ignore[attr-defined]
     except (OSError, ValueError) as error:  # ValueError: it is closed
-        raise InputFileError(f"{name}: cannot be read: {printable(str(error))}", "Give a file object that is open for reading.") from error
+        raise InputFileError(
+            f"{name}: cannot be read: {printable(str(error))}", "Give a file object that is open for reading."
+        ) from error
     if not isinstance(data, bytes):
-        raise UsageError(f"{name}: a file object that gives {type(data).__name__}, expected bytes", "Open it in binary mode.")
+        raise UsageError(
+            f"{name}: a file object that gives {type(data).__name__}, expected bytes", "Open it in binary mode."
+        )
     if not data:
         raise InputFileError(f"{name}: the file object has nothing left to read", "Rewind it with seek(0).")
     if len(data) > MAX_FILE_BYTES:
@@ -100,9 +120,13 @@ def _read(where: str, data: bytes) -> Given:
             with Image.open(BytesIO(data), formats=FORMATS) as image:
                 return Given(_upright(where, image), hashlib.sha256(data).hexdigest())
     except UnidentifiedImageError as error:  # its own text names the object we read from
-        raise InputFileError(f"{where}: cannot be read as a picture: it is none of {', '.join(FORMATS)}", _FIX) from error
+        raise InputFileError(
+            f"{where}: cannot be read as a picture: it is none of {', '.join(FORMATS)}", _FIX
+        ) from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise InputFileError(f"{where}: {printable(str(error))}", f"The limit is {MAX_PIXELS:,} pixels: make it smaller.") from error
+        raise InputFileError(
+            f"{where}: {printable(str(error))}", f"The limit is {MAX_PIXELS:,} pixels: make it smaller."
+        ) from error
     except (OSError, SyntaxError, ValueError, EOFError, struct_error) as error:
         raise _unreadable(where, error) from error
 

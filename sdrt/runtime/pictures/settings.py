@@ -1,4 +1,6 @@
-"""Settings out of a picture: all of them, to make it again with its own bundle, or those that another bundle can use."""
+"""Settings out of a picture: all of them, to make it again with its own bundle, or those that another
+bundle can use.
+"""
 
 from __future__ import annotations
 
@@ -32,11 +34,15 @@ class Reused:
     unused: tuple[str, ...]
 
 
-def settings_to_repeat(path: Path, parameters: Mapping[str, Any], manifest: Manifest, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of `Request` that made a picture of ours, for this bundle; one that the picture lacks keeps its default.
+def settings_to_repeat(
+    path: Path, parameters: Mapping[str, Any], manifest: Manifest, given: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The fields of `Request` that made a picture of ours, for this bundle; one that the picture lacks keeps its
+    default.
 
-    `parameters` are what `parameters_of` found in it; `given` are the fields that somebody chose in their place. A picture it was made from is looked
-    for beside it, under its name alone, and must be as it was: what a picture says is a stranger's word, and names no file elsewhere.
+    `parameters` are what `parameters_of` found in it; `given` are the fields that somebody chose in their place. A
+    picture it was made from is looked for beside it, under its name alone, and must be as it was: what a picture says
+    is a stranger's word, and names no file elsewhere.
 
     Raises:
         InputFileError: its settings are not of the expected form, or what it was made from is not beside it.
@@ -44,8 +50,8 @@ def settings_to_repeat(path: Path, parameters: Mapping[str, Any], manifest: Mani
     """
     if parameters.get("bundle_id") != bundle_id(manifest):
         raise UsageError(
-            f"{path}: made by bundle {printable(str(parameters.get('bundle')))} ({printable(str(parameters.get('bundle_id')))}), "
-            f"this one is {manifest.name} ({bundle_id(manifest)})",
+            f"{path}: made by bundle {printable(str(parameters.get('bundle')))}"
+            f" ({printable(str(parameters.get('bundle_id')))}), this one is {manifest.name} ({bundle_id(manifest)})",
             "Name the bundle that made it, or take what fits this one with --settings-from.",
         )
     settings = _typed(path, parameters)
@@ -55,17 +61,24 @@ def settings_to_repeat(path: Path, parameters: Mapping[str, Any], manifest: Mani
         if name in given or (settings.get(name) is None and sha256 is None):
             continue
         if settings.get(name) is None:
-            raise InputFileError(f"{path}: made from a picture that was no file (sha256 {printable(str(sha256))})", f"Give it, saved, with {option}.")
+            raise InputFileError(
+                f"{path}: made from a picture that was no file (sha256 {printable(str(sha256))})",
+                f"Give it, saved, with {option}.",
+            )
         beside, problem = _beside(path, settings[name], sha256)
         if problem:
             kind = UsageError if "changed" in problem else InputFileError
-            raise kind(f"{path}: made from {printable(settings[name])}, {problem}", f"Put it beside the picture, or name it with {option}.")
+            raise kind(
+                f"{path}: made from {printable(settings[name])}, {problem}",
+                f"Put it beside the picture, or name it with {option}.",
+            )
         settings[name] = beside
     return settings | {"count": 1, "batch": 1} | dict(given)
 
 
 def settings_to_reuse(path: Path, manifest: Manifest, given: Mapping[str, Any]) -> Reused:
-    """The settings of any picture, of another bundle or of AUTOMATIC1111, as far as this bundle can use them. `given` take their places.
+    """The settings of any picture, of another bundle or of AUTOMATIC1111, as far as this bundle can use them. `given`
+    take their places.
 
     Raises:
         InputFileError: it cannot be read as a picture, or says nothing of how it was made.
@@ -78,7 +91,11 @@ def settings_to_reuse(path: Path, manifest: Manifest, given: Mapping[str, Any]) 
         for name in IMAGES:
             sha256 = parameters.get(f"{name}_sha256")
             if name not in given and (settings.get(name) is not None or sha256 is not None):
-                beside, problem = _beside(path, settings[name], sha256) if settings.get(name) is not None else (None, "which was no file")
+                beside, problem = (
+                    _beside(path, settings[name], sha256)
+                    if settings.get(name) is not None
+                    else (None, "which was no file")
+                )
                 unused += [f"{name}: {printable(str(settings.get(name)))}, {problem}"] if problem else []
                 settings[name] = beside
     elif said.text is not None:
@@ -86,7 +103,9 @@ def settings_to_reuse(path: Path, manifest: Manifest, given: Mapping[str, Any]) 
         settings, rest = settings_of_infotext(read)
         unused = _other_pairs(rest, manifest)
     else:
-        raise InputFileError(f"{path}: does not say how it was made", "Give a picture written by sdrt generate or AUTOMATIC1111.")
+        raise InputFileError(
+            f"{path}: does not say how it was made", "Give a picture written by sdrt generate or AUTOMATIC1111."
+        )
     if "prompt" not in given and given.get("network_tags", settings.get("network_tags")) != "ignore":
         settings["prompt"] = _without_absent(settings.get("prompt", ""), manifest.sources, unused)
     return _usable(settings, manifest, given, unused)
@@ -96,10 +115,17 @@ def _usable(settings: dict[str, Any], manifest: Manifest, given: Mapping[str, An
     """Take the settings one after the other; what the bundle refuses is left at its default."""
     taken = {"prompt": settings.get("prompt", "")} | dict(given)
     if taken.get("init_image", settings.get("init_image")) is None:
-        unused += [f"{name}: {settings[name]}, without an init image" for name in ("strength", "mask") if settings.get(name) is not None and name not in given]
+        unused += [
+            f"{name}: {settings[name]}, without an init image"
+            for name in ("strength", "mask")
+            if settings.get(name) is not None and name not in given
+        ]
         settings = {name: value for name, value in settings.items() if name not in _OF_IMAGES}
     # What others are read by comes first: the tool, and the image that a strength and a mask belong to.
-    names = sorted((name for name in settings if name not in taken), key=lambda name: (name != "compat", name != "init_image", _ORDER[name]))
+    names = sorted(
+        (name for name in settings if name not in taken),
+        key=lambda name: (name != "compat", name != "init_image", _ORDER[name]),
+    )
     for name in names:
         candidate = taken | {name: settings[name]}
         try:
@@ -118,9 +144,13 @@ def _typed(path: Path, parameters: Mapping[str, Any]) -> dict[str, Any]:
     try:
         settings = settings_from_json(parameters)
     except ValueError as error:
-        raise InputFileError(f"{path}: its settings are not of the expected form: {error}", "Give the settings yourself.") from error
+        raise InputFileError(
+            f"{path}: its settings are not of the expected form: {error}", "Give the settings yourself."
+        ) from error
     if "prompt" not in settings:
-        raise InputFileError(f"{path}: its settings are not of the expected form: prompt: missing", "Give the settings yourself.")
+        raise InputFileError(
+            f"{path}: its settings are not of the expected form: prompt: missing", "Give the settings yourself."
+        )
     return settings
 
 
@@ -150,7 +180,10 @@ def _other_sources(parameters: Mapping[str, Any], manifest: Manifest) -> list[st
         kind, sha256, *scales = (source.get(name) for name in ("kind", "sha256", "scale", "te_scale"))
         if (kind, sha256, *scales) not in ours:
             strength = ":".join(f"{scale:g}" for scale in scales if isinstance(scale, (int, float)))
-            lines.append(f"{printable(str(kind))}: {printable(str(source.get('name')))}{' at ' * bool(strength)}{strength}, not in this bundle")
+            lines.append(
+                f"{printable(str(kind))}: {printable(str(source.get('name')))}{' at ' * bool(strength)}{strength}, not"
+                " in this bundle"
+            )
     return lines
 
 
@@ -166,14 +199,24 @@ def _other_pairs(pairs: Mapping[str, str], manifest: Manifest) -> list[str]:
             held = any(source.kind == kind and source.sha256.startswith(value.lower()) for source in manifest.sources)
             lines += [] if held else [f"{name}: {printable(called)}, not in this bundle"]
         elif kind is not None:
-            absent = [each for each in value.split(",") if each.strip() and each.partition(":")[0].strip() not in _names(manifest.sources, kind)]
+            absent = [
+                each
+                for each in value.split(",")
+                if each.strip() and each.partition(":")[0].strip() not in _names(manifest.sources, kind)
+            ]
             lines += [f"{name}: {printable(each.strip())}, not in this bundle" for each in absent]
         else:
             lines.append(f"{printable(name)}: {printable(value)}")
     return lines
 
 
-_HASHES = {"Model hash": "checkpoint", "VAE hash": "vae", "Lora hashes": "lora", "TI hashes": "embedding", "Hypernet hashes": "hypernetwork"}
+_HASHES = {
+    "Model hash": "checkpoint",
+    "VAE hash": "vae",
+    "Lora hashes": "lora",
+    "TI hashes": "embedding",
+    "Hypernet hashes": "hypernetwork",
+}
 
 
 def _names(sources: Iterable[Source], kind: str) -> set[str]:

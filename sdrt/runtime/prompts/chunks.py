@@ -1,4 +1,6 @@
-"""A prompt's segments as the rows the text encoder takes: chunks of 75 tokens between start and end, cut as AUTOMATIC1111 cuts them."""
+"""A prompt's segments as the rows the text encoder takes: chunks of 75 tokens between start and end, cut as
+AUTOMATIC1111 cuts them.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +47,8 @@ def chunk_segments(tokenizer: Tokenizer, segments: Iterable[Segment], name: str 
         nonlocal tokens, weights, comma
         if len(chunks) == MAX_CHUNKS:
             raise UsageError(
-                f"{name}: more than {MAX_CHUNKS} chunks of {capacity} tokens", "Shorten it, or leave out BREAKs: each ends a chunk, however short."
+                f"{name}: more than {MAX_CHUNKS} chunks of {capacity} tokens",
+                "Shorten it, or leave out BREAKs: each ends a chunk, however short.",
             )
         chunks.append(_framed(tokens, weights, tokenizer.text))
         tokens, weights, comma = [], [], None
@@ -78,7 +81,9 @@ def chunk_segments(tokenizer: Tokenizer, segments: Iterable[Segment], name: str 
 
 
 def _framed(tokens: list[int], weights: list[float], text: Text) -> Chunk:
-    """With start, end and padding. Where padding is not the end token (OpenCLIP), it starts after the first end token, as there."""
+    """With start, end and padding. Where padding is not the end token (OpenCLIP), it starts after the first end token,
+    as there.
+    """
     row = [text.bos, *tokens]
     row += [text.eos] * (text.tokens - len(row))
     if text.pad != text.eos:

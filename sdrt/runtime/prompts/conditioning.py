@@ -1,7 +1,8 @@
-"""From prompts to the contexts a picture is denoised under: which text holds at which step, its chunks, their emphasis, and a cache of encodings.
+"""From prompts to the contexts a picture is denoised under: which text holds at which step, its chunks, their emphasis,
+and a cache of encodings.
 
-Emphasis is applied here, not in the text encoder's graph: AUTOMATIC1111 restores the mean over all texts that prompt editing makes of a
-prompt, and one encoding then serves every emphasis. docs/prompts.md has the rules.
+Emphasis is applied here, not in the text encoder's graph: AUTOMATIC1111 restores the mean over all texts that prompt
+editing makes of a prompt, and one encoding then serves every emphasis. docs/prompts.md has the rules.
 """
 
 from __future__ import annotations
@@ -41,9 +42,12 @@ NETWORK_TAGS = ("refuse", "ignore")
 MAX_WEIGHT = 1000.0
 """Largest emphasis, or weight of a part, either sign. Pictures fall apart beyond 2 or so."""
 MAX_CHARACTERS = 20_000
-"""Of one prompt: several times what its chunks can hold, and little enough that reading it takes no time that is felt."""
+"""Of one prompt: several times what its chunks can hold, and little enough that reading it takes no time that is felt.
+"""
 MAX_CHUNKS_IN_ALL = 4096
-"""Of a request: chunks of every branch, in every context that prompt editing makes over the steps. 1 GB of encodings for Stable Diffusion 1.5."""
+"""Of a request: chunks of every branch, in every context that prompt editing makes over the steps. 1 GB of encodings
+for Stable Diffusion 1.5.
+"""
 CACHED_CHUNKS = 128
 """Encoded chunks a pipeline keeps: 30 MB for Stable Diffusion 1.5."""
 MOST_ROWS = 16
@@ -54,9 +58,11 @@ MOST_ROWS = 16
 class Conditioning:
     """What the prompts say at each step, S steps in all.
 
-    sets: the different contexts, each float32 `[G, T, C]`, read-only: the negative prompt first if guided, then one per `AND` part.
+    sets: the different contexts, each float32 `[G, T, C]`, read-only: the negative prompt first if guided, then one per
+        `AND` part.
     set_of_step: index into `sets`, for each of the S steps.
-    weights: for each step the guidance weights of the G branches, which sum to 1 if guided: 1 - cfg * sum(w), then cfg * w of each part.
+    weights: for each step the guidance weights of the G branches, which sum to 1 if guided: 1 - cfg * sum(w), then cfg
+        * w of each part.
     """
 
     sets: tuple[Float, ...]
@@ -66,7 +72,9 @@ class Conditioning:
 
 @dataclass(frozen=True)
 class _Part:
-    """One branch before encoding: (last step, text) as `schedule_edits` gives them, the chunks of each text, all equally many."""
+    """One branch before encoding: (last step, text) as `schedule_edits` gives them, the chunks of each text, all
+    equally many.
+    """
 
     schedule: tuple[tuple[int, str], ...]
     chunks: dict[str, list[Chunk]]
@@ -76,14 +84,17 @@ class _Part:
         return len(next(iter(self.chunks.values())))
 
     def text_at(self, step: int) -> str:
-        """The text of a step, counted from 0. AUTOMATIC1111 compares that count with steps that it has counted from 1; so do we."""
+        """The text of a step, counted from 0. AUTOMATIC1111 compares that count with steps that it has counted from 1;
+        so do we.
+        """
         return self.schedule[bisect_left(self.schedule, step, key=itemgetter(0))][1]
 
 
 @dataclass(frozen=True)
 class Prompts:
-    """A prompt and its negative as they were read: nothing of them has been encoded. `weights` are those of the branches, the negative's first if `guided`; `contexts` is how many
-    different ones the steps go through."""
+    """A prompt and its negative as they were read: nothing of them has been encoded. `weights` are those of the
+    branches, the negative's first if `guided`; `contexts` is how many different ones the steps go through.
+    """
 
     parts: tuple[_Part, ...]
     weights: tuple[float, ...]
@@ -128,31 +139,40 @@ class TextConditioner:
         Args:
             prompt: may be empty; of any length.
             negative: the same; not read where the guidance weight of its branch is 0, as at `cfg` 1.
-            steps: how many steps prompt editing counts. AUTOMATIC1111 counts model calls: twice the steps for samplers of second order.
+            steps: how many steps prompt editing counts. AUTOMATIC1111 counts model calls: twice the steps for samplers
+                of second order.
             cfg: guidance scale.
             clip_skip: AUTOMATIC1111's count, 1 being the last layer; None takes the bundle's first one.
             syntax: one of `SYNTAXES`; None is plain for diffusers, else a1111.
-            emphasis: one of `EMPHASES`: restore each chunk's mean, do not, take brackets as text, or read them but do not weigh.
+            emphasis: one of `EMPHASES`: restore each chunk's mean, do not, take brackets as text, or read them but do
+                not weigh.
             compat: one of `COMPATS`. diffusers has no second chunk: in its plain syntax a longer prompt is an error.
-            network_tags: one of `NETWORK_TAGS`: what becomes of `<lora:name:0.8>` that the bundle does not hold at that strength. Refused, or
-                ignored as AUTOMATIC1111 ignores what it does not find: taken out of a prompt, and text in a negative one.
+            network_tags: one of `NETWORK_TAGS`: what becomes of `<lora:name:0.8>` that the bundle does not hold at that
+                strength. Refused, or
+                ignored as AUTOMATIC1111 ignores what it does not find: taken out of a prompt, and text in a negative
+                one.
 
         Raises:
-            UsageError: an unknown name, a layer the bundle was built without, an adapter named in a prompt, a weight beyond `MAX_WEIGHT`,
-                text that is not valid Unicode, longer than `compat` takes, or beyond a limit: `MAX_CHARACTERS`, `MAX_CHUNKS` of a text,
-                `MAX_BRANCHES`, `MAX_CHUNKS_IN_ALL`.
+            UsageError: an unknown name, a layer the bundle was built without, an adapter named in a prompt, a weight
+                beyond `MAX_WEIGHT`,
+                text that is not valid Unicode, longer than `compat` takes, or beyond a limit: `MAX_CHARACTERS`,
+                `MAX_CHUNKS` of a text, `MAX_BRANCHES`, `MAX_CHUNKS_IN_ALL`.
         """
         skip = self._clip_skip(clip_skip)
         one_of("compat", compat, COMPATS)
         one_of("emphasis", emphasis, EMPHASES)
-        syntax = one_of("prompt syntax", syntax if syntax is not None else "plain" if compat == "diffusers" else "a1111", SYNTAXES)
+        syntax = one_of(
+            "prompt syntax", syntax if syntax is not None else "plain" if compat == "diffusers" else "a1111", SYNTAXES
+        )
         limited = compat == "diffusers" and syntax == "plain"
         one_of("network tags", network_tags, NETWORK_TAGS)
         self._check_text("prompt", prompt)
         prompt = self._without_networks(prompt, syntax, network_tags)
         positive = split_and(prompt) if syntax == "a1111" else (Segment(prompt, 1.0),)
         if len(positive) >= MAX_BRANCHES:
-            raise UsageError(f"prompt: {len(positive)} parts between ANDs: expected at most {MAX_BRANCHES - 1}", "Join some of them.")
+            raise UsageError(
+                f"prompt: {len(positive)} parts between ANDs: expected at most {MAX_BRANCHES - 1}", "Join some of them."
+            )
         for part in positive:
             _check_weight("prompt", part)
         guidance = tuple(cfg * part.weight for part in positive)
@@ -168,8 +188,12 @@ class TextConditioner:
         return Prompts(tuple(parts), guidance, rest != 0, skip, emphasis, steps, contexts)
 
     def encode(self, engine: Engine, prompts: Prompts) -> Conditioning:
-        """Encode what was read; `encode_text` is all that is used of the engine. A chunk that is still cached costs no call of it."""
-        sets, set_of_step = self._sets(engine, prompts.parts, prompts.clip_skip, prompts.steps, prompts.emphasis, guided=prompts.guided)
+        """Encode what was read; `encode_text` is all that is used of the engine. A chunk that is still cached costs no
+        call of it.
+        """
+        sets, set_of_step = self._sets(
+            engine, prompts.parts, prompts.clip_skip, prompts.steps, prompts.emphasis, guided=prompts.guided
+        )
         return Conditioning(sets, set_of_step, (prompts.weights,) * prompts.steps)
 
     def _part(self, name: str, text: str, steps: int, syntax: str, emphasis: str, limited: bool) -> _Part:
@@ -193,7 +217,9 @@ class TextConditioner:
             )
         return _Part(schedule, {each: [*own, *[self._empty] * (longest - len(own))] for each, own in chunks.items()})
 
-    def _sets(self, engine: Engine, parts: Sequence[_Part], skip: int, steps: int, emphasis: str, *, guided: bool) -> tuple[tuple[Float, ...], tuple[int, ...]]:
+    def _sets(
+        self, engine: Engine, parts: Sequence[_Part], skip: int, steps: int, emphasis: str, *, guided: bool
+    ) -> tuple[tuple[Float, ...], tuple[int, ...]]:
         longest = max(part.length for part in parts)
         wanted = [chunk.tokens for part in parts for own in part.chunks.values() for chunk in own]
         if guided and max(part.length for part in parts[1:]) != parts[0].length:
@@ -215,8 +241,8 @@ class TextConditioner:
     def _stack(self, branches: list[Float], encoded: dict[tuple[int, ...], Float], guided: bool) -> Float:
         """Branches `[t, C]` of different lengths to one `[G, T, C]`.
 
-        As in AUTOMATIC1111, a shorter `AND` part repeats its last vector, then the shorter side of the guidance is filled up with
-        encoded empty chunks (its option "Pad prompt/negative prompt").
+        As in AUTOMATIC1111, a shorter `AND` part repeats its last vector, then the shorter side of the guidance is
+        filled up with encoded empty chunks (its option "Pad prompt/negative prompt").
         """
         negative, positive = (branches[:1], branches[1:]) if guided else ([], branches)
         length = max(map(len, positive))
@@ -224,15 +250,21 @@ class TextConditioner:
         sides = [*negative, *positive]
         longest = max(map(len, sides))
         missing = [(longest - len(z)) // self._tokenizer.text.tokens for z in sides]
-        filled = [np.concatenate([z, *[encoded[self._empty.tokens]] * count]) if count else z for z, count in zip(sides, missing, strict=True)]
+        filled = [
+            np.concatenate([z, *[encoded[self._empty.tokens]] * count]) if count else z
+            for z, count in zip(sides, missing, strict=True)
+        ]
         stacked: Float = np.stack(filled)
         stacked.flags.writeable = False
         return stacked
 
-    def _encoded(self, engine: Engine, wanted: Iterable[tuple[int, ...]], skip: int, at_once: int) -> dict[tuple[int, ...], Float]:
+    def _encoded(
+        self, engine: Engine, wanted: Iterable[tuple[int, ...]], skip: int, at_once: int
+    ) -> dict[tuple[int, ...], Float]:
         """Encodings `[77, C]` of rows of tokens without emphasis, from the cache or the engine.
 
-        No call takes more rows than the branches of one set have chunks: an engine that can denoise under that set can encode it.
+        No call takes more rows than the branches of one set have chunks: an engine that can denoise under that set can
+        encode it.
         """
         found: dict[tuple[int, ...], Float] = {}
         missing: list[tuple[int, ...]] = []
@@ -247,7 +279,9 @@ class TextConditioner:
             rows = missing[first : first + at_once]
             tokens = np.array(rows, np.int64)
             contexts = engine.encode_text(tokens, skip)
-            found.update((row, context.copy()) for row, context in zip(rows, contexts, strict=True))  # a view would keep the whole batch
+            found.update(
+                (row, context.copy()) for row, context in zip(rows, contexts, strict=True)
+            )  # a view would keep the whole batch
         with self._lock:
             self._cache.update(((skip, row), found[row]) for row in missing)
             while len(self._cache) > CACHED_CHUNKS:
@@ -276,7 +310,9 @@ class TextConditioner:
             raise UsageError(f"{name}: not valid Unicode text: {error}", "Remove the lone surrogates.") from error
 
     def _without_networks(self, prompt: str, syntax: str, network_tags: str) -> str:
-        """The prompt without tags of adapters: those that are simply true, and all if they are to be ignored. Plain syntax takes other kinds for text."""
+        """The prompt without tags of adapters: those that are simply true, and all if they are to be ignored. Plain
+        syntax takes other kinds for text.
+        """
 
         def keep(kind: str, tag: str) -> bool:
             if kind not in NETWORKS and syntax == "plain":
@@ -299,10 +335,13 @@ class TextConditioner:
 
     def _refused(self, name: str, tag: str) -> UsageError:
         adapters = [source for source in self._sources if source.kind in ("lora", "hypernetwork")]
-        baked = " ".join(network_tag(source.kind, source.name, source.scale or 0.0, source.te_scale) for source in adapters)
+        baked = " ".join(
+            network_tag(source.kind, source.name, source.scale or 0.0, source.te_scale) for source in adapters
+        )
         return UsageError(
             f"{name}: {_short(tag)}: adapters are baked in when a bundle is built; this one holds {baked or 'none'}",
-            "Leave it out with --network-tags ignore (network_tags='ignore'), or build another bundle with sdrt build --lora or --hypernetwork.",
+            "Leave it out with --network-tags ignore (network_tags='ignore'), or build another bundle with sdrt build"
+            " --lora or --hypernetwork.",
         )
 
 
@@ -327,8 +366,9 @@ def _same(written: float, scale: float) -> bool:
 def _contexts(part: _Part, encoded: dict[tuple[int, ...], Float], emphasis: str) -> dict[str, Float]:
     """The context `[t, C]` of each text of a part: every token's vector times its emphasis, then the mean restored.
 
-    The mean is that of one chunk over all texts of the part's schedule, counted as often as they are in it (modules/sd_emphasis.py
-    over the batch of modules/prompt_parser.py in AUTOMATIC1111); without prompt editing it is the chunk's own.
+    The mean is that of one chunk over all texts of the part's schedule, counted as often as they are in it
+    (modules/sd_emphasis.py over the batch of modules/prompt_parser.py in AUTOMATIC1111); without prompt editing it is
+    the chunk's own.
     """
     texts = list(part.chunks)
     counts = Counter(text for _, text in part.schedule)
@@ -349,14 +389,16 @@ def _check_in_all(name: str, chunks: int) -> None:
     if chunks > MAX_CHUNKS_IN_ALL:
         raise UsageError(
             f"{name}: {chunks:,} chunks of text over all branches and steps: expected at most {MAX_CHUNKS_IN_ALL:,}",
-            "Use fewer edits ([a:b:0.5]), alternations ([a|b]), parts (AND) or words: each edit makes the whole prompt another text.",
+            "Use fewer edits ([a:b:0.5]), alternations ([a|b]), parts (AND) or words: each edit makes the whole prompt"
+            " another text.",
         )
 
 
 def _check_weight(name: str, segment: Segment) -> None:
     if abs(segment.weight) > MAX_WEIGHT:
         raise UsageError(
-            f"{name}: '{_short(segment.text)}' has weight {segment.weight:.3g}: expected at most {MAX_WEIGHT:g}", "Use fewer brackets or a smaller number."
+            f"{name}: '{_short(segment.text)}' has weight {segment.weight:.3g}: expected at most {MAX_WEIGHT:g}",
+            "Use fewer brackets or a smaller number.",
         )
 
 

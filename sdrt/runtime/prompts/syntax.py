@@ -1,8 +1,8 @@
 """AUTOMATIC1111's prompt syntax: AND, prompt editing and alternation, emphasis and BREAK, in the order they are taken.
 
-Pure text to text: no tokens, no arrays. Nothing here raises on any text: as in AUTOMATIC1111, what does not parse is text. Every
-function takes time linear in the length of the prompt, and none recurses, so no prompt is too long or too deeply nested.
-docs/prompts.md describes the syntax. Standard library only.
+Pure text to text: no tokens, no arrays. Nothing here raises on any text: as in AUTOMATIC1111, what does not parse is
+text. Every function takes time linear in the length of the prompt, and none recurses, so no prompt is too long or too
+deeply nested. docs/prompts.md describes the syntax. Standard library only.
 """
 
 from __future__ import annotations
@@ -40,11 +40,15 @@ class Segment:
 
 
 BREAK = Segment("BREAK", -1.0)
-"""Ends a chunk. Within brackets the marker's weight is multiplied like any other, so it is then the word BREAK: AUTOMATIC1111 does that too."""
+"""Ends a chunk. Within brackets the marker's weight is multiplied like any other, so it is then the word BREAK:
+AUTOMATIC1111 does that too.
+"""
 
 
 def split_and(prompt: str) -> tuple[Segment, ...]:
-    """The parts between `AND`s and their weights (`text :1.2`, 1 where none is given). A prompt without `AND` is one part, weight and all."""
+    """The parts between `AND`s and their weights (`text :1.2`, 1 where none is given). A prompt without `AND` is one
+    part, weight and all.
+    """
     return tuple(map(_part, _AND.split(prompt)))
 
 
@@ -58,7 +62,9 @@ def _part(text: str) -> Segment:
 
 
 def without_networks(prompt: str, keep: Callable[[str, str], bool]) -> str:
-    """The prompt without its `<kind:arguments>`, as AUTOMATIC1111 encodes it, but for those of which `keep(kind, whole text)` is true."""
+    """The prompt without its `<kind:arguments>`, as AUTOMATIC1111 encodes it, but for those of which `keep(kind, whole
+    text)` is true.
+    """
     kept, done = [], 0
     for kind, start, end in _networks(prompt):
         if not keep(kind, prompt[start:end]):
@@ -68,7 +74,9 @@ def without_networks(prompt: str, keep: Callable[[str, str], bool]) -> str:
 
 
 def network_tag(kind: str, file: str, scale: float, te_scale: float | None) -> str:
-    """How a prompt of AUTOMATIC1111's loads the adapter in a file, a lora or hypernetwork; the text encoder's strength comes first there."""
+    """How a prompt of AUTOMATIC1111's loads the adapter in a file, a lora or hypernetwork; the text encoder's strength
+    comes first there.
+    """
     both = f"{scale:g}" if te_scale in (None, scale) else f"{te_scale:g}:{scale:g}"
     return f"<{'lora' if kind == 'lora' else 'hypernet'}:{network_name(file)}:{both}>"
 
@@ -80,7 +88,9 @@ def network_name(file: str) -> str:
 
 @dataclass(frozen=True)
 class NetworkTag:
-    """What a `<lora:name:te:unet>` or `<hypernet:name:scale>` asks for: `scale` is the UNet's, or the hypernetwork's."""
+    """What a `<lora:name:te:unet>` or `<hypernet:name:scale>` asks for: `scale` is the UNet's, or the
+    hypernetwork's.
+    """
 
     kind: str
     name: str
@@ -91,8 +101,8 @@ class NetworkTag:
 def parse_network_tag(tag: str) -> NetworkTag | None:
     """A tag of one of the kinds in `NETWORKS`; None if it is of no form that AUTOMATIC1111 reads.
 
-    Its numbers are the text encoder's strength, 1 if it is left out, then the UNet's, the text encoder's if left out; or they are named,
-    `te=0.5` and `unet=0.8`.
+    Its numbers are the text encoder's strength, 1 if it is left out, then the UNet's, the text encoder's if left out;
+    or they are named, `te=0.5` and `unet=0.8`.
     """
     kind, *items = tag[1:-1].split(":")
     if kind not in NETWORKS:
@@ -124,7 +134,9 @@ def _networks(prompt: str) -> Iterator[tuple[str, int, int]]:
 
 
 class _Bracket:
-    """An open bracket: what it multiplies by and when it closed, both known later. `closed` orders the multiplications."""
+    """An open bracket: what it multiplies by and when it closed, both known later. `closed` orders the
+    multiplications.
+    """
 
     def __init__(self, outer: _Bracket | None, factor: float) -> None:
         self.outer = outer
@@ -135,11 +147,12 @@ class _Bracket:
 
 
 def parse_attention(prompt: str) -> tuple[Segment, ...]:
-    r"""Text by weight: `(a)` is 1.1, `[a]` 1/1.1, `(a:1.3)` 1.3, nested ones multiply, `\(` is a bracket; `BREAK` between them.
+    r"""Text by weight: `(a)` is 1.1, `[a]` 1/1.1, `(a:1.3)` 1.3, nested ones multiply, `\(` is a bracket; `BREAK`
+    between them.
 
-    An unclosed bracket reaches to the end, a closing one without its partner is text, a backslash before anything else vanishes.
-    Neighbours of one weight are one segment. A weight that is no number, as in `(a:1.2.3)`, is text in a plain bracket
-    (AUTOMATIC1111 crashes there).
+    An unclosed bracket reaches to the end, a closing one without its partner is text, a backslash before anything else
+    vanishes. Neighbours of one weight are one segment. A weight that is no number, as in `(a:1.2.3)`, is text in a
+    plain bracket (AUTOMATIC1111 crashes there).
     """
     pieces: list[tuple[Segment, _Bracket | None, _Bracket | None]] = []
     brackets: list[_Bracket] = []
@@ -178,14 +191,19 @@ def parse_attention(prompt: str) -> tuple[Segment, ...]:
     for bracket in brackets:  # outer ones first
         bracket.product = _saturated(bracket.factor * (1.0 if bracket.outer is None else bracket.outer.product))
     weighed = [Segment(segment.text, _weight(segment.weight, opened, squared)) for segment, opened, squared in pieces]
-    merged = tuple(Segment("".join(segment.text for segment in run), weight) for weight, run in groupby(weighed, key=lambda segment: segment.weight))
+    merged = tuple(
+        Segment("".join(segment.text for segment in run), weight)
+        for weight, run in groupby(weighed, key=lambda segment: segment.weight)
+    )
     return merged or (Segment("", 1.0),)
 
 
 def _weight(weight: float, round_: _Bracket | None, square: _Bracket | None) -> float:
-    """`weight` times the brackets around it, in the order in which they close: whether neighbours merge can hang on the last bit.
+    """`weight` times the brackets around it, in the order in which they close: whether neighbours merge can hang on the
+    last bit.
 
-    Where brackets are nested deeper than anyone writes, the outer ones come first, which needs no walk through all of them.
+    Where brackets are nested deeper than anyone writes, the outer ones come first, which needs no walk through all of
+    them.
     """
     around = [bracket for bracket in (round_, square) if bracket is not None]
     if sum(bracket.depth for bracket in around) > _EXACT_DEPTH:
@@ -244,7 +262,9 @@ _Item = str | _Group | _Edit | _Alternation
 
 
 class _Open:
-    """A bracket whose end has not come: its parts and the separators between them. `start` is where its last part begins in the prompt."""
+    """A bracket whose end has not come: its parts and the separators between them. `start` is where its last part
+    begins in the prompt.
+    """
 
     def __init__(self, bracket: str, start: int) -> None:
         self.bracket = bracket
@@ -254,11 +274,13 @@ class _Open:
 
 
 def schedule_edits(prompt: str, steps: int) -> tuple[tuple[int, str], ...]:
-    """The texts a prompt goes through: (last step, text), steps counting from 1 to `steps`, as AUTOMATIC1111 writes them.
+    """The texts a prompt goes through: (last step, text), steps counting from 1 to `steps`, as AUTOMATIC1111 writes
+    them.
 
-    `[a:b:when]`, `[b:when]` and `[a::when]` change at a fraction of `steps` where `when` has a point, else at that step; `[a|b]`
-    changes with every step. They nest. Brackets of any other form are text, for `parse_attention` to read. A `|` outside of square
-    brackets, or a backslash with nothing to escape, leaves the whole prompt as text. Neighbouring texts may be equal.
+    `[a:b:when]`, `[b:when]` and `[a::when]` change at a fraction of `steps` where `when` has a point, else at that
+    step; `[a|b]` changes with every step. They nest. Brackets of any other form are text, for `parse_attention` to
+    read. A `|` outside of square brackets, or a backslash with nothing to escape, leaves the whole prompt as text.
+    Neighbouring texts may be equal.
     """
     items = _parse_edits(prompt, steps)
     if items is None:
@@ -271,8 +293,8 @@ def schedule_edits(prompt: str, steps: int) -> tuple[tuple[int, str], ...]:
 def _parse_edits(prompt: str, steps: int) -> list[_Item] | None:
     """Items at the top level, or None where AUTOMATIC1111's grammar has no reading.
 
-    A bracket is taken as such only if all brackets within it are; any other is text and so are those around it. So one pass with a
-    stack reads what the grammar does.
+    A bracket is taken as such only if all brackets within it are; any other is text and so are those around it. So one
+    pass with a stack reads what the grammar does.
     """
     top: list[_Item] = []
     stack: list[_Open] = []
@@ -327,7 +349,9 @@ def _when(number: str, steps: int) -> int:
 
 
 def _flatten(stack: list[_Open], top: list[_Item]) -> bool:
-    """Turn brackets that are only text into text at the top level, where alone such text may stand. False if one holds a `|`, which may not."""
+    """Turn brackets that are only text into text at the top level, where alone such text may stand. False if one holds
+    a `|`, which may not.
+    """
     for opened in stack:
         if "|" in opened.separators:
             return False

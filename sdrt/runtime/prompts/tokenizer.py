@@ -11,13 +11,16 @@ from sdrt.errors import BundleError, UsageError, printable
 
 
 class Tokenizer:
-    """Thread-safe: encoding changes nothing. `text` is the manifest's, with the special tokens and the learned embeddings."""
+    """Thread-safe: encoding changes nothing. `text` is the manifest's, with the special tokens and the learned
+    embeddings.
+    """
 
     def __init__(self, file: Path, text: Text) -> None:
         """Read the vocabulary and the triggers of `text.embeddings`.
 
         Raises:
-            BundleError: the file is not CLIP's tokenizer; or a trigger has no tokens, the tokens of another one, or more rows than a chunk holds.
+            BundleError: the file is not CLIP's tokenizer; or a trigger has no tokens, the tokens of another one, or
+                more rows than a chunk holds.
         """
         self._bpe = read_bpe(file)
         self.text = text
@@ -38,7 +41,9 @@ class Tokenizer:
             raise UsageError(f"prompt: not valid Unicode text: {error}", "Remove the lone surrogates.") from error
 
     def embedding_at(self, tokens: Sequence[int], position: int) -> tuple[tuple[int, ...], int] | None:
-        """The rows of the learned embedding whose trigger starts at `position`, the longest first, and how many tokens the trigger has."""
+        """The rows of the learned embedding whose trigger starts at `position`, the longest first, and how many tokens
+        the trigger has.
+        """
         for trigger, rows in self._triggers.get(tokens[position], ()):
             if tokens[position : position + len(trigger)] == trigger:
                 return rows, len(trigger)
@@ -50,7 +55,9 @@ class Tokenizer:
         if not ids:
             raise BundleError(f"{where}: its trigger has no tokens, so no prompt can name it", again)
         if not 0 < len(rows) <= self.text.tokens - 2:
-            raise BundleError(f"{where}: expected 1 to {self.text.tokens - 2} vectors, a chunk's worth, found {len(rows)}", again)
+            raise BundleError(
+                f"{where}: expected 1 to {self.text.tokens - 2} vectors, a chunk's worth, found {len(rows)}", again
+            )
         known = self._triggers.setdefault(ids[0], [])
         if any(other == ids for other, _ in known):
             raise BundleError(f"{where}: another embedding's trigger has the same tokens", again)

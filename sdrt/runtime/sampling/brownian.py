@@ -1,8 +1,9 @@
 """A Brownian path over noise levels, point for point the one torchsde's `BrownianTree` gives, without torch.
 
-Stochastic samplers take their noise from one path per picture, so that it does not depend on where their steps lie (k-diffusion's
-`BrownianTreeNoiseSampler`). The path is a binary tree: each node halves an interval and draws the value between its ends by the Brownian
-bridge (Li et al. 2020, "Scalable Gradients for Stochastic Differential Equations", section 4), from a seed that its place in the tree gives.
+Stochastic samplers take their noise from one path per picture, so that it does not depend on where their steps lie
+(k-diffusion's `BrownianTreeNoiseSampler`). The path is a binary tree: each node halves an interval and draws the value
+between its ends by the Brownian bridge (Li et al. 2020, "Scalable Gradients for Stochastic Differential Equations",
+section 4), from a seed that its place in the tree gives.
 """
 
 from __future__ import annotations
@@ -46,7 +47,9 @@ class BrownianPath:
         self._halves: OrderedDict[tuple[int, int], tuple[_Interval, _Interval]] = OrderedDict()
         low, high = _single(sigma_min), _single(sigma_max)
         first = int(np.random.SeedSequence(entropy=seed, pool_size=_POOL_SIZE).generate_state(1)[0])
-        self._root = _Interval(round(low, _DIGITS), round(high, _DIGITS), 0, 0, draw(first) * np.float32(math.sqrt(high - low)))
+        self._root = _Interval(
+            round(low, _DIGITS), round(high, _DIGITS), 0, 0, draw(first) * np.float32(math.sqrt(high - low))
+        )
 
     def unit_increment(self, sigma: float, sigma_next: float) -> Array:
         """The path's increment from one sigma to another over the root of their distance: unit noise, float32."""

@@ -1,6 +1,8 @@
-"""What a sampler passes through in each tool: noise levels, the timesteps told to the network, and what is left of them from an image.
+"""What a sampler passes through in each tool: noise levels, the timesteps told to the network, and what is left of them
+from an image.
 
-Owns the counting of AUTOMATIC1111 (`t_enc`) and of diffusers (`int(steps * strength)`), their roundings, and the levels at which they start and end.
+Owns the counting of AUTOMATIC1111 (`t_enc`) and of diffusers (`int(steps * strength)`), their roundings, and the levels
+at which they start and end.
 """
 
 from __future__ import annotations
@@ -26,7 +28,9 @@ LCM_STEPS = 50
 
 @dataclass(frozen=True)
 class Request:
-    """What was asked for. `strength` is None from text; `fix_steps` makes `steps` the steps left of an image's schedule (AUTOMATIC1111's option)."""
+    """What was asked for. `strength` is None from text; `fix_steps` makes `steps` the steps left of an image's schedule
+    (AUTOMATIC1111's option).
+    """
 
     schedule: str
     steps: int
@@ -37,11 +41,13 @@ class Request:
 
 @dataclass(frozen=True)
 class Levels:
-    """`sigmas` `[n + 1]`, the last being where the picture ends, and `timesteps` `[n]`, what the network is told at each but the last.
+    """`sigmas` `[n + 1]`, the last being where the picture ends, and `timesteps` `[n]`, what the network is told at
+    each but the last.
 
-    From text the first latents are unit noise times `noise_scale`; from an image they are the image plus noise of level `start`.
-    `jumps` are the levels that each call of a timestep sampler goes from and to, where these are not its neighbours in `sigmas`.
-    `brownian` is the smallest and largest sigma of the whole schedule, `skipped` are those of its levels that an image leaves out.
+    From text the first latents are unit noise times `noise_scale`; from an image they are the image plus noise of level
+    `start`. `jumps` are the levels that each call of a timestep sampler goes from and to, where these are not its
+    neighbours in `sigmas`. `brownian` is the smallest and largest sigma of the whole schedule, `skipped` are those of
+    its levels that an image leaves out.
     """
 
     sigmas: tuple[float, ...]
@@ -81,7 +87,8 @@ def _without(levels: Levels, first: int) -> Levels:
 
 
 def a1111_count(request: Request) -> tuple[int, int | None]:
-    """Steps of the whole schedule, and AUTOMATIC1111's t_enc: an image is left t_enc + 1 of them (`setup_img2img_steps`). None from text.
+    """Steps of the whole schedule, and AUTOMATIC1111's t_enc: an image is left t_enc + 1 of them
+    (`setup_img2img_steps`). None from text.
 
     Raises:
         UsageError: the whole has more steps than the network has timesteps.
@@ -93,7 +100,8 @@ def a1111_count(request: Request) -> tuple[int, int | None]:
         whole = int(request.steps / strength)
         if whole > len(request.training):
             raise UsageError(
-                f"steps {request.steps}, strength {request.strength}: are {whole} steps in all, at most {len(request.training)}",
+                f"steps {request.steps}, strength {request.strength}: are {whole} steps in all, at most"
+                f" {len(request.training)}",
                 "Take fewer steps, or more strength.",
             )
         return whole, request.steps - 1
@@ -101,22 +109,32 @@ def a1111_count(request: Request) -> tuple[int, int | None]:
 
 
 def a1111_levels(request: Request, *, discard: bool = False) -> Levels:
-    """Levels of k-diffusion's samplers: fractional timesteps. `discard` asks for one more and drops the last but one before sigma 0."""
+    """Levels of k-diffusion's samplers: fractional timesteps. `discard` asks for one more and drops the last but one
+    before sigma 0.
+    """
     return _a1111(request, request.training, discard, lambda sigma: timestep(sigma, request.training))
 
 
 def a1111_lcm_levels(request: Request) -> Levels:
-    """Levels of AUTOMATIC1111's LCM: schedules over the 50 levels of distillation, the timestep being that of the nearest one."""
+    """Levels of AUTOMATIC1111's LCM: schedules over the 50 levels of distillation, the timestep being that of the
+    nearest one.
+    """
     k = max(1, len(request.training) // LCM_STEPS)
     trained = request.training[k - 1 :: k]
-    return _a1111(request, trained, False, lambda sigma: float(np.abs(math.log(sigma) - np.log(trained)).argmin() * k + k - 1))
+    return _a1111(
+        request, trained, False, lambda sigma: float(np.abs(math.log(sigma) - np.log(trained)).argmin() * k + k - 1)
+    )
 
 
 def _a1111(request: Request, table: Sigmas, discard: bool, told: Callable[[float], float]) -> Levels:
     steps, t_enc = a1111_count(request)
     sigmas = SCHEDULES[request.schedule](steps + discard, table)
     if len(set(sigmas)) < len(sigmas):
-        raise UsageError(f"steps {request.steps}: schedule {request.schedule} has only {len(set(sigmas)) - 1} levels for this sampler", "Take fewer steps.")
+        raise UsageError(
+            f"steps {request.steps}: schedule {request.schedule} has only {len(set(sigmas)) - 1} levels for this"
+            " sampler",
+            "Take fewer steps.",
+        )
     if discard:
         del sigmas[-2]
     levels = _levels(sigmas, [told(sigma) for sigma in sigmas[:-1]], sigmas[0])
@@ -131,8 +149,8 @@ def a1111_timesteps(steps: int, count: int) -> list[int]:
 def a1111_ddim_levels(request: Request, *, improved: bool = False) -> Levels:
     """Levels of AUTOMATIC1111's DDIM and PLMS, which end at timestep 1, so that n timesteps make n - 1 steps.
 
-    From an image the noise is that of timestep t_enc, but the first call is told the one below it. `improved` adds the second
-    call of PLMS's first step.
+    From an image the noise is that of timestep t_enc, but the first call is told the one below it. `improved` adds the
+    second call of PLMS's first step.
 
     Raises:
         UsageError: no step is left.
@@ -156,11 +174,19 @@ def a1111_ddim_levels(request: Request, *, improved: bool = False) -> Levels:
         calls.insert(1, (falling[1], jumps[0]))
     told = [t for t, _ in calls]
     at = [float(sigma) for sigma in request.training[told]]
-    return Levels((*at, sigmas[-1]), tuple(map(float, told)), start, math.hypot(1, start), (sigmas[-1], sigmas[0]), tuple(jump for _, jump in calls))
+    return Levels(
+        (*at, sigmas[-1]),
+        tuple(map(float, told)),
+        start,
+        math.hypot(1, start),
+        (sigmas[-1], sigmas[0]),
+        tuple(jump for _, jump in calls),
+    )
 
 
 def a1111_unipc_levels(request: Request) -> Levels:
-    """Levels of AUTOMATIC1111's UniPC: fractional timesteps evenly spaced down to 0, log alpha interpolated between neighbours.
+    """Levels of AUTOMATIC1111's UniPC: fractional timesteps evenly spaced down to 0, log alpha interpolated between
+    neighbours.
 
     Raises:
         UsageError: no step is left.
@@ -168,7 +194,10 @@ def a1111_unipc_levels(request: Request) -> Levels:
     steps, t_enc = a1111_count(request)
     ts = a1111_timesteps(steps, len(request.training))
     if t_enc == 0:
-        raise UsageError(f"steps {request.steps}, strength {request.strength}: leaves nothing to do for unipc", "Take more steps or more strength.")
+        raise UsageError(
+            f"steps {request.steps}, strength {request.strength}: leaves nothing to do for unipc",
+            "Take more steps or more strength.",
+        )
     first, count = (len(request.training) - 1, len(ts)) if t_enc is None else (ts[t_enc - 1], t_enc)
     t = np.linspace(first, 0, count + 1)
     log_alpha = -0.5 * np.log1p(request.training**2)
@@ -178,7 +207,8 @@ def a1111_unipc_levels(request: Request) -> Levels:
     return levels if t_enc is None else replace(levels, start=float(request.training[ts[t_enc]]))
 
 
-# diffusers. Its sampling starts at the level of the schedule's first timestep; `order` is the model calls a step takes, which it counts in.
+# diffusers. Its sampling starts at the level of the schedule's first timestep; `order` is the model calls a step takes,
+# which it counts in.
 
 
 def diffusers_first(request: Request, count: int) -> int:
@@ -191,7 +221,9 @@ def diffusers_first(request: Request, count: int) -> int:
         return 0
     left = min(int(request.steps * request.strength), request.steps)
     if left < 1:
-        raise UsageError(f"steps {request.steps}, strength {request.strength}: leaves no step", "Take more steps or more strength.")
+        raise UsageError(
+            f"steps {request.steps}, strength {request.strength}: leaves no step", "Take more steps or more strength."
+        )
     return count - left
 
 
@@ -211,7 +243,9 @@ def diffusers_levels(request: Request, *, rounded: bool = False) -> Levels:
         timesteps = t.tolist()
     else:
         # Both span the levels of the linspace spacing, which for one step is the smallest alone.
-        sigmas = {"karras": karras, "exponential": exponential}[request.schedule](steps, training if steps > 1 else training[:1])[:-1]
+        sigmas = {"karras": karras, "exponential": exponential}[request.schedule](
+            steps, training if steps > 1 else training[:1]
+        )[:-1]
         timesteps = [timestep(sigma, training) for sigma in sigmas]
         if rounded and request.schedule == "karras":
             timesteps = [float(round(t)) for t in timesteps]
@@ -220,7 +254,8 @@ def diffusers_levels(request: Request, *, rounded: bool = False) -> Levels:
 
 
 def diffusers_multistep_levels(request: Request) -> Levels:
-    """Levels of diffusers' multistep solvers: whole timesteps, spaced as for one step more, then sigma 0; the start is unit noise.
+    """Levels of diffusers' multistep solvers: whole timesteps, spaced as for one step more, then sigma 0; the start is
+    unit noise.
 
     Raises:
         UsageError: so many steps that a timestep would repeat, where diffusers divides by zero.
@@ -231,7 +266,8 @@ def diffusers_multistep_levels(request: Request) -> Levels:
         sigmas = _interpolated(t, training)
         if len(set(sigmas)) < steps:
             raise UsageError(
-                f"steps {steps}: schedule linspace takes at most {len(training) - 1} for this sampler", "Take fewer steps, or --schedule trailing."
+                f"steps {steps}: schedule linspace takes at most {len(training) - 1} for this sampler",
+                "Take fewer steps, or --schedule trailing.",
             )
     else:
         sigmas = {"karras": karras, "exponential": exponential}[request.schedule](steps, training)[:-1]
@@ -240,11 +276,14 @@ def diffusers_multistep_levels(request: Request) -> Levels:
     return _without(_levels([*sigmas, 0.0], t.tolist(), math.hypot(1, sigmas[0])), diffusers_first(request, steps))
 
 
-def diffusers_timestep_levels(request: Request, *, improved: bool = False, strided: bool = True, final: Literal["first", "zero"] = "first") -> Levels:
-    """Levels of diffusers' DDIM, PNDM and DDPM: whole timesteps; a `strided` step goes down count // steps of them, wherever the next one is.
+def diffusers_timestep_levels(
+    request: Request, *, improved: bool = False, strided: bool = True, final: Literal["first", "zero"] = "first"
+) -> Levels:
+    """Levels of diffusers' DDIM, PNDM and DDPM: whole timesteps; a `strided` step goes down count // steps of them,
+    wherever the next one is.
 
-    Below timestep 0 is the level of timestep 0 (`set_alpha_to_one=False`, as Stable Diffusion's own configuration has it), or zero.
-    `improved` adds the second call of PNDM's first step, and with it the step that it goes back.
+    Below timestep 0 is the level of timestep 0 (`set_alpha_to_one=False`, as Stable Diffusion's own configuration has
+    it), or zero. `improved` adds the second call of PNDM's first step, and with it the step that it goes back.
     """
     training, steps = request.training, request.steps
     whole = [int(t) for t in spaced(request.schedule, steps, len(training)).round()]
@@ -262,13 +301,24 @@ def diffusers_timestep_levels(request: Request, *, improved: bool = False, strid
     if not strided:
         jumps = list(pairwise([*sigmas, level(-1)]))
     else:
-        jumps = [(level(t + ratio), level(t)) if improved and i == 1 else (level(t), level(t - ratio)) for i, t in enumerate(whole)]
+        jumps = [
+            (level(t + ratio), level(t)) if improved and i == 1 else (level(t), level(t - ratio))
+            for i, t in enumerate(whole)
+        ]
     last = jumps[-1][1]
-    return Levels((*sigmas, last), tuple(map(float, whole)), sigmas[0], math.hypot(1, sigmas[0]), (sigmas[-1], sigmas[0]), tuple(jumps))
+    return Levels(
+        (*sigmas, last),
+        tuple(map(float, whole)),
+        sigmas[0],
+        math.hypot(1, sigmas[0]),
+        (sigmas[-1], sigmas[0]),
+        tuple(jumps),
+    )
 
 
 def diffusers_distilled_levels(request: Request) -> Levels:
-    """Levels of diffusers' LCM and TCD: some of the 50 whole timesteps of distillation, ending at the level of timestep 0.
+    """Levels of diffusers' LCM and TCD: some of the 50 whole timesteps of distillation, ending at the level of timestep
+    0.
 
     Raises:
         UsageError: more steps than that.
@@ -276,10 +326,14 @@ def diffusers_distilled_levels(request: Request) -> Levels:
     training, steps = request.training, request.steps
     if steps > LCM_STEPS or len(training) < LCM_STEPS:
         raise UsageError(
-            f"steps {steps}: a distilled model's sampler takes at most {LCM_STEPS}, and {LCM_STEPS} timesteps or more to train", "4 to 8 suit most."
+            f"steps {steps}: a distilled model's sampler takes at most {LCM_STEPS}, and {LCM_STEPS} timesteps or more"
+            " to train",
+            "4 to 8 suit most.",
         )
     k = len(training) // LCM_STEPS
     trained = (np.arange(1, LCM_STEPS + 1) * k - 1)[::-1]
     t = trained[np.floor(np.linspace(0, LCM_STEPS, steps, endpoint=False)).astype(int)]
-    levels = _levels([*training[t].tolist(), float(training[0])], t.astype(float).tolist(), math.hypot(1, training[t[0]]))
+    levels = _levels(
+        [*training[t].tolist(), float(training[0])], t.astype(float).tolist(), math.hypot(1, training[t[0]])
+    )
     return _without(levels, diffusers_first(request, steps))

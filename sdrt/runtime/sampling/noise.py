@@ -1,6 +1,7 @@
 """Seeded Gaussian noise, one stream per picture, so that a picture does not depend on the batch it came in.
 
-Owns the streams (`cpu` as torch draws on a CPU, `nv` as AUTOMATIC1111 draws by default) and the order in which each tool draws from them.
+Owns the streams (`cpu` as torch draws on a CPU, `nv` as AUTOMATIC1111 draws by default) and the order in which each
+tool draws from them.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ class CpuNoise:
     """The stream `torch.Generator("cpu").manual_seed(seed)` gives `torch.randn`, without torch.
 
     PyTorch fills 24-bit uniforms from MT19937 (its seed cut to 32 bits) and applies Box-Muller to blocks of 16
-    (aten/src/ATen/native/cpu/DistributionTemplates.h, `normal_fill`). Differences to torch are of float32 rounding, below 5e-7.
+    (aten/src/ATen/native/cpu/DistributionTemplates.h, `normal_fill`). Differences to torch are of float32 rounding,
+    below 5e-7.
     """
 
     def __init__(self, seed: int) -> None:
@@ -59,12 +61,19 @@ def _box_muller(uniforms: Array) -> Array:
 
 
 def philox(counter: list[NDArray[np.uint64]], key: tuple[int, int]) -> list[NDArray[np.uint64]]:
-    """Philox 4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"): four words of 32 bits per counter, in uint64."""
+    """Philox 4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"): four words of 32 bits per
+    counter, in uint64.
+    """
     low, half = np.uint64(0xFFFFFFFF), np.uint64(32)
     words, (key_0, key_1) = counter, key
     for _ in range(10):
         first, second = words[0] * np.uint64(0xD2511F53), words[2] * np.uint64(0xCD9E8D57)
-        words = [(second >> half) ^ words[1] ^ np.uint64(key_0), second & low, (first >> half) ^ words[3] ^ np.uint64(key_1), first & low]
+        words = [
+            (second >> half) ^ words[1] ^ np.uint64(key_0),
+            second & low,
+            (first >> half) ^ words[3] ^ np.uint64(key_1),
+            first & low,
+        ]
         key_0, key_1 = (key_0 + 0x9E3779B9) & 0xFFFFFFFF, (key_1 + 0xBB67AE85) & 0xFFFFFFFF
     return words
 
@@ -72,8 +81,9 @@ def philox(counter: list[NDArray[np.uint64]], key: tuple[int, int]) -> list[NDAr
 class NvNoise:
     """The stream AUTOMATIC1111 calls "NV", after CUDA's generator: every value has a Philox counter of its own.
 
-    The key is the seed, the counter (draw, 0, index of the value, 0); of the four words the first two make one normal, by Box-Muller's sine.
-    A GPU's own torch.randn has these values only for tensors small enough for one pass of its grid.
+    The key is the seed, the counter (draw, 0, index of the value, 0); of the four words the first two make one normal,
+    by Box-Muller's sine. A GPU's own torch.randn has these values only for tensors small enough for one pass of its
+    grid.
     """
 
     def __init__(self, seed: int) -> None:
@@ -109,7 +119,8 @@ def noise_stream(source: str, seed: int) -> Stream:
 
 @dataclass(frozen=True)
 class Draws:
-    """All noise of one picture, float32 `[4, h, w]`: of the image's encoding, of the first latents, and of each of S rows, zero where it takes none.
+    """All noise of one picture, float32 `[4, h, w]`: of the image's encoding, of the first latents, and of each of S
+    rows, zero where it takes none.
 
     `encode` and `masked`, of the encoding of the image under a mask, are None unless they were asked for.
     """
@@ -120,13 +131,23 @@ class Draws:
     masked: Array | None = None
 
 
-def draw_noise(seed: int, source: str, shape: tuple[int, int, int], rows: Sequence[Row], *, compat: str, encode: bool = False, masked: bool = False) -> Draws:
+def draw_noise(
+    seed: int,
+    source: str,
+    shape: tuple[int, int, int],
+    rows: Sequence[Row],
+    *,
+    compat: str,
+    encode: bool = False,
+    masked: bool = False,
+) -> Draws:
     """The noise of one picture, drawn in the tool's order. `shape` is (4, h, w).
 
-    diffusers draws everything from one generator: the sample of the image's posterior if one is encoded, the first latents, the sample of the masked
-    image's posterior (its inpainting pipeline encodes that for every model), then a draw per row that asks for one. AUTOMATIC1111 takes the
-    posterior's sample from a generator of the process, which no seed fixes, so `encode` and `masked` are zeros there: the mean. Brownian rows
-    take no draws: their path is seeded with the picture's seed, and its points come from `source`.
+    diffusers draws everything from one generator: the sample of the image's posterior if one is encoded, the first
+    latents, the sample of the masked image's posterior (its inpainting pipeline encodes that for every model), then a
+    draw per row that asks for one. AUTOMATIC1111 takes the posterior's sample from a generator of the process, which no
+    seed fixes, so `encode` and `masked` are zeros there: the mean. Brownian rows take no draws: their path is seeded
+    with the picture's seed, and its points come from `source`.
 
     Raises:
         UsageError: no source has this name.

@@ -1,4 +1,5 @@
-"""The registry of samplers, their names, and the rows of a picture: sampler, schedule, steps and strength as numbers for the step graph.
+"""The registry of samplers, their names, and the rows of a picture: sampler, schedule, steps and strength as numbers
+for the step graph.
 
 Samplers themselves are in `sigma_samplers.py` and `timestep_samplers.py`, what they pass through in `levels.py`.
 """
@@ -26,7 +27,9 @@ COMPATS = ("a1111", "diffusers")
 
 @dataclass(frozen=True)
 class Recipe:
-    """How one tool runs a sampler: the levels it passes through, and the schedules it takes, the first one being its default."""
+    """How one tool runs a sampler: the levels it passes through, and the schedules it takes, the first one being its
+    default.
+    """
 
     run: Callable[[Trace, Levels], None]
     levels: Callable[[Request], Levels]
@@ -35,7 +38,9 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Sampler:
-    """A sampler as users name it: `label` is AUTOMATIC1111's, `scheduler` the class of diffusers. `diffusers` is None where that has no such class."""
+    """A sampler as users name it: `label` is AUTOMATIC1111's, `scheduler` the class of diffusers. `diffusers` is None
+    where that has no such class.
+    """
 
     label: str
     about: str
@@ -57,7 +62,11 @@ _LEADING = ("leading", "linspace", "trailing")
 
 
 def _a1111(run: Run, automatic: str = "normal", *, discard: bool = False) -> Recipe:
-    return Recipe(run, partial(lv.a1111_levels, discard=discard), (automatic, *(name for name in _SIGMA_SCHEDULES if name != automatic)))
+    return Recipe(
+        run,
+        partial(lv.a1111_levels, discard=discard),
+        (automatic, *(name for name in _SIGMA_SCHEDULES if name != automatic)),
+    )
 
 
 def _diffusers(run: Run, *, rounded: bool = False) -> Recipe:
@@ -77,42 +86,100 @@ _TCD = _distilled(by_timestep.tcd)
 _DPM2_A = partial(by_sigma.dpm2, noisy=True)
 
 SAMPLERS: dict[str, Sampler] = {
-    "euler": Sampler("Euler", "simple and fast", _a1111(by_sigma.euler), _diffusers(by_sigma.euler), "EulerDiscreteScheduler"),
-    "euler_a": Sampler("Euler a", "fresh noise every step", _a1111(by_sigma.euler_a), Recipe(by_sigma.euler_a, lv.diffusers_levels, SPACINGS), "EulerAncestralDiscreteScheduler"),
-    "heun": Sampler("Heun", "second order, two model calls a step", _a1111(by_sigma.heun), _diffusers(by_sigma.heun), "HeunDiscreteScheduler"),
-    "lms": Sampler("LMS", "linear multistep, fourth order", _a1111(by_sigma.lms), _diffusers(partial(by_sigma.lms, counts_skipped=True)), "LMSDiscreteScheduler"),
+    "euler": Sampler(
+        "Euler", "simple and fast", _a1111(by_sigma.euler), _diffusers(by_sigma.euler), "EulerDiscreteScheduler"
+    ),
+    "euler_a": Sampler(
+        "Euler a",
+        "fresh noise every step",
+        _a1111(by_sigma.euler_a),
+        Recipe(by_sigma.euler_a, lv.diffusers_levels, SPACINGS),
+        "EulerAncestralDiscreteScheduler",
+    ),
+    "heun": Sampler(
+        "Heun",
+        "second order, two model calls a step",
+        _a1111(by_sigma.heun),
+        _diffusers(by_sigma.heun),
+        "HeunDiscreteScheduler",
+    ),
+    "lms": Sampler(
+        "LMS",
+        "linear multistep, fourth order",
+        _a1111(by_sigma.lms),
+        _diffusers(partial(by_sigma.lms, counts_skipped=True)),
+        "LMSDiscreteScheduler",
+    ),
     "ddim": Sampler(
-        "DDIM", "deterministic, whole timesteps",
+        "DDIM",
+        "deterministic, whole timesteps",
         Recipe(by_timestep.ddim, lv.a1111_ddim_levels, ("ddim_uniform",)),
-        Recipe(by_timestep.ddim, lv.diffusers_timestep_levels, _LEADING), "DDIMScheduler",
+        Recipe(by_timestep.ddim, lv.diffusers_timestep_levels, _LEADING),
+        "DDIMScheduler",
     ),
     "ddpm": Sampler("DDPM", "the original, for many steps; not in AUTOMATIC1111", _DDPM, _DDPM, "DDPMScheduler"),
     "plms": Sampler(
-        "PLMS", "linear multistep on whole timesteps",
+        "PLMS",
+        "linear multistep on whole timesteps",
         Recipe(by_timestep.plms, partial(lv.a1111_ddim_levels, improved=True), ("ddim_uniform",)),
-        Recipe(partial(by_timestep.plms, raw=True), partial(lv.diffusers_timestep_levels, improved=True), _LEADING), "PNDMScheduler",
+        Recipe(partial(by_timestep.plms, raw=True), partial(lv.diffusers_timestep_levels, improved=True), _LEADING),
+        "PNDMScheduler",
     ),
-    "dpm2": Sampler("DPM2", "midpoint, two model calls a step", _a1111(by_sigma.dpm2, "karras", discard=True), _diffusers(by_sigma.dpm2, rounded=True), "KDPM2DiscreteScheduler"),
-    "dpm2_a": Sampler("DPM2 a", "DPM2 with fresh noise", _a1111(_DPM2_A, "karras", discard=True), _diffusers(_DPM2_A, rounded=True), "KDPM2AncestralDiscreteScheduler"),
+    "dpm2": Sampler(
+        "DPM2",
+        "midpoint, two model calls a step",
+        _a1111(by_sigma.dpm2, "karras", discard=True),
+        _diffusers(by_sigma.dpm2, rounded=True),
+        "KDPM2DiscreteScheduler",
+    ),
+    "dpm2_a": Sampler(
+        "DPM2 a",
+        "DPM2 with fresh noise",
+        _a1111(_DPM2_A, "karras", discard=True),
+        _diffusers(_DPM2_A, rounded=True),
+        "KDPM2AncestralDiscreteScheduler",
+    ),
     "dpmpp_2s_a": Sampler("DPM++ 2S a", "two model calls a step, fresh noise", _a1111(by_sigma.dpmpp_2s_a, "karras")),
-    "dpmpp_2m": Sampler("DPM++ 2M", "second order, one model call a step", _a1111(by_sigma.dpmpp_2m, "karras"), _multistep(by_sigma.dpmpp_2m), "DPMSolverMultistepScheduler"),
-    "dpmpp_sde": Sampler("DPM++ SDE", "stochastic, two model calls a step", _a1111(by_sigma.dpmpp_sde, "karras"), _diffusers(by_sigma.dpmpp_sde), "DPMSolverSDEScheduler"),
-    "dpmpp_2m_sde": Sampler(
-        "DPM++ 2M SDE", "stochastic, one model call a step", _a1111(by_sigma.dpmpp_2m_sde, "exponential"),
-        _multistep(partial(by_sigma.dpmpp_2m_sde, brownian=False)), "DPMSolverMultistepScheduler (sde-dpmsolver++)",
+    "dpmpp_2m": Sampler(
+        "DPM++ 2M",
+        "second order, one model call a step",
+        _a1111(by_sigma.dpmpp_2m, "karras"),
+        _multistep(by_sigma.dpmpp_2m),
+        "DPMSolverMultistepScheduler",
     ),
-    "dpmpp_3m_sde": Sampler("DPM++ 3M SDE", "stochastic, third order", _a1111(by_sigma.dpmpp_3m_sde, "exponential", discard=True)),
+    "dpmpp_sde": Sampler(
+        "DPM++ SDE",
+        "stochastic, two model calls a step",
+        _a1111(by_sigma.dpmpp_sde, "karras"),
+        _diffusers(by_sigma.dpmpp_sde),
+        "DPMSolverSDEScheduler",
+    ),
+    "dpmpp_2m_sde": Sampler(
+        "DPM++ 2M SDE",
+        "stochastic, one model call a step",
+        _a1111(by_sigma.dpmpp_2m_sde, "exponential"),
+        _multistep(partial(by_sigma.dpmpp_2m_sde, brownian=False)),
+        "DPMSolverMultistepScheduler (sde-dpmsolver++)",
+    ),
+    "dpmpp_3m_sde": Sampler(
+        "DPM++ 3M SDE", "stochastic, third order", _a1111(by_sigma.dpmpp_3m_sde, "exponential", discard=True)
+    ),
     "unipc": Sampler(
-        "UniPC", "predictor and corrector, few steps",
+        "UniPC",
+        "predictor and corrector, few steps",
         Recipe(partial(by_timestep.unipc, order=3, variant="bh1"), lv.a1111_unipc_levels, ("normal",)),
-        _multistep(by_timestep.unipc), "UniPCMultistepScheduler",
+        _multistep(by_timestep.unipc),
+        "UniPCMultistepScheduler",
     ),
     "lcm": Sampler(
-        "LCM", "for LCM-distilled models, 4 to 8 steps", Recipe(by_sigma.lcm, lv.a1111_lcm_levels, _SIGMA_SCHEDULES),
-        _distilled(partial(by_sigma.lcm, scaled=True)), "LCMScheduler",
+        "LCM",
+        "for LCM-distilled models, 4 to 8 steps",
+        Recipe(by_sigma.lcm, lv.a1111_lcm_levels, _SIGMA_SCHEDULES),
+        _distilled(partial(by_sigma.lcm, scaled=True)),
+        "LCMScheduler",
     ),
     "tcd": Sampler("TCD", "for TCD-distilled models, 4 to 8 steps; not in AUTOMATIC1111", _TCD, _TCD, "TCDScheduler"),
-}  # fmt: skip
+}
 
 
 def recipe(sampler: str, compat: str) -> Recipe:
@@ -124,39 +191,56 @@ def recipe(sampler: str, compat: str) -> Recipe:
     one_of("compat", compat, COMPATS)
     found = SAMPLERS[sampler].a1111 if compat == "a1111" else SAMPLERS[sampler].diffusers
     if found is None:
-        raise UsageError(f"sampler {sampler}: diffusers has no scheduler that computes it", "Choose another sampler, or --compat a1111.")
+        raise UsageError(
+            f"sampler {sampler}: diffusers has no scheduler that computes it",
+            "Choose another sampler, or --compat a1111.",
+        )
     return found
 
 
 def parse_sampler(name: str, schedule: str | None = None, compat: str = "a1111") -> tuple[str, str]:
     """Sampler and schedule from their names.
 
-    AUTOMATIC1111's labels are understood, with a schedule after them or not ("DPM++ 2M Karras"), and the names of diffusers' classes.
-    No schedule, or "automatic", is the tool's own for the sampler.
+    AUTOMATIC1111's labels are understood, with a schedule after them or not ("DPM++ 2M Karras"), and the names of
+    diffusers' classes. No schedule, or "automatic", is the tool's own for the sampler.
 
     Raises:
         UsageError: either is unknown, the tool does not have the sampler, or the sampler cannot take the schedule.
     """
     names = {sampler.label.lower(): key for key, sampler in SAMPLERS.items()}
-    names |= {sampler.scheduler.lower(): key for key, sampler in reversed(SAMPLERS.items()) if sampler.scheduler is not None}
+    names |= {
+        sampler.scheduler.lower(): key for key, sampler in reversed(SAMPLERS.items()) if sampler.scheduler is not None
+    }
     plain = " ".join(name.lower().split())
-    schedules = {spelling: known for known in (*SCHEDULES, *SPACINGS) for spelling in (known, known.replace("_", " "))} | ALIASES
+    schedules = {
+        spelling: known for known in (*SCHEDULES, *SPACINGS) for spelling in (known, known.replace("_", " "))
+    } | ALIASES
     for suffix in sorted(schedules, key=len, reverse=True):
         if plain.endswith(" " + suffix):
             if schedule is not None and schedules.get(" ".join(schedule.lower().split())) != schedules[suffix]:
-                raise UsageError(f"sampler {name!r}: names schedule {suffix}, but schedule {schedule!r} was asked for", "Give the schedule once.")
+                raise UsageError(
+                    f"sampler {name!r}: names schedule {suffix}, but schedule {schedule!r} was asked for",
+                    "Give the schedule once.",
+                )
             plain, schedule = plain.removesuffix(" " + suffix), suffix
             break
     key = names.get(plain, plain)
     if key not in SAMPLERS:
-        raise UsageError(f"sampler {name!r}: unknown{nearest(plain, [*SAMPLERS, *names])}", f"Choose one of: {', '.join(SAMPLERS)}.")
+        raise UsageError(
+            f"sampler {name!r}: unknown{nearest(plain, [*SAMPLERS, *names])}", f"Choose one of: {', '.join(SAMPLERS)}."
+        )
     allowed = recipe(key, compat).schedules
     spelling = "automatic" if schedule is None else " ".join(schedule.lower().split())
     if spelling not in schedules:
-        raise UsageError(f"schedule {schedule!r}: unknown{nearest(spelling, schedules)}", f"Choose one of: {', '.join(allowed)}.")
+        raise UsageError(
+            f"schedule {schedule!r}: unknown{nearest(spelling, schedules)}", f"Choose one of: {', '.join(allowed)}."
+        )
     chosen = schedules[spelling] or allowed[0]
     if chosen not in allowed:
-        raise UsageError(f"schedule {chosen!r}: sampler {key} cannot take it with --compat {compat}", f"Choose one of: {', '.join(allowed)}.")
+        raise UsageError(
+            f"schedule {chosen!r}: sampler {key} cannot take it with --compat {compat}",
+            f"Choose one of: {', '.join(allowed)}.",
+        )
     return key, chosen
 
 
@@ -174,10 +258,13 @@ def plan_rows(
     """The rows of a picture, one per model call. `sampler` and `schedule` are as `parse_sampler` gives them.
 
     Args:
-        strength: None from text. From an image, how much of the schedule is left, more than 0 to 1, counted as the tool counts; register 0 starts
+        strength: None from text. From an image, how much of the schedule is left, more than 0 to 1, counted as the tool
+            counts; register 0 starts
             as the image's latents, register 1 as unit noise, and row 0 mixes them.
-        masked: fill `Row.inpaint`. AUTOMATIC1111 blends the denoised estimate (k = 1), and the finished latents (the last row: k, b, c = 0, 1, 0).
-            diffusers blends the latents with the image at their next noise level, and with strength 1 starts from noise alone.
+        masked: fill `Row.inpaint`. AUTOMATIC1111 blends the denoised estimate (k = 1), and the finished latents (the
+            last row: k, b, c = 0, 1, 0).
+            diffusers blends the latents with the image at their next noise level, and with strength 1 starts from noise
+            alone.
         fix_steps: `steps` are those left of an image's schedule, not those of the whole (AUTOMATIC1111's option).
 
     Raises:
@@ -187,14 +274,20 @@ def plan_rows(
     if not 1 <= steps <= most:
         raise UsageError(f"steps {steps}: expected 1 to {most}", "20 to 30 suit most samplers.")
     if strength is not None and not 0 < strength <= 1:
-        raise UsageError(f"strength {strength}: expected more than 0 and at most 1", "0.75 repaints most of an image, 0.3 keeps its composition.")
+        raise UsageError(
+            f"strength {strength}: expected more than 0 and at most 1",
+            "0.75 repaints most of an image, 0.3 keeps its composition.",
+        )
     training = training_sigmas(diffusion)
     how = recipe(sampler, compat)
     levels = how.levels(Request(schedule, steps, training, strength, fix_steps))
     from_noise = strength is None or (masked and strength == 1 and compat == "diffusers")
     trace = Trace(levels, training, diffusion.prediction, from_image=not from_noise)
     how.run(trace, levels)
-    return [replace(row, inpaint=_inpaint(row, i == len(trace.rows), compat) if masked else (0.0, 0.0, 0.0)) for i, row in enumerate(trace.rows, 1)]
+    return [
+        replace(row, inpaint=_inpaint(row, i == len(trace.rows), compat) if masked else (0.0, 0.0, 0.0))
+        for i, row in enumerate(trace.rows, 1)
+    ]
 
 
 def _inpaint(row: Row, last: bool, compat: str) -> tuple[float, float, float]:

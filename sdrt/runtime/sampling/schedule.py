@@ -1,8 +1,9 @@
 """Noise schedules: which noise levels sigma a picture passes through, in float64.
 
-sigma is the variance-exploding level of Karras et al. 2022, "Elucidating the Design Space of Diffusion-Based Generative Models":
-latents at timestep t are (image + sigma noise) / sqrt(1 + sigma^2). SCHEDULES are AUTOMATIC1111's, formulas over the levels of training;
-SPACINGS are diffusers', lists of timesteps. `levels.py` makes what a sampler passes through from them.
+sigma is the variance-exploding level of Karras et al. 2022, "Elucidating the Design Space of Diffusion-Based Generative
+Models": latents at timestep t are (image + sigma noise) / sqrt(1 + sigma^2). SCHEDULES are AUTOMATIC1111's, formulas
+over the levels of training; SPACINGS are diffusers', lists of timesteps. `levels.py` makes what a sampler passes
+through from them.
 """
 
 from __future__ import annotations
@@ -24,13 +25,17 @@ Sigmas = NDArray[np.float64]
 
 def training_sigmas(diffusion: Diffusion) -> Sigmas:
     """sigma at every training timestep. The betas are linear in their square roots (LDM's "scaled linear")."""
-    betas = np.linspace(diffusion.beta_start**0.5, diffusion.beta_end**0.5, diffusion.num_timesteps, dtype=np.float64) ** 2
+    betas = (
+        np.linspace(diffusion.beta_start**0.5, diffusion.beta_end**0.5, diffusion.num_timesteps, dtype=np.float64) ** 2
+    )
     alphas_cumprod = np.cumprod(1.0 - betas)
     return np.sqrt((1.0 - alphas_cumprod) / alphas_cumprod)
 
 
 def timestep(sigma: float, training: Sigmas) -> float:
-    """The fractional timestep of a noise level, linear in log sigma between neighbours, clamped to the training range (k-diffusion)."""
+    """The fractional timestep of a noise level, linear in log sigma between neighbours, clamped to the training range
+    (k-diffusion).
+    """
     return float(np.interp(np.log(sigma), np.log(training), np.arange(len(training))))
 
 
@@ -39,7 +44,9 @@ def _at(t: NDArray[np.float64], training: Sigmas) -> list[float]:
 
 
 def normal(steps: int, training: Sigmas) -> list[float]:
-    """Timesteps evenly spaced from the last to 0, log sigma interpolated between neighbours, then 0 (k-diffusion's `get_sigmas`)."""
+    """Timesteps evenly spaced from the last to 0, log sigma interpolated between neighbours, then 0 (k-diffusion's
+    `get_sigmas`).
+    """
     return [*_at(np.linspace(len(training) - 1, 0, steps), training), 0.0]
 
 
@@ -50,12 +57,16 @@ def karras(steps: int, training: Sigmas, rho: float = 7.0) -> list[float]:
 
 
 def exponential(steps: int, training: Sigmas) -> list[float]:
-    """Evenly spaced in log sigma between the model's largest and smallest, then 0 (k-diffusion's `get_sigmas_exponential`)."""
+    """Evenly spaced in log sigma between the model's largest and smallest, then 0 (k-diffusion's
+    `get_sigmas_exponential`).
+    """
     return [*np.exp(np.linspace(math.log(training[-1]), math.log(training[0]), steps)).tolist(), 0.0]
 
 
 def sgm_uniform(steps: int, training: Sigmas) -> list[float]:
-    """Timesteps evenly spaced as for one step more, whose last, timestep 0, gives way to sigma 0 (Stability's generative-models)."""
+    """Timesteps evenly spaced as for one step more, whose last, timestep 0, gives way to sigma 0 (Stability's
+    generative-models).
+    """
     return [*_at(np.linspace(len(training) - 1, 0, steps + 1)[:-1], training), 0.0]
 
 
@@ -66,7 +77,9 @@ def simple(steps: int, training: Sigmas) -> list[float]:
 
 
 def ddim_uniform(steps: int, training: Sigmas) -> list[float]:
-    """Every (n // steps)-th training level from timestep 1 up, reversed, then 0. Where n / steps is not whole, there are more than `steps`."""
+    """Every (n // steps)-th training level from timestep 1 up, reversed, then 0. Where n / steps is not whole, there
+    are more than `steps`.
+    """
     return [*training[1 :: max(len(training) // steps, 1)][::-1].tolist(), 0.0]
 
 
@@ -80,16 +93,27 @@ SCHEDULES: dict[str, Callable[[int, Sigmas], list[float]]] = {
 }
 
 SPACINGS = ("linspace", "leading", "trailing")
-"""diffusers' `timestep_spacing`, after table 2 of Lin et al. 2023, "Common Diffusion Noise Schedules and Sample Steps Are Flawed"."""
+"""diffusers' `timestep_spacing`, after table 2 of Lin et al. 2023, "Common Diffusion Noise Schedules and Sample Steps
+Are Flawed".
+"""
 
-ALIASES = {"automatic": None, "discrete": "normal", "uniform": "normal", "sgm uniform": "sgm_uniform", "ddim uniform": "ddim_uniform", "ddim": "ddim_uniform"}
+ALIASES = {
+    "automatic": None,
+    "discrete": "normal",
+    "uniform": "normal",
+    "sgm uniform": "sgm_uniform",
+    "ddim uniform": "ddim_uniform",
+    "ddim": "ddim_uniform",
+}
 """Other spellings of schedules; None is the sampler's own."""
 
 
 def spaced(spacing: str, steps: int, count: int, *, extra: int = 0) -> NDArray[np.float64]:
-    """Falling timesteps `[steps]` of `count` as diffusers spaces them, not rounded. `steps_offset` is 1, as Stable Diffusion's own configuration has it.
+    """Falling timesteps `[steps]` of `count` as diffusers spaces them, not rounded. `steps_offset` is 1, as Stable
+    Diffusion's own configuration has it.
 
-    `extra` is 1 for the multistep solvers, which space as for one step more and leave the last away, 0 for all others; "trailing" never does.
+    `extra` is 1 for the multistep solvers, which space as for one step more and leave the last away, 0 for all others;
+    "trailing" never does.
 
     Raises:
         UsageError: so many steps that the offset leaves the training range.
@@ -98,10 +122,15 @@ def spaced(spacing: str, steps: int, count: int, *, extra: int = 0) -> NDArray[n
     if spacing == "linspace":
         timesteps = np.linspace(0, count - 1, steps + extra)[::-1]
     elif spacing == "trailing":
-        timesteps = np.asarray(np.arange(count, 0, -count / steps).round() - 1, np.float64)  # of 61 steps and some more, one too many
+        timesteps = np.asarray(
+            np.arange(count, 0, -count / steps).round() - 1, np.float64
+        )  # of 61 steps and some more, one too many
     else:
         ratio = count // (steps + extra)
         timesteps = np.arange(steps + extra, dtype=np.float64)[::-1] * ratio + 1
         if ratio == 0 or timesteps[0] >= count:
-            raise UsageError(f"steps {steps}: schedule leading takes at most {count - 1 - extra}", "Take fewer steps, or --schedule trailing.")
+            raise UsageError(
+                f"steps {steps}: schedule leading takes at most {count - 1 - extra}",
+                "Take fewer steps, or --schedule trailing.",
+            )
     return timesteps[:steps]

@@ -1,7 +1,7 @@
 """Samplers over noise levels, as k-diffusion has them: latents are image + sigma noise.
 
-Each is its paper's code over the algebra of `trace.py`, in the symbols of k-diffusion: x latents, d the derivative (x - denoised) / sigma,
-t = -log sigma, h a step in it.
+Each is its paper's code over the algebra of `trace.py`, in the symbols of k-diffusion: x latents, d the derivative (x -
+denoised) / sigma, t = -log sigma, h a step in it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ from sdrt.runtime.sampling.trace import Latents, Noise, Trace
 
 
 def ancestral(sigma: float, sigma_next: float, eta: float = 1.0) -> tuple[float, float]:
-    """Split a step into a deterministic part down to the first level returned and fresh noise of the second (k-diffusion)."""
+    """Split a step into a deterministic part down to the first level returned and fresh noise of the second
+    (k-diffusion).
+    """
     up = min(sigma_next, eta * math.sqrt(max(0.0, sigma_next**2 * (sigma**2 - sigma_next**2) / sigma**2)))
     return math.sqrt(sigma_next**2 - up**2), up
 
@@ -53,16 +55,22 @@ def heun(trace: Trace, levels: Levels) -> None:
 
 
 def _integral(nodes: Sequence[float], j: int, start: float, end: float) -> float:
-    """The j-th Lagrange polynomial of at most four nodes over [start, end]: two Gauss points integrate a cubic exactly."""
+    """The j-th Lagrange polynomial of at most four nodes over [start, end]: two Gauss points integrate a cubic
+    exactly.
+    """
     half, middle = (end - start) / 2, (end + start) / 2
     points = (middle - half / math.sqrt(3), middle + half / math.sqrt(3))
-    return half * sum(math.prod((point - other) / (nodes[j] - other) for k, other in enumerate(nodes) if k != j) for point in points)
+    return half * sum(
+        math.prod((point - other) / (nodes[j] - other) for k, other in enumerate(nodes) if k != j) for point in points
+    )
 
 
 def lms(trace: Trace, levels: Levels, *, counts_skipped: bool = False) -> None:
-    """Linear multistep of order four (Adams-Bashforth) in sigma: the polynomial through the last derivatives, integrated over the step (k-diffusion's `sample_lms`).
+    """Linear multistep of order four (Adams-Bashforth) in sigma: the polynomial through the last derivatives,
+    integrated over the step (k-diffusion's `sample_lms`).
 
-    `counts_skipped` also counts the levels an image skips among its four nodes, though there are no derivatives there: so does diffusers.
+    `counts_skipped` also counts the levels an image skips among its four nodes, though there are no derivatives there:
+    so does diffusers.
     """
     x = trace.start()
     ds: list[Latents] = []
@@ -78,7 +86,9 @@ def lms(trace: Trace, levels: Levels, *, counts_skipped: bool = False) -> None:
 
 
 def dpm2(trace: Trace, levels: Levels, *, noisy: bool = False) -> None:
-    """DPM-Solver-2's midpoint in log sigma on Karras et al.'s derivative; `noisy` with ancestral noise (k-diffusion's `sample_dpm_2`, `_ancestral`)."""
+    """DPM-Solver-2's midpoint in log sigma on Karras et al.'s derivative; `noisy` with ancestral noise (k-diffusion's
+    `sample_dpm_2`, `_ancestral`).
+    """
     x = trace.start()
     for sigma, sigma_next in levels.steps():
         sigma_down, sigma_up = ancestral(sigma, sigma_next) if noisy else (sigma_next, 0.0)
@@ -103,13 +113,18 @@ def dpmpp_2s_a(trace: Trace, levels: Levels) -> None:
             continue
         h = math.log(sigma / sigma_down)
         sigma_mid = sigma * math.exp(-h / 2)
-        x_2, x = trace.end_row((sigma_mid / sigma) * x - math.expm1(-h / 2) * denoised, x, to=sigma_next, end_step=False)
+        x_2, x = trace.end_row(
+            (sigma_mid / sigma) * x - math.expm1(-h / 2) * denoised, x, to=sigma_next, end_step=False
+        )
         denoised_2 = trace.denoise(x_2, sigma_mid, listed=False)
-        (x,) = trace.end_row((sigma_down / sigma) * x - math.expm1(-h) * denoised_2 + sigma_up * trace.noise, to=sigma_next)
+        (x,) = trace.end_row(
+            (sigma_down / sigma) * x - math.expm1(-h) * denoised_2 + sigma_up * trace.noise, to=sigma_next
+        )
 
 
 def dpmpp_sde(trace: Trace, levels: Levels) -> None:
-    """DPM-Solver++ as a stochastic equation, second order with the midpoint in log sigma (k-diffusion's `sample_dpmpp_sde`, r = 1/2, eta 1).
+    """DPM-Solver++ as a stochastic equation, second order with the midpoint in log sigma (k-diffusion's
+    `sample_dpmpp_sde`, r = 1/2, eta 1).
 
     The noise of both calls is the picture's Brownian path from sigma: to the midpoint, then to the next level.
     """
@@ -148,7 +163,8 @@ def dpmpp_2m(trace: Trace, levels: Levels) -> None:
 
 
 def dpmpp_2m_sde(trace: Trace, levels: Levels, *, brownian: bool = True) -> None:
-    """DPM-Solver++ 2M as a stochastic equation, midpoint form, eta 1 (k-diffusion's `sample_dpmpp_2m_sde`; diffusers' "sde-dpmsolver++").
+    """DPM-Solver++ 2M as a stochastic equation, midpoint form, eta 1 (k-diffusion's `sample_dpmpp_2m_sde`; diffusers'
+    "sde-dpmsolver++").
 
     `brownian` takes the noise from the picture's Brownian path; otherwise it is drawn.
     """
@@ -164,14 +180,20 @@ def dpmpp_2m_sde(trace: Trace, levels: Levels, *, brownian: bool = True) -> None
         D = denoised
         if old is not None and h_last > 0:
             D = denoised + (h / (2 * h_last)) * (denoised - old)
-        x_next = (sigma_next / sigma) * math.exp(-h) * x - math.expm1(-2 * h) * D + sigma_next * math.sqrt(-math.expm1(-2 * h)) * trace.noise
+        x_next = (
+            (sigma_next / sigma) * math.exp(-h) * x
+            - math.expm1(-2 * h) * D
+            + sigma_next * math.sqrt(-math.expm1(-2 * h)) * trace.noise
+        )
         noise: Noise = (sigma, sigma_next) if brownian else "draw"
         x, old = trace.end_row(x_next, denoised, to=sigma_next, noise=noise)
         h_last = h
 
 
 def dpmpp_3m_sde(trace: Trace, levels: Levels) -> None:
-    """DPM-Solver++ 3M as a stochastic equation, eta 1 (k-diffusion's `sample_dpmpp_3m_sde`); phi are the exponential integrator's functions."""
+    """DPM-Solver++ 3M as a stochastic equation, eta 1 (k-diffusion's `sample_dpmpp_3m_sde`); phi are the exponential
+    integrator's functions.
+    """
     x = trace.start()
     old: list[Latents] = []
     hs: list[float] = []
@@ -181,7 +203,11 @@ def dpmpp_3m_sde(trace: Trace, levels: Levels) -> None:
             (x,) = trace.end_row(denoised, to=sigma_next)
             continue
         h = math.log(sigma / sigma_next)
-        x_next = math.exp(-2 * h) * x - math.expm1(-2 * h) * denoised + sigma_next * math.sqrt(-math.expm1(-2 * h)) * trace.noise
+        x_next = (
+            math.exp(-2 * h) * x
+            - math.expm1(-2 * h) * denoised
+            + sigma_next * math.sqrt(-math.expm1(-2 * h)) * trace.noise
+        )
         phi_2 = math.expm1(-2 * h) / (2 * h) + 1
         phi_3 = phi_2 / (2 * h) - 0.5
         if len(old) == 2:
@@ -195,9 +221,11 @@ def dpmpp_3m_sde(trace: Trace, levels: Levels) -> None:
 
 
 def lcm(trace: Trace, levels: Levels, *, scaled: bool = False) -> None:
-    """Luo et al. 2023, "Latent Consistency Models", algorithm 3, with the boundary condition of its equation 9 (sigma_data 1/2, timesteps times 10).
+    """Luo et al. 2023, "Latent Consistency Models", algorithm 3, with the boundary condition of its equation 9
+    (sigma_data 1/2, timesteps times 10).
 
-    `scaled` holds the boundary condition on latents divided by sqrt(1 + sigma^2), as diffusers does; AUTOMATIC1111 does not divide.
+    `scaled` holds the boundary condition on latents divided by sqrt(1 + sigma^2), as diffusers does; AUTOMATIC1111 does
+    not divide.
     """
     x = trace.start()
     for i, (sigma, sigma_next) in enumerate(levels.steps(), 1):

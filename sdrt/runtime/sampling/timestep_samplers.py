@@ -28,7 +28,9 @@ def ddim(trace: Trace, levels: Levels) -> None:
 
 
 def ddpm(trace: Trace, levels: Levels) -> None:
-    """Ho et al. 2020, "Denoising Diffusion Probabilistic Models", equations 6 and 7: mean and variance of the posterior given the denoised estimate."""
+    """Ho et al. 2020, "Denoising Diffusion Probabilistic Models", equations 6 and 7: mean and variance of the posterior
+    given the denoised estimate.
+    """
     x = trace.start_scaled()
     for sigma, sigma_next in levels.steps():
         denoised = trace.denoise_scaled(x, sigma)
@@ -40,10 +42,11 @@ def ddpm(trace: Trace, levels: Levels) -> None:
 
 
 def plms(trace: Trace, levels: Levels, *, raw: bool = False) -> None:
-    """Liu et al. 2022, "Pseudo Numerical Methods for Diffusion Models", equations 9 and 12, started by an improved Euler step of two model calls.
+    """Liu et al. 2022, "Pseudo Numerical Methods for Diffusion Models", equations 9 and 12, started by an improved
+    Euler step of two model calls.
 
-    The second call repeats the first step with the mean of both outputs. `raw` extrapolates what the network predicts, as diffusers does,
-    instead of eps, as AUTOMATIC1111 does; it matters for v prediction.
+    The second call repeats the first step with the mean of both outputs. `raw` extrapolates what the network predicts,
+    as diffusers does, instead of eps, as AUTOMATIC1111 does; it matters for v prediction.
     """
     x = trace.start_scaled()
     history: list[Latents] = []
@@ -56,7 +59,9 @@ def plms(trace: Trace, levels: Levels, *, raw: bool = False) -> None:
             blend, x = (out + history[0]) / 2, first
         else:
             history = [out, *history[:3]]
-            weights = ((1.0,), (1.5, -0.5), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))[len(history) - 1]
+            weights = ((1.0,), (1.5, -0.5), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))[
+                len(history) - 1
+            ]
             blend = sum((w * e for w, e in zip(weights, history, strict=True)), 0 * x)
         eps = trace.eps(blend, x, sigma) if raw else blend
         alpha, alpha_next = _alpha(sigma), _alpha(sigma_next)
@@ -72,7 +77,8 @@ def plms(trace: Trace, levels: Levels, *, raw: bool = False) -> None:
 def unipc(trace: Trace, levels: Levels, *, order: int = 2, variant: str = "bh2") -> None:
     """Zhao et al. 2023, "UniPC", algorithms 5 and 6: data prediction, multistep; `variant` is the choice of B(h).
 
-    The corrector needs the denoised estimate of the next call, so what it adds to that is carried along as one register, `corrected`.
+    The corrector needs the denoised estimate of the next call, so what it adds to that is carried along as one
+    register, `corrected`.
     """
     x = trace.start_scaled()
     sigmas = levels.sigmas
@@ -98,12 +104,18 @@ def unipc(trace: Trace, levels: Levels, *, order: int = 2, variant: str = "bh2")
         base = alpha_next * sigma_next / (_alpha(sigma) * sigma) * x - alpha_next * math.expm1(-h) * denoised
         x_next = base - alpha_next * B * sum((w * d for w, d in zip(predictor, D, strict=True)), 0 * base)
         gain = -alpha_next * B * float(corrector[-1])
-        correction = base - alpha_next * B * sum((w * d for w, d in zip(corrector[:-1], D, strict=True)), 0 * base) - gain * denoised
+        correction = (
+            base
+            - alpha_next * B * sum((w * d for w, d in zip(corrector[:-1], D, strict=True)), 0 * base)
+            - gain * denoised
+        )
         x, corrected, *history = trace.end_row(x_next, correction, *history[: order - 1], to=sigma_next, scaled=True)
 
 
 def _unipc_weights(r: list[float], h: float, B: float) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Weights of predictor and corrector (Zhao et al. 2023, equation 5, in h' = -h); order 1 and 2 have the paper's constant 1/2."""
+    """Weights of predictor and corrector (Zhao et al. 2023, equation 5, in h' = -h); order 1 and 2 have the paper's
+    constant 1/2.
+    """
     hh = -h
     phi, factorial = math.expm1(hh) / hh - 1, 1
     powers, b = [], []
@@ -119,7 +131,9 @@ def _unipc_weights(r: list[float], h: float, B: float) -> tuple[NDArray[np.float
 
 
 def tcd(trace: Trace, levels: Levels, gamma: float = 0.3) -> None:
-    """Zheng et al. 2024, "Trajectory Consistency Distillation", algorithm 4: down to a timestep below the next, then up to it with fresh noise."""
+    """Zheng et al. 2024, "Trajectory Consistency Distillation", algorithm 4: down to a timestep below the next, then up
+    to it with fresh noise.
+    """
     x = trace.start_scaled()
     timesteps = (*levels.timesteps, 0.0)
     for i, (sigma, sigma_next) in enumerate(levels.steps(), 1):
@@ -127,4 +141,6 @@ def tcd(trace: Trace, levels: Levels, gamma: float = 0.3) -> None:
         eps = (x / _alpha(sigma) - denoised) / sigma
         below = float(trace.training[math.floor((1 - gamma) * timesteps[i])])
         fresh = math.sqrt(sigma_next**2 - below**2)
-        (x,) = trace.end_row(_alpha(sigma_next) * (denoised + below * eps + fresh * trace.noise), to=sigma_next, scaled=True)
+        (x,) = trace.end_row(
+            _alpha(sigma_next) * (denoised + below * eps + fresh * trace.noise), to=sigma_next, scaled=True
+        )

@@ -1,8 +1,9 @@
 """The algebra samplers are written in: latents as vectors of coefficients, and the rows of numbers that come out of it.
 
-A `Trace` stands in for the network: a sampler calls `denoise` with its latents and gets the denoised estimate back, combines them with
-ordinary arithmetic, and names with `end_row` the latents it wants to keep. What comes out is one row of numbers per model call
-(docs/architecture.md, the linear machine). Nothing here touches pixels; everything is float64 on the host, once per picture.
+A `Trace` stands in for the network: a sampler calls `denoise` with its latents and gets the denoised estimate back,
+combines them with ordinary arithmetic, and names with `end_row` the latents it wants to keep. What comes out is one row
+of numbers per model call (docs/architecture.md, the linear machine). Nothing here touches pixels; everything is float64
+on the host, once per picture.
 """
 
 from __future__ import annotations
@@ -25,15 +26,18 @@ _DENOISED, _, _NOISE = range(REGISTERS, REGISTERS + 3)
 STATES = REGISTERS + 3
 
 Noise = Literal["draw"] | tuple[float, float] | None
-"""Fresh unit noise of a row: none, the next draw of the picture's stream, or its Brownian path's increment between two sigmas."""
+"""Fresh unit noise of a row: none, the next draw of the picture's stream, or its Brownian path's increment between two
+sigmas.
+"""
 
 
 @dataclass(frozen=True)
 class Row:
     """The numbers of one model call; the linear machine in docs/architecture.md names them.
 
-    a, u `[R]`, M `[R, R+3]`; `inpaint` is (k, b, c), all 0 without a mask; `step` counts the sampler's own steps from 0; `sigma` is the level
-    of the call. `brownian` is the span (smallest, largest sigma) of the path that `noise` names an interval of.
+    a, u `[R]`, M `[R, R+3]`; `inpaint` is (k, b, c), all 0 without a mask; `step` counts the sampler's own steps from
+    0; `sigma` is the level of the call. `brownian` is the span (smallest, largest sigma) of the path that `noise` names
+    an interval of.
     """
 
     timestep: float
@@ -49,7 +53,9 @@ class Row:
 
 
 class Trace:
-    """Records rows while a sampler runs. `prediction` is one of the bundle's PREDICTIONS; `from_image` says the picture starts from init latents, not noise alone."""
+    """Records rows while a sampler runs. `prediction` is one of the bundle's PREDICTIONS; `from_image` says the picture
+    starts from init latents, not noise alone.
+    """
 
     def __init__(self, levels: Levels, training: Sigmas, prediction: str, *, from_image: bool = False) -> None:
         self.rows: list[Row] = []
@@ -63,21 +69,27 @@ class Trace:
         self._step = 0
 
     def start(self) -> Latents:
-        """The first latents: init latents plus noise at the first level, or unit noise in the scale the tool gives it."""
+        """The first latents: init latents plus noise at the first level, or unit noise in the scale the
+        tool gives it.
+        """
         if self._from_image:
             return _unit(0) + self._levels.start * _unit(1)
         return self._levels.noise_scale * _unit(1)
 
     def start_scaled(self) -> Latents:
-        """The same divided by sqrt(1 + sigma^2), as variance-preserving samplers keep it; from text it is unit noise."""
+        """The same divided by sqrt(1 + sigma^2), as variance-preserving samplers keep it; from text it is
+        unit noise.
+        """
         return self.start() / math.hypot(1, self._levels.start)
 
     def denoise(self, x: Latents, sigma: float, *, listed: bool = True) -> Latents:
         """The denoised estimate of latents `x` at level `sigma`: one model call.
 
-        A level that is not `listed` in the schedule, a midpoint, has the timestep between its neighbours', whatever the tool rounds.
+        A level that is not `listed` in the schedule, a midpoint, has the timestep between its neighbours', whatever the
+        tool rounds.
 
-        eps: D = x - sigma eps(c_in x). v: D = c_in^2 x - sigma c_in v(c_in x), with c_in = 1 / sqrt(1 + sigma^2). sample: D is the output.
+        eps: D = x - sigma eps(c_in x). v: D = c_in^2 x - sigma c_in v(c_in x), with c_in = 1 / sqrt(1 + sigma^2).
+            sample: D is the output.
         """
         assert not x[REGISTERS:].any(), "a model call takes latents kept by end_row"
         c_in = 1 / math.hypot(1, sigma)
@@ -107,11 +119,14 @@ class Trace:
                 return (x / alpha - output) / sigma
         return output
 
-    def end_row(self, *kept: Latents, to: float, scaled: bool = False, noise: Noise = "draw", end_step: bool = True) -> tuple[Latents, ...]:
-        """Close the row of the last model call: `kept` are carried on, the first one being the picture if the next row is the last.
+    def end_row(
+        self, *kept: Latents, to: float, scaled: bool = False, noise: Noise = "draw", end_step: bool = True
+    ) -> tuple[Latents, ...]:
+        """Close the row of the last model call: `kept` are carried on, the first one being the picture if the next row
+        is the last.
 
-        `to` is the level at which a mask of diffusers' kind puts the init latents into the first one, `scaled` whether it is divided by
-        sqrt(1 + to^2); `noise` says which noise, where the row holds any.
+        `to` is the level at which a mask of diffusers' kind puts the init latents into the first one, `scaled` whether
+        it is divided by sqrt(1 + to^2); `noise` says which noise, where the row holds any.
         """
         assert self._call is not None and len(kept) <= REGISTERS
         M = np.zeros((REGISTERS, STATES))
@@ -119,7 +134,20 @@ class Trace:
         t, a, u, q, sigma = self._call
         fresh = noise if M[:, _NOISE].any() else None
         scale = 1 / math.hypot(1, to) if scaled else 1.0
-        self.rows.append(Row(t, a, u, q, M, fresh, self._step, sigma, (0.0, scale, scale * to), self._levels.brownian if isinstance(fresh, tuple) else None))
+        self.rows.append(
+            Row(
+                t,
+                a,
+                u,
+                q,
+                M,
+                fresh,
+                self._step,
+                sigma,
+                (0.0, scale, scale * to),
+                self._levels.brownian if isinstance(fresh, tuple) else None,
+            )
+        )
         self._call = None
         self._step += end_step
         return tuple(_unit(j) for j in range(len(kept)))

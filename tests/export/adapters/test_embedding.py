@@ -1,4 +1,6 @@
-"""Learned embeddings: every layout gives the same vectors, rows of the token table against transformers, and what is refused."""
+"""Learned embeddings: every layout gives the same vectors, rows of the token table against transformers, and what is
+refused.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,13 @@ from safetensors.torch import save_file
 from sdrt.bundle.folder import open_bundle
 from sdrt.errors import AdapterError, InputFileError, SdrtError, UsageError
 from sdrt.export import graph as graph_module
-from sdrt.export.adapters.embedding import EmbeddingOption, open_embedding, parse_embedding_option, read_vectors, table_rows
+from sdrt.export.adapters.embedding import (
+    EmbeddingOption,
+    open_embedding,
+    parse_embedding_option,
+    read_vectors,
+    table_rows,
+)
 from sdrt.export.architecture import ClipSpec
 from sdrt.export.build import BuildOptions, build, default_output
 from sdrt.export.graph import Recipe, recipes
@@ -37,7 +45,14 @@ def vectors(seed: int, count: int, width: int = 64) -> torch.Tensor:
 
 
 def automatic1111(values: torch.Tensor, **more: Any) -> dict[str, Any]:
-    return {"string_to_token": {"*": 265}, "string_to_param": {"*": values}, "name": "other", "step": 500, "sd_checkpoint": None, **more}
+    return {
+        "string_to_token": {"*": 265},
+        "string_to_param": {"*": values},
+        "name": "other",
+        "step": 500,
+        "sd_checkpoint": None,
+        **more,
+    }
 
 
 LAYOUTS: dict[str, tuple[str, Callable[[torch.Tensor], Any]]] = {
@@ -45,7 +60,10 @@ LAYOUTS: dict[str, tuple[str, Callable[[torch.Tensor], Any]]] = {
     "AUTOMATIC1111, a parameter": ("x.pt", lambda v: automatic1111(torch.nn.Parameter(v))),
     "the first of all, a ParameterDict": (
         "x.pt",
-        lambda v: {"string_to_token": {"*": torch.tensor(265)}, "string_to_param": torch.nn.ParameterDict({"*": torch.nn.Parameter(v)})},
+        lambda v: {
+            "string_to_token": {"*": torch.tensor(265)},
+            "string_to_param": torch.nn.ParameterDict({"*": torch.nn.Parameter(v)}),
+        },
     ),
     "diffusers": ("learned_embeds.bin", lambda v: {"<style>": v}),
     "a bare tensor": ("x.pt", lambda v: v),
@@ -59,7 +77,9 @@ LAYOUTS: dict[str, tuple[str, Callable[[torch.Tensor], Any]]] = {
 
 def png_text(document: dict[str, Any]) -> str:
     """AUTOMATIC1111's EmbeddingEncoder and embedding_to_b64."""
-    return base64.b64encode(json.dumps(document, default=lambda tensor: {"TORCHTENSOR": tensor.tolist()}).encode()).decode()
+    return base64.b64encode(
+        json.dumps(document, default=lambda tensor: {"TORCHTENSOR": tensor.tolist()}).encode()
+    ).decode()
 
 
 def write(path: Path, content: Any) -> Path:
@@ -146,7 +166,12 @@ def test_one_vector_without_a_row_axis(tmp_path: Path, name: str) -> None:
 def test_inspect(tmp_path: Path) -> None:
     report = inspect_file(embedding_file(tmp_path / "toy style.pt", vectors(0, 4, 768)))
     assert report["kind"] == "a textual-inversion embedding"
-    assert (report["trigger"], report["vectors"], report["width"], report["base_family"]) == ("toy style", 4, 768, "Stable Diffusion 1.x")
+    assert (report["trigger"], report["vectors"], report["width"], report["base_family"]) == (
+        "toy style",
+        4,
+        768,
+        "Stable Diffusion 1.x",
+    )
     sdxl = write(tmp_path / "x.safetensors", {"clip_l": vectors(0, 2, 768), "clip_g": vectors(0, 2, 1280)})
     assert inspect_file(sdxl)["base_family"] == "SDXL"
 
@@ -154,16 +179,29 @@ def test_inspect(tmp_path: Path) -> None:
 # Refused
 
 
-@pytest.mark.parametrize(("width", "family"), [(768, "Stable Diffusion 1.x"), (1024, "Stable Diffusion 2.x"), (1280, "SDXL")])
+@pytest.mark.parametrize(
+    ("width", "family"), [(768, "Stable Diffusion 1.x"), (1024, "Stable Diffusion 2.x"), (1280, "SDXL")]
+)
 def test_e2_width_of_another_family(tmp_path: Path, width: int, family: str) -> None:
     path = embedding_file(tmp_path / "x.pt", vectors(0, 2, width))
     refused(path, "expected vectors 64 wide", f"found {width}", f"made for {family}")
     if width != 768:
-        refused(path, "expected vectors 768 wide, as Stable Diffusion 1.x has", f"found {width}", f"made for {family}", clip=SD1)
+        refused(
+            path,
+            "expected vectors 768 wide, as Stable Diffusion 1.x has",
+            f"found {width}",
+            f"made for {family}",
+            clip=SD1,
+        )
 
 
 def test_e2_embedding_for_sdxl(tmp_path: Path) -> None:
-    refused(write(tmp_path / "x.safetensors", {"clip_l": vectors(0, 2, 768), "clip_g": vectors(0, 2, 1280)}), "clip_g, clip_l", "SDXL", clip=SD1)
+    refused(
+        write(tmp_path / "x.safetensors", {"clip_l": vectors(0, 2, 768), "clip_g": vectors(0, 2, 1280)}),
+        "clip_g, clip_l",
+        "SDXL",
+        clip=SD1,
+    )
 
 
 @pytest.mark.parametrize("count", [0, 76, 500])
@@ -171,7 +209,10 @@ def test_e3_as_many_vectors_as_no_chunk_holds(tmp_path: Path, count: int) -> Non
     refused(write(tmp_path / "x.safetensors", {"emb_params": vectors(0, count)}), f"{count} vectors, expected 1 to 75")
 
 
-@pytest.mark.parametrize("content", [{"<a>": vectors(0, 1), "<b>": vectors(1, 1)}, {"string_to_param": {"a": vectors(0, 1), "b": vectors(1, 1)}}])
+@pytest.mark.parametrize(
+    "content",
+    [{"<a>": vectors(0, 1), "<b>": vectors(1, 1)}, {"string_to_param": {"a": vectors(0, 1), "b": vectors(1, 1)}}],
+)
 def test_e3_several_embeddings_in_one_file(tmp_path: Path, content: Any) -> None:
     refused(write(tmp_path / "x.pt", content), "holds 2 embeddings")
 
@@ -187,7 +228,9 @@ def test_e5_whole_numbers(tmp_path: Path) -> None:
     refused(write(tmp_path / "x.safetensors", {"emb_params": torch.ones(2, 64, dtype=torch.int32)}), "found I32")
 
 
-@pytest.mark.parametrize(("path", "found", "fix"), [(LORA, "a LoRA", "--lora"), (CHECKPOINT, "a Stable Diffusion 1.x model", "--checkpoint")])
+@pytest.mark.parametrize(
+    ("path", "found", "fix"), [(LORA, "a LoRA", "--lora"), (CHECKPOINT, "a Stable Diffusion 1.x model", "--checkpoint")]
+)
 def test_another_file_given_as_an_embedding(path: Path, found: str, fix: str) -> None:
     assert fix in refused(path, f"expected a textual-inversion embedding, found {found}").fix
 
@@ -202,11 +245,24 @@ def test_e6_picture_given_as_an_embedding(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "?", "e30=", "W10=", "bnVsbA==", png_text({"string_to_param": {"*": {"TORCHTENSOR": [[1.0, 2.0], [1.0]]}}}), png_text({"a": {"TORCHTENSOR": "x"}}),
-             png_text({"a": {"TORCHTENSOR": [[None]]}}), base64.b64encode(b"[" * 100_000).decode(), png_text({"a": {"TORCHTENSOR": [[10**400]]}})]
-)  # fmt: skip
+    "text",
+    [
+        "",
+        "?",
+        "e30=",
+        "W10=",
+        "bnVsbA==",
+        png_text({"string_to_param": {"*": {"TORCHTENSOR": [[1.0, 2.0], [1.0]]}}}),
+        png_text({"a": {"TORCHTENSOR": "x"}}),
+        png_text({"a": {"TORCHTENSOR": [[None]]}}),
+        base64.b64encode(b"[" * 100_000).decode(),
+        png_text({"a": {"TORCHTENSOR": [[10**400]]}}),
+    ],
+)
 def test_damaged_text_in_a_picture(tmp_path: Path, text: str) -> None:
-    with pytest.raises(SdrtError, match=r"sd-ti-embedding|values are NaN|expected a textual|expected vectors") as caught:
+    with pytest.raises(
+        SdrtError, match=r"sd-ti-embedding|values are NaN|expected a textual|expected vectors"
+    ) as caught:
         open_embedding(EmbeddingOption(write(tmp_path / "x.png", text), "x"), EMOJI)
     assert caught.value.exit_code == 3
 
@@ -227,7 +283,10 @@ def test_vectors_of_another_rank(tmp_path: Path, shape: tuple[int, ...]) -> None
 
 
 def test_output_vectors_are_refused_by_name(tmp_path: Path) -> None:
-    refused(write(tmp_path / "x.safetensors", {"clip_l": vectors(0, 2), "clip_l_out": vectors(1, 2)}), "clip_l_out: vectors for a text encoder's output")
+    refused(
+        write(tmp_path / "x.safetensors", {"clip_l": vectors(0, 2), "clip_l_out": vectors(1, 2)}),
+        "clip_l_out: vectors for a text encoder's output",
+    )
 
 
 def test_missing_file(tmp_path: Path) -> None:
@@ -258,7 +317,9 @@ def learned_bundle(flat_bundle: Path, files: tuple[Path, Path], tmp_path_factory
     options = (EmbeddingOption(files[0], "toy"), EmbeddingOption(files[1], "my style"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(graph_module, "trace", lambda recipe: pytest.fail(f"{recipe.graph} was traced again"))
-        return build(BuildOptions(CHECKPOINT, embeddings=options, output=tmp_path_factory.mktemp("learned") / "learned.sdrt")).path
+        return build(
+            BuildOptions(CHECKPOINT, embeddings=options, output=tmp_path_factory.mktemp("learned") / "learned.sdrt")
+        ).path
 
 
 def test_manifest_names_triggers_and_rows(learned_bundle: Path, files: tuple[Path, Path]) -> None:
@@ -266,11 +327,16 @@ def test_manifest_names_triggers_and_rows(learned_bundle: Path, files: tuple[Pat
     assert manifest.text[0].embeddings == {"toy": (49408, 49409, 49410), "my style": (49411,)}
     assert manifest.architecture["clip"]["vocabulary"] == 49412
     found = [(s.kind, s.name, s.trigger, s.scale, s.applied) for s in manifest.sources[1:]]
-    assert found == [("embedding", "toy.pt", "toy", None, {"text_encoder": 3}), ("embedding", "style.safetensors", "my style", None, {"text_encoder": 1})]
+    assert found == [
+        ("embedding", "toy.pt", "toy", None, {"text_encoder": 3}),
+        ("embedding", "style.safetensors", "my style", None, {"text_encoder": 1}),
+    ]
 
 
 @pytest.mark.parametrize(("precision", "limit"), [("fp32", 1e-5), ("fp16", 1e-2)])
-def test_text_encoder_is_transformers_with_the_rows_added(flat_bundle: Path, learned_bundle: Path, precision: str, limit: float) -> None:
+def test_text_encoder_is_transformers_with_the_rows_added(
+    flat_bundle: Path, learned_bundle: Path, precision: str, limit: float
+) -> None:
     weights, clip = reference.stored_weights(flat_bundle), reference.sizes(flat_bundle)["clip"]
     weights[TABLE] = torch.cat([weights[TABLE], vectors(1, 3).half().float(), vectors(2, 1).half().float()])
     model = reference.text_model(weights, clip | {"vocabulary": 49412})
@@ -286,7 +352,10 @@ def test_text_encoder_is_transformers_with_the_rows_added(flat_bundle: Path, lea
 
 
 def test_rows_follow_the_order_given(tmp_path: Path) -> None:
-    opened = [open_embedding(EmbeddingOption(embedding_file(tmp_path / f"{i}.pt", vectors(i, i)), str(i)), EMOJI) for i in (2, 1, 3)]
+    opened = [
+        open_embedding(EmbeddingOption(embedding_file(tmp_path / f"{i}.pt", vectors(i, i)), str(i)), EMOJI)
+        for i in (2, 1, 3)
+    ]
     assert table_rows(opened, 100) == {"2": (100, 101), "1": (102,), "3": (103, 104, 105)}
     for embedding in opened:
         embedding.file.close()
@@ -300,16 +369,26 @@ def test_trace_does_not_depend_on_the_vocabulary(flat_bundle: Path, learned_bund
     checkpoint = open_checkpoint(CHECKPOINT)
     checkpoint.close()
     arch = checkpoint.architecture
-    keys = {graph_module._cache_key(recipes(replace(arch, clip=replace(arch.clip, vocabulary=n)))["text_encoder"]) for n in (49408, 49409, 50000)}
+    keys = {
+        graph_module._cache_key(recipes(replace(arch, clip=replace(arch.clip, vocabulary=n)))["text_encoder"])
+        for n in (49408, 49409, 50000)
+    }
     assert len(keys) == 1
 
 
 @pytest.mark.parametrize(
     ("triggers", "message"),
-    [(("toy", "toy"), "one trigger"), (("Toy", "tOY"), "'Toy'"), (("caf\u00e9", "cafe\u0301"), "one trigger"), (("  toy", "toy "), "one trigger")],
+    [
+        (("toy", "toy"), "one trigger"),
+        (("Toy", "tOY"), "'Toy'"),
+        (("caf\u00e9", "cafe\u0301"), "one trigger"),
+        (("  toy", "toy "), "one trigger"),
+    ],
     ids=["equal", "letter case", "Unicode form", "spaces"],
 )
-def test_e4_two_embeddings_with_one_trigger(tmp_path: Path, files: tuple[Path, Path], no_trace: None, triggers: tuple[str, str], message: str) -> None:
+def test_e4_two_embeddings_with_one_trigger(
+    tmp_path: Path, files: tuple[Path, Path], no_trace: None, triggers: tuple[str, str], message: str
+) -> None:
     options = tuple(EmbeddingOption(file, trigger) for file, trigger in zip(files, triggers, strict=True))
     with pytest.raises(UsageError, match=message) as caught:
         build(BuildOptions(CHECKPOINT, embeddings=options, output=tmp_path / "x.sdrt"))
@@ -317,4 +396,6 @@ def test_e4_two_embeddings_with_one_trigger(tmp_path: Path, files: tuple[Path, P
 
 
 def test_default_output_names_every_adapter() -> None:
-    assert default_output(BuildOptions(CHECKPOINT, embeddings=(EmbeddingOption(Path("a/toy.pt"), "x"),))) == Path("emoji+toy.sdrt")
+    assert default_output(BuildOptions(CHECKPOINT, embeddings=(EmbeddingOption(Path("a/toy.pt"), "x"),))) == Path(
+        "emoji+toy.sdrt"
+    )

@@ -1,4 +1,6 @@
-"""What each kind of adapter adds to a weight, against the modules of LyCORIS and peft that train them, and plain formulas in float64."""
+"""What each kind of adapter adds to a weight, against the modules of LyCORIS and peft that train them, and plain
+formulas in float64.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,19 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from adapter_files import EMBEDDING, KERNEL, LAYER_NORM, LINEAR, NORM, POINTWISE, SQUARE, model, opened, randomised, relative
+from adapter_files import (
+    EMBEDDING,
+    KERNEL,
+    LAYER_NORM,
+    LINEAR,
+    NORM,
+    POINTWISE,
+    SQUARE,
+    model,
+    opened,
+    randomised,
+    relative,
+)
 from safetensors.torch import save_file
 from torch import nn
 
@@ -88,7 +102,11 @@ LYCORIS: dict[str, tuple[str, Module, dict[str, Any]]] = {
     "DoRA LoHa": ("LohaModule", LINEAR, {"weight_decompose": True, "wd_on_out": False}),
     "DoRA LoHa tucker": ("LohaModule", KERNEL, {"use_tucker": True, "weight_decompose": True}),
     "DoRA LoKr": ("LokrModule", LINEAR, {"factor": 4, "weight_decompose": True}),
-    "DoRA LoKr tucker by inputs": ("LokrModule", KERNEL, {"lora_dim": 2, "factor": 4, "use_tucker": True, "weight_decompose": True, "wd_on_out": False}),
+    "DoRA LoKr tucker by inputs": (
+        "LokrModule",
+        KERNEL,
+        {"lora_dim": 2, "factor": 4, "use_tucker": True, "weight_decompose": True, "wd_on_out": False},
+    ),
 }
 
 
@@ -97,7 +115,9 @@ def test_l6_change_is_lycoris_own(tmp_path: Path, kind: str, module: Module, opt
     import lycoris
 
     base = layer(module)
-    theirs = randomised(getattr(lycoris, kind)("name", base, **({"lora_dim": 4, "alpha": 2.0} | options)), 11, keep=("alpha", "scalar"))
+    theirs = randomised(
+        getattr(lycoris, kind)("name", base, **({"lora_dim": 4, "alpha": 2.0} | options)), 11, keep=("alpha", "scalar")
+    )
     parts = theirs.state_dict()
     theirs = theirs.double()
     expected = effective_weight(theirs, base) - base.weight
@@ -110,7 +130,9 @@ def test_full_difference_is_lycoris_own(tmp_path: Path) -> None:
     import lycoris
 
     base = layer(KERNEL)
-    theirs = randomised(lycoris.FullModule("name", base), 3).float().double()  # before it is applied, it holds the difference itself
+    theirs = (
+        randomised(lycoris.FullModule("name", base), 3).float().double()
+    )  # before it is applied, it holds the difference itself
     path = saved(tmp_path / "a.safetensors", KERNEL[1], {"diff": theirs.weight, "diff_b": theirs.bias})
     weight, bias = theirs.get_merged_weight()
     for name, before, after in (("weight", base.weight, weight), ("bias", base.bias, bias)):
@@ -123,7 +145,11 @@ def test_norm_is_lycoris_own(tmp_path: Path, module: Module) -> None:
 
     base = layer(module)
     theirs = randomised(lycoris.NormModule("name", base), 3).double()
-    path = saved(tmp_path / "a.safetensors", module[1], {name: value for name, value in theirs.state_dict().items() if name.endswith("_norm")})
+    path = saved(
+        tmp_path / "a.safetensors",
+        module[1],
+        {name: value for name, value in theirs.state_dict().items() if name.endswith("_norm")},
+    )
     weight, bias = theirs.make_weight()
     for name, before, after in (("weight", base.weight, weight), ("bias", base.bias, bias)):
         assert relative(change(path, f"{module[0]}.{name}", before), after - before) < 1e-5
@@ -164,7 +190,9 @@ def network_of(module: Module, path: str) -> nn.Module:
     return root
 
 
-@pytest.mark.filterwarnings("ignore:.*LoRA tensor.s. have invalid shape")  # peft takes the bias of lora_bias for a matrix cut short
+@pytest.mark.filterwarnings(
+    "ignore:.*LoRA tensor.s. have invalid shape"
+)  # peft takes the bias of lora_bias for a matrix cut short
 @pytest.mark.parametrize(("module", "config", "options"), PEFT.values(), ids=PEFT.keys())
 def test_file_that_peft_saves(tmp_path: Path, module: Module, config: str, options: dict[str, Any]) -> None:
     import peft
@@ -202,23 +230,34 @@ def test_sparse_residual_is_added_to_the_low_rank(tmp_path: Path) -> None:
     up, down, values = matrices((96, 4), (4, 64), (3,))
     indices = torch.tensor([[0, 95, 40], [63, 0, 7]], dtype=torch.int16)
     tensors = {
-        "lora_up.weight": up, "lora_down.weight": down, "alpha": torch.tensor([4.0]).half(),
-        "bias_indices": indices, "bias_values": values.half(), "bias_size": torch.tensor([96, 64], dtype=torch.int16),
-    }  # fmt: skip
+        "lora_up.weight": up,
+        "lora_down.weight": down,
+        "alpha": torch.tensor([4.0]).half(),
+        "bias_indices": indices,
+        "bias_values": values.half(),
+        "bias_size": torch.tensor([96, 64], dtype=torch.int16),
+    }
     save_file({f"{LINEAR[1]}.{part}": tensor for part, tensor in tensors.items()}, tmp_path / "a.safetensors")
     expected = up.double() @ down.double()
     for row, column, value in zip(*indices.tolist(), values.half().double(), strict=True):
         expected[row, column] += value
-    assert relative(change(tmp_path / "a.safetensors", f"{LINEAR[0]}.weight", torch.zeros(96, 64), 0.5), expected * 0.5) < 1e-5
+    assert (
+        relative(change(tmp_path / "a.safetensors", f"{LINEAR[0]}.weight", torch.zeros(96, 64), 0.5), expected * 0.5)
+        < 1e-5
+    )
 
 
 @pytest.mark.parametrize("scale", [0.5, -0.7, 2.0])
 def test_scale_weighs_the_whole_change_of_a_dora(tmp_path: Path, scale: float) -> None:
-    """W + scale (V m / |V| - W), V = W + (alpha / r) up @ down, norms over each output: AUTOMATIC1111's and ComfyUI's rule, in float64."""
+    """W + scale (V m / |V| - W), V = W + (alpha / r) up @ down, norms over each output: AUTOMATIC1111's and ComfyUI's
+    rule, in float64.
+    """
     up, down, magnitude = matrices((96, 4), (4, 64), (96, 1))
     weight = matrices((96, 64), seed=3)[0]
     path = saved(
-        tmp_path / "a.safetensors", LINEAR[1], {"lora_up.weight": up, "lora_down.weight": down, "alpha": torch.tensor(2.0), "dora_scale": magnitude.abs()}
+        tmp_path / "a.safetensors",
+        LINEAR[1],
+        {"lora_up.weight": up, "lora_down.weight": down, "alpha": torch.tensor(2.0), "dora_scale": magnitude.abs()},
     )
     moved = weight.double() + 0.5 * up.double() @ down.double()
     decomposed = moved * magnitude.abs().double() / moved.square().sum(1, keepdim=True).sqrt()
@@ -231,7 +270,11 @@ def test_magnitudes_without_a_second_dimension(tmp_path: Path) -> None:
     changes = []
     for part, length in (("dora_scale", 96), ("lora_magnitude_vector", 96), ("dora_scale", 64)):
         magnitude = torch.linspace(1, 2, length)
-        path = saved(tmp_path / f"{len(changes)}.safetensors", LINEAR[1], {"lora_up.weight": up, "lora_down.weight": down, part: magnitude})
+        path = saved(
+            tmp_path / f"{len(changes)}.safetensors",
+            LINEAR[1],
+            {"lora_up.weight": up, "lora_down.weight": down, part: magnitude},
+        )
         changes.append(change(path, f"{LINEAR[0]}.weight", weight))
         lengths = (weight + changes[-1]).norm(dim=1 if length == 96 else 0)
         torch.testing.assert_close(lengths, magnitude, rtol=1e-5, atol=1e-5)
@@ -241,22 +284,35 @@ def test_magnitudes_without_a_second_dimension(tmp_path: Path) -> None:
 def test_row_of_zeros_under_a_dora_stays_finite(tmp_path: Path) -> None:
     up, down, weight = matrices((96, 4), (4, 64), (96, 64))
     up[5], weight[5] = 0, 0
-    path = saved(tmp_path / "a.safetensors", LINEAR[1], {"lora_up.weight": up, "lora_down.weight": down, "dora_scale": torch.ones(96, 1)})
+    path = saved(
+        tmp_path / "a.safetensors",
+        LINEAR[1],
+        {"lora_up.weight": up, "lora_down.weight": down, "dora_scale": torch.ones(96, 1)},
+    )
     found = change(path, f"{LINEAR[0]}.weight", weight)
     assert bool(torch.isfinite(found).all()) and not found[5].any()
 
 
 def test_change_of_a_tucker_convolution_is_three_convolutions_after_each_other(tmp_path: Path) -> None:
     up, mid, down = matrices((96, 4, 1, 1), (4, 4, 3, 3), (4, 64, 1, 1))
-    path = saved(tmp_path / "a.safetensors", KERNEL[1], {"lora_up.weight": up, "lora_mid.weight": mid, "lora_down.weight": down})
+    path = saved(
+        tmp_path / "a.safetensors", KERNEL[1], {"lora_up.weight": up, "lora_mid.weight": mid, "lora_down.weight": down}
+    )
     x = matrices((2, 64, 5, 7), seed=9)[0]
     expected = F.conv2d(F.conv2d(F.conv2d(x, down), mid, padding=1), up)
-    torch.testing.assert_close(F.conv2d(x, change(path, f"{KERNEL[0]}.weight", torch.zeros(96, 64, 3, 3)), padding=1), expected, rtol=1e-4, atol=1e-2)
+    torch.testing.assert_close(
+        F.conv2d(x, change(path, f"{KERNEL[0]}.weight", torch.zeros(96, 64, 3, 3)), padding=1),
+        expected,
+        rtol=1e-4,
+        atol=1e-2,
+    )
 
 
 def test_numbers_of_a_kronecker_product(tmp_path: Path) -> None:
     """Element [p·o + a, q·i + b] is w1[p, q] · w2[a, b], and two whole matrices ignore alpha."""
     small, large = matrices((4, 8), (24, 8))
-    path = saved(tmp_path / "a.safetensors", LINEAR[1], {"lokr_w1": small, "lokr_w2": large, "alpha": torch.tensor(0.01)})
+    path = saved(
+        tmp_path / "a.safetensors", LINEAR[1], {"lokr_w1": small, "lokr_w2": large, "alpha": torch.tensor(0.01)}
+    )
     found = change(path, f"{LINEAR[0]}.weight", torch.zeros(96, 64))
     assert math.isclose(float(found[3 * 24 + 5, 2 * 8 + 7]), float(small[3, 2] * large[5, 7]), rel_tol=1e-6)

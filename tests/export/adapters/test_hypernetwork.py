@@ -21,7 +21,14 @@ from torch import nn
 
 from sdrt.errors import AdapterError, InputFileError, SdrtError, UsageError
 from sdrt.export import graph as graph_module
-from sdrt.export.adapters.hypernetwork import ACTIVATIONS, Hypernetwork, HypernetworkOption, attention_widths, open_hypernetwork, parse_hypernetwork_option
+from sdrt.export.adapters.hypernetwork import (
+    ACTIVATIONS,
+    Hypernetwork,
+    HypernetworkOption,
+    attention_widths,
+    open_hypernetwork,
+    parse_hypernetwork_option,
+)
 from sdrt.export.adapters.hypernetwork_weights import attach, check_values
 from sdrt.export.architecture import HypernetworkSpec, UNetSpec
 from sdrt.export.graph import Recipe, bind, recipes, trace
@@ -118,7 +125,9 @@ def compare_modules(chain: Sequence[Hypernetwork], reference: files.Chain, *, fo
     """The modules that would be traced, holding the values that would be stored, against the formula in float64."""
     spec, made = attach(chain, EMOJI, {}, fold=fold)
     module = Hypernetworks(spec.hypernetworks).eval()
-    module.load_state_dict({name.removeprefix("hypernetworks."): tensor.make(lambda name: torch.empty(0)) for name, tensor in made.items()})
+    module.load_state_dict(
+        {name.removeprefix("hypernetworks."): tensor.make(lambda name: torch.empty(0)) for name, tensor in made.items()}
+    )
     assert all(tuple(value.shape) == made["hypernetworks." + name].shape for name, value in module.state_dict().items())
     for width in (64, 96, 128, 48):
         x = torch.randn(2, 5, width, generator=torch.Generator().manual_seed(width))
@@ -149,8 +158,13 @@ def test_names_of_the_first_hypernetworks(tmp_path: Path) -> None:
     settings = Settings()
     old = files.content(settings, 3)
     for width in settings.widths:
-        old[width] = tuple({name.replace("linear.0", "linear1").replace("linear.1", "linear2"): t for name, t in part.items()} for part in old[width])
-    torch.save({key: value for key, value in old.items() if isinstance(key, int) or key in ("step", "name")}, tmp_path / "x.pt")
+        old[width] = tuple(
+            {name.replace("linear.0", "linear1").replace("linear.1", "linear2"): t for name, t in part.items()}
+            for part in old[width]
+        )
+    torch.save(
+        {key: value for key, value in old.items() if isinstance(key, int) or key in ("step", "name")}, tmp_path / "x.pt"
+    )
     hypernetwork = opened(tmp_path / "x.pt")
     with hypernetwork.file:
         compare_modules([hypernetwork], [(settings, files.content(settings, 3), 1.0)], fold=False)
@@ -166,7 +180,10 @@ def test_output_is_activated_where_the_file_does_not_say(tmp_path: Path) -> None
 def test_half_precision_and_a_legacy_file(tmp_path: Path) -> None:
     settings = Settings(activation="relu")
     content = files.content(settings, 5)
-    half = {key: tuple({n: t.half() for n, t in part.items()} for part in value) if isinstance(key, int) else value for key, value in content.items()}
+    half = {
+        key: tuple({n: t.half() for n, t in part.items()} for part in value) if isinstance(key, int) else value
+        for key, value in content.items()
+    }
     torch.save(half, tmp_path / "x.pt", _use_new_zipfile_serialization=False)
     hypernetwork = opened(tmp_path / "x.pt")
     with hypernetwork.file:
@@ -179,16 +196,26 @@ def test_attention_widths_are_the_network_s(tmp_path: Path) -> None:
 
 
 def test_inspect(tmp_path: Path) -> None:
-    report = inspect_file(files.save(tmp_path / "x.pt", Settings(widths=(320, 640, 768, 1280), activation="mish", structure=(1, 0.1, 1)), 1))
+    report = inspect_file(
+        files.save(
+            tmp_path / "x.pt", Settings(widths=(320, 640, 768, 1280), activation="mish", structure=(1, 0.1, 1)), 1
+        )
+    )
     assert report["kind"] == "a hypernetwork" and report["widths"] == [320, 640, 768, 1280]
-    assert (report["activation"], report["base_family"], report["layer_structure"]) == ("Mish", "Stable Diffusion 1.x", [1, 0.1, 1])
+    assert (report["activation"], report["base_family"], report["layer_structure"]) == (
+        "Mish",
+        "Stable Diffusion 1.x",
+        [1, 0.1, 1],
+    )
     assert "folded" in inspect_file(files.save(tmp_path / "y.pt", Settings(), 1))["form"]
 
 
 # Attached: folded and traced
 
 
-def chain_of(folder: Path, *settings: Settings, scales: Sequence[float] = (0.7, -0.4, 1.3)) -> tuple[list[Hypernetwork], files.Chain]:
+def chain_of(
+    folder: Path, *settings: Settings, scales: Sequence[float] = (0.7, -0.4, 1.3)
+) -> tuple[list[Hypernetwork], files.Chain]:
     chain = [opened(files.save(folder / f"{i}.pt", s, 10 + i), scale=scales[i]) for i, s in enumerate(settings)]
     return chain, [(s, files.content(s, 10 + i), scales[i]) for i, s in enumerate(settings)]
 
@@ -205,10 +232,16 @@ LINEAR, MISH = Settings(), Settings(activation="mish")
         ((MISH, LINEAR), [(64, 96, 128)], (64, 96, 128)),
         ((LINEAR, MISH), [(64, 96, 128), (64, 96, 128)], ()),
         ((LINEAR, replace(MISH, widths=(64,))), [(64,), (64,)], (96, 128)),
-        ((replace(MISH, widths=(128,)), replace(LINEAR, widths=(64, 128)), replace(MISH, widths=(96,))), [(128,), (96,)], (64, 128)),
+        (
+            (replace(MISH, widths=(128,)), replace(LINEAR, widths=(64, 128)), replace(MISH, widths=(96,))),
+            [(128,), (96,)],
+            (64, 128),
+        ),
     ],
 )
-def test_what_is_folded(tmp_path: Path, settings: tuple[Settings, ...], traced: list[tuple[int, ...]], folded: tuple[int, ...]) -> None:
+def test_what_is_folded(
+    tmp_path: Path, settings: tuple[Settings, ...], traced: list[tuple[int, ...]], folded: tuple[int, ...]
+) -> None:
     """The linear ones that no other follows, width by width."""
     chain, reference = chain_of(tmp_path, *settings)
     names = {f"l{w}.attn2.to_{part}.weight": (32, w) for w in (64, 96, 128) for part in "kv"}
@@ -217,12 +250,20 @@ def test_what_is_folded(tmp_path: Path, settings: tuple[Settings, ...], traced: 
     generator = torch.Generator().manual_seed(0)
     weights = {name: torch.randn(shape, generator=generator) for name, shape in names.items()}
     module = Hypernetworks(spec.hypernetworks).eval()
-    module.load_state_dict({n.removeprefix("hypernetworks."): t.make(weights.__getitem__) for n, t in made.items() if n.startswith("hypernetworks.")})
+    module.load_state_dict(
+        {
+            n.removeprefix("hypernetworks."): t.make(weights.__getitem__)
+            for n, t in made.items()
+            if n.startswith("hypernetworks.")
+        }
+    )
     for width in (64, 96, 128):
         x = torch.randn(2, 5, width, generator=generator)
         for part, inputs, expected in zip("kv", module(x), files.keys_and_values(reference, x.double()), strict=True):
             name = f"l{width}.attn2.to_{part}"
-            weight, bias = (made[n].make(weights.__getitem__) if n in made else None for n in (name + ".weight", name + ".bias"))
+            weight, bias = (
+                made[n].make(weights.__getitem__) if n in made else None for n in (name + ".weight", name + ".bias")
+            )
             found = inputs @ (weights[name + ".weight"] if weight is None else weight).T + (0 if bias is None else bias)
             assert relative(found.numpy(), (expected @ weights[name + ".weight"].double().T).numpy()) < 1e-6
     for hypernetwork in chain:
@@ -246,7 +287,9 @@ class Attentions(nn.Module):
     def __init__(self, spec: UNetSpec) -> None:
         super().__init__()
         self.hypernetworks = Hypernetworks(spec.hypernetworks)
-        self.layers = nn.ModuleDict({str(w): nn.ModuleDict({"attn2": CrossAttention(64, w, 8, biased=w in spec.biased)}) for w in WIDTHS})
+        self.layers = nn.ModuleDict(
+            {str(w): nn.ModuleDict({"attn2": CrossAttention(64, w, 8, biased=w in spec.biased)}) for w in WIDTHS}
+        )
 
     def forward(
         self,
@@ -271,15 +314,22 @@ class Compiled:
 
 
 class Sizes:
-    """One compiled chain of a nonlinear and a linear hypernetwork with networks for every width, folded as far as can be or not at all."""
+    """One compiled chain of a nonlinear and a linear hypernetwork with networks for every width, folded as far as can
+    be or not at all.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.settings = (Settings(WIDTHS, (1, 0.5, 1), "swish", layer_norm=True), Settings(WIDTHS, (1, 0.25, 1)))
         self.scales = (0.6, 1.2)
-        self.reference: files.Chain = [(s, files.content(s, i), scale) for i, (s, scale) in enumerate(zip(self.settings, self.scales, strict=True))]
+        self.reference: files.Chain = [
+            (s, files.content(s, i), scale) for i, (s, scale) in enumerate(zip(self.settings, self.scales, strict=True))
+        ]
         plain = Attentions(WIDE)
         generator = torch.Generator().manual_seed(7)
-        self.weights = {name: torch.randn(p.shape, generator=generator) / math.sqrt(p.shape[-1]) for name, p in plain.named_parameters()}
+        self.weights = {
+            name: torch.randn(p.shape, generator=generator) / math.sqrt(p.shape[-1])
+            for name, p in plain.named_parameters()
+        }
         save_file(self.weights, folder / "base.safetensors")
         random = np.random.RandomState(8)
         self.inputs = {"x": random.standard_normal((2, 5, 64)).astype(np.float32)}
@@ -294,7 +344,9 @@ class Sizes:
         shapes = {name: tuple(weight.shape) for name, weight in self.weights.items()}
         spec, made = attach(chain, WIDE, shapes, fold=fold)
         inputs: dict[str, Any] = {name: (("n", *array.shape[1:]), torch.float32) for name, array in self.inputs.items()}
-        recipe = Recipe("step", spec, lambda: Attentions(spec), inputs, {f"y_{w}": ("n", 5, 64) for w in WIDTHS}, {"n": 2})
+        recipe = Recipe(
+            "step", spec, lambda: Attentions(spec), inputs, {f"y_{w}": ("n", 5, 64) for w in WIDTHS}, {"n": 2}
+        )
         skeleton = trace(recipe)
         paths = {}
         with open_tensor_file(folder.parent / "base.safetensors") as base:
@@ -315,7 +367,11 @@ class Sizes:
         """Attention over what the hypernetworks make of the context, in float64."""
         x, context = (torch.from_numpy(self.inputs[name]).double() for name in ("x", f"context_{width}"))
         keys, values = files.keys_and_values(self.reference, context)
-        w = {name.removeprefix(f"layers.{width}.attn2."): weight.double() for name, weight in self.weights.items() if f".{width}." in name}
+        w = {
+            name.removeprefix(f"layers.{width}.attn2."): weight.double()
+            for name, weight in self.weights.items()
+            if f".{width}." in name
+        }
         q, k, v = (a @ w[f"to_{part}.weight"].T for part, a in (("q", x), ("k", keys), ("v", values)))
         q, k, v = (a.unflatten(-1, (8, 8)).transpose(1, 2) for a in (q, k, v))
         out = (torch.softmax(q @ k.transpose(-1, -2) / math.sqrt(8), dim=-1) @ v).transpose(1, 2).flatten(2)
@@ -349,14 +405,21 @@ def test_half_precision_graph_runs_in_half(sizes: Sizes) -> None:
 
     model = onnx.shape_inference.infer_shapes(onnx.load(sizes.traced.paths["fp16"], load_external_data=False))
     types = {value.name: value.type.tensor_type.elem_type for value in (*model.graph.value_info, *model.graph.output)}
-    products = [types[node.output[0]] for node in model.graph.node if node.op_type in ("MatMul", "Gemm", "LayerNormalization")]
+    products = [
+        types[node.output[0]] for node in model.graph.node if node.op_type in ("MatMul", "Gemm", "LayerNormalization")
+    ]
     assert len(products) > 50 and products.count(onnx.TensorProto.FLOAT) == 0
 
 
 class EveryActivation(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.all = nn.ModuleDict({name: Residual((64, 64, 64), HypernetworkSpec((), module, False, True)) for name, module in ACTIVATIONS.items()})
+        self.all = nn.ModuleDict(
+            {
+                name: Residual((64, 64, 64), HypernetworkSpec((), module, False, True))
+                for name, module in ACTIVATIONS.items()
+            }
+        )
         self.last = nn.Linear(64, 64)
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -364,10 +427,20 @@ class EveryActivation(nn.Module):
 
 
 def test_every_activation_compiles(tmp_path: Path) -> None:
-    recipe = Recipe("step", None, EveryActivation, {"x": (("n", 5, 64), torch.float32)}, {f"y_{name}": ("n", 5, 64) for name in ACTIVATIONS}, {"n": 3})
+    recipe = Recipe(
+        "step",
+        None,
+        EveryActivation,
+        {"x": (("n", 5, 64), torch.float32)},
+        {f"y_{name}": ("n", 5, 64) for name in ACTIVATIONS},
+        {"n": 3},
+    )
     skeleton = trace(recipe)
     generator = torch.Generator().manual_seed(0)
-    weights = {name: torch.randn(shape, generator=generator) / (8 if len(shape) > 1 else 1) for name, shape in recipe.weight_shapes().items()}
+    weights = {
+        name: torch.randn(shape, generator=generator) / (8 if len(shape) > 1 else 1)
+        for name, shape in recipe.weight_shapes().items()
+    }
     save_file(weights, tmp_path / "base.safetensors")
     x = 4 * torch.randn(1, 5, 64, generator=generator)  # far enough out for every branch of the activations
     x[0, 0] = torch.linspace(-300, 300, 64)
@@ -375,13 +448,28 @@ def test_every_activation_compiles(tmp_path: Path) -> None:
         tensors = {name: Tensor(base, entry) for name, entry in base.entries.items()}
         for precision, limit in (("fp32", 1e-5), ("fp16", 5e-3)):
             (tmp_path / precision).mkdir()
-            placed = write_weights(tmp_path / precision / "w.safetensors", tensors, [], precision, lambda done: None).placed
-            bind(skeleton.clone(), tmp_path / precision / "w.safetensors", placed, precision, precision, tmp_path / precision / "x.onnx")
+            placed = write_weights(
+                tmp_path / precision / "w.safetensors", tensors, [], precision, lambda done: None
+            ).placed
+            bind(
+                skeleton.clone(),
+                tmp_path / precision / "w.safetensors",
+                placed,
+                precision,
+                precision,
+                tmp_path / precision / "x.onnx",
+            )
             found = run_unoptimised(tmp_path / precision / "x.onnx", {"x": x.numpy()}, precision)
             for name in ACTIVATIONS:
-                part = {key.removeprefix(f"all.{name}.layers."): weight for key, weight in weights.items() if key.startswith(f"all.{name}.")}
+                part = {
+                    key.removeprefix(f"all.{name}.layers."): weight
+                    for key, weight in weights.items()
+                    if key.startswith(f"all.{name}.")
+                }
                 state = {f"linear.{key}": weight for key, weight in part.items()}
-                out = files.apply(Settings((64,), (1, 1, 1), name), state, x.double(), float(weights[f"all.{name}.scale"]))
+                out = files.apply(
+                    Settings((64,), (1, 1, 1), name), state, x.double(), float(weights[f"all.{name}.scale"])
+                )
                 expected = out @ weights["last.weight"].double().T + weights["last.bias"].double() + x
                 assert relative(found[f"y_{name}"], expected.numpy()) < limit, (precision, name)
 
@@ -398,18 +486,42 @@ def test_trace_knows_the_structure_not_the_values(tmp_path: Path) -> None:
 
     first = key(MISH, 1, 1.0)
     assert key(MISH, 2, 0.5) == first
-    others = [replace(MISH, widths=(64,)), replace(MISH, activation="relu"), replace(MISH, structure=(1, 3, 1)), replace(MISH, layer_norm=True)]
+    others = [
+        replace(MISH, widths=(64,)),
+        replace(MISH, activation="relu"),
+        replace(MISH, structure=(1, 3, 1)),
+        replace(MISH, layer_norm=True),
+    ]
     others += [replace(MISH, activate_output=False), LINEAR, replace(LINEAR, widths=(64,))]
     assert len({first, *(key(settings, 1, 1.0) for settings in others)}) == 1 + len(others)
-    assert key(LINEAR, 1, 1.0) == key(replace(LINEAR, structure=(1, 2, 4, 2, 1)), 2, 0.3)  # folded: its layers are in the weights
+    assert key(LINEAR, 1, 1.0) == key(
+        replace(LINEAR, structure=(1, 2, 4, 2, 1)), 2, 0.3
+    )  # folded: its layers are in the weights
 
 
 # Refused
 
 
-@pytest.mark.parametrize("name", ["glu", "softmax", "multiheadattention", "prelu", "threshold", "mihs", "Mish", "\x1b[31m", "x" * 10_000, 7, ["relu"]])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "glu",
+        "softmax",
+        "multiheadattention",
+        "prelu",
+        "threshold",
+        "mihs",
+        "Mish",
+        "\x1b[31m",
+        "x" * 10_000,
+        7,
+        ["relu"],
+    ],
+)
 def test_h1_unknown_activation(tmp_path: Path, name: object) -> None:
-    error = refused(files.save(tmp_path / "x.pt", MISH, 1, activation_func=name), "activation_func", "unknown activation")
+    error = refused(
+        files.save(tmp_path / "x.pt", MISH, 1, activation_func=name), "activation_func", "unknown activation"
+    )
     assert "mish" in error.fix and error.message.isprintable() and len(error.message) < 300
     if name == "mihs":
         assert "did you mean 'mish'" in error.message
@@ -448,12 +560,18 @@ def changed_tensors(path: Path, change: Any) -> Path:
     [
         (lambda c: c[64][0].pop("linear.0.bias"), "expected a weight and a bias"),
         (lambda c: c[64][1].update({"linear.2.weight": torch.zeros(64, 100)}), "do not follow"),
-        (lambda c: c[64][1].update({"linear.2.weight": torch.zeros(60, 128), "linear.2.bias": torch.zeros(60)}), "last layer is 60 wide, expected 64"),
+        (
+            lambda c: c[64][1].update({"linear.2.weight": torch.zeros(60, 128), "linear.2.bias": torch.zeros(60)}),
+            "last layer is 60 wide, expected 64",
+        ),
         (lambda c: c[64][0].update({"linear.0.weight": torch.zeros(128, 64, dtype=torch.int64)}), "found I64"),
         (lambda c: c.update({64: c[64][:1]}), "the network for values is missing"),
         (lambda c: c[64][0].update({"norm.weight": torch.ones(64)}), "belongs to no layer"),
         (lambda c: c.update({"extra": {"x": torch.ones(64)}}), "belongs to no layer"),
-        (lambda c: c[64][0].update({"linear.4.weight": torch.ones(64), "linear.4.bias": torch.ones(64)}), "1 norms for 2 layers"),
+        (
+            lambda c: c[64][0].update({"linear.4.weight": torch.ones(64), "linear.4.bias": torch.ones(64)}),
+            "1 norms for 2 layers",
+        ),
         (lambda c: c.update({96: files.content(replace(MISH, structure=(1, 3, 1)), 1)[96]}), "layer_structure"),
     ],
 )
@@ -463,7 +581,11 @@ def test_tensors_that_make_no_network(tmp_path: Path, change: Any, message: str)
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_value_that_is_not_finite(tmp_path: Path, bad: float) -> None:
-    refused(changed_tensors(tmp_path / "x.pt", lambda c: c[96][1]["linear.2.bias"].__setitem__(3, bad)), "96.1.linear.2.bias", "1 of 96 values")
+    refused(
+        changed_tensors(tmp_path / "x.pt", lambda c: c[96][1]["linear.2.bias"].__setitem__(3, bad)),
+        "96.1.linear.2.bias",
+        "1 of 96 values",
+    )
 
 
 def test_hypernetwork_that_does_nothing(tmp_path: Path) -> None:
@@ -487,24 +609,38 @@ def test_given_twice(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("widths", "unet", "family"),
-    [((320, 640, 768, 1280), EMOJI, "Stable Diffusion 1.x"), ((320, 640, 1024, 1280), SD1, "Stable Diffusion 2.x"), ((320, 768), SD2, "Stable Diffusion 1.x")],
+    [
+        ((320, 640, 768, 1280), EMOJI, "Stable Diffusion 1.x"),
+        ((320, 640, 1024, 1280), SD1, "Stable Diffusion 2.x"),
+        ((320, 768), SD2, "Stable Diffusion 1.x"),
+    ],
 )
-def test_h2_hypernetwork_for_another_family(tmp_path: Path, widths: tuple[int, ...], unet: UNetSpec, family: str) -> None:
+def test_h2_hypernetwork_for_another_family(
+    tmp_path: Path, widths: tuple[int, ...], unet: UNetSpec, family: str
+) -> None:
     path = files.save(tmp_path / "x.pt", Settings(widths, (1, 0.1, 1)), 1)
     refused(path, ", ".join(map(str, widths)), family, str(unet.context_width), unet=unet)
     if unet is not EMOJI:
         hypernetwork = opened(path, unet, allow_unmatched=True)
         hypernetwork.file.close()
-        assert hypernetwork.unmatched and {layers[0] for layers in hypernetwork.spec.layers} == set(widths) - set(hypernetwork.unmatched)
+        assert hypernetwork.unmatched and {layers[0] for layers in hypernetwork.spec.layers} == set(widths) - set(
+            hypernetwork.unmatched
+        )
 
 
 def test_h2_widths_that_the_model_lacks_are_left_out(tmp_path: Path) -> None:
     hypernetwork = opened(files.save(tmp_path / "x.pt", Settings((320, 768, 1024), (1, 0.1, 1)), 1), SD1)
     hypernetwork.file.close()
-    assert hypernetwork.unmatched == (1024,) and [layers[0] for layers in hypernetwork.spec.layers] == [320, 768] and hypernetwork.layers == 21
+    assert (
+        hypernetwork.unmatched == (1024,)
+        and [layers[0] for layers in hypernetwork.spec.layers] == [320, 768]
+        and hypernetwork.layers == 21
+    )
 
 
-@pytest.mark.parametrize(("path", "found", "fix"), [(LORA, "a LoRA", "--lora"), (CHECKPOINT, "a Stable Diffusion 1.x model", "--checkpoint")])
+@pytest.mark.parametrize(
+    ("path", "found", "fix"), [(LORA, "a LoRA", "--lora"), (CHECKPOINT, "a Stable Diffusion 1.x model", "--checkpoint")]
+)
 def test_another_file_given_as_a_hypernetwork(path: Path, found: str, fix: str) -> None:
     assert fix in refused(path, f"expected a hypernetwork, found {found}").fix
 

@@ -1,4 +1,6 @@
-"""LoRA files: the option's syntax, every key applied or named in an error, and the change they make against plain convolutions."""
+"""LoRA files: the option's syntax, every key applied or named in an error, and the change they make against plain
+convolutions.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,10 @@ from sdrt.export.read.tensor_file import open_tensor_file
 from sdrt.export.weights import Change, write_weights
 
 # One weight of each kind: its canonical name, and the module's name in a kohya file.
-LINEAR = (UNET + "input_blocks.4.1.transformer_blocks.0.attn2.to_k.weight", "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn2_to_k")
+LINEAR = (
+    UNET + "input_blocks.4.1.transformer_blocks.0.attn2.to_k.weight",
+    "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn2_to_k",
+)
 POINTWISE = (UNET + "input_blocks.4.1.proj_in.weight", "lora_unet_down_blocks_1_attentions_0_proj_in")
 KERNEL = (UNET + "input_blocks.4.0.in_layers.2.weight", "lora_unet_down_blocks_1_resnets_0_conv1")
 TEXT = (CLIP + "text_model.encoder.layers.0.mlp.fc1.weight", "lora_te_text_model_encoder_layers_0_mlp_fc1")
@@ -41,7 +46,9 @@ def refused(path: Path, *fragments: str, allow_unmatched: bool = False) -> Adapt
     return error
 
 
-def pair(module: str, up: Sequence[int], down: Sequence[int], alpha: torch.Tensor | float | None = None, seed: int = 0) -> dict[str, torch.Tensor]:
+def pair(
+    module: str, up: Sequence[int], down: Sequence[int], alpha: torch.Tensor | float | None = None, seed: int = 0
+) -> dict[str, torch.Tensor]:
     """One module's tensors in a kohya file, seeded."""
     random = torch.Generator().manual_seed(seed)
     tensors = {
@@ -133,9 +140,13 @@ def test_impossible_name_is_no_crash(name: str) -> None:
         opened(option.path)
 
 
-@given(scale=st.floats(allow_nan=False, allow_infinity=False), te_scale=st.floats(allow_nan=False, allow_infinity=False))
+@given(
+    scale=st.floats(allow_nan=False, allow_infinity=False), te_scale=st.floats(allow_nan=False, allow_infinity=False)
+)
 def test_every_finite_scale_survives(scale: float, te_scale: float) -> None:
-    assert parse_lora_option(f"no such/file.safetensors:{scale!r}:{te_scale!r}") == LoraOption(Path("no such/file.safetensors"), scale, te_scale)
+    assert parse_lora_option(f"no such/file.safetensors:{scale!r}:{te_scale!r}") == LoraOption(
+        Path("no such/file.safetensors"), scale, te_scale
+    )
 
 
 # Matching
@@ -150,7 +161,10 @@ def test_every_key_of_the_emoji_lora_is_applied() -> None:
 
 
 def test_ldm_and_diffusers_spellings_make_the_same_change(tmp_path: Path) -> None:
-    spellings = {"diffusers": LINEAR[1], "ldm": "lora_unet_" + LINEAR[0][len(UNET) :].removesuffix(".weight").replace(".", "_")}
+    spellings = {
+        "diffusers": LINEAR[1],
+        "ldm": "lora_unet_" + LINEAR[0][len(UNET) :].removesuffix(".weight").replace(".", "_"),
+    }
     deltas = []
     for name, module in spellings.items():
         save_file(pair(module, (96, 4), (4, 64), 2.0), tmp_path / f"{name}.safetensors")
@@ -173,7 +187,12 @@ def test_l1_no_key_matches(file: Path) -> None:
     save_file(tensors, file)
     error = refused(file, "21 of 21 keys", "lora_unet_other_blocks_0_conv", "21 x lora_unet_other_blocks_N_conv")
     assert "--allow-unmatched" not in error.fix
-    assert error.message.count(".lora_up.weight") + error.message.count(".lora_down.weight") + error.message.count(".alpha") == 5
+    assert (
+        error.message.count(".lora_up.weight")
+        + error.message.count(".lora_down.weight")
+        + error.message.count(".alpha")
+        == 5
+    )
     refused(file, "21 of 21 keys", allow_unmatched=True)
 
 
@@ -185,7 +204,13 @@ def test_no_key_matches_and_the_file_says_what_it_was_made_for(file: Path) -> No
 def test_l1_one_key_does_not_match(file: Path) -> None:
     typo = LINEAR[1].replace("attn2", "attn3")
     save_file(GOOD | pair(typo, (96, 4), (4, 64)), file)
-    error = refused(file, "2 of 5 keys", f"{typo}.lora_", "did you mean", "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn")
+    error = refused(
+        file,
+        "2 of 5 keys",
+        f"{typo}.lora_",
+        "did you mean",
+        "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn",
+    )
     assert "--allow-unmatched" in error.fix
     lora = opened(file, allow_unmatched=True)
     with lora.file:
@@ -211,7 +236,14 @@ def read_raw_tensors(tensors: Mapping[str, torch.Tensor]) -> dict[str, RawTensor
 @pytest.mark.parametrize(
     ("modules", "family"),
     [
-        (["lora_te1_text_model_encoder_layers_0_mlp_fc1", "lora_te2_text_model_encoder_layers_0_mlp_fc1", "lora_unet_input_blocks_4_1_proj_in"], "SDXL"),
+        (
+            [
+                "lora_te1_text_model_encoder_layers_0_mlp_fc1",
+                "lora_te2_text_model_encoder_layers_0_mlp_fc1",
+                "lora_unet_input_blocks_4_1_proj_in",
+            ],
+            "SDXL",
+        ),
         (["lora_te2_text_model_encoder_layers_0_mlp_fc1"], "SDXL"),
         (["lora_unet_double_blocks_0_img_attn_proj", "lora_unet_single_blocks_0_linear1"], "Flux"),
         (["lora_unet_joint_blocks_0_x_block_attn_proj"], "SD3"),
@@ -237,7 +269,9 @@ def test_l2_lora_of_another_family(file: Path, modules: list[str], family: str) 
     ],
     ids=["context 768", "320 channels", "text 768", "1x1 for 3x3", "3x3 up", "3x3 for 1x1"],
 )
-def test_l2_lora_for_other_widths(file: Path, module: str, up: tuple[int, ...], down: tuple[int, ...], shape: str) -> None:
+def test_l2_lora_for_other_widths(
+    file: Path, module: str, up: tuple[int, ...], down: tuple[int, ...], shape: str
+) -> None:
     save_file(pair(module, up, down), file)
     error = refused(file, module, str(list(up)), str(list(down)), shape)
     assert "other sizes" in error.fix
@@ -258,7 +292,15 @@ def test_alpha_alone(file: Path) -> None:
 
 @pytest.mark.parametrize(
     ("up", "down"),
-    [((96, 4), (8, 64)), ((96, 8), (4, 64)), ((96, 0), (0, 64)), ((96,), (4, 64)), ((96, 4), (64,)), ((), ()), ((96, 4, 2), (4, 64))],
+    [
+        ((96, 4), (8, 64)),
+        ((96, 8), (4, 64)),
+        ((96, 0), (0, 64)),
+        ((96,), (4, 64)),
+        ((96, 4), (64,)),
+        ((), ()),
+        ((96, 4, 2), (4, 64)),
+    ],
     ids=lambda shape: "x".join(map(str, shape)) or "scalar",
 )
 def test_l4_shapes_that_do_not_fit_together(file: Path, up: tuple[int, ...], down: tuple[int, ...]) -> None:
@@ -330,7 +372,9 @@ def test_l5_alpha(file: Path, alpha: torch.Tensor | float | None, expected: floa
     assert factor(file, alpha) == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("alpha", [torch.tensor([1.0, 2.0]), torch.zeros(0), torch.ones(2, 1)], ids=["two", "none", "2x1"])
+@pytest.mark.parametrize(
+    "alpha", [torch.tensor([1.0, 2.0]), torch.zeros(0), torch.ones(2, 1)], ids=["two", "none", "2x1"]
+)
 def test_l5_alpha_of_several_numbers(file: Path, alpha: torch.Tensor) -> None:
     save_file(pair(LINEAR[1], (96, 4), (4, 64), alpha), file)
     refused(file, f"{LINEAR[1]}.alpha: expected one number, found shape {list(alpha.shape)}")
@@ -378,8 +422,13 @@ def test_change_of_a_pointwise_convolution(file: Path, flat: bool) -> None:
     with lora.file:
         delta = lora.change(POINTWISE[0], torch.zeros(96, 96, 1, 1))
     x = torch.randn(2, 96, 5, 7, generator=torch.Generator().manual_seed(1))
-    down, up = (tensors[f"{POINTWISE[1]}.{part}.weight"].reshape(*shape, 1, 1) for part, shape in (("lora_down", (4, 96)), ("lora_up", (96, 4))))
-    torch.testing.assert_close(F.conv2d(x, delta), F.conv2d(F.conv2d(x, down), up) * 0.7 * 2.0 / 4, rtol=1e-4, atol=1e-3)
+    down, up = (
+        tensors[f"{POINTWISE[1]}.{part}.weight"].reshape(*shape, 1, 1)
+        for part, shape in (("lora_down", (4, 96)), ("lora_up", (96, 4)))
+    )
+    torch.testing.assert_close(
+        F.conv2d(x, delta), F.conv2d(F.conv2d(x, down), up) * 0.7 * 2.0 / 4, rtol=1e-4, atol=1e-3
+    )
 
 
 @pytest.mark.parametrize("flat", [False, True], ids=["4-D", "2-D"])
@@ -392,7 +441,9 @@ def test_change_of_a_linear_layer(file: Path, flat: bool) -> None:
         delta = lora.change(LINEAR[0], torch.zeros(96, 64))
     x = torch.randn(5, 64, generator=torch.Generator().manual_seed(1))
     down, up = (tensors[f"{LINEAR[1]}.{part}.weight"].flatten(1) for part in ("lora_down", "lora_up"))
-    torch.testing.assert_close(F.linear(x, delta), F.linear(F.linear(x, down), up) * -0.3 * 2.0 / 4, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(
+        F.linear(x, delta), F.linear(F.linear(x, down), up) * -0.3 * 2.0 / 4, rtol=1e-4, atol=1e-3
+    )
 
 
 def test_each_scale_weighs_its_own_network(file: Path) -> None:
@@ -409,8 +460,9 @@ def test_each_scale_weighs_its_own_network(file: Path) -> None:
 # In the weights file
 
 BASE = {
-    name: torch.randn(model()[0][name], generator=torch.Generator().manual_seed(i)) for i, (name, _) in enumerate((LINEAR, POINTWISE, KERNEL, TEXT))
-}  # fmt: skip
+    name: torch.randn(model()[0][name], generator=torch.Generator().manual_seed(i))
+    for i, (name, _) in enumerate((LINEAR, POINTWISE, KERNEL, TEXT))
+}
 
 
 def fused(
@@ -469,8 +521,15 @@ def test_l8_same_lora_twice_is_twice_its_scale(tmp_path: Path, style: Path) -> N
 
 
 def test_l8_order_of_loras_does_not_matter(tmp_path: Path, style: Path) -> None:
-    save_file(pair(KERNEL[1], (96, 2, 1, 1), (2, 64, 3, 3), seed=7) | pair(LINEAR[1], (96, 2), (2, 64), seed=8), tmp_path / "other.safetensors")
-    options = [LoraOption(style, 0.3, 0.3), LoraOption(tmp_path / "other.safetensors", 1.7, 1.7), LoraOption(style, -0.9, 0.1)]
+    save_file(
+        pair(KERNEL[1], (96, 2, 1, 1), (2, 64, 3, 3), seed=7) | pair(LINEAR[1], (96, 2), (2, 64), seed=8),
+        tmp_path / "other.safetensors",
+    )
+    options = [
+        LoraOption(style, 0.3, 0.3),
+        LoraOption(tmp_path / "other.safetensors", 1.7, 1.7),
+        LoraOption(style, -0.9, 0.1),
+    ]
     results = [fused(tmp_path, order) for order in (options, options[::-1], [options[1], options[2], options[0]])]
     assert results[0][1] == results[1][1] == results[2][1]
     assert results[0][2] == results[1][2][::-1]
@@ -484,8 +543,14 @@ def dora(path: Path, seed: int) -> Path:
 
 
 def applied(weight: torch.Tensor, path: Path, scale: float) -> torch.Tensor:
-    """A weight after one adapter of it, by the formula in float64: W + scale (V m / |V| - W) with magnitudes, else W + scale (alpha / r) up @ down."""
-    tensors = {name.removeprefix(f"{LINEAR[1]}."): tensor.double() for name, tensor in load_file(path).items() if name.startswith(LINEAR[1])}
+    """A weight after one adapter of it, by the formula in float64: W + scale (V m / |V| - W) with magnitudes, else W +
+    scale (alpha / r) up @ down.
+    """
+    tensors = {
+        name.removeprefix(f"{LINEAR[1]}."): tensor.double()
+        for name, tensor in load_file(path).items()
+        if name.startswith(LINEAR[1])
+    }
     low = tensors["lora_up.weight"] @ tensors["lora_down.weight"] * tensors["alpha"] / 4
     if "dora_scale" not in tensors:
         return weight + scale * low
@@ -497,7 +562,12 @@ def test_adapters_act_one_after_the_other(tmp_path: Path, style: Path) -> None:
     """A DoRA rescales what those before it made; one after it is added whole. Two DoRAs the same way."""
     one, two = dora(tmp_path / "one.safetensors", 5), dora(tmp_path / "two.safetensors", 6)
     results = []
-    for stack in ([(style, 0.7), (one, 0.5)], [(one, 0.5), (style, 0.7)], [(one, 0.5), (two, 0.8)], [(two, 0.8), (style, 0.7), (one, 0.5)]):
+    for stack in (
+        [(style, 0.7), (one, 0.5)],
+        [(one, 0.5), (style, 0.7)],
+        [(one, 0.5), (two, 0.8)],
+        [(two, 0.8), (style, 0.7), (one, 0.5)],
+    ):
         expected = BASE[LINEAR[0]].double()
         for path, scale in stack:
             expected = applied(expected, path, scale)
@@ -549,7 +619,9 @@ def test_lora_that_changes_weights_of_zero_does_something(tmp_path: Path, file: 
     assert changes[0]["unet"].modules == 1
 
 
-@pytest.mark.parametrize(("scale", "precision"), [(1e6, "fp16"), (1e38, "fp32"), (1e38, "bf16"), (1e300, "fp32"), (1e300, "fp16")])
+@pytest.mark.parametrize(
+    ("scale", "precision"), [(1e6, "fp16"), (1e38, "fp32"), (1e38, "bf16"), (1e300, "fp32"), (1e300, "fp16")]
+)
 def test_l7_scale_that_overflows(tmp_path: Path, file: Path, scale: float, precision: str) -> None:
     save_file(GOOD, file)
     with pytest.raises(AdapterError, match=f"too large for {precision}") as caught:
@@ -569,7 +641,12 @@ def test_overflow_that_is_not_the_loras_fault(tmp_path: Path, file: Path) -> Non
 def test_change_that_rounding_swallows(tmp_path: Path, file: Path) -> None:
     save_file(GOOD, file)
     with pytest.raises(AdapterError, match="vanish when the weights are rounded to fp16") as caught:
-        fused(tmp_path, [LoraOption(file, 1e-9, 1e-9)], "fp16", {name: tensor.half().float() for name, tensor in BASE.items()})
+        fused(
+            tmp_path,
+            [LoraOption(file, 1e-9, 1e-9)],
+            "fp16",
+            {name: tensor.half().float() for name, tensor in BASE.items()},
+        )
     assert caught.value.message.startswith(str(file))
 
 
@@ -588,4 +665,6 @@ def test_matrices_in_bfloat16(tmp_path: Path) -> None:
     with lora.file, original.file:
         for name in list(original.deltas)[::40]:
             shape = model()[0][name]
-            torch.testing.assert_close(lora.change(name, torch.zeros(shape)), original.change(name, torch.zeros(shape)), rtol=0.2, atol=1e-3)
+            torch.testing.assert_close(
+                lora.change(name, torch.zeros(shape)), original.change(name, torch.zeros(shape)), rtol=0.2, atol=1e-3
+            )

@@ -33,7 +33,11 @@ Fuse = Callable[..., Tensors]
 def weight_shapes() -> dict[str, tuple[int, ...]]:
     checkpoint = open_checkpoint(CHECKPOINT)
     checkpoint.close()
-    return {name: shape for recipe in recipes(checkpoint.architecture).values() for name, shape in recipe.weight_shapes().items()}
+    return {
+        name: shape
+        for recipe in recipes(checkpoint.architecture).values()
+        for name, shape in recipe.weight_shapes().items()
+    }
 
 
 def write_fused(path: Path, options: Sequence[LoraOption], precision: str = "fp32") -> Sequence[Mapping[str, Change]]:
@@ -75,7 +79,9 @@ def fused(tmp_path_factory: pytest.TempPathFactory) -> Tensors:
 
 def largest_error(found: Tensors, expected: Tensors) -> float:
     assert found.keys() == expected.keys()
-    return max(reference.relative(found[name].numpy(), expected[name].numpy()) for name in expected if expected[name].any())
+    return max(
+        reference.relative(found[name].numpy(), expected[name].numpy()) for name in expected if expected[name].any()
+    )
 
 
 def changed(found: Tensors, base: Tensors) -> set[str]:
@@ -86,14 +92,21 @@ def lora_weights(base: Tensors) -> set[str]:
     """The weights that the emoji's LoRA has modules for."""
     modules = {name.partition(".")[0] for name in load_file(LORA)}
     modules |= {ldm_spelling(module) for module in modules if module.startswith("lora_unet_")}
-    kohya = {name: name.replace(UNET, "lora_unet_").replace(TEXT, "lora_te_").removesuffix(".weight").replace(".", "_") for name in base if ".weight" in name}
+    kohya = {
+        name: name.replace(UNET, "lora_unet_").replace(TEXT, "lora_te_").removesuffix(".weight").replace(".", "_")
+        for name in base
+        if ".weight" in name
+    }
     return {name for name, module in kohya.items() if module in modules}
 
 
 def another_lora(path: Path, seed: int, scale: float = 0.05) -> Path:
     """A LoRA of the same modules with other numbers."""
     generator = torch.Generator().manual_seed(seed)
-    tensors = {name: tensor if name.endswith(".alpha") else scale * torch.randn(tensor.shape, generator=generator) for name, tensor in load_file(LORA).items()}
+    tensors = {
+        name: tensor if name.endswith(".alpha") else scale * torch.randn(tensor.shape, generator=generator)
+        for name, tensor in load_file(LORA).items()
+    }
     save_file(tensors, path, {"ss_network_module": "networks.lora"})
     return path
 
@@ -112,22 +125,44 @@ def diffusers_fused(bundle: Path, folder: Path, unet_scale: float, text_scale: f
 
 @pytest.mark.parametrize(("unet_scale", "text_scale"), [(1.0, 1.0), (0.7, -0.4)])
 def test_fused_weights_are_peft_s(
-    flat_bundle: Path, tmp_path: Path, base: Tensors, fused_file: Callable[..., Path], unet_scale: float, text_scale: float
+    flat_bundle: Path,
+    tmp_path: Path,
+    base: Tensors,
+    fused_file: Callable[..., Path],
+    unet_scale: float,
+    text_scale: float,
 ) -> None:
     pipeline = diffusers_fused(flat_bundle, tmp_path, unet_scale, text_scale)
     found, spec = load_file(fused_file(LoraOption(LORA, unet_scale, text_scale))), reference.sizes(flat_bundle)
     assert largest_error(reference.unet(found, spec["unet"]).state_dict(), pipeline.unet.state_dict()) < 1e-5
-    assert largest_error(reference.text_model(found, spec["clip"]).state_dict(), pipeline.text_encoder.state_dict()) < 1e-5
+    assert (
+        largest_error(reference.text_model(found, spec["clip"]).state_dict(), pipeline.text_encoder.state_dict()) < 1e-5
+    )
     touched = changed(found, base)
-    zero = {name for name in lora_weights(base) if name.endswith(("middle_block.1.transformer_blocks.0.attn1.to_q.weight", "attn1.to_k.weight"))} - touched
-    assert len(zero) == 2  # at 64x64 the middle block attends to one position only, so training never moved its queries and keys
+    zero = {
+        name
+        for name in lora_weights(base)
+        if name.endswith(("middle_block.1.transformer_blocks.0.attn1.to_q.weight", "attn1.to_k.weight"))
+    } - touched
+    assert (
+        len(zero) == 2
+    )  # at 64x64 the middle block attends to one position only, so training never moved its queries and keys
     assert touched == lora_weights(base) - zero and len(touched) == 246
     for prefix in (UNET, TEXT):  # far enough from the base that the comparison says something
-        assert max(reference.relative(found[name].numpy(), base[name].numpy()) for name in touched if name.startswith(prefix)) > 1e-2
+        assert (
+            max(
+                reference.relative(found[name].numpy(), base[name].numpy())
+                for name in touched
+                if name.startswith(prefix)
+            )
+            > 1e-2
+        )
 
 
 def attention_lora(base: Tensors, spelling: str) -> Tensors:
-    """A seeded LoRA of every attention projection of both networks under the names of one of the formats diffusers reads."""
+    """A seeded LoRA of every attention projection of both networks under the names of one of the formats diffusers
+    reads.
+    """
     from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 
     generator = torch.Generator().manual_seed(9)
@@ -139,11 +174,18 @@ def attention_lora(base: Tensors, spelling: str) -> Tensors:
         module = path.removesuffix(".weight")
         if not path.endswith(".weight") or not re.search(r"attn\d\.to_|self_attn\.", module):
             continue
-        up, down = 0.05 * torch.randn((len(base[name]), 3), generator=generator), 0.05 * torch.randn((3, base[name].shape[1]), generator=generator)
+        up, down = (
+            0.05 * torch.randn((len(base[name]), 3), generator=generator),
+            0.05 * torch.randn((3, base[name].shape[1]), generator=generator),
+        )
         if spelling.startswith("peft"):
             lora |= {f"{network}{module}.lora_B.weight": up, f"{network}{module}.lora_A.weight": down}
-            if spelling == "peft, DoRA":  # diffusers drops the magnitudes of a kohya file, so only its own names can be compared
-                lora[f"{network}{module}.lora_magnitude_vector.weight"] = base[name].norm(dim=1) * (1 + 0.1 * torch.rand(len(up), generator=generator))
+            if (
+                spelling == "peft, DoRA"
+            ):  # diffusers drops the magnitudes of a kohya file, so only its own names can be compared
+                lora[f"{network}{module}.lora_magnitude_vector.weight"] = base[name].norm(dim=1) * (
+                    1 + 0.1 * torch.rand(len(up), generator=generator)
+                )
             continue
         if spelling == "diffusers, old" and network == "unet.":
             stem = network + module.replace(".to_", ".processor.to_").removesuffix(".0") + "_lora"
@@ -181,7 +223,10 @@ def test_fused_weights_are_those_of_diffusers_loader(
     assert largest_error(reference.text_model(found, spec["clip"]).state_dict(), fused_by_diffusers[1]) < 1e-5
     for prefix, count in ((UNET, 96), (TEXT, 8)):
         touched = [name for name in changed(found, base) if name.startswith(prefix)]
-        assert len(touched) >= count and max(reference.relative(found[name].numpy(), base[name].numpy()) for name in touched) > 1e-2
+        assert (
+            len(touched) >= count
+            and max(reference.relative(found[name].numpy(), base[name].numpy()) for name in touched) > 1e-2
+        )
 
 
 def test_the_bundle_holds_the_fused_weights_rounded_once(blindbox_bundle: Path, fused: Tensors) -> None:
@@ -214,7 +259,9 @@ def ldm_spelling(module: str) -> str:
     name = module.removeprefix("lora_unet_")
     if name in LDM_OUTER:
         return "lora_unet_" + LDM_OUTER[name]
-    place, index, kind, item, rest = re.fullmatch(r"(down|mid|up)_blocks?_(?:(\d)_)?(resnets|attentions|downsamplers|upsamplers)_(\d)_(.+)", name).groups()  # type: ignore[union-attr]
+    place, index, kind, item, rest = re.fullmatch(
+        r"(down|mid|up)_blocks?_(?:(\d)_)?(resnets|attentions|downsamplers|upsamplers)_(\d)_(.+)", name
+    ).groups()  # type: ignore[union-attr]
     level, i = int(index or 0), int(item)
     rest = LDM_RESNET[rest] if kind == "resnets" else rest
     if kind == "downsamplers":
@@ -234,7 +281,10 @@ def ldm_spelling(module: str) -> str:
 def rename(tensors: Tensors, spelling: Callable[[str], str]) -> Tensors:
     """Tensors of a LoRA with the UNet modules' names replaced."""
     return {
-        (spelling(name.partition(".")[0]) + "." + name.partition(".")[2] if name.startswith("lora_unet_") else name): tensor for name, tensor in tensors.items()
+        (
+            spelling(name.partition(".")[0]) + "." + name.partition(".")[2] if name.startswith("lora_unet_") else name
+        ): tensor
+        for name, tensor in tensors.items()
     }
 
 
@@ -243,7 +293,9 @@ def test_both_spellings_are_the_same_lora(tmp_path: Path, fused: Tensors, fused_
     ldm = rename(tensors, ldm_spelling)
     assert len(ldm) == len(tensors) == 744 and sum("_blocks_" in name and "output_blocks" in name for name in ldm) > 100
     save_file(ldm, tmp_path / "ldm.safetensors")
-    assert fused_file(LoraOption(tmp_path / "ldm.safetensors")).read_bytes() == fused_file(LoraOption(LORA)).read_bytes()
+    assert (
+        fused_file(LoraOption(tmp_path / "ldm.safetensors")).read_bytes() == fused_file(LoraOption(LORA)).read_bytes()
+    )
 
 
 def test_names_of_every_module_are_diffusers_own(flat_bundle: Path) -> None:
@@ -264,21 +316,32 @@ def test_names_of_every_module_are_diffusers_own(flat_bundle: Path) -> None:
         assert table[diffusers_key] == table[ldm_key] == ldm_name.removesuffix(".weight")
         assert ldm_spelling(diffusers_key) == ldm_key
     texts = [name for name in names if name.startswith(TEXT)]
-    assert all(table["lora_te_" + name.removeprefix(TEXT).removesuffix(".weight").replace(".", "_")] == name.removesuffix(".weight") for name in texts)
+    assert all(
+        table["lora_te_" + name.removeprefix(TEXT).removesuffix(".weight").replace(".", "_")]
+        == name.removesuffix(".weight")
+        for name in texts
+    )
     assert set(table.values()) == {name.removesuffix(".weight") for name in names}
 
 
 @pytest.mark.parametrize("spelling", ["diffusers", "ldm"])
 def test_a_lora_of_every_module(tmp_path: Path, base: Tensors, fused_file: Callable[..., Path], spelling: str) -> None:
-    """Rank 3 and alpha 2 on every matrix and convolution of the UNet and every linear of the text encoder, added in float64."""
+    """Rank 3 and alpha 2 on every matrix and convolution of the UNet and every linear of the text encoder, added in
+    float64.
+    """
     from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 
     generator = torch.Generator().manual_seed(5)
     names = {name: name for name in base if name.startswith(UNET)}
     modules = {
-        ldm: "lora_unet_" + name.removesuffix(".weight").replace(".", "_") for name, ldm in convert_ldm_unet_checkpoint(names, {"layers_per_block": 2}).items()
+        ldm: "lora_unet_" + name.removesuffix(".weight").replace(".", "_")
+        for name, ldm in convert_ldm_unet_checkpoint(names, {"layers_per_block": 2}).items()
     }
-    modules |= {name: "lora_te_" + name.removeprefix(TEXT).removesuffix(".weight").replace(".", "_") for name in base if name.startswith(TEXT)}
+    modules |= {
+        name: "lora_te_" + name.removeprefix(TEXT).removesuffix(".weight").replace(".", "_")
+        for name in base
+        if name.startswith(TEXT)
+    }
     modules = {name: module for name, module in modules.items() if base[name].dim() >= 2 and "embeddings" not in name}
     lora: Tensors = {}
     expected: Tensors = dict(base)
@@ -324,7 +387,9 @@ def test_scale_is_a_factor_of_the_up_matrices(tmp_path: Path, fused_file: Callab
     assert largest_error(load_file(fused_file(LoraOption(LORA, scale, scale))), expected) < 1e-6
 
 
-def test_scales_of_unet_and_text_encoder_are_separate(base: Tensors, fused: Tensors, fused_file: Callable[..., Path]) -> None:
+def test_scales_of_unet_and_text_encoder_are_separate(
+    base: Tensors, fused: Tensors, fused_file: Callable[..., Path]
+) -> None:
     unet_only = load_file(fused_file(LoraOption(LORA, 1.0, 0.0)))
     text_only = load_file(fused_file(LoraOption(LORA, 0.0, 1.0)))
     for name, whole in fused.items():
@@ -338,8 +403,13 @@ def test_what_a_lora_changed_is_reported(tmp_path: Path, base: Tensors, fused: T
     assert {component: what.modules for component, what in change.items()} == {"text_encoder": 12, "unet": 236}
     for component, prefix in (("unet", UNET), ("text_encoder", TEXT)):
         touched = [name for name in lora_weights(base) if name.startswith(prefix)]
-        deltas, weights = (np.concatenate([x[name].double().numpy().ravel() for name in touched]) for x in ({n: fused[n] - base[n] for n in touched}, base))
-        assert change[component].relative == pytest.approx(float(np.linalg.norm(deltas) / np.linalg.norm(weights)), rel=1e-3)
+        deltas, weights = (
+            np.concatenate([x[name].double().numpy().ravel() for name in touched])
+            for x in ({n: fused[n] - base[n] for n in touched}, base)
+        )
+        assert change[component].relative == pytest.approx(
+            float(np.linalg.norm(deltas) / np.linalg.norm(weights)), rel=1e-3
+        )
 
 
 def test_scale_0_is_no_lora(flat_bundle: Path, tmp_path: Path) -> None:
@@ -347,12 +417,21 @@ def test_scale_0_is_no_lora(flat_bundle: Path, tmp_path: Path) -> None:
     assert report.notes == ("blindbox.safetensors: scale 0, nothing changed",)
     for folder in ("graphs", "reference", "tokenizer"):
         files = sorted(path.relative_to(flat_bundle) for path in (flat_bundle / folder).rglob("*"))
-        assert files == sorted(path.relative_to(tmp_path / "zero.sdrt") for path in (tmp_path / "zero.sdrt" / folder).rglob("*"))
+        assert files == sorted(
+            path.relative_to(tmp_path / "zero.sdrt") for path in (tmp_path / "zero.sdrt" / folder).rglob("*")
+        )
         for file in files:
             assert (tmp_path / "zero.sdrt" / file).read_bytes() == (flat_bundle / file).read_bytes(), file
     lora = report.manifest.sources[-1]
     assert replace(lora, sha256="") == replace(
-        lora, sha256="", kind="lora", name="blindbox.safetensors", scale=0.0, te_scale=0.0, applied={}, relative_change={}
+        lora,
+        sha256="",
+        kind="lora",
+        name="blindbox.safetensors",
+        scale=0.0,
+        te_scale=0.0,
+        applied={},
+        relative_change={},
     )
 
 

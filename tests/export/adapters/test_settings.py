@@ -1,4 +1,6 @@
-"""peft's settings beside a file and diffusers' in its header: where alpha comes from, and settings that cannot be followed."""
+"""peft's settings beside a file and diffusers' in its header: where alpha comes from, and settings that cannot be
+followed.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +17,20 @@ from safetensors.torch import save_file
 
 from sdrt.errors import AdapterError
 
-UP, DOWN = torch.randn(96, 4, generator=torch.Generator().manual_seed(0)), torch.randn(4, 64, generator=torch.Generator().manual_seed(1))
+UP, DOWN = (
+    torch.randn(96, 4, generator=torch.Generator().manual_seed(0)),
+    torch.randn(4, 64, generator=torch.Generator().manual_seed(1)),
+)
 GOOD = {"peft_type": "LORA", "r": 4, "lora_alpha": 8}
 
 
-def adapter(folder: Path, settings: dict[str, Any] | str | None, *, prefix: str = "base_model.model.", metadata: dict[str, str] | None = None) -> Path:
+def adapter(
+    folder: Path,
+    settings: dict[str, Any] | str | None,
+    *,
+    prefix: str = "base_model.model.",
+    metadata: dict[str, str] | None = None,
+) -> Path:
     """A pair of one module in peft's names, its settings beside it."""
     tensors = {f"{prefix}{LINEAR[2]}.lora_B.weight": UP, f"{prefix}{LINEAR[2]}.lora_A.weight": DOWN}
     save_file(tensors, folder / "adapter_model.safetensors", metadata)
@@ -50,7 +61,18 @@ def factor(path: Path) -> float:
         (GOOD | {"alpha_pattern": {"o_k": 2}}, 2.0),
         (GOOD | {"r": 16, "rank_pattern": {"to_k": 4}}, 2.0),
     ],
-    ids=["plain", "rank-stabilised", "negative", "zero", "pattern", "first pattern", "whole name", "not the whole name", "no part of a name", "rank"],
+    ids=[
+        "plain",
+        "rank-stabilised",
+        "negative",
+        "zero",
+        "pattern",
+        "first pattern",
+        "whole name",
+        "not the whole name",
+        "no part of a name",
+        "rank",
+    ],
 )
 def test_alpha_from_the_settings(tmp_path: Path, settings: dict[str, Any], expected: float) -> None:
     """Patterns match as peft's do: tests of `test_lora.py` compare with files that peft saves."""
@@ -74,8 +96,18 @@ def test_settings_in_the_header(tmp_path: Path) -> None:
     """As diffusers keeps them, below each component's name."""
     tensors = {f"unet.{LINEAR[2]}.lora_B.weight": UP, f"unet.{LINEAR[2]}.lora_A.weight": DOWN}
     text = torch.randn(64, 2, generator=torch.Generator().manual_seed(3))
-    tensors |= {f"text_encoder.{QUERY[2]}.lora_B.weight": text, f"text_encoder.{QUERY[2]}.lora_A.weight": text.T.contiguous()}
-    settings = {"unet.r": 4, "unet.lora_alpha": 8, "unet.use_rslora": True, "text_encoder.r": 2, "text_encoder.lora_alpha": 1, "unet.peft_type": "LORA"}
+    tensors |= {
+        f"text_encoder.{QUERY[2]}.lora_B.weight": text,
+        f"text_encoder.{QUERY[2]}.lora_A.weight": text.T.contiguous(),
+    }
+    settings = {
+        "unet.r": 4,
+        "unet.lora_alpha": 8,
+        "unet.use_rslora": True,
+        "text_encoder.r": 2,
+        "text_encoder.lora_alpha": 1,
+        "unet.peft_type": "LORA",
+    }
     save_file(tensors, tmp_path / "a.safetensors", {"format": "pt", "lora_adapter_metadata": json.dumps(settings)})
     assert factor(tmp_path / "a.safetensors") == pytest.approx(4, rel=1e-4)
     found = opened(tmp_path / "a.safetensors")
@@ -85,8 +117,14 @@ def test_settings_in_the_header(tmp_path: Path) -> None:
 
 
 def test_alpha_of_the_file_goes_before_the_header(tmp_path: Path) -> None:
-    tensors = {f"unet.{LINEAR[2]}.lora_B.weight": UP, f"unet.{LINEAR[2]}.lora_A.weight": DOWN, f"unet.{LINEAR[2]}.alpha": torch.tensor(1.0)}
-    save_file(tensors, tmp_path / "a.safetensors", {"lora_adapter_metadata": json.dumps({"unet.r": 4, "unet.lora_alpha": 8})})
+    tensors = {
+        f"unet.{LINEAR[2]}.lora_B.weight": UP,
+        f"unet.{LINEAR[2]}.lora_A.weight": DOWN,
+        f"unet.{LINEAR[2]}.alpha": torch.tensor(1.0),
+    }
+    save_file(
+        tensors, tmp_path / "a.safetensors", {"lora_adapter_metadata": json.dumps({"unet.r": 4, "unet.lora_alpha": 8})}
+    )
     assert factor(tmp_path / "a.safetensors") == pytest.approx(0.25, rel=1e-4)
 
 
@@ -103,7 +141,10 @@ BAD: dict[str, tuple[dict[str, Any] | str, str]] = {
     "r zero": (GOOD | {"r": 0}, "r: expected a whole number above 0, found 0"),
     "r of another": (GOOD | {"r": 8}, "r: 8, but"),
     "patterns a list": (GOOD | {"alpha_pattern": ["to_k"]}, "alpha_pattern: expected an object"),
-    "pattern a regular expression": (GOOD | {"alpha_pattern": {r"attn\d.*": 2}}, "expected a module's name, found a regular expression"),
+    "pattern a regular expression": (
+        GOOD | {"alpha_pattern": {r"attn\d.*": 2}},
+        "expected a module's name, found a regular expression",
+    ),
     "another kind": (GOOD | {"peft_type": "HRA"}, "peft_type 'HRA': not supported"),
     "PiSSA": (GOOD | {"init_lora_weights": "pissa_niter_4"}, "init_lora_weights 'pissa_niter_4'"),
     "OLoRA": (GOOD | {"init_lora_weights": "olora"}, "trained on weights that this start changed"),
@@ -119,7 +160,11 @@ def test_settings_that_cannot_be_followed(tmp_path: Path, settings: dict[str, An
     (tmp_path / "adapter_config.json").write_bytes(text.encode("utf-8", "surrogateescape"))
     with pytest.raises(AdapterError) as caught:
         opened(path)
-    assert caught.value.exit_code == 3 and message in caught.value.message and "adapter_config.json" in caught.value.message
+    assert (
+        caught.value.exit_code == 3
+        and message in caught.value.message
+        and "adapter_config.json" in caught.value.message
+    )
 
 
 def test_header_that_cannot_be_followed(tmp_path: Path) -> None:
@@ -151,7 +196,10 @@ def test_square_and_text_modules_take_their_own_pattern(tmp_path: Path) -> None:
     random = torch.Generator().manual_seed(4)
     for module, shape, alpha in ((LINEAR, (96, 64), 1.0), (SQUARE, (96, 96), 2.0), (QUERY, (64, 64), 8.0)):
         up, down = torch.randn(shape[0], 4, generator=random), torch.randn(4, shape[1], generator=random)
-        tensors |= {f"base_model.model.{module[2]}.lora_B.weight": up, f"base_model.model.{module[2]}.lora_A.weight": down}
+        tensors |= {
+            f"base_model.model.{module[2]}.lora_B.weight": up,
+            f"base_model.model.{module[2]}.lora_A.weight": down,
+        }
         expected[f"{module[0]}.weight"] = up @ down * alpha / 4
     save_file(tensors, tmp_path / "adapter_model.safetensors")
     (tmp_path / "adapter_config.json").write_text(json.dumps(GOOD | {"alpha_pattern": {"to_k": 1, "attn1.to_q": 2}}))

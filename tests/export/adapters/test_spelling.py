@@ -1,4 +1,6 @@
-"""Spellings: one LoRA in every tool's names, kinds that are refused, families that do not fit, and sets that are not whole."""
+"""Spellings: one LoRA in every tool's names, kinds that are refused, families that do not fit, and sets that are not
+whole.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,11 @@ from sdrt.export.families.sd1 import UNET
 from sdrt.export.inspect import inspect_file
 
 Tensors = dict[str, torch.Tensor]
-OUTPUT = (SQUARE[0].replace("to_q", "to_out.0"), SQUARE[1].replace("to_q", "to_out_0"), SQUARE[2].replace("to_q", "to_out.0"))
+OUTPUT = (
+    SQUARE[0].replace("to_q", "to_out.0"),
+    SQUARE[1].replace("to_q", "to_out_0"),
+    SQUARE[2].replace("to_q", "to_out.0"),
+)
 
 
 def seeded(*shapes: tuple[int, ...], seed: int = 0) -> list[torch.Tensor]:
@@ -34,7 +40,9 @@ def seeded(*shapes: tuple[int, ...], seed: int = 0) -> list[torch.Tensor]:
     return [torch.randn(shape, generator=generator) for shape in shapes]
 
 
-def refused(path: Path, tensors: Mapping[str, torch.Tensor], *fragments: str, allow_unmatched: bool = False) -> AdapterError:
+def refused(
+    path: Path, tensors: Mapping[str, torch.Tensor], *fragments: str, allow_unmatched: bool = False
+) -> AdapterError:
     save_file({name: tensor.clone().contiguous() for name, tensor in tensors.items()}, path)
     with pytest.raises(AdapterError) as caught:
         adapter = opened(path, allow_unmatched=allow_unmatched)
@@ -61,7 +69,11 @@ def kohya(module: tuple[str, str, str], part: str) -> str:
 
 
 def kohya_ldm(module: tuple[str, str, str], part: str) -> str:
-    return f"lora_unet_{module[0].removeprefix(UNET).replace('.', '_')}.lora_{part}.weight" if module[0].startswith(UNET) else kohya(module, part)
+    return (
+        f"lora_unet_{module[0].removeprefix(UNET).replace('.', '_')}.lora_{part}.weight"
+        if module[0].startswith(UNET)
+        else kohya(module, part)
+    )
 
 
 def onetrainer(module: tuple[str, str, str], part: str) -> str:
@@ -101,7 +113,9 @@ def peft_below_component(module: tuple[str, str, str], part: str) -> str:
 
 
 def diffusers(module: tuple[str, str, str], part: str) -> str:
-    return f"{component(module)}{module[2]}.{'lora' if module[0].startswith(UNET) else 'lora_linear_layer'}.{part}.weight"
+    return (
+        f"{component(module)}{module[2]}.{'lora' if module[0].startswith(UNET) else 'lora_linear_layer'}.{part}.weight"
+    )
 
 
 def lora_layer(module: tuple[str, str, str], part: str) -> str:
@@ -116,7 +130,20 @@ def diffusers_old(module: tuple[str, str, str], part: str) -> str:
     return diffusers(module, part)
 
 
-SPELLINGS = [kohya, kohya_ldm, onetrainer, lycoris, peft, peft_alone, peft_state, peft_below_component, comfy, diffusers, lora_layer, diffusers_old]
+SPELLINGS = [
+    kohya,
+    kohya_ldm,
+    onetrainer,
+    lycoris,
+    peft,
+    peft_alone,
+    peft_state,
+    peft_below_component,
+    comfy,
+    diffusers,
+    lora_layer,
+    diffusers_old,
+]
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS, ids=lambda spelling: spelling.__name__)
@@ -142,7 +169,10 @@ def test_l3_one_lora_in_every_spelling(file: Path, spelling: Callable[[tuple[str
 
 def test_lora_saved_by_torch(tmp_path: Path) -> None:
     up, down = seeded((96, 4), (4, 64))
-    torch.save({kohya(LINEAR, "up"): up, kohya(LINEAR, "down"): down, f"{LINEAR[1]}.alpha": torch.tensor(2.0)}, tmp_path / "style.pt")
+    torch.save(
+        {kohya(LINEAR, "up"): up, kohya(LINEAR, "down"): down, f"{LINEAR[1]}.alpha": torch.tensor(2.0)},
+        tmp_path / "style.pt",
+    )
     adapter = opened(tmp_path / "style.pt")
     with adapter.file:
         torch.testing.assert_close(adapter.change(f"{LINEAR[0]}.weight", torch.zeros(96, 64)), up @ down / 2)
@@ -150,7 +180,12 @@ def test_lora_saved_by_torch(tmp_path: Path) -> None:
 
 def test_two_spellings_of_one_module_are_refused(file: Path) -> None:
     up, down = seeded((96, 4), (4, 64))
-    refused(file, {kohya(LINEAR, "up"): up, kohya(LINEAR, "down"): down, peft(LINEAR, "up"): up, peft(LINEAR, "down"): down}, "another key", LINEAR[0])
+    refused(
+        file,
+        {kohya(LINEAR, "up"): up, kohya(LINEAR, "down"): down, peft(LINEAR, "up"): up, peft(LINEAR, "down"): down},
+        "another key",
+        LINEAR[0],
+    )
 
 
 def test_split_takes_the_longest_ending() -> None:
@@ -173,10 +208,16 @@ REFUSED = {
     "IA3 of peft": {"base_model.model.{}.ia3_l": (96, 1)},
     "OFT of peft": {"base_model.model.{}.oft_R.weight": (4, 276)},
     "BOFT of peft": {"base_model.model.{}.boft_R": (1, 4, 24, 24), "base_model.model.{}.boft_s": (96, 1)},
-    "AdaLoRA": {"base_model.model.{}.lora_A": (4, 64), "base_model.model.{}.lora_B": (96, 4), "base_model.model.{}.lora_E": (4, 1)},
+    "AdaLoRA": {
+        "base_model.model.{}.lora_A": (4, 64),
+        "base_model.model.{}.lora_B": (96, 4),
+        "base_model.model.{}.lora_E": (4, 1),
+    },
     "VeRA": {"base_model.model.{}.vera_lambda_b": (96,), "base_model.model.{}.vera_lambda_d": (4,)},
     "ComfyUI's set_weight": {"{}.set_weight": (96, 64)},
-    "motion LoRA of AnimateDiff": {"down_blocks.0.motion_modules.0.temporal_transformer.to_q_lora.down.weight": (4, 64)},
+    "motion LoRA of AnimateDiff": {
+        "down_blocks.0.motion_modules.0.temporal_transformer.to_q_lora.down.weight": (4, 64)
+    },
 }
 
 
@@ -188,7 +229,9 @@ def test_l6_kinds_that_are_refused_by_name(file: Path, kind: str, shapes: dict[s
     up, down = seeded((256, 4), (4, 64))
     for more in ({}, {kohya(TEXT, "up"): up, kohya(TEXT, "down"): down}):
         for allowed in (False, True):
-            error = refused(file, tensors | more, kind.removesuffix(" of peft").strip(), "not supported", allow_unmatched=allowed)
+            error = refused(
+                file, tensors | more, kind.removesuffix(" of peft").strip(), "not supported", allow_unmatched=allowed
+            )
             assert "LoHa" in error.fix
     report = inspect_file(file)
     assert report["kind"] == "a LoRA" and report["buildable"] is False and "not supported" in report["why"]
@@ -198,8 +241,9 @@ def test_l6_kinds_that_are_refused_by_name(file: Path, kind: str, shapes: dict[s
 
 
 def numbered() -> dict[str, list[str]]:
-    """The modules of the emoji model in the order of the first format, by diffusers' names: diffusers' own order of blocks, and within a
-    transformer block that of diffusers 0.10, whose constructor made attn1, ff and attn2 one after the other.
+    """The modules of the emoji model in the order of the first format, by diffusers' names: diffusers' own order of
+    blocks, and within a transformer block that of diffusers 0.10, whose constructor made attn1, ff and attn2 one after
+    the other.
     """
     weights = {name: tensor for name, tensor in load_file(CHECKPOINT).items() if "position_ids" not in name}
     sizes = {name: asdict(part) for name, part in (("unet", architecture().unet), ("clip", architecture().clip))}
@@ -212,13 +256,20 @@ def numbered() -> dict[str, list[str]]:
         if isinstance(module, torch.nn.Linear)
     ]
     text = reference.text_model(weights, sizes["clip"])
-    attentions = [name for name, module in text.named_modules() if isinstance(module, torch.nn.Linear) and ".self_attn." in name]
-    return {"unet": unet, "text_encoder": [name if name.startswith("text_model.") else f"text_model.{name}" for name in attentions]}
+    attentions = [
+        name for name, module in text.named_modules() if isinstance(module, torch.nn.Linear) and ".self_attn." in name
+    ]
+    return {
+        "unet": unet,
+        "text_encoder": [name if name.startswith("text_model.") else f"text_model.{name}" for name in attentions],
+    }
 
 
 @pytest.fixture(scope="module")
 def first_format() -> tuple[Tensors, Tensors, Tensors]:
-    """The same random LoRA in the first format, in diffusers' spelling, and as the lists that torch saved, the UNet's before the text encoder's."""
+    """The same random LoRA in the first format, in diffusers' spelling, and as the lists that torch saved, the UNet's
+    before the text encoder's.
+    """
     shapes, spec = model()
     known = adapter_names([name.removesuffix(".weight") for name in shapes if name.endswith(".weight")], spec)
     old: Tensors = {}
@@ -232,10 +283,16 @@ def first_format() -> tuple[Tensors, Tensors, Tensors]:
     return old, new, {"<s1>": torch.randn(1, 64), "<s2>": torch.randn(2, 64)}
 
 
-def test_first_format_is_the_same_lora_in_names(first_format: tuple[Tensors, Tensors, Tensors], file: Path, tmp_path: Path) -> None:
+def test_first_format_is_the_same_lora_in_names(
+    first_format: tuple[Tensors, Tensors, Tensors], file: Path, tmp_path: Path
+) -> None:
     old, new, vectors = first_format
     save_file(new, tmp_path / "new.safetensors")
-    save_file(old | vectors, file, {"unet": '["CrossAttention", "Attention", "GEGLU"]', "<s1>": "<embed>", "<s2>": "<embed>", "unet:0:rank": "4"})
+    save_file(
+        old | vectors,
+        file,
+        {"unet": '["CrossAttention", "Attention", "GEGLU"]', "<s1>": "<embed>", "<s2>": "<embed>", "unet:0:rank": "4"},
+    )
     torch.save([tensor for key, tensor in old.items() if key.startswith("unet")], tmp_path / "unet.pt")
     torch.save([tensor for key, tensor in old.items() if key.startswith("text")], tmp_path / "text.pt")
     expected = opened(tmp_path / "new.safetensors")
@@ -250,7 +307,10 @@ def test_first_format_is_the_same_lora_in_names(first_format: tuple[Tensors, Ten
     for adapter in (expected, *found):
         adapter.file.close()
     report = inspect_file(file)
-    assert report["modules"] == {"text_encoder": 8, "unet": len(old) // 2 - 8} and report["embeddings"] == {"<s1>": [1, 64], "<s2>": [2, 64]}
+    assert report["modules"] == {"text_encoder": 8, "unet": len(old) // 2 - 8} and report["embeddings"] == {
+        "<s1>": [1, 64],
+        "<s2>": [2, 64],
+    }
     assert inspect_file(tmp_path / "text.pt")["modules"] == {"text_encoder": 8}
 
 
@@ -262,7 +322,9 @@ def test_first_format_of_other_modules_is_refused(first_format: tuple[Tensors, T
     for tensors in (old | more, {key: tensor for key, tensor in old.items() if not key.startswith("unet:0:")}):
         save_file(tensors, file, header)
         for allowed in (False, True):
-            with pytest.raises(AdapterError, match=r"the first format of all.*ResnetBlock2D.*all attention layers of this model"):
+            with pytest.raises(
+                AdapterError, match=r"the first format of all.*ResnetBlock2D.*all attention layers of this model"
+            ):
                 opened(file, allow_unmatched=allowed)
     order = [0, 1, 2, 3, 5, 6, 7, 8, 4]  # attn1, attn2, ff, as later versions of diffusers have it
     moved = {f"unet:{i // 9 * 9 + order[i % 9]}:{part}": i for i in range(len(old) // 2 - 8) for part in ("up", "down")}
@@ -276,7 +338,14 @@ def test_first_format_of_other_modules_is_refused(first_format: tuple[Tensors, T
 def test_bundled_embeddings_are_taken_and_counted(file: Path) -> None:
     up, down = seeded((96, 4), (4, 64))
     pair = {kohya(LINEAR, "up"): up, kohya(LINEAR, "down"): down}
-    save_file(pair | {"bundle_emb.<a>.clip_l": torch.ones(2, 64), "bundle_emb.my.style.string_to_param.*": torch.zeros(3, 64)}, file)
+    save_file(
+        pair
+        | {
+            "bundle_emb.<a>.clip_l": torch.ones(2, 64),
+            "bundle_emb.my.style.string_to_param.*": torch.zeros(3, 64),
+        },
+        file,
+    )
     adapter = opened(file)
     adapter.file.close()
     assert adapter.unmatched == () and len(adapter.deltas) == 1
@@ -287,20 +356,38 @@ def test_bundled_embeddings_are_taken_and_counted(file: Path) -> None:
     assert inspect_file(file)["embeddings"] == {"<a>": [2, 64], "my.style": [3, 64]}
     with pytest.raises(AdapterError, match=r"bundle_emb\.<a>\.clip_l: expected vectors 768 wide"):
         bundled_embeddings([adapter], replace(clip, width=768))
-    refused(file, pair | {"bundle_emb.<a>.clip_g": torch.ones(2, 1280)}, "an embedding's vectors for another text encoder")
+    refused(
+        file, pair | {"bundle_emb.<a>.clip_g": torch.ones(2, 1280)}, "an embedding's vectors for another text encoder"
+    )
     refused(file, pair | {"bundle_emb.a\n.clip_l": torch.ones(2, 64)}, "no word that a prompt can say")
 
 
-@pytest.mark.parametrize("key", [f"base_model.model.{TEXT[2]}.base_layer.bias", f"base_model.model.{KERNEL[2]}.weight", f"base_model.model.{NORM[2]}.bias"])
+@pytest.mark.parametrize(
+    "key",
+    [
+        f"base_model.model.{TEXT[2]}.base_layer.bias",
+        f"base_model.model.{KERNEL[2]}.weight",
+        f"base_model.model.{NORM[2]}.bias",
+    ],
+)
 def test_whole_values_of_peft_are_named(file: Path, key: str) -> None:
     up, down = seeded((96, 4), (4, 64))
-    error = refused(file, {peft_alone(LINEAR, "up"): up, peft_alone(LINEAR, "down"): down, key: torch.ones(8)}, key, "a whole ", "peft's")
+    error = refused(
+        file,
+        {peft_alone(LINEAR, "up"): up, peft_alone(LINEAR, "down"): down, key: torch.ones(8)},
+        key,
+        "a whole ",
+        "peft's",
+    )
     assert "merge_and_unload" in error.fix and "--allow-unmatched" in error.fix
 
 
 OTHER_FILES = {
     "an IP-Adapter": {"ip_adapter.1.to_k_ip.weight": (64, 64), "image_proj.proj.weight": (64, 64)},
-    "a ControlNet": {"control_model.input_hint_block.0.weight": (16, 3, 3, 3), "control_model.time_embed.0.weight": (64, 64)},
+    "a ControlNet": {
+        "control_model.input_hint_block.0.weight": (16, 3, 3, 3),
+        "control_model.time_embed.0.weight": (64, 64),
+    },
     "a Control-LoRA": {"lora_controlnet": (), "input_blocks.0.0.up": (64, 4), "input_blocks.0.0.down": (4, 4)},
     "a T2I-Adapter": {"body.0.block1.weight": (64, 64, 3, 3), "conv_in.weight": (64, 192, 3, 3)},
     "a motion module of AnimateDiff": {"down_blocks.0.motion_modules.0.temporal_transformer.proj_in.weight": (64, 64)},
@@ -320,7 +407,11 @@ def pair_for(module: str, outputs: int, inputs: int) -> Tensors:
     return {f"{module}.lora_up.weight": up, f"{module}.lora_down.weight": down}
 
 
-@pytest.mark.parametrize(("width", "name"), [(768, "Stable Diffusion 1.x"), (1024, "Stable Diffusion 2.x"), (2048, "SDXL")], ids=["SD 1", "SD 2", "SDXL"])
+@pytest.mark.parametrize(
+    ("width", "name"),
+    [(768, "Stable Diffusion 1.x"), (1024, "Stable Diffusion 2.x"), (2048, "SDXL")],
+    ids=["SD 1", "SD 2", "SDXL"],
+)
 @pytest.mark.parametrize("kind", ["lora", "peft", "loha", "lokr", "diff"])
 def test_family_is_named_by_the_width_it_attends_to(file: Path, width: int, name: str, kind: str) -> None:
     shapes = {
@@ -331,11 +422,15 @@ def test_family_is_named_by_the_width_it_attends_to(file: Path, width: int, name
         "diff": {"diff": (320, width)},
     }[kind]
     module = f"unet.{LINEAR[2]}" if kind == "peft" else LINEAR[1]
-    refused(file, {f"{module}.{part}": torch.ones(shape) for part, shape in shapes.items()}, "[96, 64]", f"made for {name}")
+    refused(
+        file, {f"{module}.{part}": torch.ones(shape) for part, shape in shapes.items()}, "[96, 64]", f"made for {name}"
+    )
     assert inspect_file(file)["made_for"] == name
 
 
-@pytest.mark.parametrize(("width", "name"), [(768, "Stable Diffusion 1.x"), (1024, "Stable Diffusion 2.x"), (1280, "SDXL")])
+@pytest.mark.parametrize(
+    ("width", "name"), [(768, "Stable Diffusion 1.x"), (1024, "Stable Diffusion 2.x"), (1280, "SDXL")]
+)
 def test_family_of_a_text_encoder_alone(file: Path, width: int, name: str) -> None:
     refused(file, pair_for(QUERY[1], width, width), f"made for {name}", "[64, 64]")
 
@@ -379,7 +474,13 @@ def test_lora_for_inpainting_on_another_model(file: Path) -> None:
 
 def test_sdxl_lora_under_ldm_names_is_told_from_its_extra_blocks(file: Path) -> None:
     deep = "lora_unet_input_blocks_4_1_transformer_blocks_1_attn2_to_k"
-    error = refused(file, pair_for(deep, 640, 2048) | pair_for(LINEAR[1], 640, 2048), "made for SDXL", deep, "did you mean 'lora_unet_input_blocks_4_1_transf")
+    error = refused(
+        file,
+        pair_for(deep, 640, 2048) | pair_for(LINEAR[1], 640, 2048),
+        "made for SDXL",
+        deep,
+        "did you mean 'lora_unet_input_blocks_4_1_transf",
+    )
     assert "--allow-unmatched" in error.fix
 
 
@@ -390,22 +491,49 @@ def whole(kind: str) -> tuple[str, Tensors]:
     """A good adapter of one module, of a kind."""
     name, shapes = {
         "lora": (LINEAR[1], {"lora_up.weight": (96, 4), "lora_down.weight": (4, 64)}),
-        "mid": (KERNEL[1], {"lora_up.weight": (96, 4, 1, 1), "lora_down.weight": (4, 64, 1, 1), "lora_mid.weight": (4, 4, 3, 3)}),
+        "mid": (
+            KERNEL[1],
+            {"lora_up.weight": (96, 4, 1, 1), "lora_down.weight": (4, 64, 1, 1), "lora_mid.weight": (4, 4, 3, 3)},
+        ),
         "sparse": (
-            LINEAR[1], {"lora_up.weight": (96, 4), "lora_down.weight": (4, 64), "bias_indices": (2, 3), "bias_values": (3,), "bias_size": (2,)},
+            LINEAR[1],
+            {
+                "lora_up.weight": (96, 4),
+                "lora_down.weight": (4, 64),
+                "bias_indices": (2, 3),
+                "bias_values": (3,),
+                "bias_size": (2,),
+            },
         ),
         "embedding": (f"text_encoder.{EMBEDDING[2]}", {"lora_embedding_A": (4, 77), "lora_embedding_B": (64, 4)}),
         "loha": (LINEAR[1], {"hada_w1_a": (96, 4), "hada_w1_b": (4, 64), "hada_w2_a": (96, 4), "hada_w2_b": (4, 64)}),
         "loha tucker": (
-            KERNEL[1], {"hada_w1_a": (4, 96), "hada_w1_b": (4, 64), "hada_w2_a": (4, 96), "hada_w2_b": (4, 64), "hada_t1": (4, 4, 3, 3), "hada_t2": (4, 4, 3, 3)},
+            KERNEL[1],
+            {
+                "hada_w1_a": (4, 96),
+                "hada_w1_b": (4, 64),
+                "hada_w2_a": (4, 96),
+                "hada_w2_b": (4, 64),
+                "hada_t1": (4, 4, 3, 3),
+                "hada_t2": (4, 4, 3, 3),
+            },
         ),
         "lokr": (LINEAR[1], {"lokr_w1": (8, 8), "lokr_w2_a": (12, 2), "lokr_w2_b": (2, 8)}),
-        "lokr factored": (LINEAR[1], {"lokr_w1_a": (8, 2), "lokr_w1_b": (2, 8), "lokr_w2_a": (12, 2), "lokr_w2_b": (2, 8)}),
-        "lokr tucker": (KERNEL[1], {"lokr_w1": (8, 8), "lokr_w2_a": (2, 12), "lokr_w2_b": (2, 8), "lokr_t2": (2, 2, 3, 3)}),
-    }[kind]  # fmt: skip
+        "lokr factored": (
+            LINEAR[1],
+            {"lokr_w1_a": (8, 2), "lokr_w1_b": (2, 8), "lokr_w2_a": (12, 2), "lokr_w2_b": (2, 8)},
+        ),
+        "lokr tucker": (
+            KERNEL[1],
+            {"lokr_w1": (8, 8), "lokr_w2_a": (2, 12), "lokr_w2_b": (2, 8), "lokr_t2": (2, 2, 3, 3)},
+        ),
+    }[kind]
     tensors = dict(zip((f"{name}.{part}" for part in shapes), seeded(*shapes.values()), strict=True))
     if kind == "sparse":
-        tensors[f"{name}.bias_indices"], tensors[f"{name}.bias_size"] = torch.zeros(2, 3, dtype=torch.int16), torch.tensor([96, 64], dtype=torch.int16)
+        tensors[f"{name}.bias_indices"], tensors[f"{name}.bias_size"] = (
+            torch.zeros(2, 3, dtype=torch.int16),
+            torch.tensor([96, 64], dtype=torch.int16),
+        )
     return name, tensors
 
 
@@ -419,11 +547,17 @@ def test_whole_set_is_good_and_each_part_is_needed(file: Path, kind: str) -> Non
     opened(file).file.close()
     for part in tensors:
         if part.endswith("lora_mid.weight"):
-            refused(file, {k: v for k, v in tensors.items() if k != part}, name, "[96, 64, 3, 3]")  # what is left is a LoRA of a 1x1 convolution
+            refused(
+                file, {k: v for k, v in tensors.items() if k != part}, name, "[96, 64, 3, 3]"
+            )  # what is left is a LoRA of a 1x1 convolution
         elif part.endswith("lokr_t2"):
             refused(file, {k: v for k, v in tensors.items() if k != part}, name, "[96, 64, 3, 3]")
         else:
-            missing = part.rpartition(".")[2] if "lora_up" not in part and "lora_down" not in part else part.removeprefix(f"{name}.")
+            missing = (
+                part.rpartition(".")[2]
+                if "lora_up" not in part and "lora_down" not in part
+                else part.removeprefix(f"{name}.")
+            )
             missing = "lokr_w1" if part.endswith(".lokr_w1") else missing
             error = refused(file, {k: v for k, v in tensors.items() if k != part}, f"{name}: {missing} is missing")
             assert "incomplete" in error.fix
@@ -454,7 +588,11 @@ def test_numbers_that_are_not_finite(file: Path, kind: str, bad: float) -> None:
 def test_matrix_of_integers(file: Path) -> None:
     _, tensors = whole("lora")
     part = kohya(LINEAR, "up")
-    refused(file, tensors | {part: torch.ones(96, 4, dtype=torch.int8)}, f"{part}: expected floating-point numbers, found I8")
+    refused(
+        file,
+        tensors | {part: torch.ones(96, 4, dtype=torch.int8)},
+        f"{part}: expected floating-point numbers, found I8",
+    )
 
 
 @pytest.mark.parametrize(
@@ -480,8 +618,16 @@ def test_two_kinds_for_one_module(file: Path) -> None:
 
 @pytest.mark.parametrize("shape", [(95, 1), (1, 63), (1, 96), (64, 1), (96, 64), (), (3,)], ids=str)
 def test_magnitudes_of_another_length(file: Path, shape: tuple[int, ...]) -> None:
-    refused(file, whole("lora")[1] | {f"{LINEAR[1]}.dora_scale": torch.ones(shape)}, LINEAR[1], f"dora_scale {list(shape)}", "[96, 64]")
-    refused(file, whole("lora")[1] | {f"{LINEAR[1]}.lora_magnitude_vector": torch.ones(64)}, "lora_magnitude_vector [64]")
+    refused(
+        file,
+        whole("lora")[1] | {f"{LINEAR[1]}.dora_scale": torch.ones(shape)},
+        LINEAR[1],
+        f"dora_scale {list(shape)}",
+        "[96, 64]",
+    )
+    refused(
+        file, whole("lora")[1] | {f"{LINEAR[1]}.lora_magnitude_vector": torch.ones(64)}, "lora_magnitude_vector [64]"
+    )
 
 
 # Biases and norms
@@ -508,8 +654,16 @@ def test_bias_beside_a_lora_and_bias_alone(file: Path) -> None:
 
 
 def test_bias_and_norm_of_another_size(file: Path) -> None:
-    refused(file, {f"{TEXT[1]}.diff_b": torch.ones(3072)}, f"{TEXT[1]}.diff_b: expected a bias of shape [256], found [3072]")
-    refused(file, {f"{NORM[1]}.w_norm": torch.ones(640), f"{NORM[1]}.b_norm": torch.ones(640)}, NORM[1], "diff [640]", "[64]")
+    refused(
+        file, {f"{TEXT[1]}.diff_b": torch.ones(3072)}, f"{TEXT[1]}.diff_b: expected a bias of shape [256], found [3072]"
+    )
+    refused(
+        file,
+        {f"{NORM[1]}.w_norm": torch.ones(640), f"{NORM[1]}.b_norm": torch.ones(640)},
+        NORM[1],
+        "diff [640]",
+        "[64]",
+    )
 
 
 # The 4-channel conv_in of a LoRA on a model for inpainting
@@ -546,7 +700,10 @@ def test_other_layers_and_other_counts_are_not_padded(file: Path) -> None:
     with pytest.raises(AdapterError, match=r"\[64, 9, 3, 3\]"):
         open_for(file, 9)
     up, down, scale = seeded((64, 4, 1, 1), (4, 4, 3, 3), (64, 1, 1, 1))
-    save_file({f"{CONV_IN[1]}.lora_up.weight": up, f"{CONV_IN[1]}.lora_down.weight": down, f"{CONV_IN[1]}.dora_scale": scale}, file)
+    save_file(
+        {f"{CONV_IN[1]}.lora_up.weight": up, f"{CONV_IN[1]}.lora_down.weight": down, f"{CONV_IN[1]}.dora_scale": scale},
+        file,
+    )
     with pytest.raises(AdapterError, match="DoRA for 4 input channels"):
         open_for(file, 9)
 
@@ -555,12 +712,24 @@ def test_other_layers_and_other_counts_are_not_padded(file: Path) -> None:
 
 
 def test_kinds_and_ranks() -> None:
-    shapes = {f"m{i}.{name.removeprefix(whole(kind)[0] + '.')}": tuple(t.shape) for i, kind in enumerate(WHOLE) for name, t in whole(kind)[1].items()} | {
+    shapes = {
+        f"m{i}.{name.removeprefix(whole(kind)[0] + '.')}": tuple(t.shape)
+        for i, kind in enumerate(WHOLE)
+        for name, t in whole(kind)[1].items()
+    } | {
         "n.w_norm": (4,),
         "d.diff": (4, 4),
         "m0.dora_scale": (96, 1),
     }
-    assert kinds(shapes) == {"LoRA": 2, "LoHa": 2, "LoKr": 3, "LoCon with mid": 1, "DoRA LoRA": 1, "norm": 1, "full difference": 1}
+    assert kinds(shapes) == {
+        "LoRA": 2,
+        "LoHa": 2,
+        "LoKr": 3,
+        "LoCon with mid": 1,
+        "DoRA LoRA": 1,
+        "norm": 1,
+        "full difference": 1,
+    }
     assert ranks(shapes) == {2: 3, 4: 6}
     assert describe(shapes) == "a LoRA"
 
@@ -571,15 +740,21 @@ def test_missing_file(tmp_path: Path) -> None:
 
 
 def test_two_changes_of_one_bias(file: Path) -> None:
-    tensors = pair_for(TEXT[1], 256, 64) | {f"{TEXT[1]}.diff_b": torch.ones(256), f"{TEXT[1]}.lora_B.bias": torch.ones(256)}
+    tensors = pair_for(TEXT[1], 256, 64) | {
+        f"{TEXT[1]}.diff_b": torch.ones(256),
+        f"{TEXT[1]}.lora_B.bias": torch.ones(256),
+    }
     refused(file, tensors, TEXT[1], "holds both diff_b and lora_B.bias")
 
 
 def test_any_set_of_parts_is_fused_or_refused(file: Path) -> None:
-    """Seeded sets of parts with sizes of 0 to 3 dimensions, most of them wrong: a named error or a change of the weight's shape, nothing else."""
+    """Seeded sets of parts with sizes of 0 to 3 dimensions, most of them wrong: a named error or a change of the
+    weight's shape, nothing else.
+    """
     random = Random(0)
     parts = sorted(
-        {name.rpartition(f"{whole(kind)[0]}.")[2] for kind in WHOLE for name in whole(kind)[1]} | {"alpha", "dora_scale", "diff", "diff_b", "w_norm"}
+        {name.rpartition(f"{whole(kind)[0]}.")[2] for kind in WHOLE for name in whole(kind)[1]}
+        | {"alpha", "dora_scale", "diff", "diff_b", "w_norm"}
     )
     outcomes = Counter[bool]()
     for _ in range(100):

@@ -1,4 +1,6 @@
-"""Names: every spelling of a tensor's name arrives at the canonical one. diffusers' own networks are the reference for its names."""
+"""Names: every spelling of a tensor's name arrives at the canonical one. diffusers' own networks are the reference for
+its names.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,8 @@ def arrived(spelled: Shapes) -> Shapes:
     names = canonical_names(PATH, spelled)
     assert names.keys() == spelled.keys() and len(set(names.values())) == len(names)
     return {
-        canonical: (*spelled[name], 1, 1) if is_vae_attention(canonical) and len(spelled[name]) == 2 else spelled[name] for name, canonical in names.items()
+        canonical: (*spelled[name], 1, 1) if is_vae_attention(canonical) and len(spelled[name]) == 2 else spelled[name]
+        for name, canonical in names.items()
     }
 
 
@@ -57,12 +60,21 @@ SPELLINGS: dict[str, tuple[tuple[str, str], ...]] = {
     "text encoder in sgm's layout": ((r"^cond_stage_model\.", "conditioner.embedders.0."),),
     "text encoder in ComfyUI's layout": ((r"^cond_stage_model\.", "text_encoders.clip_l."),),
     "text encoder below text_encoder": ((r"^cond_stage_model\.transformer\.", "text_encoder."),),
-    "text encoder below text_encoder, without text_model": ((r"^cond_stage_model\.transformer\.text_model\.", "text_encoder."),),
-    "VAE attention, new names": ((r"(mid\.attn_1)\.([qkv])\.", r"\1.to_\2."), (r"(mid\.attn_1)\.proj_out\.", r"\1.to_out.0."), (r"(mid\.attn_1)\.norm\.", r"\1.group_norm.")),
-    "VAE attention, old names": (
-        (r"(mid\.attn_1)\.q\.", r"\1.query."), (r"(mid\.attn_1)\.k\.", r"\1.key."), (r"(mid\.attn_1)\.v\.", r"\1.value."), (r"(mid\.attn_1)\.proj_out\.", r"\1.proj_attn."),
+    "text encoder below text_encoder, without text_model": (
+        (r"^cond_stage_model\.transformer\.text_model\.", "text_encoder."),
     ),
-}  # fmt: skip
+    "VAE attention, new names": (
+        (r"(mid\.attn_1)\.([qkv])\.", r"\1.to_\2."),
+        (r"(mid\.attn_1)\.proj_out\.", r"\1.to_out.0."),
+        (r"(mid\.attn_1)\.norm\.", r"\1.group_norm."),
+    ),
+    "VAE attention, old names": (
+        (r"(mid\.attn_1)\.q\.", r"\1.query."),
+        (r"(mid\.attn_1)\.k\.", r"\1.key."),
+        (r"(mid\.attn_1)\.v\.", r"\1.value."),
+        (r"(mid\.attn_1)\.proj_out\.", r"\1.proj_attn."),
+    ),
+}
 
 
 @pytest.mark.parametrize("changes", SPELLINGS.values(), ids=SPELLINGS.keys())
@@ -84,19 +96,28 @@ def test_matrices_of_the_vaes_attention() -> None:
 
 
 def diffusers_shapes(arch: Architecture) -> dict[str, Shapes]:
-    """Names and shapes of diffusers' and transformers' networks of an architecture that holds seeded weights, by component."""
+    """Names and shapes of diffusers' and transformers' networks of an architecture that holds seeded weights, by
+    component.
+    """
     weights = seeded(arch)
     networks = {
         "unet.": reference.unet(weights, asdict(arch.unet)),
         "vae.": reference.vae(weights, asdict(arch.vae)),
         "text_encoder.": reference.text_model(weights, asdict(arch.clip)),
     }
-    return {prefix: {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()} for prefix, network in networks.items()}
+    return {
+        prefix: {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+        for prefix, network in networks.items()
+    }
 
 
 @pytest.mark.parametrize(
     "arch",
-    [PLAIN, replace(PLAIN, unet=replace(VARIANTS["attention on both levels"].unet, linear_projections=False)), VARIANTS["three-level VAE"]],
+    [
+        PLAIN,
+        replace(PLAIN, unet=replace(VARIANTS["attention on both levels"].unet, linear_projections=False)),
+        VARIANTS["three-level VAE"],
+    ],
     ids=["tiny", "attention on both levels", "three-level VAE"],
 )
 def test_diffusers_names_with_and_without_a_prefix(arch: Architecture) -> None:
@@ -107,22 +128,32 @@ def test_diffusers_names_with_and_without_a_prefix(arch: Architecture) -> None:
     for prefix, canonical in (("unet.", UNET), ("vae.", VAE), ("text_encoder.", CLIP)):
         assert arrived(parts[prefix]) == only(expected, canonical)
     # A file of LDM names whose VAE is in diffusers' naming.
-    mixed = {name: shape for name, shape in expected.items() if not name.startswith(VAE)} | {VAE + name: shape for name, shape in parts["vae."].items()}
+    mixed = {name: shape for name, shape in expected.items() if not name.startswith(VAE)} | {
+        VAE + name: shape for name, shape in parts["vae."].items()
+    }
     assert arrived(mixed) == expected
 
 
 def test_diffusers_values_arrive_under_the_right_names() -> None:
     """Shapes alone would not tell q from k: values do."""
     weights = seeded(PLAIN)
-    for prefix, network in (("unet.", reference.unet(weights, asdict(PLAIN.unet))), ("vae.", reference.vae(weights, asdict(PLAIN.vae)))):
+    for prefix, network in (
+        ("unet.", reference.unet(weights, asdict(PLAIN.unet))),
+        ("vae.", reference.vae(weights, asdict(PLAIN.vae))),
+    ):
         state = {prefix + name: tensor for name, tensor in network.state_dict().items()}
-        for name, canonical in canonical_names(PATH, {name: tuple(tensor.shape) for name, tensor in state.items()}).items():
+        for name, canonical in canonical_names(
+            PATH, {name: tuple(tensor.shape) for name, tensor in state.items()}
+        ).items():
             assert torch.equal(state[name].flatten(), weights[canonical].flatten()), name
 
 
 def test_adapters_keep_their_names() -> None:
     for shapes in (
-        {"unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.lora_A.weight": (4, 320), "conv_in.weight": (320, 4, 3, 3)},
+        {
+            "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.lora_A.weight": (4, 320),
+            "conv_in.weight": (320, 4, 3, 3),
+        },
         {"emb_params": (4, 768)},
     ):
         assert canonical_names(PATH, shapes) == {name: name for name in shapes}
@@ -148,7 +179,9 @@ def test_names_of_averaged_weights() -> None:
     ],
 )
 def test_forged_number_of_blocks(forge: Callable[[int], str], what: str) -> None:
-    shapes: Shapes = {"conv_in.weight": (32, 4, 3, 3), "down_blocks.0.resnets.0.norm1.weight": (1,)} | {forge(i): (1,) for i in range(20_000)}
+    shapes: Shapes = {"conv_in.weight": (32, 4, 3, 3), "down_blocks.0.resnets.0.norm1.weight": (1,)} | {
+        forge(i): (1,) for i in range(20_000)
+    }
     with pytest.raises(CheckpointError, match=what):
         canonical_names(PATH, shapes)
 

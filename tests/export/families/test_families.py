@@ -5,15 +5,33 @@ from __future__ import annotations
 from sdrt.export.families.family import Sign
 from sdrt.export.families.others import OTHERS
 from sdrt.export.families.recognise import describe
-from sdrt.export.families.table import ADAPTERS, COMPONENTS, CONTEXTS, FAMILIES, TOKENS, component_name, component_of, family_named, family_of
+from sdrt.export.families.table import (
+    ADAPTERS,
+    COMPONENTS,
+    CONTEXTS,
+    FAMILIES,
+    TOKENS,
+    component_name,
+    component_of,
+    family_named,
+    family_of,
+)
 
 
 def test_what_every_family_says() -> None:
     for family in FAMILIES:
-        assert family_named(family.name) is family and {component.network for component in family.components} == {"unet", "vae", "clip"}
-        assert all(family_of(kind) is family for kind in family.kinds.values()) and family.token_table.startswith(family.text_encoder.prefix)
+        assert family_named(family.name) is family and {component.network for component in family.components} == {
+            "unet",
+            "vae",
+            "clip",
+        }
+        assert all(family_of(kind) is family for kind in family.kinds.values()) and family.token_table.startswith(
+            family.text_encoder.prefix
+        )
         for component in family.components:
-            assert component.prefix == component.prefixes[0] and component_of(component.prefix + "a.weight") is component
+            assert (
+                component.prefix == component.prefixes[0] and component_of(component.prefix + "a.weight") is component
+            )
             assert component_name(component.prefix + "a.weight") == component.name
         whole = {component.prefix + "a.weight": (1,) for component in family.components}
         for channels, kind in family.kinds.items():

@@ -20,7 +20,9 @@ SPECS = {
     "SD 1.5": UNetSpec(4, 4, (320, 640, 1280, 1280), (2, 2, 2, 2), (1, 1, 1, 0), 1, 768, False, 8, None),
     "linear projections": UNetSpec(4, 4, (32, 64), (2, 2), (1, 1), 1, 64, True, 8, None),
     "attention below only": UNetSpec(4, 4, (32, 64, 64), (3, 3, 3), (0, 1, 1), 1, 96, False, 8, None),
-    "many levels": UNetSpec(4, 4, (32, 32, 32, 32, 32, 64), (1, 1, 1, 1, 1, 1), (1, 0, 1, 0, 1, 0), 1, 64, False, 8, None),
+    "many levels": UNetSpec(
+        4, 4, (32, 32, 32, 32, 32, 64), (1, 1, 1, 1, 1, 1), (1, 0, 1, 0, 1, 0), 1, 64, False, 8, None
+    ),
 }
 
 
@@ -35,7 +37,11 @@ def theirs(spec: UNetSpec) -> dict[str, tuple[int, ...]]:
 
     down = ["CrossAttnDownBlock2D" if depth else "DownBlock2D" for depth in spec.transformer_depth]
     up = ["CrossAttnUpBlock2D" if depth else "UpBlock2D" for depth in reversed(spec.transformer_depth)]
-    options: dict[str, Any] = {"attention_head_dim": spec.heads, "use_linear_projection": spec.linear_projections, "norm_num_groups": 32}
+    options: dict[str, Any] = {
+        "attention_head_dim": spec.heads,
+        "use_linear_projection": spec.linear_projections,
+        "norm_num_groups": 32,
+    }
     with torch.device("meta"):
         model = UNet2DConditionModel(
             in_channels=spec.in_channels,
@@ -74,11 +80,17 @@ def test_every_weight_has_one_diffusers_name_and_no_name_is_left(spec: UNetSpec)
         ("input_blocks.3.0.op", "down_blocks.0.downsamplers.0.conv"),
         ("input_blocks.4.0.skip_connection", "down_blocks.1.resnets.0.conv_shortcut"),
         ("input_blocks.11.0.emb_layers.1", "down_blocks.3.resnets.1.time_emb_proj"),
-        ("middle_block.1.transformer_blocks.0.attn1.to_out.0", "mid_block.attentions.0.transformer_blocks.0.attn1.to_out.0"),
+        (
+            "middle_block.1.transformer_blocks.0.attn1.to_out.0",
+            "mid_block.attentions.0.transformer_blocks.0.attn1.to_out.0",
+        ),
         ("middle_block.2.out_layers.3", "mid_block.resnets.1.conv2"),
         ("output_blocks.2.1.conv", "up_blocks.0.upsamplers.0.conv"),
         ("output_blocks.5.2.conv", "up_blocks.1.upsamplers.0.conv"),
-        ("output_blocks.11.1.transformer_blocks.0.ff.net.0.proj", "up_blocks.3.attentions.2.transformer_blocks.0.ff.net.0.proj"),
+        (
+            "output_blocks.11.1.transformer_blocks.0.ff.net.0.proj",
+            "up_blocks.3.attentions.2.transformer_blocks.0.ff.net.0.proj",
+        ),
         ("out.0", "conv_norm_out"),
         ("out.2", "conv_out"),
     ],
@@ -118,10 +130,15 @@ def test_adapter_names_cover_the_emoji_lora() -> None:
 def test_every_module_has_its_names_in_each_spelling_and_none_is_ambiguous() -> None:
     modules = checkpoint_modules()
     table = adapter_names(modules, SPECS["emoji"])
-    prefixes = {UNET: ("lora_unet_", "lycoris_", "unet.", "diffusion_model."), CLIP: ("lora_te_", "lora_te1_", "text_encoder.", "lycoris_text_model_")}
+    prefixes = {
+        UNET: ("lora_unet_", "lycoris_", "unet.", "diffusion_model."),
+        CLIP: ("lora_te_", "lora_te1_", "text_encoder.", "lycoris_text_model_"),
+    }
     for network, spellings in prefixes.items():
         for spelling in spellings:
-            named = {module for name, module in table.items() if name.startswith(spelling) and module.startswith(network)}
+            named = {
+                module for name, module in table.items() if name.startswith(spelling) and module.startswith(network)
+            }
             assert named == {module for module in modules if module.startswith(network)}, spelling
     assert all(module.startswith((UNET, CLIP)) for module in table.values())
     # Every name is claimed by one module only: building the table backwards gives the same.
@@ -131,16 +148,31 @@ def test_every_module_has_its_names_in_each_spelling_and_none_is_ambiguous() -> 
 @pytest.mark.parametrize(
     ("name", "module"),
     [
-        ("lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_out_0", "input_blocks.1.1.transformer_blocks.0.attn1.to_out.0"),
-        ("lora_unet_input_blocks_1_1_transformer_blocks_0_attn1_to_out_0", "input_blocks.1.1.transformer_blocks.0.attn1.to_out.0"),
+        (
+            "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_out_0",
+            "input_blocks.1.1.transformer_blocks.0.attn1.to_out.0",
+        ),
+        (
+            "lora_unet_input_blocks_1_1_transformer_blocks_0_attn1_to_out_0",
+            "input_blocks.1.1.transformer_blocks.0.attn1.to_out.0",
+        ),
         ("lora_unet_mid_block_resnets_0_conv1", "middle_block.0.in_layers.2"),
         ("lora_unet_up_blocks_2_upsamplers_0_conv", "output_blocks.8.2.conv"),
         ("lora_unet_conv_in", "input_blocks.0.0"),
         ("lora_unet_input_blocks_0_0", "input_blocks.0.0"),
         ("lycoris_down_blocks_0_resnets_0_norm1", "input_blocks.1.0.in_layers.0"),
-        ("unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_out.0", "input_blocks.1.1.transformer_blocks.0.attn1.to_out.0"),
-        ("unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.processor.to_out", "input_blocks.1.1.transformer_blocks.0.attn1.to_out.0"),
-        ("down_blocks.0.attentions.0.transformer_blocks.0.attn2.processor.to_k", "input_blocks.1.1.transformer_blocks.0.attn2.to_k"),
+        (
+            "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_out.0",
+            "input_blocks.1.1.transformer_blocks.0.attn1.to_out.0",
+        ),
+        (
+            "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.processor.to_out",
+            "input_blocks.1.1.transformer_blocks.0.attn1.to_out.0",
+        ),
+        (
+            "down_blocks.0.attentions.0.transformer_blocks.0.attn2.processor.to_k",
+            "input_blocks.1.1.transformer_blocks.0.attn2.to_k",
+        ),
         ("down_blocks.0.attentions.0.proj_in", "input_blocks.1.1.proj_in"),
         ("diffusion_model.middle_block.1.proj_out", "middle_block.1.proj_out"),
     ],

@@ -1,4 +1,6 @@
-"""The four graphs of a bundle, run by ONNX Runtime, against transformers and diffusers networks that hold the same stored weights."""
+"""The four graphs of a bundle, run by ONNX Runtime, against transformers and diffusers networks that hold the same
+stored weights.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ LIMIT = 1e-5
 HALF_LIMIT = 1e-2
 """The same of a float16 graph."""
 LATENT_SIZES = [(8, 8), (16, 16), (8, 24), (9, 13), (13, 9), (11, 16), (10, 6)]
-"""(height, width) in latents: square, oblong, and ones that 2, 4 or 8 do not divide; (9, 13) is a picture of 104x72 pixels."""
+"""(height, width) in latents: square, oblong, and ones that 2, 4 or 8 do not divide; (9, 13) is a picture of 104x72
+pixels.
+"""
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +81,9 @@ def prompts(seed: int, count: int, words: tuple[int, ...] = (3, 20, 75)) -> Arra
 
 
 def diffusers_unet(unet: Any, latents: Array, timestep: float, context: Array) -> Array:
-    sample = unet(torch.from_numpy(latents), torch.tensor(timestep), encoder_hidden_states=torch.from_numpy(context)).sample
+    sample = unet(
+        torch.from_numpy(latents), torch.tensor(timestep), encoder_hidden_states=torch.from_numpy(context)
+    ).sample
     return sample.numpy()
 
 
@@ -99,7 +105,9 @@ def test_clip_skip(flat_bundle: Path, weights: reference.Weights, text_model: An
     encoder.load_state_dict({name: tensor for name, tensor in weights.items() if name.startswith(reference.TEXT)})
     tokens = torch.from_numpy(prompts(3, 3))
     hidden = text_model(tokens, output_hidden_states=True).hidden_states[-clip_skip]
-    norm = dict(text_model.named_modules())[next(name for name, _ in text_model.named_modules() if name.endswith("final_layer_norm"))]
+    norm = dict(text_model.named_modules())[
+        next(name for name, _ in text_model.named_modules() if name.endswith("final_layer_norm"))
+    ]
     found = encoder(tokens)[clip_skip - 1]
     assert relative(found.numpy(), norm(hidden).numpy()) < LIMIT
 
@@ -126,23 +134,37 @@ def test_unet_timesteps(graphs: Graphs, unet: Any, timestep: float) -> None:
 @pytest.mark.parametrize("branches", [1, 2])
 @pytest.mark.parametrize("count", [1, 3])
 @pytest.mark.parametrize("tokens", [77, 154])
-def test_unet_batches_and_branches(graphs: Graphs, unet: Any, automatic1111: None, branches: int, count: int, tokens: int) -> None:
+def test_unet_batches_and_branches(
+    graphs: Graphs, unet: Any, automatic1111: None, branches: int, count: int, tokens: int
+) -> None:
     h, w = 9, 12
     context = normal(5, count, branches, tokens, 64)
     inputs = identity_step(count, h, w, branches, context)
     inputs["registers"][:, 0] = normal(6, count, 4, h, w)
     inputs["w"][0] = [-2.0, 3.0] if branches == 2 else [1.0]
-    raw = diffusers_unet(unet, np.repeat(inputs["registers"][:, 0], branches, axis=0), 500.0, context.reshape(-1, tokens, 64))
+    raw = diffusers_unet(
+        unet, np.repeat(inputs["registers"][:, 0], branches, axis=0), 500.0, context.reshape(-1, tokens, 64)
+    )
     expected = (raw.reshape(count, branches, 4, h, w) * inputs["w"][0].reshape(-1, 1, 1, 1)).sum(axis=1)
     assert relative(graphs.run("step", **inputs)["denoised"], expected) < LIMIT
 
 
 def test_step_machine(graphs: Graphs, unet: Any) -> None:
-    """Three pictures on rows of their own, two on one row: every term of the machine in float64, the network by diffusers."""
+    """Three pictures on rows of their own, two on one row: every term of the machine in float64, the network by
+    diffusers.
+    """
     rows, n, h, w, branches = 4, 3, 8, 16, 2
     random = np.random.RandomState(8)
     inputs = identity_step(n, h, w, branches, normal(9, n, branches, 77, 64))
-    coefficients = {"a": (rows, 8), "w": (rows, 2), "v": (rows, 2), "u": (rows, 8), "q": (rows,), "M": (rows, 8, 11), "inpaint": (rows, 3)}
+    coefficients = {
+        "a": (rows, 8),
+        "w": (rows, 2),
+        "v": (rows, 2),
+        "u": (rows, 8),
+        "q": (rows,),
+        "M": (rows, 8, 11),
+        "inpaint": (rows, 3),
+    }
     for name, shape in coefficients.items():
         inputs[name] = random.uniform(-1, 1, shape).astype(np.float32)
     inputs["timestep"] = np.array([900.5, 600.25, 30.75, 0.0], np.float32)
@@ -159,7 +181,9 @@ def test_step_machine(graphs: Graphs, unet: Any) -> None:
         a, u, q, M, (k, b, c) = (exact[name][row] for name in ("a", "u", "q", "M", "inpaint"))
         r, mask, init = exact["registers"][i], exact["mask"][i], exact["init"][i]
         latents = np.tensordot(a, r, 1).astype(np.float32)
-        raw = diffusers_unet(unet, np.stack([latents] * branches), float(inputs["timestep"][row]), inputs["context"][i]).astype(np.float64)
+        raw = diffusers_unet(
+            unet, np.stack([latents] * branches), float(inputs["timestep"][row]), inputs["context"][i]
+        ).astype(np.float64)
         D = np.tensordot(u, r, 1) + q * np.tensordot(exact["w"][row], raw, 1)
         D = D + k * mask * (init - D)
         E = np.tensordot(exact["v"][row], raw, 1)
@@ -235,8 +259,13 @@ def test_half_precision_step(graphs: Graphs, unet: Any, automatic1111: None, h: 
     assert 0 < relative(found["denoised"], 3 * raw[1::2] - 2 * raw[::2]) < HALF_LIMIT
     # The update after the network is float32: exact but for what the network gave.
     zeros = np.zeros_like(inputs["noise"][0])
-    states = np.stack([[*inputs["registers"][i], found["denoised"][i], zeros, inputs["noise"][0]] for i in range(2)]).astype(np.float64)
-    assert relative(found["next_registers"], np.einsum("ij,njchw->nichw", inputs["M"][0].astype(np.float64), states)) < 1e-6
+    states = np.stack(
+        [[*inputs["registers"][i], found["denoised"][i], zeros, inputs["noise"][0]] for i in range(2)]
+    ).astype(np.float64)
+    assert (
+        relative(found["next_registers"], np.einsum("ij,njchw->nichw", inputs["M"][0].astype(np.float64), states))
+        < 1e-6
+    )
 
 
 def test_half_precision_vae(graphs: Graphs, vae: Any) -> None:
@@ -246,5 +275,12 @@ def test_half_precision_vae(graphs: Graphs, vae: Any) -> None:
     found = graphs.run("vae_decoder", "fp16", latents=latents, rounding=np.array([0.5], np.float32))
     assert relative(found["pixels"].astype(np.float32), levels) < HALF_LIMIT and found["finite"].all()
     pixels = levels.astype(np.uint8)
-    mean = vae.encode(torch.from_numpy(pixels.astype(np.float32) / 127.5 - 1).permute(0, 3, 1, 2)).latent_dist.mean.numpy() * 0.18215
-    assert 0 < relative(graphs.run("vae_encoder", "fp16", pixels=pixels, noise=np.zeros_like(latents))["latents"], mean) < HALF_LIMIT
+    mean = (
+        vae.encode(torch.from_numpy(pixels.astype(np.float32) / 127.5 - 1).permute(0, 3, 1, 2)).latent_dist.mean.numpy()
+        * 0.18215
+    )
+    assert (
+        0
+        < relative(graphs.run("vae_encoder", "fp16", pixels=pixels, noise=np.zeros_like(latents))["latents"], mean)
+        < HALF_LIMIT
+    )

@@ -1,4 +1,6 @@
-"""Checkpoints: their sizes are inferred from shapes, their weights arrive in the bundle, and every other file is refused by name."""
+"""Checkpoints: their sizes are inferred from shapes, their weights arrive in the bundle, and every other file is
+refused by name.
+"""
 
 from __future__ import annotations
 
@@ -84,7 +86,10 @@ def test_sd15_has_the_published_number_of_tensors_and_parameters() -> None:
     """Counts of runwayml/stable-diffusion-v1-5's three networks."""
     shapes = expected_shapes(SD15)
     counts = {prefix: sum(name.startswith(prefix) for name in shapes) for prefix in (UNET, VAE, CLIP)}
-    parameters = {prefix: sum(math.prod(shape) for name, shape in shapes.items() if name.startswith(prefix)) for prefix in (UNET, VAE, CLIP)}
+    parameters = {
+        prefix: sum(math.prod(shape) for name, shape in shapes.items() if name.startswith(prefix))
+        for prefix in (UNET, VAE, CLIP)
+    }
     assert counts == {UNET: 686, VAE: 248, CLIP: 196}
     assert parameters == {UNET: 859_520_964, VAE: 83_653_863, CLIP: 123_060_480}
 
@@ -140,7 +145,9 @@ def test_tensors_that_are_parts_of_stored_ones(tmp_path: Path) -> None:
     """Thirds of the rows, and a transpose, from every form of file; no more is read than the part."""
     joined, matrix = torch.randn(96, 32, generator=torch.Generator().manual_seed(0)), torch.randn(8, 4)
     component = replace(
-        SD1.text_encoder, rows={"in_proj_weight": ("q.weight", "k.weight", "v.weight"), "in_proj_bias": ("q.bias", "k.bias")}, transposed=("projection",)
+        SD1.text_encoder,
+        rows={"in_proj_weight": ("q.weight", "k.weight", "v.weight"), "in_proj_bias": ("q.bias", "k.bias")},
+        transposed=("projection",),
     )
     stored = {CLIP + "a.in_proj_weight": joined, CLIP + "projection": matrix, "other.projection": matrix.clone()}
     save_file(stored, tmp_path / "x.safetensors")
@@ -151,17 +158,32 @@ def test_tensors_that_are_parts_of_stored_ones(tmp_path: Path) -> None:
         with open_tensor_file(tmp_path / name) as file:
             file.__class__ = Counted
             tensors = as_parts(component, {name: Tensor(file, entry) for name, entry in file.entries.items()})
-            assert tensors.keys() == {CLIP + "a.q.weight", CLIP + "a.k.weight", CLIP + "a.v.weight", CLIP + "projection", "other.projection"}
+            assert tensors.keys() == {
+                CLIP + "a.q.weight",
+                CLIP + "a.k.weight",
+                CLIP + "a.v.weight",
+                CLIP + "projection",
+                "other.projection",
+            }
             for i, part in enumerate("qkv"):
                 tensor = tensors[f"{CLIP}a.{part}.weight"]
                 assert tensor.shape == (32, 32) and torch.equal(tensor.read(), joined[32 * i : 32 * i + 32])
             assert file.asked == joined.nbytes if name != "strided.pt" else file.asked < 3 * joined.nbytes
-            assert tensors[CLIP + "projection"].shape == (4, 8) and torch.equal(tensors[CLIP + "projection"].read(), matrix.T)
+            assert tensors[CLIP + "projection"].shape == (4, 8) and torch.equal(
+                tensors[CLIP + "projection"].read(), matrix.T
+            )
             assert torch.equal(tensors["other.projection"].read(), matrix)
-    bad = {CLIP + "a.in_proj_weight": torch.ones(4, 2)}, {CLIP + "a.in_proj_bias": torch.ones(())}, {CLIP + "projection": torch.ones(4)}
+    bad = (
+        {CLIP + "a.in_proj_weight": torch.ones(4, 2)},
+        {CLIP + "a.in_proj_bias": torch.ones(())},
+        {CLIP + "projection": torch.ones(4)},
+    )
     for content in (*bad, {CLIP + "a.in_proj_bias": torch.ones(2), CLIP + "a.k.bias": torch.ones(1)}):
         save_file(content, tmp_path / "bad.safetensors")
-        with open_tensor_file(tmp_path / "bad.safetensors") as file, pytest.raises(CheckpointError, match=r"equal parts|a matrix|beside it"):
+        with (
+            open_tensor_file(tmp_path / "bad.safetensors") as file,
+            pytest.raises(CheckpointError, match=r"equal parts|a matrix|beside it"),
+        ):
             as_parts(component, {name: Tensor(file, entry) for name, entry in file.entries.items()})
 
 
@@ -189,7 +211,10 @@ def test_a_default_size_that_cannot_be_read_is_a_note(tmp_path: Path) -> None:
         checkpoint.close()
         (note,) = checkpoint.notes
         assert checkpoint.architecture.size == (512, 512)
-        assert note.startswith("x.safetensors: modelspec.resolution: expected WIDTHxHEIGHT in multiples of 8") and len(note) < 250
+        assert (
+            note.startswith("x.safetensors: modelspec.resolution: expected WIDTHxHEIGHT in multiples of 8")
+            and len(note) < 250
+        )
         assert inspect_file(path)["buildable"] is True and inspect_file(path)["notes"]
 
 
@@ -207,7 +232,12 @@ def test_a_tensor_that_changes_what_a_network_computes_refuses_the_file(tmp_path
     path = header_only(tmp_path / "x.safetensors", expected_shapes(TINY) | {name: (32, 32)})
     with pytest.raises(CheckpointError) as caught, closing(open_checkpoint(path)) as checkpoint:
         select(checkpoint, expected_shapes(TINY))
-    assert name in caught.value.message and what in caught.value.message and caught.value.exit_code == 3 and caught.value.fix
+    assert (
+        name in caught.value.message
+        and what in caught.value.message
+        and caught.value.exit_code == 3
+        and caught.value.fix
+    )
     if "unknown" not in what:
         assert inspect_file(path)["buildable"] is False
 
@@ -219,7 +249,9 @@ def test_prediction_from_the_metadata(tmp_path: Path, text: str, prediction: str
 
 
 def test_unknown_prediction_is_refused(tmp_path: Path) -> None:
-    path = header_only(tmp_path / "x.safetensors", expected_shapes(TINY), metadata={"modelspec.prediction_type": "rectified_flow"})
+    path = header_only(
+        tmp_path / "x.safetensors", expected_shapes(TINY), metadata={"modelspec.prediction_type": "rectified_flow"}
+    )
     with pytest.raises(CheckpointError, match="'rectified_flow': not supported yet"):
         opened(path)
 
@@ -238,7 +270,9 @@ def written(path: Path, target: Path, precision: str = "fp16", vae: Path | None 
     return load(target.read_bytes())
 
 
-@pytest.mark.parametrize(("precision", "kind"), [("fp16", torch.float16), ("bf16", torch.bfloat16), ("fp32", torch.float32)])
+@pytest.mark.parametrize(
+    ("precision", "kind"), [("fp16", torch.float16), ("bf16", torch.bfloat16), ("fp32", torch.float32)]
+)
 def test_weights_are_rounded_once(tiny: Path, tmp_path: Path, precision: str, kind: torch.dtype) -> None:
     found, source = written(tiny, tmp_path / "w.safetensors", precision), seeded(TINY)
     assert found.keys() == source.keys()
@@ -248,11 +282,17 @@ def test_weights_are_rounded_once(tiny: Path, tmp_path: Path, precision: str, ki
 
 
 @pytest.mark.parametrize(
-    ("kind", "limit"), [(torch.float64, 0.0), (torch.float32, 0.0), (torch.float16, 0.0), (torch.bfloat16, 2.0**-8)], ids=["fp64", "fp32", "fp16", "bf16"]
+    ("kind", "limit"),
+    [(torch.float64, 0.0), (torch.float32, 0.0), (torch.float16, 0.0), (torch.bfloat16, 2.0**-8)],
+    ids=["fp64", "fp32", "fp16", "bf16"],
 )
-def test_c12_sources_of_every_type_give_the_same_weights(tiny: Path, tmp_path: Path, kind: torch.dtype, limit: float) -> None:
+def test_c12_sources_of_every_type_give_the_same_weights(
+    tiny: Path, tmp_path: Path, kind: torch.dtype, limit: float
+) -> None:
     save_file({name: tensor.to(kind) for name, tensor in seeded(TINY).items()}, tmp_path / "source.safetensors")
-    reference, found = (written(path, tmp_path / f"w{i}.safetensors") for i, path in enumerate((tiny, tmp_path / "source.safetensors")))
+    reference, found = (
+        written(path, tmp_path / f"w{i}.safetensors") for i, path in enumerate((tiny, tmp_path / "source.safetensors"))
+    )
     assert found.keys() == reference.keys()
     for name, tensor in found.items():
         difference = (tensor.float() - reference[name].float()).abs()
@@ -266,14 +306,26 @@ def as_torch_saves_it(path: Path, kind: torch.dtype, zipped: bool) -> Path:
     key = query.replace("to_q", "to_k")
     both = torch.cat([weights[query], weights[key]]).t().contiguous()
     weights |= {query: both[:, :64].t(), key: both[:, 64:].t()}
-    value = {"epoch": 1, "global_step": 2, "callbacks": {"a": 1}, "optimizer_states": [{"state": {0: {"exp_avg": torch.zeros(3)}}}], "state_dict": weights}
+    value = {
+        "epoch": 1,
+        "global_step": 2,
+        "callbacks": {"a": 1},
+        "optimizer_states": [{"state": {0: {"exp_avg": torch.zeros(3)}}}],
+        "state_dict": weights,
+    }
     torch.save(value, path, _use_new_zipfile_serialization=zipped)
     return path
 
 
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
-@pytest.mark.parametrize(("kind", "limit"), [(torch.float32, 0.0), (torch.float16, 0.0), (torch.bfloat16, 2.0**-8)], ids=["fp32", "fp16", "bf16"])
-def test_checkpoints_of_torch_save_give_the_same_weights(tiny: Path, tmp_path: Path, zipped: bool, kind: torch.dtype, limit: float) -> None:
+@pytest.mark.parametrize(
+    ("kind", "limit"),
+    [(torch.float32, 0.0), (torch.float16, 0.0), (torch.bfloat16, 2.0**-8)],
+    ids=["fp32", "fp16", "bf16"],
+)
+def test_checkpoints_of_torch_save_give_the_same_weights(
+    tiny: Path, tmp_path: Path, zipped: bool, kind: torch.dtype, limit: float
+) -> None:
     path = as_torch_saves_it(tmp_path / "model.ckpt", kind, zipped)
     reference, found = written(tiny, tmp_path / "a.safetensors"), written(path, tmp_path / "b.safetensors")
     assert found.keys() == reference.keys()
@@ -282,7 +334,9 @@ def test_checkpoints_of_torch_save_give_the_same_weights(tiny: Path, tmp_path: P
         assert bool((difference <= limit * reference[name].float().abs() + 2.0**-24).all()), name
     checkpoint = open_checkpoint(path)
     with closing(checkpoint):
-        assert checkpoint.notes == ("model.ckpt: what lies beside the weights was ignored: callbacks, epoch, global_step, optimizer_states",)
+        assert checkpoint.notes == (
+            "model.ckpt: what lies beside the weights was ignored: callbacks, epoch, global_step, optimizer_states",
+        )
         assert select(checkpoint, expected_shapes(TINY))[1] == []
 
 
@@ -310,14 +364,20 @@ def test_c12_8_bit_weights_with_and_without_a_scale(tmp_path: Path, kind: torch.
 @pytest.mark.parametrize("scale", [torch.tensor(math.nan), torch.ones(2)], ids=["NaN", "two numbers"])
 def test_bad_scale_of_an_8_bit_weight(tmp_path: Path, scale: torch.Tensor) -> None:
     name = UNET + "time_embed.0"
-    tensors = seeded(TINY) | {name + ".weight": seeded(TINY)[name + ".weight"].to(torch.float8_e4m3fn), name + ".scale_weight": scale}
+    tensors = seeded(TINY) | {
+        name + ".weight": seeded(TINY)[name + ".weight"].to(torch.float8_e4m3fn),
+        name + ".scale_weight": scale,
+    }
     save_file(tensors, tmp_path / "fp8.safetensors")
     with pytest.raises(CheckpointError, match=rf"{re.escape(name)}\.scale_weight: expected one finite number"):
         written(tmp_path / "fp8.safetensors", tmp_path / "w.safetensors")
 
 
 def test_matrices_of_the_vaes_attention_become_convolutions(tiny: Path, tmp_path: Path) -> None:
-    tensors = {name: tensor[:, :, 0, 0] if ".mid.attn_1." in name and tensor.dim() == 4 else tensor for name, tensor in seeded(TINY).items()}
+    tensors = {
+        name: tensor[:, :, 0, 0] if ".mid.attn_1." in name and tensor.dim() == 4 else tensor
+        for name, tensor in seeded(TINY).items()
+    }
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, tmp_path / "x.safetensors")
     found = written(tmp_path / "x.safetensors", tmp_path / "w.safetensors", "fp32")
     assert all(torch.equal(found[name], tensor) for name, tensor in seeded(TINY).items())
@@ -327,17 +387,24 @@ def test_matrices_of_the_vaes_attention_become_convolutions(tiny: Path, tmp_path
 
 
 def with_averages(path: Path, count: int | None = None) -> dict[str, torch.Tensor]:
-    """Write a checkpoint that holds the UNet twice, as CompVis' LDM saves it. Returns the averages by canonical name."""
+    """Write a checkpoint that holds the UNet twice, as CompVis' LDM saves it. Returns the averages by
+    canonical name.
+    """
     averages = {name: tensor + 1 for name, tensor in seeded(TINY).items() if name.startswith(UNET)}
     keys = {"model_ema." + "".join(name.split(".")[1:]): tensor for name, tensor in list(averages.items())[:count]}
-    save_file(seeded(TINY) | keys | {"model_ema.decay": torch.tensor(0.9999), "model_ema.num_updates": torch.tensor(3)}, path)
+    save_file(
+        seeded(TINY) | keys | {"model_ema.decay": torch.tensor(0.9999), "model_ema.num_updates": torch.tensor(3)}, path
+    )
     return averages
 
 
 def test_averaged_weights_are_taken_only_when_asked_for_and_the_decision_is_said(tmp_path: Path) -> None:
     path = tmp_path / "ema.safetensors"
     averages = with_averages(path)
-    for ema, words in ((False, "the plain weights were taken, --ema takes the averaged"), (True, "the averaged (EMA) weights were taken")):
+    for ema, words in (
+        (False, "the plain weights were taken, --ema takes the averaged"),
+        (True, "the averaged (EMA) weights were taken"),
+    ):
         checkpoint = open_checkpoint(path, ema=ema)
         with closing(checkpoint):
             assert checkpoint.notes == (f"ema.safetensors: holds the UNet twice; {words}",)
@@ -371,7 +438,11 @@ def test_prediction_from_the_keys(tmp_path: Path) -> None:
 
 
 def test_zero_terminal_signal_is_refused(tmp_path: Path) -> None:
-    refused(header_only(tmp_path / "x.safetensors", expected_shapes(TINY) | {"v_pred": (0,), "ztsnr": (0,)}), "ztsnr", "not supported yet")
+    refused(
+        header_only(tmp_path / "x.safetensors", expected_shapes(TINY) | {"v_pred": (0,), "ztsnr": (0,)}),
+        "ztsnr",
+        "not supported yet",
+    )
 
 
 def test_placed_offsets_point_at_the_data_from_a_page_on(tiny: Path, tmp_path: Path) -> None:
@@ -387,16 +458,26 @@ def test_placed_offsets_point_at_the_data_from_a_page_on(tiny: Path, tmp_path: P
     assert progress == sorted(progress)
     assert progress[-1] == 1.0
     for name, place in written.placed.items():
-        value = torch.frombuffer(bytearray(data[place.offset : place.offset + place.size_bytes]), dtype=torch.float16).reshape(place.shape)
+        value = torch.frombuffer(
+            bytearray(data[place.offset : place.offset + place.size_bytes]), dtype=torch.float16
+        ).reshape(place.shape)
         assert torch.equal(value, seeded(TINY)[name].half()), name
     with open_tensor_file(tmp_path / "w.safetensors") as file:
-        assert {name: entry.offset for name, entry in file.entries.items()} == {name: place.offset for name, place in written.placed.items()}
+        assert {name: entry.offset for name, entry in file.entries.items()} == {
+            name: place.offset for name, place in written.placed.items()
+        }
 
 
 def one_weight(tmp_path: Path, values: list[float], precision: str) -> None:
     save_file({"layer.weight": torch.tensor(values)}, tmp_path / "one.safetensors")
     with open_tensor_file(tmp_path / "one.safetensors") as file:
-        write_weights(tmp_path / "w.safetensors", {"layer.weight": Tensor(file, file.entries["layer.weight"])}, [], precision, lambda done: None)
+        write_weights(
+            tmp_path / "w.safetensors",
+            {"layer.weight": Tensor(file, file.entries["layer.weight"])},
+            [],
+            precision,
+            lambda done: None,
+        )
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -423,7 +504,10 @@ def test_c17_values_too_large_for_the_precision(tmp_path: Path) -> None:
 @pytest.mark.parametrize("prefix", [VAE, ""], ids=["LDM names", "bare names"])
 def test_vae_replaces_the_checkpoints_own(tiny: Path, tmp_path: Path, prefix: str) -> None:
     other = {name: tensor for name, tensor in seeded(TINY, seed=1).items() if name.startswith(VAE)}
-    save_file({prefix + name[len(VAE) :]: tensor for name, tensor in other.items()} | {"ignored.weight": torch.zeros(2)}, tmp_path / "vae.safetensors")
+    save_file(
+        {prefix + name[len(VAE) :]: tensor for name, tensor in other.items()} | {"ignored.weight": torch.zeros(2)},
+        tmp_path / "vae.safetensors",
+    )
     found = written(tiny, tmp_path / "w.safetensors", "fp32", tmp_path / "vae.safetensors")
     for name, tensor in (seeded(TINY) | other).items():
         assert torch.equal(found[name], tensor), name
@@ -432,7 +516,9 @@ def test_vae_replaces_the_checkpoints_own(tiny: Path, tmp_path: Path, prefix: st
 def test_vae_of_other_sizes_than_the_checkpoints_own(tmp_path: Path) -> None:
     other = replace(TINY, vae=VaeSpec((32, 64, 96), 2, 4, 0.18215))
     base = header_only(tmp_path / "base.safetensors", expected_shapes(TINY))
-    vae = header_only(tmp_path / "vae.safetensors", {n: s for n, s in expected_shapes(other).items() if n.startswith(VAE)})
+    vae = header_only(
+        tmp_path / "vae.safetensors", {n: s for n, s in expected_shapes(other).items() if n.startswith(VAE)}
+    )
     assert opened(base, vae) == other
 
 
@@ -446,7 +532,10 @@ def test_vae_supplied_where_the_checkpoint_has_none(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "shapes",
     [
-        {"decoder.up_blocks.0.resnets.0.conv1.weight": (32, 32, 3, 3), "decoder.mid_block.attentions.0.to_q.weight": (32, 32)},
+        {
+            "decoder.up_blocks.0.resnets.0.conv1.weight": (32, 32, 3, 3),
+            "decoder.mid_block.attentions.0.to_q.weight": (32, 32),
+        },
         {UNET + "input_blocks.0.0.weight": (32, 4, 3, 3)},
         {},
     ],
@@ -460,13 +549,21 @@ def test_file_that_is_no_vae(tiny: Path, tmp_path: Path, shapes: Shapes) -> None
 
 def test_vae_of_another_family(tiny: Path, tmp_path: Path) -> None:
     other = replace(TINY, vae=replace(TINY.vae, latent_channels=16))
-    vae = header_only(tmp_path / "vae.safetensors", {n: s for n, s in expected_shapes(other).items() if n.startswith(VAE)})
+    vae = header_only(
+        tmp_path / "vae.safetensors", {n: s for n, s in expected_shapes(other).items() if n.startswith(VAE)}
+    )
     refused(tiny, "4 channels", "16", vae=vae)
 
 
-@pytest.mark.parametrize(("shape", "dtype", "what"), [((5, 5), "F16", "expected shape"), (None, "I64", "I64")], ids=["shape", "type"])
-def test_bad_tensor_of_a_vae_names_its_own_file(tiny: Path, tmp_path: Path, shape: tuple[int, ...] | None, dtype: str, what: str) -> None:
-    tensors = {n: RawTensor("F16", s, bytes(2 * math.prod(s))) for n, s in expected_shapes(TINY).items() if n.startswith(VAE)}
+@pytest.mark.parametrize(
+    ("shape", "dtype", "what"), [((5, 5), "F16", "expected shape"), (None, "I64", "I64")], ids=["shape", "type"]
+)
+def test_bad_tensor_of_a_vae_names_its_own_file(
+    tiny: Path, tmp_path: Path, shape: tuple[int, ...] | None, dtype: str, what: str
+) -> None:
+    tensors = {
+        n: RawTensor("F16", s, bytes(2 * math.prod(s))) for n, s in expected_shapes(TINY).items() if n.startswith(VAE)
+    }
     name = VAE + "encoder.conv_out.bias"
     size = tensors[name].shape if shape is None else shape
     tensors[name] = RawTensor(dtype, size, bytes(math.prod(size) * {"F16": 2, "I64": 8}[dtype]))
@@ -502,7 +599,12 @@ def test_no_vae(tmp_path: Path) -> None:
 
 def test_c14_unet_only(tmp_path: Path) -> None:
     shapes = {n: s for n, s in expected_shapes(TINY).items() if n.startswith(UNET)}
-    assert "text encoder" in refused(header_only(tmp_path / "x.safetensors", shapes), "a Stable Diffusion UNet without its text encoder").fix
+    assert (
+        "text encoder"
+        in refused(
+            header_only(tmp_path / "x.safetensors", shapes), "a Stable Diffusion UNet without its text encoder"
+        ).fix
+    )
 
 
 def test_c14_no_text_encoder(tmp_path: Path) -> None:
@@ -544,7 +646,9 @@ def test_file_of_something_else(tmp_path: Path) -> None:
 LATE = UNET + "output_blocks.2.0.out_layers.3.bias"
 
 
-@pytest.mark.parametrize("name", [LATE, UNET + "out.2.weight", CLIP + "text_model.final_layer_norm.weight", VAE + "quant_conv.weight"])
+@pytest.mark.parametrize(
+    "name", [LATE, UNET + "out.2.weight", CLIP + "text_model.final_layer_norm.weight", VAE + "quant_conv.weight"]
+)
 def test_c15_one_missing_tensor(tmp_path: Path, name: str) -> None:
     shapes = dict(expected_shapes(TINY))
     del shapes[name]
@@ -554,7 +658,9 @@ def test_c15_one_missing_tensor(tmp_path: Path, name: str) -> None:
 def test_missing_tensor_with_a_near_name(tmp_path: Path) -> None:
     shapes = dict(expected_shapes(TINY))
     shapes[LATE + "s"] = shapes.pop(LATE)
-    refused(header_only(tmp_path / "x.safetensors", shapes), f"{LATE}: missing", f"did you mean '{LATE}s'?", selecting=True)
+    refused(
+        header_only(tmp_path / "x.safetensors", shapes), f"{LATE}: missing", f"did you mean '{LATE}s'?", selecting=True
+    )
 
 
 def test_several_missing_tensors_are_counted(tmp_path: Path) -> None:
@@ -567,7 +673,14 @@ def test_c15_one_wrong_shape(tmp_path: Path) -> None:
     refused(header_only(tmp_path / "x.safetensors", shapes), f"{LATE}: expected shape [32], found [5]", selecting=True)
 
 
-@pytest.mark.parametrize("name", [UNET + "input_blocks.0.0.weight", CLIP + "text_model.embeddings.token_embedding.weight", VAE + "decoder.conv_in.weight"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        UNET + "input_blocks.0.0.weight",
+        CLIP + "text_model.embeddings.token_embedding.weight",
+        VAE + "decoder.conv_in.weight",
+    ],
+)
 @pytest.mark.parametrize("shape", [(), (0,), (32,), (32, 4, 0, 3)], ids=str)
 def test_wrong_rank_where_sizes_are_read(tmp_path: Path, name: str, shape: tuple[int, ...]) -> None:
     refused(header_only(tmp_path / "x.safetensors", expected_shapes(TINY) | {name: shape}))
@@ -577,7 +690,11 @@ def test_wrong_rank_where_sizes_are_read(tmp_path: Path, name: str, shape: tuple
 def test_c11_type_that_is_no_float(tmp_path: Path, dtype: str, size: int) -> None:
     tensors = {n: RawTensor("F16", s, bytes(2 * math.prod(s))) for n, s in expected_shapes(TINY).items()}
     tensors[LATE] = RawTensor(dtype, (32,), bytes(32 * size))
-    refused(write_raw(tmp_path / "x.safetensors", tensors), f"{LATE}: expected one of F64, F32, F16, BF16, F8_E4M3, F8_E5M2, found {dtype}", selecting=True)
+    refused(
+        write_raw(tmp_path / "x.safetensors", tensors),
+        f"{LATE}: expected one of F64, F32, F16, BF16, F8_E4M3, F8_E5M2, found {dtype}",
+        selecting=True,
+    )
 
 
 def test_c15_unknown_tensors_are_reported_and_known_leftovers_are_not(tmp_path: Path) -> None:
@@ -596,7 +713,12 @@ def test_c15_unknown_tensors_are_reported_and_known_leftovers_are_not(tmp_path: 
 
 
 @pytest.mark.parametrize(
-    "pattern", [UNET + "input_blocks.{}.0.in_layers.2.weight", VAE + "decoder.up.{}.block.0.conv1.weight", CLIP + "text_model.encoder.layers.{}.mlp.fc1.weight"]
+    "pattern",
+    [
+        UNET + "input_blocks.{}.0.in_layers.2.weight",
+        VAE + "decoder.up.{}.block.0.conv1.weight",
+        CLIP + "text_model.encoder.layers.{}.mlp.fc1.weight",
+    ],
 )
 def test_forged_number_of_blocks(tmp_path: Path, pattern: str) -> None:
     shapes = expected_shapes(TINY) | {pattern.format(i): (32, 1, 1, 1) for i in range(20_000)}
@@ -605,7 +727,9 @@ def test_forged_number_of_blocks(tmp_path: Path, pattern: str) -> None:
 
 def test_components_of_different_models(tmp_path: Path) -> None:
     other = expected_shapes(VARIANTS["wide text"])
-    mixed = {n: s for n, s in expected_shapes(TINY).items() if not n.startswith(CLIP)} | {n: s for n, s in other.items() if n.startswith(CLIP)}
+    mixed = {n: s for n, s in expected_shapes(TINY).items() if not n.startswith(CLIP)} | {
+        n: s for n, s in other.items() if n.startswith(CLIP)
+    }
     error = refused(header_only(tmp_path / "x.safetensors", mixed), "64 wide", "128")
     assert "different models" in error.fix
 
@@ -615,19 +739,43 @@ def test_components_of_different_models(tmp_path: Path) -> None:
 CONV_IN = UNET + "input_blocks.0.0.weight"
 FAMILIES: dict[str, tuple[Shapes, str]] = {
     "SDXL": ({CONV_IN: (320, 4, 3, 3), "conditioner.embedders.1.model.ln_final.weight": (1280,)}, "an SDXL model"),
-    "SDXL inpainting": ({CONV_IN: (320, 9, 3, 3), "conditioner.embedders.1.model.ln_final.weight": (1280,)}, "an SDXL model"),
-    "SDXL refiner": ({CONV_IN: (384, 4, 3, 3), "conditioner.embedders.0.model.ln_final.weight": (1280,)}, "an SDXL refiner"),
-    "SD2": ({CONV_IN: (320, 4, 3, 3), "cond_stage_model.model.transformer.resblocks.0.attn.in_proj_weight": (3072, 1024)}, "an SD2 model"),
-    "SD2 depth": ({"depth_model.model.pretrained.cls_token": (1, 1, 768), "cond_stage_model.model.ln_final.weight": (1024,)}, "an SD2 depth model"),
-    "unCLIP": ({"embedder.model.ln_final.weight": (1024,), "cond_stage_model.model.ln_final.weight": (1024,)}, "an unCLIP model"),
+    "SDXL inpainting": (
+        {CONV_IN: (320, 9, 3, 3), "conditioner.embedders.1.model.ln_final.weight": (1280,)},
+        "an SDXL model",
+    ),
+    "SDXL refiner": (
+        {CONV_IN: (384, 4, 3, 3), "conditioner.embedders.0.model.ln_final.weight": (1280,)},
+        "an SDXL refiner",
+    ),
+    "SD2": (
+        {CONV_IN: (320, 4, 3, 3), "cond_stage_model.model.transformer.resblocks.0.attn.in_proj_weight": (3072, 1024)},
+        "an SD2 model",
+    ),
+    "SD2 depth": (
+        {"depth_model.model.pretrained.cls_token": (1, 1, 768), "cond_stage_model.model.ln_final.weight": (1024,)},
+        "an SD2 depth model",
+    ),
+    "unCLIP": (
+        {"embedder.model.ln_final.weight": (1024,), "cond_stage_model.model.ln_final.weight": (1024,)},
+        "an unCLIP model",
+    ),
     "SD3": ({UNET + "joint_blocks.0.context_block.attn.qkv.weight": (4608, 1536)}, "an SD3 model"),
     "Flux": ({UNET + "double_blocks.0.img_attn.qkv.weight": (9216, 3072)}, "a Flux model"),
     "Flux, bare": ({"double_blocks.0.img_attn.qkv.weight": (9216, 3072)}, "a Flux model"),
-    "instruct-pix2pix": ({CONV_IN: (320, 8, 3, 3), CLIP + "text_model.final_layer_norm.bias": (768,)}, "an instruct-pix2pix model"),
+    "instruct-pix2pix": (
+        {CONV_IN: (320, 8, 3, 3), CLIP + "text_model.final_layer_norm.bias": (768,)},
+        "an instruct-pix2pix model",
+    ),
     "upscaler": ({CONV_IN: (256, 7, 3, 3)}, "an x4 upscaler"),
     "5 channels": ({CONV_IN: (320, 5, 3, 3)}, "a UNet of 5 input channels"),
-    "SD2 UNet": ({CONV_IN: (320, 4, 3, 3), UNET + "input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight": (320, 1024)}, "an SD2 UNet"),
-    "SDXL UNet": ({CONV_IN: (320, 4, 3, 3), UNET + "input_blocks.4.1.transformer_blocks.0.attn2.to_k.weight": (640, 2048)}, "an SDXL UNet"),
+    "SD2 UNet": (
+        {CONV_IN: (320, 4, 3, 3), UNET + "input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight": (320, 1024)},
+        "an SD2 UNet",
+    ),
+    "SDXL UNet": (
+        {CONV_IN: (320, 4, 3, 3), UNET + "input_blocks.4.1.transformer_blocks.0.attn2.to_k.weight": (640, 2048)},
+        "an SDXL UNet",
+    ),
     "diffusers UNet": ({"down_blocks.0.resnets.0.conv1.weight": (320, 320, 3, 3)}, "a UNet in diffusers naming"),
 }
 

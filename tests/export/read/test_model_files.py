@@ -1,4 +1,6 @@
-"""Models as files and as diffusers folders: which files are read, their hash, and every folder that is incomplete or lies."""
+"""Models as files and as diffusers folders: which files are read, their hash, and every folder that is incomplete or
+lies.
+"""
 
 from __future__ import annotations
 
@@ -65,17 +67,28 @@ def values(path: Path, **options: Any) -> dict[str, torch.Tensor]:
     """What a checkpoint's tensors read as, by canonical name."""
     checkpoint = open_checkpoint(path, **options)
     try:
-        return {name: tensor.read() for name, tensor in select(checkpoint, expected_shapes(checkpoint.architecture))[0].items()}
+        return {
+            name: tensor.read()
+            for name, tensor in select(checkpoint, expected_shapes(checkpoint.architecture))[0].items()
+        }
     finally:
         checkpoint.close()
 
 
 def equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float = 0.0) -> bool:
     assert found.keys() == expected.keys()
-    return all(bool(((found[name].float() - tensor).abs() <= tolerance * (tensor.abs() + 0.01)).all()) for name, tensor in expected.items())
+    return all(
+        bool(((found[name].float() - tensor).abs() <= tolerance * (tensor.abs() + 0.01)).all())
+        for name, tensor in expected.items()
+    )
 
 
-def refused(path: Path, *fragments: str, kind: type[SdrtError] = InputFileError, opening: Callable[[Path], Any] = open_checkpoint) -> SdrtError:
+def refused(
+    path: Path,
+    *fragments: str,
+    kind: type[SdrtError] = InputFileError,
+    opening: Callable[[Path], Any] = open_checkpoint,
+) -> SdrtError:
     before = len(list(Path("/proc/self/fd").iterdir()))
     with pytest.raises(SdrtError) as caught:
         opening(path)
@@ -101,14 +114,23 @@ def changed(path: Path, **changes: Any) -> None:
 def test_a_pipeline_folder(folder: Path) -> None:
     checkpoint = open_checkpoint(folder)
     checkpoint.close()
-    assert checkpoint.architecture.unet == PLAIN.unet and checkpoint.architecture.vae == PLAIN.vae and checkpoint.architecture.clip == PLAIN.clip
+    assert (
+        checkpoint.architecture.unet == PLAIN.unet
+        and checkpoint.architecture.vae == PLAIN.vae
+        and checkpoint.architecture.clip == PLAIN.clip
+    )
     assert checkpoint.architecture.size == (16, 16)  # its sample_size is 8 latents, its VAE has two levels
     assert checkpoint.notes == ()
     assert equal(values(folder), seeded(PLAIN))
 
 
 def as_bin(path: Path) -> None:
-    torch.save(load_file(path), path.with_name(path.name.replace("model.safetensors", "pytorch_model.bin") if "text" in str(path) else path.stem + ".bin"))
+    torch.save(
+        load_file(path),
+        path.with_name(
+            path.name.replace("model.safetensors", "pytorch_model.bin") if "text" in str(path) else path.stem + ".bin"
+        ),
+    )
     path.unlink()
 
 
@@ -119,13 +141,19 @@ def as_shards(path: Path, form: str = "safetensors") -> None:
     for shard, chosen in parts.items():
         part = {name: tensors[name] for name in chosen}
         save_file(part, path.with_name(shard)) if form == "safetensors" else torch.save(part, path.with_name(shard))
-    index = {"metadata": {"total_size": 1}, "weight_map": {name: shard for shard, chosen in parts.items() for name in chosen}}
+    index = {
+        "metadata": {"total_size": 1},
+        "weight_map": {name: shard for shard, chosen in parts.items() for name in chosen},
+    }
     path.with_name(f"{stem}.{form}.index.json").write_text(json.dumps(index))
     path.unlink()
 
 
 def as_half(path: Path) -> None:
-    save_file({name: tensor.half() for name, tensor in load_file(path).items()}, path.with_name(path.stem + ".fp16.safetensors"))
+    save_file(
+        {name: tensor.half() for name, tensor in load_file(path).items()},
+        path.with_name(path.stem + ".fp16.safetensors"),
+    )
     path.unlink()
 
 
@@ -161,7 +189,9 @@ def test_a_folder_gives_the_bundle_weights_that_a_file_gives(folder: Path, tmp_p
     for path, target in ((folder, "a"), (tmp_path / "file.safetensors", "b")):
         checkpoint = open_checkpoint(path)
         with closing(checkpoint):
-            write_weights(tmp_path / target, select(checkpoint, expected_shapes(PLAIN))[0], [], "fp16", lambda done: None)
+            write_weights(
+                tmp_path / target, select(checkpoint, expected_shapes(PLAIN))[0], [], "fp16", lambda done: None
+            )
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
@@ -189,9 +219,15 @@ def test_full_precision_goes_before_fp16_and_safetensors_before_bin(folder: Path
 
 def test_the_hash_of_a_folder_is_that_of_its_sha256sum(folder: Path) -> None:
     used = [
-        "model_index.json", "scheduler/scheduler_config.json", "text_encoder/config.json", "text_encoder/model.safetensors", "unet/config.json",
-        "unet/diffusion_pytorch_model.safetensors", "vae/config.json", "vae/diffusion_pytorch_model.safetensors",
-    ]  # fmt: skip
+        "model_index.json",
+        "scheduler/scheduler_config.json",
+        "text_encoder/config.json",
+        "text_encoder/model.safetensors",
+        "unet/config.json",
+        "unet/diffusion_pytorch_model.safetensors",
+        "vae/config.json",
+        "vae/diffusion_pytorch_model.safetensors",
+    ]
     (folder / "README.md").write_text("not used")
     listing = subprocess.run(["sha256sum", *used], cwd=folder, capture_output=True, check=True).stdout
     with open_model(folder) as model:
@@ -234,7 +270,11 @@ def test_settings_are_taken_over(folder: Path) -> None:
     changed(folder / "unet" / "config.json", sample_size=32)
     checkpoint = open_checkpoint(folder)
     checkpoint.close()
-    assert (checkpoint.architecture.prediction, checkpoint.architecture.vae.scale, checkpoint.architecture.size) == ("v", 0.5, (64, 64))
+    assert (checkpoint.architecture.prediction, checkpoint.architecture.vae.scale, checkpoint.architecture.size) == (
+        "v",
+        0.5,
+        (64, 64),
+    )
     assert checkpoint.notes == ("tiny.v1: says that it predicts v",)
 
 
@@ -321,25 +361,40 @@ def test_fewer_layers_of_the_text_encoder_than_the_file_has(tmp_path: Path, save
         chosen, unknown = select(checkpoint, expected_shapes(checkpoint.architecture))
         theirs = CLIPTextModel.from_pretrained(folder / "text_encoder").state_dict()
         ours = {name.partition("text_model.")[2]: tensor for name, tensor in chosen.items() if name.startswith(CLIP)}
-        assert not unknown and ours.keys() == {name.removeprefix("text_model.") for name in theirs if "position_ids" not in name}
+        assert not unknown and ours.keys() == {
+            name.removeprefix("text_model.") for name in theirs if "position_ids" not in name
+        }
         assert all(torch.equal(ours[name.removeprefix("text_model.")].read(), value) for name, value in theirs.items())
 
 
 def test_schedulers() -> None:
-    """Every scheduler that diffusers takes for Stable Diffusion is read, and noted where the folder was made for another than its own."""
+    """Every scheduler that diffusers takes for Stable Diffusion is read, and noted where the folder was made for
+    another than its own.
+    """
     import diffusers
     from diffusers.schedulers import KarrasDiffusionSchedulers
 
     def notes(name: str, **more: Any) -> tuple[str, ...]:
         parameters = inspect.signature(getattr(diffusers, name).__init__).parameters.values()
-        written = {p.name: p.default for p in parameters if p.default is not p.empty} | reference.TRAINING | {"_class_name": name}
+        written = (
+            {p.name: p.default for p in parameters if p.default is not p.empty}
+            | reference.TRAINING
+            | {"_class_name": name}
+        )
         return read_settings(Path("folder"), {}, written | more).notes
 
-    names = {kind.name for kind in KarrasDiffusionSchedulers} - {"EDMEulerScheduler"}  # which has another preconditioning
+    names = {kind.name for kind in KarrasDiffusionSchedulers} - {
+        "EDMEulerScheduler"
+    }  # which has another preconditioning
     for name in (*names, "LCMScheduler", "TCDScheduler"):
-        assert (notes(name) == ()) == (name in ("DDIMScheduler", "PNDMScheduler")) and all(name in note for note in notes(name)), name
+        assert (notes(name) == ()) == (name in ("DDIMScheduler", "PNDMScheduler")) and all(
+            name in note for note in notes(name)
+        ), name
     assert notes("DDIMScheduler", timestep_spacing="trailing") == (
-        "scheduler/scheduler_config.json: says timestep_spacing trailing; a bundle keeps no sampler: choose with --sampler and --schedule of sdrt generate",
+        (
+            "scheduler/scheduler_config.json: says timestep_spacing trailing; a bundle keeps no sampler: choose with"
+            " --sampler and --schedule of sdrt generate"
+        ),
     )
     with pytest.raises(CheckpointError, match="_class_name: expected DDIMScheduler or"):
         notes("EDMEulerScheduler")
@@ -351,9 +406,19 @@ def test_folders_that_are_no_pipeline(folder: Path, small_bundle: Path) -> None:
 
 
 def test_pipelines_of_other_families(folder: Path) -> None:
-    changed(folder / "model_index.json", _class_name="StableDiffusionXLPipeline", text_encoder_2=["transformers", "CLIPTextModelWithProjection"])
+    changed(
+        folder / "model_index.json",
+        _class_name="StableDiffusionXLPipeline",
+        text_encoder_2=["transformers", "CLIPTextModelWithProjection"],
+    )
     refused(folder, "a StableDiffusionXLPipeline with a text_encoder_2: not supported yet", kind=CheckpointError)
-    changed(folder / "model_index.json", _class_name="FluxPipeline", text_encoder_2=..., unet=..., transformer=["diffusers", "FluxTransformer2DModel"])
+    changed(
+        folder / "model_index.json",
+        _class_name="FluxPipeline",
+        text_encoder_2=...,
+        unet=...,
+        transformer=["diffusers", "FluxTransformer2DModel"],
+    )
     refused(folder, "a FluxPipeline with a transformer: not supported yet", kind=CheckpointError)
     changed(folder / "model_index.json", transformer=[None, None])
     refused(folder, "a FluxPipeline: not supported yet", kind=CheckpointError)
@@ -439,7 +504,19 @@ def test_a_pickle_with_code_in_a_folder(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "spelling", ["pipeline", "its vae", "bin", "LDM", "LDM below vae", "bare LDM", "bare diffusers", "lightning .ckpt", "legacy .pt", "whole checkpoint"]
+    "spelling",
+    [
+        "pipeline",
+        "its vae",
+        "bin",
+        "LDM",
+        "LDM below vae",
+        "bare LDM",
+        "bare diffusers",
+        "lightning .ckpt",
+        "legacy .pt",
+        "whole checkpoint",
+    ],
 )
 def test_a_vae_in_every_spelling(folder: Path, tmp_path: Path, spelling: str) -> None:
     other = {name: tensor for name, tensor in seeded(PLAIN, seed=1).items() if name.startswith(VAE)}
@@ -483,4 +560,6 @@ def test_a_vaes_own_scale_goes_with_it(folder: Path, tmp_path: Path) -> None:
 
 
 def test_folder_of_another_network_given_as_the_vae(folder: Path) -> None:
-    refused(folder / "unet", "expected an AutoencoderKL, found UNet2DConditionModel", kind=CheckpointError, opening=open_vae)
+    refused(
+        folder / "unet", "expected an AutoencoderKL, found UNet2DConditionModel", kind=CheckpointError, opening=open_vae
+    )

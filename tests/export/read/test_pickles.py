@@ -1,4 +1,6 @@
-"""Pickles: whatever is not tensors and plain values is refused by name and never runs, and nothing grows past its limit."""
+"""Pickles: whatever is not tensors and plain values is refused by name and never runs, and nothing grows past its
+limit.
+"""
 
 from __future__ import annotations
 
@@ -51,20 +53,40 @@ def attacks(canary: Path) -> dict[str, tuple[bytes, str]]:
         "NEWOBJ": (b"\x80\x02cos\nsystem\n" + plain + b"\x81.", "os.system"),
         "NEWOBJ_EX": (b"\x80\x04cos\nsystem\n" + plain + b"}\x92.", "os.system"),
         "BUILD __setstate__": (
-            b"\x80\x02ctorch.nn.modules.module\nModule\n)\x81}X\x0c\x00\x00\x00__setstate__cos\nsystem\nsb" + text(command) + b"b.",
+            b"\x80\x02ctorch.nn.modules.module\nModule\n)\x81}X\x0c\x00\x00\x00__setstate__cos\nsystem\nsb"
+            + text(command)
+            + b"b.",
             "Module",
         ),
-        "STACK_GLOBAL from the memo": (b"\x80\x04" + text("os") + b"\x940" + text("system") + b"\x940h\x00h\x01\x93" + plain + b"R.", "os.system"),
-        "STACK_GLOBAL, dotted": (b"\x80\x04" + text("torch.serialization") + text("os.system") + b"\x93" + plain + b"R.", "torch.serialization.os.system"),
-        "GLOBAL, dotted": (b"\x80\x04ctorch.serialization\nos.system\n" + plain + b"R.", "torch.serialization.os.system"),
-        "GLOBAL with a space": (b"ctorch._utils _rebuild_tensor_v2\nx\n" + plain + b"R.", "torch._utils._rebuild_tensor_v2 x"),
+        "STACK_GLOBAL from the memo": (
+            b"\x80\x04" + text("os") + b"\x940" + text("system") + b"\x940h\x00h\x01\x93" + plain + b"R.",
+            "os.system",
+        ),
+        "STACK_GLOBAL, dotted": (
+            b"\x80\x04" + text("torch.serialization") + text("os.system") + b"\x93" + plain + b"R.",
+            "torch.serialization.os.system",
+        ),
+        "GLOBAL, dotted": (
+            b"\x80\x04ctorch.serialization\nos.system\n" + plain + b"R.",
+            "torch.serialization.os.system",
+        ),
+        "GLOBAL with a space": (
+            b"ctorch._utils _rebuild_tensor_v2\nx\n" + plain + b"R.",
+            "torch._utils._rebuild_tensor_v2 x",
+        ),
         "STACK_GLOBAL of no text": (b"\x80\x04K\x01K\x02\x93)R.", "NoneType"),
         "EXT1": (b"\x80\x02\x82\x01)R.", "EXT1"),
         "EXT2": (b"\x80\x02\x83\x01\x00)R.", "EXT2"),
         "EXT4": (b"\x80\x02\x84\x01\x00\x00\x00)R.", "EXT4"),
         "PERSID": (b"Pos.system\n.", "PERSID"),
-        "BINPERSID of a module": (b"\x80\x02(" + text("module") + b"cos\nsystem\n" + text("x.py") + text("import os") + b"tQ.", "os.system"),
-        "BINPERSID of a module without a name": (b"\x80\x02(" + text("module") + text("x.py") + text("import os") + b"tQ.", "'module'"),
+        "BINPERSID of a module": (
+            b"\x80\x02(" + text("module") + b"cos\nsystem\n" + text("x.py") + text("import os") + b"tQ.",
+            "os.system",
+        ),
+        "BINPERSID of a module without a name": (
+            b"\x80\x02(" + text("module") + text("x.py") + text("import os") + b"tQ.",
+            "'module'",
+        ),
         "REDUCE of a reference": (b"\x80\x02ctorch\nTensor\n)R.", "torch.Tensor"),
         "REDUCE of data": (b"\x80\x02}" + plain + b"R.", "a call of dict"),
         "BUILD of a tensor": (b"\x80\x02]}b.", "a state given to list"),
@@ -101,12 +123,35 @@ def test_the_canary_sings() -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        "torch.hub load", "numpy load", "torch load", "torch.storage _load_from_bytes", "torch._utils _rebuild_sparse_tensor", "torch._utils x", "builtins getattr",
-        "builtins eval", "builtins exec", "builtins __import__", "operator methodcaller", "operator attrgetter", "functools partial", "os system", "posix system",
-        "subprocess Popen", "runpy run_path", "torch.jit load", "pip main", "types CodeType", "collections namedtuple", "_codecs decode", "copyreg __newobj__",
-        "pytorch_lightning.callbacks.model_checkpoint os", "torch._tensor os", "numpy.core.multiarray fromfile", "",
+        "torch.hub load",
+        "numpy load",
+        "torch load",
+        "torch.storage _load_from_bytes",
+        "torch._utils _rebuild_sparse_tensor",
+        "torch._utils x",
+        "builtins getattr",
+        "builtins eval",
+        "builtins exec",
+        "builtins __import__",
+        "operator methodcaller",
+        "operator attrgetter",
+        "functools partial",
+        "os system",
+        "posix system",
+        "subprocess Popen",
+        "runpy run_path",
+        "torch.jit load",
+        "pip main",
+        "types CodeType",
+        "collections namedtuple",
+        "_codecs decode",
+        "copyreg __newobj__",
+        "pytorch_lightning.callbacks.model_checkpoint os",
+        "torch._tensor os",
+        "numpy.core.multiarray fromfile",
+        "",
     ],
-)  # fmt: skip
+)
 def test_p3_any_other_name_is_refused_whatever_its_module(tmp_path: Path, name: str) -> None:
     module, _, attribute = name.partition(" ")
     for data in (f"c{module}\n{attribute}\n.".encode(), b"\x80\x04" + text(module) + text(attribute) + b"\x93."):
@@ -125,7 +170,11 @@ def baggage(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         ("omegaconf.dictconfig", "DictConfig"),
     ):
         module = types.ModuleType(name)
-        kind = type(attribute, (dict,) if attribute == "AttributeDict" else (), {"__module__": name, "__reduce_ex__": object.__reduce_ex__})
+        kind = type(
+            attribute,
+            (dict,) if attribute == "AttributeDict" else (),
+            {"__module__": name, "__reduce_ex__": object.__reduce_ex__},
+        )
         setattr(module, attribute, kind)
         monkeypatch.setitem(sys.modules, name, module)
         for parent in itertools.accumulate(name.split(".")[:-1], "{}.{}".format):
@@ -138,9 +187,26 @@ def baggage(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         "epoch": 4,
         "global_step": 470_000,
         "pytorch-lightning_version": "1.4.2",
-        "callbacks": {checkpoint: {"monitor": None, "best_model_score": np.float64(0.25), "best": torch.tensor(1.0), "where": Path("/training")}},
-        "optimizer_states": [{"state": {0: {"step": 1, "exp_avg": torch.ones(3)}}, "param_groups": [{"lr": 1e-4, "betas": (0.9, 0.999)}]}],
-        "lr_schedulers": [{"best": np.float32(1), "history": np.arange(3), "seen": {1, 2}, "frozen": frozenset({3}), "n": defaultdict(int, a=1)}],
+        "callbacks": {
+            checkpoint: {
+                "monitor": None,
+                "best_model_score": np.float64(0.25),
+                "best": torch.tensor(1.0),
+                "where": Path("/training"),
+            }
+        },
+        "optimizer_states": [
+            {"state": {0: {"step": 1, "exp_avg": torch.ones(3)}}, "param_groups": [{"lr": 1e-4, "betas": (0.9, 0.999)}]}
+        ],
+        "lr_schedulers": [
+            {
+                "best": np.float32(1),
+                "history": np.arange(3),
+                "seen": {1, 2},
+                "frozen": frozenset({3}),
+                "n": defaultdict(int, a=1),
+            }
+        ],
         "hyper_parameters": {"model": configuration, "settings": settings, "sizes": complex(1, 2)},
     }
 
@@ -173,20 +239,26 @@ def test_p4_a_callback_of_ones_own_is_refused_by_name(tmp_path: Path) -> None:
 
 
 P8: dict[str, tuple[bytes, str]] = {
-    "billion laughs": (b"\x80\x02]q\x00K\x01a0" + b"".join(b"](h%ch%ceq%c0" % (i, i, i + 1) for i in range(60)) + b"h\x3c.", "more values than the limit of 200,000"),
+    "billion laughs": (
+        b"\x80\x02]q\x00K\x01a0" + b"".join(b"](h%ch%ceq%c0" % (i, i, i + 1) for i in range(60)) + b"h\x3c.",
+        "more values than the limit of 200,000",
+    ),
     "opcodes": (b"\x80\x02" + b"N0" * 600_000 + b"N.", "more opcodes than the limit of 1,000,000"),
     "marks": (b"\x80\x02" + b"(" * 100_000 + b"N.", "nested deeper than the limit of 200"),
     "lists in lists": (b"\x80\x02" + b"]" * 100_000 + b"a" * 99_999 + b".", "nested deeper than the limit of 200"),
     "tuples in tuples": (b"\x80\x02)" + b"\x85" * 100_000 + b".", "nested deeper than the limit of 200"),
     "a list in itself": (b"\x80\x02]q\x00h\x00a.", "nested deeper than the limit of 200"),
     "a dictionary in itself": (b"\x80\x02}q\x00X\x01\x00\x00\x00ah\x00s.", "nested deeper than the limit of 200"),
-    "a state_dict in itself": (b"\x80\x02}q\x00X\x0a\x00\x00\x00state_dicth\x00s.", "state_dict nested deeper than the limit of 8"),
+    "a state_dict in itself": (
+        b"\x80\x02}q\x00X\x0a\x00\x00\x00state_dicth\x00s.",
+        "state_dict nested deeper than the limit of 8",
+    ),
     "a string of 2^60 bytes": (b"\x80\x04\x8d" + struct.pack("<Q", 1 << 60) + b"x.", "truncated"),
     "bytes of 2^31": (b"\x80\x04B" + struct.pack("<L", (1 << 31) - 1) + b"x.", "truncated"),
     "a number of 2^31 bytes": (b"\x80\x02\x8b" + struct.pack("<L", (1 << 31) - 1) + b"x.", "truncated"),
     "a long line": (b"S'" + b"x" * (1 << 20) + b"'\n.", "a line of more than"),
     "a number of many digits": (b"I" + b"9" * 100_000 + b"\n.", "malformed"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", P8)
@@ -198,7 +270,10 @@ def test_p8_pickles_that_grow(tmp_path: Path, name: str) -> None:
 def test_p8_keys_that_take_forever_to_hash(tmp_path: Path) -> None:
     """A tuple of twice the same tuple, 5,000 deep: hashing it visits 2^5000 leaves."""
     key = b")" + b"2\x86" * 5000
-    refused(zipped_pickle(tmp_path / "x.ckpt", b"\x80\x02}X\x0a\x00\x00\x00state_dict}" + key + b"Nss."), "the key tuple: expected a tensor or a plain value")
+    refused(
+        zipped_pickle(tmp_path / "x.ckpt", b"\x80\x02}X\x0a\x00\x00\x00state_dict}" + key + b"Nss."),
+        "the key tuple: expected a tensor or a plain value",
+    )
     path = zipped_pickle(tmp_path / "y.ckpt", b"\x80\x02}" + key + b"Ns.")
     with open_tensor_file(path) as file:
         assert file.tree == {}
@@ -209,9 +284,19 @@ PAIRS = b"](" + b"".join(b"K%cN\x86" % i for i in range(256)) * 4 + b"e"
 P8_COPIES = {
     "dictionaries of one list": b"ccollections\nOrderedDict\nq\x00" + PAIRS + b"q\x010" + b"h\x00h\x01\x85R0" * 2000,
     "sizes of one list": b"ctorch\nSize\nq\x00" + LONG_LIST + b"q\x010" + b"h\x00h\x01\x85R0" * 2000,
-    "bytes of one text": b"c_codecs\nencode\nq\x00" + text("x" * 1_000_000) + b"q\x010" + text("latin1") + b"q\x020" + b"h\x00h\x01h\x02\x86R" * 200,
-    "parameters of one dictionary": b"ctorch.nn.modules.container\nParameterDict\nq\x00}" + text("_parameters") + b"}(" + b"".join(b"M%c%cN" % (i % 256, i // 256) for i in range(1000)) + b"usq\x01" + b"0h\x00)\x81h\x01b" * 2000,
-}  # fmt: skip
+    "bytes of one text": b"c_codecs\nencode\nq\x00"
+    + text("x" * 1_000_000)
+    + b"q\x010"
+    + text("latin1")
+    + b"q\x020"
+    + b"h\x00h\x01h\x02\x86R" * 200,
+    "parameters of one dictionary": b"ctorch.nn.modules.container\nParameterDict\nq\x00}"
+    + text("_parameters")
+    + b"}("
+    + b"".join(b"M%c%cN" % (i % 256, i // 256) for i in range(1000))
+    + b"usq\x01"
+    + b"0h\x00)\x81h\x01b" * 2000,
+}
 
 
 @pytest.mark.parametrize("name", P8_COPIES)
@@ -224,10 +309,16 @@ def test_p8_one_value_copied_many_times(tmp_path: Path, name: str) -> None:
 def test_p8_names_and_numbers_too_long_to_print(tmp_path: Path) -> None:
     nested = b"\x80\x02" + text("k" * 400) + b"q\x000" + b"}h\x00" * 4 + b"N" + b"s" * 4 + b"."
     refused(zipped_pickle(tmp_path / "x.ckpt", nested), "a name longer than the limit of 1,000 characters")
-    with open_tensor_file(zipped_pickle(tmp_path / "x.ckpt", pickle.dumps({1 << 100_000: 1, "a": 1 << 100_000}, 2))) as file:
+    with open_tensor_file(
+        zipped_pickle(tmp_path / "x.ckpt", pickle.dumps({1 << 100_000: 1, "a": 1 << 100_000}, 2))
+    ) as file:
         assert file.tree == {"a": 1 << 100_000}
         assert file.notes == ("x.ckpt: ignored, as no tensor: the key int",)
-    error = refused(zipped_pickle(tmp_path / "x.ckpt", b"\x80\x04" + text("m" * 1_000_000) + text("n") + b"\x93."), "the name mmm", kind=UnsafeError)
+    error = refused(
+        zipped_pickle(tmp_path / "x.ckpt", b"\x80\x04" + text("m" * 1_000_000) + text("n") + b"\x93."),
+        "the name mmm",
+        kind=UnsafeError,
+    )
     assert len(error.message) < 1000
 
 

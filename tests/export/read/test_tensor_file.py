@@ -42,7 +42,9 @@ def packed(header: Header | str | bytes, data: bytes = b"", length: int | None =
 
 
 def refused(path: Path, *fragments: str, kind: type[SdrtError] = InputFileError) -> SdrtError:
-    """Opening `path` fails with exactly this class, in one printable line that names the file and holds the fragments."""
+    """Opening `path` fails with exactly this class, in one printable line that names the file and holds
+    the fragments.
+    """
     with pytest.raises(SdrtError) as caught:
         open_tensor_file(path).close()
     error = caught.value
@@ -68,9 +70,19 @@ def file(tmp_path: Path) -> Path:
 
 
 TORCH_TYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-}  # fmt: skip
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 
 
 def test_every_type_reads_as_the_library_reads_it(file: Path) -> None:
@@ -112,7 +124,9 @@ def test_real_files_read_as_the_library_reads_them(path: Path) -> None:
 
 
 def test_entries_keep_the_order_of_the_header_not_of_the_data(file: Path) -> None:
-    file.write_bytes(packed({"z": record(offsets=[8, 16]), "a": record(offsets=[16, 24]), "m": record(offsets=[0, 8])}, bytes(24)))
+    file.write_bytes(
+        packed({"z": record(offsets=[8, 16]), "a": record(offsets=[16, 24]), "m": record(offsets=[0, 8])}, bytes(24))
+    )
     with open_tensor_file(file) as opened:
         assert list(opened.entries) == ["z", "a", "m"]
 
@@ -289,7 +303,9 @@ def test_hole_before_the_first_tensor(file: Path) -> None:
     refused(file, ": first: a hole", "4 bytes")
 
 
-@pytest.mark.parametrize("offsets", [[8, 0], [0], [0, 4, 8], [0.0, 8.0], [-8, 0], [False, 8], "0-8", None, [0, 1 << 64]])
+@pytest.mark.parametrize(
+    "offsets", [[8, 0], [0], [0, 4, 8], [0.0, 8.0], [-8, 0], [False, 8], "0-8", None, [0, 1 << 64]]
+)
 def test_c7_bad_offsets(file: Path, offsets: object) -> None:
     file.write_bytes(packed({"layer": record(offsets=offsets)}, bytes(8)))
     refused(file, ": layer: bad data_offsets")
@@ -349,7 +365,17 @@ def test_header_of_exactly_the_limit(file: Path, monkeypatch: pytest.MonkeyPatch
         b'{"a\x00b":1}',
         '{"a":1}'.encode("utf-16-le"),
     ],
-    ids=["not utf-8", "deep lists", "deep objects", "unfinished", "two objects", "single quotes", "huge number", "raw NUL", "utf-16"],
+    ids=[
+        "not utf-8",
+        "deep lists",
+        "deep objects",
+        "unfinished",
+        "two objects",
+        "single quotes",
+        "huge number",
+        "raw NUL",
+        "utf-16",
+    ],
 )
 def test_c13_header_that_is_not_json(file: Path, header: bytes) -> None:
     file.write_bytes(packed(header, bytes(8)))
@@ -385,8 +411,10 @@ def test_c11_unknown_type(file: Path, dtype: object) -> None:
 
 
 @pytest.mark.parametrize(
-    "shape", [[-2], [2.0], [True, 2], ["2"], "2", 2, None, {"0": 2}, [[2]], [1] * 20, [10**400]], ids=lambda s: str(s)[:20]
-)  # fmt: skip
+    "shape",
+    [[-2], [2.0], [True, 2], ["2"], "2", 2, None, {"0": 2}, [[2]], [1] * 20, [10**400]],
+    ids=lambda s: str(s)[:20],
+)
 def test_c10_bad_shape(file: Path, shape: object) -> None:
     file.write_bytes(packed({"a": record(shape=shape)}, bytes(8)))
     error = refused(file, ": a: bad shape")
@@ -459,7 +487,11 @@ def test_symlink_loop(file: Path) -> None:
     refused(file, "cannot open")
 
 
-@pytest.mark.parametrize("name", ["x" * 4096, "a\0b.safetensors", "a\0b/c.safetensors", ""], ids=["4 KiB", "NUL", "NUL in the folder", "empty"])
+@pytest.mark.parametrize(
+    "name",
+    ["x" * 4096, "a\0b.safetensors", "a\0b/c.safetensors", ""],
+    ids=["4 KiB", "NUL", "NUL in the folder", "empty"],
+)
 def test_c19_impossible_paths(name: str) -> None:
     with pytest.raises(InputFileError) as caught:
         open_tensor_file(Path(name))
@@ -514,7 +546,9 @@ def test_reading_and_hashing_at_the_same_time(tmp_path: Path) -> None:
 
 
 def test_closing_ends_a_hash_under_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tensor_file, "_BLOCK_BYTES", 1)  # a thousand blocks a millisecond at best: minutes for this file
+    monkeypatch.setattr(
+        tensor_file, "_BLOCK_BYTES", 1
+    )  # a thousand blocks a millisecond at best: minutes for this file
     path = tmp_path / "x.safetensors"
     write_raw(path, {"t": RawTensor("U8", (50_000_000,), bytes(50_000_000))})
     opened = open_tensor_file(path)
@@ -547,20 +581,56 @@ _SEED = packed(
     bytes(range(22)),
 )
 _SNIPPETS = st.sampled_from(
-    [b"", b'"', b"{", b"}", b"[", b"]", b",", b"0", b"1", b"-1", b"8", b"1e1", b"NaN", b"null", b"F32", b"U8", b"BOOL", b"\\u0000", b" ", b'"a"']
+    [
+        b"",
+        b'"',
+        b"{",
+        b"}",
+        b"[",
+        b"]",
+        b",",
+        b"0",
+        b"1",
+        b"-1",
+        b"8",
+        b"1e1",
+        b"NaN",
+        b"null",
+        b"F32",
+        b"U8",
+        b"BOOL",
+        b"\\u0000",
+        b" ",
+        b'"a"',
+    ]
 )
 _REPLACED = st.tuples(
-    st.integers(0, len(_SEED) - 1), st.just(1), st.one_of(st.binary(min_size=1, max_size=1), st.sampled_from([b"0", b"2", b" "])), st.just(False)
+    st.integers(0, len(_SEED) - 1),
+    st.just(1),
+    st.one_of(st.binary(min_size=1, max_size=1), st.sampled_from([b"0", b"2", b" "])),
+    st.just(False),
 )
-_EDITED = st.tuples(st.integers(0, len(_SEED)), st.integers(0, 6), st.one_of(_SNIPPETS, st.binary(max_size=4)), st.sampled_from([True, True, False]))
+_EDITED = st.tuples(
+    st.integers(0, len(_SEED)),
+    st.integers(0, 6),
+    st.one_of(_SNIPPETS, st.binary(max_size=4)),
+    st.sampled_from([True, True, False]),
+)
 _BLANKS = st.tuples(st.integers(8, len(_SEED) - 22), st.just(0), st.sampled_from([b" ", b"\n\t"]), st.just(True))
 
 
-@given(edits=st.lists(st.one_of(_REPLACED, _BLANKS, _EDITED), max_size=4), cut=st.one_of(st.just(0), st.just(0), st.integers(0, 30)))
+@given(
+    edits=st.lists(st.one_of(_REPLACED, _BLANKS, _EDITED), max_size=4),
+    cut=st.one_of(st.just(0), st.just(0), st.integers(0, 30)),
+)
 @example(edits=[], cut=0)
 @settings(max_examples=1000, deadline=None, derandomize=True, database=None)
-def test_c_damaged_files_are_refused_or_read_as_the_library_reads_them(tmp_path_factory: pytest.TempPathFactory, edits: list[Any], cut: int) -> None:
-    """`edits` replace a few bytes somewhere; where the last member is true, the header's length is mended so that the JSON is reached."""
+def test_c_damaged_files_are_refused_or_read_as_the_library_reads_them(
+    tmp_path_factory: pytest.TempPathFactory, edits: list[Any], cut: int
+) -> None:
+    """`edits` replace a few bytes somewhere; where the last member is true, the header's length is mended so that the
+    JSON is reached.
+    """
     data = _SEED
     for position, removed, inserted, mend in edits:
         grown = data[:position] + inserted + data[position + removed :]
@@ -578,7 +648,13 @@ def test_c_damaged_files_are_refused_or_read_as_the_library_reads_them(tmp_path_
         assert edits or cut
         return
     with opened:
-        found = {name: (entry.dtype, list(entry.shape), bytes(opened.read_bytes(entry))) for name, entry in opened.entries.items()}
+        found = {
+            name: (entry.dtype, list(entry.shape), bytes(opened.read_bytes(entry)))
+            for name, entry in opened.entries.items()
+        }
         assert opened.sha256() == hashlib.sha256(data).hexdigest()
-    expected = {name: (tensor["dtype"], tensor["shape"], bytes(tensor["data"])) for name, tensor in safetensors.deserialize(data)}
+    expected = {
+        name: (tensor["dtype"], tensor["shape"], bytes(tensor["data"]))
+        for name, tensor in safetensors.deserialize(data)
+    }
     assert found == expected

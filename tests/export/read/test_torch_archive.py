@@ -1,4 +1,6 @@
-"""Files of torch.save: what is read equals torch; other forms, lies about storages, and 10,000 kinds of damage end in a clean error."""
+"""Files of torch.save: what is read equals torch; other forms, lies about storages, and 10,000 kinds of damage end in a
+clean error.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch_files import FORM_NAMES, FORMS, forged, peak_bytes, read, refused, saved, simple_archive, tensors, text, zip_bytes, zipped_pickle
+from torch_files import (
+    FORM_NAMES,
+    FORMS,
+    forged,
+    peak_bytes,
+    read,
+    refused,
+    saved,
+    simple_archive,
+    tensors,
+    text,
+    zip_bytes,
+    zipped_pickle,
+)
 
 from sdrt.errors import InputFileError, SdrtError, UnsafeError
 from sdrt.export.read.tensor_entry import TensorEntry
@@ -65,7 +80,16 @@ def test_a_tree_beside_the_flat_names(tmp_path: Path) -> None:
         assert file.tree["string_to_param"] == {"*": file.entries["string_to_param.*"]}
         assert isinstance(file.tree[320][0]["linear.0.weight"], TensorEntry)
         plain = {key: item for key, item in file.tree.items() if key not in ("string_to_param", 320)}
-        assert plain == {"name": "toy", "step": 500, "rate": 0.5, "structure": [1, 2.5, 1], "kind": None, "on": True, "size": [1, 2], "type": "torch.float16"}
+        assert plain == {
+            "name": "toy",
+            "step": 500,
+            "rate": 0.5,
+            "structure": [1, 2.5, 1],
+            "kind": None,
+            "on": True,
+            "size": [1, 2],
+            "type": "torch.float16",
+        }
         assert file.notes == ("x.pt: ignored, as no tensor: device",)
         assert file.metadata == {}
 
@@ -100,13 +124,20 @@ def tensor_pickle(
     def value(x: object) -> bytes:
         return pickle.dumps(x, 2)[2:-1]
 
-    reference = b"(" + text("storage") + f"ctorch\n{storage}\n".encode() + value(key) + text("cpu") + value(items) + b"tQ"
-    rebuilt = b"ctorch._utils\n_rebuild_tensor_v2\n(" + reference + value(offset) + value(shape) + value(strides) + b"\x89}tR"
+    reference = (
+        b"(" + text("storage") + f"ctorch\n{storage}\n".encode() + value(key) + text("cpu") + value(items) + b"tQ"
+    )
+    rebuilt = (
+        b"ctorch._utils\n_rebuild_tensor_v2\n(" + reference + value(offset) + value(shape) + value(strides) + b"\x89}tR"
+    )
     return b"\x80\x02}" + text("state_dict") + b"}" + text(name) + rebuilt + b"ss."
 
 
 P9: dict[str, tuple[dict[str, Any], str]] = {
-    "stride 0 of 2^40": ({"shape": (1 << 40,), "strides": (0,)}, "unpack to 4,398,046,511,104 bytes, more than the limit of 1,048,576"),
+    "stride 0 of 2^40": (
+        {"shape": (1 << 40,), "strides": (0,)},
+        "unpack to 4,398,046,511,104 bytes, more than the limit of 1,048,576",
+    ),
     "strides 0 of 2^480": ({"shape": (1 << 60,) * 8, "strides": (0,) * 8}, "more than the limit"),
     "offset past the storage": ({"offset": 5}, "a: reaches byte 36 of a storage of 32 bytes"),
     "offset at the end": ({"offset": 8, "shape": (1,), "strides": (1,)}, "a: reaches byte 36"),
@@ -150,7 +181,9 @@ def test_p9_the_forger_can_make_a_good_tensor(tmp_path: Path) -> None:
 
 
 def test_p9_types_that_torch_cannot_give(tmp_path: Path) -> None:
-    path = saved(tmp_path / "x.ckpt", {"a": torch.ones(2, dtype=torch.complex64), "b": torch.ones(2, dtype=torch.uint16)})
+    path = saved(
+        tmp_path / "x.ckpt", {"a": torch.ones(2, dtype=torch.complex64), "b": torch.ones(2, dtype=torch.uint16)}
+    )
     with open_tensor_file(path) as file:
         for name, code in (("a", "C64"), ("b", "U16")):
             with pytest.raises(InputFileError, match=f"{name}: expected floating-point data, found {code}"):
@@ -158,7 +191,9 @@ def test_p9_types_that_torch_cannot_give(tmp_path: Path) -> None:
 
 
 def test_two_tensors_of_one_name(tmp_path: Path) -> None:
-    refused(saved(tmp_path / "x.ckpt", {"a": {"b": torch.ones(1)}, "a.b": torch.ones(1)}), "a.b: two tensors of this name")
+    refused(
+        saved(tmp_path / "x.ckpt", {"a": {"b": torch.ones(1)}, "a.b": torch.ones(1)}), "a.b: two tensors of this name"
+    )
 
 
 # P10: other forms
@@ -193,7 +228,9 @@ def test_p10_big_endian(tmp_path: Path) -> None:
 
 
 def test_p10_frames_and_protocols(tmp_path: Path) -> None:
-    """A frame may end at any opcode. Where it ends within one, readers differ: some read the rest of it from behind what they had in their buffer."""
+    """A frame may end at any opcode. Where it ends within one, readers differ: some read the rest of it from behind
+    what they had in their buffer.
+    """
 
     def framed(length: int, body: bytes) -> bytes:
         return b"\x95" + struct.pack("<Q", length) + body
@@ -202,14 +239,27 @@ def test_p10_frames_and_protocols(tmp_path: Path) -> None:
     for length in (0, 1, len(body) - 4, len(body)):
         with open_tensor_file(zipped_pickle(tmp_path / "x.ckpt", b"\x80\x04" + framed(length, body))) as file:
             assert file.tree == {"step": 5}
-    for length, message in ((3, "goes on behind the end of its frame"), (len(body) + 1, "are left"), (1 << 40, "are left")):
+    for length, message in (
+        (3, "goes on behind the end of its frame"),
+        (len(body) + 1, "are left"),
+        (1 << 40, "are left"),
+    ):
         refused(zipped_pickle(tmp_path / "x.ckpt", b"\x80\x04" + framed(length, body)), message)
-    refused(zipped_pickle(tmp_path / "x.ckpt", b"\x80\x04" + framed(len(body) + 9, framed(len(body), body))), "within another")
-    refused(zipped_pickle(tmp_path / "x.ckpt", b"\x80\x04" + framed(len(body) + 1, body + b"N")), "1 bytes before the end of its frame")
+    refused(
+        zipped_pickle(tmp_path / "x.ckpt", b"\x80\x04" + framed(len(body) + 9, framed(len(body), body))),
+        "within another",
+    )
+    refused(
+        zipped_pickle(tmp_path / "x.ckpt", b"\x80\x04" + framed(len(body) + 1, body + b"N")),
+        "1 bytes before the end of its frame",
+    )
     refused(zipped_pickle(tmp_path / "x.ckpt", b"\x80\x06}."), "pickle protocol 6, expected at most 5")
     for protocol in range(6):
         with open_tensor_file(
-            zipped_pickle(tmp_path / "x.ckpt", pickle.dumps({"a": [1, 2.5, None, True, "é", b"\xff", (1,)], "n": -(1 << 70)}, protocol))
+            zipped_pickle(
+                tmp_path / "x.ckpt",
+                pickle.dumps({"a": [1, 2.5, None, True, "é", b"\xff", (1,)], "n": -(1 << 70)}, protocol),
+            )
         ) as file:
             assert file.tree == {"a": [1, 2.5, None, True, "é", b"\xff", [1]], "n": -(1 << 70)}
 
@@ -233,7 +283,9 @@ def test_p10_legacy_parts_that_lie(tmp_path: Path) -> None:
     path = tmp_path / "x.ckpt"
 
     def given(index: int, value: object, rest: bytes = storages) -> Path:
-        path.write_bytes(b"".join([*parts[:index], pickle.dumps(value, 2) if index < 5 else b"", *parts[index + 1 :], rest]))
+        path.write_bytes(
+            b"".join([*parts[:index], pickle.dumps(value, 2) if index < 5 else b"", *parts[index + 1 :], rest])
+        )
         return path
 
     assert torch.equal(read(given(5, None))["a"], torch.ones(2))
@@ -263,7 +315,16 @@ def test_p10_a_legacy_view_of_a_storage(tmp_path: Path) -> None:
     (tmp_path / "x.ckpt").write_bytes(b"".join([*parts[:3], changed, parts[4], struct.pack("<Q5f", 5, 1, 2, 3, 4, 5)]))
     assert key in parts[3].decode("latin-1")
     assert read(tmp_path / "x.ckpt")["a"].tolist() == [4, 5]
-    (tmp_path / "x.ckpt").write_bytes(b"".join([*parts[:3], changed.replace(b"K\x03K\x02t", b"K\x04K\x02t"), parts[4], struct.pack("<Q5f", 5, 1, 2, 3, 4, 5)]))
+    (tmp_path / "x.ckpt").write_bytes(
+        b"".join(
+            [
+                *parts[:3],
+                changed.replace(b"K\x03K\x02t", b"K\x04K\x02t"),
+                parts[4],
+                struct.pack("<Q5f", 5, 1, 2, 3, 4, 5),
+            ]
+        )
+    )
     refused(tmp_path / "x.ckpt", "a view of a storage that does not lie within it")
 
 
@@ -280,7 +341,9 @@ def outcome(path: Path) -> dict[str, torch.Tensor] | int:
 
 
 SMALL: dict[str, Any] = {
-    "state_dict": OrderedDict(weight=torch.arange(6.0).reshape(2, 3), turned=torch.arange(6.0).reshape(2, 3).t(), half=torch.ones(2).half()),
+    "state_dict": OrderedDict(
+        weight=torch.arange(6.0).reshape(2, 3), turned=torch.arange(6.0).reshape(2, 3).t(), half=torch.ones(2).half()
+    ),
     "epoch": np.float64(3),
     "optimizer_states": [{"lr": 0.5, "betas": (1, 2)}],
 }
@@ -326,7 +389,9 @@ def test_p11_5000_mutations_of_an_archive(tmp_path: Path) -> None:
         path.write_bytes(mutated(data, random))
         found = outcome(path)
         if isinstance(found, dict):
-            assert found.keys() == right.keys() and all(torch.equal(found[name], tensor) for name, tensor in right.items())
+            assert found.keys() == right.keys() and all(
+                torch.equal(found[name], tensor) for name, tensor in right.items()
+            )
         codes[found if isinstance(found, int) else "read"] += 1
     assert min(codes[3], codes[4], codes["read"]) > 100, codes
 
@@ -343,7 +408,11 @@ def test_p11_5000_mutations_of_the_pickle_itself(tmp_path: Path) -> None:
     def run(count: int) -> None:
         for i in range(count):
             if i % 2:
-                zipped_pickle(path, mutated(parts["data.pkl"], random), {name: data for name, data in parts.items() if name not in ("data.pkl", "version")})
+                zipped_pickle(
+                    path,
+                    mutated(parts["data.pkl"], random),
+                    {name: data for name, data in parts.items() if name not in ("data.pkl", "version")},
+                )
             else:
                 path.write_bytes(mutated(legacy, random))
             found = outcome(path)
@@ -358,10 +427,15 @@ def test_p11_5000_mutations_of_the_pickle_itself(tmp_path: Path) -> None:
 
 
 def test_p12_one_descriptor_from_check_to_last_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path, other = saved(tmp_path / "x.ckpt", {"a": torch.ones(2)}), saved(tmp_path / "other.ckpt", {"a": torch.zeros(2)})
+    path, other = (
+        saved(tmp_path / "x.ckpt", {"a": torch.ones(2)}),
+        saved(tmp_path / "other.ckpt", {"a": torch.zeros(2)}),
+    )
     opens: list[object] = []
     real = os.open
-    monkeypatch.setattr(os, "open", lambda *arguments, **options: (opens.append(arguments[0]), real(*arguments, **options))[1])
+    monkeypatch.setattr(
+        os, "open", lambda *arguments, **options: (opens.append(arguments[0]), real(*arguments, **options))[1]
+    )
     with open_tensor_file(path) as file:
         other.replace(path)
         assert torch.equal(file.read("a"), torch.ones(2))

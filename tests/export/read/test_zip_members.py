@@ -43,8 +43,14 @@ P5_P6: dict[str, tuple[bytes, str]] = {
     "encrypted": (simple_archive(change=forged(flags=0x1)), "is encrypted"),
     "patched": (simple_archive(change=forged(flags=0x20)), "has flags"),
     "strongly encrypted": (simple_archive(change=forged(flags=0x40)), "is encrypted"),
-    "checksum of the pickle": (simple_archive(change=forged(local={"crc": 1}, central={"crc": 1})), "the archive says 00000001"),
-    "checksum of a tensor": (simple_archive(change=forged("data/0", local={"crc": 1}, central={"crc": 1})), "the archive says 00000001"),
+    "checksum of the pickle": (
+        simple_archive(change=forged(local={"crc": 1}, central={"crc": 1})),
+        "the archive says 00000001",
+    ),
+    "checksum of a tensor": (
+        simple_archive(change=forged("data/0", local={"crc": 1}, central={"crc": 1})),
+        "the archive says 00000001",
+    ),
     "name that climbs": (simple_archive(ZipEntry(b"archive/data/../../x", b"")), "plain relative path"),
     "absolute name": (simple_archive(ZipEntry(b"/etc/x", b"")), "plain relative path"),
     "drive": (simple_archive(ZipEntry(b"C:/x", b"")), "plain relative path"),
@@ -52,19 +58,34 @@ P5_P6: dict[str, tuple[bytes, str]] = {
     "folder": (simple_archive(ZipEntry(b"archive/data/", b"")), "plain relative path"),
     "name of no text": (simple_archive(ZipEntry(b"archive/data/\xff", b"")), "plain relative path"),
     "link": (simple_archive(ZipEntry(b"archive/data/7", b"/etc/passwd", attributes=stat.S_IFLNK | 0o777)), "a link"),
-    "member of no torch file": (simple_archive(ZipEntry(b"archive/run.py", b"")), "archive/run.py: not a member that torch.save writes"),
+    "member of no torch file": (
+        simple_archive(ZipEntry(b"archive/run.py", b"")),
+        "archive/run.py: not a member that torch.save writes",
+    ),
     "duplicate tensor": (simple_archive(ZipEntry(b"x/data/0", b"")), "not a member"),
     "fewer members counted": (simple_archive(count=3), "after its 3 members"),
     "bytes before": (simple_archive(before=b"#!/bin/sh\n"), "bytes before the first zip member"),
     "comment": (simple_archive(comment=b"hello"), "5 bytes follow the zip archive"),
     "bytes after": (simple_archive() + b"MZ", "2 bytes follow the zip archive"),
     "gap": (simple_archive(change=forged("version", after=b"payload")), "7 bytes follow this zip member"),
-    "false descriptor": (simple_archive(change=forged("version", flags=8, after=b"PK\7\10" + bytes(12))), "16 bytes follow this zip member"),
-    "overlap": (simple_archive(change=forged("data/0", central={"size": 40, "packed": 40}, local={"size": 40, "packed": 40})), "overlaps"),
-    "zip64 without sizes": (simple_archive(change=forged(central={"size": 0xFFFFFFFF})), "zip64 member without its sizes"),
-    "zip64 sizes that are not wanted": (simple_archive(change=forged(extra=struct.pack("<2HQ", 1, 8, 3))), "two sets of sizes"),
+    "false descriptor": (
+        simple_archive(change=forged("version", flags=8, after=b"PK\7\10" + bytes(12))),
+        "16 bytes follow this zip member",
+    ),
+    "overlap": (
+        simple_archive(change=forged("data/0", central={"size": 40, "packed": 40}, local={"size": 40, "packed": 40})),
+        "overlaps",
+    ),
+    "zip64 without sizes": (
+        simple_archive(change=forged(central={"size": 0xFFFFFFFF})),
+        "zip64 member without its sizes",
+    ),
+    "zip64 sizes that are not wanted": (
+        simple_archive(change=forged(extra=struct.pack("<2HQ", 1, 8, 3))),
+        "two sets of sizes",
+    ),
     "stored but shorter": (simple_archive(change=forged("version", central={"size": 1})), "stored as 2 bytes of 1"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("attack", P5_P6)
@@ -124,7 +145,9 @@ def test_p7_a_bomb_is_refused_before_it_unpacks(tmp_path: Path, name: str) -> No
 def test_p7_a_bomb_that_lies_about_its_size(tmp_path: Path) -> None:
     packed = deflated(bytes(50_000_000))
     small = {"size": 1000}
-    (tmp_path / "x.ckpt").write_bytes(simple_archive(change=forged(data=bytes(8), packed=packed, method=8, local=small, central=small)))
+    (tmp_path / "x.ckpt").write_bytes(
+        simple_archive(change=forged(data=bytes(8), packed=packed, method=8, local=small, central=small))
+    )
     peak = peak_bytes(lambda: refused(tmp_path / "x.ckpt", "unpacks to more than 1,000 bytes"))
     assert peak < 4_000_000
 
@@ -132,7 +155,14 @@ def test_p7_a_bomb_that_lies_about_its_size(tmp_path: Path) -> None:
 def test_p7_40_gb_declared(tmp_path: Path) -> None:
     size = 40 << 30
     wide = struct.pack("<2HQ", 1, 8, size)
-    entry = forged("data/0", method=8, packed=deflated(b"x" * 8), local={"size": 0, "crc": 0}, central={"size": 0xFFFFFFFF}, extra=wide)
+    entry = forged(
+        "data/0",
+        method=8,
+        packed=deflated(b"x" * 8),
+        local={"size": 0, "crc": 0},
+        central={"size": 0xFFFFFFFF},
+        extra=wide,
+    )
     (tmp_path / "x.ckpt").write_bytes(simple_archive(change=entry))
     peak = peak_bytes(lambda: refused(tmp_path / "x.ckpt", f"unpack to {size:,}"))
     assert peak < 4_000_000

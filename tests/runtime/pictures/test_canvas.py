@@ -1,4 +1,6 @@
-"""Pictures as input: fitting and masks against diffusers' image processor and Pillow's own compositing, and everything that is no picture."""
+"""Pictures as input: fitting and masks against diffusers' image processor and Pillow's own compositing, and everything
+that is no picture.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,12 @@ from sdrt.runtime.pictures.input import MAX_PIXELS
 def photo(width: int, height: int, mode: str = "RGB") -> Image.Image:
     """Smooth colours with an edge, so that resampling shows."""
     y, x = np.mgrid[0:height, 0:width]
-    bands = [128 + 100 * np.sin(x / 7), 128 + 100 * np.cos(y / 5), np.where(x * height > y * width, 220, 30), np.full_like(x, 255) - (x + y) % 256]
+    bands = [
+        128 + 100 * np.sin(x / 7),
+        128 + 100 * np.cos(y / 5),
+        np.where(x * height > y * width, 220, 30),
+        np.full_like(x, 255) - (x + y) % 256,
+    ]
     return Image.fromarray(np.stack(bands[: len(mode)], axis=-1).astype(np.uint8), mode if mode == "RGBA" else None)
 
 
@@ -34,7 +41,14 @@ def disc(width: int, height: int) -> Image.Image:
     return mask
 
 
-def made(init: Any, mask: Any = None, size: tuple[int, int] = (64, 96), resize: str = "stretch", blur: int = 0, compat: str = "a1111") -> Any:
+def made(
+    init: Any,
+    mask: Any = None,
+    size: tuple[int, int] = (64, 96),
+    resize: str = "stretch",
+    blur: int = 0,
+    compat: str = "a1111",
+) -> Any:
     return canvas(init, mask, size, resize=resize, blur=blur, compat=compat, factor=8)
 
 
@@ -59,7 +73,9 @@ def test_every_mode_gives_the_size(source: tuple[int, int], size: tuple[int, int
 
 
 @pytest.mark.parametrize("source", [(200, 100), (100, 200), (641, 480), (64, 96), (30, 21), (1000, 3), (3, 1001)])
-def test_crop_of_a_picture_too_thin_to_be_scaled_whole(source: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_crop_of_a_picture_too_thin_to_be_scaled_whole(
+    source: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Only what stays is scaled, and comes out the same but for rounding."""
     expected = made(photo(*source), resize="crop").pixels.astype(int)
     monkeypatch.setattr(images, "MAX_PIXELS", 0)
@@ -70,7 +86,9 @@ def test_crop_of_a_picture_too_thin_to_be_scaled_whole(source: tuple[int, int], 
 def test_crop_of_a_line(size: tuple[int, int]) -> None:
     """Whole, it would be scaled to billions of pixels."""
     line = photo(*size)
-    middle = line.crop(tuple(max(0, side // 2 - 20) for side in size) + tuple(min(side, side // 2 + 21) for side in size))
+    middle = line.crop(
+        tuple(max(0, side // 2 - 20) for side in size) + tuple(min(side, side // 2 + 21) for side in size)
+    )
     assert np.abs(made(line, resize="crop").pixels.astype(int) - made(middle, resize="crop").pixels).max() <= 1
 
 
@@ -84,7 +102,9 @@ def test_crop_keeps_the_middle() -> None:
 def test_crop_is_pillow_s_fit() -> None:
     image = photo(200, 100)
     expected = np.asarray(ImageOps.fit(image, (64, 64), Image.Resampling.LANCZOS), np.float32)
-    assert np.abs(made(image, size=(64, 64), resize="crop").pixels - expected).mean() < 6  # it crops first and scales then
+    assert (
+        np.abs(made(image, size=(64, 64), resize="crop").pixels - expected).mean() < 6
+    )  # it crops first and scales then
 
 
 def test_fill_draws_the_edges_out() -> None:
@@ -92,7 +112,11 @@ def test_fill_draws_the_edges_out() -> None:
     image.paste("red", (0, 0, 64, 1))
     image.paste("blue", (0, 31, 64, 32))
     pixels = made(image, size=(64, 64), resize="fill").pixels
-    assert (pixels[:17] == (255, 0, 0)).all() and (pixels[47:] == (0, 0, 255)).all() and (pixels[17:47] == (0, 128, 0)).all()
+    assert (
+        (pixels[:17] == (255, 0, 0)).all()
+        and (pixels[47:] == (0, 0, 255)).all()
+        and (pixels[17:47] == (0, 128, 0)).all()
+    )
     tall = made(image.transpose(Image.Transpose.ROTATE_90), size=(64, 64), resize="fill").pixels
     assert (tall[:, :17] == (255, 0, 0)).all() and (tall[:, 47:] == (0, 0, 255)).all()
 
@@ -127,7 +151,13 @@ def test_turned_by_its_camera(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned clockwise
     photo(96, 64).save(tmp_path / "x.jpg", exif=exif, quality=100)
-    assert np.abs(made(tmp_path / "x.jpg").pixels.astype(int) - np.asarray(photo(96, 64).transpose(Image.Transpose.ROTATE_270))).mean() < 5
+    assert (
+        np.abs(
+            made(tmp_path / "x.jpg").pixels.astype(int)
+            - np.asarray(photo(96, 64).transpose(Image.Transpose.ROTATE_270))
+        ).mean()
+        < 5
+    )
 
 
 # Masks
@@ -144,7 +174,9 @@ def test_diffusers_masks(source: tuple[int, int]) -> None:
     assert torch.equal(torch.from_numpy(1 - found.keep)[None], F.interpolate(expected, size=(12, 8)))
     init = VaeImageProcessor(vae_scale_factor=8).preprocess(image, height=96, width=64)
     seen = torch.from_numpy(found.masked_pixels.astype(np.float32) / 127.5 - 1).permute(2, 0, 1)[None]
-    assert torch.allclose(seen, init * (expected < 0.5), atol=0.5 / 127.5 + 1e-6)  # the grey of bytes is half a level off
+    assert torch.allclose(
+        seen, init * (expected < 0.5), atol=0.5 / 127.5 + 1e-6
+    )  # the grey of bytes is half a level off
     assert found.overlay is None
 
 
@@ -158,7 +190,8 @@ def test_a1111_masks_against_pillow() -> None:
     cut = Image.new("RGBA", picture.size)
     cut.paste(image.convert("RGBA"), mask=ImageOps.invert(doubled))
     expected = np.asarray(Image.alpha_composite(picture.convert("RGBA"), cut).convert("RGB"), np.int64)
-    # Pillow's compositing works in bytes, and pasting onto nothing squares the soft edge; where the mask is plain they agree.
+    # Pillow's compositing works in bytes, and pasting onto nothing squares the soft edge; where the mask is plain they
+    # agree.
     plain = np.isin(np.asarray(doubled), (0, 255))
     laid = laid_over(np.asarray(picture), found).astype(np.int64)
     assert plain.mean() > 0.6 and (np.abs(laid - expected)[plain] <= 1).all()
@@ -189,7 +222,12 @@ def test_mask_in_the_alpha_channel() -> None:
 
 def test_blank_canvas() -> None:
     blank = blank_canvas((64, 96), 8)
-    assert blank.pixels.shape == (96, 64, 3) and (blank.pixels == 128).all() and blank.keep.shape == (1, 12, 8) and not blank.keep.any()
+    assert (
+        blank.pixels.shape == (96, 64, 3)
+        and (blank.pixels == 128).all()
+        and blank.keep.shape == (1, 12, 8)
+        and not blank.keep.any()
+    )
 
 
 @pytest.mark.parametrize("sigma", [1, 4, 16])
@@ -206,7 +244,9 @@ def test_blur_against_the_sum_in_float64(sigma: int) -> None:
         return min(index, period - index)
 
     def along(values: NDArray[Any], count: int) -> NDArray[Any]:
-        return np.stack([sum(t * values[mirrored(i + o, count)] for t, o in zip(taps, offsets, strict=True)) for i in range(count)])
+        return np.stack(
+            [sum(t * values[mirrored(i + o, count)] for t, o in zip(taps, offsets, strict=True)) for i in range(count)]
+        )
 
     rows = along(grey.T.astype(np.float64), 60).T
     expected = along(np.around(rows), 40)

@@ -1,4 +1,6 @@
-"""What a PNG says of itself: read by an independent parser, replayed to the same pixels, and every picture that cannot be replayed."""
+"""What a PNG says of itself: read by an independent parser, replayed to the same pixels, and every picture that cannot
+be replayed.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,9 @@ def loaded(flat_bundle: Path) -> Iterator[Pipeline]:
 @pytest.fixture
 def shared(loaded: Pipeline, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """The emoji bundle, loaded once for many commands, and an empty working folder."""
-    monkeypatch.setattr(Pipeline, "load", lambda path, **_: Pipeline(loaded.bundle, loaded._engine, loaded._conditioner._tokenizer))  # type: ignore[arg-type]
+    monkeypatch.setattr(
+        Pipeline, "load", lambda path, **_: Pipeline(loaded.bundle, loaded._engine, loaded._conditioner._tokenizer)
+    )  # type: ignore[arg-type]
     monkeypatch.chdir(tmp_path)
     return loaded.bundle.path
 
@@ -66,66 +70,115 @@ def made(pipe: Pipeline, path: Path, prompt: str = "red apple", **settings: Any)
         ("Steps: 20, Sampler: none", "", {}),
     ],
 )
-def test_an_independent_parser_reads_it(loaded: Pipeline, tmp_path: Path, prompt: str, negative: str, settings: dict[str, Any]) -> None:
+def test_an_independent_parser_reads_it(
+    loaded: Pipeline, tmp_path: Path, prompt: str, negative: str, settings: dict[str, Any]
+) -> None:
     path = made(loaded, tmp_path / "x.png", prompt, negative=negative, **settings)
     info = ParserManager().parse(path)
     assert info is not None and info.generator.value == "AUTOMATIC1111"
     (sampler,) = info.samplers
     asked = json.loads(json.dumps(read_parameters(path)))
-    assert [text.value for text in sampler.prompts] == [prompt] and [text.value for text in sampler.negative_prompts] == ([negative] if negative else [])
+    assert [text.value for text in sampler.prompts] == [prompt] and [
+        text.value for text in sampler.negative_prompts
+    ] == ([negative] if negative else [])
     assert sampler.parameters["steps"] == str(asked["steps"]) and sampler.parameters["seed"] == str(asked["seed"])
     assert float(sampler.parameters["cfg_scale"]) == asked["cfg"]
     assert info.metadata["Size"] == "64x64"
-    assert sampler.model is not None and sampler.model.name == "emoji" and loaded.bundle.manifest.sources[0].sha256.startswith(sampler.model.hash or "-")
+    assert (
+        sampler.model is not None
+        and sampler.model.name == "emoji"
+        and loaded.bundle.manifest.sources[0].sha256.startswith(sampler.model.hash or "-")
+    )
     if asked["sampler"] == "dpmpp_2m":
         assert (sampler.name, sampler.parameters["scheduler"]) == ("DPM++ 2M", "Karras")
 
 
 def test_what_the_text_says_of_images_and_options(loaded: Pipeline) -> None:
     parameters = loaded("sun", steps=1, seed=1).parameters | {
-        "strength": 0.6, "mask": "m.png", "mask_blur": 4, "clip_skip": 2, "noise": "cpu", "emphasis": "no norm", "schedule": "sgm_uniform",
-    }  # fmt: skip
+        "strength": 0.6,
+        "mask": "m.png",
+        "mask_blur": 4,
+        "clip_skip": 2,
+        "noise": "cpu",
+        "emphasis": "no norm",
+        "schedule": "sgm_uniform",
+    }
     line = infotext(parameters).splitlines()[-1]
-    for part in ("Denoising strength: 0.6", "Mask blur: 4", "Clip skip: 2", "RNG: CPU", "Emphasis: No norm", "Schedule type: SGM Uniform", "Version: sdrt "):
+    for part in (
+        "Denoising strength: 0.6",
+        "Mask blur: 4",
+        "Clip skip: 2",
+        "RNG: CPU",
+        "Emphasis: No norm",
+        "Schedule type: SGM Uniform",
+        "Version: sdrt ",
+    ):
         assert part in line.split(", ") or part in line
 
 
 def test_what_was_fused_is_named(loaded: Pipeline) -> None:
     """Strengths as tags, text encoder first, and hashes of the files; sd_parsers reads the pairs."""
     fused = [
-        {"kind": "checkpoint", "name": "base.safetensors", "sha256": "a" * 64, "scale": None, "te_scale": None, "trigger": None},
+        {
+            "kind": "checkpoint",
+            "name": "base.safetensors",
+            "sha256": "a" * 64,
+            "scale": None,
+            "te_scale": None,
+            "trigger": None,
+        },
         {"kind": "vae", "name": "soft.pt", "sha256": "b" * 64, "scale": None, "te_scale": None, "trigger": None},
         {"kind": "lora", "name": "one.safetensors", "sha256": "c" * 64, "scale": 0.8, "te_scale": 0.8, "trigger": None},
         {"kind": "lora", "name": "two.pt", "sha256": "d" * 64, "scale": 1.0, "te_scale": 0.25, "trigger": None},
-        {"kind": "embedding", "name": "file.bin", "sha256": "e" * 64, "scale": None, "te_scale": None, "trigger": "cute"},
+        {
+            "kind": "embedding",
+            "name": "file.bin",
+            "sha256": "e" * 64,
+            "scale": None,
+            "te_scale": None,
+            "trigger": "cute",
+        },
         {"kind": "hypernetwork", "name": "net.pt", "sha256": "f" * 64, "scale": 0.5, "te_scale": None, "trigger": None},
     ]
     first, pairs = infotext(loaded("sun", steps=1, seed=1).parameters | {"sources": fused}).splitlines()
     assert first == "sun <lora:one:0.8> <lora:two:0.25:1> <hypernet:net:0.5>"
     for part in (
-        "Model hash: aaaaaaaaaa, Model: base, VAE hash: bbbbbbbbbb, VAE: soft.pt", 'Lora hashes: "one: cccccccccccc, two: dddddddddddd"',
-        'TI hashes: "cute: eeeeeeeeeeee"', 'Hypernet hashes: "net: ffffffffffff"',
-    ):  # fmt: skip
+        "Model hash: aaaaaaaaaa, Model: base, VAE hash: bbbbbbbbbb, VAE: soft.pt",
+        'Lora hashes: "one: cccccccccccc, two: dddddddddddd"',
+        'TI hashes: "cute: eeeeeeeeeeee"',
+        'Hypernet hashes: "net: ffffffffffff"',
+    ):
         assert part in pairs
 
 
 def test_a_result_says_what_was_fused(blindbox_bundle: Path) -> None:
     with Pipeline.load(blindbox_bundle, backend="onnxruntime", threads=1) as pipe:
         source, parameters = pipe.bundle.manifest.sources[1], pipe("sun", steps=1, seed=1).parameters
-    assert {"kind": "lora", "name": source.name, "sha256": source.sha256, "scale": 1.0, "te_scale": 1.0, "trigger": None} in parameters["sources"]
+    assert {
+        "kind": "lora",
+        "name": source.name,
+        "sha256": source.sha256,
+        "scale": 1.0,
+        "te_scale": 1.0,
+        "trigger": None,
+    } in parameters["sources"]
     assert infotext(parameters).startswith("sun <lora:blindbox:1>\n")
 
 
 @pytest.mark.parametrize("format", ["png", "jpeg", "webp"])
 def test_every_format_says_how_it_was_made(loaded: Pipeline, format: str) -> None:
-    """The text where AUTOMATIC1111 puts it (EXIF's UserComment in UTF-16, but for PNG), the JSON beside it, and the picture."""
+    """The text where AUTOMATIC1111 puts it (EXIF's UserComment in UTF-16, but for PNG), the JSON beside it, and the
+    picture.
+    """
     result = loaded("röd äpple 🍎", steps=2, seed=3)
     parameters = result.parameters | {"engine": result.engine}
     data = encode(result.images[0], parameters, format, quality=100)
     with Image.open(BytesIO(data)) as picture:
         assert picture.format == format.upper()
         difference = np.abs(np.asarray(picture.convert("RGB")).astype(int) - result.images[0])
-        assert difference.max() == 0 if format != "jpeg" else difference.mean() < 4  # JPEG halves the resolution of colours
+        assert (
+            difference.max() == 0 if format != "jpeg" else difference.mean() < 4
+        )  # JPEG halves the resolution of colours
         if format == "png":
             text, everything = picture.info["parameters"], picture.info["sdrt"]
         else:
@@ -162,14 +215,21 @@ def test_more_text_than_a_jpeg_holds(loaded: Pipeline) -> None:
     ],
 )
 def test_replay(shared: Path, options: list[str]) -> None:
-    assert run("generate", shared, "a [red:green:0.5] (apple:1.2)", "--steps", 4, "--seed", 9, "-o", "a.png", *options).exit_code == 0
+    assert (
+        run(
+            "generate", shared, "a [red:green:0.5] (apple:1.2)", "--steps", 4, "--seed", 9, "-o", "a.png", *options
+        ).exit_code
+        == 0
+    )
     again = run("generate", shared, "--from-png", "a.png", "-o", "b.png")
     assert again.exit_code == 0 and "note" not in again.stderr, again.stderr
     with Image.open("a.png") as a, Image.open("b.png") as b:
         assert np.array_equal(np.asarray(a), np.asarray(b)) and a.info == b.info
 
 
-@pytest.mark.parametrize("made_by", [{"backend": "openvino", "compute": "bf16"}, {"backend": "onnxruntime"}, {}, {"backend": ["\x1b[2J"]}])
+@pytest.mark.parametrize(
+    "made_by", [{"backend": "openvino", "compute": "bf16"}, {"backend": "onnxruntime"}, {}, {"backend": ["\x1b[2J"]}]
+)
 def test_replay_on_another_engine_says_so(shared: Path, made_by: dict[str, Any]) -> None:
     run("generate", shared, "sun", "--steps", 1, "--seed", 9, "-o", "a.png")
     with Image.open("a.png") as picture:
@@ -178,7 +238,11 @@ def test_replay_on_another_engine_says_so(shared: Path, made_by: dict[str, Any])
         info.add_itxt("sdrt", json.dumps(parameters))
         picture.save("other.png", pnginfo=info)
     again = run("generate", shared, "--from-png", "other.png", "-o", "b.png")
-    assert again.exit_code == 0 and "note: other.png: made on " in again.stderr and "now on onnxruntime in fp32" in again.stderr
+    assert (
+        again.exit_code == 0
+        and "note: other.png: made on " in again.stderr
+        and "now on onnxruntime in fp32" in again.stderr
+    )
     assert "\x1b[2J" not in again.stderr
 
 
@@ -202,7 +266,21 @@ def test_replay_with_another_seed(shared: Path) -> None:
 def test_replay_from_an_image(shared: Path) -> None:
     Image.effect_noise((64, 64), 90).save("init.png")
     Image.new("L", (64, 64), 255).save("mask.png")
-    done = run("generate", shared, "sun", "--steps", 3, "--init-image", "init.png", "--mask", "mask.png", "--strength", "0.8", "-o", "x.png")
+    done = run(
+        "generate",
+        shared,
+        "sun",
+        "--steps",
+        3,
+        "--init-image",
+        "init.png",
+        "--mask",
+        "mask.png",
+        "--strength",
+        "0.8",
+        "-o",
+        "x.png",
+    )
     assert done.exit_code == 0, done.stderr
     run("generate", shared, "--from-png", "x.png", "-o", "y.png")
     with Image.open("x.png") as a, Image.open("y.png") as b:
@@ -210,17 +288,30 @@ def test_replay_from_an_image(shared: Path) -> None:
     same = run("generate", shared, "--from-png", "x.png", "--init-image", "init.png", "-o", "z.png")
     Image.effect_noise((64, 64), 91).save("init.png")
     other = run("generate", shared, "--from-png", "x.png", "--init-image", "init.png", "-o", "z.png")
-    assert "made from another" not in same.stderr and "note: x.png: made from another init image than the one given now" in other.stderr
+    assert (
+        "made from another" not in same.stderr
+        and "note: x.png: made from another init image than the one given now" in other.stderr
+    )
     failed(run("generate", shared, "--from-png", "x.png", "-o", "y.png"), 2, "init.png, which has changed since")
     Path("init.png").unlink()
-    failed(run("generate", shared, "--from-png", "x.png", "-o", "y.png"), 3, "init.png, and no init.png that can be read is beside it", "--init-image")
+    failed(
+        run("generate", shared, "--from-png", "x.png", "-o", "y.png"),
+        3,
+        "init.png, and no init.png that can be read is beside it",
+        "--init-image",
+    )
 
 
 def test_a_picture_made_from_memory_knows_it(loaded: Pipeline, shared: Path) -> None:
     start = Image.effect_noise((64, 64), 90).convert("RGB")
     start.save("init.png")
     path = made(loaded, Path("x.png"), init_image=start, strength=0.5)
-    failed(run("generate", shared, "--from-png", path, "-o", "y.png"), 3, "made from a picture that was no file", "--init-image")
+    failed(
+        run("generate", shared, "--from-png", path, "-o", "y.png"),
+        3,
+        "made from a picture that was no file",
+        "--init-image",
+    )
     again = run("generate", shared, "--from-png", path, "--init-image", "init.png", "-o", "y.png")
     assert again.exit_code == 0 and "made from another" not in again.stderr, again.stderr
     with Image.open(path) as a, Image.open("y.png") as b:
@@ -230,7 +321,9 @@ def test_a_picture_made_from_memory_knows_it(loaded: Pipeline, shared: Path) -> 
 def test_settings_from_another_tool_s_picture(shared: Path) -> None:
     info = PngInfo()
     info.add_text(
-        "parameters", "sun <lora:x:1>\nSteps: 2, Sampler: DPM++ 2M, Schedule type: Karras, CFG scale: 3, Seed: 77, Size: 72x64, Model hash: 0123456789"
+        "parameters",
+        "sun <lora:x:1>\nSteps: 2, Sampler: DPM++ 2M, Schedule type: Karras, CFG scale: 3, Seed: 77, Size: 72x64, Model"
+        " hash: 0123456789",
     )
     Image.new("RGB", (8, 8)).save("theirs.png", pnginfo=info)
     done = run("generate", shared, "--settings-from", "theirs.png", "--steps", 3, "-o", "x.png")
@@ -238,8 +331,14 @@ def test_settings_from_another_tool_s_picture(shared: Path) -> None:
     assert "note: theirs.png: not used: <lora:x:1>" in done.stderr and "not used: Model hash: 0123456789" in done.stderr
     parameters = read_parameters(Path("x.png"))
     assert {name: parameters[name] for name in ("prompt", "steps", "sampler", "schedule", "cfg", "seed", "size")} == {
-        "prompt": "sun ", "steps": 3, "sampler": "dpmpp_2m", "schedule": "karras", "cfg": 3.0, "seed": 77, "size": [72, 64],
-    }  # fmt: skip
+        "prompt": "sun ",
+        "steps": 3,
+        "sampler": "dpmpp_2m",
+        "schedule": "karras",
+        "cfg": 3.0,
+        "seed": 77,
+        "size": [72, 64],
+    }
     report = json.loads(run("generate", shared, "--settings-from", "theirs.png", "-o", "x.png", "--json").stdout)
     assert len(report["notes"]) == 3 and report["notes"][2] == "x.png: replaced the picture that was there"
     failed(run("generate", shared, "--from-png", "theirs.png"), 3, "does not say how sdrt made it", "--settings-from")
@@ -324,13 +423,41 @@ def test_pictures_that_say_nothing(shared: Path) -> None:
 def test_a_picture_of_absurd_size(shared: Path) -> None:
     """Its header alone makes the library refuse it, in a way of its own."""
     bomb(Path("huge.png"))
-    failed(run("generate", shared, "--from-png", "huge.png", "-o", "y.png"), 3, "huge.png", "cannot be read as a picture")
-    failed(run("generate", shared, "moon", "--steps", 1, "-o", "huge.png"), 2, "huge.png", "exists and is not a picture sdrt made")
+    failed(
+        run("generate", shared, "--from-png", "huge.png", "-o", "y.png"), 3, "huge.png", "cannot be read as a picture"
+    )
+    failed(
+        run("generate", shared, "moon", "--steps", 1, "-o", "huge.png"),
+        2,
+        "huge.png",
+        "exists and is not a picture sdrt made",
+    )
 
 
 def test_previews(shared: Path) -> None:
-    assert run("generate", shared, "sun", "--steps", 3, "--seed", 4, "--count", 2, "--batch", 2, "--preview", "p", "-o", "x.png").exit_code == 0
-    assert sorted(path.name for path in Path("p").iterdir()) == [f"{seed}-{call:03}.png" for seed in (4, 5) for call in (1, 2, 3)]
+    assert (
+        run(
+            "generate",
+            shared,
+            "sun",
+            "--steps",
+            3,
+            "--seed",
+            4,
+            "--count",
+            2,
+            "--batch",
+            2,
+            "--preview",
+            "p",
+            "-o",
+            "x.png",
+        ).exit_code
+        == 0
+    )
+    assert sorted(path.name for path in Path("p").iterdir()) == [
+        f"{seed}-{call:03}.png" for seed in (4, 5) for call in (1, 2, 3)
+    ]
     with Image.open("p/5-003.png") as last, Image.open("x-5.png") as picture:
         assert np.abs(np.asarray(last).astype(int) - np.asarray(picture)).mean() < 4  # the last estimate is the picture
     Path("file").write_text("")
@@ -339,17 +466,35 @@ def test_previews(shared: Path) -> None:
 
 @pytest.mark.parametrize(("steps", "columns"), [(1, 1), (5, 5), (20, 8)])
 def test_contact_sheet(shared: Path, steps: int, columns: int) -> None:
-    assert run("generate", shared, "sun", "--steps", steps, "--seed", 4, "-o", "x.png", "--contact-sheet", "s.png").exit_code == 0
+    assert (
+        run(
+            "generate", shared, "sun", "--steps", steps, "--seed", 4, "-o", "x.png", "--contact-sheet", "s.png"
+        ).exit_code
+        == 0
+    )
     with Image.open("s.png") as sheet, Image.open("x.png") as picture:
         cell = 128
         assert sheet.size == (20 + columns * (cell + 6) - 6, 20 + 2 * cell + 6 + 18)
         last = np.asarray(sheet)[10 : 10 + cell, sheet.width - 10 - cell : sheet.width - 10 : 1]
-        assert np.abs(last[::2, ::2].astype(int) - np.asarray(picture)).mean() < 4  # the last column is the picture, enlarged twice
+        assert (
+            np.abs(last[::2, ::2].astype(int) - np.asarray(picture)).mean() < 4
+        )  # the last column is the picture, enlarged twice
         first = np.asarray(sheet)[10 : 10 + cell, 10 : 10 + cell]
         assert steps == 1 or np.abs(first[::2, ::2].astype(int) - np.asarray(picture)).mean() > 20
-    assert run("generate", shared, "sun", "--steps", steps, "--seed", 4, "-o", "x.png", "--contact-sheet", "s.png").exit_code == 0  # its own is replaced
-    failed(run("generate", shared, "sun", "--steps", 1, "-o", "x.png", "--contact-sheet", "s.jpg"), 2, "--contact-sheet s.jpg")
-    failed(run("generate", shared, "--from-png", "s.png", "-o", "y.png"), 3, "s.png: a contact sheet, expected a picture")
+    assert (
+        run(
+            "generate", shared, "sun", "--steps", steps, "--seed", 4, "-o", "x.png", "--contact-sheet", "s.png"
+        ).exit_code
+        == 0
+    )  # its own is replaced
+    failed(
+        run("generate", shared, "sun", "--steps", 1, "-o", "x.png", "--contact-sheet", "s.jpg"),
+        2,
+        "--contact-sheet s.jpg",
+    )
+    failed(
+        run("generate", shared, "--from-png", "s.png", "-o", "y.png"), 3, "s.png: a contact sheet, expected a picture"
+    )
     Image.new("RGB", (8, 8)).save("mine.png")
     failed(run("generate", shared, "sun", "--steps", 1, "-o", "x.png", "--contact-sheet", "mine.png"), 2, "mine.png")
 

@@ -47,7 +47,9 @@ def test_a_phone_photo_is_upright_however_it_is_given(tmp_path: Path, orientatio
     with Image.open(BytesIO(data)) as opened:
         expected = np.asarray(ImageOps.exif_transpose(opened))
     given = open_picture("init_image", WAYS[way](tmp_path / "x.jpg", data))
-    assert np.array_equal(np.asarray(given.image), expected) and given.image.size == ((24, 40) if orientation > 4 else (40, 24))
+    assert np.array_equal(np.asarray(given.image), expected) and given.image.size == (
+        (24, 40) if orientation > 4 else (40, 24)
+    )
     if way != "Pillow":
         assert given.sha256 == hashlib.sha256(data).hexdigest()
 
@@ -79,7 +81,11 @@ def closed() -> BytesIO:
         (lambda: gif(), InputFileError, "init image: cannot be read as a picture: it is none of PNG, JPEG, WEBP, BMP"),
         (lambda: BytesIO(gif()), InputFileError, "it is none of PNG"),
         (lambda: Image.open(BytesIO(gif())), InputFileError, "init image: a Pillow image read from GIF"),
-        (lambda: Image.open(BytesIO(phone_photo(6)[:700])), InputFileError, "init image: cannot be read as a picture: image file is truncated"),
+        (
+            lambda: Image.open(BytesIO(phone_photo(6)[:700])),
+            InputFileError,
+            "init image: cannot be read as a picture: image file is truncated",
+        ),
         (lambda: b"", InputFileError, "none of PNG"),
         (lambda: BytesIO(), InputFileError, "nothing left to read"),
         (closed, InputFileError, "closed file"),

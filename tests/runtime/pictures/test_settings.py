@@ -1,4 +1,6 @@
-"""Settings out of pictures: of AUTOMATIC1111, of other bundles, of older versions; and that what a picture names is no way to other files."""
+"""Settings out of pictures: of AUTOMATIC1111, of other bundles, of older versions; and that what a picture names is no
+way to other files.
+"""
 
 from __future__ import annotations
 
@@ -53,8 +55,25 @@ def saved(path: Path, parameters: dict[str, Any] | None = None, text: str | None
 
 
 def ours(manifest: Manifest, **changes: Any) -> dict[str, Any]:
-    sources = [{"kind": s.kind, "name": s.name, "sha256": s.sha256, "scale": s.scale, "te_scale": s.te_scale, "trigger": s.trigger} for s in manifest.sources]
-    return {"prompt": "sun", "steps": 7, "seed": 5, "bundle": "b", "bundle_id": bundle_id(manifest), "sources": sources} | changes
+    sources = [
+        {
+            "kind": s.kind,
+            "name": s.name,
+            "sha256": s.sha256,
+            "scale": s.scale,
+            "te_scale": s.te_scale,
+            "trigger": s.trigger,
+        }
+        for s in manifest.sources
+    ]
+    return {
+        "prompt": "sun",
+        "steps": 7,
+        "seed": 5,
+        "bundle": "b",
+        "bundle_id": bundle_id(manifest),
+        "sources": sources,
+    } | changes
 
 
 def repeated(path: Path, manifest: Manifest, **given: Any) -> dict[str, Any]:
@@ -75,16 +94,36 @@ def as_photo(path: Path, format: str) -> None:
     Image.new("RGB", (64, 64)).save(path, format, exif=exif)
 
 
-@pytest.mark.parametrize("write", [as_png, lambda path: as_photo(path, "JPEG"), lambda path: as_photo(path, "WEBP")], ids=["png", "jpeg", "webp"])
+@pytest.mark.parametrize(
+    "write",
+    [as_png, lambda path: as_photo(path, "JPEG"), lambda path: as_photo(path, "WEBP")],
+    ids=["png", "jpeg", "webp"],
+)
 def test_a_picture_of_automatic1111(tmp_path: Path, manifest: Manifest, write: Callable[[Path], None]) -> None:
     write(tmp_path / "x")
     reused = settings_to_reuse(tmp_path / "x", manifest, {})
     assert reused.settings == {
-        "prompt": "a (red:1.2) apple <lora:frost:0.5:0.8>, \non two lines", "negative": "blue,\nugly", "steps": 30, "sampler": "DPM++ 2M", "schedule": "Karras",
-        "cfg": 5.5, "seed": 1234567890, "size": (128, 64), "noise": "cpu", "emphasis": "no norm", "compat": "a1111",
-    }  # fmt: skip
+        "prompt": "a (red:1.2) apple <lora:frost:0.5:0.8>, \non two lines",
+        "negative": "blue,\nugly",
+        "steps": 30,
+        "sampler": "DPM++ 2M",
+        "schedule": "Karras",
+        "cfg": 5.5,
+        "seed": 1234567890,
+        "size": (128, 64),
+        "noise": "cpu",
+        "emphasis": "no norm",
+        "compat": "a1111",
+    }
     lines = "\n".join(reused.unused)
-    for said in ("<lora:absent:1>", "VAE hash: 123456789a other.pt", "strength: 0.4, without an init image", "clip skip 2", "Hires upscale: 2", "absent: 1234"):
+    for said in (
+        "<lora:absent:1>",
+        "VAE hash: 123456789a other.pt",
+        "strength: 0.4, without an init image",
+        "clip skip 2",
+        "Hires upscale: 2",
+        "absent: 1234",
+    ):
         assert said in lines
     assert len(reused.unused) == 6, lines  # the model, frost and cute are in the bundle; versions are no setting
     request = resolved(Request(**reused.settings), manifest)
@@ -96,7 +135,9 @@ def test_an_independent_parser_agrees(tmp_path: Path) -> None:
     info = ParserManager().parse(tmp_path / "x.png")
     assert info is not None
     read = parse_infotext(A1111)
-    assert [text.value for text in info.prompts] == [read.prompt] and [text.value for text in info.negative_prompts] == [read.negative]
+    assert [text.value for text in info.prompts] == [read.prompt] and [
+        text.value for text in info.negative_prompts
+    ] == [read.negative]
     assert {name: info.metadata[name] for name in ("Size", "Clip skip", "Hires upscale")} == {
         name: read.pairs[name] for name in ("Size", "Clip skip", "Hires upscale")
     }
@@ -124,11 +165,23 @@ def test_what_is_given_comes_first(tmp_path: Path, manifest: Manifest) -> None:
     given = {"prompt": "moon", "sampler": "ddim", "init_image": "i.png", "seed": 8}
     reused = settings_to_reuse(saved(tmp_path / "x.png", text=A1111), manifest, given)
     assert {name: reused.settings[name] for name in given} == given and reused.settings["strength"] == 0.4
-    assert any("sampler ddim cannot take it" in line for line in reused.unused) and not any("<lora" in line for line in reused.unused)
+    assert any("sampler ddim cannot take it" in line for line in reused.unused) and not any(
+        "<lora" in line for line in reused.unused
+    )
 
 
 @pytest.mark.parametrize(
-    "text", ["", "sun", "sun\nNegative prompt: x", "a: b, c", "Steps: 1, Seed: 2, CFG scale: 3", "x" * 500_000, "w " * 300_000, 'Steps: "' * 90_000]
+    "text",
+    [
+        "",
+        "sun",
+        "sun\nNegative prompt: x",
+        "a: b, c",
+        "Steps: 1, Seed: 2, CFG scale: 3",
+        "x" * 500_000,
+        "w " * 300_000,
+        'Steps: "' * 90_000,
+    ],
 )
 def test_any_text_is_read(text: str) -> None:
     read = parse_infotext(text)
@@ -139,22 +192,32 @@ def test_any_text_is_read(text: str) -> None:
 
 
 def test_a_picture_of_another_bundle(tmp_path: Path, manifest: Manifest) -> None:
-    other = replace(manifest, files={}, sources=(FUSED[0], replace(FUSED[1], scale=0.3), Source("vae", "soft.pt", "b" * 64)))
+    other = replace(
+        manifest, files={}, sources=(FUSED[0], replace(FUSED[1], scale=0.3), Source("vae", "soft.pt", "b" * 64))
+    )
     path = saved(tmp_path / "x.png", ours(other, clip_skip=2, cfg=3.0))
     with pytest.raises(UsageError, match="--settings-from"):
         repeated(path, manifest)
     reused = settings_to_reuse(path, manifest, {})
-    assert {name: reused.settings[name] for name in ("prompt", "steps", "seed", "cfg")} == {"prompt": "sun", "steps": 7, "seed": 5, "cfg": 3.0}
-    assert [line.partition(", ")[0] for line in reused.unused[:2]] == ["lora: frost.safetensors at 0.3:0.5", "vae: soft.pt"] and "clip skip 2" in reused.unused[
-        2
-    ]
+    assert {name: reused.settings[name] for name in ("prompt", "steps", "seed", "cfg")} == {
+        "prompt": "sun",
+        "steps": 7,
+        "seed": 5,
+        "cfg": 3.0,
+    }
+    assert [line.partition(", ")[0] for line in reused.unused[:2]] == [
+        "lora: frost.safetensors at 0.3:0.5",
+        "vae: soft.pt",
+    ] and "clip skip 2" in reused.unused[2]
     saved(path, {name: value for name, value in ours(other).items() if name != "sources"})
     assert settings_to_reuse(path, manifest, {}).unused == ("bundle: b, this one is small",)
 
 
 def test_a_picture_of_this_bundle_is_used_whole(tmp_path: Path, manifest: Manifest) -> None:
     path = saved(tmp_path / "x.png", ours(manifest))
-    assert settings_to_reuse(path, manifest, {"seed": 6}) == Reused({"prompt": "sun", "steps": 7, "seed": 6, "count": 1, "batch": 1}, ())
+    assert settings_to_reuse(path, manifest, {"seed": 6}) == Reused(
+        {"prompt": "sun", "steps": 7, "seed": 6, "count": 1, "batch": 1}, ()
+    )
 
 
 def test_a_setting_that_a_picture_lacks_keeps_its_default(tmp_path: Path, manifest: Manifest) -> None:
@@ -184,8 +247,10 @@ def pipe(path: Path) -> None:
         ("x" * 5000, lambda path: None),
     ],
     ids=["elsewhere", "absent", "above", "endless", "pipe", "folder", "nul", "dots", "empty", "long"],
-)  # fmt: skip
-def test_a_picture_names_no_file_but_one_beside_it(tmp_path: Path, manifest: Manifest, name: str, put: Callable[[Path], Any]) -> None:
+)
+def test_a_picture_names_no_file_but_one_beside_it(
+    tmp_path: Path, manifest: Manifest, name: str, put: Callable[[Path], Any]
+) -> None:
     """With the hash right, too: the answer is the same whether the file is there or not."""
     elsewhere, folder = tmp_path / "elsewhere", tmp_path / "folder"
     elsewhere.mkdir()
@@ -198,7 +263,10 @@ def test_a_picture_names_no_file_but_one_beside_it(tmp_path: Path, manifest: Man
         repeated(path, manifest)
     assert "--init-image" in raised.value.fix
     reused = settings_to_reuse(path, manifest, {})
-    assert "init_image" not in {name for name, value in reused.settings.items() if value is not None} and "strength" not in reused.settings
+    assert (
+        "init_image" not in {name for name, value in reused.settings.items() if value is not None}
+        and "strength" not in reused.settings
+    )
     assert len(reused.unused) == 2
     assert repeated(path, manifest, init_image="given.png")["init_image"] == "given.png"
 
@@ -214,10 +282,20 @@ def test_a_link_beside_a_picture_leads_nowhere(tmp_path: Path, manifest: Manifes
 
 def test_what_is_beside_a_picture_is_found_and_compared(tmp_path: Path, manifest: Manifest) -> None:
     (tmp_path / "i.png").write_bytes(b"image")
-    path = saved(tmp_path / "x.png", ours(manifest, init_image="C:\\photos\\i.png", init_image_sha256=hashlib.sha256(b"image").hexdigest(), strength=0.5))
+    path = saved(
+        tmp_path / "x.png",
+        ours(
+            manifest,
+            init_image="C:\\photos\\i.png",
+            init_image_sha256=hashlib.sha256(b"image").hexdigest(),
+            strength=0.5,
+        ),
+    )
     assert repeated(path, manifest)["init_image"] == tmp_path / "i.png"
     reused = settings_to_reuse(path, manifest, {})
-    assert reused.settings["init_image"] == tmp_path / "i.png" and reused.settings["strength"] == 0.5 and not reused.unused
+    assert (
+        reused.settings["init_image"] == tmp_path / "i.png" and reused.settings["strength"] == 0.5 and not reused.unused
+    )
     (tmp_path / "i.png").write_bytes(b"other")
     with pytest.raises(UsageError, match="which has changed since"):
         repeated(path, manifest)
@@ -232,7 +310,16 @@ def test_a_picture_made_from_one_in_memory_says_what_it_needs(tmp_path: Path, ma
 
 
 @pytest.mark.parametrize(
-    "changes", [{"init_image": 5}, {"mask": 7}, {"mask": ["x"]}, {"prompt": 5}, {"steps": True}, {"size": [1, 2, 3]}, {"network_tags": None}]
+    "changes",
+    [
+        {"init_image": 5},
+        {"mask": 7},
+        {"mask": ["x"]},
+        {"prompt": 5},
+        {"steps": True},
+        {"size": [1, 2, 3]},
+        {"network_tags": None},
+    ],
 )
 def test_settings_of_another_type(tmp_path: Path, manifest: Manifest, changes: dict[str, Any]) -> None:
     path = saved(tmp_path / "x.png", ours(manifest, **changes))
@@ -243,7 +330,13 @@ def test_settings_of_another_type(tmp_path: Path, manifest: Manifest, changes: d
 
 
 @pytest.mark.parametrize(
-    "write", [lambda path: saved(path), lambda path: saved(path, text=None), lambda path: path.write_bytes(b"no picture"), lambda path: None]
+    "write",
+    [
+        lambda path: saved(path),
+        lambda path: saved(path, text=None),
+        lambda path: path.write_bytes(b"no picture"),
+        lambda path: None,
+    ],
 )
 def test_pictures_that_say_nothing(tmp_path: Path, manifest: Manifest, write: Callable[[Path], Any]) -> None:
     write(tmp_path / "x.png")

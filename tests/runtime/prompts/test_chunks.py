@@ -24,7 +24,9 @@ MANY = tuple(range(60000, 60075))
 @pytest.fixture(scope="module")
 def tokenizer(flat_bundle: Path) -> Tokenizer:
     bundle = open_bundle(flat_bundle)
-    text = replace(bundle.manifest.text[0], embeddings={"ten": TEN, "ten cat": (50100,), "many": MANY, ", odd": (50200, 50201)})
+    text = replace(
+        bundle.manifest.text[0], embeddings={"ten": TEN, "ten cat": (50100,), "many": MANY, ", odd": (50200, 50201)}
+    )
     return Tokenizer(bundle.file("tokenizer/tokenizer.json"), text)
 
 
@@ -93,7 +95,9 @@ def test_break(tokenizer: Tokenizer) -> None:
 def test_embeddings(tokenizer: Tokenizer) -> None:
     assert cut(tokenizer, "cat ten, Ten dog ten cat")[0] == [CAT, *TEN, COMMA, *TEN, *tokenizer.tokens("dog"), 50100]
     assert cut(tokenizer, "cat often tend") == [[CAT, *tokenizer.tokens("often tend")]]
-    assert cut(tokenizer, "(te)n") == [[*tokenizer.tokens("te"), *tokenizer.tokens("n")]]  # segments are matched each alone
+    assert cut(tokenizer, "(te)n") == [
+        [*tokenizer.tokens("te"), *tokenizer.tokens("n")]
+    ]  # segments are matched each alone
     assert cut(tokenizer, "many many") == [list(MANY), list(MANY)]
     assert cut(tokenizer, "cat many cat") == [[CAT], list(MANY), [CAT]]
 
@@ -106,7 +110,9 @@ def test_embeddings_are_never_split(tokenizer: Tokenizer) -> None:
     # a comma within a trigger is not a place to break at
     assert cut(tokenizer, "cat " * 60 + ", odd " + "cat " * 13 + "cat ")[0][60:62] == [50200, 50201]
     first, second = chunk_segments(tokenizer, parse_attention("cat " * 60 + ", (ten:1.5) " + "cat " * 9))
-    assert len(content(first)) == 61 and content(second)[:10] == list(TEN) and second.weights[1:12] == (*[1.5] * 10, 1.0)
+    assert (
+        len(content(first)) == 61 and content(second)[:10] == list(TEN) and second.weights[1:12] == (*[1.5] * 10, 1.0)
+    )
 
 
 def test_padding_of_openclip() -> None:
@@ -125,13 +131,29 @@ def test_padding_of_openclip() -> None:
     assert empty_chunk(Words().text).tokens == (BOS, EOS, *[0] * 75)
 
 
-PIECES = st.sampled_from(["cat ", "cat cat cat cat cat ", ", ", "ten ", "ten cat ", "(cat:1.2) ", "BREAK ", "many ", "[ten] ", ", odd ", "cat " * 40])
+PIECES = st.sampled_from(
+    [
+        "cat ",
+        "cat cat cat cat cat ",
+        ", ",
+        "ten ",
+        "ten cat ",
+        "(cat:1.2) ",
+        "BREAK ",
+        "many ",
+        "[ten] ",
+        ", odd ",
+        "cat " * 40,
+    ]
+)
 
 
 @settings(max_examples=300, deadline=None, derandomize=True)
 @given(prompt=st.lists(PIECES, max_size=40).map("".join))
 def test_any_prompt(tokenizer: Tokenizer, prompt: str) -> None:
-    """Nothing is lost or moved, embeddings stay whole, weights stay with their tokens, and a chunk ends early for a reason only."""
+    """Nothing is lost or moved, embeddings stay whole, weights stay with their tokens, and a chunk ends early for a
+    reason only.
+    """
     segments = parse_attention(prompt)
     expected: list[tuple[tuple[int, ...], float] | Segment] = []  # units that may not be split
     for segment in segments:

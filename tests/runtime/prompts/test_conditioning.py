@@ -1,4 +1,6 @@
-"""Prompts to contexts: against a torch text encoder with AUTOMATIC1111's chunks and emphasis written out, and with an engine that counts its calls."""
+"""Prompts to contexts: against a torch text encoder with AUTOMATIC1111's chunks and emphasis written out, and with an
+engine that counts its calls.
+"""
 
 from __future__ import annotations
 
@@ -92,9 +94,13 @@ def test_unguided(conditioner: TextConditioner, tokenizer: Tokenizer, engine: An
 def test_and(conditioner: TextConditioner, tokenizer: Tokenizer, engine: Any) -> None:
     found = encode(conditioner, engine, "red apple :0.5 AND green pear:1.5", "blue", steps=1, cfg=3)
     assert found.weights == ((-5.0, 1.5, 4.5),)
-    np.testing.assert_array_equal(found.sets[0], [plain(tokenizer, text) for text in ("blue", "red apple", "green pear")])
+    np.testing.assert_array_equal(
+        found.sets[0], [plain(tokenizer, text) for text in ("blue", "red apple", "green pear")]
+    )
     assert encode(conditioner, engine, "a AND b", steps=1, cfg=1).weights == ((-1.0, 1.0, 1.0),)
-    assert encode(conditioner, engine, "a AND b:-0.5", steps=1, cfg=2).weights == ((2.0, -1.0),)  # these sum to 1 without a negative
+    assert encode(conditioner, engine, "a AND b:-0.5", steps=1, cfg=2).weights == (
+        (2.0, -1.0),
+    )  # these sum to 1 without a negative
 
 
 def test_editing(conditioner: TextConditioner, tokenizer: Tokenizer, engine: Any) -> None:
@@ -165,7 +171,9 @@ def test_diffusers_has_one_chunk(conditioner: TextConditioner, engine: Any) -> N
     assert caught.value.exit_code == 2 and "a1111" in caught.value.fix
     with pytest.raises(UsageError, match=r"^negative prompt: 100 tokens"):
         encode(conditioner, engine, "", "cat " * 100, steps=1, cfg=2, compat="diffusers")
-    assert encode(conditioner, engine, "cat " * 76, steps=1, cfg=1, compat="diffusers", syntax="a1111").sets[0].shape == (1, 154, WIDTH)
+    assert encode(conditioner, engine, "cat " * 76, steps=1, cfg=1, compat="diffusers", syntax="a1111").sets[
+        0
+    ].shape == (1, 154, WIDTH)
     assert encode(conditioner, engine, "cat " * 76, steps=1, cfg=1, syntax="plain").sets[0].shape == (1, 154, WIDTH)
 
 
@@ -178,7 +186,10 @@ def weighed(tokenizer: Tokenizer, pieces: list[tuple[str, float]]) -> tuple[Floa
     tokens = [BOS, *(token for piece in ids for token in piece)]
     weights = [1.0, *(weight for piece, (_, weight) in zip(ids, pieces, strict=True) for _ in piece)]
     fill = 77 - len(tokens)
-    return vectors(np.array([[*tokens, *[EOS] * fill]]))[0].astype(np.float64), np.array([*weights, *[1.0] * fill])[:, None]
+    return (
+        vectors(np.array([[*tokens, *[EOS] * fill]]))[0].astype(np.float64),
+        np.array([*weights, *[1.0] * fill])[:, None],
+    )
 
 
 def test_emphasis_modes(conditioner: TextConditioner, tokenizer: Tokenizer, engine: Any) -> None:
@@ -206,7 +217,9 @@ def test_the_mean_is_shared_under_editing(conditioner: TextConditioner, tokenize
     found = encode(conditioner, engine, "[a|b|(c:2)]", steps=4, cfg=1)
     assert found.set_of_step == (0, 0, 1, 2)
     chunks = [weighed(tokenizer, [piece]) for piece in (("a", 1.0), ("b", 1.0), ("c", 2.0), ("a", 1.0))]
-    old, new = (np.mean([each.mean() for each in column]) for column in ([z for z, _ in chunks], [z * w for z, w in chunks]))
+    old, new = (
+        np.mean([each.mean() for each in column]) for column in ([z for z, _ in chunks], [z * w for z, w in chunks])
+    )
     assert abs(old / new - 1) > 1e-3
     for i, (z, w) in enumerate(chunks[:3]):
         np.testing.assert_allclose(found.sets[i][0], z * w * (old / new), rtol=1e-6)
@@ -251,7 +264,9 @@ def test_the_cache_forgets_what_was_used_longest_ago(conditioner: TextConditione
     assert rows("first") == 0  # moved to the front
     assert rows("one more") == 1
     assert rows("first") == 0 and rows("second") == 1
-    parts = [" BREAK ".join(f"b{part}x{i}" for i in range(30)) for part in range(5)]  # of five parts, and the negative prompt
+    parts = [
+        " BREAK ".join(f"b{part}x{i}" for i in range(30)) for part in range(5)
+    ]  # of five parts, and the negative prompt
     assert rows(" AND ".join(parts)) == 151 > CACHED_CHUNKS  # more than fits is still encoded whole
 
 
@@ -296,20 +311,32 @@ def test_threads(tokenizer: Tokenizer) -> None:
         ({"clip_skip": 3}, "^clip skip 3: the bundle was built with 1, 2\n", "Choose one"),
         ({"clip_skip": True}, "^clip skip True: ", ""),
         ({"syntax": "plan"}, "^prompt syntax 'plan': unknown; did you mean 'plain'", "a1111, plain"),
-        ({"emphasis": "no-norm"}, "^emphasis 'no-norm': unknown; did you mean 'no norm'", "original, no norm, none, ignore"),
+        (
+            {"emphasis": "no-norm"},
+            "^emphasis 'no-norm': unknown; did you mean 'no norm'",
+            "original, no norm, none, ignore",
+        ),
         ({"compat": "difusers"}, "^compat 'difusers': unknown; did you mean 'diffusers'", "a1111, diffusers"),
         ({"prompt": "(a:1001)"}, "^prompt: 'a' has weight 1e\\+03: expected at most 1000", "smaller"),
         ({"prompt": "(" * 10_000 + "a"}, "^prompt: 'a' has weight 1e\\+30", "brackets"),
         ({"negative": "(a:-9999)"}, "^negative prompt: 'a' has weight -1e\\+04", "smaller"),
         ({"prompt": "cat AND dog:5000"}, "^prompt: ' dog' has weight 5e\\+03", "smaller"),
-        ({"prompt": "a <lora:x:0.6>"}, "^prompt: <lora:x:0.6>: adapters are baked in when a bundle is built; this one holds <lora:art:0.5:0.8> <hypernet:h:1>\n", "--network-tags ignore"),
+        (
+            {"prompt": "a <lora:x:0.6>"},
+            "^prompt: <lora:x:0.6>: adapters are baked in when a bundle is built; this one holds <lora:art:0.5:0.8> <hypernet:h:1>\n",
+            "--network-tags ignore",
+        ),
         ({"negative": "<hypernet:\x1b[2J>"}, "^negative prompt: <hypernet:.x1b.2J>: adapters", "--network-tags ignore"),
-        ({"prompt": "<lyco:" + "y" * 500 + ">", "syntax": "plain"}, "^prompt: <lyco:y{34}…: adapters", "--network-tags ignore"),
+        (
+            {"prompt": "<lyco:" + "y" * 500 + ">", "syntax": "plain"},
+            "^prompt: <lyco:y{34}…: adapters",
+            "--network-tags ignore",
+        ),
         ({"prompt": "<wild:x>"}, "^prompt: <wild:x>: ", "--network-tags ignore"),
         ({"prompt": "<lora:art:0.8:0.5>"}, "^prompt: <lora:art:0.8:0.5>: ", "--network-tags ignore"),
         ({"network_tags": "drop"}, "^network tags 'drop': unknown", "refuse, ignore"),
     ],
-)  # fmt: skip
+)
 def test_bad_input(tokenizer: Tokenizer, engine: Any, options: dict[str, Any], message: str, fix: str) -> None:
     sources = (
         Source("checkpoint", "m", ""),
@@ -344,7 +371,11 @@ def test_tags_that_are_text(conditioner: TextConditioner, tokenizer: Tokenizer, 
     ],
 )
 def test_tags_that_change_nothing(tokenizer: Tokenizer, engine: Any, prompt: str, options: dict[str, Any]) -> None:
-    sources = (Source("lora", "art.safetensors", "", 0.8, 0.5), Source("lora", "third.pt", "", 1 / 3, 1 / 3), Source("hypernetwork", "h.pt", "", 1.0))
+    sources = (
+        Source("lora", "art.safetensors", "", 0.8, 0.5),
+        Source("lora", "third.pt", "", 1 / 3, 1 / 3),
+        Source("hypernetwork", "h.pt", "", 1.0),
+    )
     found = encode(TextConditioner(tokenizer, sources), engine, prompt, steps=1, cfg=1, **options).sets[0]
     np.testing.assert_array_equal(found, [plain(tokenizer, "cat  dog")])
 
@@ -355,7 +386,9 @@ def test_ignored_tags_of_a_negative_prompt(conditioner: TextConditioner, tokeniz
     np.testing.assert_array_equal(found[0], plain(tokenizer, "<lora:x:1>"))
 
 
-@pytest.mark.parametrize("prompt", ["\x00", "red\x00apple", "((((", "))]]", "[a:b", "[[[|", "\\", "(:1.3)", ":::", "BREAK", "AND", "\n", "|"])
+@pytest.mark.parametrize(
+    "prompt", ["\x00", "red\x00apple", "((((", "))]]", "[a:b", "[[[|", "\\", "(:1.3)", ":::", "BREAK", "AND", "\n", "|"]
+)
 def test_odd_prompts_are_encoded(conditioner: TextConditioner, engine: Any, prompt: str) -> None:
     found = encode(conditioner, engine, prompt, prompt, steps=3, cfg=7)
     assert all(np.isfinite(z).all() and z.shape[1] % 77 == 0 for z in found.sets)
@@ -391,15 +424,29 @@ TREE = "tree, " * 32 + "tall oak "  # 66 tokens, the last comma at 64
 CHUNKS: dict[str, list[list[tuple[str, float]]]] = {
     "red apple": [[("red apple", 1.0)]],
     "": [[]],
-    "a (very (red:1.5)) apple, [on] a [[green] table": [[("a", 1), ("very", 1.1), ("red", 1.65), ("apple, ", 1), ("on", 1 / 1.1), ("a", 1), ("green", 1 / 1.21), ("table", 1 / 1.1)]],
+    "a (very (red:1.5)) apple, [on] a [[green] table": [
+        [
+            ("a", 1),
+            ("very", 1.1),
+            ("red", 1.65),
+            ("apple, ", 1),
+            ("on", 1 / 1.1),
+            ("a", 1),
+            ("green", 1 / 1.21),
+            ("table", 1 / 1.1),
+        ]
+    ],
     "red apple BREAK (green pear:1.4)": [[("red apple", 1.0)], [("green pear", 1.4)]],
     "BREAK red BREAK": [[], [("red", 1.0)]],
     "cat " * 80: [[("cat " * 75, 1.0)], [("cat " * 5, 1.0)]],
-    TREE + "by (the wide and quiet river in the late evening:1.3)": [[("tree, " * 32, 1.0)], [("tall oak by", 1.0), ("the wide and quiet river in the late evening", 1.3)]],
+    TREE + "by (the wide and quiet river in the late evening:1.3)": [
+        [("tree, " * 32, 1.0)],
+        [("tall oak by", 1.0), ("the wide and quiet river in the late evening", 1.3)],
+    ],
     "tree, " * 20 + "oak " * 50: [[("tree, " * 20 + "oak " * 35, 1.0)], [("oak " * 15, 1.0)]],
     "(tree:1.2), " * 37 + "oak, pine": [[*[("tree", 1.2), (",", 1.0)] * 37, ("oak", 1.0)], [(", pine", 1.0)]],
     "my-style apple": [[("my-style apple", 1.0)]],
-}  # fmt: skip
+}
 """Prompts, and their chunks as they must be cut: text and weight."""
 
 
@@ -421,7 +468,9 @@ def test_against_torch(tokenizer: Tokenizer, real: Any, text_model: Any, clip: A
 
 
 def test_embeddings_against_torch(flat_bundle: Path, real: Any, text_model: Any, clip: Any) -> None:
-    """Rows of the token table, here ones that are there for other words, stand for a trigger, several vectors and all with its emphasis."""
+    """Rows of the token table, here ones that are there for other words, stand for a trigger, several vectors and all
+    with its emphasis.
+    """
     bundle = open_bundle(flat_bundle)
     text = replace(bundle.manifest.text[0], embeddings={"my-style": (320, 2368, 5000), "easy neg": (7000,)})
     conditioner = TextConditioner(Tokenizer(bundle.file("tokenizer/tokenizer.json"), text))
@@ -445,8 +494,14 @@ def test_embeddings_against_torch(flat_bundle: Path, real: Any, text_model: Any,
         ("cat " * 2401, "more than 32 chunks of 75 tokens"),
         ("cat AND " * 15 + "dog", "16 parts between ANDs: expected at most 15"),
         ("a" * 20_001, "20,001 characters: expected at most 20,000"),
-        ("cat " * 600 + "[" + "|".join(f"dog{i}" for i in range(500)) + "]", "chunks of text over all branches and steps: expected at most 4,096"),
-        ("BREAK " * 31 + " AND ".join(["[a|b|c|d|e|f|g|h|i]"] * 15), "chunks of text over all branches and steps: expected at most 4,096"),
+        (
+            "cat " * 600 + "[" + "|".join(f"dog{i}" for i in range(500)) + "]",
+            "chunks of text over all branches and steps: expected at most 4,096",
+        ),
+        (
+            "BREAK " * 31 + " AND ".join(["[a|b|c|d|e|f|g|h|i]"] * 15),
+            "chunks of text over all branches and steps: expected at most 4,096",
+        ),
     ],
     ids=["breaks", "words", "parts", "characters", "edits", "parts and edits"],
 )

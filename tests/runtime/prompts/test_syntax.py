@@ -1,4 +1,6 @@
-"""AUTOMATIC1111's prompt syntax: its documented examples, its rules written out in the plainest way, and texts made to break a parser."""
+"""AUTOMATIC1111's prompt syntax: its documented examples, its rules written out in the plainest way, and texts made to
+break a parser.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +27,36 @@ from sdrt.runtime.prompts.syntax import (
 )
 
 SYNTAX = st.sampled_from(
-    ["(", ")", "[", "]", ":", "|", "\\", "\\(", "\\\\", ":1.3)", ":.5", ":3]", ": 0.5 ]", "::2]", " BREAK ", "BREAK", " AND ", "a", "b c", ", ", "\n", "1", "-2", "é", "日", "[a|b]", "<lora:x:1>"]
-)  # fmt: skip
+    [
+        "(",
+        ")",
+        "[",
+        "]",
+        ":",
+        "|",
+        "\\",
+        "\\(",
+        "\\\\",
+        ":1.3)",
+        ":.5",
+        ":3]",
+        ": 0.5 ]",
+        "::2]",
+        " BREAK ",
+        "BREAK",
+        " AND ",
+        "a",
+        "b c",
+        ", ",
+        "\n",
+        "1",
+        "-2",
+        "é",
+        "日",
+        "[a|b]",
+        "<lora:x:1>",
+    ]
+)
 PROMPTS = st.lists(SYNTAX, max_size=20).map("".join) | st.text(max_size=30)
 
 
@@ -98,7 +128,9 @@ def test_break(prompt: str, expected: list[Segment]) -> None:
 
 
 def plain_attention(prompt: str) -> list[tuple[str, float]]:
-    """The rules as they are told: every bracket that closes multiplies all pieces since it opened, and the open ones close at the end."""
+    """The rules as they are told: every bracket that closes multiplies all pieces since it opened, and the open ones
+    close at the end.
+    """
     pieces: list[tuple[str, float]] = []
     opened: dict[str, list[int]] = {"(": [], "[": []}
 
@@ -148,14 +180,22 @@ def test_emphasis_against_the_rules(prompt: str) -> None:
 
 
 @settings(max_examples=300, deadline=None, derandomize=True)
-@given(prompt=st.lists(st.sampled_from([*"()[]:|\\ a1.", ":1.3)", ":9999999999)", ":2", " AND "]), max_size=100).map("".join))
+@given(
+    prompt=st.lists(st.sampled_from([*"()[]:|\\ a1.", ":1.3)", ":9999999999)", ":2", " AND "]), max_size=100).map(
+        "".join
+    )
+)
 def test_weights_are_positive_and_finite(prompt: str) -> None:
     for segment in (*parse_attention(prompt), *split_and(prompt)):
         assert 0 < segment.weight < math.inf
 
 
 @settings(max_examples=300, deadline=None, derandomize=True)
-@given(prompt=st.text(st.characters(exclude_characters="()[]\\:|<")).filter(lambda text: "BREAK" not in text and "AND" not in text))
+@given(
+    prompt=st.text(st.characters(exclude_characters="()[]\\:|<")).filter(
+        lambda text: "BREAK" not in text and "AND" not in text
+    )
+)
 def test_text_without_syntax_is_kept(prompt: str) -> None:
     assert pairs(prompt) == [(prompt, 1.0)]
     assert schedule_edits(prompt, 20) == ((20, prompt),)
@@ -310,7 +350,11 @@ def test_a_schedule_covers_all_steps(prompt: str, steps: int) -> None:
 @pytest.mark.parametrize(
     ("prompt", "expected", "left"),
     [
-        ("a <lora:x:0.8> b <hypernet:y>", [("lora", "<lora:x:0.8>"), ("hypernet", "<hypernet:y>")], "a  b <hypernet:y>"),
+        (
+            "a <lora:x:0.8> b <hypernet:y>",
+            [("lora", "<lora:x:0.8>"), ("hypernet", "<hypernet:y>")],
+            "a  b <hypernet:y>",
+        ),
         ("<lora:a<lora:b>", [("lora", "<lora:a<lora:b>")], ""),
         ("<lora:> <lora> <:x> < lora:x> <lora:x", [], "<lora:> <lora> <:x> < lora:x> <lora:x"),
         ("<3: x > y", [("3", "<3: x >")], " y"),
@@ -346,7 +390,10 @@ def test_what_a_tag_asks_for(tag: str, expected: NetworkTag | None) -> None:
     assert parse_network_tag(tag) == expected
 
 
-@pytest.mark.parametrize(("kind", "scale", "te_scale"), [("lora", 0.8, 0.8), ("lora", 1.0, 0.25), ("lora", -1.5, 0.0), ("hypernetwork", 0.5, None)])
+@pytest.mark.parametrize(
+    ("kind", "scale", "te_scale"),
+    [("lora", 0.8, 0.8), ("lora", 1.0, 0.25), ("lora", -1.5, 0.0), ("hypernetwork", 0.5, None)],
+)
 def test_a_tag_that_is_written_is_read(kind: str, scale: float, te_scale: float | None) -> None:
     read = parse_network_tag(network_tag(kind, "folder/a:b<1>.v2.safetensors", scale, te_scale))
     assert read == NetworkTag(kind, "a_b_1_.v2", scale, scale if te_scale is None else te_scale)

@@ -1,4 +1,6 @@
-"""The bundle's tokenizer against transformers' CLIP tokenizer, and against byte-pair encoding written out in plain Python with other tables of Unicode."""
+"""The bundle's tokenizer against transformers' CLIP tokenizer, and against byte-pair encoding written out in plain
+Python with other tables of Unicode.
+"""
 
 from __future__ import annotations
 
@@ -29,14 +31,92 @@ from sdrt.runtime.prompts.tokenizer import Tokenizer
 BOS, EOS = 49406, 49407
 
 STRINGS = [
-    "", " ", "\t\n", "a", "A", "red apple", "  red   apple  ", "red\napple\r\n", "RED Apple", "red,apple", "red , apple", "a-b_c", "...", "!!!???", "$%&*()",
-    "it's", "we're they've I'm he'll she'd don't", "IT'S", "'s", "it''s", "rock'n'roll", "o’clock", "1", "12345", "3.14159", "2nd 10x", "a1b2", "4k hdr 8k",
-    "½ ² ③ Ⅷ", "٣", "naïve café", "cafe\u0301", "Å", "ﬁ", "ＡＢＣ", "straße ẞ", "ΟΔΥΣΣΕΥΣ", "İstanbul", "ǅ", "привет мир", "שלום", "مرحبا", "नमस्ते", "ไทย",
-    "日本語", "日本 語", "한국어", "中文字符测试", "ひらがな カタカナ", "😀", "😀😀", "👩‍👩‍👧‍👦", "🏳️‍🌈", "1️⃣", "red 🍎 apple", "\u200b", "a\u00a0b", "a\u3000b", "\ufeffabc",
-    "\x00", "\x07bell", "a\u0000b", "�", "<|startoftext|>", "<|endoftext|>", "a<|endoftext|>b", "<|STARTOFTEXT|>", "<|endoftext", "|endoftext|>",
-    "a <|startoftext|> b <|endoftext|> c", "</w>", "a</w>", "Ġ", "(masterpiece:1.3), [bad], {x}", "<lora:x:0.8>", "https://example.com/a?b=c#d", "a" * 75,
-    "supercalifragilisticexpialidocious", "antidisestablishmentarianism", "xqzjkvw", "\\(o_o\\)", "C:\\path", "#tag @user", "“quoted” — dash… ‘single’", "e=mc²",
-]  # fmt: skip
+    "",
+    " ",
+    "\t\n",
+    "a",
+    "A",
+    "red apple",
+    "  red   apple  ",
+    "red\napple\r\n",
+    "RED Apple",
+    "red,apple",
+    "red , apple",
+    "a-b_c",
+    "...",
+    "!!!???",
+    "$%&*()",
+    "it's",
+    "we're they've I'm he'll she'd don't",
+    "IT'S",
+    "'s",
+    "it''s",
+    "rock'n'roll",
+    "o’clock",
+    "1",
+    "12345",
+    "3.14159",
+    "2nd 10x",
+    "a1b2",
+    "4k hdr 8k",
+    "½ ² ③ Ⅷ",
+    "٣",
+    "naïve café",
+    "cafe\u0301",
+    "Å",
+    "ﬁ",
+    "ＡＢＣ",
+    "straße ẞ",
+    "ΟΔΥΣΣΕΥΣ",
+    "İstanbul",
+    "ǅ",
+    "привет мир",
+    "שלום",
+    "مرحبا",
+    "नमस्ते",
+    "ไทย",
+    "日本語",
+    "日本 語",
+    "한국어",
+    "中文字符测试",
+    "ひらがな カタカナ",
+    "😀",
+    "😀😀",
+    "👩‍👩‍👧‍👦",
+    "🏳️‍🌈",
+    "1️⃣",
+    "red 🍎 apple",
+    "\u200b",
+    "a\u00a0b",
+    "a\u3000b",
+    "\ufeffabc",
+    "\x00",
+    "\x07bell",
+    "a\u0000b",
+    "�",
+    "<|startoftext|>",
+    "<|endoftext|>",
+    "a<|endoftext|>b",
+    "<|STARTOFTEXT|>",
+    "<|endoftext",
+    "|endoftext|>",
+    "a <|startoftext|> b <|endoftext|> c",
+    "</w>",
+    "a</w>",
+    "Ġ",
+    "(masterpiece:1.3), [bad], {x}",
+    "<lora:x:0.8>",
+    "https://example.com/a?b=c#d",
+    "a" * 75,
+    "supercalifragilisticexpialidocious",
+    "antidisestablishmentarianism",
+    "xqzjkvw",
+    "\\(o_o\\)",
+    "C:\\path",
+    "#tag @user",
+    "“quoted” — dash… ‘single’",
+    "e=mc²",
+]
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +203,23 @@ def test_any_text(ours: Tokenizer, clip: Any, text: str) -> None:
         assert row(ours, text) == reference_row(clip, text)
 
 
-WORDS = st.sampled_from([*"aeiou'-,.!?0123456789 ", "it's", "girl", "Café", "日本", "😀", "ый", "  ", "\n", "'ll", "<|", "masterpiece", "XQZ"])
+WORDS = st.sampled_from(
+    [
+        *"aeiou'-,.!?0123456789 ",
+        "it's",
+        "girl",
+        "Café",
+        "日本",
+        "😀",
+        "ый",
+        "  ",
+        "\n",
+        "'ll",
+        "<|",
+        "masterpiece",
+        "XQZ",
+    ]
+)
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)
@@ -167,12 +263,67 @@ ALPHABETS = (
     [chr(code) for code in range(32, 127)],
     [chr(code) for code in (*range(32), *range(127, 160))],  # control characters
     list("😀🍎👩‍🚀🏳️‍🌈👍🏽1️⃣🇺🇳🫠"),
-    [chr(code) for code in (*range(0x4E00, 0x4F00), *range(0x3040, 0x3100), *range(0xAC00, 0xAC80), *range(0x20000, 0x20020))],
-    ["a", "e", "n", "A", "é", "가", *(chr(code) for code in (*range(0x300, 0x340), 0x20D7, 0x0591, 0x093C, 0x1100, 0x1161, 0x11A8))],  # combining
-    [chr(code) for code in (*range(0xA0, 0x250), *range(0x370, 0x500), *range(0x5D0, 0x5EB), *range(0x620, 0x650), *range(0x900, 0x940))],
-    [" ", "\u00a0", "\u2003", "\u3000", "\u200b", "\u200d", "\u2028", "\ufeff", "\t", "\n", "\r", "\x0b", "\x0c", "\x1c", "\x85"],
-    ["red ", "apple, ", "'s", "'LL", "<|endoftext|>", "<|startoftext|>", "</w>", "masterpiece", "4k", "½", "ﬁ", "İ", "ß", "ẞ", "Σ", "ς"],
-    [chr(code) for code in (*range(0xE000, 0xE010), *range(0xFFF0, 0x10000), 0x10FFFF, 0x378, 0x1F9FF)],  # private, specials, unassigned
+    [
+        chr(code)
+        for code in (*range(0x4E00, 0x4F00), *range(0x3040, 0x3100), *range(0xAC00, 0xAC80), *range(0x20000, 0x20020))
+    ],
+    [
+        "a",
+        "e",
+        "n",
+        "A",
+        "é",
+        "가",
+        *(chr(code) for code in (*range(0x300, 0x340), 0x20D7, 0x0591, 0x093C, 0x1100, 0x1161, 0x11A8)),
+    ],  # combining
+    [
+        chr(code)
+        for code in (
+            *range(0xA0, 0x250),
+            *range(0x370, 0x500),
+            *range(0x5D0, 0x5EB),
+            *range(0x620, 0x650),
+            *range(0x900, 0x940),
+        )
+    ],
+    [
+        " ",
+        "\u00a0",
+        "\u2003",
+        "\u3000",
+        "\u200b",
+        "\u200d",
+        "\u2028",
+        "\ufeff",
+        "\t",
+        "\n",
+        "\r",
+        "\x0b",
+        "\x0c",
+        "\x1c",
+        "\x85",
+    ],
+    [
+        "red ",
+        "apple, ",
+        "'s",
+        "'LL",
+        "<|endoftext|>",
+        "<|startoftext|>",
+        "</w>",
+        "masterpiece",
+        "4k",
+        "½",
+        "ﬁ",
+        "İ",
+        "ß",
+        "ẞ",
+        "Σ",
+        "ς",
+    ],
+    [
+        chr(code) for code in (*range(0xE000, 0xE010), *range(0xFFF0, 0x10000), 0x10FFFF, 0x378, 0x1F9FF)
+    ],  # private, specials, unassigned
 )
 
 
@@ -202,8 +353,16 @@ def test_triggers(flat_bundle: Path) -> None:
     def found(text: str, position: int = 0) -> Any:
         return tokenizer.embedding_at(tokenizer.tokens(text), position)
 
-    assert found("cat") == ((7,), 1) and found("CAT dog") == ((8, 9), 2)  # the longest; case is the tokenizer's business
-    assert found("cat, dog") == ((7,), 1) and found("dog") is None and found("a cat") is None and found("a cat", 1) == ((7,), 1)
+    assert found("cat") == ((7,), 1) and found("CAT dog") == (
+        (8, 9),
+        2,
+    )  # the longest; case is the tokenizer's business
+    assert (
+        found("cat, dog") == ((7,), 1)
+        and found("dog") is None
+        and found("a cat") is None
+        and found("a cat", 1) == ((7,), 1)
+    )
     assert found("日本") == ((10,), len(tokenizer.tokens("日本")))
     assert found("bad-hand_v4 x") == ((11, 12), len(tokenizer.tokens("bad-hand_v4"))) and found("bad-hand_v5") is None
     assert found("catdog") is None

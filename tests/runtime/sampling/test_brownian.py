@@ -1,4 +1,6 @@
-"""The Brownian path in numpy against torchsde's, as k-diffusion and diffusers query it and as AUTOMATIC1111 seeds it."""
+"""The Brownian path in numpy against torchsde's, as k-diffusion and diffusers query it and as
+AUTOMATIC1111 seeds it.
+"""
 
 from __future__ import annotations
 
@@ -21,14 +23,18 @@ SHAPE = (4, 8, 8)
 LIMIT = 1e-6
 """Float32 rounding along some twenty halvings, over the root of the interval."""
 
-pytestmark = pytest.mark.filterwarnings("ignore:Should have t:UserWarning")  # torchsde, where float32 rounds an end past the tree's
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Should have t:UserWarning"
+)  # torchsde, where float32 rounds an end past the tree's
 
 
 def theirs(seed: int, low: float, high: float) -> Callable[[float, float], Array]:
     from diffusers.schedulers.scheduling_dpmsolver_sde import BrownianTreeNoiseSampler
 
     sampler = BrownianTreeNoiseSampler(torch.zeros(1, *SHAPE), low, high, seed)
-    return lambda sigma, sigma_next: np.asarray(sampler(torch.tensor(sigma, dtype=torch.float32), torch.tensor(sigma_next, dtype=torch.float32))[0])  # type: ignore[arg-type]
+    return lambda sigma, sigma_next: np.asarray(
+        sampler(torch.tensor(sigma, dtype=torch.float32), torch.tensor(sigma_next, dtype=torch.float32))[0]
+    )  # type: ignore[arg-type]
 
 
 def ours(seed: int, low: float, high: float, stream: type[CpuNoise] | type[NvNoise] = CpuNoise) -> BrownianPath:
@@ -51,12 +57,17 @@ def test_order_of_queries_does_not_matter() -> None:
     path, again = ours(3, 0.03, 14.0), ours(3, 0.03, 14.0)
     queries = [(14.0, 5.0), (5.0, 1.0), (1.0, 0.2), (0.2, 0.03), (14.0, 0.03), (0.5, 2.0)]
     found = [path.unit_increment(*query) for query in queries]
-    assert all(np.array_equal(again.unit_increment(*query), value) for query, value in reversed(list(zip(queries, found, strict=True))))
+    assert all(
+        np.array_equal(again.unit_increment(*query), value)
+        for query, value in reversed(list(zip(queries, found, strict=True)))
+    )
 
 
 def test_increments_add_up_and_turn_their_sign() -> None:
     path = ours(3, 0.03, 14.0)
-    whole, first, second = (path.unit_increment(*ends) * np.sqrt(ends[0] - ends[1]) for ends in ((9.0, 1.0), (9.0, 4.0), (4.0, 1.0)))
+    whole, first, second = (
+        path.unit_increment(*ends) * np.sqrt(ends[0] - ends[1]) for ends in ((9.0, 1.0), (9.0, 4.0), (4.0, 1.0))
+    )
     assert whole == pytest.approx(first + second, abs=1e-5)
     assert np.array_equal(path.unit_increment(1.0, 9.0), -path.unit_increment(9.0, 1.0))
 
@@ -75,9 +86,16 @@ def test_statistics() -> None:
 
 @pytest.mark.parametrize(("source", "stream"), [("cpu", CpuNoise), ("nv", NvNoise)])
 @pytest.mark.parametrize("sampler", ["dpmpp_sde", "dpmpp_2m_sde", "dpmpp_3m_sde"])
-def test_rows_take_the_path_automatic1111_makes(monkeypatch: pytest.MonkeyPatch, sampler: str, source: str, stream: Any) -> None:
-    """`create_noise_sampler`: a tree per picture, seeded with its seed, over all levels of the schedule, its points from the chosen source."""
-    monkeypatch.setattr("torchsde._brownian.brownian_interval._randn", lambda size, dtype, device, seed: torch.from_numpy(stream(int(seed)).draw(tuple(size))))
+def test_rows_take_the_path_automatic1111_makes(
+    monkeypatch: pytest.MonkeyPatch, sampler: str, source: str, stream: Any
+) -> None:
+    """`create_noise_sampler`: a tree per picture, seeded with its seed, over all levels of the schedule, its points
+    from the chosen source.
+    """
+    monkeypatch.setattr(
+        "torchsde._brownian.brownian_interval._randn",
+        lambda size, dtype, device, seed: torch.from_numpy(stream(int(seed)).draw(tuple(size))),
+    )
     rows = plan_rows(sampler, "karras", 4, Diffusion(), strength=0.8)
     whole = [row.sigma for row in plan_rows(sampler, "karras", 4, Diffusion())]
     draws = draw_noise(17, source, SHAPE, rows, compat="a1111", encode=True)

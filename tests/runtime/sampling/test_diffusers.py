@@ -1,6 +1,8 @@
-"""Samplers with --compat diffusers against diffusers' own schedulers, and its counting and blending from an image against its pipelines.
+"""Samplers with --compat diffusers against diffusers' own schedulers, and its counting and blending from an image
+against its pipelines.
 
-The schedulers' cumulative alphas are set to float64 first; their sigmas and some updates stay float32, which is what the 1e-5 leaves room for.
+The schedulers' cumulative alphas are set to float64 first; their sigmas and some updates stay float32, which is what
+the 1e-5 leaves room for.
 """
 
 from __future__ import annotations
@@ -33,12 +35,19 @@ PREDICTIONS = {"epsilon": "epsilon", "v": "v_prediction", "sample": "sample"}
 NO_SAMPLE = ("euler_a", "dpm2", "dpm2_a", "dpmpp_sde", "plms")
 """Their schedulers raise for networks that predict the image."""
 
-CASES = [(key, schedule) for key, sampler in SAMPLERS.items() if sampler.diffusers for schedule in sampler.diffusers.schedules]
+CASES = [
+    (key, schedule)
+    for key, sampler in SAMPLERS.items()
+    if sampler.diffusers
+    for schedule in sampler.diffusers.schedules
+]
 
 
 @functools.cache  # some take long to make, and set_timesteps clears what they remember
 def scheduler_of(sampler: str, schedule: str, prediction: str = "epsilon") -> Any:
-    """As Stable Diffusion's own configuration has it: steps_offset 1, set_alpha_to_one and clip_sample off, every other value the class's."""
+    """As Stable Diffusion's own configuration has it: steps_offset 1, set_alpha_to_one and clip_sample off, every other
+    value the class's.
+    """
     import diffusers
 
     settings: dict[str, Any] = {**TRAINING, "steps_offset": 1, "prediction_type": PREDICTIONS[prediction]}
@@ -90,11 +99,18 @@ def run_scheduler(scheduler: Any, timesteps: Any, x: Any, after: Any = None) -> 
 
 def compared(rows: list[Row], expected: Array, unit: Array, **picture: Any) -> None:
     assert relative(run_machine(rows, toy_network, unit, normals(2), **picture), expected) < LIMIT
-    assert relative(run_machine(tables(rows, [[1.0]] * len(rows)), toy_network, unit, normals(2), rows=rows, **picture), expected) < LIMIT
+    assert (
+        relative(
+            run_machine(tables(rows, [[1.0]] * len(rows)), toy_network, unit, normals(2), rows=rows, **picture),
+            expected,
+        )
+        < LIMIT
+    )
 
 
 @pytest.mark.parametrize(
-    ("sampler", "schedule", "prediction"), [(*case, kind) for case in CASES for kind in PREDICTIONS if kind != "sample" or case[0] not in NO_SAMPLE]
+    ("sampler", "schedule", "prediction"),
+    [(*case, kind) for case in CASES for kind in PREDICTIONS if kind != "sample" or case[0] not in NO_SAMPLE],
 )
 def test_text(drawn: list[Iterator[Array]], sampler: str, schedule: str, prediction: str) -> None:
     for steps in (1, 2, 3, 7, 20):
@@ -114,11 +130,17 @@ def start_from_image(sampler: str, schedule: str, steps: int, strength: float) -
 
     scheduler = scheduler_of(sampler, schedule)
     scheduler.set_timesteps(steps)
-    timesteps, _ = StableDiffusionImg2ImgPipeline.get_timesteps(SimpleNamespace(scheduler=scheduler), steps, strength, "cpu")
+    timesteps, _ = StableDiffusionImg2ImgPipeline.get_timesteps(
+        SimpleNamespace(scheduler=scheduler), steps, strength, "cpu"
+    )
     return scheduler, timesteps
 
 
-IMAGE_CASES = [(key, schedule) for key, schedule in CASES if schedule in (SAMPLERS[key].diffusers.schedules[0], "karras", "trailing")]  # type: ignore[union-attr]
+IMAGE_CASES = [
+    (key, schedule)
+    for key, schedule in CASES
+    if schedule in (SAMPLERS[key].diffusers.schedules[0], "karras", "trailing")
+]  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize(("sampler", "schedule"), IMAGE_CASES)
@@ -135,20 +157,34 @@ def test_image(drawn: list[Iterator[Array]], sampler: str, schedule: str) -> Non
 
 @pytest.mark.parametrize(("sampler", "schedule"), IMAGE_CASES)
 def test_inpainting(drawn: list[Iterator[Array]], sampler: str, schedule: str) -> None:
-    """The loop of StableDiffusionInpaintPipeline on a model of 4 channels: kept latents return at the next level, strength 1 starts from noise."""
+    """The loop of StableDiffusionInpaintPipeline on a model of 4 channels: kept latents return at the next level,
+    strength 1 starts from noise.
+    """
     mask = np.array([1.0, 0, 1, 0, 0.25, 0])  # 1 keeps
     for steps, strength in ((8, 0.75), (6, 1.0)):
         scheduler, timesteps = start_from_image(sampler, schedule, steps, strength)
         unit, init = next(normals(1)), next(normals(3))
         image, noise, keep = batch(init), batch(unit), batch(mask)
 
-        def blend(i: int, x: Any, scheduler: Any = scheduler, timesteps: Any = timesteps, image: Any = image, noise: Any = noise, keep: Any = keep) -> Any:
+        def blend(
+            i: int,
+            x: Any,
+            scheduler: Any = scheduler,
+            timesteps: Any = timesteps,
+            image: Any = image,
+            noise: Any = noise,
+            keep: Any = keep,
+        ) -> Any:
             kept = image
             if i < len(timesteps) - 1:
                 kept = scheduler.add_noise(image, noise, torch.tensor([timesteps[i + 1]]))
             return (1 - keep) * x + keep * kept
 
-        start = noise * float(scheduler.init_noise_sigma) if strength == 1 else scheduler.add_noise(image, noise, timesteps[:1]).double()
+        start = (
+            noise * float(scheduler.init_noise_sigma)
+            if strength == 1
+            else scheduler.add_noise(image, noise, timesteps[:1]).double()
+        )
         drawn[0] = normals(2)
         expected = run_scheduler(scheduler, timesteps, start, blend)
         rows = plan_rows(sampler, schedule, steps, Diffusion(), compat="diffusers", strength=strength, masked=True)
@@ -157,14 +193,18 @@ def test_inpainting(drawn: list[Iterator[Array]], sampler: str, schedule: str) -
 
 @pytest.mark.parametrize("steps", [1, 2, 19, 20, 33])
 def test_count_of_an_image(steps: int) -> None:
-    """For every strength in hundredths, as many model calls as the pipeline's own counting leaves, or a refusal where that leaves none."""
+    """For every strength in hundredths, as many model calls as the pipeline's own counting leaves, or a refusal where
+    that leaves none.
+    """
     for hundredths in range(1, 101):
         _, timesteps = start_from_image("euler", "linspace", steps, hundredths / 100)
         if len(timesteps) == 0:
             with pytest.raises(UsageError, match=f"steps {steps}, strength {hundredths / 100}: leaves no step"):
                 plan_rows("euler", "linspace", steps, Diffusion(), compat="diffusers", strength=hundredths / 100)
         else:
-            assert len(plan_rows("euler", "linspace", steps, Diffusion(), compat="diffusers", strength=hundredths / 100)) == len(timesteps)
+            assert len(
+                plan_rows("euler", "linspace", steps, Diffusion(), compat="diffusers", strength=hundredths / 100)
+            ) == len(timesteps)
 
 
 @pytest.mark.parametrize("spacing", ["linspace", "leading", "trailing"])

@@ -1,4 +1,6 @@
-"""The noise streams against torch's generator and Philox's published vectors, and the order in which each tool draws from them."""
+"""The noise streams against torch's generator and Philox's published vectors, and the order in which each tool draws
+from them.
+"""
 
 from __future__ import annotations
 
@@ -68,7 +70,11 @@ def test_too_few_values(shape: tuple[int, ...]) -> None:
     [
         ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
         ((0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
-        ((0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344), (0xA4093822, 0x299F31D0), (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1)),
+        (
+            (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+            (0xA4093822, 0x299F31D0),
+            (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+        ),
     ],
 )
 def test_philox_known_answers(counter: tuple[int, ...], key: tuple[int, int], words: tuple[int, ...]) -> None:
@@ -136,7 +142,9 @@ def rows_of(sampler: str, schedule: str, compat: str, steps: int = 5) -> list[Ro
 
 
 def test_diffusers_draws_everything_from_one_generator() -> None:
-    """Posterior, first latents, the masked image's posterior, then the steps (prepare_latents, prepare_mask_latents, step)."""
+    """Posterior, first latents, the masked image's posterior, then the steps (prepare_latents, prepare_mask_latents,
+    step).
+    """
     rows = rows_of("euler_a", "linspace", "diffusers")
     generator = torch_generator(9)
     theirs = [torch.randn((1, *SHAPE), generator=generator)[0].numpy() for _ in range(7)]

@@ -104,7 +104,9 @@ def test_schedule_named_twice() -> None:
 
 def test_every_name_of_the_registry_is_understood() -> None:
     for key, sampler in SAMPLERS.items():
-        assert parse_sampler(key)[0] == parse_sampler(sampler.label)[0] == parse_sampler(sampler.label.upper())[0] == key
+        assert (
+            parse_sampler(key)[0] == parse_sampler(sampler.label)[0] == parse_sampler(sampler.label.upper())[0] == key
+        )
         assert sampler.about and not sampler.about.endswith(".")
         for compat in COMPATS:
             found = sampler.a1111 if compat == "a1111" else sampler.diffusers
@@ -127,7 +129,15 @@ def test_no_number_is_ever_bad(sampler: str, compat: str) -> None:
         for steps in (1, 2, 3, 4, 50, 51, MAX_STEPS) if index < 2 else (1, 3, 51):
             for strength in (None, 1.0, 0.4, 0.001) if steps < 50 else (None,):
                 try:
-                    rows = plan_rows(sampler, schedule, steps, Diffusion(), compat=compat, strength=strength, masked=strength is not None)
+                    rows = plan_rows(
+                        sampler,
+                        schedule,
+                        steps,
+                        Diffusion(),
+                        compat=compat,
+                        strength=strength,
+                        masked=strength is not None,
+                    )
                 except UsageError as error:
                     assert error.fix and ("steps" in error.message or "strength" in error.message)
                     continue
@@ -154,7 +164,11 @@ def test_networks_of_few_timesteps() -> None:
             for compat, how in (("a1111", sampler.a1111), ("diffusers", sampler.diffusers)):
                 for steps in (1, 2, 30):
                     try:
-                        rows = plan_rows(key, how.schedules[0], steps, Diffusion(num_timesteps=timesteps), compat=compat) if how else []
+                        rows = (
+                            plan_rows(key, how.schedules[0], steps, Diffusion(num_timesteps=timesteps), compat=compat)
+                            if how
+                            else []
+                        )
                     except UsageError as error:
                         assert "steps" in error.message
                         continue

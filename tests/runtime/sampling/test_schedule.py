@@ -14,8 +14,12 @@ from sdrt.runtime.sampling.schedule import SCHEDULES, timestep, training_sigmas
 
 def test_known_schedules() -> None:
     training = training_sigmas(Diffusion())
-    assert SCHEDULES["normal"](5, training) == pytest.approx([14.614641, 4.086081, 1.615580, 0.695150, 0.029167, 0.0], abs=1e-6)
-    assert SCHEDULES["karras"](5, training) == pytest.approx([14.614641, 4.796535, 1.274100, 0.247950, 0.029167, 0.0], abs=1e-6)
+    assert SCHEDULES["normal"](5, training) == pytest.approx(
+        [14.614641, 4.086081, 1.615580, 0.695150, 0.029167, 0.0], abs=1e-6
+    )
+    assert SCHEDULES["karras"](5, training) == pytest.approx(
+        [14.614641, 4.796535, 1.274100, 0.247950, 0.029167, 0.0], abs=1e-6
+    )
     t = [timestep(sigma, training) for sigma in SCHEDULES["karras"](20, training)[:-1]]
     assert t[:4] == pytest.approx([999, 961.733, 921.042, 876.314], abs=1e-3)
     assert t[-3:] == pytest.approx([5.992, 1.783, 0], abs=1e-3)

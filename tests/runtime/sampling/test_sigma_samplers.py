@@ -1,4 +1,6 @@
-"""Samplers over noise levels against the formulas of k-diffusion: from text, from an image, under a mask, and on the emoji model."""
+"""Samplers over noise levels against the formulas of k-diffusion: from text, from an image, under a mask, and on the
+emoji model.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,10 @@ def test_rows_are_the_sampler(sampler: str, schedule: str, prediction: str) -> N
         assert relative(run_machine(tables(rows, [1.0]), toy_network, x, normals(2), rows=rows), expected) < 1e-5
 
 
-@pytest.mark.parametrize(("sampler", "expected"), [("euler", [0.682161, -1.364322]), ("dpmpp_2m", [1.060861, -2.121722]), ("euler_a", [1.032269, -1.100374])])
+@pytest.mark.parametrize(
+    ("sampler", "expected"),
+    [("euler", [0.682161, -1.364322]), ("dpmpp_2m", [1.060861, -2.121722]), ("euler_a", [1.032269, -1.100374])],
+)
 def test_known_trajectories(sampler: str, expected: list[float]) -> None:
     rows = plan_rows(sampler, "karras", 5, Diffusion())
     fresh = (np.array([0.5, -0.5]) * (i + 1) for i in range(5))
@@ -76,11 +81,22 @@ def test_fresh_noise_only_where_it_is_used() -> None:
 # From an image
 
 
-@pytest.mark.parametrize(("strength", "steps", "fix", "calls"), [
-    (0.75, 20, False, 16), (1.0, 20, False, 20), (0.5, 20, False, 11), (0.01, 20, False, 1), (0.3, 7, False, 3), (0.75, 20, True, 20), (0.01, 3, True, 3),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("strength", "steps", "fix", "calls"),
+    [
+        (0.75, 20, False, 16),
+        (1.0, 20, False, 20),
+        (0.5, 20, False, 11),
+        (0.01, 20, False, 1),
+        (0.3, 7, False, 3),
+        (0.75, 20, True, 20),
+        (0.01, 3, True, 3),
+    ],
+)
 def test_steps_left_of_an_image(strength: float, steps: int, fix: bool, calls: int) -> None:
-    """`setup_img2img_steps`: t_enc = int(min(strength, 0.999) steps), and t_enc + 1 calls; or as many as asked for, of a longer schedule."""
+    """`setup_img2img_steps`: t_enc = int(min(strength, 0.999) steps), and t_enc + 1 calls; or as many as asked for, of
+    a longer schedule.
+    """
     rows = plan_rows("euler", "normal", steps, Diffusion(), strength=strength, fix_steps=fix)
     whole = int(steps / min(strength, 0.999)) if fix else steps
     assert len(rows) == calls
@@ -98,7 +114,9 @@ def test_start_from_an_image(sampler: str, schedule: str) -> None:
 
 @pytest.mark.parametrize(("sampler", "schedule"), CASES)
 def test_inpainting_blends_the_denoised_estimate(sampler: str, schedule: str) -> None:
-    """CFGDenoiser's blend after guidance, and the finished latents' own: outside the mask nothing changes, inside stays the image."""
+    """CFGDenoiser's blend after guidance, and the finished latents' own: outside the mask nothing changes, inside stays
+    the image.
+    """
     rows = plan_rows(sampler, schedule, 8, Diffusion(), strength=0.6, masked=True)
     init, x, mask = next(normals(3)), next(normals(4)), np.array([1.0, 0, 1, 1, 0, 0])
     sigmas = sigmas_of(sampler, schedule, 8)[8 - int(0.6 * 8) - 1 :]
@@ -117,7 +135,11 @@ def test_inpainting_blends_the_denoised_estimate(sampler: str, schedule: str) ->
 
 def test_no_mask_no_blend() -> None:
     assert {row.inpaint for row in plan_rows("euler", "normal", 4, Diffusion(), strength=0.5)} == {(0.0, 0.0, 0.0)}
-    assert [row.inpaint for row in plan_rows("euler", "normal", 3, Diffusion(), strength=1.0, masked=True)] == [(1, 0, 0), (1, 0, 0), (0, 1, 0)]
+    assert [row.inpaint for row in plan_rows("euler", "normal", 3, Diffusion(), strength=1.0, masked=True)] == [
+        (1, 0, 0),
+        (1, 0, 0),
+        (0, 1, 0),
+    ]
 
 
 # On the emoji model
@@ -135,18 +157,24 @@ def graphs(flat_bundle: Path) -> Graphs:
 
 @pytest.mark.parametrize("sampler", REFERENCES)
 def test_whole_loop(engine: Engine, graphs: Graphs, sampler: str) -> None:
-    """The engine over the tables, with the sampler's own schedule, against the formulas calling the same graph for its raw prediction only."""
+    """The engine over the tables, with the sampler's own schedule, against the formulas calling the same graph for its
+    raw prediction only.
+    """
     schedule = SAMPLERS[sampler].schedules[0]
     rows = plan_rows(sampler, schedule, 5, Diffusion())
     found, network, unit, drawn = run_engine(engine, graphs, rows)
     sigmas = sigmas_of(sampler, schedule, 5)
-    expected = REFERENCES[sampler](Denoiser(network, "epsilon"), unit * sigmas[0], sigmas, lambda sigma, sigma_next: next(drawn))
+    expected = REFERENCES[sampler](
+        Denoiser(network, "epsilon"), unit * sigmas[0], sigmas, lambda sigma, sigma_next: next(drawn)
+    )
     assert relative(found, expected) < 1e-4
 
 
 def test_prediction_of_the_manifest_is_used() -> None:
     rows = {kind: plan_rows("euler", "normal", 3, replace(Diffusion(), prediction=kind)) for kind in ("epsilon", "v")}
-    assert rows["epsilon"][0].q == pytest.approx(-14.6146412) and rows["v"][0].q == pytest.approx(-14.6146412 / math.hypot(1, 14.6146412))
+    assert rows["epsilon"][0].q == pytest.approx(-14.6146412) and rows["v"][0].q == pytest.approx(
+        -14.6146412 / math.hypot(1, 14.6146412)
+    )
 
 
 def columns(table: Any) -> set[int]:

@@ -1,4 +1,6 @@
-"""AUTOMATIC1111's DDIM, PLMS, UniPC and LCM against its own loops in plain float64, and UniPC's solver against diffusers' on the same levels."""
+"""AUTOMATIC1111's DDIM, PLMS, UniPC and LCM against its own loops in plain float64, and UniPC's solver against
+diffusers' on the same levels.
+"""
 
 from __future__ import annotations
 
@@ -67,7 +69,10 @@ def test_text(sampler: str, prediction: str) -> None:
         x = next(normals(1))
         expected = {"ddim": ddim, "plms": plms}[sampler](Denoiser(toy_network, prediction), x, timesteps_of(steps))
         assert relative(run_machine(rows, toy_network, x, normals(2)), expected) < EXACT
-        assert relative(run_machine(tables(rows, [[1.0]] * len(rows)), toy_network, x, normals(2), rows=rows), expected) < 1e-5
+        assert (
+            relative(run_machine(tables(rows, [[1.0]] * len(rows)), toy_network, x, normals(2), rows=rows), expected)
+            < 1e-5
+        )
         assert len({row.step for row in rows}) == len(timesteps_of(steps)) - 1
 
 
@@ -87,13 +92,24 @@ def test_image(sampler: str, strength: float) -> None:
 
 def test_inpainting_ends_on_the_image() -> None:
     init, mask = next(normals(3)), np.array([1.0, 0, 0, 1, 0, 1])
-    for sampler, schedule in (("ddim", "ddim_uniform"), ("plms", "ddim_uniform"), ("unipc", "normal"), ("lcm", "normal")):
+    for sampler, schedule in (
+        ("ddim", "ddim_uniform"),
+        ("plms", "ddim_uniform"),
+        ("unipc", "normal"),
+        ("lcm", "normal"),
+    ):
         rows = plan_rows(sampler, schedule, 6, Diffusion(), strength=0.8, masked=True)
         found = run_machine(rows, toy_network, next(normals(1)), normals(2), init=init, mask=mask)
         assert found[mask == 1] == pytest.approx(init[mask == 1], rel=1e-12)
         free = run_machine([*rows[:-1]], toy_network, next(normals(1)), normals(2), init=init, mask=0 * mask)
         assert free == pytest.approx(
-            run_machine(plan_rows(sampler, schedule, 6, Diffusion(), strength=0.8)[:-1], toy_network, next(normals(1)), normals(2), init=init)
+            run_machine(
+                plan_rows(sampler, schedule, 6, Diffusion(), strength=0.8)[:-1],
+                toy_network,
+                next(normals(1)),
+                normals(2),
+                init=init,
+            )
         )
 
 
@@ -105,13 +121,17 @@ def test_nothing_left_to_do(sampler: str, steps: int, strength: float | None) ->
 
 
 def unipc_levels(first: float, steps: int) -> tuple[list[float], list[float]]:
-    """Levels of `NoiseScheduleVP` on discrete alphas: log alpha linear between timesteps, evenly spaced from `first` to 0."""
+    """Levels of `NoiseScheduleVP` on discrete alphas: log alpha linear between timesteps, evenly spaced from `first` to
+    0.
+    """
     t = [first * (1 - i / steps) for i in range(steps + 1)]
     log_alpha = np.interp(t, np.arange(1000), 0.5 * np.log(ALPHAS))
     return [math.sqrt(1 - math.exp(2 * log)) / math.exp(log) for log in log_alpha], t[:-1]
 
 
-def diffusers_unipc(x: Array, sigmas: list[float], timesteps: list[float], prediction: str = "epsilon", network: Network = toy_network) -> Array:
+def diffusers_unipc(
+    x: Array, sigmas: list[float], timesteps: list[float], prediction: str = "epsilon", network: Network = toy_network
+) -> Array:
     """diffusers' solver, of order 3 in its bh1 variant, on AUTOMATIC1111's levels, in float64."""
     import torch
     from diffusers import UniPCMultistepScheduler
@@ -119,11 +139,16 @@ def diffusers_unipc(x: Array, sigmas: list[float], timesteps: list[float], predi
     kind: Any = {"epsilon": "epsilon", "v": "v_prediction", "sample": "sample"}[prediction]
     scheduler: Any = UniPCMultistepScheduler(**TRAINING, solver_order=3, solver_type="bh1", prediction_type=kind)
     scheduler.set_timesteps(len(timesteps))
-    scheduler.sigmas, scheduler.timesteps = torch.tensor(sigmas, dtype=torch.float64), torch.tensor(timesteps, dtype=torch.float64)
+    scheduler.sigmas, scheduler.timesteps = (
+        torch.tensor(sigmas, dtype=torch.float64),
+        torch.tensor(timesteps, dtype=torch.float64),
+    )
     scheduler.set_begin_index(0)
     latents = torch.from_numpy(x)[None]
     for t in timesteps:
-        latents = scheduler.step(torch.from_numpy(network(latents[0].numpy(), t))[None], t, latents, return_dict=False)[0]
+        latents = scheduler.step(torch.from_numpy(network(latents[0].numpy(), t))[None], t, latents, return_dict=False)[
+            0
+        ]
     return np.asarray(latents[0].numpy())
 
 
@@ -154,7 +179,9 @@ def test_unipc_image(strength: float) -> None:
 
 
 def lcm(x: Array, sigmas: list[float], fresh: Any, network: Network = toy_network) -> Array:
-    """`sample_lcm` over `LCMCompVisDenoiser`: 50 levels, the nearest one's timestep, the boundary condition on latents not divided."""
+    """`sample_lcm` over `LCMCompVisDenoiser`: 50 levels, the nearest one's timestep, the boundary condition on latents
+    not divided.
+    """
     for i in range(len(sigmas) - 1):
         t = int(np.abs(math.log(sigmas[i]) - LOG_SIGMAS[19::20]).argmin()) * 20 + 19
         out = network(x / math.sqrt(1 + sigmas[i] ** 2), t)
@@ -186,12 +213,16 @@ def test_lcm_on_karras_sigmas() -> None:
 
 def test_samplers_that_automatic1111_lacks_are_those_of_diffusers() -> None:
     for sampler in ("ddpm", "tcd"):
-        ours, theirs = (plan_rows(sampler, "leading", 8, Diffusion(), compat=compat) for compat in ("a1111", "diffusers"))
+        ours, theirs = (
+            plan_rows(sampler, "leading", 8, Diffusion(), compat=compat) for compat in ("a1111", "diffusers")
+        )
         assert all(np.array_equal(a.M, b.M) and a.timestep == b.timestep for a, b in zip(ours, theirs, strict=True))
 
 
 def test_ddim_uniform_of_k_diffusion_samplers_goes_on_to_zero() -> None:
-    assert [row.sigma for row in plan_rows("euler", "ddim_uniform", 20, Diffusion())] == pytest.approx(reference_sigmas("ddim_uniform", 20)[:-1])
+    assert [row.sigma for row in plan_rows("euler", "ddim_uniform", 20, Diffusion())] == pytest.approx(
+        reference_sigmas("ddim_uniform", 20)[:-1]
+    )
 
 
 @pytest.fixture(scope="module")

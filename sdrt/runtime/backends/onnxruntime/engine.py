@@ -1,4 +1,6 @@
-"""The ONNX Runtime backend: the bundle's float32 graphs on the CPU, as `sdrt compile` saved them where that fits this machine, else optimised now."""
+"""The ONNX Runtime backend: the bundle's float32 graphs on the CPU, as `sdrt compile` saved them where that fits this
+machine, else optimised now.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sdrt.bundle.folder import Bundle
-from sdrt.bundle.graphs import STEP, TEXT_ENCODER, VAE_DECODER, VAE_ENCODER, Signature, context_output, dimensions, signatures
+from sdrt.bundle.graphs import (
+    STEP,
+    TEXT_ENCODER,
+    VAE_DECODER,
+    VAE_ENCODER,
+    Signature,
+    context_output,
+    dimensions,
+    signatures,
+)
 from sdrt.engines.shapes import EngineShapes, JobShape, any_shapes
 from sdrt.machine.interruptible import interruptible
 from sdrt.machine.memory import available_bytes, rss_bytes
@@ -40,7 +51,8 @@ _RUN_GRAPHS = (STEP, VAE_DECODER, TEXT_ENCODER)
 
 
 _kept = Demand(0, "")
-"""The largest batch that ran. All sessions of the process share what ONNX Runtime took for it and has not given back."""
+"""The largest batch that ran. All sessions of the process share what ONNX Runtime took for it and has not given back.
+"""
 
 
 def _keep(demand: Demand) -> None:
@@ -105,17 +117,29 @@ class OnnxRuntimeEngine:
 
     def describe(self) -> dict[str, Any]:
         saved = {} if self._saved is None else {"engine": self._saved[0].name}
-        return {"backend": self.backend, "version": self._ort.__version__, "device": "cpu", "compute": PRECISION, "threads": self._threads, **saved}
+        return {
+            "backend": self.backend,
+            "version": self._ort.__version__,
+            "device": "cpu",
+            "compute": PRECISION,
+            "threads": self._threads,
+            **saved,
+        }
 
     def session(self, graph: str, profile: Path | None = None) -> ort.InferenceSession:
-        """One more session of a graph, from where this engine's own come; with ONNX Runtime's profiler on where `profile` says how its files begin."""
+        """One more session of a graph, from where this engine's own come; with ONNX Runtime's profiler on where
+        `profile` says how its files begin.
+        """
         if self._saved is None:
-            return open_graph(self._ort, self._bundle.graph(graph, PRECISION), self._threads, profile=profile, shared=self._shared)
+            return open_graph(
+                self._ort, self._bundle.graph(graph, PRECISION), self._threads, profile=profile, shared=self._shared
+            )
         return open_engine(self._ort, self._saved, graph, self._threads, profile=profile, shared=self._shared)
 
     def _load(self, graphs: Sequence[str]) -> dict[str, ort.InferenceSession]:
-        """Sessions load in parallel: folding and packing weights runs on one core each. The weights of saved models are hashed beside that; data alone
-        cannot harm, and is used after the check."""
+        """Sessions load in parallel: folding and packing weights runs on one core each. The weights of saved models are
+        hashed beside that; data alone cannot harm, and is used after the check.
+        """
         with ThreadPoolExecutor(2 * len(graphs)) as pool:
             checks = [] if self._saved is None else [pool.submit(check_weights, self._saved, graph) for graph in graphs]
             try:
@@ -129,9 +153,19 @@ class OnnxRuntimeEngine:
 
 
 class _StepMemory(HostMemory):
-    """Two bindings in turn: what one call writes is what the next reads, so nothing is copied or allocated between calls."""
+    """Two bindings in turn: what one call writes is what the next reads, so nothing is copied or allocated between
+    calls.
+    """
 
-    def __init__(self, engine: OnnxRuntimeEngine, ort: Any, session: ort.InferenceSession, signature: Signature, shape: BatchShape, capacity: int) -> None:
+    def __init__(
+        self,
+        engine: OnnxRuntimeEngine,
+        ort: Any,
+        session: ort.InferenceSession,
+        signature: Signature,
+        shape: BatchShape,
+        capacity: int,
+    ) -> None:
         super().__init__(signature, step_sizes(shape, capacity, ROWS))
         self._shape, self._capacity = shape, capacity
         self._engine, self._ort, self._session = engine, ort, session
@@ -148,7 +182,9 @@ class _StepMemory(HostMemory):
     def call(self) -> None:
         try:
             binding = self._bindings[self.calls % 2]
-            interruptible(lambda: self._session.run_with_iobinding(binding, self._options), lambda: end_run(self._options))
+            interruptible(
+                lambda: self._session.run_with_iobinding(binding, self._options), lambda: end_run(self._options)
+            )
         except Exception as error:
             raise explained(self._ort, STEP, error) from error
         self.calls += 1

@@ -1,8 +1,9 @@
 """The OpenVINO backend: engines of static shapes on the CPU, in bfloat16 where it has it.
 
-An engine serves one size, number of pictures, prompt length and number of guidance branches; a bundle may hold several, and each running batch
-takes the one that fits; more pictures than any engine takes at once run one part after the other. What no engine serves is compiled in memory, where that was
-asked for. Graphs with equal shapes are loaded once, whatever engines they lie in.
+An engine serves one size, number of pictures, prompt length and number of guidance branches; a bundle may hold several,
+and each running batch takes the one that fits; more pictures than any engine takes at once run one part after the
+other. What no engine serves is compiled in memory, where that was asked for. Graphs with equal shapes are loaded once,
+whatever engines they lie in.
 """
 
 from __future__ import annotations
@@ -23,7 +24,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sdrt.bundle.folder import Bundle
-from sdrt.bundle.graphs import GRAPHS, STEP, TEXT_ENCODER, VAE_DECODER, VAE_ENCODER, Signature, context_output, dimensions, signatures
+from sdrt.bundle.graphs import (
+    GRAPHS,
+    STEP,
+    TEXT_ENCODER,
+    VAE_DECODER,
+    VAE_ENCODER,
+    Signature,
+    context_output,
+    dimensions,
+    signatures,
+)
 from sdrt.bundle.manifest import WEIGHTS
 from sdrt.engines.record import EngineRecord
 from sdrt.engines.shapes import EngineShapes, JobShape, shapes_of
@@ -32,7 +43,15 @@ from sdrt.errors import MachineError, MissingEngineError
 from sdrt.machine.cpu import usable_cores
 from sdrt.machine.interruptible import interruptible, wait_for
 from sdrt.machine.memory import available_bytes
-from sdrt.runtime.backends.openvino.model import StepShape, compile_graph, explained, fit, import_blob, import_openvino, openvino_version
+from sdrt.runtime.backends.openvino.model import (
+    StepShape,
+    compile_graph,
+    explained,
+    fit,
+    import_blob,
+    import_openvino,
+    openvino_version,
+)
 from sdrt.runtime.engine import BatchShape, Float, InParts, Pixels, RunningBatch, job_shape
 from sdrt.runtime.request_memory import Demand, openvino_demand
 from sdrt.runtime.running_batch import HostMemory, Slots, step_sizes
@@ -42,7 +61,9 @@ log = logging.getLogger("sdrt")
 Arrays = Mapping[str, NDArray[Any]]
 
 _LOADED = 2
-"""How many of each graph are kept in memory, least recently used dropped first: each holds its weights in the layout its kernels read."""
+"""How many of each graph are kept in memory, least recently used dropped first: each holds its weights in the layout
+its kernels read.
+"""
 
 
 @dataclass(frozen=True)
@@ -54,22 +75,34 @@ class _Loaded:
 
 
 class OpenVinoEngine:
-    """Thread-safe: no two batches or calls use an infer request at the same time. One that two threads shared would silently mix their pictures."""
+    """Thread-safe: no two batches or calls use an infer request at the same time. One that two threads shared would
+    silently mix their pictures.
+    """
 
     backend = "openvino"
 
-    def __init__(self, bundle: Bundle, threads: int | None, *, compile_missing: bool = False, shared: bool = False) -> None:
-        """`compile_missing` has shapes that no engine serves compiled in memory, which takes seconds; else they raise MissingEngineError. `shared` says that
-        others keep the cores busy too."""
+    def __init__(
+        self, bundle: Bundle, threads: int | None, *, compile_missing: bool = False, shared: bool = False
+    ) -> None:
+        """`compile_missing` has shapes that no engine serves compiled in memory, which takes seconds; else they raise
+        MissingEngineError. `shared` says that others keep the cores busy too.
+        """
         self._ov = import_openvino("backend openvino")
-        self._bundle, self._threads, self._compile_missing, self._shared = bundle, threads or usable_cores(), compile_missing, shared
+        self._bundle, self._threads, self._compile_missing, self._shared = (
+            bundle,
+            threads or usable_cores(),
+            compile_missing,
+            shared,
+        )
         self._core = self._ov.Core()
         self._engines = _usable(bundle, self._core)
         self._lock = Lock()
         self._adding = Lock()
         self._loading: dict[Any, Lock] = {}
         self._graphs: OrderedDict[Any, _Loaded] = OrderedDict()
-        self._version = openvino_version()  # once: it reads the package's files, which takes as long as a small picture's text
+        self._version = (
+            openvino_version()
+        )  # once: it reads the package's files, which takes as long as a small picture's text
         self.compiled = 0
         """Graphs that had to be compiled because no blob fits; the others were imported."""
         self._default = first = min(self._engines, key=lambda engine: _unlikeness(engine.shape, bundle))
@@ -78,7 +111,11 @@ class OpenVinoEngine:
 
     @property
     def shapes(self) -> tuple[EngineShapes, ...]:
-        return tuple(dict.fromkeys(shapes_of(engine.record, self._bundle.manifest) for engine in self._engines if engine.record is not None))
+        return tuple(
+            dict.fromkeys(
+                shapes_of(engine.record, self._bundle.manifest) for engine in self._engines if engine.record is not None
+            )
+        )
 
     def serves(self, shape: JobShape) -> bool:
         return self._compile_missing or bool(self._alike(shape))
@@ -90,10 +127,14 @@ class OpenVinoEngine:
         with self._lock:
             graphs = dict(self._graphs)
         step_loaded = any(engine.key(STEP) in graphs for engine in alike)
-        decoders = [graphs.get(engine.key(VAE_DECODER)) for engine in self._engines if engine.job_shape.size == shape.size]
+        decoders = [
+            graphs.get(engine.key(VAE_DECODER)) for engine in self._engines if engine.job_shape.size == shape.size
+        ]
         decoder_loaded = any(decoder is not None and decoder.idle for decoder in decoders)
         precision = (alike[0] if alike else self._default).precision
-        return openvino_demand(self._bundle.manifest, shape, precision=precision, step_loaded=step_loaded, decoder_loaded=decoder_loaded)
+        return openvino_demand(
+            self._bundle.manifest, shape, precision=precision, step_loaded=step_loaded, decoder_loaded=decoder_loaded
+        )
 
     def free_bytes(self, shape: JobShape) -> int | None:
         return available_bytes()
@@ -119,7 +160,9 @@ class OpenVinoEngine:
         engine = self._of_batch(shape, capacity)
         made = engine.shape
         signature = signatures(dimensions(self._bundle.manifest))[STEP]
-        memory = _StepMemory(self, self._load(engine, STEP).compiled, engine, signature, step_sizes(shape, made.batch, made.rows))
+        memory = _StepMemory(
+            self, self._load(engine, STEP).compiled, engine, signature, step_sizes(shape, made.batch, made.rows)
+        )
         return Slots(memory, signature, shape, made.batch, made.rows)
 
     def decode(self, latents: Float, rounding: float) -> tuple[Pixels, NDArray[np.bool_]]:
@@ -132,12 +175,18 @@ class OpenVinoEngine:
 
     def describe_engine(self, engine: _Loadable) -> dict[str, Any]:
         return {
-            "backend": self.backend, "version": self._version, "device": "cpu", "compute": engine.precision, "threads": self._threads,
+            "backend": self.backend,
+            "version": self._version,
+            "device": "cpu",
+            "compute": engine.precision,
+            "threads": self._threads,
             "engine": "compiled in memory" if engine.folder is None else engine.folder.name,
-        }  # fmt: skip
+        }
 
     def tensor(self, array: NDArray[Any]) -> Any:
-        """An array as OpenVINO's tensor, sharing its memory. The tensor keeps the array; a request that was given it keeps neither, only the address."""
+        """An array as OpenVINO's tensor, sharing its memory. The tensor keeps the array; a request that was given it
+        keeps neither, only the address.
+        """
         assert array.flags.c_contiguous
         return self._ov.Tensor(array, shared_memory=True)
 
@@ -164,9 +213,13 @@ class OpenVinoEngine:
         return np.concatenate(pixels), np.concatenate(finite).astype(np.bool_)
 
     def _call(self, engine: _Loadable, graph: str, inputs: Arrays, wanted: tuple[str, ...]) -> tuple[NDArray[Any], ...]:
-        """Run a graph once on all its inputs; copies of the outputs wanted. Takes a request that nobody uses, or makes one."""
+        """Run a graph once on all its inputs; copies of the outputs wanted. Takes a request that nobody uses, or makes
+        one.
+        """
         loaded = self._load(engine, graph)
-        tensors = {name: self.tensor(np.ascontiguousarray(array)) for name, array in inputs.items()}  # kept until it has run
+        tensors = {
+            name: self.tensor(np.ascontiguousarray(array)) for name, array in inputs.items()
+        }  # kept until it has run
         with self.explaining(graph):
             try:
                 request = loaded.idle.pop()
@@ -205,7 +258,9 @@ class OpenVinoEngine:
         return found
 
     def load_counting(self, graph: str, shape: BatchShape, capacity: int) -> tuple[Any, Mapping[str, tuple[int, ...]]]:
-        """A graph of the engine that such a batch takes, loaded once more with a counter on every operator, and its input shapes. For profiles only."""
+        """A graph of the engine that such a batch takes, loaded once more with a counter on every operator, and its
+        input shapes. For profiles only.
+        """
         engine = self._of_batch(shape, capacity)
         return self._read(engine, graph, counting=True), engine.shapes(graph)
 
@@ -215,20 +270,56 @@ class OpenVinoEngine:
             with self._lock:
                 self.compiled += 1
             path = self._bundle.graph(graph, "fp32")
-            return compile_graph(self._ov, self._core, path, engine.shapes(graph), precision, self._threads, counting=counting, shared=self._shared)[0]
+            return compile_graph(
+                self._ov,
+                self._core,
+                path,
+                engine.shapes(graph),
+                precision,
+                self._threads,
+                counting=counting,
+                shared=self._shared,
+            )[0]
         blob = read_plan(engine.folder, engine.record, graph)  # hashed before OpenVINO sees it
         where = str(engine.folder / engine.record.plans[graph].file)
-        return import_blob(self._ov, self._core, where, blob, self._bundle.file(WEIGHTS), precision, self._threads, counting=counting, shared=self._shared)
+        return import_blob(
+            self._ov,
+            self._core,
+            where,
+            blob,
+            self._bundle.file(WEIGHTS),
+            precision,
+            self._threads,
+            counting=counting,
+            shared=self._shared,
+        )
 
     def _of_batch(self, wanted: BatchShape, capacity: int) -> _Loadable:
-        """The engine for a running batch: of its shape, with the smallest number of slots that is enough; where none is, with the largest there is."""
+        """The engine for a running batch: of its shape, with the smallest number of slots that is enough; where none
+        is, with the largest there is.
+        """
         shape = job_shape(wanted, capacity, self._bundle.manifest.latents.factor)
         with self._adding:
             alike = self._alike(shape)
             if not alike:
-                alike = [self._add(StepShape(capacity, wanted.height, wanted.width, wanted.tokens, wanted.branches, self._default.shape.rows))]
+                alike = [
+                    self._add(
+                        StepShape(
+                            capacity,
+                            wanted.height,
+                            wanted.width,
+                            wanted.tokens,
+                            wanted.branches,
+                            self._default.shape.rows,
+                        )
+                    )
+                ]
         holding = [engine for engine in alike if engine.shape.batch >= shape.batch]
-        return min(holding, key=lambda engine: engine.shape.batch) if holding else max(alike, key=lambda engine: engine.shape.batch)
+        return (
+            min(holding, key=lambda engine: engine.shape.batch)
+            if holding
+            else max(alike, key=lambda engine: engine.shape.batch)
+        )
 
     def _alike(self, shape: JobShape) -> list[_Loadable]:
         """The engines of a size, prompt length and number of branches, whatever their batch."""
@@ -253,9 +344,13 @@ class OpenVinoEngine:
         if not self._compile_missing:
             raise self._missing(added.job_shape)
         log.warning(
-            "%s: no OpenVINO engine for %s; compiling it in memory, which takes seconds. Keep it with: sdrt compile %s --target openvino %s",
-            where, added.job_shape.options, where, added.job_shape.options,
-        )  # fmt: skip
+            "%s: no OpenVINO engine for %s; compiling it in memory, which takes seconds. "
+            "Keep it with: sdrt compile %s --target openvino %s",
+            where,
+            added.job_shape.options,
+            where,
+            added.job_shape.options,
+        )
         self._engines = [*self._engines, added]
         return added
 
@@ -272,9 +367,13 @@ class OpenVinoEngine:
 
 
 class _StepMemory(HostMemory):
-    """Two infer requests in turn, over two places of what is fed back: what one call writes the next reads, where it lies."""
+    """Two infer requests in turn, over two places of what is fed back: what one call writes the next reads, where it
+    lies.
+    """
 
-    def __init__(self, engine: OpenVinoEngine, compiled: Any, loadable: _Loadable, signature: Signature, sizes: Mapping[str, int]) -> None:
+    def __init__(
+        self, engine: OpenVinoEngine, compiled: Any, loadable: _Loadable, signature: Signature, sizes: Mapping[str, int]
+    ) -> None:
         super().__init__(signature, sizes)
         self._engine, self._loadable = engine, loadable
         self._requests: list[Any] = []
@@ -283,7 +382,9 @@ class _StepMemory(HostMemory):
                 request = compiled.create_infer_request()
                 for arrays in self.bound(side):
                     for name, array in arrays.items():
-                        request.set_tensor(name, engine.tensor(array))  # a request keeps the address alone; the array is kept by this object
+                        request.set_tensor(
+                            name, engine.tensor(array)
+                        )  # a request keeps the address alone; the array is kept by this object
             self._requests.append(request)
 
     def call(self) -> None:
@@ -301,8 +402,10 @@ class _StepMemory(HostMemory):
 
 
 class _Loadable:
-    """An engine and what it is made for, in the precision it computes in here. One of the bundle has a `folder` and a `record`; if `stale` says why its
-    blobs do not fit this machine, it is compiled again, in memory, as one without a folder is."""
+    """An engine and what it is made for, in the precision it computes in here. One of the bundle has a `folder` and a
+    `record`; if `stale` says why its blobs do not fit this machine, it is compiled again, in memory, as one without a
+    folder is.
+    """
 
     def __init__(
         self,
@@ -318,7 +421,9 @@ class _Loadable:
         """`inputs` holds the shape of every input of every graph; `factor` pixels a side per latent."""
         self._inputs, self.shape, self.precision = inputs, shape, precision
         self.folder, self.record, self.stale = folder, record, stale
-        self.job_shape = JobShape((shape.width * factor, shape.height * factor), shape.batch, shape.tokens, shape.branches)
+        self.job_shape = JobShape(
+            (shape.width * factor, shape.height * factor), shape.batch, shape.tokens, shape.branches
+        )
 
     def shapes(self, graph: str) -> dict[str, tuple[int, ...]]:
         return dict(self._inputs[graph])
@@ -330,14 +435,18 @@ class _Loadable:
 
 def _of_bundle(folder: Path, record: EngineRecord, precision: str, stale: str, factor: int) -> _Loadable:
     """An engine as its record says it was made."""
-    inputs = {graph: {name: largest for name, (_, _, largest) in profiles[0].shapes.items()} for graph, profiles in record.key.profiles.items()}
+    inputs = {
+        graph: {name: largest for name, (_, _, largest) in profiles[0].shapes.items()}
+        for graph, profiles in record.key.profiles.items()
+    }
     (rows, branches), (batch, _, height, width) = inputs[STEP]["w"], inputs[STEP]["init"]
     shape = StepShape(batch, height, width, inputs[STEP]["context"][2], branches, (rows - 1) // batch)
     return _Loadable(inputs, shape, precision, factor, folder=folder, record=record, stale=stale)
 
 
 def _usable(bundle: Bundle, core: Any) -> list[_Loadable]:
-    """The bundle's OpenVINO engines, newest first; those of another CPU, version or manner only where none of this machine's has their shapes.
+    """The bundle's OpenVINO engines, newest first; those of another CPU, version or manner only where none of this
+    machine's has their shapes.
 
     Raises:
         MachineError: there is none for these graphs and weights.
@@ -353,14 +462,24 @@ def _usable(bundle: Bundle, core: Any) -> list[_Loadable]:
             reasons.append(f"{folder.name}: {other}")
             continue
         machine, precision = fit(core, bundle, record)
-        (stale if machine else fitting).append(_of_bundle(folder, record, precision, machine, bundle.manifest.latents.factor))
+        (stale if machine else fitting).append(
+            _of_bundle(folder, record, precision, machine, bundle.manifest.latents.factor)
+        )
     have = {engine.shape for engine in fitting}
     again = [engine for engine in stale if engine.shape not in have]
     if again:
-        log.warning("%s: %s; compiling again in memory. Keep it with: %s", again[0].folder, again[0].stale, _commands(bundle, again))
+        log.warning(
+            "%s: %s; compiling again in memory. Keep it with: %s",
+            again[0].folder,
+            again[0].stale,
+            _commands(bundle, again),
+        )
     if not fitting and not again:
         found = "; ".join(reasons) or "there is none"
-        raise MachineError(f"{bundle.path}: no openvino engine fits: {found}", f"Make one here with: sdrt compile {bundle.path} --target openvino")
+        raise MachineError(
+            f"{bundle.path}: no openvino engine fits: {found}",
+            f"Make one here with: sdrt compile {bundle.path} --target openvino",
+        )
     return [*fitting, *again]
 
 
@@ -371,21 +490,25 @@ def _commands(bundle: Bundle, engines: Sequence[_Loadable]) -> str:
         branches[replace(engine.shape, branches=0, rows=0), engine.precision].add(engine.shape.branches)
     factor = bundle.manifest.latents.factor
     return "; ".join(
-        f"sdrt compile {bundle.path} --target {OpenVinoEngine.backend} {shape.words(factor, *sorted(counts))} --precision {precision}"
+        f"sdrt compile {bundle.path} --target {OpenVinoEngine.backend} {shape.words(factor, *sorted(counts))}"
+        f" --precision {precision}"
         for (shape, precision), counts in branches.items()
     )
 
 
 def _give_memory_back() -> None:
-    """What a dropped graph held in small pieces glibc keeps for later, and spreads further with every reload: 76 kB a picture over 500 pictures of
-    five sizes in four threads, shrinking with this."""
+    """What a dropped graph held in small pieces glibc keeps for later, and spreads further with every reload: 76 kB a
+    picture over 500 pictures of five sizes in four threads, shrinking with this.
+    """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)
 
 
 def _unlikeness(shape: StepShape, bundle: Bundle) -> tuple[int, ...]:
-    """How far an engine is from what is most often asked for, to find the one to load first: the bundle's own size, one picture, a short prompt, guidance."""
+    """How far an engine is from what is most often asked for, to find the one to load first: the bundle's own size, one
+    picture, a short prompt, guidance.
+    """
     latents = bundle.manifest.latents
     own_size = latents.size[1] // latents.factor, latents.size[0] // latents.factor
     return shape.size != own_size, shape.batch, shape.tokens, shape.branches != 2

@@ -1,4 +1,5 @@
-"""Device and pinned host memory in blocks: named arrays at fixed offsets, so that one copy moves a whole picture's inputs.
+"""Device and pinned host memory in blocks: named arrays at fixed offsets, so that one copy moves a whole picture's
+inputs.
 
 Imports `cuda.core` only through the objects it is given.
 """
@@ -48,16 +49,22 @@ def layout(fields: Sequence[tuple[str, tuple[int, ...], DTypeLike]]) -> Layout:
 
 
 class Block:
-    """A block in device memory and, where `pinned` is set, its twin in page-locked host memory. `count` is told of what it starts: allocations, h2d, d2h."""
+    """A block in device memory and, where `pinned` is set, its twin in page-locked host memory. `count` is told of what
+    it starts: allocations, h2d, d2h.
+    """
 
-    def __init__(self, cuda: Any, device: Any, stream: Any, what: Layout, *, pinned: bool, count: Callable[[str], None]) -> None:
+    def __init__(
+        self, cuda: Any, device: Any, stream: Any, what: Layout, *, pinned: bool, count: Callable[[str], None]
+    ) -> None:
         self.layout = what
         self._count = count
         count("allocations")
         self._cuda = cuda
         self._device = device.allocate(what.size_bytes, stream=stream)
         try:
-            self._pinned = cuda.LegacyPinnedMemoryResource().allocate(what.size_bytes, stream=stream) if pinned else None
+            self._pinned = (
+                cuda.LegacyPinnedMemoryResource().allocate(what.size_bytes, stream=stream) if pinned else None
+            )
         except BaseException:
             self._device.close(stream)
             raise
@@ -74,14 +81,18 @@ class Block:
         """The host twin of an array, as a view to read or fill."""
         assert self._host is not None
         section = self.layout.sections[name]
-        return self._host[section.offset : section.offset + section.size_bytes].view(section.dtype).reshape(section.shape)
+        return (
+            self._host[section.offset : section.offset + section.size_bytes].view(section.dtype).reshape(section.shape)
+        )
 
     def upload(self, stream: Any, first: str, last: str) -> None:
         """Start one copy to the device of everything from `first` through `last`."""
         self.to_device(stream, *self._between(first, last))
 
     def upload_parts(self, stream: Any, parts: Sequence[tuple[str, int, int]]) -> None:
-        """Start copies to the device of entries `first` up to `end` of arrays, along their first axis. What lies side by side is one copy."""
+        """Start copies to the device of entries `first` up to `end` of arrays, along their first axis. What lies side
+        by side is one copy.
+        """
         spans: list[list[int]] = []
         for start, end in sorted(self._entries(*part) for part in parts):
             if spans and start <= spans[-1][1]:
@@ -104,7 +115,9 @@ class Block:
         host.copy_from(device, stream=stream)
 
     def copy(self, stream: Any, offset: int, source: Block, source_offset: int, size_bytes: int) -> None:
-        """Start one copy within the device, from another block into this one. Offsets are in bytes; `offset` gives them."""
+        """Start one copy within the device, from another block into this one. Offsets are in bytes; `offset` gives
+        them.
+        """
         target, origin = (
             self._cuda.Buffer.from_handle(int(block._device.handle) + start, size_bytes, owner=block._device)
             for block, start in ((self, offset), (source, source_offset))
@@ -115,7 +128,9 @@ class Block:
         """Where an entry of an array begins in the block, in bytes."""
         section = self.layout.sections[name]
         sides = section.shape
-        return section.offset + section.dtype.itemsize * sum(i * math.prod(sides[axis + 1 :]) for axis, i in enumerate(index))
+        return section.offset + section.dtype.itemsize * sum(
+            i * math.prod(sides[axis + 1 :]) for axis, i in enumerate(index)
+        )
 
     def clear(self, stream: Any) -> None:
         self._device.fill(0, stream=stream)

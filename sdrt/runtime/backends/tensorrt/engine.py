@@ -1,8 +1,10 @@
-"""The TensorRT backends: compiled engines on a GPU, one CUDA-graph launch per model call, through `cuda.core` and nothing else.
+"""The TensorRT backends: compiled engines on a GPU, one CUDA-graph launch per model call, through `cuda.core` and
+nothing else.
 
-Everything a picture needs is on the device before its first step: tables, noise, context, registers. Two captured graphs take turns
-(an engine's output must not alias its input), so between two steps the host launches one graph and computes, allocates and copies nothing.
-One stream, one activation block shared by all engines: they run one after the other.
+Everything a picture needs is on the device before its first step: tables, noise, context, registers. Two captured
+graphs take turns (an engine's output must not alias its input), so between two steps the host launches one graph and
+computes, allocates and copies nothing. One stream, one activation block shared by all engines: they run one after the
+other.
 
 This code has not run on a GPU yet; tests run it on a strict simulator of the two libraries.
 """
@@ -21,7 +23,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sdrt.bundle.folder import Bundle
-from sdrt.bundle.graphs import STEP, TEXT_ENCODER, VAE_DECODER, VAE_ENCODER, Tensor, concrete, context_output, dimensions, signatures
+from sdrt.bundle.graphs import (
+    STEP,
+    TEXT_ENCODER,
+    VAE_DECODER,
+    VAE_ENCODER,
+    Tensor,
+    concrete,
+    context_output,
+    dimensions,
+    signatures,
+)
 from sdrt.engines.record import EngineRecord
 from sdrt.engines.shapes import EngineShapes, JobShape, shapes_of
 from sdrt.engines.store import list_engines, mismatch, read_plan, state_bytes
@@ -89,8 +101,17 @@ class TensorRtEngine:
 
     def demand(self, shape: JobShape) -> Demand:
         if not self.serves(shape):
-            raise self._missing(f"no {self.backend} engine for {shape.options}; there is: {'; '.join(map(str, self.shapes))}", shape)
-        needed = state_bytes(self._bundle.manifest, size=shape.size, batch=shape.batch, tokens=shape.tokens, rows=self.rows, branches=shape.branches)
+            raise self._missing(
+                f"no {self.backend} engine for {shape.options}; there is: {'; '.join(map(str, self.shapes))}", shape
+            )
+        needed = state_bytes(
+            self._bundle.manifest,
+            size=shape.size,
+            batch=shape.batch,
+            tokens=shape.tokens,
+            rows=self.rows,
+            branches=shape.branches,
+        )
         return Demand(needed, f"state {needed:,} bytes")
 
     def free_bytes(self, shape: JobShape) -> int | None:
@@ -110,15 +131,21 @@ class TensorRtEngine:
     def encode_image(self, pixels: Pixels, noise: Float) -> Float:
         count, _, height, width = noise.shape
         with self.guarded(VAE_ENCODER):
-            if VAE_ENCODER not in self._contexts:  # most pictures start from text: the encoder is loaded when the first image comes
+            if (
+                VAE_ENCODER not in self._contexts
+            ):  # most pictures start from text: the encoder is loaded when the first image comes
                 self._engines[VAE_ENCODER] = self._deserialize(VAE_ENCODER)
                 self._contexts[VAE_ENCODER] = self.context(VAE_ENCODER)
             sizes = {"N": count, "h": height, "w": width}
-            result: Float = self._run(VAE_ENCODER, {"pixels": pixels, "noise": noise}, sizes, "latents").host("latents").copy()
+            result: Float = (
+                self._run(VAE_ENCODER, {"pixels": pixels, "noise": noise}, sizes, "latents").host("latents").copy()
+            )
             return result
 
     def _run(self, graph: str, inputs: dict[str, NDArray[Any]], sizes: Mapping[str, int], output: str) -> Block:
-        """Run one graph on host arrays and wait for `output`, which the block then holds. `sizes` says what the free axes are."""
+        """Run one graph on host arrays and wait for `output`, which the block then holds. `sizes` says what the free
+        axes are.
+        """
         block = self._kept(graph, sizes)
         for name, array in inputs.items():
             block.host(name)[...] = array
@@ -131,7 +158,12 @@ class TensorRtEngine:
     def _enqueue_on(self, block: Block, graph: str) -> None:
         """Start one run of a graph whose inputs and outputs are all in one block."""
         context, signature = self._contexts[graph], self.signatures[graph]
-        self.bind(context, graph, 0, {name: (block.address(name), block.layout.sections[name].shape) for name in signature.inputs})
+        self.bind(
+            context,
+            graph,
+            0,
+            {name: (block.address(name), block.layout.sections[name].shape) for name in signature.inputs},
+        )
         for name in signature.outputs:
             context.set_tensor_address(name, block.address(name))
         self.watched.around(graph, self._stream, lambda: self.enqueue(context, graph, self._stream))
@@ -156,7 +188,9 @@ class TensorRtEngine:
             block.upload(self._stream, "latents", "rounding")
             return self._decoded(block)
 
-    def decode_from(self, source: Block, offsets: Sequence[int], shape: BatchShape, rounding: float) -> tuple[Pixels, NDArray[np.bool_]]:
+    def decode_from(
+        self, source: Block, offsets: Sequence[int], shape: BatchShape, rounding: float
+    ) -> tuple[Pixels, NDArray[np.bool_]]:
         """Decode latents that lie on the device, each at an offset in bytes in `source`; one copy back."""
         block = self._kept(VAE_DECODER, {"N": len(offsets), "h": shape.height, "w": shape.width})
         size_bytes = block.offset("latents", 1) - block.offset("latents", 0)
@@ -175,9 +209,13 @@ class TensorRtEngine:
 
     def describe(self) -> dict[str, Any]:
         return {
-            "backend": self.backend, "version": self._trt.__version__, "device": self._device.name, "compute": self.record.key.precision,
-            "engine": self._folder.name, "cuda_graphs": not self._graphs_disabled,
-        }  # fmt: skip
+            "backend": self.backend,
+            "version": self._trt.__version__,
+            "device": self._device.name,
+            "compute": self.record.key.precision,
+            "engine": self._folder.name,
+            "cuda_graphs": not self._graphs_disabled,
+        }
 
     # What jobs and benchmarks use
 
@@ -198,7 +236,9 @@ class TensorRtEngine:
         return Block(self._cuda, self._device, self._stream, layout(fields), pinned=pinned, count=self.watched.count)
 
     def _kept(self, graph: str, sizes: Mapping[str, int]) -> Block:
-        """A block for a graph's inputs and outputs that is used and synchronised within one guarded call, kept for the next call of the same sizes."""
+        """A block for a graph's inputs and outputs that is used and synchronised within one guarded call, kept for the
+        next call of the same sizes.
+        """
         key = (graph, *sizes.values())
         block = self._blocks.pop(key, None)
         if block is None:
@@ -214,22 +254,28 @@ class TensorRtEngine:
         """A new execution context on the shared activation block."""
         engine, strategy = self._engines[graph], self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
         if hasattr(engine, "create_runtime_config") and hasattr(self._trt, "DynamicShapesKernelSpecializationStrategy"):
-            # TensorRT-RTX compiles kernels for shapes it meets; lazily, a captured graph would freeze the fallback kernels.
+            # TensorRT-RTX compiles kernels for shapes it meets; lazily, a captured graph would freeze the fallback
+            # kernels.
             config = engine.create_runtime_config()
             config.set_execution_context_allocation_strategy(strategy)
-            config.dynamic_shapes_kernel_specialization_strategy = self._trt.DynamicShapesKernelSpecializationStrategy.EAGER
+            config.dynamic_shapes_kernel_specialization_strategy = (
+                self._trt.DynamicShapesKernelSpecializationStrategy.EAGER
+            )
             context = engine.create_execution_context(config)
         else:
             context = engine.create_execution_context(strategy)
         if context is None:
             raise ResourceError(
-                f"{graph}: the GPU has no memory left for another execution context", "Close other programs on the GPU, or choose a smaller --size or --batch."
+                f"{graph}: the GPU has no memory left for another execution context",
+                "Close other programs on the GPU, or choose a smaller --size or --batch.",
             )
         context.set_device_memory(*self._activations_for(engine))
         return context
 
     def _activations_for(self, engine: Any) -> tuple[int, int]:
-        """Address and size of the activation block; a larger one of its own for an engine that was loaded later and needs it."""
+        """Address and size of the activation block; a larger one of its own for an engine that was loaded later and
+        needs it.
+        """
         needed = int(engine.device_memory_size_v2)
         if needed <= self.activation_bytes:
             return int(self._activations.handle), max(self.activation_bytes, 1)
@@ -247,16 +293,25 @@ class TensorRtEngine:
             if name in ranges:
                 low, _, high = ranges[name]
                 if len(low) != len(shape) or not all(a <= s <= b for a, s, b in zip(low, shape, high, strict=True)):
-                    raise self._missing(f"{graph}: {name}: shape {list(shape)}, the engine was compiled for {list(low)} to {list(high)}")
-        if context.active_optimization_profile != profile and not context.set_optimization_profile_async(profile, int(self._stream.handle)):
+                    raise self._missing(
+                        f"{graph}: {name}: shape {list(shape)}, the engine was compiled for {list(low)} to {list(high)}"
+                    )
+        if context.active_optimization_profile != profile and not context.set_optimization_profile_async(
+            profile, int(self._stream.handle)
+        ):
             raise MachineError(f"{graph}: TensorRT refused optimization profile {profile}", self._compile_hint())
         for name, (address, shape) in inputs.items():
             if not context.set_input_shape(name, shape) or not context.set_tensor_address(name, address):
-                raise MachineError(f"{graph}: TensorRT refused input {name} of shape {list(shape)}", self._compile_hint())
+                raise MachineError(
+                    f"{graph}: TensorRT refused input {name} of shape {list(shape)}", self._compile_hint()
+                )
 
     def enqueue(self, context: Any, graph: str, stream: Any) -> None:
         if not context.execute_async_v3(int(stream.handle)):
-            raise MachineError(f"{graph}: TensorRT refused to run; its outputs are not valid", "Run again with a new pipeline; if it persists, compile again.")
+            raise MachineError(
+                f"{graph}: TensorRT refused to run; its outputs are not valid",
+                "Run again with a new pipeline; if it persists, compile again.",
+            )
 
     def profile(self, shape: BatchShape) -> int:
         """The step engine's profile for a number of guidance branches."""
@@ -279,11 +334,15 @@ class TensorRtEngine:
         return self._stream
 
     def give_back(self, step: CapturedStep) -> None:
-        """Keep a captured step for a later batch. Calls nothing of CUDA: the garbage collector comes here, from any thread, even within a capture."""
+        """Keep a captured step for a later batch. Calls nothing of CUDA: the garbage collector comes here, from any
+        thread, even within a capture.
+        """
         self._free.append(step)
 
     def settle(self) -> Exception | None:
-        """Wait until nothing that a failed call started still uses pinned memory. Returns the error that the device reports instead, if any."""
+        """Wait until nothing that a failed call started still uses pinned memory. Returns the error that the device
+        reports instead, if any.
+        """
         try:
             if self._stream is not None:
                 self._stream.sync()
@@ -319,7 +378,9 @@ class TensorRtEngine:
     def _take(self, shape: BatchShape, capacity: int) -> CapturedStep:
         """A free captured step of this shape and capacity, or a new one in the place of the least recently used."""
         found = None
-        for _ in range(len(self._free)):  # a whole turn, which keeps the order; the garbage collector may append meanwhile
+        for _ in range(
+            len(self._free)
+        ):  # a whole turn, which keeps the order; the garbage collector may append meanwhile
             step = self._free.popleft()
             if found is None and (step.shape, step.capacity) == (shape, capacity):
                 found = step
@@ -344,7 +405,9 @@ class TensorRtEngine:
         plan = read_plan(self._folder, self.record, graph)  # hashed before TensorRT sees it: a plan is native code
         engine = self._runtime.deserialize_cuda_engine(plan)
         if engine is None:
-            raise MachineError(f"{self._folder}: {graph}: TensorRT {self._trt.__version__} cannot load this plan", self._compile_hint())
+            raise MachineError(
+                f"{self._folder}: {graph}: TensorRT {self._trt.__version__} cannot load this plan", self._compile_hint()
+            )
         return engine
 
     def _check_memory(self) -> None:
@@ -360,7 +423,10 @@ class TensorRtEngine:
 
     def _missing(self, message: str, wanted: JobShape | None = None) -> MissingEngineError:
         error = MissingEngineError(message, self._compile_hint(*([] if wanted is None else [wanted.options])))
-        error.data = {"shapes": [asdict(one) for one in self.shapes], **({} if wanted is None else {"wanted": asdict(wanted)})}
+        error.data = {
+            "shapes": [asdict(one) for one in self.shapes],
+            **({} if wanted is None else {"wanted": asdict(wanted)}),
+        }
         return error
 
     def _compile_hint(self, options: str = "--size WxH --batch N") -> str:
@@ -417,7 +483,10 @@ def _choose(bundle: Bundle, target: str, compiler: str, sm: str) -> tuple[Path, 
             return folder, record
         reasons.append(f"{folder.name}: {reason}")
     found = "; ".join(reasons) or "there is none"
-    raise MachineError(f"{bundle.path}: no {target} engine fits: {found}", f"Make one here with: sdrt compile {bundle.path} --target {target}")
+    raise MachineError(
+        f"{bundle.path}: no {target} engine fits: {found}",
+        f"Make one here with: sdrt compile {bundle.path} --target {target}",
+    )
 
 
 def _free_bytes() -> int | None:

@@ -1,6 +1,8 @@
-"""The denoising step on a GPU: buffers, execution contexts and captured CUDA graphs for one shape, and the memory of a running batch on top.
+"""The denoising step on a GPU: buffers, execution contexts and captured CUDA graphs for one shape, and the memory of a
+running batch on top.
 
-`sdrt.runtime.backends.tensorrt.engine` owns the device, the stream and the engines; this owns what a running batch needs of them.
+`sdrt.runtime.backends.tensorrt.engine` owns the device, the stream and the engines; this owns what a running batch
+needs of them.
 """
 
 from __future__ import annotations
@@ -24,7 +26,9 @@ if TYPE_CHECKING:
     from sdrt.runtime.backends.tensorrt.engine import TensorRtEngine
 
 _AHEAD = 2
-"""Model calls the host may be ahead of the device: enough to keep it busy, few enough that progress and cancelling are true."""
+"""Model calls the host may be ahead of the device: enough to keep it busy, few enough that progress and cancelling are
+true.
+"""
 _POLL_S = 100e-6
 
 
@@ -43,12 +47,18 @@ class CapturedStep:
         sizes = step_sizes(shape, capacity, engine.rows)
         # Noise comes last: of all it is the one of which a picture uses a part only.
         inputs = sorted(signature.inputs.items(), key=lambda item: item[0] == "noise")
-        outputs = {back: signature.outputs[name] for back, name in FED_BACK.items()} | {"denoised": signature.outputs["denoised"]}
+        outputs = {back: signature.outputs[name] for back, name in FED_BACK.items()} | {
+            "denoised": signature.outputs["denoised"]
+        }
         self.inputs = engine.block([(name, concrete(tensor.shape, sizes), tensor.dtype) for name, tensor in inputs])
         try:
-            self.outputs = engine.block([(name, concrete(tensor.shape, sizes), tensor.dtype) for name, tensor in outputs.items()])
+            self.outputs = engine.block(
+                [(name, concrete(tensor.shape, sizes), tensor.dtype) for name, tensor in outputs.items()]
+            )
         except BaseException:
-            self.inputs.close(engine.stream)  # now, not when the error is forgotten: a smaller picture may be asked for first
+            self.inputs.close(
+                engine.stream
+            )  # now, not when the error is forgotten: a smaller picture may be asked for first
             raise
         try:
             self._bind(engine)
@@ -62,7 +72,9 @@ class CapturedStep:
         """Start one model call."""
         engine.watched.count("launches")
         if self.graphs is None:
-            engine.watched.around(STEP, engine.stream, lambda: engine.enqueue(self.contexts[call % 2], STEP, engine.stream))
+            engine.watched.around(
+                STEP, engine.stream, lambda: engine.enqueue(self.contexts[call % 2], STEP, engine.stream)
+            )
         else:
             graph = self.graphs[call % 2]
             engine.watched.around(STEP, engine.stream, lambda: graph.launch(engine.stream))
@@ -72,7 +84,9 @@ class CapturedStep:
         return self.outputs if name in FED_BACK and call % 2 else self.inputs
 
     def hold_contexts(self, engine: TensorRtEngine, slot: int, sets: Sequence[Float]) -> None:
-        """Put a picture's context sets on the device, in memory that stays with the slot: the next such picture allocates nothing."""
+        """Put a picture's context sets on the device, in memory that stays with the slot: the next such picture
+        allocates nothing.
+        """
         held = self.context_sets[slot]
         if held is None or held.layout.sections["sets"].shape[0] < len(sets):
             if held is not None:
@@ -84,11 +98,15 @@ class CapturedStep:
         held.upload_parts(engine.stream, [("sets", 0, len(sets))])
 
     def change_context(self, engine: TensorRtEngine, slot: int, index: int) -> None:
-        """Start the one copy that gives the next rows another context set. The rows before have read theirs: one stream, one order."""
+        """Start the one copy that gives the next rows another context set. The rows before have read theirs: one
+        stream, one order.
+        """
         held = self.context_sets[slot]
         assert held is not None
         size_bytes = held.offset("sets", 1) - held.offset("sets", 0)
-        self.inputs.copy(engine.stream, self.inputs.offset("context", slot), held, held.offset("sets", index), size_bytes)
+        self.inputs.copy(
+            engine.stream, self.inputs.offset("context", slot), held, held.offset("sets", index), size_bytes
+        )
 
     def close(self, stream: Any) -> None:
         for graph in self.graphs or []:
@@ -104,14 +122,19 @@ class CapturedStep:
         profile = engine.profile(self.shape)
         self.contexts += [engine.context(STEP), engine.context(STEP)]
         for call, context in enumerate(self.contexts):
-            addresses = {name: (self.block_of(name, call).address(name), self.inputs.layout.sections[name].shape) for name in self._signature.inputs}
+            addresses = {
+                name: (self.block_of(name, call).address(name), self.inputs.layout.sections[name].shape)
+                for name in self._signature.inputs
+            }
             engine.bind(context, STEP, profile, addresses)
             written = {output: self.block_of(name, call + 1).address(name) for name, output in FED_BACK.items()}
             for name in self._signature.outputs:
                 context.set_tensor_address(name, written[name] if name in written else self.outputs.address(name))
 
     def _capture(self, engine: TensorRtEngine) -> list[Any] | None:
-        """Capture both contexts, and check a replay of each against plain execution once. None, and graphs off, where that fails."""
+        """Capture both contexts, and check a replay of each against plain execution once. None, and graphs off, where
+        that fails.
+        """
         graphs = []
         self._fill_for_check(engine.stream)
         for call, context in enumerate(self.contexts):
@@ -164,7 +187,8 @@ def _captured(engine: TensorRtEngine, context: Any) -> Any:
         graph = builder.end_building().complete()
     except BaseException:
         with suppress(Exception):
-            builder.close()  # ends the capture, without which the stream is unusable; `end_building` does not end one that broke
+            # ends the capture, without which the stream is unusable; `end_building` does not end one that broke
+            builder.close()
         raise
     builder.close()
     graph.upload(engine.stream)
@@ -189,7 +213,9 @@ class TensorRtMemory:
         step = self._open()
         with self._engine.guarded(STEP):
             for block in (step.inputs, step.outputs):
-                block.upload_parts(self._engine.stream, [part for part in parts if step.block_of(part[0], self._calls) is block])
+                block.upload_parts(
+                    self._engine.stream, [part for part in parts if step.block_of(part[0], self._calls) is block]
+                )
             self._copied = self._engine.stream.record(self._copied)
 
     def ready(self) -> None:
@@ -228,7 +254,9 @@ class TensorRtMemory:
         step = self._open()
         with self._engine.guarded(VAE_DECODER):
             block = step.block_of("registers", self._calls)
-            return self._engine.decode_from(block, [block.offset("registers", slot, 0) for slot in slots], step.shape, rounding)
+            return self._engine.decode_from(
+                block, [block.offset("registers", slot, 0) for slot in slots], step.shape, rounding
+            )
 
     def describe(self) -> dict[str, Any]:
         return self._engine.describe()

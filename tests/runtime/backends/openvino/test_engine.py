@@ -1,4 +1,5 @@
-"""OpenVINO: pictures against ONNX Runtime's float32 ones, engines found again without compiling, and everything a bundle or machine can get wrong.
+"""OpenVINO: pictures against ONNX Runtime's float32 ones, engines found again without compiling, and everything a
+bundle or machine can get wrong.
 
 bfloat16 engines are held to 30 dB, float32 ones to 45 dB.
 """
@@ -42,7 +43,14 @@ from sdrt.runtime.backends.onnxruntime.engine import OnnxRuntimeEngine
 from sdrt.runtime.backends.openvino import engine as backend
 from sdrt.runtime.backends.openvino import model as openvino_model
 from sdrt.runtime.backends.openvino.engine import OpenVinoEngine
-from sdrt.runtime.backends.openvino.model import StepShape, choose_precision, compile_graph, explained, import_blob, import_openvino
+from sdrt.runtime.backends.openvino.model import (
+    StepShape,
+    choose_precision,
+    compile_graph,
+    explained,
+    import_blob,
+    import_openvino,
+)
 from sdrt.runtime.engine import Job
 from sdrt.runtime.verify import verify
 
@@ -67,7 +75,9 @@ def copied(source: Path, to: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def reports(flat_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> list[CompileReport]:
-    """Engines for 64x64 with one and two guidance branches, as this CPU computes fastest, from the bundle of `bundle`."""
+    """Engines for 64x64 with one and two guidance branches, as this CPU computes fastest, from the bundle
+    of `bundle`.
+    """
     path = copied(flat_bundle, tmp_path_factory.mktemp("openvino") / "flat.sdrt")
     return compile_bundle(open_bundle(path), CompileOptions("openvino", tokens=SHORT))
 
@@ -90,7 +100,12 @@ def exact(small_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A float32 engine of the small bundle for two pictures of 96x64, with tables of four rows."""
     path = copied(small_bundle, tmp_path_factory.mktemp("exact") / "exact.sdrt")
     size = (96, 64)
-    compile_bundle(open_bundle(path), CompileOptions("openvino", size=(size, size), batch=(2, 2), tokens=SHORT, branches=(2,), rows=4, precision="fp32"))
+    compile_bundle(
+        open_bundle(path),
+        CompileOptions(
+            "openvino", size=(size, size), batch=(2, 2), tokens=SHORT, branches=(2,), rows=4, precision="fp32"
+        ),
+    )
     return path
 
 
@@ -121,7 +136,9 @@ def small_reference(small_bundle: Path) -> Iterator[Pipeline]:
 # Pictures
 
 
-@pytest.mark.parametrize("arguments", [{"sampler": "euler"}, {"cfg": 1.0, "sampler": "euler_a"}, {"sampler": "heun", "steps": 4}])
+@pytest.mark.parametrize(
+    "arguments", [{"sampler": "euler"}, {"cfg": 1.0, "sampler": "euler_a"}, {"sampler": "heun", "steps": 4}]
+)
 def test_pictures(pipe: Pipeline, reference: Pipeline, arguments: dict[str, Any]) -> None:
     found, expected = pipe("red apple", **APPLE | arguments), reference("red apple", **APPLE | arguments)
     compute = found.engine["compute"]
@@ -148,12 +165,22 @@ def job(rows: int, *, tokens: int = 77, branches: int = 2, width: int = 12) -> J
         return rng.standard_normal(shape, np.float32)
 
     tables = {
-        "timestep": np.linspace(999, 1, rows, dtype=np.float32), "a": 0.3 * drawn(rows, 8), "w": drawn(rows, branches), "v": drawn(rows, branches),
-        "u": 0.2 * drawn(rows, 8), "q": 0.3 * drawn(rows), "M": 0.2 * drawn(rows, 8, 11), "inpaint": np.zeros((rows, 3), np.float32),
+        "timestep": np.linspace(999, 1, rows, dtype=np.float32),
+        "a": 0.3 * drawn(rows, 8),
+        "w": drawn(rows, branches),
+        "v": drawn(rows, branches),
+        "u": 0.2 * drawn(rows, 8),
+        "q": 0.3 * drawn(rows),
+        "M": 0.2 * drawn(rows, 8, 11),
+        "inpaint": np.zeros((rows, 3), np.float32),
         "noise": drawn(rows, 4, 8, width),
-    }  # fmt: skip
+    }
     sets = tuple(drawn(branches, tokens, 64) for _ in range(2))
-    inputs = {"init": np.zeros((4, 8, width), np.float32), "init_noise": drawn(4, 8, width), "mask": np.zeros((1, 8, width), np.float32)}
+    inputs = {
+        "init": np.zeros((4, 8, width), np.float32),
+        "init_noise": drawn(4, 8, width),
+        "mask": np.zeros((1, 8, width), np.float32),
+    }
     return Job(tables, inputs, sets, tuple(row // 3 % 2 for row in range(rows)))
 
 
@@ -176,7 +203,9 @@ def test_what_a_batch_reads_outlives_its_setup(exact_pipe: Pipeline) -> None:
     engine = exact_pipe._engine
     assert engine is not None
     batches = [engine.open(job(2).shape, 1) for _ in range(2)]
-    garbage = [np.full(size // 4, np.nan, np.float32) for size in (768, 3072) for _ in range(2000)]  # the sizes of mask, init and unit noise
+    garbage = [
+        np.full(size // 4, np.nan, np.float32) for size in (768, 3072) for _ in range(2000)
+    ]  # the sizes of mask, init and unit noise
     latents = []
     for batch in batches:
         slot = batch.join(job(2))
@@ -188,7 +217,10 @@ def test_what_a_batch_reads_outlives_its_setup(exact_pipe: Pipeline) -> None:
 
 def test_images_are_encoded(exact_pipe: Pipeline, small_reference: Pipeline) -> None:
     rng = np.random.default_rng(0)
-    pixels, noise = rng.integers(0, 256, (3, 64, 96, 3), np.uint8), rng.standard_normal((3, 4, 8, 12)).astype(np.float32)
+    pixels, noise = (
+        rng.integers(0, 256, (3, 64, 96, 3), np.uint8),
+        rng.standard_normal((3, 4, 8, 12)).astype(np.float32),
+    )
     engines = [p._engine for p in (exact_pipe, small_reference)]
     found, expected = (e.encode_image(pixels, noise) for e in engines if e is not None)
     assert np.linalg.norm(found - expected) <= 1e-4 * np.linalg.norm(expected)
@@ -205,7 +237,9 @@ def test_t1_eight_threads_give_eight_single_threaded_pictures(pipe: Pipeline) ->
 
 
 def test_t1_requests_are_used_again_and_never_by_two_at_once(exact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Four calls that are all inside at once have four requests; of calls one after the other, each takes one of those. Pictures are the same."""
+    """Four calls that are all inside at once have four requests; of calls one after the other, each takes one of those.
+    Pictures are the same.
+    """
     rng = np.random.default_rng(1)
     latents = rng.standard_normal((4, 1, 4, 8, 12)).astype(np.float32)
     with Pipeline.load(exact, backend="openvino") as loaded:
@@ -240,11 +274,29 @@ def test_a_cancelled_picture_leaves_the_pipeline_usable(pipe: Pipeline) -> None:
 def test_generating_needs_neither_torch_nor_a_socket(bundle: Path, tmp_path: Path) -> None:
     script = LOCKED_DOWN + "from sdrt.cli.app import app\napp()"
     said = run_python(
-        script, "generate", str(bundle), "red apple", "--steps", "2", "--seed", "1", "--threads", "1", "--output", "a.png", "--json", cwd=tmp_path
+        script,
+        "generate",
+        str(bundle),
+        "red apple",
+        "--steps",
+        "2",
+        "--seed",
+        "1",
+        "--threads",
+        "1",
+        "--output",
+        "a.png",
+        "--json",
+        cwd=tmp_path,
     )
     assert json.loads(said)["engine"] | {"version": "", "compute": "", "engine": ""} == {
-        "backend": "openvino", "version": "", "device": "cpu", "compute": "", "threads": 1, "engine": "",
-    }  # fmt: skip
+        "backend": "openvino",
+        "version": "",
+        "device": "cpu",
+        "compute": "",
+        "threads": 1,
+        "engine": "",
+    }
 
 
 # What is compiled
@@ -257,7 +309,11 @@ def test_attention_is_one_operator(reports: list[CompileReport], bundle: Path) -
         assert len(report.graphs[TEXT_ENCODER].unfused) == 2  # causal: a small part of the work
     nodes = onnx.load(str(opened.graph(STEP, "fp32")), load_external_data=False).graph.node
     read = ov.Core().read_model(str(opened.graph(STEP, "fp32"))).get_ordered_ops()
-    assert sum(op.get_type_name() == "ScaledDotProductAttention" for op in read) == sum(node.op_type == "Attention" for node in nodes) == 32
+    assert (
+        sum(op.get_type_name() == "ScaledDotProductAttention" for op in read)
+        == sum(node.op_type == "Attention" for node in nodes)
+        == 32
+    )
     inputs = StepShape(1, 8, 8, 77, 2, 2).inputs(VAE_DECODER, opened.manifest)
     compiled, attention = compile_graph(ov, ov.Core(), opened.graph(VAE_DECODER, "fp32"), inputs, "fp32", 1)
     assert len(attention) == 1 and openvino_model.unfused_attention(compiled, (*attention, "another")) == ("another",)
@@ -269,7 +325,9 @@ def test_weights_stay_as_they_are_stored(bundle: Path) -> None:
     folder, record = list_engines(opened)[0]
     for graph in GRAPHS:
         blob = read_plan(folder, record, graph)
-        compiled = import_blob(ov, ov.Core(), graph, blob, opened.file("graphs/weights.safetensors"), record.key.precision, 1)
+        compiled = import_blob(
+            ov, ov.Core(), graph, blob, opened.file("graphs/weights.safetensors"), record.key.precision, 1
+        )
         size = dict.fromkeys(("f16", "f32"), 0)
         for op in compiled.get_runtime_model().get_ordered_ops():
             kind, stored = (str(op.get_rt_info()[key].astype(str)) for key in ("layerType", "outputPrecisions"))
@@ -283,7 +341,9 @@ def test_latents_and_timesteps_stay_float32(bundle: Path) -> None:
     """Nothing before the first products or after the last one is bfloat16, in the blob as it is imported."""
     opened = open_bundle(bundle)
     folder, record = list_engines(opened)[0]
-    compiled = import_blob(ov, ov.Core(), "step", read_plan(folder, record, STEP), opened.file("graphs/weights.safetensors"), "bf16", 1)
+    compiled = import_blob(
+        ov, ov.Core(), "step", read_plan(folder, record, STEP), opened.file("graphs/weights.safetensors"), "bf16", 1
+    )
     ops = compiled.get_runtime_model().get_ordered_ops()
 
     def said(op: Any, key: str) -> str:
@@ -310,8 +370,14 @@ def test_latents_and_timesteps_stay_float32(bundle: Path) -> None:
 
 def test_blobs_hold_no_weights(reports: list[CompileReport]) -> None:
     for report in reports:
-        assert sum(plan.size_bytes for plan in report.record.plans.values()) < report.record.weight_bytes / 4  # the rest is operators and their names
-        assert (report.record.branches, report.record.batch, report.record.size) == ((report.record.branches[0],), 1, (64, 64))
+        assert (
+            sum(plan.size_bytes for plan in report.record.plans.values()) < report.record.weight_bytes / 4
+        )  # the rest is operators and their names
+        assert (report.record.branches, report.record.batch, report.record.size) == (
+            (report.record.branches[0],),
+            1,
+            (64, 64),
+        )
     assert [report.record.branches for report in reports] == [(1,), (2,)]
     one, two = (report.record.plans for report in reports)
     assert all(one[graph] == two[graph] for graph in GRAPHS if graph != STEP)  # compiled once for both
@@ -331,7 +397,9 @@ def test_a_second_start_compiles_nothing(bundle: Path, monkeypatch: pytest.Monke
     assert "without weights" in result.stdout
 
 
-def test_several_sizes_share_what_is_equal_and_memory_is_bounded(small: Path, tmp_path: Path, small_reference: Pipeline) -> None:
+def test_several_sizes_share_what_is_equal_and_memory_is_bounded(
+    small: Path, tmp_path: Path, small_reference: Pipeline
+) -> None:
     copy = copied(small, tmp_path / "two.sdrt")
     compile_bundle(open_bundle(copy), CompileOptions("openvino", size=((64, 96), (64, 96)), branches=(2,)))
     with Pipeline.load(copy) as loaded:
@@ -359,8 +427,13 @@ def test_of_any_number_of_sizes_two_graphs_of_a_kind_stay_in_memory(small: Path,
 def test_what_ran_is_told_for_each_picture(small: Path, tmp_path: Path) -> None:
     """A result names the engine that its steps took, and that engine's precision."""
     copy = copied(small, tmp_path / "mixed.sdrt")
-    compile_bundle(open_bundle(copy), CompileOptions("openvino", size=((64, 96), (64, 96)), branches=(2,), precision="fp32"))
-    by_shape = {(record.size, record.branches): (folder.name, record.key.precision) for folder, record in list_engines(open_bundle(copy))}
+    compile_bundle(
+        open_bundle(copy), CompileOptions("openvino", size=((64, 96), (64, 96)), branches=(2,), precision="fp32")
+    )
+    by_shape = {
+        (record.size, record.branches): (folder.name, record.key.precision)
+        for folder, record in list_engines(open_bundle(copy))
+    }
     with Pipeline.load(copy) as loaded:
         for size, cfg, branches in (((64, 64), 1.0, 1), ((64, 64), 3.0, 2), ((64, 96), 3.0, 2)):
             told = loaded("red apple", steps=1, seed=1, cfg=cfg, size=size).engine
@@ -368,7 +441,9 @@ def test_what_ran_is_told_for_each_picture(small: Path, tmp_path: Path) -> None:
 
 
 def test_the_engine_loaded_first_is_the_one_most_asked_for(small: Path, tmp_path: Path) -> None:
-    """Not the newest, which may be for long prompts or several pictures: the first picture would wait for another engine to load."""
+    """Not the newest, which may be for long prompts or several pictures: the first picture would wait for another
+    engine to load.
+    """
     copy = copied(small, tmp_path / "many.sdrt")
     for more in ({"tokens": (154, 154)}, {"batch": (2, 2)}, {"size": ((64, 96), (64, 96))}):
         compile_bundle(open_bundle(copy), CompileOptions("openvino", **more))
@@ -379,7 +454,9 @@ def test_the_engine_loaded_first_is_the_one_most_asked_for(small: Path, tmp_path
 # The backend is chosen
 
 
-def test_auto_takes_the_fastest_that_runs(bundle: Path, flat_bundle: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_auto_takes_the_fastest_that_runs(
+    bundle: Path, flat_bundle: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     assert engine._best(open_bundle(bundle)) == "openvino"
     assert engine._best(open_bundle(flat_bundle)) == "onnxruntime"
     monkeypatch.setattr(engine, "find_spec", lambda name: None)
@@ -422,29 +499,40 @@ def altered(source: Path, to: Path, **changes: Any) -> Path:
     return copy
 
 
-def test_b9_an_engine_of_another_cpu_is_compiled_again(bundle: Path, tmp_path: Path, pipe: Pipeline, caplog: pytest.LogCaptureFixture) -> None:
+def test_b9_an_engine_of_another_cpu_is_compiled_again(
+    bundle: Path, tmp_path: Path, pipe: Pipeline, caplog: pytest.LogCaptureFixture
+) -> None:
     copy = altered(bundle, tmp_path / "other.sdrt", device="Another CPU (avx2)")
     with caplog.at_level(logging.WARNING), Pipeline.load(copy) as loaded:
         found = loaded("red apple", **APPLE)
         assert isinstance(loaded._engine, OpenVinoEngine) and loaded._engine.compiled == 3
     assert np.array_equal(found.images, pipe("red apple", **APPLE).images)
     (said,) = [record.message for record in caplog.records if "compiling again" in record.message]
-    command = f"sdrt compile {copy} --target openvino --size 64x64 --batch 1 --tokens 77 --branches 2 --precision {found.engine['compute']}"
+    command = (
+        f"sdrt compile {copy} --target openvino --size 64x64 --batch 1 --tokens 77 --branches 2 --precision"
+        f" {found.engine['compute']}"
+    )
     assert "Another CPU" in said and said.endswith(command)
     assert json.loads(run("inspect", copy, "--json").stdout)["engines"][0]["stale"] is True
 
 
-def test_an_engine_of_another_version_is_compiled_again(small: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_engine_of_another_version_is_compiled_again(
+    small: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     copy = altered(small, tmp_path / "other.sdrt", compiler="2026.3.0")
     (engine,) = backend._usable(open_bundle(copy), ov.Core())
     assert "built for OpenVINO 2026.3.0" in engine.stale and caplog.text.count("compiling again") == 1
     assert run("compile", copy, "--prune").exit_code == 0 and list_engines(open_bundle(copy)) == []
 
 
-def test_an_engine_built_in_another_way_is_compiled_again(small: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_engine_built_in_another_way_is_compiled_again(
+    small: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     copy = altered(small, tmp_path / "other.sdrt", flags=("weightless", "latency"))
     (engine,) = backend._usable(open_bundle(copy), ov.Core())
-    assert engine.stale == "built by another version of sdrt, in another way" and caplog.text.count("compiling again") == 1
+    assert (
+        engine.stale == "built by another version of sdrt, in another way" and caplog.text.count("compiling again") == 1
+    )
     assert json.loads(run("inspect", copy, "--json").stdout)["engines"][0]["why"] == engine.stale
     assert {check.graph for check in verify(copy) if check.backend.startswith("openvino")} == set(GRAPHS)
     assert run("compile", copy, "--prune").exit_code == 0 and list_engines(open_bundle(copy)) == []
@@ -515,7 +603,9 @@ def test_a_shape_without_an_engine(pipe: Pipeline, prompt: str, settings: dict[s
     with pytest.raises(MissingEngineError, match=f"^no OpenVINO engine for {wanted}; there is: --size 64x64") as raised:
         pipe(prompt, **APPLE | settings)
     assert f" --target openvino {wanted};" in raised.value.fix and "--backend onnxruntime" in raised.value.fix
-    assert ".sdrt" not in raised.value.message and raised.value.path.endswith(".sdrt")  # the message may be shown to a client
+    assert ".sdrt" not in raised.value.message and raised.value.path.endswith(
+        ".sdrt"
+    )  # the message may be shown to a client
 
 
 def test_a_shape_without_an_engine_as_data(small: Path) -> None:
@@ -524,17 +614,29 @@ def test_a_shape_without_an_engine_as_data(small: Path) -> None:
     told = json.loads(result.stdout)["error"]
     taken = {"size": [[64, 64], [64, 64]], "batch": [1, 1], "tokens": [77, 77]}
     assert told["wanted"] == {"size": [64, 64], "batch": 1, "tokens": 154, "branches": 2}
-    assert sorted(told["shapes"], key=lambda one: one["branches"]) == [{**taken, "branches": [1]}, {**taken, "branches": [2]}]
+    assert sorted(told["shapes"], key=lambda one: one["branches"]) == [
+        {**taken, "branches": [1]},
+        {**taken, "branches": [2]},
+    ]
     listed = json.loads(run("inspect", small, "--json").stdout)["engines"]
     assert [engine["shapes"] for engine in listed] == told["shapes"]
     with Pipeline.load(small) as loaded:
-        assert sorted(loaded.shapes, key=lambda one: one.branches) == [EngineShapes(((64, 64), (64, 64)), (1, 1), (77, 77), (n,)) for n in (1, 2)]
+        assert sorted(loaded.shapes, key=lambda one: one.branches) == [
+            EngineShapes(((64, 64), (64, 64)), (1, 1), (77, 77), (n,)) for n in (1, 2)
+        ]
 
 
 def test_engines_are_made_for_short_and_long_prompts(small: Path, tmp_path: Path) -> None:
     opened = open_bundle(small)
-    assert [(s.tokens, s.branches) for s in compiling._static_shapes(opened, CompileOptions("openvino"))] == [(77, 1), (77, 2), (154, 1), (154, 2)]
-    assert [s.tokens for s in compiling._static_shapes(opened, CompileOptions("openvino", tokens=(231, 231), branches=(2,)))] == [231]
+    assert [(s.tokens, s.branches) for s in compiling._static_shapes(opened, CompileOptions("openvino"))] == [
+        (77, 1),
+        (77, 2),
+        (154, 1),
+        (154, 2),
+    ]
+    assert [
+        s.tokens for s in compiling._static_shapes(opened, CompileOptions("openvino", tokens=(231, 231), branches=(2,)))
+    ] == [231]
 
 
 def test_a_batch_without_an_engine_runs_one_by_one(pipe: Pipeline) -> None:
@@ -556,7 +658,11 @@ def test_each_part_of_a_batch_has_its_own_pictures_inputs(small: Path, small_ref
         replace(
             made,
             tables={**made.tables, "noise": drawn(4, 4, 8, 8), "inpaint": np.full((4, 3), 0.5, np.float32)},
-            inputs={"init": drawn(4, 8, 8), "init_noise": drawn(4, 8, 8), "mask": rng.integers(0, 2, (1, 8, 8)).astype(np.float32)},
+            inputs={
+                "init": drawn(4, 8, 8),
+                "init_noise": drawn(4, 8, 8),
+                "mask": rng.integers(0, 2, (1, 8, 8)).astype(np.float32),
+            },
             contexts=(drawn(2, 77, 64), drawn(2, 77, 64)),
         )
         for _ in range(5)
@@ -578,7 +684,12 @@ def test_each_part_of_a_batch_has_its_own_pictures_inputs(small: Path, small_ref
 
 @pytest.mark.parametrize(("prompt", "settings", "wanted"), MISSING, ids=["size", "tokens", "branches"])
 def test_a_shape_without_an_engine_is_compiled_in_memory(
-    small: Path, small_reference: Pipeline, prompt: str, settings: dict[str, Any], wanted: str, caplog: pytest.LogCaptureFixture
+    small: Path,
+    small_reference: Pipeline,
+    prompt: str,
+    settings: dict[str, Any],
+    wanted: str,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     with Pipeline.load(small, on_missing="compile") as loaded:
         ready = loaded.shapes
@@ -601,7 +712,12 @@ def test_an_image_of_another_size_is_compiled_for_once(small: Path, caplog: pyte
 
 @pytest.mark.parametrize(("prompt", "settings", "wanted"), MISSING, ids=["size", "tokens", "branches"])
 def test_a_shape_without_an_engine_falls_back(
-    small: Path, small_reference: Pipeline, prompt: str, settings: dict[str, Any], wanted: str, caplog: pytest.LogCaptureFixture
+    small: Path,
+    small_reference: Pipeline,
+    prompt: str,
+    settings: dict[str, Any],
+    wanted: str,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     with Pipeline.load(small, on_missing="fallback", threads=1) as loaded:
         found, own = loaded(prompt, **APPLE | settings), loaded("red apple", **APPLE)
@@ -626,13 +742,18 @@ def test_no_engine(flat_bundle: Path, tmp_path: Path) -> None:
 
 def test_openvino_is_missing(flat_bundle: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "openvino", None)
-    for command in (["compile", flat_bundle, "--target", "openvino"], ["generate", bundle, "apple", "--backend", "openvino"]):
+    for command in (
+        ["compile", flat_bundle, "--target", "openvino"],
+        ["generate", bundle, "apple", "--backend", "openvino"],
+    ):
         result = run(*command)
         assert result.exit_code == 5 and "pip install 'openvino>=2026.4'" in result.stderr
 
 
 def test_openvino_is_no_package(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An unpacked archive on the module path: the version is the module's own, and engines of the package's do not pass for its."""
+    """An unpacked archive on the module path: the version is the module's own, and engines of the package's do not pass
+    for its.
+    """
 
     def missing(name: str) -> str:
         raise PackageNotFoundError(name)
@@ -648,7 +769,11 @@ def test_openvino_is_no_package(small: Path, monkeypatch: pytest.MonkeyPatch) ->
 def test_openvino_is_too_old(flat_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(openvino_model, "openvino_version", lambda: "2025.4.1")
     result = run("compile", flat_bundle, "--target", "openvino")
-    assert result.exit_code == 5 and "openvino 2025.4.1, at least 2026.4 is needed" in result.stderr and "--upgrade" in result.stderr
+    assert (
+        result.exit_code == 5
+        and "openvino 2025.4.1, at least 2026.4 is needed" in result.stderr
+        and "--upgrade" in result.stderr
+    )
     result = run("build", "--checkpoint", "missing.safetensors", "--target", "openvino")  # before anything is read
     assert result.exit_code == 5 and "at least 2026.4" in result.stderr
 
@@ -665,10 +790,17 @@ def test_precision() -> None:
 def test_threads(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "usable_cores", lambda: 3)
     result = run("generate", bundle, "apple", "--threads", "4")
-    assert result.exit_code == 2 and "threads 4: this process may use 3 cores" in result.stderr and "1 to 3" in result.stderr
+    assert (
+        result.exit_code == 2
+        and "threads 4: this process may use 3 cores" in result.stderr
+        and "1 to 3" in result.stderr
+    )
     monkeypatch.setattr(openvino_model, "usable_cores", lambda: 3)
     assert openvino_model.compile_properties("fp32", None)["INFERENCE_NUM_THREADS"] == 3
-    for bound, pinned in ((3, [True, True, False]), (8, [False, False, False])):  # 8 and a quota of 3: others share those 8
+    for bound, pinned in (
+        (3, [True, True, False]),
+        (8, [False, False, False]),
+    ):  # 8 and a quota of 3: others share those 8
         monkeypatch.setattr(openvino_model, "bound_cores", lambda bound=bound: bound)
         assert [openvino_model.compile_properties("fp32", n)["ENABLE_CPU_PINNING"] for n in (None, 3, 2)] == pinned
 
@@ -692,8 +824,12 @@ def test_shared_cores(small: Path, small_reference: Pipeline) -> None:
         Pipeline.load(small, cores="share")
 
 
-@pytest.mark.parametrize(("text", "cores"), [("max 100000\n", 8), ("150000 100000\n", 2), ("10000 100000", 1), ("nonsense", 8), (None, 8)])
-def test_a_container_may_have_fewer_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str | None, cores: int) -> None:
+@pytest.mark.parametrize(
+    ("text", "cores"), [("max 100000\n", 8), ("150000 100000\n", 2), ("10000 100000", 1), ("nonsense", 8), (None, 8)]
+)
+def test_a_container_may_have_fewer_cores(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str | None, cores: int
+) -> None:
     quota = tmp_path / "cpu.max"
     if text is not None:
         quota.write_text(text)
@@ -704,7 +840,9 @@ def test_a_container_may_have_fewer_cores(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_no_memory_for_a_request(exact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Out of memory while a job or a call is set up is as much of an answer as while it runs, and the next call works."""
+    """Out of memory while a job or a call is set up is as much of an answer as while it runs, and the next
+    call works.
+    """
 
     class Full:
         outputs = ()
@@ -717,8 +855,13 @@ def test_no_memory_for_a_request(exact: Path, monkeypatch: pytest.MonkeyPatch) -
         assert isinstance(engine, OpenVinoEngine)
         with monkeypatch.context() as patch:
             patch.setattr(engine, "_load", lambda *_: backend._Loaded(Full()))
-            for call in (lambda: engine.decode(np.zeros((1, 4, 8, 12), np.float32), 0.5), lambda: engine.open(job(2).shape, 1)):
-                with pytest.raises(ResourceError, match=rf"^{re.escape(str(exact))}: (vae_decoder|step): out of memory"):
+            for call in (
+                lambda: engine.decode(np.zeros((1, 4, 8, 12), np.float32), 0.5),
+                lambda: engine.open(job(2).shape, 1),
+            ):
+                with pytest.raises(
+                    ResourceError, match=rf"^{re.escape(str(exact))}: (vae_decoder|step): out of memory"
+                ):
                     call()
         assert engine.decode(np.zeros((1, 4, 8, 12), np.float32), 0.5)[1].all()
 
@@ -738,7 +881,9 @@ def test_failures_are_explained(bundle: Path, tmp_path: Path) -> None:
         compile_graph(ov, ov.Core(), empty, inputs, "fp32", 1)
 
 
-def test_an_interrupted_compilation_leaves_nothing(small_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_compilation_leaves_nothing(
+    small_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     copy = copied(small_bundle, tmp_path / "flat.sdrt")
 
     def interrupted(*_: Any) -> Path:

@@ -1,4 +1,6 @@
-"""How OpenVINO reads, rewrites and compiles one graph: norms in place and filled heads against float64, and what is left alone."""
+"""How OpenVINO reads, rewrites and compiles one graph: norms in place and filled heads against float64, and what is
+left alone.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ from sdrt.runtime.backends.openvino.model import StepShape, compile_graph
 
 
 def test_what_guidance_branches_share_is_computed_once(flat_bundle: Path) -> None:
-    """Up to the first cross-attention the branches of a picture are equal: one picture, not two, passes the first self-attention."""
+    """Up to the first cross-attention the branches of a picture are equal: one picture, not two, passes the first
+    self-attention.
+    """
     opened = open_bundle(flat_bundle)
     step = ov.Core().read_model(str(opened.graph(STEP, "fp32")))
     inputs = StepShape(1, 8, 8, 77, 2, 2).inputs(STEP, opened.manifest)
@@ -27,9 +31,14 @@ def test_what_guidance_branches_share_is_computed_once(flat_bundle: Path) -> Non
 
 
 def norm_errors(mean: float, precision: str) -> tuple[float, float]:
-    """RMS error of a group norm between two convolutions that change nothing, against float64: of the plugin's own norm, and of ours."""
+    """RMS error of a group norm between two convolutions that change nothing, against float64: of the plugin's own
+    norm, and of ours.
+    """
     op, rng = ov.opset13, np.random.default_rng(0)
-    x, gain, bias = ((rng.standard_normal(shape) + offset).astype(np.float32) for shape, offset in (((2, 64, 24, 22), mean), ((64,), 1.0), ((64,), 0.0)))
+    x, gain, bias = (
+        (rng.standard_normal(shape) + offset).astype(np.float32)
+        for shape, offset in (((2, 64, 24, 22), mean), ((64,), 1.0), ((64,), 0.0))
+    )
     if precision == "bf16":  # as a network's activations are
         x = (x.view(np.uint32) & 0xFFFF0000).view(np.float32)
     one = np.eye(64, dtype=np.float32)[:, :, None, None]
@@ -43,21 +52,31 @@ def norm_errors(mean: float, precision: str) -> tuple[float, float]:
     errors = []
     for rewritten in (False, True):
         parameter = op.parameter(list(x.shape), np.float32)
-        normalised = ov.opset12.group_normalization(convolved(parameter), op.constant(gain), op.constant(bias), 32, 1e-5)
+        normalised = ov.opset12.group_normalization(
+            convolved(parameter), op.constant(gain), op.constant(bias), 32, 1e-5
+        )
         model = ov.Model([convolved(normalised)], [parameter])
         if rewritten:
             openvino_model._normalise_in_place(ov, model)
         compiled = ov.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": precision})
-        layers = [layer for layer in compiled.get_runtime_model().get_ops() if str(layer.get_rt_info()["layerType"].astype(str)) == "Reorder"]
+        layers = [
+            layer
+            for layer in compiled.get_runtime_model().get_ops()
+            if str(layer.get_rt_info()["layerType"].astype(str)) == "Reorder"
+        ]
         moved = sum(tuple(layer.output(0).get_shape()) == x.shape for layer in layers)
-        assert (moved > 2) is not rewritten  # to the first convolution's layout and from the last one's is all there should be
+        assert (
+            moved > 2
+        ) is not rewritten  # to the first convolution's layout and from the last one's is all there should be
         errors.append(float(np.sqrt(np.mean((compiled(x)[0] - expected) ** 2))))
     return errors[0], errors[1]
 
 
 @pytest.mark.parametrize("mean", [0.0, 30.0, 1000.0])
 def test_norms_in_place(mean: float) -> None:
-    """As exact as float32 allows, also where the mean is a thousand deviations, and without moving pixels between layouts."""
+    """As exact as float32 allows, also where the mean is a thousand deviations, and without moving pixels between
+    layouts.
+    """
     assert norm_errors(mean, "f32")[1] < 1e-6
 
 
@@ -73,7 +92,9 @@ def test_norms_of_few_values_stay(side: int, left: int) -> None:
 @needs_bf16
 @pytest.mark.parametrize("mean", [0.0, 3.0, 30.0, 100.0])
 def test_norms_in_place_in_bfloat16(mean: float) -> None:
-    """Of the size of the plugin's own error, that of rounding the result, however large the mean: one rounding more, of the scale."""
+    """Of the size of the plugin's own error, that of rounding the result, however large the mean: one rounding more, of
+    the scale.
+    """
     theirs, ours = norm_errors(mean, "bf16")
     assert ours < 2 * theirs
 
@@ -85,7 +106,9 @@ def attended(q: np.ndarray, k: np.ndarray, v: np.ndarray, scale: float, mask: np
     return np.asarray(weights / weights.sum(-1, keepdims=True) @ v)
 
 
-def attention_graph(queries: int, keys: int, width: int, scale: float | None = None, masked: bool = False, causal: bool = False) -> bytes:
+def attention_graph(
+    queries: int, keys: int, width: int, scale: float | None = None, masked: bool = False, causal: bool = False
+) -> bytes:
     """An ONNX graph of one Attention with two heads."""
     shapes = {"q": (1, 2, queries, width), "k": (1, 2, keys, width), "v": (1, 2, keys, width)}
     inputs = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape) for name, shape in shapes.items()]
@@ -94,7 +117,11 @@ def attention_graph(queries: int, keys: int, width: int, scale: float | None = N
     node = onnx.helper.make_node("Attention", [value.name for value in inputs], ["y"], name="look", **settings)
     result = onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, shapes["q"])
     graph = onnx.helper.make_graph([node], "attention", inputs, [result])
-    return bytes(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 23)], ir_version=10).SerializeToString())
+    return bytes(
+        onnx.helper.make_model(
+            graph, opset_imports=[onnx.helper.make_opsetid("", 23)], ir_version=10
+        ).SerializeToString()
+    )
 
 
 def kinds(model: Any) -> list[str]:
@@ -106,15 +133,20 @@ def layers(compiled: Any) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("scale", "masked", "causal"), [(None, False, False), (0.3, False, False), (None, True, False), (0.3, True, False), (None, False, True)]
+    ("scale", "masked", "causal"),
+    [(None, False, False), (0.3, False, False), (None, True, False), (0.3, True, False), (None, False, True)],
 )
 @pytest.mark.parametrize("width", [40, 56])
 @pytest.mark.parametrize("precision", ["f32", pytest.param("bf16", marks=needs_bf16)])
-def test_filled_heads(scale: float | None, masked: bool, causal: bool, width: int, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_filled_heads(
+    scale: float | None, masked: bool, causal: bool, width: int, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The same attention as in float64, and one operator still."""
     monkeypatch.setattr(openvino_model, "_LONG", 32)
     model = ov.Core().read_model(attention_graph(24, 32, width, scale, masked, causal))
-    name = next(op for op in model.get_ordered_ops() if op.get_type_name() == "ScaledDotProductAttention").get_friendly_name()
+    name = next(
+        op for op in model.get_ordered_ops() if op.get_type_name() == "ScaledDotProductAttention"
+    ).get_friendly_name()
     openvino_model._fill_heads(ov, model)
     assert kinds(model).count("Pad") == 3
     (operator,) = [op for op in model.get_ordered_ops() if op.get_type_name() == "ScaledDotProductAttention"]
@@ -129,7 +161,9 @@ def test_filled_heads(scale: float | None, masked: bool, causal: bool, width: in
     assert error < (1e-5 if precision == "f32" else 0.1)
 
 
-@pytest.mark.parametrize(("width", "keys", "pads"), [(40, 4096, 3), (40, 4095, 0), (8, 4096, 0), (24, 4096, 0), (48, 4096, 0)])
+@pytest.mark.parametrize(
+    ("width", "keys", "pads"), [(40, 4096, 3), (40, 4095, 0), (8, 4096, 0), (24, 4096, 0), (48, 4096, 0)]
+)
 def test_heads_are_left_where_filling_costs_more_than_it_saves(width: int, keys: int, pads: int) -> None:
     model = ov.Core().read_model(attention_graph(8, keys, width))
     openvino_model._fill_heads(ov, model)
@@ -137,11 +171,15 @@ def test_heads_are_left_where_filling_costs_more_than_it_saves(width: int, keys:
 
 
 @pytest.mark.parametrize(("precision", "pads"), [("fp32", 0), pytest.param("bf16", 3, marks=needs_bf16)])
-def test_engines_fill_heads_in_bfloat16(precision: str, pads: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_engines_fill_heads_in_bfloat16(
+    precision: str, pads: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr(openvino_model, "_LONG", 32)
     path = tmp_path / "attention.onnx"
     path.write_bytes(attention_graph(24, 32, 40))
-    compiled, attention = compile_graph(ov, ov.Core(), path, {"q": (1, 2, 24, 40), "k": (1, 2, 32, 40), "v": (1, 2, 32, 40)}, precision, 1)
+    compiled, attention = compile_graph(
+        ov, ov.Core(), path, {"q": (1, 2, 24, 40), "k": (1, 2, 32, 40), "v": (1, 2, 32, 40)}, precision, 1
+    )
     assert layers(compiled).count("Pad") == pads
     assert len(attention) == 1 and openvino_model.unfused_attention(compiled, attention) == ()
 

@@ -1,8 +1,9 @@
 """Every name of the GPU libraries that sdrt's code uses exists in the real ones, with parameters that take the call.
 
-The code is read, not run: its attributes and calls on objects of TensorRT and `cuda.core` are looked up in the bindings of enterprise
-TensorRT, in TensorRT-RTX and in `cuda.core`. Enterprise TensorRT's libraries cannot be installed everywhere; its bindings load over empty
-libraries that the C compiler makes here, enough to look at classes, not to call them.
+The code is read, not run: its attributes and calls on objects of TensorRT and `cuda.core` are looked up in the bindings
+of enterprise TensorRT, in TensorRT-RTX and in `cuda.core`. Enterprise TensorRT's libraries cannot be installed
+everywhere; its bindings load over empty libraries that the C compiler makes here, enough to look at classes, not to
+call them.
 """
 
 from __future__ import annotations
@@ -139,8 +140,15 @@ def uses(file: str, objects: dict[str, str]) -> Iterator[Use]:
         where = f"{file}:{node.lineno}"
         if owner in objects:
             yield Use(f"{objects[owner]}.{node.attr}", where, calls.get(id(node)))
-        elif isinstance(node.value, ast.Attribute) and objects.get(ast.unparse(node.value.value)) in ("trt", "runtime", "driver", "nvml"):
-            yield Use(f"{objects[ast.unparse(node.value.value)]}.{node.value.attr}.{node.attr}", where, calls.get(id(node)))
+        elif isinstance(node.value, ast.Attribute) and objects.get(ast.unparse(node.value.value)) in (
+            "trt",
+            "runtime",
+            "driver",
+            "nvml",
+        ):
+            yield Use(
+                f"{objects[ast.unparse(node.value.value)]}.{node.value.attr}.{node.attr}", where, calls.get(id(node))
+            )
 
 
 def all_uses(table: dict[str, dict[str, str]]) -> list[Use]:
@@ -170,7 +178,9 @@ print(json.dumps(surface))
 
 
 def list_surface(module: str, **environment: str) -> Surface:
-    done = subprocess.run([sys.executable, "-c", LIST_SURFACE, module], capture_output=True, text=True, env=os.environ | environment)
+    done = subprocess.run(
+        [sys.executable, "-c", LIST_SURFACE, module], capture_output=True, text=True, env=os.environ | environment
+    )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)  # type: ignore[no-any-return]
 
@@ -184,7 +194,11 @@ STUBS = {
         "getPluginRegistry",
     ),
     "libnvinfer_plugin.so.11": ("initLibNvInferPlugins",),
-    "libnvonnxparser.so.11": ("createNvOnnxParser_INTERNAL", "createNvOnnxParserRefitter_INTERNAL", "getNvOnnxParserVersion"),
+    "libnvonnxparser.so.11": (
+        "createNvOnnxParser_INTERNAL",
+        "createNvOnnxParserRefitter_INTERNAL",
+        "getNvOnnxParserVersion",
+    ),
 }
 
 
@@ -197,7 +211,9 @@ def stubs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, functions in STUBS.items():
         source = folder / f"{name}.c"
         source.write_text("".join(f"void *{function}(void) {{ return 0; }}\n" for function in functions))
-        subprocess.run([compiler, "-shared", "-fPIC", f"-Wl,-soname,{name}", "-o", str(folder / name), str(source)], check=True)
+        subprocess.run(
+            [compiler, "-shared", "-fPIC", f"-Wl,-soname,{name}", "-o", str(folder / name), str(source)], check=True
+        )
     return folder
 
 
@@ -212,9 +228,13 @@ def rtx() -> Surface:
 
 
 def test_the_bindings_need_their_libraries() -> None:
-    """So what the tests below read is the real thing, and sdrt's own import of TensorRT fails where only the bindings are there."""
+    """So what the tests below read is the real thing, and sdrt's own import of TensorRT fails where only the bindings
+    are there.
+    """
     done = subprocess.run([sys.executable, "-c", "import tensorrt_bindings"], capture_output=True, text=True)
-    assert done.returncode == 1 and re.search(r"ImportError: lib\w+\.so\.11: cannot open shared object file", done.stderr)
+    assert done.returncode == 1 and re.search(
+        r"ImportError: lib\w+\.so\.11: cannot open shared object file", done.stderr
+    )
     assert subprocess.run([sys.executable, "-c", "import tensorrt"], capture_output=True).returncode == 1
 
 
@@ -230,12 +250,25 @@ def test_the_code_is_read() -> None:
             assert set(objects) <= written, (file, set(objects) - written)
     names = {use.name for use in all_uses(TENSORRT)}
     assert names >= RTX_ONLY
-    assert {"trt.DataType.FLOAT", "IExecutionContext.execute_async_v3", "ICudaEngine.device_memory_size_v2", "IBuilderConfig.progress_monitor"} <= names
+    assert {
+        "trt.DataType.FLOAT",
+        "IExecutionContext.execute_async_v3",
+        "ICudaEngine.device_memory_size_v2",
+        "IBuilderConfig.progress_monitor",
+    } <= names
     assert len(names) > 50
-    assert {"IExecutionContext.report_to_profiler", "IExecutionContext.enqueue_emits_profile", "EngineInspector.get_engine_information"} <= names
-    assert {"GraphBuilder.begin_building", "Stream.sync", "Buffer.from_handle", "Event.is_done", "cuda.EventOptions"} <= {
-        use.name for use in all_uses(CUDA_CORE)
-    }
+    assert {
+        "IExecutionContext.report_to_profiler",
+        "IExecutionContext.enqueue_emits_profile",
+        "EngineInspector.get_engine_information",
+    } <= names
+    assert {
+        "GraphBuilder.begin_building",
+        "Stream.sync",
+        "Buffer.from_handle",
+        "Event.is_done",
+        "cuda.EventOptions",
+    } <= {use.name for use in all_uses(CUDA_CORE)}
 
 
 @pytest.mark.parametrize(
@@ -252,10 +285,14 @@ def test_the_code_is_read() -> None:
 )
 def test_modules_are_not_used_under_other_names(file: str) -> None:
     """Every mention of a library's module goes through an expression that the tables know."""
-    known = {name for table in (TENSORRT, CUDA_CORE) for name, kind in table.get(file, {}).items() if kind in ("trt", "cuda")}
+    known = {
+        name for table in (TENSORRT, CUDA_CORE) for name, kind in table.get(file, {}).items() if kind in ("trt", "cuda")
+    }
     tree = ast.parse((ROOT / "sdrt" / file).read_text(encoding="utf-8"))
     found = {
-        ast.unparse(node.value) for node in ast.walk(tree) if isinstance(node, ast.Attribute) and re.fullmatch(r"(.*[._])?(trt|cuda)", ast.unparse(node.value))
+        ast.unparse(node.value)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and re.fullmatch(r"(.*[._])?(trt|cuda)", ast.unparse(node.value))
     }
     assert found <= known
 
@@ -283,16 +320,26 @@ def test_enterprise_tensorrt_has_every_name_but_those_of_rtx(enterprise: Surface
 def test_a_name_that_does_not_exist_is_found(enterprise: Surface, rtx: Surface) -> None:
     """The check would fail, as it would for what TensorRT 10 had."""
     for surface in (enterprise, rtx):
-        for name in ("IExecutionContext.execute_async_v2", "trt.BuilderFlag.FP16", "trt.NoSuchThing", "ICudaEngine.device_memory_size", "Nothing.at_all"):
+        for name in (
+            "IExecutionContext.execute_async_v2",
+            "trt.BuilderFlag.FP16",
+            "trt.NoSuchThing",
+            "ICudaEngine.device_memory_size",
+            "Nothing.at_all",
+        ):
             assert not has(surface, name)
 
 
 def test_rtx_only_names_are_checked_for(enterprise: Surface) -> None:
-    """Nothing runs unguarded on enterprise TensorRT: each RTX-only name stands behind a check of the class or of the target."""
+    """Nothing runs unguarded on enterprise TensorRT: each RTX-only name stands behind a check of the class or of the
+    target.
+    """
     for use in all_uses(TENSORRT):
         if use.name in RTX_ONLY:
             file, line = use.where.split(":")
-            before = "\n".join((ROOT / "sdrt" / file).read_text(encoding="utf-8").splitlines()[max(0, int(line) - 9) : int(line)])
+            before = "\n".join(
+                (ROOT / "sdrt" / file).read_text(encoding="utf-8").splitlines()[max(0, int(line) - 9) : int(line)]
+            )
             assert re.search(r"hasattr\(|compiler\.sms|build_flags", before), use.where
 
 
@@ -402,7 +449,11 @@ def cuda_class(name: str) -> Any:
 
 
 def test_cuda_core_has_every_name() -> None:
-    absent = {use.name: use.where for use in all_uses(CUDA_CORE) if not hasattr(cuda_class(use.name.split(".")[0]), use.name.split(".")[1])}
+    absent = {
+        use.name: use.where
+        for use in all_uses(CUDA_CORE)
+        if not hasattr(cuda_class(use.name.split(".")[0]), use.name.split(".")[1])
+    }
     assert absent.keys() <= {"Device.copy_from"}  # a buffer that the code calls device
 
 
@@ -419,11 +470,16 @@ def test_calls_fit_cuda_core() -> None:
         method = [name for name in signature.parameters if name not in ("self", "cls")]
         optional = {name for name in method if signature.parameters[name].default is not inspect.Parameter.empty}
         keyword_only = {name for name in method if signature.parameters[name].kind is inspect.Parameter.KEYWORD_ONLY}
-        if any(signature.parameters[name].kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD) for name in method):
+        if any(
+            signature.parameters[name].kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+            for name in method
+        ):
             continue
         checked += 1
         positional = [name for name in method if name not in keyword_only]
-        parameters = [(name, name in optional) for name in positional] + [(name, name in optional) for name in keyword_only]
+        parameters = [(name, name in optional) for name in positional] + [
+            (name, name in optional) for name in keyword_only
+        ]
         if len(use.call.args) > len(positional) or not accepts(parameters, use.call):
             wrong.append(f"{use.where}: {ast.unparse(use.call)} does not fit {signature}")
     assert wrong == []

@@ -1,4 +1,6 @@
-"""The TensorRT backend on the simulated GPU: pictures equal to ONNX Runtime's, exact counts per picture, and everything that can go wrong."""
+"""The TensorRT backend on the simulated GPU: pictures equal to ONNX Runtime's, exact counts per picture, and everything
+that can go wrong.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,15 @@ from simulated_plans import compile_engine
 from sdrt.bundle.folder import Bundle, open_bundle
 from sdrt.bundle.graphs import GRAPHS, STEP, VAE_ENCODER
 from sdrt.engines.store import read_engine, read_plan, write_engine
-from sdrt.errors import BundleError, ClosedError, MachineError, MissingEngineError, NonFiniteError, ResourceError, UsageError
+from sdrt.errors import (
+    BundleError,
+    ClosedError,
+    MachineError,
+    MissingEngineError,
+    NonFiniteError,
+    ResourceError,
+    UsageError,
+)
 from sdrt.runtime import Pipeline
 from sdrt.runtime.engine import Job, Pixels, RunningBatch, tables
 from sdrt.runtime.sampling.registry import SAMPLERS, plan_rows
@@ -105,7 +115,13 @@ def same(pipe: Pipeline, expected: Expected, prompt: str = "fox", **settings: An
 def test_pictures_differ_in_whatever_is_asked(expected: Expected) -> None:
     """So equal pictures below mean that prompt, seed, guidance, steps and sampler arrived."""
     first = expected(**QUICK)
-    others: list[tuple[str, dict[str, Any]]] = [("cat", {}), ("fox", {"negative": "sun"}), ("fox", {"seed": 6}), ("fox", {"cfg": 4.0}), ("fox", {"steps": 4})]
+    others: list[tuple[str, dict[str, Any]]] = [
+        ("cat", {}),
+        ("fox", {"negative": "sun"}),
+        ("fox", {"seed": 6}),
+        ("fox", {"cfg": 4.0}),
+        ("fox", {"steps": 4}),
+    ]
     others += [("fox", {"sampler": "heun"}), ("fox", {"sampler": "euler_a"})]
     for prompt, settings in others:
         assert (expected(prompt, **QUICK | settings) != first).mean() > 0.5, (prompt, settings)
@@ -121,8 +137,12 @@ def test_every_sampler(pipe: Pipeline, expected: Expected, sampler: str) -> None
 @pytest.mark.parametrize("size", [(64, 64), (72, 96)])
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("cfg", [1.0, 3.0])
-def test_sizes_batches_and_branches(pipe: Pipeline, expected: Expected, size: tuple[int, int], batch: int, cfg: float) -> None:
-    same(pipe, expected, size=size, batch=batch, count=batch, cfg=cfg, steps=3, seed=4, negative="sun", sampler="euler_a")
+def test_sizes_batches_and_branches(
+    pipe: Pipeline, expected: Expected, size: tuple[int, int], batch: int, cfg: float
+) -> None:
+    same(
+        pipe, expected, size=size, batch=batch, count=batch, cfg=cfg, steps=3, seed=4, negative="sun", sampler="euler_a"
+    )
 
 
 def test_more_pictures_than_a_batch(pipe: Pipeline, expected: Expected) -> None:
@@ -143,14 +163,20 @@ def test_settings_change_from_call_to_call(pipe: Pipeline, expected: Expected) -
 def test_engines_are_named_in_the_result(pipe: Pipeline, bundle: Path) -> None:
     (folder,) = (bundle / "engines").iterdir()
     assert pipe("fox", **QUICK).engine == {
-        "backend": "tensorrt-rtx", "version": tensorrt_simulator.__version__, "device": "NVIDIA Simulated", "compute": "fp32", "engine": folder.name,
+        "backend": "tensorrt-rtx",
+        "version": tensorrt_simulator.__version__,
+        "device": "NVIDIA Simulated",
+        "compute": "fp32",
+        "engine": folder.name,
         "cuda_graphs": True,
-    }  # fmt: skip
+    }
 
 
 def test_previews(pipe: Pipeline, expected: Expected, small_bundle: Path) -> None:
     with Pipeline.load(small_bundle, backend="onnxruntime", threads=1) as cpu:
-        steps = zip(pipe.stream("fox", batch=2, count=3, **QUICK), cpu.stream("fox", batch=2, count=3, **QUICK), strict=True)
+        steps = zip(
+            pipe.stream("fox", batch=2, count=3, **QUICK), cpu.stream("fox", batch=2, count=3, **QUICK), strict=True
+        )
         for ours, reference in steps:
             assert (ours.index, ours.picture) == (reference.index, reference.picture)
             assert np.array_equal(ours.denoised(), reference.denoised())
@@ -179,7 +205,9 @@ def test_threads(pipe: Pipeline, expected: Expected) -> None:
 
 @pytest.mark.parametrize("sizes", [((64, 64), (64, 64)), ((64, 64), (72, 96))])
 def test_t2_interleaved_streams(pipe: Pipeline, expected: Expected, sizes: tuple[tuple[int, int], ...]) -> None:
-    calls = [{"steps": 4, "cfg": 3.0, "seed": seed, "size": size, "sampler": "euler_a"} for seed, size in enumerate(sizes)]
+    calls = [
+        {"steps": 4, "cfg": 3.0, "seed": seed, "size": size, "sampler": "euler_a"} for seed, size in enumerate(sizes)
+    ]
     streams = [pipe.stream("fox", **settings) for settings in calls]  # type: ignore[arg-type]
     for settings, last in zip(calls, list(zip(*streams, strict=True))[-1], strict=True):
         assert last.result is not None and np.array_equal(last.result.images, expected(**settings))
@@ -201,7 +229,10 @@ def test_t6_stream_dropped_in_another_thread(pipe: Pipeline, expected: Expected,
 
 
 def test_counts_of_a_picture(pipe: Pipeline, gpu: Gpu) -> None:
-    for prompt in ("fox", "cat"):  # the second finds the empty negative prompt encoded, as the picture that is counted does
+    for prompt in (
+        "fox",
+        "cat",
+    ):  # the second finds the empty negative prompt encoded, as the picture that is counted does
         pipe(prompt, **QUICK)
     gpu.journal.clear()
     with gpu.counted() as counts:
@@ -213,15 +244,22 @@ def test_counts_of_a_picture(pipe: Pipeline, gpu: Gpu) -> None:
         "d2h": 2,  # context, pictures
         "d2d": 1,  # the latents, to the decoder's
         "syncs": 3,  # after the text encoder, before the batch's inputs are written, after the decoder
-        "records": 20 + 1, "events": 3, "polls": 19,  # a model call each, and the copies of what joined
-    }  # fmt: skip
+        "records": 20 + 1,
+        "events": 3,
+        "polls": 19,  # a model call each, and the copies of what joined
+    }
     first, last = gpu.journal.index("launches"), len(gpu.journal) - gpu.journal[::-1].index("launches")
     assert set(gpu.journal[first:last]) == {"launches", "records", "polls"}
 
 
-@pytest.mark.parametrize(("settings", "calls"), [({"batch": 3, "count": 3}, 1), ({"batch": 1, "count": 3}, 3), ({"cfg": 1.0}, 1), ({"size": (72, 96)}, 1)])
+@pytest.mark.parametrize(
+    ("settings", "calls"),
+    [({"batch": 3, "count": 3}, 1), ({"batch": 1, "count": 3}, 3), ({"cfg": 1.0}, 1), ({"size": (72, 96)}, 1)],
+)
 def test_counts_of_other_pictures(pipe: Pipeline, gpu: Gpu, settings: dict[str, Any], calls: int) -> None:
-    """A batch costs what a picture costs, but a copy of noise and one of latents for each; the text encoder runs once a call."""
+    """A batch costs what a picture costs, but a copy of noise and one of latents for each; the text encoder runs once a
+    call.
+    """
     settings = QUICK | settings
     for prompt in ("fox", "cat"):
         pipe(prompt, **settings)
@@ -229,9 +267,16 @@ def test_counts_of_other_pictures(pipe: Pipeline, gpu: Gpu, settings: dict[str, 
         pipe("sun", **settings)
     together = settings.get("batch", 1)
     assert counts == {
-        "launches": 3 * calls, "runs": 1 + calls, "h2d": 1 + (together + 1) * calls, "d2h": 1 + calls, "d2d": together * calls, "syncs": 1 + 2 * calls,
-        "records": 4 * calls, "events": 3 * calls, "polls": (1 + together) * calls,  # the simulator makes a copy a poll
-    }  # fmt: skip
+        "launches": 3 * calls,
+        "runs": 1 + calls,
+        "h2d": 1 + (together + 1) * calls,
+        "d2h": 1 + calls,
+        "d2d": together * calls,
+        "syncs": 1 + 2 * calls,
+        "records": 4 * calls,
+        "events": 3 * calls,
+        "polls": (1 + together) * calls,  # the simulator makes a copy a poll
+    }
 
 
 def test_counts_of_two_calls_a_step(pipe: Pipeline, gpu: Gpu) -> None:
@@ -246,7 +291,17 @@ def test_counts_of_a_prompt_asked_again(pipe: Pipeline, gpu: Gpu) -> None:
     pipe("fox", **QUICK)
     with gpu.counted() as counts:
         pipe("fox", **QUICK)
-    assert counts == {"launches": 3, "runs": 1, "h2d": 2, "d2h": 1, "d2d": 1, "syncs": 2, "records": 4, "events": 3, "polls": 2}
+    assert counts == {
+        "launches": 3,
+        "runs": 1,
+        "h2d": 2,
+        "d2h": 1,
+        "d2d": 1,
+        "syncs": 2,
+        "records": 4,
+        "events": 3,
+        "polls": 2,
+    }
 
 
 def test_counts_of_a_preview(pipe: Pipeline, gpu: Gpu) -> None:
@@ -267,10 +322,22 @@ def test_counts_of_loading_and_the_first_picture(gpu: Gpu, bundle: Path) -> None
     with gpu.counted() as counts:
         pipe("fox", **QUICK)
     assert counts == {
-        "allocations": 4, "pinned_allocations": 4, "fills": 2, "contexts": 2, "profiles": 2, "captures": 2,
-        "runs": 2 + 4, "launches": 3 + 2,  # each graph runs plain once, is captured once and replayed once
-        "h2d": 3 + 1 + 2, "d2h": 2 + 4, "d2d": 1, "syncs": 3 + 4, "records": 4, "events": 3, "polls": 2,
-    }  # fmt: skip
+        "allocations": 4,
+        "pinned_allocations": 4,
+        "fills": 2,
+        "contexts": 2,
+        "profiles": 2,
+        "captures": 2,
+        "runs": 2 + 4,
+        "launches": 3 + 2,  # each graph runs plain once, is captured once and replayed once
+        "h2d": 3 + 1 + 2,
+        "d2h": 2 + 4,
+        "d2d": 1,
+        "syncs": 3 + 4,
+        "records": 4,
+        "events": 3,
+        "polls": 2,
+    }
 
 
 def test_table_refill(pipe: Pipeline, expected: Expected, gpu: Gpu) -> None:
@@ -278,7 +345,17 @@ def test_table_refill(pipe: Pipeline, expected: Expected, gpu: Gpu) -> None:
     pipe("fox", steps=1, cfg=1.0, seed=1)
     with gpu.counted() as counts:
         same(pipe, expected, steps=258, cfg=1.0, seed=3, sampler="euler_a")
-    assert counts == {"launches": 258, "runs": 1, "h2d": 2 + 2 * 10, "d2h": 1, "d2d": 1, "syncs": 2, "records": 258 + 3, "events": 3, "polls": 257 + 12}
+    assert counts == {
+        "launches": 258,
+        "runs": 1,
+        "h2d": 2 + 2 * 10,
+        "d2h": 1,
+        "d2d": 1,
+        "syncs": 2,
+        "records": 258 + 3,
+        "events": 3,
+        "polls": 257 + 12,
+    }
 
 
 @pytest.mark.parametrize("rows", [2, 5])
@@ -331,12 +408,18 @@ def run(pipe: Pipeline, jobs: list[Job]) -> tuple[Any, Any]:
 
 @pytest.mark.parametrize("sets", [(0, 0, 1, 1, 2), (2, 0, 2, 0), (1, 1, 1), (0, 1)])
 @pytest.mark.parametrize("pictures", [1, 3])
-def test_context_changes_between_rows(pipe: Pipeline, gpu: Gpu, small_bundle: Path, sets: tuple[int, ...], pictures: int) -> None:
-    """One copy within the device for each picture and row whose context set differs from the row's before it; nothing else between first row and last."""
+def test_context_changes_between_rows(
+    pipe: Pipeline, gpu: Gpu, small_bundle: Path, sets: tuple[int, ...], pictures: int
+) -> None:
+    """One copy within the device for each picture and row whose context set differs from the row's before it; nothing
+    else between first row and last.
+    """
     jobs = jobs_of_contexts(pipe.bundle, sets, pictures)
     with Pipeline.load(small_bundle, backend="onnxruntime", threads=1) as cpu:
         reference = run(cpu, jobs)
-    assert not np.array_equal(reference[0], run(pipe, [replace(job, context_of_row=(0,) * len(sets)) for job in jobs])[0])
+    assert not np.array_equal(
+        reference[0], run(pipe, [replace(job, context_of_row=(0,) * len(sets)) for job in jobs])[0]
+    )
     for found, wanted in zip(run(pipe, jobs), reference, strict=True):
         assert np.array_equal(found, wanted)
     gpu.journal.clear()
@@ -346,11 +429,15 @@ def test_context_changes_between_rows(pipe: Pipeline, gpu: Gpu, small_bundle: Pa
             batch.step()
     changes = sum(one != two for one, two in pairwise(sets)) * pictures
     copies = pictures if changes else 0  # each picture's context sets, where they change
-    assert counts.pop("records") == len(sets) + 1 + copies  # a model call each, the pictures' copies, and those of their sets
+    assert (
+        counts.pop("records") == len(sets) + 1 + copies
+    )  # a model call each, the pictures' copies, and those of their sets
     assert counts.pop("h2d") == pictures + copies  # all but noise in one
     counts.pop("polls", None)  # as many as the device's pace asks for
     expected = {"launches": len(sets), "d2d": changes, "syncs": 1, "events": 3}
-    assert counts == {name: count for name, count in expected.items() if count}  # no allocation: the batch before left its memory
+    assert counts == {
+        name: count for name, count in expected.items() if count
+    }  # no allocation: the batch before left its memory
     first, last = gpu.journal.index("launches"), len(gpu.journal) - gpu.journal[::-1].index("launches")
     assert gpu.journal[first:last].count("d2d") == changes
     assert set(gpu.journal[first:last]) <= {"launches", "records", "polls", "d2d"}
@@ -394,7 +481,16 @@ MASK = np.repeat(np.repeat(np.array([[0, 255], [0, 255]], np.uint8), 32, axis=0)
 @pytest.mark.parametrize("compat", ["a1111", "diffusers"])
 @pytest.mark.parametrize("batch", [1, 3])
 def test_image_to_image(pipe: Pipeline, expected: Expected, compat: str, batch: int) -> None:
-    settings: dict[str, Any] = {"steps": 4, "cfg": 3.0, "seed": 2, "batch": batch, "count": batch, "compat": compat, "init_image": IMAGE, "strength": 0.7}
+    settings: dict[str, Any] = {
+        "steps": 4,
+        "cfg": 3.0,
+        "seed": 2,
+        "batch": batch,
+        "count": batch,
+        "compat": compat,
+        "init_image": IMAGE,
+        "strength": 0.7,
+    }
     same(pipe, expected, **settings)
     same(pipe, expected, mask=MASK, sampler="euler_a", **settings)
 
@@ -406,7 +502,16 @@ def test_prompt_editing(pipe: Pipeline, expected: Expected, gpu: Gpu) -> None:
     with gpu.counted() as counts:
         same(pipe, expected, "a [cat:dog:2] face", **settings)
     counts.pop("polls")
-    assert counts == {"launches": 6, "runs": 1, "h2d": 3, "d2d": 1 + 1, "d2h": 1, "syncs": 2, "records": 6 + 2, "events": 3}
+    assert counts == {
+        "launches": 6,
+        "runs": 1,
+        "h2d": 3,
+        "d2d": 1 + 1,
+        "d2h": 1,
+        "syncs": 2,
+        "records": 6 + 2,
+        "events": 3,
+    }
 
 
 def test_more_chunks_than_the_text_engine_takes(pipe: Pipeline, small_bundle: Path) -> None:
@@ -425,7 +530,12 @@ def nan_job(pipe: Pipeline) -> Job:
     rows = plan_rows("euler", "normal", 3, pipe.bundle.manifest.diffusion)
     latents = np.full((4, 8, 8), np.nan, np.float32)
     table = {**tables(rows, [[-2.0, 3.0]] * 3), "noise": np.full((3, 4, 8, 8), np.nan, np.float32)}
-    return Job(table, {"init": latents, "init_noise": latents, "mask": latents[:1]}, (np.full((2, 77, 64), np.nan, np.float32),), (0,) * 3)
+    return Job(
+        table,
+        {"init": latents, "init_noise": latents, "mask": latents[:1]},
+        (np.full((2, 77, 64), np.nan, np.float32),),
+        (0,) * 3,
+    )
 
 
 @pytest.mark.parametrize("calls", [2, 3])
@@ -445,9 +555,17 @@ def test_stale_nan(pipe: Pipeline, expected: Expected, calls: int) -> None:
 def test_buffers_taken_over_while_their_copies_are_queued(pipe: Pipeline) -> None:
     """The batch before was given up with its inputs still on their way from pinned memory."""
     job = nan_job(pipe)
-    zeros, noise = np.zeros((4, 8, 8), np.float32), np.random.RandomState(0).standard_normal((4, 8, 8)).astype(np.float32)
+    zeros, noise = (
+        np.zeros((4, 8, 8), np.float32),
+        np.random.RandomState(0).standard_normal((4, 8, 8)).astype(np.float32),
+    )
     inputs = {"init": zeros, "init_noise": noise, "mask": zeros[:1]}
-    good = replace(job, tables={**job.tables, "noise": np.zeros((3, 4, 8, 8), np.float32)}, inputs=inputs, contexts=(np.zeros((2, 77, 64), np.float32),))
+    good = replace(
+        job,
+        tables={**job.tables, "noise": np.zeros((3, 4, 8, 8), np.float32)},
+        inputs=inputs,
+        contexts=(np.zeros((2, 77, 64), np.float32),),
+    )
     latents = []
     for first in (good, job):
         given_up, _ = joined(pipe, [first])
@@ -469,7 +587,12 @@ def test_picture_that_is_not_finite(pipe: Pipeline, expected: Expected, monkeypa
 def test_use_after_close(pipe: Pipeline) -> None:
     batch, slots = joined(pipe, [nan_job(pipe)])
     batch.close()
-    for use in (batch.step, lambda: batch.latents(slots), lambda: batch.denoised(slots), lambda: batch.decode(slots, 0.5)):
+    for use in (
+        batch.step,
+        lambda: batch.latents(slots),
+        lambda: batch.denoised(slots),
+        lambda: batch.decode(slots, 0.5),
+    ):
         with pytest.raises(UsageError, match="passed already"):
             use()
 
@@ -564,18 +687,24 @@ def test_t7_stream_outlives_its_pipeline(gpu: Gpu, bundle: Path, expected: Expec
 
 
 @pytest.mark.parametrize("fault", ["refused", "invalidated", "instantiate"])
-def test_t8_capture_fails(pipe: Pipeline, expected: Expected, gpu: Gpu, caplog: pytest.LogCaptureFixture, fault: str) -> None:
+def test_t8_capture_fails(
+    pipe: Pipeline, expected: Expected, gpu: Gpu, caplog: pytest.LogCaptureFixture, fault: str
+) -> None:
     gpu.faults.capture = fault
     check_without_graphs(pipe, expected, gpu, caplog, "capturing failed")
 
 
 @pytest.mark.parametrize("fault", ["wrong", "nothing"])
-def test_replay_differs(pipe: Pipeline, expected: Expected, gpu: Gpu, caplog: pytest.LogCaptureFixture, fault: str) -> None:
+def test_replay_differs(
+    pipe: Pipeline, expected: Expected, gpu: Gpu, caplog: pytest.LogCaptureFixture, fault: str
+) -> None:
     gpu.faults.replay = fault
     check_without_graphs(pipe, expected, gpu, caplog, "other numbers than plain execution")
 
 
-def check_without_graphs(pipe: Pipeline, expected: Expected, gpu: Gpu, caplog: pytest.LogCaptureFixture, why: str) -> None:
+def check_without_graphs(
+    pipe: Pipeline, expected: Expected, gpu: Gpu, caplog: pytest.LogCaptureFixture, why: str
+) -> None:
     """Plain launches, right pictures, one warning for the whole pipeline."""
     with caplog.at_level(logging.WARNING, "sdrt"):
         for size in ((64, 64), (72, 96), (64, 64)):
@@ -637,11 +766,16 @@ def test_no_context(gpu: Gpu, bundle: Path, expected: Expected) -> None:
 
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("size", [(128, 64), (64, 56 + 64)])
-def test_shape_outside_the_profile(pipe: Pipeline, expected: Expected, gpu: Gpu, batch: int, size: tuple[int, int]) -> None:
+def test_shape_outside_the_profile(
+    pipe: Pipeline, expected: Expected, gpu: Gpu, batch: int, size: tuple[int, int]
+) -> None:
     pipe("fox", **QUICK)
     used = gpu.used_bytes()
     wanted = f"--size {size[0]}x{size[1]} --batch {batch} --tokens 77 --branches 2"
-    with pytest.raises(MissingEngineError, match=f"^no tensorrt-rtx engine for {wanted}; there is: 64x64 to 96x96, batch 1 to 3, 77 tokens") as caught:
+    with pytest.raises(
+        MissingEngineError,
+        match=f"^no tensorrt-rtx engine for {wanted}; there is: 64x64 to 96x96, batch 1 to 3, 77 tokens",
+    ) as caught:
         pipe("fox", size=size, batch=batch, count=batch, steps=2, cfg=3.0, seed=1)
     assert COMMAND.split(" .*")[0] in caught.value.fix and wanted in caught.value.fix
     assert caught.value.data["wanted"] == {"size": size, "batch": batch, "tokens": 77, "branches": 2}
@@ -663,13 +797,17 @@ def test_branches_outside_the_engine(gpu: Gpu, small_bundle: Path, blank: Path, 
         same(pipe, expected, **QUICK)
 
 
-def test_shape_outside_the_profile_as_the_engine_meets_it(pipe: Pipeline, gpu: Gpu, expected: Expected, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shape_outside_the_profile_as_the_engine_meets_it(
+    pipe: Pipeline, gpu: Gpu, expected: Expected, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The pipeline asks first. What does not is refused all the same, and leaves nothing on the device."""
     pipe("fox", **QUICK)
     used = gpu.used_bytes()
     with monkeypatch.context() as patch:
         patch.setattr(engine_of(pipe), "serves", lambda shape: True)
-        with pytest.raises(MissingEngineError, match=r"step: \w+: shape \[.*\], the engine was compiled for \[.*\] to \["):
+        with pytest.raises(
+            MissingEngineError, match=r"step: \w+: shape \[.*\], the engine was compiled for \[.*\] to \["
+        ):
             pipe("fox", size=(128, 64), steps=2, cfg=3.0, seed=1)
     assert gpu.used_bytes() == used
     same(pipe, expected, **QUICK)
@@ -683,7 +821,10 @@ def test_a_shape_without_an_engine_falls_back(bundle: Path, gpu: Gpu, expected: 
         assert (found.engine["backend"], found.engine["instead_of"]) == ("onnxruntime", "tensorrt-rtx")
         assert np.array_equal(found.images, expected(**large))
         same(pipe, expected, **QUICK)
-    with load(bundle, on_missing="compile") as pipe, pytest.raises(MissingEngineError, match="no tensorrt-rtx engine for --size 128x64"):
+    with (
+        load(bundle, on_missing="compile") as pipe,
+        pytest.raises(MissingEngineError, match="no tensorrt-rtx engine for --size 128x64"),
+    ):
         pipe("fox", **large)
 
 
@@ -705,7 +846,11 @@ def test_memory_is_checked_before_load(gpu: Gpu, bundle: Path) -> None:
     (folder,) = (bundle / "engines").iterdir()
     record = read_engine(folder)
     plans = [record.plans[graph] for graph in LOADED]
-    needed = record.state_bytes + sum(plan.size_bytes for plan in plans) + max(plan.device_memory_bytes or 0 for plan in plans)
+    needed = (
+        record.state_bytes
+        + sum(plan.size_bytes for plan in plans)
+        + max(plan.device_memory_bytes or 0 for plan in plans)
+    )
     gpu.memory_bytes = needed - 1
     with pytest.raises(ResourceError, match=f"needs about {needed:,} bytes on the GPU, {needed - 1:,} are free"):
         load(bundle)
@@ -723,7 +868,9 @@ def test_no_memory_at_the_first_picture(pipe: Pipeline, expected: Expected, gpu:
     assert "smaller --size or --batch" in caught.value.fix
     engine = engine_of(pipe)
     kept = [*engine._blocks.values(), *(block for step in engine._free for block in (step.inputs, step.outputs))]
-    assert gpu.used_bytes() - engine.activation_bytes == sum(block.layout.size_bytes for block in kept), "while the error is still held"
+    assert gpu.used_bytes() - engine.activation_bytes == sum(block.layout.size_bytes for block in kept), (
+        "while the error is still held"
+    )
     same(pipe, expected, **QUICK)
 
 
@@ -755,7 +902,9 @@ def test_idle_buffers_make_room(pipe: Pipeline, expected: Expected, gpu: Gpu) ->
 
 @pytest.mark.parametrize("nth", [1, 2, 6, 8, 10])
 def test_d6_illegal_address(pipe: Pipeline, gpu: Gpu, nth: int) -> None:
-    """Whatever the failing kernel belongs to, and wherever the host meets the error: a clear text, and the pipeline is dead."""
+    """Whatever the failing kernel belongs to, and wherever the host meets the error: a clear text, and the pipeline is
+    dead.
+    """
     gpu.faults.illegal_address = nth
     with pytest.raises(MachineError, match="the GPU failed: CUDA_ERROR_ILLEGAL_ADDRESS") as caught:
         pipe("fox", steps=4, cfg=3.0, seed=1)
@@ -796,7 +945,11 @@ def test_other_cuda_error(pipe: Pipeline, gpu: Gpu) -> None:
 
 
 @pytest.mark.parametrize(
-    ("graph", "damage"), [*((graph, "one byte") for graph in LOADED), *((LOADED[1], damage) for damage in ("truncated", "longer", "missing"))]
+    ("graph", "damage"),
+    [
+        *((graph, "one byte") for graph in LOADED),
+        *((LOADED[1], damage) for damage in ("truncated", "longer", "missing")),
+    ],
 )
 def test_damaged_plan(gpu: Gpu, small_bundle: Path, blank: Path, graph: str, damage: str) -> None:
     """Refused before TensorRT sees it."""
@@ -825,7 +978,9 @@ def test_damaged_plan_of_a_graph_that_is_not_loaded(gpu: Gpu, small_bundle: Path
         ({"target": "tensorrt"}, "no tensorrt-rtx engine fits: there is none"),
     ],
 )
-def test_b8_engine_of_another_machine(gpu: Gpu, small_bundle: Path, blank: Path, options: dict[str, Any], reason: str) -> None:
+def test_b8_engine_of_another_machine(
+    gpu: Gpu, small_bundle: Path, blank: Path, options: dict[str, Any], reason: str
+) -> None:
     compile_engine(blank, graphs=small_bundle, **options)
     with pytest.raises(MachineError, match=reason) as caught:
         load(blank)
@@ -838,8 +993,16 @@ def test_engine_of_another_bundle(gpu: Gpu, bundle: Path, blank: Path, changed: 
     (folder,) = (bundle / "engines").iterdir()
     record = read_engine(folder)
     digest = "0" * 64
-    key = replace(record.key, weights=digest) if changed == "weights" else replace(record.key, graphs=record.key.graphs | {STEP: digest})
-    write_engine(open_bundle(blank), replace(record, key=key), {graph: read_plan(folder, record, graph) for graph in record.plans})
+    key = (
+        replace(record.key, weights=digest)
+        if changed == "weights"
+        else replace(record.key, graphs=record.key.graphs | {STEP: digest})
+    )
+    write_engine(
+        open_bundle(blank),
+        replace(record, key=key),
+        {graph: read_plan(folder, record, graph) for graph in record.plans},
+    )
     with pytest.raises(MachineError, match=f"built for {changed} that have changed") as caught:
         load(blank)
     assert "sdrt compile" in caught.value.fix
@@ -875,7 +1038,9 @@ def test_missing_module(gpu: Gpu, bundle: Path, monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(MachineError, match=f"backend tensorrt-rtx: .*{module}") as caught:
         load(bundle)
-    assert caught.value.fix == "Install it with: pip install 'tensorrt-rtx-cu12>=1.7' 'cuda-core>=1.2' 'cuda-bindings>=13'"
+    assert (
+        caught.value.fix == "Install it with: pip install 'tensorrt-rtx-cu12>=1.7' 'cuda-core>=1.2' 'cuda-bindings>=13'"
+    )
 
 
 def test_missing_driver(gpu: Gpu, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -898,7 +1063,9 @@ def test_devices(bundle: Path, expected: Expected) -> None:
 
 
 def test_auto(gpu: Gpu, bundle: Path, small_bundle: Path, blank: Path) -> None:
-    """TensorRT where there is an engine and a GPU, else ONNX Runtime; an engine that does not fit is never passed over in silence."""
+    """TensorRT where there is an engine and a GPU, else ONNX Runtime; an engine that does not fit is never passed over
+    in silence.
+    """
     for path, devices, backend in ((bundle, 1, "tensorrt-rtx"), (bundle, 0, "onnxruntime"), (blank, 1, "onnxruntime")):
         gpu.devices = devices
         with Pipeline.load(path) as pipe:
