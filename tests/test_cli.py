@@ -23,9 +23,10 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from typer.testing import CliRunner
 
-from sdrt import __version__, bundle, cli_engines, publish
+from sdrt import __version__, bundle, publish
 from sdrt.cli import app
-from sdrt.cli_output import print_report
+from sdrt.cli import compile as cli_compile
+from sdrt.cli.output import print_report
 from sdrt.errors import SdrtError
 from sdrt.runtime import Pipeline, picture_file
 from sdrt.runtime.picture_file import save_new_picture
@@ -64,7 +65,7 @@ def only_json(result: Result) -> dict[str, Any]:
 @pytest.fixture(autouse=True)
 def nothing_to_compile(monkeypatch: pytest.MonkeyPatch) -> None:
     """`--target auto` is ONNX Runtime here, whatever is installed; compiling has tests of its own."""
-    monkeypatch.setattr(cli_engines, "_automatic", lambda: "onnxruntime")
+    monkeypatch.setattr(cli_compile, "_automatic", lambda: "onnxruntime")
 
 
 @pytest.fixture(scope="module")

@@ -23,11 +23,12 @@ from faulty_jobs import names
 from test_boundaries import LOCKED_DOWN, run_python
 from typer.testing import CliRunner
 
-from sdrt import checked, cli_engines, engine_cache, engine_record, faults
+from sdrt import checked, engine_cache, engine_record, faults
 from sdrt.bench import layers
 from sdrt.bench.instruments import Readings, instrumented
 from sdrt.bundle import ENGINES, GRAPHS, STEP, TEXT_ENCODER, VAE_DECODER, VAE_ENCODER, WEIGHTS, open_bundle
 from sdrt.cli import app
+from sdrt.cli import compile as cli_compile
 from sdrt.compile import onnxruntime as compiling
 from sdrt.compile import optimized_model, worker
 from sdrt.compile.onnxruntime import compile_bundle
@@ -190,8 +191,8 @@ def test_only_compile_saves_models(monkeypatch: pytest.MonkeyPatch) -> None:
     """`build --target onnxruntime` writes nothing more: the disk is the user's."""
     monkeypatch.setitem(sys.modules, "openvino", None)
     for name in ("onnxruntime", "auto"):
-        assert cli_engines.compiled_targets([name], must_compile=False) == []
-        assert cli_engines.compiled_targets([name], must_compile=True) == ["onnxruntime"]
+        assert cli_compile.compiled_targets([name], must_compile=False) == []
+        assert cli_compile.compiled_targets([name], must_compile=True) == ["onnxruntime"]
 
 
 @pytest.mark.parametrize(

@@ -25,9 +25,9 @@ from test_boundaries import LOCKED_DOWN, run_python
 from test_openvino_model import HAS_BF16, needs_bf16
 from typer.testing import CliRunner
 
-from sdrt import cli_engines
 from sdrt.bundle import ENGINES, GRAPHS, STEP, TEXT_ENCODER, VAE_DECODER, open_bundle
 from sdrt.cli import app
+from sdrt.cli import compile as cli_compile
 from sdrt.compile import openvino as compiling
 from sdrt.compile.openvino import compile_bundle
 from sdrt.compile.report import CompileOptions, CompileReport, GraphReport
@@ -382,9 +382,9 @@ def test_auto_takes_the_fastest_that_runs(bundle: Path, flat_bundle: Path, monke
 
 
 def test_build_prepares_what_auto_would_take(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert cli_engines.compiled_targets(["auto"], must_compile=False) == ["openvino"]
+    assert cli_compile.compiled_targets(["auto"], must_compile=False) == ["openvino"]
     monkeypatch.setitem(sys.modules, "openvino", None)
-    assert cli_engines.compiled_targets(["auto"], must_compile=False) == []
+    assert cli_compile.compiled_targets(["auto"], must_compile=False) == []
 
 
 def test_verify_and_inspect(small: Path) -> None:

@@ -428,7 +428,7 @@ def test_file_replaces_a_link_not_what_it_points_at(target: Path, tmp_path: Path
 
 WRITES = {"write_bytes", "write_text", "mkdir", "makedirs", "rename", "unlink", "rmtree", "rmdir", "touch", "symlink_to", "hardlink_to", "copy", "copyfile", "copytree", "savez", "mkdtemp"}  # fmt: skip
 ALLOWED = {
-    "cli_generate.py": {"mkdir"},  # the folder of previews, which the user names
+    "cli/generate.py": {"mkdir"},  # the folder of previews, which the user names
     "publish.py": WRITES,
     "lock.py": {"mkdir", "unlink"},  # locks only save work and hold no data
     "export/graph.py": {"mkdir"},  # the cache's own folders
@@ -438,7 +438,7 @@ ALLOWED = {
     "bench/measure.py": {"write_text"},  # messages between two processes, in a temporary folder
     "bench/child.py": {"write_text"},
     "bench/steady_work.py": {"write_text"},
-    "cli_bench.py": {"open"},  # appends to a file that belongs to the CI
+    "cli/bench.py": {"open"},  # appends to a file that belongs to the CI
     "export/selfcheck.py": {"savez"},  # into a file that the writer opened
 }
 

@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 from sdrt import errors, runtime
 from sdrt.bundle import open_bundle
 from sdrt.cli import app
-from sdrt.cli_output import show_log
+from sdrt.cli.output import show_log
 from sdrt.errors import Cancelled, ClosedError, DeadlineError, MissingEngineError, SdrtError, TimeLimitError, UsageError
 from sdrt.runtime import Parameters, Pipeline, Request, Settings, Timings
 from sdrt.runtime.engine import Denoising, Job

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sdrt.cli_output import COMPILE_STAGES, BundleArgument, Json, StageProgress, print_json, time_limit
+from sdrt.cli.output import COMPILE_STAGES, BundleArgument, Json, StageProgress, print_json, time_limit
 from sdrt.errors import MachineError, SdrtError, UsageError, nearest, printable
 
 if TYPE_CHECKING:

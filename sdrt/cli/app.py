@@ -20,8 +20,13 @@ from typing import Annotated, Any, NoReturn, TextIO
 import typer
 from typer.core import TyperGroup
 
-from sdrt import __version__, cli_bench, cli_engines, cli_generate, cli_inspect, cli_signature, interruptible
-from sdrt.cli_output import BUILD_STAGES, BundleArgument, Json, StageProgress, interrupted, print_json, show_log, size_option, time_limit
+from sdrt import __version__, interruptible
+from sdrt.cli import bench as cli_bench
+from sdrt.cli import compile as cli_compile
+from sdrt.cli import generate as cli_generate
+from sdrt.cli import inspect as cli_inspect
+from sdrt.cli import sign as cli_signature
+from sdrt.cli.output import BUILD_STAGES, BundleArgument, Json, StageProgress, interrupted, print_json, show_log, size_option, time_limit
 from sdrt.errors import MachineError, SdrtError, printable
 from sdrt.machine.packages import install_command
 
@@ -196,7 +201,7 @@ def build(
     from sdrt.export.embeddings import parse_embedding_option
     from sdrt.export.hypernetworks import parse_hypernetwork_option
 
-    targets = cli_engines.checked_targets(target or ["auto"])
+    targets = cli_compile.checked_targets(target or ["auto"])
     options = BuildOptions(
         checkpoint, tuple(parse_lora_option(text) for text in lora or []), vae, precision, size_option(size), tuple(clip_skip or [1]), allow_unmatched, output, force,
         embeddings=tuple(parse_embedding_option(text) for text in embedding or []), hypernetworks=tuple(parse_hypernetwork_option(text) for text in hypernetwork or []), ema=ema,
@@ -207,13 +212,13 @@ def build(
     size_bytes = sum(record.size_bytes for record in manifest.files.values())
     for note in report.notes:
         typer.echo(f"note: {printable(note)}", err=True)
-    engines = cli_engines.compile_after_build(report.path, targets)
+    engines = cli_compile.compile_after_build(report.path, targets)
     if as_json:
         print_json(
             {
                 "bundle": str(report.path), "size_bytes": size_bytes, "sources": [asdict(source) for source in manifest.sources], "notes": list(report.notes),
                 "stages_s": dict(report.stages_s), "cached_traces": list(report.cached), "errors": {g: {c: record.error for c, record in p.items()} for g, p in manifest.graphs.items()},
-                "engines": [cli_engines.as_fields(engine) for engine in engines],
+                "engines": [cli_compile.as_fields(engine) for engine in engines],
             }
         )  # fmt: skip
         return
@@ -227,7 +232,7 @@ def build(
             typer.echo(f"{printable(source.name)} at {source.scale:g} applied to {source.applied.get('unet', 0)} attention layers")
     typer.echo(f"built {printable(str(report.path))} ({size_bytes / 1e6:.1f} MB) in {sum(report.stages_s.values()):.1f} s")
     for engine in engines:
-        cli_engines.print_compiled(engine, manifest)
+        cli_compile.print_compiled(engine, manifest)
     typer.echo(f'next: sdrt generate {printable(os.path.relpath(report.path))} "your prompt" --output picture.png', err=True)
 
 
@@ -262,11 +267,7 @@ def verify(
         typer.echo(f"ok  {check.graph:13} {check.compute:5} {check.output:16} {check.backend}  error {check.error:.1e}, limit {check.limit:.0e}")
 
 
-app.command("compile", epilog="Example: sdrt compile model.sdrt --target tensorrt-rtx --sm 89 --size 512x512:768x768 --batch 1:4")(cli_engines.compile_bundle)
+app.command("compile", epilog="Example: sdrt compile model.sdrt --target tensorrt-rtx --sm 89 --size 512x512:768x768 --batch 1:4")(cli_compile.compile_bundle)
 app.command("sign", epilog="Example: sdrt sign model.sdrt --key private.pem")(cli_signature.sign)
 app.add_typer(cli_bench.app, name="bench")
-app.command("doctor", epilog="Example: sdrt doctor --json")(cli_engines.doctor)
-
-
-if __name__ == "__main__":
-    app()
+app.command("doctor", epilog="Example: sdrt doctor --json")(cli_compile.doctor)

@@ -10,8 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
-from sdrt import cli_engines
-from sdrt.cli_output import Json, print_json, print_report
+from sdrt.cli import compile as cli_compile
+from sdrt.cli.output import Json, print_json, print_report
 from sdrt.errors import UsageError
 
 _SHOWN_METADATA, _SHOWN_CHARACTERS = 8, 100
@@ -36,7 +36,7 @@ def inspect(
             raise UsageError(f"--for {checkpoint}: {path} is a bundle, which goes into no checkpoint", "Give it the file of an adapter or VAE.")
         opened = open_bundle(path)
         report: dict[str, Any] = {"path": str(opened.path), "kind": "a bundle", "size_bytes": sum(f.size_bytes for f in opened.manifest.files.values())}
-        report |= asdict(opened.manifest) | {"engines": cli_engines.engines_of(opened)}
+        report |= asdict(opened.manifest) | {"engines": cli_compile.engines_of(opened)}
     else:
         report = inspect_file(path)
     if checkpoint is not None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sdrt.cli_output import BundleArgument, Json, print_json, progress_bar, size_option
+from sdrt.cli.output import BundleArgument, Json, print_json, progress_bar, size_option
 from sdrt.errors import UsageError, printable
 from sdrt.publish import folders_made
 

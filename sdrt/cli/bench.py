@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sdrt.cli_bench_tables import print_comparison, print_result, print_trends
-from sdrt.cli_output import Json, print_json
+from sdrt.cli.bench_tables import print_comparison, print_result, print_trends
+from sdrt.cli.output import Json, print_json
 from sdrt.document import read_given
 from sdrt.errors import InconclusiveError, InputFileError, ResourceError, UsageError, nearest, printable
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from sdrt.cli_output import BundleArgument, Json, print_json
+from sdrt.cli.output import BundleArgument, Json, print_json
 from sdrt.errors import BundleError, CheckFailed, UsageError, printable
 
 

@@ -1,0 +1,5 @@
+"""The `sdrt` command: a file a command. Only this package prints and exits, and each command imports what it needs when it runs."""
+
+from sdrt.cli.app import app
+
+__all__ = ["app"]
