@@ -1,8 +1,7 @@
-"""`sdrt compile` and `sdrt doctor`, and how `build` and `inspect` speak of engines."""
+"""`sdrt compile`: a bundle's graphs become engines for a target. `sdrt build` compiles through this file too."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -11,8 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sdrt.cli.output import COMPILE_STAGES, BundleArgument, Json, StageProgress, print_json, time_limit
-from sdrt.errors import MachineError, SdrtError, UsageError, nearest, printable
+from sdrt.cli import options
+from sdrt.cli.output import print_json, print_notes
+from sdrt.cli.progress import COMPILE_STAGES, StageProgress
+from sdrt.errors import MachineError, SdrtError, UsageError, nearest
 
 if TYPE_CHECKING:
     from sdrt.bundle import Bundle, Manifest
@@ -21,52 +22,61 @@ if TYPE_CHECKING:
 
 TARGETS = ("auto", "onnxruntime", "openvino", "tensorrt-rtx", "tensorrt")
 _COMPILED = ("openvino", "tensorrt-rtx", "tensorrt")
-"""Targets that `build` compiles for. ONNX Runtime needs no engine; what it can save is for `compile` to ask for, as it takes disk."""
+"""The targets that `build` compiles for.
+
+ONNX Runtime runs a bundle without an engine. What it can save takes disk, so that `compile` alone saves it, when asked.
+"""
 _CHOICES = "onnxruntime, openvino, tensorrt-rtx or tensorrt"
 
 
 def compile_bundle(
-    ctx: typer.Context,
-    bundle: BundleArgument,
-    target: Annotated[list[str] | None, typer.Option("--target", metavar="NAME", help="What to compile for; may be repeated: openvino (this CPU), onnxruntime (this CPU, any shape: its optimised graphs, for a fast start, at twice the disk of 16-bit weights), tensorrt-rtx (GeForce and RTX, ahead of time, needs no GPU) or tensorrt (on the GPU that will run it).")] = None,
-    sm: Annotated[str | None, typer.Option("--sm", metavar="86,89,120", help="GPU generations of tensorrt-rtx: 75, 80, 86, 89, 120, 121. Each adds kernels to the engine. Default 86,89,120.")] = None,
-    size: Annotated[str | None, typer.Option("--size", metavar="WxH[:WxH]", help="Picture size in pixels, or the smallest and the largest; the bundle's own if not given.")] = None,
-    batch: Annotated[str, typer.Option("--batch", metavar="N[:M]", help="Pictures per model call, or a range.")] = "1",
-    tokens: Annotated[str | None, typer.Option("--tokens", metavar="N[:M]", help="Prompt tokens, multiples of 77, or a range; if not given 77, for openvino an engine for 77 and one for 154.")] = None,
-    branches: Annotated[str, typer.Option("--branches", metavar="1,2", help="Numbers of guidance branches: 1 is guidance off, 2 a prompt and a negative one.")] = "1,2",
-    precision: Annotated[str | None, typer.Option("--precision", metavar="NAME", help="Arithmetic: bf16 or fp32 for openvino, which takes bf16 where the CPU has it; a precision of the bundle's graphs for a GPU.")] = None,
-    device: Annotated[int, typer.Option("--device", metavar="N", help="GPU that tensorrt compiles on, counted from 0.")] = 0,
+    bundle: options.BundleFolder,
+    target: options.CompiledTargets = None,
+    sm: options.GpuGenerations = None,
+    size: options.SizeRange = None,
+    batch: options.BatchRange = "1",
+    tokens: options.TokenRange = None,
+    branches: options.Branches = "1,2",
+    precision: options.Arithmetic = None,
+    device: options.CompilingDevice = 0,
     force: Annotated[bool, typer.Option("--force", help="Compile again even if the same engine is there.")] = False,
-    prune: Annotated[bool, typer.Option("--prune", help="Remove engines that can never run again: of other graphs or weights, of another version of the compiler, damaged.")] = False,
-    timeout: Annotated[float, typer.Option("--timeout", metavar="S", help="Seconds after which it ends with exit code 7, and no engine appears.")] = 7200.0,
-    as_json: Json = False,
-) -> None:  # fmt: skip
+    prune: options.Prune = False,
+    timeout: options.CompileTimeout = 7200.0,
+    as_json: options.Json = False,
+) -> None:
     """Compile a bundle into engines for a target. Needs no PyTorch.
 
-    One size costs least. A range of sizes, batches or tokens costs memory, speed and time to compile on a GPU; openvino takes one value of
-    each, and several engines serve several sizes; onnxruntime takes any shape and none of these options. Engines lie in the bundle under
-    `engines/`; `sdrt inspect` lists them. An engine is native code: run those you made, or got from someone you trust.
+    One size costs least. A range of sizes, batches or tokens costs memory, speed and time to compile on a GPU; openvino
+    takes one value of each, and several engines serve several sizes; onnxruntime takes any shape and none of these
+    options. Engines lie in the bundle under `engines/`; `sdrt inspect` lists them. An engine is native code: run those
+    you made, or got from someone you trust.
     """
-    ctx.find_root().obj = "json" if as_json else None
     from sdrt.bundle import open_bundle
     from sdrt.compile.report import CompileOptions
 
     if not target and not prune:
         raise UsageError("--target: missing", f"Choose {_CHOICES}, or pass --prune alone.")
-    chosen = compiled_targets(target or [], must_compile=True)
     asked = [
         CompileOptions(
-            name, sms=_numbers("--sm", sm) if sm is not None else None, size=_sizes(size), batch=_range("--batch", batch),
-            tokens=_range("--tokens", tokens) if tokens is not None else None, branches=_numbers("--branches", branches), precision=precision, device=device, force=force,
+            name,
+            sms=options.parse_numbers("--sm", sm) if sm is not None else None,
+            size=options.parse_sizes(size),
+            batch=options.parse_range("--batch", batch),
+            tokens=options.parse_range("--tokens", tokens) if tokens is not None else None,
+            branches=options.parse_numbers("--branches", branches),
+            precision=precision,
+            device=device,
+            force=force,
         )
-        for name in chosen
-    ]  # fmt: skip
+        for name in compiled_targets(target or [], must_compile=True)
+    ]
     opened = open_bundle(bundle)
     pruned = _prune(opened) if prune else []
-    with time_limit(timeout, bundle):
-        reports = run(opened, asked)
+    with options.time_limit(timeout, bundle):
+        reports = _run(opened, asked)
     if as_json:
-        print_json({"bundle": str(opened.path), "engines": [as_fields(report) for report in reports], "pruned": [str(path) for path in pruned]})
+        engines = [as_fields(report) for report in reports]
+        print_json({"bundle": str(opened.path), "engines": engines, "pruned": [str(path) for path in pruned]})
         return
     for path in pruned:
         typer.echo(f"removed {path}")
@@ -77,7 +87,9 @@ def compile_bundle(
 
 
 def compiled_targets(names: Sequence[str], *, must_compile: bool) -> list[str]:
-    """The targets among `names` to compile for; `auto` is what is installed and fastest here. ONNX Runtime only where `must_compile` is set.
+    """The targets among `names` to compile for. `auto` is what is installed and fastest here.
+
+    ONNX Runtime is among them only where `must_compile` is set.
 
     Raises:
         UsageError: a name is unknown.
@@ -85,7 +97,9 @@ def compiled_targets(names: Sequence[str], *, must_compile: bool) -> list[str]:
     found = []
     for name in names:
         if name not in TARGETS:
-            raise UsageError(f"--target {name}: unknown{nearest(name, TARGETS)}", f"Choose one of: {', '.join(TARGETS)}.")
+            raise UsageError(
+                f"--target {name}: unknown{nearest(name, TARGETS)}", f"Choose one of: {', '.join(TARGETS)}."
+            )
         chosen = _automatic() if name == "auto" else name
         if chosen in _COMPILED or must_compile:
             found.append(chosen)
@@ -93,7 +107,12 @@ def compiled_targets(names: Sequence[str], *, must_compile: bool) -> list[str]:
 
 
 def checked_targets(names: Sequence[str]) -> list[str]:
-    """`compiled_targets` for a build, which should not run for a minute to find that the compiler is missing."""
+    """The targets that a build compiles for, each with its compiler there: a build takes a minute before it needs one.
+
+    Raises:
+        UsageError: a name is unknown.
+        MachineError: a compiler is missing.
+    """
     found = compiled_targets(names, must_compile=False)
     for name in found:
         if name == "openvino":
@@ -108,7 +127,10 @@ def checked_targets(names: Sequence[str]) -> list[str]:
 
 
 def _automatic() -> str:
-    """TensorRT where it is installed and a GPU answers, else OpenVINO where it is installed and new enough, else ONNX Runtime."""
+    """The target that `auto` stands for.
+
+    TensorRT where it is installed and a GPU answers, else OpenVINO where it is new enough, else ONNX Runtime.
+    """
     from sdrt.doctor import compiler_version, probe_gpus
     from sdrt.runtime.openvino_model import import_openvino
 
@@ -121,8 +143,8 @@ def _automatic() -> str:
     return "openvino"
 
 
-def run(bundle: Bundle, asked: Sequence[CompileOptions]) -> list[CompileReport]:
-    """Compile for several targets with progress on stderr; all engines appear together, or none."""
+def _run(bundle: Bundle, asked: Sequence[CompileOptions]) -> list[CompileReport]:
+    """Compile for several targets, with progress on stderr. All engines appear together, or none."""
     from sdrt.compile import onnxruntime, openvino, tensorrt
     from sdrt.compile.together import engines_together
 
@@ -144,17 +166,19 @@ def run(bundle: Bundle, asked: Sequence[CompileOptions]) -> list[CompileReport]:
 
 
 def compile_after_build(path: Path, targets: Sequence[str]) -> list[CompileReport]:
-    """What `sdrt build --target` does once the bundle is there; a failure leaves the bundle as it is and says so."""
+    """Compile the new bundle at `path` for the targets of `sdrt build`. A failure leaves the bundle and says so."""
     from sdrt.bundle import open_bundle
     from sdrt.compile.report import CompileOptions
 
     try:
-        return run(open_bundle(path), [CompileOptions(name) for name in targets])
+        return _run(open_bundle(path), [CompileOptions(name) for name in targets])
     except SdrtError as error:
-        raise type(error)(f"the bundle {path} is built and works; compiling it failed: {error.line}", error.fix) from error
+        message = f"the bundle {path} is built and works; compiling it failed: {error.line}"
+        raise type(error)(message, error.fix) from error
 
 
 def print_compiled(report: CompileReport, manifest: Manifest) -> None:
+    """Say what was compiled: time, size and memory of each graph, and what the engine is for."""
     if report.cached:
         typer.echo(f"already there: {report.path}", err=True)
     for graph, made in report.graphs.items():
@@ -162,43 +186,45 @@ def print_compiled(report: CompileReport, manifest: Manifest) -> None:
         layers = f"  {made.layers:5} layers" if made.layers is not None else ""
         typer.echo(f"{graph:13} {made.build_s:7.1f} s  {made.plan_bytes / 1e6:8.1f} MB{layers}{peak}")
         if made.unfused:
-            typer.echo(
-                f"note: {graph}: {len(made.unfused)} attention layers {'' if report.record.key.target == 'openvino' else 'may have no fused kernel and then '}run as several",
-                err=True,
-            )
-    for line in engine_lines(report.record, manifest):
+            perhaps = "" if report.record.key.target == "openvino" else "may have no fused kernel and then "
+            print_notes([f"{graph}: {len(made.unfused)} attention layers {perhaps}run as several"])
+    for line in _engine_lines(report.record, manifest):
         typer.echo(line)
     typer.echo(f"engine {report.path}")
 
 
-def engine_lines(record: EngineRecord, manifest: Manifest) -> list[str]:
-    """What an engine is for and what it takes on the device, in words."""
+def _engine_lines(record: EngineRecord, manifest: Manifest) -> list[str]:
+    """What an engine is for, and what it takes on disk or on the device, in words."""
     from sdrt.engine_shapes import shapes_of
 
     key = record.key
     shapes = shapes_of(record, manifest) if record.size is not None else "any size, batch, prompt and guidance"
+    purpose = f"{key.target} {key.compiler} for {key.device}, {key.precision}, {shapes}"
+    plans_bytes = sum(plan.size_bytes for plan in record.plans.values())
+    disk_bytes = sum(plan.disk_bytes for plan in record.plans.values())
     if key.target == "openvino":
-        blobs = sum(plan.size_bytes for plan in record.plans.values())
-        return [
-            f"{key.target} {key.compiler} for {key.device}, {key.precision}, {shapes}",
-            f"on disk: {blobs / 1e6:.1f} MB without weights; those are read from the bundle's own file, {record.weight_bytes / 1e6:.1f} MB",
-        ]
+        elsewhere = f"those are read from the bundle's own file, {record.weight_bytes / 1e6:.1f} MB"
+        return [purpose, f"on disk: {plans_bytes / 1e6:.1f} MB without weights; {elsewhere}"]
     if key.target == "onnxruntime":
-        return [
-            f"{key.target} {key.compiler} for {key.device}, {key.precision}, {shapes}",
-            f"on disk: {sum(plan.disk_bytes for plan in record.plans.values()) / 1e6:.1f} MB, weights in float32 among them, which loading maps",
-        ]
-    activations = [plan.device_memory_bytes for plan in record.plans.values()]
-    known = [size for size in activations if size is not None]
-    largest = f"activations {max(known) / 1e6:.1f} MB" if len(known) == len(activations) else "activations known once a GPU has loaded it"
-    plans = sum(plan.size_bytes for plan in record.plans.values())
-    return [
-        f"{key.target} {key.compiler} for {key.device}, {key.precision}, {shapes}",
-        f"memory on the device: plans with weights {plans / 1e6:.1f} MB, state {record.state_bytes / 1e6:.1f} MB at most, {largest}",
-    ]
+        weights = "weights in float32 among them, which loading maps"
+        return [purpose, f"on disk: {disk_bytes / 1e6:.1f} MB, {weights}"]
+    activation_bytes = largest_activations(record)
+    activations = "activations known once a GPU has loaded it"
+    if activation_bytes is not None:
+        activations = f"activations {activation_bytes / 1e6:.1f} MB"
+    plans, state = f"plans with weights {plans_bytes / 1e6:.1f} MB", f"state {record.state_bytes / 1e6:.1f} MB at most"
+    return [purpose, f"memory on the device: {plans}, {state}, {activations}"]
+
+
+def largest_activations(record: EngineRecord) -> int | None:
+    """Bytes of activations of the plan that needs most; None while a plan's are not known."""
+    sizes = [plan.device_memory_bytes for plan in record.plans.values()]
+    known = [size for size in sizes if size is not None]
+    return max(known) if len(known) == len(sizes) else None
 
 
 def as_fields(report: CompileReport) -> dict[str, Any]:
+    """An engine as `--json` shows it."""
     return {
         "path": str(report.path),
         "cached": report.cached,
@@ -208,94 +234,21 @@ def as_fields(report: CompileReport) -> dict[str, Any]:
 
 
 def _prune(bundle: Bundle) -> list[Path]:
+    """Remove the engines that can never run again, and return the folders that they were in."""
     from sdrt.doctor import compiler_version
     from sdrt.engine_cache import mismatch
     from sdrt.engine_cache import prune as prune_engines
 
-    return prune_engines(bundle, keep=lambda record: not mismatch(record, bundle, compiler=compiler_version(record.key.target), flags=_flags(record)))
+    def runs(record: EngineRecord) -> bool:
+        compiler = compiler_version(record.key.target)
+        return not mismatch(record, bundle, compiler=compiler, flags=flags_of(record))
+
+    return prune_engines(bundle, keep=runs)
 
 
-def _flags(record: EngineRecord) -> tuple[str, ...] | None:
+def flags_of(record: EngineRecord) -> tuple[str, ...] | None:
     """How this sdrt builds an engine of its target and precision; None where that depends on the compiler."""
     from sdrt.runtime import onnxruntime_model, openvino_model
 
     of_openvino = openvino_model.FLAGS.get(record.key.precision)
     return {"openvino": of_openvino, "onnxruntime": onnxruntime_model.FLAGS}.get(record.key.target)
-
-
-def engines_of(bundle: Bundle) -> list[dict[str, Any]]:
-    """The engines of a bundle for `inspect`: what each is for, what it takes, whether it would not run here, and why."""
-    from sdrt.doctor import compiler_version, probe_gpus
-    from sdrt.engine_cache import engine_folders, mismatch, platform_name, read_engine
-    from sdrt.engine_shapes import shapes_of
-    from sdrt.runtime.cpu import cpu_identity
-
-    folders = engine_folders(bundle)
-    gpus = probe_gpus().found if folders else ()
-    listed: list[dict[str, Any]] = []
-    for folder in folders:
-        try:
-            record = read_engine(folder)
-        except SdrtError as error:
-            listed.append({"engine": folder.name, "error": error.message})
-            continue
-        compiler = compiler_version(record.key.target)
-        sms: list[str | None] = [gpu.sm for gpu in gpus] or [None]
-        if record.key.target in ("openvino", "onnxruntime"):
-            reasons = [mismatch(record, bundle, compiler=compiler, cpu=cpu_identity(), platform=platform_name(), flags=_flags(record))]
-        else:
-            reasons = [mismatch(record, bundle, compiler=compiler, device_sm=sm, platform=platform_name()) for sm in sms]
-        memory = [plan.device_memory_bytes for plan in record.plans.values()]
-        known = [size for size in memory if size is not None]
-        listed.append(
-            {
-                "engine": folder.name, "target": record.key.target, "compiler": record.key.compiler, "device": record.key.device, "precision": record.key.precision,
-                "shapes": asdict(shapes_of(record, bundle.manifest)), "plan_bytes": sum(plan.disk_bytes for plan in record.plans.values()), "state_bytes": record.state_bytes,
-                "activation_bytes": max(known) if len(known) == len(memory) else None, "stale": "" not in reasons, **({"why": reasons[0]} if "" not in reasons else {}),
-            }
-        )  # fmt: skip
-    return listed
-
-
-def doctor(ctx: typer.Context, as_json: Json = False) -> None:
-    """Say what works on this machine: each backend, its versions, and the command that mends it. Exit code 5 if none works."""
-    ctx.find_root().obj = "json" if as_json else None
-    from sdrt.doctor import examine
-
-    report = examine()
-    if as_json:
-        print_json(asdict(report) | {"ok": report.ok})
-    else:
-        gpus = ", ".join(f"{gpu.name} ({gpu.sm})" for gpu in report.gpus.found) or f"none: {report.gpus.detail}"
-        driver = f", driver for CUDA {report.gpus.driver_cuda}" if report.gpus.driver_cuda else ""
-        typer.echo(f"python {report.python}, {report.platform}; GPUs: {printable(gpus)}{driver}")
-        for backend in report.backends:
-            versions = ", ".join(f"{package} {version}" for package, version in backend.versions.items())
-            typer.echo(f"{backend.name:17} {backend.state:11} {printable(backend.detail)}{f' ({versions})' if versions else ''}")
-            if backend.fix:
-                typer.echo(f"{'':17} fix: {backend.fix}")
-    if not report.ok:
-        raise typer.Exit(MachineError.exit_code)
-
-
-def _sizes(text: str | None) -> tuple[tuple[int, int], tuple[int, int]] | None:
-    if text is None:
-        return None
-    match = re.fullmatch(r"(\d{1,6})[xX](\d{1,6})(?::(\d{1,6})[xX](\d{1,6}))?", text)
-    if match is None:
-        raise UsageError(f"--size {text}: expected WIDTHxHEIGHT, or a smallest and a largest", "Write it as --size 512x768 or --size 512x512:768x768.")
-    low = (int(match[1]), int(match[2]))
-    return low, low if match[3] is None else (int(match[3]), int(match[4]))
-
-
-def _range(option: str, text: str) -> tuple[int, int]:
-    match = re.fullmatch(r"(\d{1,6})(?::(\d{1,6}))?", text)
-    if match is None:
-        raise UsageError(f"{option} {text}: expected a number, or a smallest and a largest", f"Write it as {option} 1 or {option} 1:4.")
-    return int(match[1]), int(match[2] or match[1])
-
-
-def _numbers(option: str, text: str) -> tuple[int, ...]:
-    if re.fullmatch(r"\d{1,4}(,\d{1,4})*", text) is None:
-        raise UsageError(f"{option} {text}: expected numbers with commas between them")
-    return tuple(int(part) for part in text.split(","))
