@@ -156,7 +156,7 @@ def publish(path: Path, text: str) -> None:
 
 
 def compile_shape(bundle: Path, side: int, batch: int, precision: str | None) -> None:
-    from sdrt.bundle import open_bundle
+    from sdrt.bundle.folder import open_bundle
     from sdrt.compile.openvino import compile_bundle
     from sdrt.compile.report import CompileOptions
 

@@ -53,7 +53,7 @@ def picture(bundle: Path, backend: str, size: tuple[int, int], steps: int, outpu
 def compiled_copies(bundle: Path, folder: Path, size: tuple[int, int]) -> dict[str, tuple[Path, str]]:
     """The bundle for each row of the table, with the backend to run it on, and what compiling took on stderr."""
     from sdrt import engine_libraries
-    from sdrt.bundle import open_bundle
+    from sdrt.bundle.folder import open_bundle
     from sdrt.compile import onnxruntime
     from sdrt.compile.openvino import compile_bundle
     from sdrt.compile.report import CompileOptions
@@ -103,7 +103,7 @@ def main() -> None:
     if arguments.size:
         width, height = (int(side) for side in arguments.size.split("x"))
     else:
-        from sdrt.bundle import open_bundle
+        from sdrt.bundle.folder import open_bundle
 
         width, height = open_bundle(arguments.bundle).manifest.latents.size
     if arguments.child:

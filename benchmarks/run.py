@@ -25,12 +25,12 @@ LIMIT_US = 50.0
 
 def instruments_us_per_step(calls: int = 20_000, rounds: int = 9) -> float:
     """Microseconds that timing adds to a model call: the same empty call with the wrapper and without, in turn; the median of rounds."""
-    from sdrt.bench.instruments import Readings, TimedDenoising
+    from sdrt.bench.instruments import Readings, TimedBatch
 
     bare: Any = SimpleNamespace(step=lambda: None, latents=None, denoised=None, decode=None)
     costs = []
     for _ in range(rounds):
-        timed = TimedDenoising(bare, Readings())
+        timed = TimedBatch(bare, Readings())
         spans = []
         for step in (bare.step, timed.step):
             started = time.perf_counter()

@@ -47,7 +47,7 @@ def alternating(first: list[str], second: list[str], runs: int) -> tuple[list[fl
 def host_ms_per_step(bundle: Path, steps: int) -> float:
     """Milliseconds a denoising step spends outside the engine call: everything the pipeline's own loop does."""
     from sdrt.runtime import Pipeline
-    from sdrt.runtime.onnxruntime import OnnxRuntimeDenoising
+    from sdrt.runtime.running_batch import Slots
 
     inside = 0.0
 
@@ -65,8 +65,9 @@ def host_ms_per_step(bundle: Path, steps: int) -> float:
         list(pipe.stream("red apple", steps=3, cfg=3, seed=0))
         stream = pipe.stream("red apple", steps=steps, cfg=3, seed=0)
         step = next(stream)  # text encoding, noise and tables are done here
-        assert isinstance(step._denoising, OnnxRuntimeDenoising)
-        step._denoising._session = Timed(step._denoising._session)  # type: ignore[assignment]
+        assert isinstance(step._batch, Slots)
+        memory: Any = step._batch._memory
+        memory._session = Timed(memory._session)
         started = time.perf_counter()
         for _ in range(steps - 2):  # the last one decodes
             next(stream)

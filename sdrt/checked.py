@@ -18,7 +18,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from sdrt.bundle import Bundle, check_files
+from sdrt.bundle.folder import Bundle, check_files
 from sdrt.document import read_document
 from sdrt.errors import SdrtError
 from sdrt.publish import cache_folder, staged_file, write_file

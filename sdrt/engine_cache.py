@@ -18,7 +18,9 @@ from dataclasses import asdict
 from io import BufferedReader
 from pathlib import Path
 
-from sdrt.bundle import ENGINES, MANIFEST, REGISTERS, STEP, WEIGHTS, Bundle, Manifest, check_files, check_nothing_else
+from sdrt.bundle.folder import Bundle, check_files, check_nothing_else
+from sdrt.bundle.graphs import STEP, VAE_DECODER, dimensions, signatures, table_rows
+from sdrt.bundle.manifest import ENGINES, MANIFEST, WEIGHTS, Manifest
 from sdrt.document import strict_json
 from sdrt.engine_record import FORMAT, RECORD, EngineKey, EngineRecord, record_from
 from sdrt.errors import BundleError, MachineError, UsageError, printable
@@ -50,15 +52,16 @@ def folder_name(key: EngineKey) -> str:
 
 
 def state_bytes(manifest: Manifest, *, size: tuple[int, int], batch: int, tokens: int, rows: int, branches: int) -> int:
-    """Device memory that one batch of pictures needs beside the engine: registers twice, tables, noise, context, images; in bytes."""
+    """Device memory that a running batch needs beside the engine: the step's inputs and outputs, and the decoder's pixels; in bytes.
+
+    `rows` are those of each picture's slot.
+    """
     width, height = size
-    latent = 4 * batch * manifest.latents.channels * (height // manifest.latents.factor) * (width // manifest.latents.factor)
-    mask = latent // manifest.latents.channels
-    row = 4 * (1 + REGISTERS + branches + REGISTERS + 1 + REGISTERS * (REGISTERS + 2) + 3)
-    context = 4 * branches * batch * tokens * manifest.text.width
-    pixels = 3 * batch * height * width
-    buffers = [REGISTERS * latent, REGISTERS * latent, rows * row, rows * latent, context, mask, latent, latent, latent, pixels]
-    return sum(-(-size_bytes // ALIGNMENT) * ALIGNMENT for size_bytes in buffers)
+    latents = manifest.latents
+    sizes = {"N": batch, "G": branches, "S": table_rows(batch, rows), "T": tokens, "h": height // latents.factor, "w": width // latents.factor}
+    known = signatures(dimensions(manifest))
+    kept = [*known[STEP].inputs.values(), *known[STEP].outputs.values(), known[VAE_DECODER].outputs["pixels"]]
+    return sum(-(-tensor.size_bytes(sizes) // ALIGNMENT) * ALIGNMENT for tensor in kept)
 
 
 def engine_folder(bundle: Bundle, key: EngineKey) -> Path:
@@ -297,7 +300,7 @@ def serves_default(record: EngineRecord, manifest: Manifest) -> bool:
     if record.size is None or record.batch is None or record.tokens is None or record.branches is None:
         return True  # any shape
     width, height = manifest.latents.size
-    own = (width, height, 1, manifest.text.tokens)
+    own = (width, height, 1, manifest.chunk)
     most = (*record.size, record.batch, record.tokens)
     if 2 not in record.branches:
         return False

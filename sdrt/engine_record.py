@@ -5,13 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any
 
-from sdrt.bundle import GRAPHS, MAX_BATCH, MAX_BRANCHES, MAX_CHUNKS, MAX_SIDE, MIN_SIDE, PRECISIONS, SIZE_STEP, STEP, STEP_TABLES, TEXT_ENCODER
+from sdrt.bundle.graphs import STEP, TEXT_ENCODER, Dimensions, signatures, table_rows
+from sdrt.bundle.manifest import MAX_BATCH, MAX_BRANCHES, MAX_CHUNKS, MAX_SIDE, MIN_SIDE, PRECISIONS, SIZE_STEP
 
 FORMAT = 1
 RECORD = "engine.json"
 ANY_SHAPE = ("onnxruntime",)
 """Targets whose engines take any shape, as the bundle's graphs do."""
 MAX_ROWS = 4096
+_TABLES = signatures(Dimensions(1, 0, 1, 1, 1, (1,)))[STEP].tables
+"""The tables that the step of every model has."""
 _MAX_TOKENS, _MAX_SIDE = MAX_CHUNKS << 10, 1 << 24
 
 Shape = tuple[int, ...]
@@ -78,7 +81,7 @@ class Plan:
 class EngineRecord:
     """What `engine.json` says. `size` (width, height) in pixels, `batch` and `tokens` are the largest the engine takes.
 
-    `rows` is how many rows the step's tables hold, `branches` the numbers of guidance branches. `state_bytes` is what the pipeline keeps on
+    `rows` is how many rows the step's tables hold for each picture, `branches` the numbers of guidance branches. `state_bytes` is what the pipeline keeps on
     the device beside the engine at those shapes, `weight_bytes` the size of the bundle's weights. An engine of onnxruntime takes any shape: the
     first four are None, it names no branches, and keeps nothing on a device.
     """
@@ -165,16 +168,17 @@ def _check_shapes(record: EngineRecord) -> None:
             raise ValueError(f"profiles of {graph}: expected {expected}, found {len(profiles)}")
     _largest(record.key.profiles, TEXT_ENCODER, 0, "tokens", 2)
     for i, count in enumerate(record.branches):
-        for table in STEP_TABLES:
-            if _largest(record.key.profiles, STEP, i, table)[0] != record.rows:
-                raise ValueError(f"step, {table}: expected {record.rows} rows")
+        expected_rows = table_rows(record.batch, record.rows)
+        for table in _TABLES:
+            if _largest(record.key.profiles, STEP, i, table)[0] != expected_rows:
+                raise ValueError(f"step, {table}: expected {expected_rows} rows")
         if (found := _largest(record.key.profiles, STEP, i, "w", 2)[1]) != count:
             raise ValueError(f"step, w: {found} guidance branches, expected {count}")
         pictures, _, height, width = _largest(record.key.profiles, STEP, i, "init", 4)
         if pictures != record.batch or width * record.size[1] != height * record.size[0] or record.size[0] % width:
             raise ValueError(f"step, init: {pictures} of {width}x{height}, expected {record.batch} of {record.size[0]}x{record.size[1]} pixels")
-        if (context := _largest(record.key.profiles, STEP, i, "context", 3))[:2] != (count * pictures, record.tokens):
-            raise ValueError(f"step, context: {list(context)}, expected {count * pictures} of {record.tokens} tokens")
+        if (context := _largest(record.key.profiles, STEP, i, "context", 4))[:3] != (pictures, count, record.tokens):
+            raise ValueError(f"step, context: {list(context)}, expected {pictures} of {count} branches of {record.tokens} tokens")
 
 
 def _largest(profiles: dict[str, tuple[Profile, ...]], graph: str, index: int, name: str, rank: int | None = None) -> Shape:
@@ -240,9 +244,7 @@ def _size(value: Any) -> tuple[int, int]:
 
 
 def _graph(name: str) -> str:
-    if name not in GRAPHS:
-        raise ValueError(f"unknown graph {name!r}")
-    return name
+    return _text(name)
 
 
 def _precision(value: object) -> str:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sdrt.bundle import MAX_BATCH, MAX_BRANCHES, MAX_CHUNKS, MAX_SIDE, MIN_SIDE, STEP, Manifest
+from sdrt.bundle.graphs import STEP
+from sdrt.bundle.manifest import MAX_BATCH, MAX_BRANCHES, MAX_CHUNKS, MAX_SIDE, MIN_SIDE, Manifest
 from sdrt.engine_record import EngineRecord
 
 Size = tuple[int, int]
@@ -60,7 +61,7 @@ def _span(low: object, high: object) -> str:
 
 def any_shapes(manifest: Manifest) -> EngineShapes:
     """What ONNX Runtime's graphs take: everything that a request may ask for."""
-    chunk = manifest.text.tokens
+    chunk = manifest.chunk
     return EngineShapes(((MIN_SIDE, MIN_SIDE), (MAX_SIDE, MAX_SIDE)), (1, MAX_BATCH), (chunk, chunk * MAX_CHUNKS), tuple(range(1, MAX_BRANCHES + 1)))
 
 
@@ -76,6 +77,6 @@ def shapes_of(record: EngineRecord, manifest: Manifest) -> EngineShapes:
     return EngineShapes(
         ((low[3] * factor, low[2] * factor), record.size),
         (smallest, record.batch),
-        (profiles[0].shapes["context"][0][1], record.tokens),
+        (profiles[0].shapes["context"][0][2], record.tokens),
         record.branches,
     )

@@ -17,6 +17,7 @@
     ├── TimeLimitError         7 504  not done in the time allowed
     │   └── DeadlineError      7 504  ... to a request
     ├── InconclusiveError      8 500  a measurement that decides nothing
+    ├── NotComparableError     9 500  two measurements of different things
     └── Cancelled            130 499  a request was cancelled; 499 is nginx's, as nobody waits for the answer
 
 The library raises; only `sdrt.cli` prints and exits. Standard library only.
@@ -134,6 +135,10 @@ class DeadlineError(TimeLimitError):
 
 class InconclusiveError(SdrtError):
     exit_code = 8
+
+
+class NotComparableError(SdrtError):
+    exit_code = 9
 
 
 class Cancelled(SdrtError):

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from sdrt.bundle import MANIFEST, MAX_MANIFEST_BYTES, Bundle, check_outside_bundles, open_bundle
+from sdrt.bundle.folder import Bundle, check_outside_bundles, open_bundle
+from sdrt.bundle.manifest import MANIFEST, MAX_MANIFEST_BYTES
 from sdrt.document import read_given
 from sdrt.engine_cache import check_all, engine_folders
 from sdrt.engine_record import RECORD

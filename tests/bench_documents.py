@@ -68,6 +68,14 @@ def synthetic_measure(seed: int, slower: Mapping[str, float], noise: float = 0.0
     return measure
 
 
+def synthetic_pairs(
+    seed: int, slower: Mapping[str, float], noise: float = 0.01
+) -> Callable[[Request, Request, int], tuple[Mapping[str, Any], Mapping[str, Any]]]:
+    """The same for pairs of processes."""
+    measure = synthetic_measure(seed, slower, noise)
+    return lambda old, new, _: (measure(old), measure(new))
+
+
 def _event(op: str, name: str, dur: int, inputs: list[list[int]], output: list[int], **sizes: int) -> dict[str, Any]:
     arguments = {"op_name": op, "node_index": name, "input_type_shape": [{"float": shape} for shape in inputs], "output_type_shape": [{"float": output}]}
     return {"cat": "Node", "name": f"{name}_kernel_time", "dur": dur, "args": arguments | {size: str(value) for size, value in sizes.items()}}

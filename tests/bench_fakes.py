@@ -36,11 +36,12 @@ class FakeEngine:
         self.time.sleep(0.003)
         return "context"
 
-    def denoise(self, _: Any) -> Any:
-        self.time.sleep(0.002)
+    def open(self, *_: Any) -> Any:
+        self.time.sleep(0.001)
         return SimpleNamespace(
-            step=lambda: self.time.sleep(self.step_ms / 1e3), latents=lambda: self.time.sleep(0.001) or np.zeros(3), denoised=lambda: self.time.sleep(0.001),
-            decode=lambda rounding: self.decode(None, rounding), close=lambda: None,
+            step=lambda: self.time.sleep(self.step_ms / 1e3), latents=lambda _: self.time.sleep(0.001) or np.zeros(3),
+            denoised=lambda _: self.time.sleep(0.001), decode=lambda _, rounding: self.decode(None, rounding), close=lambda: None,
+            join=lambda _: self.time.sleep(0.001) or 0,
         )  # fmt: skip
 
     def decode(self, *_: Any) -> str:
@@ -61,8 +62,9 @@ class FakePipe:
         self.prompts.append(prompt)
         self.time.sleep(0.005)
         self.engine.encode_text(None)
-        denoising = self.engine.denoise(None)
+        batch = self.engine.open(None, 1)
+        slots = [batch.join(None)]
         for _index in range(steps):
-            denoising.step()
-        denoising.decode(0.5)
+            batch.step()
+        batch.decode(slots, 0.5)
         return SimpleNamespace(timings_ms={}, engine=self.engine.describe(), parameters={})

@@ -155,30 +155,36 @@ class Graphs:
 
     def unet(self, latents: NDArray[np.float32], timestep: float, context: NDArray[np.float32]) -> NDArray[np.float32]:
         """The step graph as nothing but its network: latents `[N, 4, h, w]` and one context each to the raw output."""
-        inputs = identity_step(len(latents), *latents.shape[2:], 1, context)
-        inputs["registers"][0] = latents
+        inputs = identity_step(len(latents), *latents.shape[2:], 1, context[:, None])
+        inputs["registers"][:, 0] = latents
         inputs["timestep"][0] = timestep
         return self.run("step", **inputs)["denoised"]
 
 
 def identity_step(n: int, h: int, w: int, branches: int, context: NDArray[np.float32]) -> dict[str, NDArray[Any]]:
-    """Inputs of the step graph whose one row feeds register 0 to the network and gives the plain sum of its branches as `denoised`."""
-    latents = (n, 4, h, w)
+    """Inputs of the step graph for n pictures whose one row feeds register 0 to the network and gives the plain sum of its branches as `denoised`.
+
+    `context` is `[n, branches, T, W]`.
+    """
+    latents, plane = (n, 4, h, w), (n, 1, h, w)
+    f32 = np.float32
     return {
-        "row": np.zeros(1, np.int64),
-        "timestep": np.array([500.0], np.float32),
-        "a": np.array([[1, 0, 0, 0]], np.float32),
-        "w": np.ones((1, branches), np.float32),
-        "u": np.zeros((1, 4), np.float32),
-        "q": np.ones(1, np.float32),
-        "M": np.zeros((1, 4, 6), np.float32),
-        "inpaint": np.zeros((1, 3), np.float32),
-        "noise": np.zeros((1, *latents), np.float32),
-        "registers": np.zeros((4, *latents), np.float32),
+        "row": np.zeros(n, np.int64),
+        "next": np.zeros(1, np.int64),
+        "timestep": np.array([500.0], f32),
+        "a": np.eye(1, 8, dtype=f32),
+        "w": np.ones((1, branches), f32),
+        "v": np.zeros((1, branches), f32),
+        "u": np.zeros((1, 8), f32),
+        "q": np.ones(1, f32),
+        "M": np.zeros((1, 8, 11), f32),
+        "inpaint": np.zeros((1, 3), f32),
+        "noise": np.zeros((1, *latents[1:]), f32),
+        "registers": np.zeros((n, 8, *latents[1:]), f32),
         "context": context,
-        "mask": np.zeros((n, 1, h, w), np.float32),
-        "init": np.zeros(latents, np.float32),
-        "init_noise": np.zeros(latents, np.float32),
+        "mask": np.zeros(plane, f32),
+        "init": np.zeros(latents, f32),
+        "init_noise": np.zeros(latents, f32),
     }
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 from reference import Graphs
 
-from sdrt.runtime.engine import Engine, Job, Tables, tables
+from sdrt.runtime.engine import BatchShape, Engine, Job, tables
 from sdrt.runtime.noise import CpuNoise
 from sdrt.runtime.samplers import Row
 
@@ -34,7 +34,7 @@ def interval_noise(shape: tuple[int, ...] = (6,)) -> Callable[[float, float], Ar
 
 
 def run_machine(
-    table: Tables | Sequence[Row],
+    table: Mapping[str, NDArray[np.float32]] | Sequence[Row],
     network: Callable[[Array, float], Array],
     unit_noise: Array,
     fresh: Iterator[Array],
@@ -44,9 +44,9 @@ def run_machine(
     rows: Sequence[Row] | None = None,
 ) -> Array:
     """Register 0 after the last row. Rows that draw take from `fresh`, rows that name an interval from `interval_noise`; `rows` say which, for tables."""
-    if isinstance(table, Tables):
+    if isinstance(table, Mapping):
         assert rows is not None
-        columns = list(zip(table.timestep, table.a, table.u, table.q, table.M, table.inpaint, strict=True))
+        columns = list(zip(*(table[name] for name in ("timestep", "a", "u", "q", "M", "inpaint")), strict=True))
     else:
         rows = table
         columns = [(row.timestep, row.a, row.u, row.q, row.M, row.inpaint) for row in table]
@@ -54,12 +54,12 @@ def run_machine(
     path = interval_noise(unit_noise.shape)
     kept = zero if init is None else init
     mask = zero if mask is None else mask
-    r = np.stack([kept, unit_noise, zero, zero])
+    r = np.stack([kept, unit_noise, *[zero] * 6])
     for (t, a, u, q, M, (k, b, c)), row in zip(columns, rows, strict=True):
         denoised = np.tensordot(u.astype(np.float64), r, 1) + float(q) * network(np.tensordot(a.astype(np.float64), r, 1), float(t))
         denoised = denoised + k * mask * (kept - denoised)
         noise = zero if row.noise is None else next(fresh) if row.noise == "draw" else path(*row.noise)
-        r = np.tensordot(M.astype(np.float64), np.stack([*r, denoised, noise]), 1)
+        r = np.tensordot(M.astype(np.float64), np.stack([*r, denoised, zero, noise]), 1)
         r[0] += (1 - k) * mask * (b * kept + c * unit_noise - r[0])
     return np.asarray(r[0])
 
@@ -75,7 +75,7 @@ def run_engine(engine: Engine, graphs: Graphs, rows: Sequence[Row]) -> tuple[Arr
     unit_noise = stream.draw(shape)
     tokens = np.full((4, 77), 49407, np.int64)
     tokens[:, :4] = np.random.RandomState(12).randint(300, 40_000, (4, 4))
-    context = engine.encode_text(tokens, np.ones(tokens.shape, np.float32), 1)
+    context = engine.encode_text(tokens, 1)  # the negative of both pictures, then what both show
 
     def network(x: Array, t: float) -> Array:
         out = graphs.unet(np.concatenate([x, x]).astype(np.float32), t, context).astype(np.float64)
@@ -86,10 +86,14 @@ def run_engine(engine: Engine, graphs: Graphs, rows: Sequence[Row]) -> tuple[Arr
     for i, row in enumerate(rows):
         if row.noise is not None:
             noise[i] = stream.draw(shape) if row.noise == "draw" else path(*row.noise)
-    zeros = np.zeros(shape, np.float32)
-    job = Job(tables(rows, [[1 - guidance, guidance]] * len(rows)), noise, (context,), (0,) * len(rows), zeros, unit_noise, zeros[:, :1])
-    denoising = engine.denoise(job)
+    table = tables(rows, [[1 - guidance, guidance]] * len(rows))
+    zeros = np.zeros(shape[1:], np.float32)
+    batch = engine.open(BatchShape(*shape[2:], context.shape[1], 2), shape[0])
+    slots = []
+    for i in range(shape[0]):
+        inputs = {"init": zeros, "init_noise": unit_noise[i], "mask": zeros[:1]}
+        slots.append(batch.join(Job({**table, "noise": noise[:, i]}, inputs, (context[i :: shape[0]],), (0,) * len(rows))))
     for _ in rows:
-        denoising.step()
+        batch.step()
     drawn = (noise[i].astype(np.float64) for i, row in enumerate(rows) if row.noise is not None)
-    return denoising.latents().astype(np.float64), network, unit_noise.astype(np.float64), drawn
+    return batch.latents(slots).astype(np.float64), network, unit_noise.astype(np.float64), drawn

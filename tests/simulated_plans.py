@@ -16,14 +16,16 @@ from typing import Any
 
 import numpy as np
 
-from sdrt import bundle as names
-from sdrt.bundle import WEIGHTS, open_bundle
+from sdrt.bundle.folder import open_bundle
+from sdrt.bundle.graphs import GRAPHS, STEP, TEXT_ENCODER, VAE_DECODER, VAE_ENCODER, concrete, dimensions, signatures, table_rows
+from sdrt.bundle.graphs import Tensor as Signed
+from sdrt.bundle.manifest import WEIGHTS
 from sdrt.engine_cache import platform_name, state_bytes, write_engine
 from sdrt.engine_record import FORMAT, EngineKey, EngineRecord, Plan, Profile
 
 VERSION = "1.7.1.116"
 MAGIC = b"a plan of the simulator\n"
-ACTIVATION_BYTES = {names.TEXT_ENCODER: 1000, names.STEP: 5000, names.VAE_DECODER: 9000, names.VAE_ENCODER: 9000}
+ACTIVATION_BYTES = {TEXT_ENCODER: 1000, STEP: 5000, VAE_DECODER: 9000, VAE_ENCODER: 9000}
 
 
 @dataclass(frozen=True)
@@ -95,13 +97,14 @@ def compile_engine(
     opened = open_bundle(bundle)
     manifest = opened.manifest
     factor = manifest.latents.factor
+    known = signatures(dimensions(manifest))
     profiles: dict[str, tuple[Profile, ...]] = {}
     plans, blobs = {}, {}
-    for graph in names.GRAPHS:
-        network = tensors(session(str(open_bundle(graphs or bundle).graph(graph, "fp32"))))
-        free = {"N": (1, batch), "h": tuple(side // factor for side in heights), "w": tuple(side // factor for side in widths)}
-        free |= {"S": (rows, rows), "T": (manifest.text.tokens,) * 2, "n": (1, 2)}
-        profiles[graph] = tuple(_profile(network, free | {"G": (count, count)}) for count in (branches if graph == names.STEP else (1,)))
+    for graph in GRAPHS:
+        inputs = known[graph].inputs
+        free: dict[str, tuple[int, ...]] = {"N": (1, batch), "h": tuple(side // factor for side in heights), "w": tuple(side // factor for side in widths)}
+        free |= {"S": (table_rows(1, rows), table_rows(batch, rows)), "T": (manifest.chunk,) * 2, "n": (1, 2)}
+        profiles[graph] = tuple(_profile(inputs, free | {"G": (count, count)}) for count in (branches if graph == STEP else (1,)))
         blobs[graph] = plan(
             open_bundle(graphs or bundle).graph(graph, "fp32"), graph, [p.shapes for p in profiles[graph]], activation_bytes=ACTIVATION_BYTES[graph]
         )
@@ -113,23 +116,17 @@ def compile_engine(
         device=sm,
         platform=platform_name(),
         precision="fp32",
-        graphs={graph: manifest.files[manifest.graphs[graph]["fp32"].path].sha256 for graph in names.GRAPHS},
+        graphs={graph: manifest.files[manifest.graphs[graph]["fp32"].path].sha256 for graph in GRAPHS},
         weights=manifest.files[WEIGHTS].sha256,
         profiles=profiles,
         flags=(),
     )
-    size, tokens = (widths[1], heights[1]), manifest.text.tokens
+    size, tokens = (widths[1], heights[1]), manifest.chunk
     state = state_bytes(manifest, size=size, batch=batch, tokens=tokens, rows=rows, branches=max(branches))
     record = EngineRecord(FORMAT, key, size, batch, tokens, rows, branches, state, manifest.files[WEIGHTS].size_bytes, plans)
     return write_engine(opened, record, blobs)
 
 
-def _profile(network: Mapping[str, Tensor], free: Mapping[str, tuple[int, ...]]) -> Profile:
+def _profile(inputs: Mapping[str, Signed], free: Mapping[str, tuple[int, ...]]) -> Profile:
     low, high = ({axis: sizes[end] for axis, sizes in free.items()} for end in (0, -1))
-    return Profile(
-        {
-            name: tuple(tuple(evaluate(axis, sizes) for axis in tensor.shape) for sizes in (low, low, high))  # type: ignore[misc]
-            for name, tensor in network.items()
-            if tensor.is_input
-        }
-    )
+    return Profile({name: (concrete(t.shape, low), concrete(t.shape, low), concrete(t.shape, high)) for name, t in inputs.items()})

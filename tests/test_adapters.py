@@ -269,9 +269,9 @@ def test_l4_shapes_that_do_not_fit_together(file: Path, up: tuple[int, ...], dow
 @pytest.mark.parametrize(
     ("shapes", "what", "fix"),
     [
-        ({"emb_params": (4, 768)}, "a textual-inversion embedding", "LyCORIS"),
+        ({"emb_params": (4, 768)}, "a textual-inversion embedding", "--embedding"),
         ({"first_stage_model.decoder.conv_in.weight": (8, 4, 3, 3)}, "a VAE", "--vae"),
-        ({"conditioner.embedders.1.model.ln_final.weight": (1280,)}, "an SDXL model", "--checkpoint"),
+        ({"conditioner.embedders.1.model.ln_final.weight": (1280,)}, "an SDXL model", "LyCORIS"),
         ({"some.weight": (2, 2)}, "tensors of no kind", "LyCORIS"),
         ({}, "an empty file", "LyCORIS"),
     ],

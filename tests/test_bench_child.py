@@ -51,7 +51,7 @@ def test_requests_and_answers_travel_as_files(tmp_path: Path, monkeypatch: pytes
     """Another version's fields are ignored; errors become part of the answer."""
     asked: list[Request] = []
 
-    def fail(request: Request) -> Any:
+    def fail(request: Request, turns: object) -> Any:
         asked.append(request)
         raise UsageError("steps 0: expected 1 to 1000", "Choose more.")
 

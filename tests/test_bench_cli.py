@@ -12,7 +12,7 @@ from typing import Any
 
 import jsonschema
 import pytest
-from bench_documents import answer, document, synthetic_measure
+from bench_documents import answer, document, synthetic_measure, synthetic_pairs
 from click.testing import Result
 from conftest import ROOT
 from typer.testing import CliRunner
@@ -51,13 +51,9 @@ def synthetic(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Processes that answer at once with known costs."""
 
     def install(**slower: float) -> None:
-        made = synthetic_measure(1, {f"{name}.sdrt": value for name, value in slower.items()})
-        for function in (bench_run.run, bench_run.interleave):
-            defaults = function.__kwdefaults__
-            if defaults is not None and "measure" in defaults:
-                monkeypatch.setitem(defaults, "measure", made)
-            else:
-                monkeypatch.setattr(function, "__defaults__", (made,))
+        costs = {f"{name}.sdrt": value for name, value in slower.items()}
+        monkeypatch.setattr(bench_run.run, "__defaults__", (synthetic_measure(1, costs),))
+        monkeypatch.setitem(bench_run.side_by_side.__kwdefaults__ or {}, "measure", synthetic_pairs(1, costs))
 
     return install
 
@@ -86,8 +82,8 @@ def test_a_real_run(flat_bundle: Path, tmp_path: Path, monkeypatch: pytest.Monke
     assert {"total_ms", "picture_ms", "tokenise_ms", "text_encoder_ms", "step_ms", "decode_ms", "host_ms", "copies_ms", "cold_ms", "load_ms", "engine_load_ms",
             "peak_rss_bytes"} <= result["samples"].keys()  # fmt: skip
     assert len(result["samples"]["step_ms"][0]) == 2 * 4
-    assert {name: result["counters"][name] for name in ("model_calls", "text_encoder_calls", "decode_calls", "jobs")} == {
-        "model_calls": 4, "text_encoder_calls": 1, "decode_calls": 1, "jobs": 1,
+    assert {name: result["counters"][name] for name in ("model_calls", "text_encoder_calls", "decode_calls", "batches")} == {
+        "model_calls": 4, "text_encoder_calls": 1, "decode_calls": 1, "batches": 1,
     }  # fmt: skip
     assert result["packages"] == ["numpy", "onnxruntime", "sdrt"]
     checks = {check["graph"]: check["error"] / check["limit"] for check in result["fidelity"]["checks"]}
@@ -116,8 +112,16 @@ def test_compare_passes_fails_and_cannot_tell(files: Callable[..., Path]) -> Non
     assert found["exit_code"] == 1 and found["metrics"][0]["verdict"] == "SLOWER" and found["new"]["samples"]
 
 
-def test_compare_refuses_what_is_not_comparable(files: Callable[..., Path]) -> None:
-    refused(bench("compare", files("a.json", 1), files("b.json", 2, config={"steps": 5})), 8, "not comparable: config.steps: 4 and 5", "bench ab")
+def test_compare_of_what_is_not_comparable_has_an_exit_code_of_its_own_and_writes_its_files(
+    files: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    """A CI job that lets 8 pass must not let this pass, and its next steps find their files."""
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(tmp_path / "summary.md"))
+    names = ("markdown", "junit", "bencher", "github", "csv", "html")
+    done = bench("compare", files("a.json", 1), files("b.json", 2, config={"steps": 5}), *(f"--emit={name}={tmp_path / name}" for name in names))
+    assert done.exit_code == 9 and "error: not comparable: config.steps: 4 and 5" in done.stderr and "bench ab" in done.stderr
+    assert all((tmp_path / name).stat().st_size > 200 for name in names) and 'errors="1"' in (tmp_path / "junit").read_text()
+    assert all("NOT COMPARABLE, no verdict: config.steps: 4 and 5" in (tmp_path / name).read_text() for name in ("markdown", "html", "summary.md"))
 
 
 def test_forced_comparisons_give_no_verdict(files: Callable[..., Path], tmp_path: Path) -> None:
@@ -127,13 +131,20 @@ def test_forced_comparisons_give_no_verdict(files: Callable[..., Path], tmp_path
     found = json.loads(new.read_text())
     del found["samples"]["cold_ms"]
     new.write_text(json.dumps(found))
-    refused(bench("compare", base, new), 8, "not comparable: env.cpu: 'A <fast> CPU' and 'Another'", "bench compare --force")
+    done = bench("compare", base, new)
+    assert done.exit_code == 9 and "not comparable: env.cpu: 'A <fast> CPU' and 'Another'" in done.stderr and "bench compare --force" in done.stderr
     done = bench("compare", base, new, "--force", "--emit", f"junit={tmp_path / 'x.xml'}", "--emit", f"markdown={tmp_path / 'x.md'}")
-    assert done.exit_code == 8 and "NOT COMPARABLE, no verdict: env.cpu" in done.stdout and "SLOWER (not gated)" in done.stdout and "PASSED" not in done.stdout
+    assert done.exit_code == 9 and "NOT COMPARABLE, no verdict: env.cpu" in done.stdout and "SLOWER (not gated)" in done.stdout and "PASSED" not in done.stdout
     assert "not comparable: env.cpu" in done.stderr and "step: latents: differs" in done.stdout + done.stderr
-    assert "NOT COMPARABLE" in (tmp_path / "x.md").read_text() and 'failures="1"' in (tmp_path / "x.xml").read_text()  # wrong pictures are wrong anywhere
+    assert (
+        "NOT COMPARABLE" in (tmp_path / "x.md").read_text() and 'failures="1" skipped="0" errors="1"' in (tmp_path / "x.xml").read_text()
+    )  # wrong pictures are wrong anywhere
     found = json.loads(bench("compare", base, new, "--force", "--json").stdout)
-    assert found["exit_code"] == 8 and not any(row["failed"] or row["gated"] for row in found["metrics"])
+    assert (
+        found["exit_code"] == 9
+        and found["different"] == ["env.cpu: 'A <fast> CPU' and 'Another'"]
+        and not any(row["failed"] or row["gated"] for row in found["metrics"])
+    )
     assert bench("compare", base, files("c.json", 2, slower=0.2), "--force").exit_code == 1  # comparable: judged as ever
 
 
@@ -187,7 +198,8 @@ def test_prompts_of_a_file(pair: tuple[Path, Path], synthetic: Callable[..., Non
     assert done.exit_code == 0 and config["prompt"] == "a red apple" and config["prompts"]["count"] == 2
     jsonschema.validate(json.loads(done.stdout), json.loads((ROOT / "docs" / "bench-schema.json").read_text()))
     assert bench("run", pair[0], "--output", tmp_path / "b.json").exit_code == 0
-    refused(bench("compare", tmp_path / "a.json", tmp_path / "b.json"), 8, "config.prompts")
+    done = bench("compare", tmp_path / "a.json", tmp_path / "b.json")
+    assert done.exit_code == 9 and "config.prompts" in done.stderr
     assert bench("ab", *pair, "--prompts", file).exit_code == 0
     for data, fragment in (
         (b"\n \n", "no prompt in it"),
@@ -220,8 +232,12 @@ def test_ab_fails_for_ten_per_cent_and_passes_for_the_same(pair: tuple[Path, Pat
     assert "<failure" in (tmp_path / "x.xml").read_text()
     synthetic(old=0.0, new=0.0)
     assert bench("ab", *pair).exit_code == 0
-    done = bench("ab", *pair, "--pairs", 2, "--max-time", 0.001)
-    assert done.exit_code == 8 and "about 8 pairs would" in done.stdout
+    done = bench("ab", *pair, "--pairs", 2)
+    assert done.exit_code == 8 and "total_ms: 2 pairs decide nothing, 6 are the least" in done.stdout and "can see" not in done.stdout
+    synthetic(old=0.0, new=0.1)
+    assert bench("ab", *pair, "--margin", 0.3).exit_code == 0
+    refused(bench("ab", *pair, "--margin", 0), 2, "--margin 0: expected a share above 0")
+    refused(bench("ab", *pair, "--pairs", 51), 2, "--pairs 51: expected at most 50")
 
 
 @pytest.mark.parametrize(

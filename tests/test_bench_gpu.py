@@ -18,12 +18,14 @@ from simulated_plans import compile_engine, layers
 
 from sdrt.bench import layers as bench_layers
 from sdrt.bench import layers_onnxruntime, layers_tensorrt, measure
-from sdrt.bench.instruments import Readings, instrumented
+from sdrt.bench.instruments import Readings
 from sdrt.bench.layers import profile
 from sdrt.bench.measure import Request
-from sdrt.bundle import STEP, TEXT_ENCODER, VAE_DECODER, open_bundle
+from sdrt.bundle.folder import open_bundle
+from sdrt.bundle.graphs import STEP, TEXT_ENCODER, VAE_DECODER
 from sdrt.errors import MachineError
 from sdrt.runtime import Pipeline
+from sdrt.runtime.engine import Observe
 
 COSTS = {TEXT_ENCODER: 3.0, STEP: 7.0, VAE_DECODER: 4.0}
 
@@ -47,9 +49,9 @@ def pictures(compiled: Path, readings: Readings | None, gpu: Gpu) -> tuple[list[
     found: list[dict[str, list[float]]] = []
     result: Any = None
 
-    def make() -> None:
+    def make(observe: Observe | None) -> None:
         nonlocal result
-        with Pipeline.load(compiled, backend="tensorrt-rtx") as pipe:
+        with Pipeline.load(compiled, backend="tensorrt-rtx", observe=observe) as pipe:
             for index in range(3):
                 gpu.journal.clear()
                 with gpu.counted() as counts:
@@ -59,11 +61,7 @@ def pictures(compiled: Path, readings: Readings | None, gpu: Gpu) -> tuple[list[
                     found.append(readings.device.read())
 
     counted: dict[str, int] = {}
-    if readings is None:
-        make()
-    else:
-        with instrumented(readings):
-            make()
+    make(None if readings is None else readings.observe)
     return list(gpu.journal), found, counted, result.images
 
 
@@ -87,11 +85,10 @@ def test_timing_waits_for_nothing_and_only_benchmarks_time(gpu: Gpu, compiled: P
 
 def test_samples_of_a_gpu_are_among_the_others(gpu: Gpu, compiled: Path) -> None:
     readings = Readings()
-    with instrumented(readings), Pipeline.load(compiled, backend="tensorrt-rtx") as pipe:
+    with Pipeline.load(compiled, backend="tensorrt-rtx", observe=readings.observe) as pipe:
         sampler = measure._Sampler(pipe, readings, Request(str(compiled), steps=3, cfg=3.0))
         sampler.picture()
         sampler.picture(keep=True)
-    assert readings.device is None, "taken away with the other instruments"
     assert sampler.samples["step_gpu_ms"] == [7.0] * 3 and len(sampler.samples["step_ms"]) == 3
     assert (sampler.samples["text_encoder_gpu_ms"], sampler.samples["decode_gpu_ms"]) == ([3.0], [4.0])
 
@@ -102,7 +99,7 @@ def profiled(gpu: Gpu, compiled: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
     monkeypatch.setattr(bench_layers, "_RUNS", 2)
     monkeypatch.setattr(layers_tensorrt.device_bytes_per_s, "__defaults__", (4096,))
     readings = Readings(keep=True)
-    with instrumented(readings), Pipeline.load(compiled, backend="tensorrt-rtx") as pipe:
+    with Pipeline.load(compiled, backend="tensorrt-rtx", observe=readings.observe) as pipe:
         pipe("sun", steps=2, cfg=3.0, seed=0)
         yield pipe, readings
 
@@ -138,8 +135,8 @@ def test_arithmetic_is_that_of_the_onnx_graph(profiled: tuple[Any, Readings], co
     operators = layers_onnxruntime.profile_graph(open_bundle(compiled).graph(STEP, "fp32"), feeds[STEP], 1, tmp_path, 1)
     made = profile(pipe, readings.kept, {})["graphs"][STEP]
     assert made["matrix_flops"] == sum(one.matrix_flops for one in operators) > 1e8
-    chosen, fitting = layers_tensorrt.fitted_inputs(pipe._engine, STEP, readings.kept["job"], feeds[STEP])
-    assert chosen == 1 and fitting["noise"].shape[0] == 128 and "concat" not in fitting
+    chosen, fitting = layers_tensorrt.fitted_inputs(pipe._engine, STEP, readings.kept["shape"], feeds[STEP])
+    assert chosen == 1 and fitting["noise"].shape[0] == 129 and "concat" not in fitting
     half = layers_tensorrt.arithmetic(pipe.bundle, STEP, fitting, "fp16", tmp_path)
     assert half is not None and half.flops == made["flops"] and half.bytes == made["bytes"] // 2
 

@@ -15,7 +15,8 @@ import pytest
 from bench_documents import COUNTERS, IDENTITY, answer, document
 
 from sdrt.bench import history
-from sdrt.bench.result import SCHEMA, assemble, read_result, write_json
+from sdrt.bench.formats import bencher, github_action_benchmark
+from sdrt.bench.result import SCHEMA, Document, assemble, read_result, write_json
 from sdrt.errors import InputFileError, LockedError, MachineError, ResourceError, UsageError
 
 
@@ -158,3 +159,26 @@ def test_history_folders_that_cannot_be(tmp_path: Path) -> None:
         history.append(tmp_path / "file", document(0, 1))
     with pytest.raises(InputFileError, match="cannot be read"):
         history.read(tmp_path / "none")
+
+
+def bencher_names(made: Document) -> set[str]:
+    return set(json.loads(bencher(made)))
+
+
+def github_names(made: Document) -> set[str]:
+    return {entry["name"] for entry in json.loads(github_action_benchmark(made))}
+
+
+def test_two_bundles_are_two_series_and_a_label_makes_them_one(tmp_path: Path) -> None:
+    """The same machine, engine and settings: another model is another line, in a history and for CI systems."""
+    one, other = document(1), document(2)
+    other["bundle"] = other["bundle"] | {"name": "styled"}
+    for made in (one, other):
+        history.append(tmp_path, made)
+    assert {trend.ran.partition(":")[0] for trend in history.trends(history.read(tmp_path))} == {"toy", "styled"}
+    assert not bencher_names(one) & bencher_names(other) and not github_names(one) & github_names(other)
+    one["bundle"]["label"] = other["bundle"]["label"] = "release"
+    assert bencher_names(one) == bencher_names(other) and github_names(one) == github_names(other)
+    for made in (one, other):
+        history.append(tmp_path / "labelled", made)
+    assert {len(trend.values) for trend in history.trends(history.read(tmp_path / "labelled"))} == {2}

@@ -10,18 +10,18 @@ from typing import Any
 
 import numpy as np
 import pytest
-from bench_documents import IDENTITY, answer, synthetic_measure
+from bench_documents import IDENTITY, answer, synthetic_measure, synthetic_pairs
 from bench_fakes import FakeEngine, FakePipe, FakeTime
 
 from sdrt.bench import measure
 from sdrt.bench.compare import Comparison
-from sdrt.bench.instruments import Readings, TimedEngine, instrumented
+from sdrt.bench.instruments import Readings, TimedEngine
 from sdrt.bench.measure import Request
 from sdrt.bench.metrics import Gates
 from sdrt.bench.result import assemble
-from sdrt.bench.run import interleave, run
+from sdrt.bench.run import run, side_by_side
 from sdrt.bench.statistics import SAME, SLOWER
-from sdrt.bundle import Bundle, open_bundle
+from sdrt.bundle.folder import Bundle, open_bundle
 from sdrt.errors import MachineError
 
 
@@ -52,12 +52,13 @@ def test_calls_are_counted_and_other_attributes_passed_on() -> None:
     time = FakeTime()
     readings = Readings(clock=time, keep=True)
     engine = TimedEngine(FakeEngine(time, 1.0), readings)
-    denoising = engine.denoise("job")
-    denoising.step()
-    denoising.latents()
-    denoising.decode(0.5)
-    assert readings.calls == Counter({"jobs": 1, "latents_copies": 1, "decode_calls": 1})  # the latents kept for us are not counted
-    assert readings.kept["job"] == "job" and "latents" in readings.kept
+    batch = engine.open("shape", 1)
+    batch.join("job")
+    batch.step()
+    batch.latents([0])
+    batch.decode([0], 0.5)
+    assert readings.calls == Counter({"batches": 1, "joins": 1, "latents_copies": 1, "decode_calls": 1})  # the latents kept for us are not counted
+    assert (readings.kept["shape"], readings.kept["jobs"]) == ("shape", ["job"]) and "latents" in readings.kept
     assert (engine.extra, engine.backend, engine.describe()["compute"]) == ("untouched", "fake", "fp32")
     readings.reset()
     assert (readings.inside, readings.steps, readings.calls) == (0, [], Counter())
@@ -85,22 +86,21 @@ def test_the_fit_of_a_fake_engine() -> None:
     assert fit["calls"] == [2, 5, 10]
 
 
-def test_instruments_are_taken_away_again(flat_bundle: Path) -> None:
-    """A real pipeline, loaded within the block, is timed; the classes are as they were afterwards."""
-    from sdrt.runtime import Pipeline, pipeline, tokenizer
+def test_a_real_pipeline_is_observed_from_its_loading_on(flat_bundle: Path) -> None:
+    from sdrt.runtime import Pipeline
 
-    before = (vars(pipeline)["load_engine"], dict(vars(tokenizer.Tokenizer)))
     readings = Readings()
-    with instrumented(readings), Pipeline.load(flat_bundle, threads=1) as pipe:
-        pipe("red apple", steps=3, cfg=3, seed=0)
-        assert readings.calls == {"text_encoder_calls": 1, "jobs": 1, "decode_calls": 1}
+    with Pipeline.load(flat_bundle, threads=1, observe=readings.observe) as pipe:
+        result = pipe("red apple", steps=3, cfg=3, seed=0)
+        assert readings.calls == {"text_encoder_calls": 1, "batches": 1, "joins": 1, "decode_calls": 1}
         assert len(readings.steps) == 3 and min(readings.steps) > 0
-        assert readings.tokenise > 0 and readings.engine_load > 0
+        assert result.timings_ms["tokenise"] > 0 and readings.engine_load > 0
         assert readings.inside == sum(readings.steps) + readings.text_encoder + readings.copies + readings.decode
-    assert (vars(pipeline)["load_engine"], dict(vars(tokenizer.Tokenizer))) == before
+    with Pipeline.load(flat_bundle, threads=1) as pipe:
+        assert pipe("red apple", steps=3, cfg=3, seed=0).images.tobytes() == result.images.tobytes() and len(readings.steps) == 3
 
 
-# Interleaved runs
+# Two side by side
 
 
 @pytest.fixture(scope="module")
@@ -108,18 +108,20 @@ def bundle(flat_bundle: Path) -> Bundle:
     return open_bundle(flat_bundle)
 
 
-def ab(bundle: Bundle, seed: int, slower: float, *, noise: float = 0.01, max_s: float = 1e9, pairs: int = 10, said: list[str] | None = None) -> Comparison:
+def ab(bundle: Bundle, seed: int, slower: float, *, noise: float = 0.01, max_s: float = 1e9, pairs: int = 30, said: list[str] | None = None) -> Comparison:
     sides = [(bundle, Request("old.sdrt")), (bundle, Request("new.sdrt"))]
-    made = synthetic_measure(seed, {"old.sdrt": 0.0, "new.sdrt": slower}, noise)
-    return interleave(*sides, Gates(pairs=pairs), (said if said is not None else []).append, max_s=max_s, measure=made)  # type: ignore[arg-type]
+    made = synthetic_pairs(seed, {"old.sdrt": 0.0, "new.sdrt": slower}, noise)
+    return side_by_side(*sides, Gates(pairs=pairs), (said if said is not None else []).append, max_s=max_s, measure=made)  # type: ignore[arg-type]
 
 
-def test_ten_per_cent_slower_fails_and_the_same_passes(bundle: Bundle) -> None:
+def test_ten_per_cent_slower_fails_and_the_same_passes_after_six_pairs(bundle: Bundle) -> None:
     failed = ab(bundle, 1, 0.10)
     words = {row.name: row.verdict for row in failed.rows}
     assert (failed.exit_code, words["total_ms"], words["step_ms"]) == (1, SLOWER, SLOWER)
-    passed = ab(bundle, 2, 0.0)
+    said: list[str] = []
+    passed = ab(bundle, 2, 0.0, said=said)
     assert passed.exit_code == 0 and {row.verdict for row in passed.rows} == {SAME}
+    assert len(said) == 1 + 6 and "total_ms" in said[-1] and "SAME" in said[-1] and "SAME" not in said[-2], "six pairs are the least"
 
 
 def test_a_fake_engine_that_sleeps_ten_per_cent_longer_fails(bundle: Bundle) -> None:
@@ -127,35 +129,36 @@ def test_a_fake_engine_that_sleeps_ten_per_cent_longer_fails(bundle: Bundle) -> 
     random = np.random.default_rng(3)
 
     def verdict(new_ms: float) -> int:
-        def made(request: Request) -> Mapping[str, Any]:
-            sampler = sampled((new_ms if request.bundle == "new" else 10.0) * float(np.exp(random.normal(0, 0.01))))
+        def side(step_ms: float) -> Mapping[str, Any]:
+            sampler = sampled(step_ms * float(np.exp(random.normal(0, 0.01))))
             return answer(random) | {"samples": sampler.samples, "fit": sampler.points}
 
         sides = [(bundle, Request("old")), (bundle, Request("new"))]
-        return interleave(*sides, Gates(), lambda _: None, max_s=0, measure=made).exit_code  # type: ignore[arg-type]
+        return side_by_side(*sides, Gates(), lambda _: None, max_s=1e9, measure=lambda *_: (side(10.0), side(new_ms))).exit_code  # type: ignore[arg-type]
 
     assert (verdict(11.0), verdict(10.0)) == (1, 0)
 
 
-def test_runs_interleave_a_b_b_a(bundle: Bundle) -> None:
+def test_it_goes_on_until_it_is_settled_or_the_time_is_over(bundle: Bundle) -> None:
     said: list[str] = []
-    ab(bundle, 3, 0.0, pairs=4, max_s=0, said=said)
-    assert [text.rpartition(" ")[2] for text in said] == ["old", "new", "new", "old", "old", "new", "new", "old"]
-
-
-def test_ambiguous_makes_the_pairs_it_needs_once_if_time_allows(bundle: Bundle) -> None:
-    said: list[str] = []
-    first = ab(bundle, 4, 0.0, noise=0.04, max_s=0, said=said)
-    assert first.exit_code == 8 and len(said) == 20
+    assert ab(bundle, 4, 0.0, noise=0.08, said=said, max_s=0).exit_code == 8 and len(said) == 1 + 6
     said.clear()
-    second = ab(bundle, 4, 0.0, noise=0.04, said=said)
-    assert len(said) > 20
-    assert len(second.base["samples"]["total_ms"]) == len(said) // 2
+    assert ab(bundle, 4, 0.0, noise=0.08, said=said, pairs=9).exit_code == 8 and len(said) == 1 + 9
+    said.clear()
+    settled = ab(bundle, 4, 0.0, noise=0.04, said=said, pairs=50)
+    assert settled.exit_code == 0 and 6 < len(said) - 1 < 50
+    assert len(settled.base["samples"]["total_ms"]) == len(said) - 1
 
 
-def test_the_same_at_three_per_cent_noise_seldom_alarms_even_when_it_may_look_twice(bundle: Bundle) -> None:
-    alarms = sum(bool(ab(bundle, seed, 0.0, noise=0.03, pairs=10).failures) for seed in range(100, 130))
-    assert alarms <= 1
+def test_two_that_ran_on_different_engines_are_told_apart_after_one_pair(bundle: Bundle) -> None:
+    def made(old: Request, new: Request, pair: int) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+        both = answer(np.random.default_rng(pair)), answer(np.random.default_rng(pair))
+        both[1]["engine"]["backend"] = "openvino"
+        return both
+
+    said: list[str] = []
+    found = side_by_side((bundle, Request("old")), (bundle, Request("new")), Gates(), said.append, max_s=1e9, measure=made)
+    assert found.exit_code == 9 and found.rows == () and "engine.backend: 'onnxruntime' and 'openvino'" in found.headline and len(said) == 2
 
 
 def test_a_run_of_one_process(bundle: Bundle) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import pytest
 from sdrt.bench.statistics import (
     AMBIGUOUS,
     FASTER,
+    MAX_PAIRS,
     MIN_PAIRS,
     SAME,
     SLOWER,
@@ -23,10 +25,12 @@ from sdrt.bench.statistics import (
     judge,
     paired,
     rank_sum,
-    signed_rank,
+    student_share,
+    student_t,
     summarise,
     unpaired,
     usable,
+    visible,
 )
 
 RUNS, PAIRS, MARGIN = 1000, 10, 0.05
@@ -45,31 +49,65 @@ def word(base: list[list[float]], new: list[list[float]], margin: float = MARGIN
     return judge({"total_ms": estimate}, {"total_ms": margin})["total_ms"].word
 
 
-def verdicts_of_runs(shift: float, cv: float, seed: int) -> list[set[str]]:
-    """The words of three gated timings in each of many seeded A/B runs, judged together as a run does."""
-    random = np.random.default_rng(seed)
-    logs = random.normal(0, cv, (RUNS, len(GATED), PAIRS)) - random.normal(0, cv, (RUNS, len(GATED), PAIRS)) + math.log1p(shift)
-    margins = dict.fromkeys(GATED, MARGIN)
-    return [{verdict.word for verdict in judge({name: from_logs(run[i]) for i, name in enumerate(GATED)}, margins).values()} for run in logs]
+def sequential(logs: np.ndarray, margin: float = MARGIN) -> tuple[set[str], int]:
+    """What a run comes to that may look at the log ratios `[metrics, pairs]` after each pair from the sixth: the words of the last look, and its pairs."""
+    for pairs in range(MIN_PAIRS, logs.shape[1] + 1):
+        found = judge({str(i): from_logs(row[:pairs]) for i, row in enumerate(logs)}, {str(i): margin for i in range(len(logs))})
+        words = {verdict.word for verdict in found.values()}
+        if SLOWER in words or AMBIGUOUS not in words:
+            break
+    return words, pairs
 
 
-def test_false_alarms_at_three_per_cent_noise() -> None:
-    """A run alarms if any of its three gated timings does."""
-    found = verdicts_of_runs(0.0, 0.03, seed=1)
-    assert sum(SLOWER in words for words in found) <= 0.02 * RUNS
-    assert sum(FASTER in words for words in found) <= 0.02 * RUNS
+def mixed(random: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    """Noise of a machine whose unrest changes from pair to pair."""
+    return np.asarray(random.normal(0, 0.02, shape) * np.exp(random.normal(0, 1, shape[-1])))
 
 
-def test_false_alarms_of_a_noisy_machine() -> None:
-    assert sum(SLOWER in words for words in verdicts_of_runs(0.0, 0.10, seed=2)) <= 0.02 * RUNS
+NOISES = {
+    "quiet": lambda random, shape: random.normal(0, 0.01, shape),
+    "hopeless": lambda random, shape: random.normal(0, 1.0, shape),
+    "restless": mixed,
+    "two kinds of process": lambda random, shape: random.choice([-0.4, 0.0, 0.0, 0.4], shape) + random.normal(0, 0.01, shape),
+    "one sample a process": lambda random, shape: random.standard_t(2, shape) * 0.05,
+}
 
 
-def test_power_at_twice_the_margin() -> None:
+@pytest.mark.parametrize("noise", NOISES.values(), ids=NOISES)
+def test_looking_after_every_pair_raises_few_false_alarms(noise: Callable[[np.random.Generator, tuple[int, ...]], np.ndarray]) -> None:
+    """Nothing has changed, three independent timings are gated, and a run goes on for as long as it may: at most 2 of 100 end SLOWER."""
+    random = np.random.default_rng(1)
+    runs = 400
+    assert sum(SLOWER in sequential(noise(random, (len(GATED), MAX_PAIRS)))[0] for _ in range(runs)) <= 0.02 * runs
+
+
+def test_a_change_of_the_margin_is_seen_in_nine_of_ten_runs_and_none_is_the_same_in_six_pairs() -> None:
+    """At the scatter between pairs of a busy machine, 2 %, with two timings that nearly agree, as the whole and its largest part do."""
+    random = np.random.default_rng(2)
+
+    def run(change: float) -> tuple[set[str], int]:
+        shared = random.normal(0, 0.02, 30) + math.log1p(change)
+        return sequential(np.stack([shared, shared + random.normal(0, 0.003, 30)]))
+
+    slower = [run(MARGIN) for _ in range(300)]
+    assert sum(SLOWER in words for words, _ in slower) >= 0.9 * len(slower)
+    same = [run(0.0) for _ in range(300)]
+    assert sum(words == {SAME} for words, _ in same) >= 0.98 * len(same) and np.median([pairs for _, pairs in same]) == MIN_PAIRS
+
+
+def test_turns_cancel_what_both_sides_share() -> None:
+    """A machine whose speed doubles from one picture to the next: neighbours share it, medians of a process do not."""
     random = np.random.default_rng(3)
-    found = [word(noisy(random, PAIRS, 0.03), noisy(random, PAIRS, 0.03, 2 * MARGIN)) for _ in range(RUNS // 2)]
-    assert found.count(SLOWER) >= 0.90 * len(found)
-    found = [word(noisy(random, PAIRS, 0.03, 2 * MARGIN), noisy(random, PAIRS, 0.03)) for _ in range(RUNS // 2)]
-    assert found.count(FASTER) >= 0.90 * len(found)
+    base, new = [], []
+    for _ in range(MIN_PAIRS):
+        speed = 100 * np.exp(random.normal(0, 0.4, 20))
+        base.append(list(speed * np.exp(random.normal(0, 0.02, 20))))
+        new.append(list(speed * 1.05 * np.exp(random.normal(0, 0.02, 20))))
+    estimate = paired(base, new)
+    assert estimate is not None and 1.03 < estimate.low < 1.05 < estimate.high < 1.07
+    assert word(base, new) == SLOWER
+    apart = paired([side[:-1] for side in base], new)  # as many samples on both sides are turns; otherwise medians are compared
+    assert apart is not None and math.log(apart.high / apart.low) > 3 * math.log(estimate.high / estimate.low)
 
 
 def test_shifts_below_the_margin_do_not_alarm() -> None:
@@ -93,10 +131,24 @@ def test_false_alarms_of_separate_runs() -> None:
 
 
 def test_coverage_of_the_interval() -> None:
-    """Of 1,000 intervals of a known ratio, about 95 in 100 hold it: the percentile interval of a median of ten is near its nominal level."""
+    """Of 1,000 intervals of a known ratio about 95 in 100 hold it."""
     logs = np.random.default_rng(6).normal(math.log(1.1), 0.03, (RUNS, PAIRS))
     estimates = [from_logs(run) for run in logs]
-    assert 0.90 <= np.mean([estimate.low <= 1.1 <= estimate.high for estimate in estimates]) <= 0.99
+    assert 0.93 <= np.mean([estimate.low <= 1.1 <= estimate.high for estimate in estimates]) <= 0.97
+
+
+@pytest.mark.parametrize(("freedom", "share", "t"), [(1, 0.975, 12.7062), (2, 0.975, 4.3027), (5, 0.998, 5.0302), (9, 0.975, 2.2622), (30, 0.95, 1.6973)])
+def test_student_against_a_table(freedom: int, share: float, t: float) -> None:
+    """scipy's values."""
+    assert student_t(share, freedom) == pytest.approx(t, abs=1e-4)
+    assert student_share(t, freedom) == pytest.approx(share, abs=1e-5)
+
+
+def test_what_is_said_to_be_visible_is_seen_in_four_cases_of_five() -> None:
+    random = np.random.default_rng(7)
+    change = visible(0.03, PAIRS)
+    found = [judge({"x": from_logs(random.normal(math.log1p(change), 0.03, PAIRS))}, {"x": 0.01})["x"].word for _ in range(RUNS)]
+    assert 0.75 <= found.count(SLOWER) / RUNS <= 0.85
 
 
 def test_bootstrap_is_that_of_the_definition() -> None:
@@ -104,15 +156,6 @@ def test_bootstrap_is_that_of_the_definition() -> None:
     ours = bootstrap_medians(values, resamples=20_000)
     plain = np.median(np.random.default_rng(8).choice(values, (20_000, 9)), axis=1)
     assert np.quantile(ours, [0.025, 0.5, 0.975]) == pytest.approx(np.quantile(plain, [0.025, 0.5, 0.975]), abs=0.05)
-
-
-@pytest.mark.parametrize("values", [[1.0, 2, -3, 4, 5], [0.0, 1, 1, -1, 2, 2], [2.0] * 7, [-1.0, 0.0]])
-def test_signed_ranks_by_counting_every_sign(values: list[float]) -> None:
-    kept = np.array([v for v in values if v])
-    ranks = np.array([(np.abs(kept) < abs(v)).sum() + ((np.abs(kept) == abs(v)).sum() + 1) / 2 for v in kept])
-    found = ranks[kept > 0].sum()
-    sums = np.array([ranks[np.array(signs)].sum() for signs in itertools.product([False, True], repeat=len(kept))])
-    assert signed_rank(np.array(values)) == pytest.approx(min(1, 2 * min((sums <= found).mean(), (sums >= found).mean())))
 
 
 @pytest.mark.parametrize(("base", "new"), [([1.0, 2, 3], [4.0, 5]), ([1.0, 1, 2], [1.0, 2, 2, 3]), ([5.0] * 3, [5.0] * 3), ([9.0, 8, 7, 6], [1.0, 2, 3, 4])])
@@ -128,7 +171,6 @@ def test_many_ranks_are_taken_as_normal() -> None:
     random = np.random.default_rng(16)
     for shift in (0.0, 0.3):
         values = random.normal(shift, 1, 60)
-        assert signed_rank(values) == pytest.approx(signed_rank(np.append(values, 1e-9)), rel=0.15, abs=0.002)
         assert rank_sum(values[:30], values[30:]) == pytest.approx(rank_sum(values[:31], values[30:]), rel=0.3, abs=0.05)
 
 
@@ -160,8 +202,9 @@ def test_outliers_do_not_move_a_verdict() -> None:
     base, new = noisy(random, PAIRS, 0.005), noisy(random, PAIRS, 0.005)
     for side, process in ((base, 0), (new, 3), (new, 7)):
         side[process][2] *= 10
-    new[5] = [value * 10 for value in new[5]]  # a whole process stalled
     assert word(base, new) == SAME
+    new[5] = [value * 10 for value in new[5]]  # a whole process stalled: that pair keeps it from being told, and raises no alarm
+    assert word(base, new) == AMBIGUOUS
 
 
 def test_constant_samples() -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from sdrt.bundle import Diffusion
+from sdrt.bundle.manifest import Diffusion
 from sdrt.runtime.brownian import BrownianPath
 from sdrt.runtime.noise import MAX_SEED, CpuNoise, NvNoise, draw_noise
 from sdrt.runtime.samplers import plan_rows

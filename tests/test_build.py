@@ -21,8 +21,9 @@ import torch
 from conftest import CHECKPOINT, LORA, ROOT, read_raw, write_raw
 from safetensors.torch import load_file, save_file
 
-from sdrt import bundle as names
-from sdrt.bundle import file_record, open_bundle
+from sdrt.bundle.folder import file_record, open_bundle
+from sdrt.bundle.graphs import GRAPHS, STEP, TEXT_ENCODER, VAE_DECODER
+from sdrt.bundle.manifest import TOKENIZER, WEIGHTS, Latents, Text
 from sdrt.errors import CheckFailed, CheckpointError, InputFileError, NonFiniteError, SdrtError, UsageError
 from sdrt.export import build as build_module
 from sdrt.export import graph as graph_module
@@ -53,12 +54,12 @@ def instant(quick: None, small_bundle: Path, monkeypatch: pytest.MonkeyPatch) ->
     """The weights and the tokenizer are copied from a finished bundle of the small checkpoint, too."""
 
     def write_weights(path: Path, tensors: dict[str, Tensor], loras: object, precision: str, progress: object, made: object) -> Any:
-        shutil.copy(small_bundle / names.WEIGHTS, path)
+        shutil.copy(small_bundle / WEIGHTS, path)
         placed = layout({name: tensor.entry.shape for name, tensor in tensors.items()}, precision)[1]
         return Written(file_record(path), placed, [])
 
     def write_tokenizer(path: Path, size: int) -> tuple[int, int]:
-        shutil.copy(small_bundle / names.TOKENIZER, path)
+        shutil.copy(small_bundle / TOKENIZER, path)
         return 49406, 49407
 
     monkeypatch.setattr(build_module, "write_weights", write_weights)
@@ -139,12 +140,12 @@ def test_folder_name_changes_the_manifest_only(small_checkpoint: Path, small_bun
 def test_i4_another_lora_is_not_traced_again(out: Path, quick: None, no_trace: None) -> None:
     save_file({name: tensor * 0.5 for name, tensor in load_file(LORA).items()}, out / "half.safetensors")
     report = build(BuildOptions(CHECKPOINT, (LoraOption(out / "half.safetensors", 0.3, 0.3),), output=out / "x.sdrt"))
-    assert report.cached == names.GRAPHS
+    assert report.cached == GRAPHS
 
 
 def test_another_checkpoint_and_precision_are_not_traced_again(small_checkpoint: Path, out: Path, quick: None, no_trace: None) -> None:
     save_file({name: tensor.float() * 0.9 for name, tensor in load_file(small_checkpoint).items()}, out / "other.safetensors")
-    assert build(BuildOptions(out / "other.safetensors", precision="fp32", size=(128, 64), output=out / "x.sdrt")).cached == names.GRAPHS
+    assert build(BuildOptions(out / "other.safetensors", precision="fp32", size=(128, 64), output=out / "x.sdrt")).cached == GRAPHS
 
 
 class Cache:
@@ -153,7 +154,7 @@ class Cache:
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         checkpoint = open_checkpoint(CHECKPOINT)
         checkpoint.close()
-        self.recipe = recipes(checkpoint.architecture)[names.TEXT_ENCODER]
+        self.recipe = recipes(checkpoint.architecture)[TEXT_ENCODER]
         model, hit = skeleton(self.recipe)
         assert hit
         self.model = self.bytes(model)
@@ -254,8 +255,8 @@ def stages(small_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 def test_stages(stages: list[str]) -> None:
-    traces, checks = ([f"{what} {graph}" for graph in names.GRAPHS] for what in ("trace", "check"))
-    assert stages == ["read", "tokenizer", "fuse", *traces, *checks, "write"]
+    binds, checks = ([f"{what} {graph}" for graph in GRAPHS] for what in ("bind", "check"))  # the traces are in the cache
+    assert stages == ["read", "tokenizer", "fuse", *binds, *checks, "write"]
 
 
 @pytest.mark.parametrize("exists", [False, True], ids=["new", "replacing"])
@@ -279,7 +280,7 @@ def test_i2_interrupt_at_any_stage_leaves_everything_as_it_was(small_checkpoint:
 def test_interrupt_half_way_through_the_weights(small_checkpoint: Path, out: Path, quick: None) -> None:
     def progress(name: str, done: float | None) -> None:
         if name == "fuse" and done is not None and done > 0.5:
-            assert any((path / names.WEIGHTS).stat().st_size for path in out.iterdir())
+            assert any((path / WEIGHTS).stat().st_size for path in out.iterdir())
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -447,7 +448,7 @@ def test_the_same_model_in_another_form_gives_the_same_bundle(
     else:
         path = as_ckpt(small_checkpoint, tmp_path / "small.ckpt", which == "zip")
     report = build(BuildOptions(path, output=out / "x.sdrt"))
-    assert (report.path / names.WEIGHTS).read_bytes() == (small_bundle / names.WEIGHTS).read_bytes()
+    assert (report.path / WEIGHTS).read_bytes() == (small_bundle / WEIGHTS).read_bytes()
     assert [(source.kind, source.name) for source in report.manifest.sources] == [("checkpoint", path.name)]
     if which != "folder":
         assert report.notes[0] == "small.ckpt: what lies beside the weights was ignored: global_step"
@@ -486,11 +487,11 @@ def parts(flat_bundle: Path) -> Iterator[tuple[dict[str, Recipe], TensorFile, Pa
     """The emoji model's recipes, its bundle's weights, and the folder of its graphs."""
     checkpoint = open_checkpoint(CHECKPOINT)
     checkpoint.close()
-    with open_tensor_file(flat_bundle / names.WEIGHTS) as weights:
+    with open_tensor_file(flat_bundle / WEIGHTS) as weights:
         yield recipes(checkpoint.architecture), weights, flat_bundle / "graphs"
 
 
-@pytest.mark.parametrize("graph", names.GRAPHS)
+@pytest.mark.parametrize("graph", GRAPHS)
 def test_every_output_is_checked(parts: tuple[dict[str, Recipe], TensorFile, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, graph: str) -> None:
     made, weights, folder = parts
     recipe, path = made[graph], folder / f"{graph}.fp32.onnx"
@@ -550,7 +551,7 @@ def held_whole(recipe: Recipe, weights: TensorFile, inputs: dict[str, Any]) -> d
     return {name: output.numpy() for name, output in zip(recipe.outputs, outputs, strict=True)}
 
 
-@pytest.mark.parametrize("graph", names.GRAPHS)
+@pytest.mark.parametrize("graph", GRAPHS)
 def test_weights_read_as_they_are_needed_give_the_same_bits(parts: tuple[dict[str, Recipe], TensorFile, Path], graph: str) -> None:
     made, weights, _ = parts
     inputs = selfcheck.reference_inputs(made[graph])
@@ -580,7 +581,7 @@ class Watched:
         self.alive -= 1
 
 
-@pytest.mark.parametrize("graph", names.GRAPHS)
+@pytest.mark.parametrize("graph", GRAPHS)
 def test_the_check_holds_the_weights_of_one_operator_and_takes_every_one(parts: tuple[dict[str, Recipe], TensorFile, Path], graph: str) -> None:
     made, weights, _ = parts
     watched: Any = Watched(weights)
@@ -591,7 +592,7 @@ def test_the_check_holds_the_weights_of_one_operator_and_takes_every_one(parts: 
 
 def test_weights_that_no_operator_takes_are_not_passed_over(parts: tuple[dict[str, Recipe], TensorFile, Path]) -> None:
     made, weights, _ = parts
-    recipe = made[names.VAE_DECODER]
+    recipe = made[VAE_DECODER]
 
     def with_another() -> torch.nn.Module:
         module = recipe.make()
@@ -638,7 +639,7 @@ def test_the_check_widens_few_weights_at_a_time(flat_bundle: Path, tmp_path: Pat
     monkeypatch.setattr(onnxruntime, "InferenceSession", profiled)
     checkpoint = open_checkpoint(CHECKPOINT)
     checkpoint.close()
-    recipe = recipes(checkpoint.architecture)[names.STEP]
+    recipe = recipes(checkpoint.architecture)[STEP]
     selfcheck.run_unoptimised(flat_bundle / "graphs" / f"step.{compute}.onnx", selfcheck.reference_inputs(recipe), compute)
     events = json.loads(Path(sessions[0].end_profiling()).read_text())
     order = [event["name"].removesuffix("_kernel_time") for event in events if event.get("cat") == "Node" and event["name"].endswith("_kernel_time")]
@@ -665,9 +666,9 @@ def test_manifest_tells_where_everything_came_from(blindbox_bundle: Path) -> Non
     assert manifest.tools["torch"] == torch.__version__
     assert manifest.tools["onnxruntime"] == onnxruntime.__version__
     assert (manifest.family, manifest.name, manifest.precision) == ("sd1", "blindbox", "fp16")
-    assert manifest.latents == names.Latents(4, 8, (64, 64), 0)
-    assert manifest.text == names.Text(64, 77, 49406, 49407, 49407, (1,))
-    assert manifest.graphs.keys() == set(names.GRAPHS)
+    assert manifest.latents == Latents(4, 8, (64, 64), 0)
+    assert manifest.text[0] == Text(64, 77, 49406, 49407, 49407, (1,))
+    assert manifest.graphs.keys() == set(GRAPHS)
     assert {name: (blindbox_bundle / name).stat().st_size for name in manifest.files} == {n: r.size_bytes for n, r in manifest.files.items()}
 
 
@@ -713,9 +714,9 @@ def test_a_lora_brings_its_embedding(small_checkpoint: Path, small_bundle: Path,
     taught = 0.5 * torch.randn(2, 64, generator=torch.Generator().manual_seed(0))
     save_file(load_file(small_lora) | {"bundle_emb.<toy>.clip_l": taught}, tmp_path / "l.safetensors")
     report = built_with(out, small_checkpoint, loras=(LoraOption(tmp_path / "l.safetensors"), LoraOption(tmp_path / "l.safetensors", 0.5)))
-    assert report.manifest.text.embeddings == {"<toy>": (49408, 49409)}
+    assert report.manifest.text[0].embeddings == {"<toy>": (49408, 49409)}
     assert [(s.kind, s.name, s.trigger) for s in report.manifest.sources[3:]] == [("embedding", "l.safetensors", "<toy>")]
-    table = load_file(report.path / names.WEIGHTS)["cond_stage_model.transformer.text_model.embeddings.token_embedding.weight"]
+    table = load_file(report.path / WEIGHTS)["cond_stage_model.transformer.text_model.embeddings.token_embedding.weight"]
     assert torch.equal(table[49408:], taught.half()) and not any("belong to no module" in note for note in report.notes)
     assert set(report.stages_s) >= {"bind step", "bind text_encoder"} and not any(stage.startswith("trace") for stage in report.stages_s)
 

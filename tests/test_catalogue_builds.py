@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from conftest import ROOT
 
-from sdrt import bundle as names
+from sdrt.bundle.graphs import TEXT_ENCODER
 from sdrt.errors import ResourceError
 from sdrt.export import build as build_module
 from sdrt.export import graph as graph_module
@@ -97,7 +97,7 @@ def test_a_fresh_trace_is_the_cached_one(small_checkpoint: Path, tmp_path: Path,
 
     checkpoint = open_checkpoint(small_checkpoint)
     checkpoint.close()
-    made = graph_module.recipes(checkpoint.architecture)[names.TEXT_ENCODER]
+    made = graph_module.recipes(checkpoint.architecture)[TEXT_ENCODER]
     cached, _ = graph_module.skeleton(made)
     monkeypatch.setenv("SDRT_CACHE_DIR", str(tmp_path / "empty"))
     fresh, hit = graph_module.skeleton(made)

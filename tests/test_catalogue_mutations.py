@@ -22,7 +22,7 @@ from conftest import CHECKPOINT, LORA
 from safetensors.torch import save_file
 from tiny_model import SMALL
 
-from sdrt.bundle import open_bundle
+from sdrt.bundle.folder import open_bundle
 from sdrt.errors import SdrtError
 from sdrt.export.adapters import LoraOption, open_lora
 from sdrt.export.architecture import UNetSpec

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from sdrt import checked
-from sdrt.bundle import WEIGHTS, Bundle, check_files, open_bundle
+from sdrt.bundle.folder import Bundle, check_files, open_bundle
+from sdrt.bundle.manifest import WEIGHTS
 from sdrt.checked import check_file
 from sdrt.errors import BundleError
 from sdrt.lock import locked

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load, save_file
 from tiny_model import TINY, Shapes, expected_shapes, header_only, seeded
 
-from sdrt.bundle import FileRecord
+from sdrt.bundle.manifest import FileRecord
 from sdrt.errors import CheckpointError, InputFileError
 from sdrt.export.architecture import Architecture, ClipSpec, UNetSpec, VaeSpec, architecture
 from sdrt.export.checkpoint import Tensor, as_parts, open_checkpoint, select

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sdrt.bundle import Text, open_bundle
+from sdrt.bundle.folder import open_bundle
+from sdrt.bundle.manifest import Text
 from sdrt.runtime.chunks import Chunk, chunk_segments, empty_chunk
 from sdrt.runtime.prompt import BREAK, Segment, parse_attention
 from sdrt.runtime.tokenizer import Tokenizer
@@ -23,7 +24,7 @@ MANY = tuple(range(60000, 60075))
 @pytest.fixture(scope="module")
 def tokenizer(flat_bundle: Path) -> Tokenizer:
     bundle = open_bundle(flat_bundle)
-    text = replace(bundle.manifest.text, embeddings={"ten": TEN, "ten cat": (50100,), "many": MANY, ", odd": (50200, 50201)})
+    text = replace(bundle.manifest.text[0], embeddings={"ten": TEN, "ten cat": (50100,), "many": MANY, ", odd": (50200, 50201)})
     return Tokenizer(bundle.file("tokenizer/tokenizer.json"), text)
 
 

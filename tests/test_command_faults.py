@@ -18,7 +18,8 @@ from faulty_jobs import names, state
 from test_faults import ENVIRONMENT, HERE, run_python, small_disk
 from typer.testing import CliRunner
 
-from sdrt.bundle import WEIGHTS, open_bundle
+from sdrt.bundle.folder import open_bundle
+from sdrt.bundle.manifest import WEIGHTS
 from sdrt.cli import app
 from sdrt.compile.watch import WAITING
 from sdrt.errors import InputFileError, LockedError, ResourceError

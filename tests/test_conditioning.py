@@ -14,7 +14,8 @@ import torch
 from numpy.typing import NDArray
 from reference import relative
 
-from sdrt.bundle import Source, open_bundle
+from sdrt.bundle.folder import open_bundle
+from sdrt.bundle.manifest import Source
 from sdrt.errors import UsageError
 from sdrt.runtime.conditioning import CACHED_CHUNKS, Conditioning, TextConditioner
 from sdrt.runtime.engine import Float, load_engine
@@ -30,9 +31,8 @@ class CountingEngine:
     def __init__(self) -> None:
         self.calls: list[int] = []
 
-    def encode_text(self, tokens: NDArray[np.int64], emphasis: Float, clip_skip: int) -> Float:
+    def encode_text(self, tokens: NDArray[np.int64], clip_skip: int) -> Float:
         assert tokens.dtype == np.int64 and tokens.shape[1:] == (77,)
-        assert emphasis.dtype == np.float32 and (emphasis == 1).all() and emphasis.shape == tokens.shape
         self.calls.append(len(tokens))
         return vectors(tokens, clip_skip)
 
@@ -45,7 +45,7 @@ def vectors(tokens: NDArray[np.int64], clip_skip: int = 1) -> Float:
 @pytest.fixture(scope="module")
 def tokenizer(flat_bundle: Path) -> Tokenizer:
     bundle = open_bundle(flat_bundle)
-    return Tokenizer(bundle.file("tokenizer/tokenizer.json"), replace(bundle.manifest.text, clip_skip=(1, 2)))
+    return Tokenizer(bundle.file("tokenizer/tokenizer.json"), replace(bundle.manifest.text[0], clip_skip=(1, 2)))
 
 
 @pytest.fixture
@@ -214,7 +214,7 @@ def test_the_mean_is_shared_under_editing(conditioner: TextConditioner, tokenize
 
 def test_a_mean_of_zero_cannot_be_restored(tokenizer: Tokenizer) -> None:
     class Balanced(CountingEngine):
-        def encode_text(self, tokens: NDArray[np.int64], emphasis: Float, clip_skip: int) -> Float:
+        def encode_text(self, tokens: NDArray[np.int64], clip_skip: int) -> Float:
             z = np.zeros((len(tokens), 77, 2), np.float32)
             z[:, 1] = 1, 2
             z[:, 0] = -3, -3
@@ -263,7 +263,7 @@ def test_pipelines_do_not_share(tokenizer: Tokenizer, engine: Any) -> None:
 
 def test_a_failed_call_leaves_nothing(conditioner: TextConditioner, engine: Any) -> None:
     class Failing(CountingEngine):
-        def encode_text(self, tokens: NDArray[np.int64], emphasis: Float, clip_skip: int) -> Float:
+        def encode_text(self, tokens: NDArray[np.int64], clip_skip: int) -> Float:
             raise MemoryError
 
     with pytest.raises(MemoryError):
@@ -420,18 +420,10 @@ def test_against_torch(tokenizer: Tokenizer, real: Any, text_model: Any, clip: A
     assert relative(found, torch.cat(expected, dim=1).numpy()) < 1e-4
 
 
-def test_emphasis_equals_the_graphs(tokenizer: Tokenizer, real: Any) -> None:
-    """The graph weighs tokens and restores the mean too, for those who run it by itself; its mean is a float32 sum, and this model's is near 0."""
-    found = encode(TextConditioner(tokenizer), real, "red (apple:1.3)", steps=1, cfg=1).sets[0]
-    weights = np.ones((1, 77), np.float32)
-    weights[0, 2] = 1.3
-    assert relative(real.encode_text(row(tokenizer, "red apple"), weights, 1), found) < 1e-3
-
-
 def test_embeddings_against_torch(flat_bundle: Path, real: Any, text_model: Any, clip: Any) -> None:
     """Rows of the token table, here ones that are there for other words, stand for a trigger, several vectors and all with its emphasis."""
     bundle = open_bundle(flat_bundle)
-    text = replace(bundle.manifest.text, embeddings={"my-style": (320, 2368, 5000), "easy neg": (7000,)})
+    text = replace(bundle.manifest.text[0], embeddings={"my-style": (320, 2368, 5000), "easy neg": (7000,)})
     conditioner = TextConditioner(Tokenizer(bundle.file("tokenizer/tokenizer.json"), text))
     found = encode(conditioner, real, "a (My-Style:1.4) cat", "easy neg, easy", steps=1, cfg=7).sets[0]
     a, cat, comma, easy = (clip(word, add_special_tokens=False).input_ids for word in ("a", "cat", ",", "easy"))

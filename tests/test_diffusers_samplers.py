@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from reference import TRAINING, relative
 from sampler_machine import interval_noise, normals, run_machine, toy_network
 
-from sdrt.bundle import Diffusion
+from sdrt.bundle.manifest import Diffusion
 from sdrt.errors import UsageError
 from sdrt.runtime.engine import tables
 from sdrt.runtime.samplers import SAMPLERS, Row, plan_rows

@@ -18,7 +18,7 @@ from PIL.PngImagePlugin import PngInfo
 from reference import Graphs, relative
 from safetensors.torch import save_file
 
-from sdrt.bundle import open_bundle
+from sdrt.bundle.folder import open_bundle
 from sdrt.errors import AdapterError, InputFileError, SdrtError, UsageError
 from sdrt.export import graph as graph_module
 from sdrt.export.architecture import ClipSpec
@@ -263,7 +263,7 @@ def learned_bundle(flat_bundle: Path, files: tuple[Path, Path], tmp_path_factory
 
 def test_manifest_names_triggers_and_rows(learned_bundle: Path, files: tuple[Path, Path]) -> None:
     manifest = open_bundle(learned_bundle).manifest
-    assert manifest.text.embeddings == {"toy": (49408, 49409, 49410), "my style": (49411,)}
+    assert manifest.text[0].embeddings == {"toy": (49408, 49409, 49410), "my style": (49411,)}
     assert manifest.architecture["clip"]["vocabulary"] == 49412
     found = [(s.kind, s.name, s.trigger, s.scale, s.applied) for s in manifest.sources[1:]]
     assert found == [("embedding", "toy.pt", "toy", None, {"text_encoder": 3}), ("embedding", "style.safetensors", "my style", None, {"text_encoder": 1})]
@@ -280,7 +280,7 @@ def test_text_encoder_is_transformers_with_the_rows_added(flat_bundle: Path, lea
     with torch.inference_mode():
         expected = model(torch.from_numpy(tokens)).last_hidden_state.numpy()
         without = model(torch.from_numpy(np.where(tokens >= 49408, 320, tokens))).last_hidden_state.numpy()
-    found = Graphs(learned_bundle).run("text_encoder", precision, tokens=tokens, emphasis=np.ones(tokens.shape, np.float32))["context_skip_1"]
+    found = Graphs(learned_bundle).run("text_encoder", precision, tokens=tokens)["context_skip_1"]
     for i in range(2):
         assert relative(found[i], expected[i]) < limit < relative(without[i], expected[i])
 

@@ -16,7 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sdrt import engine_cache, engine_record, publish
-from sdrt.bundle import ENGINES, GRAPHS, STEP_TABLES, WEIGHTS, Bundle, open_bundle
+from sdrt.bundle.folder import Bundle, open_bundle
+from sdrt.bundle.graphs import GRAPHS, STEP, Dimensions, signatures
+from sdrt.bundle.manifest import ENGINES, WEIGHTS
 from sdrt.engine_cache import (
     check_all,
     engine_folders,
@@ -47,8 +49,9 @@ def bundle(flat_bundle: Path, tmp_path: Path) -> Bundle:
 
 def step_profile(branches: int) -> Profile:
     """Of one or two pictures of 64x64 to 128x128 pixels."""
-    tables = dict.fromkeys(STEP_TABLES, ((128,),) * 3) | {"w": ((128, branches),) * 3}
-    return Profile(tables | {"init": ((1, 4, 8, 8), (1, 4, 8, 8), (2, 4, 16, 16)), "context": ((branches, 77, 64), (branches, 77, 64), (2 * branches, 77, 64))})
+    tables = dict.fromkeys(signatures(Dimensions(4, 0, 8, 64, 77, (1,)))[STEP].tables, ((129,), (129,), (257,)))
+    tables |= {"w": ((129, branches), (129, branches), (257, branches)), "init": ((1, 4, 8, 8), (1, 4, 8, 8), (2, 4, 16, 16))}
+    return Profile(tables | {"context": ((1, branches, 77, 64), (1, branches, 77, 64), (2, branches, 77, 64))})
 
 
 def record_for(bundle: Bundle, **changes: Any) -> EngineRecord:
@@ -253,7 +256,7 @@ def every_shape(document: dict[str, Any], name: str, shape: list[int]) -> None:
         (lambda d: d.update(format="1"), "format"),
         (lambda d: d.update(plans={}), "different graphs"),
         (lambda d: d["plans"].pop("step"), "different graphs"),
-        (lambda d: d["plans"].update(other=d["plans"]["step"]), "unknown graph 'other'"),
+        (lambda d: d["plans"].update(other=d["plans"]["step"]), "different graphs"),
         (lambda d: d["plans"]["step"].update(sha256="0" * 63), "expected a sha256"),
         (lambda d: d["plans"]["step"].update(size_bytes=1.5), "expected a count"),
         (lambda d: d["plans"]["step"].update(device_memory_bytes="4"), "expected a count"),
@@ -274,15 +277,15 @@ def every_shape(document: dict[str, Any], name: str, shape: list[int]) -> None:
         (lambda d: d["key"]["profiles"]["text_encoder"][0]["shapes"].pop("tokens"), "no shape for tokens of text_encoder"),
         (lambda d: every_shape(d, "w", []), "w: 0 sides"),
         (lambda d: every_shape(d, "q", []), "q: 0 sides"),
-        (lambda d: every_shape(d, "w", [1, 2]), "w: expected 128 rows"),
+        (lambda d: every_shape(d, "w", [1, 2]), "w: expected 257 rows"),
         (lambda d: every_shape(d, "w", [10**9, 2]), "expected smallest <= best <= largest, each 1 to 16,777,216"),
         (lambda d: every_shape(d, "w", [10**30, 2]), "a number of 31 digits"),
-        (lambda d: every_shape(d, "w", [128, 3]), "3 guidance branches, expected 1"),
+        (lambda d: every_shape(d, "w", [257, 3]), "3 guidance branches, expected 1"),
         (lambda d: every_shape(d, "init", [2, 4, 16]), "init: 3 sides, expected 4"),
         (lambda d: every_shape(d, "init", [2, 4, 16, 8]), "init: 2 of 8x16, expected 2 of 128x128 pixels"),
         (lambda d: every_shape(d, "init", [3, 4, 16, 16]), "init: 3 of 16x16, expected 2"),
-        (lambda d: every_shape(d, "context", [77]), "context: 1 sides, expected 3"),
-        (lambda d: every_shape(d, "context", [2, 154, 64]), "expected 2 of 77 tokens"),
+        (lambda d: every_shape(d, "context", [77]), "context: 1 sides, expected 4"),
+        (lambda d: every_shape(d, "context", [2, 1, 154, 64]), "expected 2 of 1 branches of 77 tokens"),
         (lambda d: d.update(size=[128, 132]), "expected a multiple of 8"),
         (lambda d: d.update(size=[128, 0]), "expected 64 to 8192"),
         (lambda d: d.update(batch=0), "batch: 0: expected 1 to 64"),
@@ -441,10 +444,11 @@ def test_another_graph(bundle: Bundle, graph: str) -> None:
 
 def test_state_bytes(bundle: Bundle) -> None:
     """The sum over the step's buffers, each rounded up to 256 bytes, written out."""
-    width = bundle.manifest.text.width
-    latent, rows = 4 * 3 * 4 * 8 * 12, 128
-    buffers = [4 * latent, 4 * latent, rows * 4 * (1 + 4 + 2 + 4 + 1 + 24 + 3), rows * latent, 4 * 6 * 77 * width, latent // 4, latent, latent, latent]
-    buffers.append(3 * 3 * 64 * 96)
+    width = bundle.manifest.context_width
+    latent, rows = 4 * 3 * 4 * 8 * 12, 1 + 3 * 128
+    tables = [8 * rows, *(4 * rows * columns for columns in (1, 8, 2, 2, 8, 1, 8 * 11, 3)), rows * latent // 3]
+    buffers = [8 * 3, *tables, 8 * latent, 4 * 3 * 2 * 77 * width, latent // 4, latent, latent]
+    buffers += [8 * latent, 8 * 3, latent, 3 * 3 * 64 * 96]
     assert state_bytes(bundle.manifest, size=(96, 64), batch=3, tokens=77, rows=128, branches=2) == sum((b + 255) // 256 * 256 for b in buffers)
 
 

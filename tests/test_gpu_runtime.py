@@ -22,17 +22,17 @@ from cuda_simulator import installed
 from gpu_simulator import Gpu
 from simulated_plans import compile_engine
 
-from sdrt import bundle as names
-from sdrt.bundle import Bundle, open_bundle
+from sdrt.bundle.folder import Bundle, open_bundle
+from sdrt.bundle.graphs import GRAPHS, STEP, VAE_ENCODER
 from sdrt.engine_cache import read_engine, read_plan, write_engine
 from sdrt.errors import BundleError, ClosedError, MachineError, MissingEngineError, NonFiniteError, ResourceError, UsageError
 from sdrt.runtime import Pipeline
-from sdrt.runtime.engine import Denoising, Job, Pixels, tables
+from sdrt.runtime.engine import Job, Pixels, RunningBatch, tables
 from sdrt.runtime.samplers import SAMPLERS, plan_rows
 
 Expected = Callable[..., Pixels]
 QUICK: dict[str, Any] = {"steps": 3, "cfg": 3.0, "seed": 5}
-LOADED = sorted(graph for graph in names.GRAPHS if graph != names.VAE_ENCODER)
+LOADED = sorted(graph for graph in GRAPHS if graph != VAE_ENCODER)
 """In the order in which they are loaded."""
 COMMAND = "sdrt compile .* --target tensorrt-rtx"
 
@@ -211,8 +211,9 @@ def test_counts_of_a_picture(pipe: Pipeline, gpu: Gpu) -> None:
         "runs": 2,  # text encoder, decoder
         "h2d": 3,  # tokens; tables, noise, context and latents in one; the rounding
         "d2h": 2,  # context, pictures
-        "syncs": 3,  # after the text encoder, before the job's inputs are written, after the decoder
-        "records": 20, "events": 2, "polls": 19,
+        "d2d": 1,  # the latents, to the decoder's
+        "syncs": 3,  # after the text encoder, before the batch's inputs are written, after the decoder
+        "records": 20 + 1, "events": 3, "polls": 19,  # a model call each, and the copies of what joined
     }  # fmt: skip
     first, last = gpu.journal.index("launches"), len(gpu.journal) - gpu.journal[::-1].index("launches")
     assert set(gpu.journal[first:last]) == {"launches", "records", "polls"}
@@ -220,15 +221,16 @@ def test_counts_of_a_picture(pipe: Pipeline, gpu: Gpu) -> None:
 
 @pytest.mark.parametrize(("settings", "calls"), [({"batch": 3, "count": 3}, 1), ({"batch": 1, "count": 3}, 3), ({"cfg": 1.0}, 1), ({"size": (72, 96)}, 1)])
 def test_counts_of_other_pictures(pipe: Pipeline, gpu: Gpu, settings: dict[str, Any], calls: int) -> None:
-    """A batch costs what a picture costs; the text encoder runs once a call."""
+    """A batch costs what a picture costs, but a copy of noise and one of latents for each; the text encoder runs once a call."""
     settings = QUICK | settings
     for prompt in ("fox", "cat"):
         pipe(prompt, **settings)
     with gpu.counted() as counts:
         pipe("sun", **settings)
+    together = settings.get("batch", 1)
     assert counts == {
-        "launches": 3 * calls, "runs": 1 + calls, "h2d": 1 + 2 * calls, "d2h": 1 + calls, "syncs": 1 + 2 * calls,
-        "records": 3 * calls, "events": 2 * calls, "polls": 2 * calls,
+        "launches": 3 * calls, "runs": 1 + calls, "h2d": 1 + (together + 1) * calls, "d2h": 1 + calls, "d2d": together * calls, "syncs": 1 + 2 * calls,
+        "records": 4 * calls, "events": 3 * calls, "polls": (1 + together) * calls,  # the simulator makes a copy a poll
     }  # fmt: skip
 
 
@@ -244,7 +246,7 @@ def test_counts_of_a_prompt_asked_again(pipe: Pipeline, gpu: Gpu) -> None:
     pipe("fox", **QUICK)
     with gpu.counted() as counts:
         pipe("fox", **QUICK)
-    assert counts == {"launches": 3, "runs": 1, "h2d": 2, "d2h": 1, "syncs": 2, "records": 3, "events": 2, "polls": 2}
+    assert counts == {"launches": 3, "runs": 1, "h2d": 2, "d2h": 1, "d2d": 1, "syncs": 2, "records": 4, "events": 3, "polls": 2}
 
 
 def test_counts_of_a_preview(pipe: Pipeline, gpu: Gpu) -> None:
@@ -254,7 +256,7 @@ def test_counts_of_a_preview(pipe: Pipeline, gpu: Gpu) -> None:
     step.preview()
     with gpu.counted() as counts:
         step.preview()
-    assert counts == {"h2d": 2, "d2h": 2, "runs": 1, "syncs": 2}
+    assert counts == {"h2d": 1, "d2h": 2, "runs": 1, "syncs": 2}
     stream.close()
 
 
@@ -267,16 +269,16 @@ def test_counts_of_loading_and_the_first_picture(gpu: Gpu, bundle: Path) -> None
     assert counts == {
         "allocations": 4, "pinned_allocations": 4, "fills": 2, "contexts": 2, "profiles": 2, "captures": 2,
         "runs": 2 + 4, "launches": 3 + 2,  # each graph runs plain once, is captured once and replayed once
-        "h2d": 3 + 1 + 2, "d2h": 2 + 4, "syncs": 3 + 4, "records": 3, "events": 2, "polls": 2,
+        "h2d": 3 + 1 + 2, "d2h": 2 + 4, "d2d": 1, "syncs": 3 + 4, "records": 4, "events": 3, "polls": 2,
     }  # fmt: skip
 
 
 def test_table_refill(pipe: Pipeline, expected: Expected, gpu: Gpu) -> None:
-    """128 rows fit; the copies of a refill, tables and noise, come between two launches."""
+    """128 rows fit; the copies of a refill, one a table, come between two launches."""
     pipe("fox", steps=1, cfg=1.0, seed=1)
     with gpu.counted() as counts:
         same(pipe, expected, steps=258, cfg=1.0, seed=3, sampler="euler_a")
-    assert counts == {"launches": 258, "runs": 1, "h2d": 2 + 2 * 2, "d2h": 1, "syncs": 2, "records": 258, "events": 2, "polls": 257 + 2}
+    assert counts == {"launches": 258, "runs": 1, "h2d": 2 + 2 * 10, "d2h": 1, "d2d": 1, "syncs": 2, "records": 258 + 3, "events": 3, "polls": 257 + 12}
 
 
 @pytest.mark.parametrize("rows", [2, 5])
@@ -291,71 +293,83 @@ def test_few_table_rows(gpu: Gpu, small_bundle: Path, blank: Path, expected: Exp
 # Contexts that change on the way, and pictures as input
 
 
-def job_of_contexts(bundle: Bundle, sets: tuple[int, ...], pictures: int = 1) -> Job:
-    """A guided job of one row per entry of `sets`, over three context sets."""
+def jobs_of_contexts(bundle: Bundle, sets: tuple[int, ...], pictures: int = 1) -> list[Job]:
+    """Guided jobs of one row per entry of `sets`, over three context sets each."""
     rows = plan_rows("euler_a", "normal", len(sets), bundle.manifest.diffusion)
     random = np.random.RandomState(1)
 
     def draw(*shape: int) -> Any:
         return random.standard_normal(shape).astype(np.float32)
 
-    latents = (pictures, 4, 8, 8)
-    contexts = tuple(draw(2 * pictures, 77, 64) for _ in range(3))
-    zeros = np.zeros(latents, np.float32)
-    return Job(tables(rows, [[-2.0, 3.0]] * len(rows)), draw(len(rows), *latents), contexts, sets, zeros, draw(*latents), zeros[:, :1])
+    zeros = np.zeros((4, 8, 8), np.float32)
+    table = tables(rows, [[-2.0, 3.0]] * len(rows))
+    return [
+        Job(
+            {**table, "noise": draw(len(rows), 4, 8, 8)},
+            {"init": zeros, "init_noise": draw(4, 8, 8), "mask": zeros[:1]},
+            tuple(draw(2, 77, 64) for _ in range(3)),
+            sets,
+        )
+        for _ in range(pictures)
+    ]
 
 
-def run(denoising: Denoising, rows: int) -> tuple[Any, Any]:
-    for _ in range(rows):
-        denoising.step()
+def joined(pipe: Pipeline, jobs: list[Job]) -> tuple[RunningBatch, list[int]]:
+    batch: RunningBatch = engine_of(pipe).open(jobs[0].shape, len(jobs))
+    return batch, [batch.join(job) for job in jobs]
+
+
+def run(pipe: Pipeline, jobs: list[Job]) -> tuple[Any, Any]:
+    batch, slots = joined(pipe, jobs)
+    for _ in range(jobs[0].rows):
+        batch.step()
     try:
-        return denoising.latents(), denoising.denoised()
+        return batch.latents(slots), batch.denoised(slots)
     finally:
-        denoising.close()
+        batch.close()
 
 
 @pytest.mark.parametrize("sets", [(0, 0, 1, 1, 2), (2, 0, 2, 0), (1, 1, 1), (0, 1)])
 @pytest.mark.parametrize("pictures", [1, 3])
 def test_context_changes_between_rows(pipe: Pipeline, gpu: Gpu, small_bundle: Path, sets: tuple[int, ...], pictures: int) -> None:
-    """One copy within the device before each row whose context set differs from the row's before it; nothing else between first row and last."""
-    job = job_of_contexts(pipe.bundle, sets, pictures)
+    """One copy within the device for each picture and row whose context set differs from the row's before it; nothing else between first row and last."""
+    jobs = jobs_of_contexts(pipe.bundle, sets, pictures)
     with Pipeline.load(small_bundle, backend="onnxruntime", threads=1) as cpu:
-        reference = run(engine_of(cpu).denoise(job), len(sets))
-    assert not np.array_equal(reference[0], run(engine_of(pipe).denoise(replace(job, context_of_row=(0,) * len(sets))), len(sets))[0])
-    for found, wanted in zip(run(engine_of(pipe).denoise(job), len(sets)), reference, strict=True):
+        reference = run(cpu, jobs)
+    assert not np.array_equal(reference[0], run(pipe, [replace(job, context_of_row=(0,) * len(sets)) for job in jobs])[0])
+    for found, wanted in zip(run(pipe, jobs), reference, strict=True):
         assert np.array_equal(found, wanted)
     gpu.journal.clear()
     with gpu.counted() as counts:
-        denoising = engine_of(pipe).denoise(job)
+        batch, _ = joined(pipe, jobs)
         for _ in sets:
-            denoising.step()
-    changes = sum(one != two for one, two in pairwise(sets))
-    assert counts.get("d2d", 0) == changes
-    copies = 2 if changes else 1  # the job's inputs, and its context sets where they change
-    expected = {"launches": len(sets), "h2d": copies, "d2d": changes, "syncs": 1, "records": len(sets), "events": 2}
+            batch.step()
+    changes = sum(one != two for one, two in pairwise(sets)) * pictures
+    copies = pictures if changes else 0  # each picture's context sets, where they change
+    assert counts.pop("records") == len(sets) + 1 + copies  # a model call each, the pictures' copies, and those of their sets
+    assert counts.pop("h2d") == pictures + copies  # all but noise in one
     counts.pop("polls", None)  # as many as the device's pace asks for
-    assert counts == {name: count for name, count in expected.items() if count}  # no allocation: the job before left its memory with its buffers
+    expected = {"launches": len(sets), "d2d": changes, "syncs": 1, "events": 3}
+    assert counts == {name: count for name, count in expected.items() if count}  # no allocation: the batch before left its memory
     first, last = gpu.journal.index("launches"), len(gpu.journal) - gpu.journal[::-1].index("launches")
     assert gpu.journal[first:last].count("d2d") == changes
     assert set(gpu.journal[first:last]) <= {"launches", "records", "polls", "d2d"}
-    denoising.close()
+    batch.close()
 
 
 def test_more_context_sets_than_before(pipe: Pipeline, small_bundle: Path) -> None:
-    """The memory for sets grows with the job that needs it, and the smaller job after it still finds its own."""
+    """The memory for sets grows with the picture that needs it, and the smaller one after it still finds its own."""
     with Pipeline.load(small_bundle, backend="onnxruntime", threads=1) as cpu:
         for sets, kept in (((0, 1), 2), ((0, 1, 2), 3), ((1, 0), 2)):
-            job = job_of_contexts(pipe.bundle, sets)
-            job = replace(job, contexts=job.contexts[:kept])
-            assert np.array_equal(run(engine_of(pipe).denoise(job), len(sets))[0], run(engine_of(cpu).denoise(job), len(sets))[0])
+            jobs = [replace(job, contexts=job.contexts[:kept]) for job in jobs_of_contexts(pipe.bundle, sets)]
+            assert np.array_equal(run(pipe, jobs)[0], run(cpu, jobs)[0])
 
 
 def test_context_changes_over_a_refill(gpu: Gpu, small_bundle: Path, blank: Path) -> None:
     compile_engine(blank, graphs=small_bundle, rows=3)
-    sets = (0, 0, 1, 2, 2, 0, 1)
     with load(blank) as pipe, Pipeline.load(small_bundle, backend="onnxruntime", threads=1) as cpu:
-        job = job_of_contexts(pipe.bundle, sets)
-        assert np.array_equal(run(engine_of(pipe).denoise(job), len(sets))[0], run(engine_of(cpu).denoise(job), len(sets))[0])
+        jobs = jobs_of_contexts(pipe.bundle, (0, 0, 1, 2, 2, 0, 1))
+        assert np.array_equal(run(pipe, jobs)[0], run(cpu, jobs)[0])
 
 
 @pytest.mark.parametrize("shape", [(1, 64, 64), (3, 72, 96)])
@@ -366,7 +380,7 @@ def test_images_are_encoded(pipe: Pipeline, gpu: Gpu, small_bundle: Path, shape:
     noise = random.standard_normal((shape[0], 4, shape[1] // 8, shape[2] // 8)).astype(np.float32)
     with Pipeline.load(small_bundle, backend="onnxruntime", threads=1) as cpu:
         expected_latents = engine_of(cpu).encode_image(pixels, noise)
-    assert names.VAE_ENCODER not in engine_of(pipe)._engines
+    assert VAE_ENCODER not in engine_of(pipe)._engines
     assert np.array_equal(engine_of(pipe).encode_image(pixels, noise), expected_latents)
     with gpu.counted() as counts:
         assert np.array_equal(engine_of(pipe).encode_image(pixels, noise), expected_latents)
@@ -392,16 +406,15 @@ def test_prompt_editing(pipe: Pipeline, expected: Expected, gpu: Gpu) -> None:
     with gpu.counted() as counts:
         same(pipe, expected, "a [cat:dog:2] face", **settings)
     counts.pop("polls")
-    assert counts == {"launches": 6, "runs": 1, "h2d": 3, "d2d": 1, "d2h": 1, "syncs": 2, "records": 6, "events": 2}
+    assert counts == {"launches": 6, "runs": 1, "h2d": 3, "d2d": 1 + 1, "d2h": 1, "syncs": 2, "records": 6 + 2, "events": 3}
 
 
 def test_more_chunks_than_the_text_engine_takes(pipe: Pipeline, small_bundle: Path) -> None:
     """They are encoded in groups."""
     tokens = np.random.RandomState(3).randint(0, 40_000, (7, 77))
-    weights = np.ones((7, 77), np.float32)
     with Pipeline.load(small_bundle, backend="onnxruntime", threads=1) as cpu:
-        reference = np.concatenate([engine_of(cpu).encode_text(tokens[i : i + 2], weights[i : i + 2], 1) for i in range(0, 7, 2)])
-    assert np.array_equal(engine_of(pipe).encode_text(tokens, weights, 1), reference)
+        reference = np.concatenate([engine_of(cpu).encode_text(tokens[i : i + 2], 1) for i in range(0, 7, 2)])
+    assert np.array_equal(engine_of(pipe).encode_text(tokens, 1), reference)
 
 
 # State left behind
@@ -410,77 +423,82 @@ def test_more_chunks_than_the_text_engine_takes(pipe: Pipeline, small_bundle: Pa
 def nan_job(pipe: Pipeline) -> Job:
     """A job that fills every register with NaN."""
     rows = plan_rows("euler", "normal", 3, pipe.bundle.manifest.diffusion)
-    latents = np.full((1, 4, 8, 8), np.nan, np.float32)
-    noise = np.full((3, 1, 4, 8, 8), np.nan, np.float32)
-    return Job(tables(rows, [[-2.0, 3.0]] * len(rows)), noise, (np.full((2, 77, 64), np.nan, np.float32),), (0,) * len(rows), latents, latents, latents[:, :1])
+    latents = np.full((4, 8, 8), np.nan, np.float32)
+    table = {**tables(rows, [[-2.0, 3.0]] * 3), "noise": np.full((3, 4, 8, 8), np.nan, np.float32)}
+    return Job(table, {"init": latents, "init_noise": latents, "mask": latents[:1]}, (np.full((2, 77, 64), np.nan, np.float32),), (0,) * 3)
 
 
 @pytest.mark.parametrize("calls", [2, 3])
 def test_stale_nan(pipe: Pipeline, expected: Expected, calls: int) -> None:
     """Left in every register, on the device and in the pinned memory of either side."""
-    denoising = engine_of(pipe).denoise(nan_job(pipe))
+    batch, slots = joined(pipe, [nan_job(pipe)])
     for _ in range(calls):
-        denoising.step()
-    assert np.isnan(denoising.latents()).all() and np.isnan(denoising.denoised()).all()
-    _, finite = denoising.decode(0.5)
+        batch.step()
+    assert np.isnan(batch.latents(slots)).all() and np.isnan(batch.denoised(slots)).all()
+    _, finite = batch.decode(slots, 0.5)
     assert finite.tolist() == [False]
-    denoising.close()
-    denoising.close()
+    batch.close()
+    batch.close()
     same(pipe, expected, steps=4, cfg=3.0, seed=1, sampler="dpmpp_2m")
 
 
 def test_buffers_taken_over_while_their_copies_are_queued(pipe: Pipeline) -> None:
-    """The job before was given up with its inputs still on their way from pinned memory."""
-    engine, job = engine_of(pipe), nan_job(pipe)
-    zeros = np.zeros((1, 4, 8, 8), np.float32)
-    good = replace(job, noise=np.zeros((3, 1, 4, 8, 8), np.float32), contexts=(np.zeros((2, 77, 64), np.float32),), init=zeros, mask=zeros[:, :1])
-    good = replace(good, unit_noise=np.random.RandomState(0).standard_normal((1, 4, 8, 8)).astype(np.float32))
+    """The batch before was given up with its inputs still on their way from pinned memory."""
+    job = nan_job(pipe)
+    zeros, noise = np.zeros((4, 8, 8), np.float32), np.random.RandomState(0).standard_normal((4, 8, 8)).astype(np.float32)
+    inputs = {"init": zeros, "init_noise": noise, "mask": zeros[:1]}
+    good = replace(job, tables={**job.tables, "noise": np.zeros((3, 4, 8, 8), np.float32)}, inputs=inputs, contexts=(np.zeros((2, 77, 64), np.float32),))
     latents = []
     for first in (good, job):
-        engine.denoise(first).close()
-        denoising = engine.denoise(good)
-        for _ in range(3):
-            denoising.step()
-        latents.append(denoising.latents())
-        denoising.close()
+        given_up, _ = joined(pipe, [first])
+        given_up.step()
+        given_up.close()
+        latents.append(run(pipe, [good])[0])
     assert np.isfinite(latents).all() and np.array_equal(*latents)
 
 
 def test_picture_that_is_not_finite(pipe: Pipeline, expected: Expected, monkeypatch: pytest.MonkeyPatch) -> None:
     broken = nan_job(pipe)
     with monkeypatch.context() as patched:
-        patched.setattr(pipe, "_job", lambda *_: broken)
+        patched.setattr(pipe, "_jobs", lambda *_: [broken])
         with pytest.raises(NonFiniteError, match=r"latents of seeds \[5\]"):
             pipe("fox", **QUICK)
     same(pipe, expected, **QUICK)
 
 
 def test_use_after_close(pipe: Pipeline) -> None:
-    denoising = engine_of(pipe).denoise(nan_job(pipe))
-    denoising.close()
-    for use in (denoising.step, denoising.latents, denoising.denoised, lambda: denoising.decode(0.5)):
+    batch, slots = joined(pipe, [nan_job(pipe)])
+    batch.close()
+    for use in (batch.step, lambda: batch.latents(slots), lambda: batch.denoised(slots), lambda: batch.decode(slots, 0.5)):
         with pytest.raises(UsageError, match="passed already"):
             use()
 
 
-def test_job_left_to_the_garbage_collector(pipe: Pipeline, gpu: Gpu) -> None:
+def test_batch_left_to_the_garbage_collector(pipe: Pipeline, gpu: Gpu) -> None:
     pipe("fox", **QUICK)
     with gpu.counted() as counts:
-        engine_of(pipe).denoise(nan_job(pipe)).step()
-        engine_of(pipe).denoise(nan_job(pipe)).step()
+        for _ in range(2):
+            joined(pipe, [nan_job(pipe)])[0].step()
     assert "allocations" not in counts and counts["launches"] == 2
 
 
-def test_job_that_cannot_start(pipe: Pipeline, expected: Expected, gpu: Gpu) -> None:
-    """Its buffers are not handed on: they have been freed."""
-    pipe("fox", **QUICK)
-    used = gpu.used_bytes()
-    wrong = replace(nan_job(pipe), mask=np.zeros((2, 1, 3, 3), np.float32))
-    for _ in range(2):
-        with pytest.raises(MachineError, match="step: ValueError"):
-            engine_of(pipe).denoise(wrong)
+def test_job_that_does_not_fit(pipe: Pipeline, expected: Expected) -> None:
+    """It is refused before anything is written, and its slot stays free."""
+    job = nan_job(pipe)
+    batch: RunningBatch = engine_of(pipe).open(job.shape, 1)
+    for name, wrong in (
+        ("mask", replace(job, inputs={**job.inputs, "mask": np.zeros((1, 3, 3), np.float32)})),
+        ("noise", replace(job, tables={**job.tables, "noise": np.zeros((2, 4, 8, 8), np.float32)})),
+        ("context 0", replace(job, contexts=(np.zeros((3, 77, 64), np.float32),))),
+        ("concat", replace(job, inputs={**job.inputs, "concat": np.zeros((2, 5, 8, 8), np.float32)})),
+    ):
+        with pytest.raises(UsageError, match=f"step: {name}: shape .*, this batch takes"):
+            batch.join(wrong)
+    assert batch.join(job) == 0
+    with pytest.raises(UsageError, match="all 1 slots are taken"):
+        batch.join(job)
+    batch.close()
     same(pipe, expected, **QUICK)
-    assert gpu.used_bytes() == used
 
 
 def test_idle_slots_are_bounded(pipe: Pipeline, expected: Expected, gpu: Gpu) -> None:
@@ -568,7 +586,7 @@ def check_without_graphs(pipe: Pipeline, expected: Expected, gpu: Gpu, caplog: p
     assert warning.getMessage().startswith("CUDA graphs are off for this pipeline: ") and why in warning.getMessage()
     with gpu.counted() as counts:
         pipe("fox", **QUICK)
-    assert counts == {"runs": 3 + 1, "h2d": 2, "d2h": 1, "syncs": 2, "records": 3, "events": 2, "polls": 2}
+    assert counts == {"runs": 3 + 1, "h2d": 2, "d2h": 1, "d2d": 1, "syncs": 2, "records": 4, "events": 3, "polls": 2}
 
 
 def test_memory_runs_out_during_capture(pipe: Pipeline, expected: Expected, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -600,7 +618,7 @@ def test_t9_execute_refuses(pipe: Pipeline, expected: Expected, gpu: Gpu, graph:
 def test_execute_refuses_without_graphs(pipe: Pipeline, expected: Expected, gpu: Gpu) -> None:
     gpu.faults.capture = "refused"
     pipe("fox", **QUICK)
-    gpu.faults.runs[names.STEP] = 2
+    gpu.faults.runs[STEP] = 2
     with pytest.raises(MachineError, match="step: TensorRT refused to run"):
         pipe("sun", **QUICK)
     assert np.array_equal(pipe("fox", **QUICK).images, expected(**QUICK))
@@ -704,7 +722,7 @@ def test_no_memory_at_the_first_picture(pipe: Pipeline, expected: Expected, gpu:
         pipe("fox", **QUICK)
     assert "smaller --size or --batch" in caught.value.fix
     engine = engine_of(pipe)
-    kept = [*engine._blocks.values(), *(block for slot in engine._free for block in (slot.inputs, slot.outputs))]
+    kept = [*engine._blocks.values(), *(block for step in engine._free for block in (step.inputs, step.outputs))]
     assert gpu.used_bytes() - engine.activation_bytes == sum(block.layout.size_bytes for block in kept), "while the error is still held"
     same(pipe, expected, **QUICK)
 
@@ -795,7 +813,7 @@ def test_damaged_plan(gpu: Gpu, small_bundle: Path, blank: Path, graph: str, dam
 
 
 def test_damaged_plan_of_a_graph_that_is_not_loaded(gpu: Gpu, small_bundle: Path, blank: Path) -> None:
-    (compile_engine(blank, graphs=small_bundle) / f"{names.VAE_ENCODER}.plan").unlink()
+    (compile_engine(blank, graphs=small_bundle) / f"{VAE_ENCODER}.plan").unlink()
     load(blank).close()
 
 
@@ -820,7 +838,7 @@ def test_engine_of_another_bundle(gpu: Gpu, bundle: Path, blank: Path, changed: 
     (folder,) = (bundle / "engines").iterdir()
     record = read_engine(folder)
     digest = "0" * 64
-    key = replace(record.key, weights=digest) if changed == "weights" else replace(record.key, graphs=record.key.graphs | {names.STEP: digest})
+    key = replace(record.key, weights=digest) if changed == "weights" else replace(record.key, graphs=record.key.graphs | {STEP: digest})
     write_engine(open_bundle(blank), replace(record, key=key), {graph: read_plan(folder, record, graph) for graph in record.plans})
     with pytest.raises(MachineError, match=f"built for {changed} that have changed") as caught:
         load(blank)

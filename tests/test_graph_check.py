@@ -16,7 +16,9 @@ from onnx import TensorProto, helper
 from typer.testing import CliRunner
 
 from sdrt import graph_check
-from sdrt.bundle import MANIFEST, STEP, WEIGHTS, file_record, open_bundle
+from sdrt.bundle.folder import file_record, open_bundle
+from sdrt.bundle.graphs import STEP
+from sdrt.bundle.manifest import MANIFEST, WEIGHTS
 from sdrt.cli import app
 from sdrt.engine_cache import list_engines, read_plan, write_engine
 from sdrt.errors import BundleError

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from sdrt.bundle import Diffusion
+from sdrt.bundle.manifest import Diffusion
 from sdrt.errors import UsageError
 from sdrt.runtime.noise import MAX_SEED, NOISES, CpuNoise, NvNoise, draw_noise, noise_stream, philox
 from sdrt.runtime.samplers import Row, plan_rows

@@ -25,7 +25,9 @@ from test_boundaries import LOCKED_DOWN, run_python
 from test_openvino_model import HAS_BF16, needs_bf16
 from typer.testing import CliRunner
 
-from sdrt.bundle import ENGINES, GRAPHS, STEP, TEXT_ENCODER, VAE_DECODER, open_bundle
+from sdrt.bundle.folder import open_bundle
+from sdrt.bundle.graphs import GRAPHS, STEP, TEXT_ENCODER, VAE_DECODER
+from sdrt.bundle.manifest import ENGINES
 from sdrt.cli import app
 from sdrt.cli import compile as cli_compile
 from sdrt.compile import openvino as compiling
@@ -36,7 +38,7 @@ from sdrt.engine_shapes import EngineShapes
 from sdrt.errors import BundleError, MachineError, MissingEngineError, ResourceError, UsageError
 from sdrt.runtime import Pipeline, cpu, engine, openvino_model
 from sdrt.runtime import openvino as backend
-from sdrt.runtime.engine import Job, Tables
+from sdrt.runtime.engine import Job
 from sdrt.runtime.onnxruntime import OnnxRuntimeEngine
 from sdrt.runtime.openvino import OpenVinoEngine
 from sdrt.runtime.openvino_model import StepShape, choose_precision, compile_graph, explained, import_blob, import_openvino
@@ -143,41 +145,43 @@ def job(rows: int, *, tokens: int = 77, branches: int = 2, width: int = 12) -> J
     def drawn(*shape: int) -> Any:
         return rng.standard_normal(shape, np.float32)
 
-    mixed = 0.3 * drawn(rows, 4, 6)
-    a, u, q, w = 0.5 * drawn(rows, 4), 0.3 * drawn(rows, 4), 0.3 * drawn(rows), drawn(rows, branches)
-    made = Tables(np.linspace(999, 1, rows, dtype=np.float32), a, w, u, q, mixed, np.zeros((rows, 3), np.float32))
+    tables = {
+        "timestep": np.linspace(999, 1, rows, dtype=np.float32), "a": 0.3 * drawn(rows, 8), "w": drawn(rows, branches), "v": drawn(rows, branches),
+        "u": 0.2 * drawn(rows, 8), "q": 0.3 * drawn(rows), "M": 0.2 * drawn(rows, 8, 11), "inpaint": np.zeros((rows, 3), np.float32),
+        "noise": drawn(rows, 4, 8, width),
+    }  # fmt: skip
     sets = tuple(drawn(branches, tokens, 64) for _ in range(2))
-    changing = tuple(row // 3 % 2 for row in range(rows))
-    shape = (4, 8, width)
-    noise = np.zeros((rows, 1, *shape), np.float32)
-    return Job(made, noise, sets, changing, np.zeros((1, *shape), np.float32), drawn(1, *shape), np.zeros((1, 1, *shape[1:]), np.float32))
+    inputs = {"init": np.zeros((4, 8, width), np.float32), "init_noise": drawn(4, 8, width), "mask": np.zeros((1, 8, width), np.float32)}
+    return Job(tables, inputs, sets, tuple(row // 3 % 2 for row in range(rows)))
 
 
 def test_contexts_change_between_rows(exact_pipe: Pipeline, small_reference: Pipeline) -> None:
     latents = []
     for pipeline in (exact_pipe, small_reference):
         assert pipeline._engine is not None
-        denoising = pipeline._engine.denoise(job(7))
+        batch = pipeline._engine.open(job(7).shape, 1)
+        slot = batch.join(job(7))
         for _ in range(7):
-            denoising.step()
-        latents.append(denoising.latents())
-        denoising.close()
-        denoising.close()
+            batch.step()
+        latents.append(batch.latents([slot]))
+        batch.close()
+        batch.close()
     assert np.linalg.norm(latents[0] - latents[1]) <= 1e-4 * np.linalg.norm(latents[1])
 
 
-def test_what_a_job_reads_outlives_its_setup(exact_pipe: Pipeline) -> None:
-    """A picture that does not fill its engine is filled up: OpenVINO keeps the addresses of these copies, so somebody must keep the copies."""
+def test_what_a_batch_reads_outlives_its_setup(exact_pipe: Pipeline) -> None:
+    """OpenVINO keeps the addresses of what it reads, so somebody must keep the memory."""
     engine = exact_pipe._engine
     assert engine is not None
-    expected = engine.denoise(job(2))
-    denoising = engine.denoise(job(2))
+    batches = [engine.open(job(2).shape, 1) for _ in range(2)]
     garbage = [np.full(size // 4, np.nan, np.float32) for size in (768, 3072) for _ in range(2000)]  # the sizes of mask, init and unit noise
-    for one in (denoising, expected):
-        one.step()
-        one.step()
-    assert len(garbage) == 4000 and np.isfinite(denoising.latents()).all()
-    assert np.array_equal(denoising.latents(), expected.latents())
+    latents = []
+    for batch in batches:
+        slot = batch.join(job(2))
+        batch.step()
+        batch.step()
+        latents.append(batch.latents([slot]))
+    assert len(garbage) == 4000 and np.isfinite(latents).all() and np.array_equal(*latents)
 
 
 def test_images_are_encoded(exact_pipe: Pipeline, small_reference: Pipeline) -> None:
@@ -546,19 +550,25 @@ def test_each_part_of_a_batch_has_its_own_pictures_inputs(small: Path, small_ref
     def drawn(*shape: int) -> Any:
         return rng.standard_normal(shape, np.float32)
 
-    several = replace(
-        made, noise=drawn(4, 5, 4, 8, 8), contexts=(drawn(10, 77, 64), drawn(10, 77, 64)), init=drawn(5, 4, 8, 8), unit_noise=drawn(5, 4, 8, 8),
-        mask=rng.integers(0, 2, (5, 1, 8, 8)).astype(np.float32), tables=replace(made.tables, inpaint=np.full((4, 3), 0.5, np.float32)),
-    )  # fmt: skip
+    several = [
+        replace(
+            made,
+            tables={**made.tables, "noise": drawn(4, 4, 8, 8), "inpaint": np.full((4, 3), 0.5, np.float32)},
+            inputs={"init": drawn(4, 8, 8), "init_noise": drawn(4, 8, 8), "mask": rng.integers(0, 2, (1, 8, 8)).astype(np.float32)},
+            contexts=(drawn(2, 77, 64), drawn(2, 77, 64)),
+        )
+        for _ in range(5)
+    ]
     latents = []
     engines = [OpenVinoEngine(open_bundle(small), 1), small_reference._engine]
     for one in engines:
         assert one is not None
-        denoising = one.denoise(several)
+        batch = one.open(made.shape, 5)
+        slots = [batch.join(each) for each in several]
         for _ in range(4):
-            denoising.step()
-        latents.append(denoising.latents())
-        denoising.close()
+            batch.step()
+        latents.append(batch.latents(slots))
+        batch.close()
     tolerance = 2e-2 if HAS_BF16 else 1e-4
     errors = [np.linalg.norm(a - b) / np.linalg.norm(b) for a, b in zip(*latents, strict=True)]
     assert len(errors) == 5 and max(errors) <= tolerance
@@ -705,7 +715,7 @@ def test_no_memory_for_a_request(exact: Path, monkeypatch: pytest.MonkeyPatch) -
         assert isinstance(engine, OpenVinoEngine)
         with monkeypatch.context() as patch:
             patch.setattr(engine, "_load", lambda *_: backend._Loaded(Full()))
-            for call in (lambda: engine.decode(np.zeros((1, 4, 8, 12), np.float32), 0.5), lambda: engine.denoise(job(2))):
+            for call in (lambda: engine.decode(np.zeros((1, 4, 8, 12), np.float32), 0.5), lambda: engine.open(job(2).shape, 1)):
                 with pytest.raises(ResourceError, match=rf"^{re.escape(str(exact))}: (vae_decoder|step): out of memory"):
                     call()
         assert engine.decode(np.zeros((1, 4, 8, 12), np.float32), 0.5)[1].all()

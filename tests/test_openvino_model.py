@@ -9,7 +9,8 @@ import numpy as np
 import onnx
 import pytest
 
-from sdrt.bundle import STEP, VAE_DECODER, open_bundle
+from sdrt.bundle.folder import open_bundle
+from sdrt.bundle.graphs import STEP, VAE_DECODER
 from sdrt.runtime import openvino_model
 from sdrt.runtime.openvino_model import StepShape, compile_graph, import_openvino
 

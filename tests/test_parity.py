@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from sdrt.bundle import file_record
+from sdrt.bundle.folder import file_record
 from sdrt.errors import CheckFailed, MachineError
 from sdrt.runtime.verify import verify
 

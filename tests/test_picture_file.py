@@ -17,7 +17,7 @@ from sd_parsers import ParserManager
 from test_cli import failed, run
 from test_images import bomb
 
-from sdrt.bundle import bundle_id
+from sdrt.bundle.folder import bundle_id
 from sdrt.errors import InputFileError, UsageError
 from sdrt.runtime import Pipeline
 from sdrt.runtime.infotext import infotext

@@ -15,7 +15,8 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from sd_parsers import ParserManager
 
-from sdrt.bundle import Manifest, Source, bundle_id, open_bundle
+from sdrt.bundle.folder import bundle_id, open_bundle
+from sdrt.bundle.manifest import Manifest, Source
 from sdrt.errors import InputFileError, SdrtError, UsageError
 from sdrt.runtime.infotext import parse_infotext
 from sdrt.runtime.picture_file import parameters_of, read_said

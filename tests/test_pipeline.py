@@ -19,11 +19,11 @@ from conftest import EMOJI
 from numpy.typing import NDArray
 from reference import TRAINING, psnr
 
-from sdrt.bundle import Bundle, open_bundle
+from sdrt.bundle.folder import Bundle, open_bundle
 from sdrt.engine_shapes import JobShape
 from sdrt.errors import BundleError, ClosedError, InputFileError, MachineError, NonFiniteError, ResourceError, UsageError
 from sdrt.runtime import Pipeline, Result, Step
-from sdrt.runtime.engine import Denoising, Engine, Float, Job, Pixels
+from sdrt.runtime.engine import BatchShape, Engine, Float, Job, Pixels, RunningBatch
 from sdrt.runtime.request_memory import Demand
 from sdrt.runtime.tokenizer import Tokenizer
 
@@ -296,8 +296,12 @@ class Poisoned:
     def free_bytes(self, shape: JobShape) -> int | None:
         return None
 
-    def denoise(self, job: Job) -> Denoising:
-        return self._engine.denoise(replace(job, unit_noise=np.full_like(job.unit_noise, np.nan)) if self.armed else job)
+    def open(self, shape: BatchShape, capacity: int) -> RunningBatch:
+        batch: Any = self._engine.open(shape, capacity)
+        join = batch.join
+        batch.join = lambda job: join(replace(job, inputs=job.inputs | {"init_noise": np.full_like(job.inputs["init_noise"], np.nan)}) if self.armed else job)
+        opened: RunningBatch = batch
+        return opened
 
 
 @pytest.mark.parametrize("sampler", ["euler", "euler_a", "heun", "dpmpp_2m"])
@@ -361,7 +365,7 @@ def test_guidance_so_large_that_it_overflows(flat: Pipeline) -> None:
         ({"cfg": "7"}, "cfg '7': expected a number"),
         ({"guidance": 3}, "setting 'guidance': unknown\nChoose among: negative, steps"),
         ({"sampler_name": "euler"}, "setting 'sampler_name': unknown; did you mean 'sampler'"),
-        ({"init_image": 5}, "init image: expected a path, a Pillow image or an array, found int"),
+        ({"init_image": 5}, "init image: expected a path, bytes, a file object, a Pillow image or an array, found int"),
         ({"init_image": np.zeros((64, 64, 3), np.uint8), "strength": float("nan")}, "strength nan: expected a finite number, more than 0 and at most 1"),
         ({"sampler": "eulr"}, "sampler 'eulr': unknown; did you mean 'euler'"),
         ({"schedule": "leading"}, "schedule 'leading': sampler euler cannot take it"),
@@ -428,29 +432,40 @@ def test_a_changed_bundle_is_not_loaded(flat_bundle: Path, tmp_path: Path, name:
 # Logic, over an engine that computes nothing
 
 
-class FakeDenoising:
-    def __init__(self, engine: FakeEngine, job: Job) -> None:
-        self.engine, self.job, self.rows, self.closed = engine, job, 0, False
+class FakeBatch:
+    def __init__(self, engine: FakeEngine, capacity: int) -> None:
+        self.engine, self.capacity, self.rows, self.closed = engine, capacity, 0, False
+        self.jobs: list[Job] = []
+
+    def join(self, job: Job) -> int:
+        self.jobs.append(job)
+        return len(self.jobs) - 1
 
     def step(self) -> None:
-        assert not self.closed
+        assert not self.closed and len(self.jobs) == self.capacity
         if self.rows == self.engine.fail_at_row:
             raise ResourceError("fake: out of memory")
         self.rows += 1
 
-    def latents(self) -> Float:
-        assert self.rows == len(self.job.tables.timestep) and not self.closed
-        final = self.job.unit_noise.copy()
+    def leave(self, slot: int) -> None:
+        raise AssertionError("the batch is closed instead")
+
+    def latents(self, slots: Sequence[int]) -> Float:
+        assert all(self.rows == job.rows for job in self.jobs) and not self.closed
+        final = np.stack([self.jobs[slot].inputs["init_noise"] for slot in slots])
         for i in self.engine.bad_latents & set(range(len(final))):
             final[i, 0, 0, 0] = np.inf
         return final
 
-    def denoised(self) -> Float:
+    def denoised(self, slots: Sequence[int]) -> Float:
         assert not self.closed
-        return np.full_like(self.job.unit_noise, self.rows)
+        return np.stack([np.full_like(self.jobs[slot].inputs["init"], self.rows) for slot in slots])
 
-    def decode(self, rounding: float) -> tuple[Pixels, NDArray[np.bool_]]:
-        return self.engine.decode(self.latents(), rounding)
+    def decode(self, slots: Sequence[int], rounding: float) -> tuple[Pixels, NDArray[np.bool_]]:
+        return self.engine.decode(self.latents(slots), rounding)
+
+    def describe(self) -> dict[str, Any]:
+        return self.engine.describe()
 
     def close(self) -> None:
         self.closed = True
@@ -462,10 +477,9 @@ class FakeEngine:
     backend = "fake"
 
     def __init__(self) -> None:
-        self.texts: list[tuple[NDArray[np.int64], Float, int]] = []
+        self.texts: list[tuple[NDArray[np.int64], int]] = []
         self.images: list[tuple[Pixels, Float]] = []
-        self.jobs: list[Job] = []
-        self.denoisings: list[FakeDenoising] = []
+        self.batches: list[FakeBatch] = []
         self.roundings: list[float] = []
         self.bad_latents: set[int] = set()
         self.bad_pixels: set[int] = set()
@@ -477,18 +491,21 @@ class FakeEngine:
     def free_bytes(self, shape: JobShape) -> int | None:
         return None
 
-    def encode_text(self, tokens: NDArray[np.int64], emphasis: Float, clip_skip: int) -> Float:
-        self.texts.append((tokens, emphasis, clip_skip))
+    @property
+    def jobs(self) -> list[Job]:
+        return [job for batch in self.batches for job in batch.jobs]
+
+    def encode_text(self, tokens: NDArray[np.int64], clip_skip: int) -> Float:
+        self.texts.append((tokens, clip_skip))
         return np.repeat(tokens[:, :, None], 64, axis=2).astype(np.float32)
 
     def encode_image(self, pixels: Pixels, noise: Float) -> Float:
         self.images.append((pixels, noise))
         return np.full_like(noise, 0.5)
 
-    def denoise(self, job: Job) -> Denoising:
-        self.jobs.append(job)
-        self.denoisings.append(FakeDenoising(self, job))
-        return self.denoisings[-1]
+    def open(self, shape: BatchShape, capacity: int) -> RunningBatch:
+        self.batches.append(FakeBatch(self, capacity))
+        return self.batches[-1]
 
     def decode(self, latents: Float, rounding: float) -> tuple[Pixels, NDArray[np.bool_]]:
         self.roundings.append(rounding)
@@ -496,7 +513,7 @@ class FakeEngine:
         finite = np.array([i not in self.bad_pixels and bool(np.isfinite(latents[i]).all()) for i in range(n)])
         return np.zeros((n, 8 * h, 8 * w, 3), np.uint8), finite
 
-    def describe(self, job: Job | None = None) -> dict[str, Any]:
+    def describe(self) -> dict[str, Any]:
         return {"backend": self.backend, "device": "none"}
 
 
@@ -508,7 +525,7 @@ def fake() -> FakeEngine:
 @pytest.fixture
 def over_fake(fake: FakeEngine, flat_bundle: Path) -> Pipeline:
     bundle = open_bundle(flat_bundle)
-    return Pipeline(bundle, fake, Tokenizer(bundle.file("tokenizer/tokenizer.json"), bundle.manifest.text))
+    return Pipeline(bundle, fake, Tokenizer(bundle.file("tokenizer/tokenizer.json"), bundle.manifest.text[0]))
 
 
 def clip_ids(word: str) -> list[int]:
@@ -525,15 +542,13 @@ def randn(seed: int, draws: int, shape: tuple[int, ...] = (4, 8, 8)) -> list[Flo
 def test_noise_of_an_ancestral_sampler(fake: FakeEngine, over_fake: Pipeline, batch: int) -> None:
     """One stream per picture: first the unit noise, then one draw per row in order; the last row takes none."""
     over_fake("fox", noise="cpu", seed=2**33 + 7, sampler="euler_a", steps=4, batch=batch, count=3)
-    assert [len(job.unit_noise) for job in fake.jobs] == {1: [1, 1, 1], 2: [2, 1], 3: [3]}[batch]
-    unit_noise = np.concatenate([job.unit_noise for job in fake.jobs])
-    noise = np.concatenate([job.noise for job in fake.jobs], axis=1)
-    assert noise.shape == (4, 3, 4, 8, 8)
-    for i in range(3):
-        expected = randn(2**33 + 7 + i, 4)
-        assert np.abs(unit_noise[i] - expected[0]).max() < 1e-6
+    assert [len(each.jobs) for each in fake.batches] == {1: [1, 1, 1], 2: [2, 1], 3: [3]}[batch]
+    for i, job in enumerate(fake.jobs):
+        expected, noise = randn(2**33 + 7 + i, 4), job.tables["noise"]
+        assert noise.shape == (4, 4, 8, 8)
+        assert np.abs(job.inputs["init_noise"] - expected[0]).max() < 1e-6
         for row in range(3):
-            assert np.abs(noise[row, i] - expected[row + 1]).max() < 1e-6
+            assert np.abs(noise[row] - expected[row + 1]).max() < 1e-6
         assert not noise[3].any()
 
 
@@ -541,32 +556,31 @@ def test_noise_of_an_ancestral_sampler(fake: FakeEngine, over_fake: Pipeline, ba
 def test_noise_of_other_samplers(fake: FakeEngine, over_fake: Pipeline, sampler: str) -> None:
     over_fake("fox", noise="cpu", seed=8, sampler=sampler, steps=3, size=(96, 64))
     (job,) = fake.jobs
-    assert np.abs(job.unit_noise[0] - randn(8, 1, (4, 8, 12))[0]).max() < 1e-6
-    assert not job.noise.any() and not job.init.any() and not job.mask.any()
+    assert np.abs(job.inputs["init_noise"] - randn(8, 1, (4, 8, 12))[0]).max() < 1e-6
+    assert not job.tables["noise"].any() and not job.inputs["init"].any() and not job.inputs["mask"].any()
 
 
 def test_jobs_with_guidance(fake: FakeEngine, over_fake: Pipeline) -> None:
     over_fake("fox", negative="sun", cfg=2.5, seed=1, steps=3, batch=2, count=2, size=(72, 104))
-    ((tokens, emphasis, clip_skip),) = fake.texts
+    ((tokens, clip_skip),) = fake.texts
     fox, sun = clip_ids("fox"), clip_ids("sun")
-    assert tokens.tolist() == [sun, fox] and tokens.dtype == np.int64
-    assert emphasis.dtype == np.float32 and emphasis.shape == (2, 77) and (emphasis == 1).all() and clip_skip == 1
-    (job,) = fake.jobs
-    assert job.contexts[0][:, :, 0].tolist() == [sun, sun, fox, fox]  # branch-major
-    assert job.tables.w.tolist() == [[-1.5, 2.5]] * 3
-    shapes = {"noise": (3, 2, 4, 13, 9), "init": (2, 4, 13, 9), "unit_noise": (2, 4, 13, 9), "mask": (2, 1, 13, 9)}
-    assert job.contexts[0].shape == (4, 77, 64) and job.context_of_row == (0, 0, 0) and job.concat is None
-    assert {name: getattr(job, name).shape for name in shapes} == shapes
-    assert {getattr(job, name).dtype for name in shapes} == {np.dtype(np.float32)}
-    assert [denoising.rows for denoising in fake.denoisings] == [3] and fake.roundings == [0.0]
+    assert tokens.tolist() == [sun, fox] and tokens.dtype == np.int64 and clip_skip == 1
+    one, two = fake.jobs
+    for job in (one, two):
+        assert job.contexts[0][:, :, 0].tolist() == [sun, fox] and job.contexts[0].shape == (2, 77, 64) and job.context_of_row == (0, 0, 0)
+        assert job.tables["w"].tolist() == [[-1.5, 2.5]] * 3 and job.tables["noise"].shape == (3, 4, 13, 9)
+        assert {name: array.shape for name, array in job.inputs.items()} == {"init": (4, 13, 9), "init_noise": (4, 13, 9), "mask": (1, 13, 9)}
+        assert {array.dtype for array in (*job.inputs.values(), *job.tables.values())} == {np.dtype(np.float32)}
+    assert not np.array_equal(one.inputs["init_noise"], two.inputs["init_noise"])
+    assert [batch.rows for batch in fake.batches] == [3] and fake.roundings == [0.0]
 
 
 def test_jobs_without_guidance(fake: FakeEngine, over_fake: Pipeline) -> None:
     over_fake("fox", negative="sun", cfg=1, seed=1, steps=3, batch=2, count=3)
-    ((tokens, *_),) = fake.texts  # encoded once for all batches
+    ((tokens, _),) = fake.texts  # encoded once for all batches
     assert tokens.tolist() == [clip_ids("fox")]
-    assert [job.contexts[0].shape for job in fake.jobs] == [(2, 77, 64), (1, 77, 64)]
-    assert all(job.tables.w.tolist() == [[1.0]] * 3 for job in fake.jobs)
+    assert [len(batch.jobs) for batch in fake.batches] == [2, 1]
+    assert all(job.contexts[0].shape == (1, 77, 64) and job.tables["w"].tolist() == [[1.0]] * 3 for job in fake.jobs)
 
 
 def test_what_a_result_says(over_fake: Pipeline) -> None:
@@ -577,13 +591,15 @@ def test_what_a_result_says(over_fake: Pipeline) -> None:
         "prompt": "fox", "negative": "sun", "steps": 3, "cfg": 2, "sampler": "dpmpp_2m", "schedule": "karras", "size": [64, 64], "batch": 2, "clip_skip": 1,
     }  # fmt: skip
     assert {name: result.parameters[name] for name in expected} == expected
-    assert set(result.timings_ms) == {"total", "text_encoder", "image_encoder", "denoise", "decode", "steps"} and len(result.timings_ms["steps"]) == 6
+    assert (
+        set(result.timings_ms) == {"total", "tokenise", "text_encoder", "image_encoder", "denoise", "decode", "steps"} and len(result.timings_ms["steps"]) == 6
+    )
 
 
 def test_default_size_is_the_bundle_s(fake: FakeEngine, flat_bundle: Path) -> None:
     opened = open_bundle(flat_bundle)
     bundle = Bundle(opened.path, replace(opened.manifest, latents=replace(opened.manifest.latents, size=(128, 72))))
-    pipeline = Pipeline(bundle, fake, Tokenizer(bundle.file("tokenizer/tokenizer.json"), bundle.manifest.text))
+    pipeline = Pipeline(bundle, fake, Tokenizer(bundle.file("tokenizer/tokenizer.json"), bundle.manifest.text[0]))
     assert pipeline("fox", steps=1).images.shape == (1, 72, 128, 3)
     assert pipeline("fox", steps=1, size=(64, 80)).images.shape == (1, 80, 64, 3)
 
@@ -607,19 +623,19 @@ def test_stream_works_only_when_asked(fake: FakeEngine, over_fake: Pipeline) -> 
     stream = over_fake.stream("fox", seed=7, steps=3)
     assert fake.texts == [] and fake.jobs == []
     step: Step = next(stream)
-    assert [denoising.rows for denoising in fake.denoisings] == [1]
+    assert [batch.rows for batch in fake.batches] == [1]
     assert (step.denoised() == 1).all() and step.preview().shape == (1, 64, 64, 3)
     next(stream)
-    assert fake.denoisings[0].rows == 2 and not fake.denoisings[0].closed
+    assert fake.batches[0].rows == 2 and not fake.batches[0].closed
     stream.close()
-    assert fake.denoisings[0].rows == 2 and fake.denoisings[0].closed
+    assert fake.batches[0].rows == 2 and fake.batches[0].closed
 
 
 def test_every_job_is_closed(fake: FakeEngine, over_fake: Pipeline) -> None:
     for step in over_fake.stream("fox", seed=7, steps=3, batch=2, count=5):
         assert step.preview().shape[1:] == (64, 64, 3)  # the last step of a batch too
-        assert [denoising.closed for denoising in fake.denoisings] == [True] * (step.picture // 2) + [False]
-    assert [denoising.closed for denoising in fake.denoisings] == [True] * 3
+        assert [batch.closed for batch in fake.batches] == [True] * (step.picture // 2) + [False]
+    assert [batch.closed for batch in fake.batches] == [True] * 3
     fake.fail_at_row = 1
     with pytest.raises(ResourceError):
         over_fake("fox", seed=7, steps=3)
@@ -627,4 +643,4 @@ def test_every_job_is_closed(fake: FakeEngine, over_fake: Pipeline) -> None:
     fake.bad_pixels = {0}
     with pytest.raises(NonFiniteError):
         over_fake("fox", seed=7, steps=3)
-    assert len(fake.denoisings) == 5 and all(denoising.closed for denoising in fake.denoisings)
+    assert len(fake.batches) == 5 and all(batch.closed for batch in fake.batches)

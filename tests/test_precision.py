@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 from onnx import TensorProto
 from reference import identity_step, psnr, relative
 
-from sdrt import bundle as names
-from sdrt.bundle import open_bundle
-from sdrt.export.precision import ISLANDS, to_half
+from sdrt.bundle.folder import open_bundle
+from sdrt.bundle.graphs import GRAPHS, STEP, TEXT_ENCODER, VAE_DECODER, VAE_ENCODER
+from sdrt.bundle.manifest import TOKENIZER, WEIGHTS, Component
+from sdrt.export.precision import to_half
 from sdrt.runtime.chunks import chunk_segments
 from sdrt.runtime.engine import tables
 from sdrt.runtime.noise import CpuNoise
@@ -82,21 +83,21 @@ class Networks:
     def picture(self, prompt: str, sampler: str, steps: int, seed: int, cfg: float = 3.0) -> tuple[Array, Array]:
         """Latents and pixels; the loop is written out here."""
         manifest = self._bundle.manifest
-        tokenizer = Tokenizer(self._bundle.file(names.TOKENIZER), manifest.text)
+        tokenizer = Tokenizer(self._bundle.file(TOKENIZER), manifest.text[0])
         tokens = np.array([chunk.tokens for text in ("", prompt) for chunk in chunk_segments(tokenizer, [Segment(text, 1.0)])])
-        context = self.run(names.TEXT_ENCODER, tokens=tokens, emphasis=np.ones(tokens.shape, np.float32))["context_skip_1"]
+        context = self.run(TEXT_ENCODER, tokens=tokens)["context_skip_1"]
         rows = plan_rows(sampler, "normal", steps, manifest.diffusion)
-        table = vars(tables(rows, [[1 - cfg, cfg]] * len(rows)))
+        table = tables(rows, [[1 - cfg, cfg]] * len(rows)) | {"next": np.arange(1, len(rows) + 1)}
         stream = CpuNoise(seed)
         unit, zeros = stream.draw((1, 4, 8, 8)), np.zeros((1, 4, 8, 8), np.float32)
-        noise = np.stack([stream.draw((1, 4, 8, 8)) if row.noise is not None else zeros for row in rows])
-        state = {"registers": np.stack([zeros, unit, zeros, zeros]), "row": np.zeros(1, np.int64)}
-        still = {"noise": noise, "context": context, "mask": zeros[:, :1], "init": zeros, "init_noise": unit}
+        noise = np.concatenate([stream.draw((1, 4, 8, 8)) if row.noise is not None else zeros for row in rows])
+        state = {"registers": np.stack([zeros, unit, *[zeros] * 6], axis=1), "row": np.zeros(1, np.int64)}
+        still = {"noise": noise, "context": context[None], "mask": zeros[:, :1], "init": zeros, "init_noise": unit}
         for _ in rows:
-            found = self.run(names.STEP, **table, **state, **still)
+            found = self.run(STEP, **table, **state, **still)
             state = {"registers": found["next_registers"], "row": found["next_row"]}
-        latents = state["registers"][0]
-        return latents, self.run(names.VAE_DECODER, latents=latents, rounding=np.array([0.5], np.float32))["pixels"]
+        latents = state["registers"][:, 0]
+        return latents, self.run(VAE_DECODER, latents=latents, rounding=np.array([0.5], np.float32))["pixels"]
 
     def types(self, graph: str) -> dict[str, int]:
         """Element types of a graph's inputs and outputs, as ONNX Runtime infers them."""
@@ -129,13 +130,13 @@ def single(flat_bundle: Path) -> Networks:
 @pytest.fixture(scope="module")
 def half(flat_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Networks:
     folder = tmp_path_factory.mktemp("watched")
-    shutil.copyfile(flat_bundle / names.WEIGHTS, folder / "weights.safetensors")
+    shutil.copyfile(flat_bundle / WEIGHTS, folder / "weights.safetensors")
     return Networks(flat_bundle, "fp16", watched=folder)
 
 
 @pytest.fixture(scope="module")
 def halves(flat_bundle: Path, half: Networks) -> dict[str, Graph]:
-    return {graph: Graph(open_bundle(flat_bundle).graph(graph, "fp16"), half.types(graph)) for graph in names.GRAPHS}
+    return {graph: Graph(open_bundle(flat_bundle).graph(graph, "fp16"), half.types(graph)) for graph in GRAPHS}
 
 
 @pytest.mark.parametrize(("prompt", "sampler", "seed"), [("red apple", "dpmpp_2m", 1), ("robot", "euler_a", 3)])
@@ -152,15 +153,15 @@ def test_pictures_after_20_steps(single: Networks, half: Networks, prompt: str, 
 def test_image_encoder(single: Networks, half: Networks) -> None:
     pixels = np.random.RandomState(4).randint(0, 256, (2, 64, 72, 3)).astype(np.uint8)
     noise = np.random.RandomState(5).standard_normal((2, 4, 8, 9)).astype(np.float32)
-    found, expected = (networks.run(names.VAE_ENCODER, pixels=pixels, noise=noise)["latents"] for networks in (half, single))
+    found, expected = (networks.run(VAE_ENCODER, pixels=pixels, noise=noise)["latents"] for networks in (half, single))
     assert 0 < relative(found, expected) < 0.01
 
 
 @pytest.mark.parametrize("timestep", [0.0, 1.783, 961.733, 999.0])
 def test_timestep_keeps_its_fraction(single: Networks, half: Networks, timestep: float) -> None:
     """As a float16, 961.733 would be 961.5: the angles of the sinusoid would be off by a quarter of a radian."""
-    angles = [name for name in half.run(names.STEP, **step_inputs(timestep)) if name in ("cos", "sin")]
-    found, near = half.run(names.STEP, **step_inputs(timestep)), half.run(names.STEP, **step_inputs(float(np.float16(timestep))))
+    angles = [name for name in half.run(STEP, **step_inputs(timestep)) if name in ("cos", "sin")]
+    found, near = half.run(STEP, **step_inputs(timestep)), half.run(STEP, **step_inputs(float(np.float16(timestep))))
     assert sorted(angles) == ["cos", "sin"] and all(found[name].dtype == np.float32 for name in angles)
     frequencies = np.exp(-np.log(10000) * np.arange(found["cos"].shape[-1]) / found["cos"].shape[-1])
     for name, function in (("cos", np.cos), ("sin", np.sin)):
@@ -170,8 +171,8 @@ def test_timestep_keeps_its_fraction(single: Networks, half: Networks, timestep:
 
 def step_inputs(timestep: float) -> dict[str, Array]:
     random = np.random.RandomState(6)
-    inputs = identity_step(1, 8, 8, 1, random.standard_normal((1, 77, 64)).astype(np.float32))
-    inputs["registers"][0] = random.standard_normal((1, 4, 8, 8))
+    inputs = identity_step(1, 8, 8, 1, random.standard_normal((1, 1, 77, 64)).astype(np.float32))
+    inputs["registers"][:, 0] = random.standard_normal((1, 4, 8, 8))
     inputs["timestep"][0] = timestep
     return inputs
 
@@ -179,7 +180,7 @@ def step_inputs(timestep: float) -> dict[str, Array]:
 # Where the types change
 
 
-@pytest.mark.parametrize("graph", names.GRAPHS)
+@pytest.mark.parametrize("graph", GRAPHS)
 def test_files_are_valid(halves: dict[str, Graph], tmp_path: Path, graph: str) -> None:
     """By path, so that the external weights are found; operand types are checked as a strongly typed engine checks them."""
     # A copy: the checker refuses weights with a second hard link, and other tests link this bundle's files.
@@ -187,7 +188,7 @@ def test_files_are_valid(halves: dict[str, Graph], tmp_path: Path, graph: str) -
     onnx.checker.check_model(str(copied), full_check=True)
 
 
-@pytest.mark.parametrize("graph", names.GRAPHS)
+@pytest.mark.parametrize("graph", GRAPHS)
 def test_borders_are_float32(halves: dict[str, Graph], graph: str, flat_bundle: Path) -> None:
     found, single = halves[graph].model.graph, onnx.load(open_bundle(flat_bundle).graph(graph, "fp32"), load_external_data=False).graph
     assert HALF not in {value.type.tensor_type.elem_type for value in [*found.input, *found.output]}
@@ -195,17 +196,17 @@ def test_borders_are_float32(halves: dict[str, Graph], graph: str, flat_bundle: 
         assert (ours.name, ours.type) == (expected.name, expected.type)
 
 
-@pytest.mark.parametrize("graph", names.GRAPHS)
+@pytest.mark.parametrize("graph", GRAPHS)
 def test_casts_are_at_the_borders_only(halves: dict[str, Graph], graph: str) -> None:
     found = halves[graph]
     casts = [(found.types[node.input[0]], found.types[node.output[0]]) for node in found.nodes if node.op_type == "Cast"]
     assert (casts.count((FLOAT, HALF)), casts.count((HALF, FLOAT))) == BORDERS[graph]
     assert all(HALF not in pair for pair in casts if pair not in ((FLOAT, HALF), (HALF, FLOAT)))
-    if graph == names.STEP:
+    if graph == STEP:
         assert len(casts) == 4
 
 
-@pytest.mark.parametrize("graph", names.GRAPHS)
+@pytest.mark.parametrize("graph", GRAPHS)
 def test_operators_with_a_weight_run_in_half(halves: dict[str, Graph], graph: str) -> None:
     found = halves[graph]
     weighted = [found.nodes[i] for i in found.weighted()]
@@ -214,7 +215,7 @@ def test_operators_with_a_weight_run_in_half(halves: dict[str, Graph], graph: st
         assert found.floats([*node.input, *node.output]) == {HALF}, f"{node.op_type} {node.name}"
 
 
-@pytest.mark.parametrize("graph", names.GRAPHS)
+@pytest.mark.parametrize("graph", GRAPHS)
 def test_no_operator_mixes_types(halves: dict[str, Graph], graph: str) -> None:
     """Scales of Resize aside, which are float32 by definition."""
     for node in halves[graph].nodes:
@@ -222,9 +223,9 @@ def test_no_operator_mixes_types(halves: dict[str, Graph], graph: str) -> None:
             assert len(halves[graph].floats([*node.input, *node.output])) <= 1, f"{node.op_type} {node.name}"
 
 
-@pytest.mark.parametrize("graph", names.GRAPHS)
+@pytest.mark.parametrize("graph", GRAPHS)
 def test_tail_is_float32(halves: dict[str, Graph], graph: str) -> None:
-    """After the last operator with a weight: guidance, the sampler's update, pixels, the emphasis mean."""
+    """After the last operator with a weight: guidance, the sampler's update, pixels."""
     found = halves[graph]
     last = max(found.weighted())
     after = set(found.nodes[last].output)
@@ -240,8 +241,8 @@ def test_tail_is_float32(halves: dict[str, Graph], graph: str) -> None:
 
 def test_head_of_the_step_is_float32(halves: dict[str, Graph]) -> None:
     """Tables, registers, the mixing of the input and the timestep's sinusoid, up to the casts."""
-    found = halves[names.STEP]
-    reached = {"row", *names.STEP_TABLES, "registers", "mask", "init", "init_noise"}
+    found = halves[STEP]
+    reached = {value.name for value in found.model.graph.input} - {"context"}
     kinds = set()
     for node in found.nodes:
         if reached.intersection(node.input) and node.op_type != "Cast" and HALF not in found.floats(node.input):
@@ -251,7 +252,7 @@ def test_head_of_the_step_is_float32(halves: dict[str, Graph]) -> None:
     assert {"Gather", "Sin", "Cos", "Mul", "ReduceSum"} <= kinds
 
 
-@pytest.mark.parametrize("graph", names.GRAPHS)
+@pytest.mark.parametrize("graph", GRAPHS)
 def test_norm_statistics_are_float32(halves: dict[str, Graph], graph: str) -> None:
     """`stash_type` 1, the type of a norm's mean and variance; the default where it is not written."""
     norms = [node for node in halves[graph].nodes if node.op_type.endswith("Normalization")]
@@ -260,7 +261,7 @@ def test_norm_statistics_are_float32(halves: dict[str, Graph], graph: str) -> No
         assert [attribute.i for attribute in node.attribute if attribute.name == "stash_type"] in ([], [FLOAT]), node.name
 
 
-@pytest.mark.parametrize("graph", names.GRAPHS)
+@pytest.mark.parametrize("graph", GRAPHS)
 def test_weights_are_the_same_bytes(halves: dict[str, Graph], graph: str, flat_bundle: Path) -> None:
     """Both precisions point at the same places of one weights file, and the half graph takes them as they are stored."""
     single = onnx.load(open_bundle(flat_bundle).graph(graph, "fp32"), load_external_data=False).graph
@@ -277,9 +278,12 @@ def test_weights_are_the_same_bytes(halves: dict[str, Graph], graph: str, flat_b
 
 
 def test_the_manifest_says_so(flat_bundle: Path) -> None:
-    for graph, by_precision in open_bundle(flat_bundle).manifest.graphs.items():
-        assert (by_precision["fp16"].weights, by_precision["fp16"].compute, by_precision["fp16"].islands) == ("fp16", "fp16", ISLANDS[graph])
-        assert (by_precision["fp32"].weights, by_precision["fp32"].compute, by_precision["fp32"].islands) == ("fp16", "fp32", ())
+    manifest = open_bundle(flat_bundle).manifest
+    assert manifest.components == dict.fromkeys(("text_encoder", "unet", "vae"), Component("fp16", "fp16"))
+    for graph, by_compute in manifest.graphs.items():
+        assert by_compute.keys() == {"fp32", "fp16"}
+        component = {STEP: "unet", TEXT_ENCODER: "text_encoder"}.get(graph, "vae")
+        assert {record.component for record in by_compute.values()} == {component}
 
 
 # The rule on a graph made for it

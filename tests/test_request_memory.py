@@ -11,7 +11,8 @@ import pytest
 from typer.testing import CliRunner
 
 from sdrt import memory
-from sdrt.bundle import Manifest, open_bundle
+from sdrt.bundle.folder import open_bundle
+from sdrt.bundle.manifest import Manifest
 from sdrt.cli import app
 from sdrt.engine_shapes import JobShape
 from sdrt.errors import BundleError, ResourceError, UsageError

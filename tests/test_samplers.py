@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from sdrt.bundle import Diffusion
+from sdrt.bundle.manifest import Diffusion
 from sdrt.errors import UsageError
 from sdrt.runtime.samplers import COMPATS, SAMPLERS, parse_sampler, plan_rows
 from sdrt.runtime.schedule import MAX_STEPS

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from k_diffusion import LOG_SIGMAS, reference_sigmas, sigma_to_t
 
-from sdrt.bundle import Diffusion
+from sdrt.bundle.manifest import Diffusion
 from sdrt.runtime.schedule import SCHEDULES, timestep, training_sigmas
 
 

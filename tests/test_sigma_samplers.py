@@ -13,7 +13,8 @@ from k_diffusion import BROWNIAN, REFERENCES, Array, Denoiser, noise_of, referen
 from reference import Graphs, relative
 from sampler_machine import normals, run_engine, run_machine, toy_network
 
-from sdrt.bundle import Diffusion, open_bundle
+from sdrt.bundle.folder import open_bundle
+from sdrt.bundle.manifest import Diffusion
 from sdrt.runtime.engine import Engine, load_engine, tables
 from sdrt.runtime.samplers import SAMPLERS, plan_rows
 from sdrt.runtime.schedule import SCHEDULES

@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from cryptography.hazmat.primitives.serialization import BestAvailableEncryption, Encoding, NoEncryption, PrivateFormat, PublicFormat
 from typer.testing import CliRunner
 
-from sdrt.bundle import check_files, open_bundle
+from sdrt.bundle.folder import check_files, open_bundle
 from sdrt.cli import app
 from sdrt.errors import BundleError, CheckFailed, InputFileError, SdrtError, UsageError
 from sdrt.signature import check_signature, sign, signature_path

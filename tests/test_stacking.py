@@ -17,7 +17,7 @@ from conftest import CHECKPOINT, EMOJI, LORA
 from hypernetwork_files import Settings
 from reference import TRAINING, Graphs, psnr, relative
 
-from sdrt.bundle import open_bundle
+from sdrt.bundle.folder import open_bundle
 from sdrt.errors import AdapterError
 from sdrt.export import graph as graph_module
 from sdrt.export.adapters import LoraOption

@@ -17,16 +17,16 @@ import numpy as np
 import pytest
 from conftest import ROOT
 from PIL import Image
-from test_pipeline import FakeDenoising, FakeEngine
+from test_pipeline import FakeBatch, FakeEngine
 from typer.testing import CliRunner
 
 from sdrt import errors, runtime
-from sdrt.bundle import open_bundle
+from sdrt.bundle.folder import open_bundle
 from sdrt.cli import app
 from sdrt.cli.output import show_log
 from sdrt.errors import Cancelled, ClosedError, DeadlineError, MissingEngineError, SdrtError, TimeLimitError, UsageError
 from sdrt.runtime import Parameters, Pipeline, Request, Settings, Timings
-from sdrt.runtime.engine import Denoising, Job
+from sdrt.runtime.engine import BatchShape, RunningBatch
 from sdrt.runtime.tokenizer import Tokenizer
 
 QUICK: Settings = {"steps": 3, "cfg": 3.0, "seed": 5}
@@ -46,15 +46,14 @@ class Gate(FakeEngine):
         self.begun, self.go = threading.Semaphore(0), threading.Semaphore(0)
         self.missing_branches: set[int] = set()
 
-    def denoise(self, job: Job) -> Denoising:
-        if job.tables.w.shape[1] in self.missing_branches:
+    def open(self, shape: BatchShape, capacity: int) -> RunningBatch:
+        if shape.branches in self.missing_branches:
             raise MissingEngineError("no engine")
-        super().denoise(job)
-        self.denoisings[-1] = Waiting(self, job)
-        return self.denoisings[-1]
+        self.batches.append(Waiting(self, capacity))
+        return self.batches[-1]
 
 
-class Waiting(FakeDenoising):
+class Waiting(FakeBatch):
     def step(self) -> None:
         assert isinstance(self.engine, Gate)
         self.engine.begun.release()
@@ -70,7 +69,7 @@ def gate() -> Gate:
 @pytest.fixture
 def gated(gate: Gate, small_bundle: Path) -> Pipeline:
     bundle = open_bundle(small_bundle)
-    return Pipeline(bundle, gate, Tokenizer(bundle.file("tokenizer/tokenizer.json"), bundle.manifest.text))
+    return Pipeline(bundle, gate, Tokenizer(bundle.file("tokenizer/tokenizer.json"), bundle.manifest.text[0]))
 
 
 class Running(threading.Thread):
@@ -108,8 +107,8 @@ def test_another_thread_cancels_within_one_model_call(gate: Gate, gated: Pipelin
     first, second = (call.ended() for call in calls)
     assert isinstance(first.error, Cancelled) and first.error.message == "request: cancelled after 1 of 3 model calls of picture 1 of 1"
     assert second.error is None and second.value.images.shape == (1, 64, 64, 3)
-    assert sorted(denoising.rows for denoising in gate.denoisings) == [1, 3]
-    assert all(denoising.closed for denoising in gate.denoisings)
+    assert sorted(batch.rows for batch in gate.batches) == [1, 3]
+    assert all(batch.closed for batch in gate.batches)
     with pytest.raises(Cancelled):
         cancelled.result()
     other.cancel()  # too late: it is finished
@@ -133,7 +132,7 @@ def test_a_deadline(gate: Gate, gated: Pipeline) -> None:
     gate.go.release(10)
     assert isinstance(call.ended().error, DeadlineError) and isinstance(call.error, TimeLimitError) and call.error.exit_code == 7
     assert call.error.message == "request: its deadline of 0.05 s passed after 1 of 3 model calls of picture 1 of 1"
-    assert [(denoising.rows, denoising.closed) for denoising in gate.denoisings] == [(1, True)]
+    assert [(batch.rows, batch.closed) for batch in gate.batches] == [(1, True)]
     assert gated("fox", deadline_s=np.float32(60), **QUICK).seeds == (5,)
 
 
@@ -196,10 +195,10 @@ def test_each_picture_of_several_prompts_is_the_one_drawn_alone(pipe: Pipeline, 
 def test_prompts_of_one_form_share_a_batch(gate: Gate, gated: Pipeline) -> None:
     gate.go.release(100)
     steps = list(gated.stream(("fox", "sun", "fox AND sun", "fox", "fox", "sun"), negative="fox", batch=2, **QUICK))
-    assert [len(job.init) for job in gate.jobs] == [2, 1, 2, 1]
+    assert [len(batch.jobs) for batch in gate.batches] == [2, 1, 2, 1]
     assert [step.picture for step in steps[::3]] == [0, 2, 3, 5]
-    job, fox, sun = gate.jobs[0], 3240, 2176
-    assert job.contexts[0][:, 1, 0].tolist() == [fox, fox, fox, sun]  # branch-major: both negatives, then both prompts
+    fox, sun = 3240, 2176
+    assert [job.contexts[0][:, 1, 0].tolist() for job in gate.batches[0].jobs] == [[fox, fox], [fox, sun]]  # each its negative, then its prompt
 
 
 @pytest.mark.parametrize(
@@ -224,8 +223,8 @@ def test_prompts_that_do_not_go_together(pipe: Pipeline, arguments: dict[str, An
 def test_warm_up_draws_the_shapes_of_later_calls(gate: Gate, gated: Pipeline) -> None:
     gate.go.release(1000)
 
-    def shape(job: Job) -> tuple[Any, ...]:
-        return job.init.shape, job.contexts[0].shape, job.tables.w.shape[1], job.concat is None
+    def shapes() -> set[tuple[BatchShape, int]]:
+        return {(batch.jobs[0].shape, batch.capacity) for batch in gate.batches}
 
     picture = np.zeros((64, 64, 3), np.uint8)
     for prompt, settings in (
@@ -234,17 +233,17 @@ def test_warm_up_draws_the_shapes_of_later_calls(gate: Gate, gated: Pipeline) ->
         (["fox", "sun"], {"batch": 2}),
         ("fox AND sun", {"init_image": picture}),
     ):
-        gate.jobs.clear(), gate.images.clear()
+        gate.batches.clear(), gate.images.clear()
         gated.warm_up(prompt, **settings)  # type: ignore[arg-type]
-        warm = {shape(job) for job in gate.jobs}
+        warm = shapes()
         encoded = bool(gate.images)
         for cfg in (7.0, 1.0):
-            gate.jobs.clear(), gate.images.clear()
+            gate.batches.clear(), gate.images.clear()
             gated(prompt, cfg=cfg, count=1 if isinstance(prompt, list) else settings.get("batch", 1), steps=5, **settings)  # type: ignore[arg-type, misc]
-            assert {shape(job) for job in gate.jobs} <= warm and bool(gate.images) == encoded
-    gate.jobs.clear()
+            assert shapes() <= warm and bool(gate.images) == encoded
+    gate.batches.clear()
     gated.warm_up(cfg=1)
-    assert [job.tables.w.shape[1] for job in gate.jobs] == [1]
+    assert [job.shape.branches for job in gate.jobs] == [1]
 
 
 def test_warm_up_wants_the_engine_that_is_asked_for(gate: Gate, gated: Pipeline) -> None:

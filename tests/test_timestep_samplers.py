@@ -12,7 +12,8 @@ from k_diffusion import ALPHAS, LOG_SIGMAS, SIGMAS, Array, Denoiser, Network, ra
 from reference import TRAINING, Graphs, relative
 from sampler_machine import normals, run_engine, run_machine, toy_network
 
-from sdrt.bundle import Diffusion, open_bundle
+from sdrt.bundle.folder import open_bundle
+from sdrt.bundle.manifest import Diffusion
 from sdrt.errors import UsageError
 from sdrt.runtime.engine import Engine, load_engine, tables
 from sdrt.runtime.samplers import plan_rows

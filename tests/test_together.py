@@ -12,7 +12,9 @@ import pytest
 from typer.testing import CliRunner
 
 from sdrt import faults, publish
-from sdrt.bundle import ENGINES, GRAPHS, open_bundle
+from sdrt.bundle.folder import open_bundle
+from sdrt.bundle.graphs import GRAPHS
+from sdrt.bundle.manifest import ENGINES
 from sdrt.cli import app
 from sdrt.compile import openvino, worker
 from sdrt.compile.report import GraphReport

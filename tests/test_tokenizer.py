@@ -18,7 +18,8 @@ from conftest import EMOJI
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sdrt.bundle import Text, open_bundle
+from sdrt.bundle.folder import open_bundle
+from sdrt.bundle.manifest import Text
 from sdrt.errors import BundleError, CheckpointError, UsageError
 from sdrt.export.tokenizer import vocabulary, write_tokenizer
 from sdrt.runtime.chunks import chunk_segments
@@ -41,7 +42,7 @@ STRINGS = [
 @pytest.fixture(scope="module")
 def ours(flat_bundle: Path) -> Tokenizer:
     bundle = open_bundle(flat_bundle)
-    return Tokenizer(bundle.file("tokenizer/tokenizer.json"), bundle.manifest.text)
+    return Tokenizer(bundle.file("tokenizer/tokenizer.json"), bundle.manifest.text[0])
 
 
 @pytest.fixture(scope="module")
@@ -159,7 +160,7 @@ def test_other_vocabularies_are_refused(tmp_path: Path) -> None:
 
 
 def test_manifest_names_the_special_tokens(flat_bundle: Path) -> None:
-    assert open_bundle(flat_bundle).manifest.text == Text(64, 77, BOS, EOS, EOS, (1,))
+    assert open_bundle(flat_bundle).manifest.text[0] == Text(64, 77, BOS, EOS, EOS, (1,))
 
 
 ALPHABETS = (
@@ -192,7 +193,7 @@ def test_ten_thousand_strings(ours: Tokenizer, clip: Any) -> None:
 
 def with_embeddings(bundle: Path, embeddings: dict[str, tuple[int, ...]]) -> Tokenizer:
     opened = open_bundle(bundle)
-    return Tokenizer(opened.file("tokenizer/tokenizer.json"), replace(opened.manifest.text, embeddings=embeddings))
+    return Tokenizer(opened.file("tokenizer/tokenizer.json"), replace(opened.manifest.text[0], embeddings=embeddings))
 
 
 def test_triggers(flat_bundle: Path) -> None:

@@ -105,8 +105,7 @@ class Trainable:
 
 
 def _encode(model: Model, tokens: Tensor, changed: dict[str, Tensor] | None = None) -> Tensor:
-    emphasis = torch.ones(tokens.shape)
-    return functional_call(model.clip, changed or {}, (tokens, emphasis))[0]
+    return functional_call(model.clip, changed or {}, (tokens,))[0]
 
 
 def _learned(values: dict[str, Tensor]) -> dict[str, Tensor]:

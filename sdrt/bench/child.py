@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,21 @@ def in_fresh_process(request: Request) -> dict[str, Any]:
         ResourceError: it was killed by the system.
         MachineError: it died otherwise, or is of a version that does not know all that was asked.
     """
-    answer = child_answer(_COMMAND, asdict(replace(request, spawned_ns=time.monotonic_ns())), request.python, request.bundle)
+    with measuring(request, _COMMAND) as child:
+        return understood(request, child.answer())
+
+
+def measuring(request: Request, command: str, *, talks: bool = False) -> Child:
+    """Start a process that measures."""
+    return Child(command, asdict(replace(request, spawned_ns=time.monotonic_ns())), request.python, request.bundle, talks=talks)
+
+
+def understood(request: Request, answer: dict[str, Any]) -> dict[str, Any]:
+    """The answer, if its sdrt knew all that was asked.
+
+    Raises:
+        MachineError: it did not.
+    """
     ignored = [option for name, option in _LATER.items() if getattr(request, name) and name not in answer.get("understood", ())]
     if ignored:
         raise MachineError(
@@ -42,38 +57,80 @@ def in_fresh_process(request: Request) -> dict[str, Any]:
     return answer
 
 
-def child_answer(command: str, asked: Mapping[str, Any], python: str | None, what: str) -> dict[str, Any]:
-    """Run Python code in a fresh process that reads `asked` from the file in `sys.argv[1]` and answers into the other. `what` names it in errors.
+class Child:
+    """Python code in a fresh process, which reads `asked` from the file in `sys.argv[1]` and answers into the other. `what` names it in errors.
 
-    Raises:
-        SdrtError, ResourceError, MachineError: as `in_fresh_process`.
+    One that `talks` takes words from its standard input and gives them on its standard output, a line each. Leaving the block ends the process.
     """
-    variables = dict(os.environ)
-    if python is None:  # where we found our modules; another interpreter has its own
-        variables["PYTHONPATH"] = os.pathsep.join(map(os.path.abspath, filter(None, sys.path)))
-    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile() as noise:
-        request, answered = Path(folder) / "request.json", Path(folder) / "answer.json"
+
+    def __init__(self, command: str, asked: Mapping[str, Any], python: str | None, what: str, *, talks: bool = False) -> None:
+        self._what, self._python = what, python or sys.executable
+        variables = dict(os.environ)
+        if python is None:  # where we found our modules; another interpreter has its own
+            variables["PYTHONPATH"] = os.pathsep.join(map(os.path.abspath, filter(None, sys.path)))
+        stack = ExitStack()
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        self._noise = stack.enter_context(tempfile.TemporaryFile())  # noqa: SIM115 (closed with the stack)
+        self._kept = stack
+        request, self._answered = folder / "request.json", folder / "answer.json"
         request.write_text(json.dumps(asked), encoding="utf-8")
-        with subprocess.Popen(
-            [python or sys.executable, "-P", "-c", command, str(request), str(answered)], env=variables, stdin=subprocess.DEVNULL, stdout=noise, stderr=noise
-        ) as child:
-            try:
-                code = child.wait()
-            except BaseException:
-                child.kill()
-                raise
+        self._process = subprocess.Popen(
+            [self._python, "-P", "-c", command, str(request), str(self._answered)], env=variables,
+            stdin=subprocess.PIPE if talks else subprocess.DEVNULL, stdout=subprocess.PIPE if talks else self._noise, stderr=self._noise,
+        )  # fmt: skip
+
+    def __enter__(self) -> Child:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._process.poll() is None:
+            self._process.kill()
+        self._process.wait()
+        for stream in (self._process.stdin, self._process.stdout):
+            if stream is not None:
+                with suppress(BrokenPipeError):
+                    stream.close()
+        self._kept.close()
+
+    def say(self, word: str) -> None:
+        """Give the process a word. One that is gone is found by `hear`."""
+        assert self._process.stdin is not None
+        with suppress(BrokenPipeError):
+            self._process.stdin.write(word.encode() + b"\n")
+            self._process.stdin.flush()
+
+    def hear(self) -> str:
+        """The process's next word.
+
+        Raises:
+            SdrtError: it raised one, or died.
+        """
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline().decode(errors="replace")
+        if not line:
+            self.answer()
+            raise MachineError(f"{self._what}: the measuring process ended too early", "Run: sdrt verify BUNDLE")
+        return line.strip()
+
+    def answer(self) -> dict[str, Any]:
+        """Wait for the process's end, and read what it answered.
+
+        Raises:
+            SdrtError, ResourceError, MachineError: as `in_fresh_process`.
+        """
+        code = self._process.wait()
         if code:
-            noise.seek(max(0, noise.seek(0, os.SEEK_END) - _STDERR_BYTES))
-            lines = [line for line in noise.read().decode(errors="replace").splitlines() if line.strip()]
-            raise _death(what, code, lines)
+            self._noise.seek(max(0, self._noise.seek(0, os.SEEK_END) - _STDERR_BYTES))
+            lines = [line for line in self._noise.read().decode(errors="replace").splitlines() if line.strip()]
+            raise _death(self._what, code, lines)
         try:
-            answer: dict[str, Any] = json.loads(answered.read_bytes())
+            answer: dict[str, Any] = json.loads(self._answered.read_bytes())
         except (OSError, ValueError) as error:
-            raise MachineError(f"{what}: the measuring process ended without an answer", f"Is {python or sys.executable} a Python with sdrt in it?") from error
-    if "error" in answer:
-        told = answer["error"]
-        raise getattr(errors, told["kind"], MachineError)(told["message"], told["fix"])
-    return answer
+            raise MachineError(f"{self._what}: the measuring process ended without an answer", f"Is {self._python} a Python with sdrt in it?") from error
+        if "error" in answer:
+            told = answer["error"]
+            raise getattr(errors, told["kind"], MachineError)(told["message"], told["fix"])
+        return answer
 
 
 def _death(what: str, code: int, lines: Sequence[str]) -> errors.SdrtError:

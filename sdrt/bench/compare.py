@@ -11,8 +11,8 @@ import numpy as np
 
 from sdrt.bench.metrics import METRICS, UNPAIRED_FACTOR, Gates
 from sdrt.bench.result import COMPARABLE, ran
-from sdrt.bench.statistics import AMBIGUOUS, SAME, SLOWER, Estimate, judge, paired, summarise, unpaired
-from sdrt.errors import InconclusiveError, printable
+from sdrt.bench.statistics import AMBIGUOUS, MIN_PAIRS, SAME, SLOWER, Estimate, judge, paired, summarise, unpaired
+from sdrt.errors import InconclusiveError, NotComparableError, printable
 
 UP, DOWN, MISSING, NEW = "UP", "DOWN", "MISSING", "NEW"
 
@@ -77,13 +77,13 @@ class Comparison:
     @property
     def exit_code(self) -> int:
         if self.different:
-            return InconclusiveError.exit_code
+            return NotComparableError.exit_code
         return 1 if self.failures else InconclusiveError.exit_code if self.undecided else 0
 
     @property
     def headline(self) -> str:
         if self.different:
-            return f"NOT COMPARABLE, no verdict: {_listed(self.different)}"
+            return f"NOT COMPARABLE, no verdict: {listed(self.different)}"
         if self.failures:
             return "FAILED: " + "; ".join(self.failures)
         if self.undecided:
@@ -95,6 +95,8 @@ class Comparison:
 def what_settles(row: Row, interleaved: bool) -> str:
     """What an AMBIGUOUS metric needs, in words."""
     unit = "pairs" if interleaved else "processes a side"
+    if interleaved and row.n < MIN_PAIRS:
+        return f"{row.n} pairs decide nothing, {MIN_PAIRS} are the least"
     seen = "" if row.visible is None else f"; this run can see changes of {row.visible:.1%} or more"
     if row.needed is None:
         return f"its ratio is too near the margin for any number of {unit} to settle{seen}"
@@ -112,37 +114,33 @@ def different_fields(base: Mapping[str, Any], new: Mapping[str, Any]) -> list[st
     return found
 
 
-def _listed(different: Sequence[str]) -> str:
+def listed(different: Sequence[str]) -> str:
     return "; ".join(different[:5]) + (f" and {len(different) - 5} more" if len(different) > 5 else "")
 
 
-def compare(base: Mapping[str, Any], new: Mapping[str, Any], gates: Gates, *, interleaved: bool, identical: bool = False, force: bool = False) -> Comparison:
+def compare(
+    base: Mapping[str, Any], new: Mapping[str, Any], gates: Gates, *, interleaved: bool, identical: bool = False, force: bool = False, notes: Sequence[str] = ()
+) -> Comparison:
     """Judge `new` against `base`. `interleaved` says that process i of both ran beside each other; `identical` that they are one file.
 
-    With `force`, two that measured different things are set side by side, without any verdict on the whole.
-
-    Raises:
-        InconclusiveError: the two measured different things; the message names the fields.
+    Two that measured different things are not judged: `different` names the fields, and there are no rows, or with `force` rows without any verdict on the whole.
     """
     different = different_fields(base, new)
     if different and not force:
-        raise InconclusiveError(
-            f"not comparable: {_listed(different)}",
-            "Measure both on the same machine with the same settings, or use: sdrt bench ab OLD.sdrt NEW.sdrt; or look at them with: sdrt bench compare --force",
-        )
+        return Comparison(base, new, (), (), tuple(notes), interleaved, tuple(different))
     problems = [f"fidelity of {side}: {problem}" for side, document in (("base", base), ("new", new)) for problem in fidelity_problems(document)]
     if not identical and not different:
         problems += drift(base, new)
     rows = [*_metric_rows(base, new, gates, interleaved, identical), *_counter_rows(base["counters"], new["counters"], gates)]
-    notes = []
+    said = list(notes)
     if identical:
-        notes.append("the two files are identical, so everything is SAME")
+        said.append("the two files are identical, so everything is SAME")
     elif not interleaved:
-        notes.append(f"two separate runs: margins of timings are {UNPAIRED_FACTOR:g} times those of interleaved runs (sdrt bench ab)")
+        said.append(f"two separate runs: margins of timings are {UNPAIRED_FACTOR:g} times those of interleaved runs (sdrt bench ab)")
     if different:
-        notes += [*(f"not comparable: {field}" for field in different), *problems]
+        said += [*(f"not comparable: {field}" for field in different), *problems]
         rows = [replace(row, gated=False, judged=False) for row in rows]
-    return Comparison(base, new, tuple(rows), tuple(problems), tuple(notes), interleaved, tuple(different))
+    return Comparison(base, new, tuple(rows), tuple(problems), tuple(said), interleaved, tuple(different))
 
 
 def _metric_rows(base: Mapping[str, Any], new: Mapping[str, Any], gates: Gates, interleaved: bool, identical: bool) -> list[Row]:

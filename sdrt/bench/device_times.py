@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from sdrt.bundle import STEP, TEXT_ENCODER, VAE_DECODER
+from sdrt.bundle.graphs import STEP, TEXT_ENCODER, VAE_DECODER
 
 DEVICE_METRICS = {TEXT_ENCODER: "text_encoder_gpu_ms", STEP: "step_gpu_ms", VAE_DECODER: "decode_gpu_ms"}
 """The metric of each part that is timed."""

@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sdrt import bundle as names
-from sdrt.bundle import Bundle
+from sdrt.bundle.folder import Bundle
+from sdrt.bundle.graphs import REGISTERS, STEP, TEXT_ENCODER, VAE_DECODER, context_output, dimensions, signatures
+from sdrt.bundle.manifest import reference_path
 from sdrt.errors import SdrtError
 from sdrt.parity import Parity, compare
-from sdrt.runtime.engine import Engine, Job, Tables
+from sdrt.runtime.engine import Engine, Job
 
 SKETCH = 256
 """Numbers in a sketch; it estimates relative differences to within about 9 % of themselves."""
@@ -30,8 +31,8 @@ def check_references(engine: Engine, bundle: Bundle) -> tuple[list[dict[str, Any
     checks: list[dict[str, Any]] = []
     problems: list[str] = []
     skipped: list[str] = []
-    for graph, run in ((names.TEXT_ENCODER, _text_encoder), (names.STEP, _step), (names.VAE_DECODER, _decoder)):
-        with np.load(bundle.file(f"reference/{graph}.npz"), allow_pickle=False) as stored:
+    for graph, run in ((TEXT_ENCODER, _text_encoder), (STEP, _step), (VAE_DECODER, _decoder)):
+        with np.load(bundle.file(reference_path(graph)), allow_pickle=False) as stored:
             reference = {name: stored[name] for name in stored.files}
         try:
             found = run(engine, bundle, reference)
@@ -46,8 +47,9 @@ def check_references(engine: Engine, bundle: Bundle) -> tuple[list[dict[str, Any
 
 
 def _text_encoder(engine: Engine, bundle: Bundle, reference: Mapping[str, NDArray[Any]]) -> list[Parity]:
-    name = names.context_output(bundle.manifest.text.clip_skip[0])
-    context = engine.encode_text(reference["in.tokens"], reference["in.emphasis"], bundle.manifest.text.clip_skip[0])
+    layer = bundle.manifest.clip_skip[0]
+    name = context_output(layer)
+    context = engine.encode_text(reference["in.tokens"], layer)
     return compare({name: reference[f"out.{name}"]}, {name: context}, _compute(engine))
 
 
@@ -62,33 +64,34 @@ def _step(engine: Engine, bundle: Bundle, reference: Mapping[str, NDArray[Any]])
     A job starts from two registers only, the reference uses all; but the step is linear around the network. So the network's input
     Σ a_j r_j is given as register 0 with a = (1, 0, 0, 0), and the expectation is the reference's estimate with its other terms taken off.
     """
-    inputs = {name[3:]: array.astype(np.float64) for name, array in reference.items() if name.startswith("in.")}
-    registers, mask, init = inputs["registers"], inputs["mask"], inputs["init"]
-    blend = inputs["inpaint"][0, 0] * mask
-    estimate = (reference["out.denoised"].astype(np.float64) - blend * init) / (1 - blend)
-    expected = estimate - np.tensordot(inputs["u"][0], registers, 1)
-    start = np.tensordot(inputs["a"][0], registers, 1).astype(np.float32)
-    zeros = np.zeros_like(start)
-    only_first = np.eye(1, names.REGISTERS, dtype=np.float32)
-    keep_estimate = np.zeros((1, names.REGISTERS, names.REGISTERS + 2), np.float32)
-    keep_estimate[0, 0, names.REGISTERS] = 1
-    tables = Tables(
-        timestep=reference["in.timestep"], a=only_first, w=reference["in.w"], u=np.zeros_like(only_first), q=reference["in.q"], M=keep_estimate,
-        inpaint=np.zeros((1, 3), np.float32),
-    )  # fmt: skip
-    job = Job(tables, zeros[None], (reference["in.context"],), (0,), start, zeros, zeros[:, :1], reference.get("in.concat"))
-    denoising = engine.denoise(job)
+    exact = {name[3:]: array[0].astype(np.float64) for name, array in reference.items() if name.startswith("in.")}
+    registers, mask, init = exact["registers"], exact["mask"], exact["init"]
+    blend = exact["inpaint"][0] * mask
+    estimate = (reference["out.denoised"][0].astype(np.float64) - blend * init) / (1 - blend)
+    expected = estimate - np.tensordot(exact["u"], registers, 1)
+    start = np.tensordot(exact["a"], registers, 1).astype(np.float32)
+    given = {name[3:]: array for name, array in reference.items() if name.startswith("in.")}
+    tables = {name: np.zeros_like(given[name]) for name in ("v", "u", "M", "inpaint", "noise")} | {name: given[name] for name in ("timestep", "w", "q")}
+    tables["a"] = np.eye(1, REGISTERS, dtype=np.float32)
+    tables["M"][0, 0, REGISTERS] = 1  # what is kept is the estimate
+    signature = signatures(dimensions(bundle.manifest))[STEP]
+    inputs = {name: np.zeros_like(given[name][0]) for name in signature.of_picture if name != "context"} | {"init": start}
+    if "concat" in inputs:
+        inputs["concat"] = given["concat"][0]
+    job = Job(tables, inputs, (given["context"][0],), (0,))
+    batch = engine.open(job.shape, 1)
     try:
-        denoising.step()
-        latents = denoising.latents()
+        slot = batch.join(job)
+        batch.step()
+        latents, compute = batch.latents([slot]), str(batch.describe()["compute"])
     finally:
-        denoising.close()
-    return compare({"latents": expected.astype(np.float32)}, {"latents": latents}, _compute(engine, job))
+        batch.close()
+    return compare({"latents": expected[None].astype(np.float32)}, {"latents": latents}, compute)
 
 
-def _compute(engine: Engine, job: Job | None = None) -> str:
+def _compute(engine: Engine) -> str:
     """The precision whose tolerance an engine is held to."""
-    return str(engine.describe(job)["compute"])
+    return str(engine.describe()["compute"])
 
 
 def sketch(array: NDArray[Any]) -> list[float]:

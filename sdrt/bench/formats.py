@@ -14,7 +14,7 @@ from xml.etree import ElementTree
 
 from sdrt.bench.compare import Comparison, Row, fidelity_problems, what_settles
 from sdrt.bench.metrics import METRICS
-from sdrt.bench.result import ran
+from sdrt.bench.result import ran, series
 from sdrt.bench.statistics import AMBIGUOUS
 from sdrt.errors import printable
 
@@ -55,7 +55,7 @@ def comparison_markdown(comparison: Comparison) -> str:
     """Verdict, one table, the environment folded away; cut to what a GitHub step summary takes."""
     lines = [f"### sdrt bench: {_cell(comparison.headline)}", "", f"{_cell(comparison.ran)}", ""]
     lines += [f"- {_cell(note)}" for note in comparison.notes] + ([""] if comparison.notes else [])
-    lines += ["| metric | base | new | new / base [95 % interval] | verdict |", "|---|---:|---:|---|---|"]
+    lines += ["| metric | base | new | new / base [95 % interval] | verdict |", "|---|---:|---:|---|---|"] if comparison.rows else []
     for row in comparison.rows:
         cells = (row.name, number(row.base, row.unit), number(row.new, row.unit), interval(row), word(row, comparison.interleaved))
         lines.append("| " + " | ".join(map(_cell, cells)) + " |")
@@ -106,6 +106,8 @@ def comparison_junit(comparison: Comparison) -> str:
     case = _case(suite, comparison.ran, "fidelity")
     if comparison.problems:
         _child(case, "failure", "; ".join(comparison.problems))
+    if comparison.different:
+        _child(_case(suite, comparison.ran, "comparable"), "error", comparison.headline)
     for row in comparison.rows:
         case = _case(suite, comparison.ran, row.name)
         text = f"{row.name} {row.verdict}: {number(row.base, row.unit)} to {number(row.new, row.unit)}, ratio {interval(row)}, margin {row.margin:.1%}"
@@ -153,7 +155,7 @@ def _xml(suite: ElementTree.Element, root: ElementTree.Element) -> str:
         element.set("tests", str(len(suite.findall("testcase"))))
         element.set("failures", str(len(suite.findall("testcase/failure"))))
         element.set("skipped", str(len(suite.findall("testcase/skipped"))))
-        element.set("errors", "0")
+        element.set("errors", str(len(suite.findall("testcase/error"))))
         element.set("time", f"{sum(float(case.get('time', '0')) for case in suite.findall('testcase')):.6f}")
     ElementTree.indent(root)
     return '<?xml version="1.0" encoding="UTF-8"?>\n' + ElementTree.tostring(root, encoding="unicode") + "\n"
@@ -190,7 +192,7 @@ def github_action_benchmark(document: Mapping[str, Any]) -> str:
 
 
 CSV_COLUMNS = (
-    "time", "id", "sdrt", "git", "backend", "version", "compute", "device", "scenario", "size", "batch", "steps", "sampler", "metric", "unit", "n", "processes",
+    "time", "id", "label", "sdrt", "git", "backend", "version", "compute", "device", "scenario", "size", "batch", "steps", "sampler", "metric", "unit", "n", "processes",
     "p50", "ci_low", "ci_high", "p90", "p99", "min", "mean", "mad",
 )  # fmt: skip
 
@@ -199,7 +201,7 @@ def csv_table(document: Mapping[str, Any]) -> str:
     """One line per metric and counter."""
     engine, config, tool = document["engine"], document["config"], document["tool"]
     shared = {
-        "time": document["time"], "id": document["id"], "sdrt": tool.get("sdrt"), "git": tool.get("git"), "size": "x".join(map(str, config["size"])),
+        "time": document["time"], "id": document["id"], "label": document["bundle"].get("label") or document["bundle"].get("name"), "sdrt": tool.get("sdrt"), "git": tool.get("git"), "size": "x".join(map(str, config["size"])),
         **{name: engine.get(name) for name in ("backend", "version", "compute", "device")},
         **{name: config.get(name) for name in ("scenario", "batch", "steps", "sampler")},
     }  # fmt: skip
@@ -223,7 +225,7 @@ def _rounded(value: float) -> float:
 
 
 def _title(document: Mapping[str, Any], name: str) -> str:
-    return printable(f"{name} ({ran(document)})")
+    return printable(f"{name} ({series(document)})")
 
 
 RESULT_FORMATS: Mapping[str, Callable[[Mapping[str, Any]], str]] = {

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sdrt.bench.metrics import METRICS
-from sdrt.bench.result import SCHEMA, check_schema, environment_key, parse_json, ran
+from sdrt.bench.result import SCHEMA, check_schema, parse_json, series, series_key
 from sdrt.bench.statistics import fence
 from sdrt.document import read_given
 from sdrt.errors import InputFileError, LockedError, ResourceError, UsageError
@@ -33,7 +33,7 @@ def append(folder: Path, document: Mapping[str, Any]) -> Path:
         UsageError: the folder cannot be written.
     """
     record = {
-        "schema": SCHEMA, "id": document["id"], "time": document["time"], "tool": document["tool"], "key": environment_key(document), "ran": ran(document),
+        "schema": SCHEMA, "id": document["id"], "time": document["time"], "tool": document["tool"], "key": series_key(document), "ran": series(document),
         "engine": document["engine"], "stats": document["stats"], "counters": document["counters"], "fidelity": document["fidelity"]["ok"],
         "env": document["env"], "warnings": document["warnings"],
     }  # fmt: skip
@@ -138,7 +138,7 @@ def read(folder: Path) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Trend:
-    """One metric over the runs of one engine, machine and shape. `limit` is Q3 + 3 IQR of all runs but the last; None below ten of those."""
+    """One metric over the runs of one label, engine, machine and shape; `ran` names all but the machine. `limit` is Q3 + 3 IQR of all runs but the last; None below ten of those."""
 
     key: str
     ran: str

@@ -15,11 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from sdrt import bundle as names
 from sdrt.bench import layers_onnxruntime, layers_openvino, layers_tensorrt
 from sdrt.bench.operators import Arithmetic, Layer, Operator, total
-from sdrt.bundle import Bundle
+from sdrt.bundle.folder import Bundle
+from sdrt.bundle.graphs import STEP, TEXT_ENCODER, VAE_DECODER, dimensions, signatures
 from sdrt.errors import MachineError
+from sdrt.runtime.running_batch import HostMemory, Slots, step_sizes
 
 SLOWEST = 15
 _RUNS = 5
@@ -31,7 +32,7 @@ Peak = Mapping[str, float | None]
 
 
 def profile(pipe: Any, kept: Mapping[str, Any], wall_ms: Mapping[str, float]) -> dict[str, Any]:
-    """Profile each graph of a loaded pipeline on the inputs of its last picture, which `kept` holds: `text`, `job` and `latents`.
+    """Profile each graph of a loaded pipeline on the inputs of its last picture, which `kept` holds: `text`, `jobs`, `shape` and `latents`.
 
     `wall_ms` is what each graph takes unprofiled: profilers slow small operators many times over. Where it is missing, the sum
     of the operators stands in. What cannot be known is None, with the reason among the `notes`.
@@ -53,15 +54,15 @@ def _on_cpu(pipe: Any, kept: Mapping[str, Any], wall_ms: Mapping[str, float]) ->
         for graph, inputs in _feeds(pipe.bundle, kept).items():
             if engine.backend == "openvino":
                 path = pipe.bundle.graph(graph, "fp32")
-                compiled, shapes = engine.load_counting(graph, kept["job"])
+                compiled, shapes = engine.load_counting(graph, kept["shape"], len(kept["jobs"]))
                 made_for[graph] = shapes
                 operators[graph] = layers_openvino.profile_graph(compiled, layers_openvino.read_attention(path, shapes), inputs, _RUNS)
             else:
-                operators[graph] = layers_onnxruntime.profile_session(engine.open(graph, Path(folder) / graph), graph, inputs, _RUNS)
+                operators[graph] = layers_onnxruntime.profile_session(engine.session(graph, Path(folder) / graph), graph, inputs, _RUNS)
             peaks.append(machine_peak())  # several moments: others may have been at work in one of them
     if engine.backend == "openvino":  # its text encoder takes one row of tokens a run, its decoder one picture, its step as many as it was made for
-        steps = -(-len(kept["job"].init) // made_for[names.STEP]["init"][0])
-        runs = {names.TEXT_ENCODER: len(kept["text"][0]), names.VAE_DECODER: len(kept["latents"]), names.STEP: steps}
+        steps = -(-len(kept["jobs"]) // made_for[STEP]["init"][0])
+        runs = {TEXT_ENCODER: len(kept["text"][0]), VAE_DECODER: len(kept["latents"]), STEP: steps}
         wall_ms = {graph: ms / runs.get(graph, 1) for graph, ms in wall_ms.items()}
     peak = {name: max(found[name] for found in peaks) for name in peaks[0]}
     graphs = {graph: analyse(found, total(found), wall_ms.get(graph), peak) for graph, found in operators.items()}
@@ -74,12 +75,12 @@ def _on_gpu(pipe: Any, kept: Mapping[str, Any], wall_ms: Mapping[str, float]) ->
     notes, graphs = [layers_tensorrt.NO_PEAK], {}
     with tempfile.TemporaryDirectory() as folder:
         for graph, inputs in _feeds(pipe.bundle, kept).items():
-            chosen, fitting = layers_tensorrt.fitted_inputs(engine, graph, kept["job"], inputs)
+            chosen, fitting = layers_tensorrt.fitted_inputs(engine, graph, kept["shape"], inputs)
             found = layers_tensorrt.profile_graph(engine, pipe.bundle, graph, chosen, fitting, _RUNS)
             counted = layers_tensorrt.arithmetic(pipe.bundle, graph, fitting, engine.record.key.precision, Path(folder))
             if counted is None and layers_tensorrt.NO_ARITHMETIC not in notes:
                 notes.append(layers_tensorrt.NO_ARITHMETIC)
-            runs = -(-len(kept["text"][0]) // len(fitting["tokens"])) if graph == names.TEXT_ENCODER else 1  # as many rows of tokens a run as the profile takes
+            runs = -(-len(kept["text"][0]) // len(fitting["tokens"])) if graph == TEXT_ENCODER else 1  # as many rows of tokens a run as the profile takes
             graphs[graph] = analyse(found, counted, wall_ms[graph] / runs if graph in wall_ms else None, peak)
     return {"peak": peak, "peak_of": "a copy within the GPU's memory, between CUDA events", "notes": notes, "graphs": graphs}
 
@@ -93,17 +94,17 @@ def check_backend(backend: str) -> None:
 
 
 def _feeds(bundle: Bundle, kept: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    tokens, emphasis, _ = kept["text"]
-    job, latents = kept["job"], np.asarray(kept["latents"], np.float32)
-    registers = np.zeros((names.REGISTERS, *job.init.shape), np.float32)
-    registers[0], registers[1] = job.init, job.unit_noise
-    step = {name: getattr(job.tables, name) for name in names.STEP_TABLES if name != "noise"}
-    step |= {"row": np.zeros(1, np.int64), "registers": registers, "noise": job.noise, "mask": job.mask}
-    step |= {"context": job.contexts[job.context_of_row[0]], "init": job.init, "init_noise": job.unit_noise, "concat": job.concat}
+    """Inputs of each graph: the step's as they are before the first call of the pictures' jobs."""
+    jobs, shape = kept["jobs"], kept["shape"]
+    signature, rows = signatures(dimensions(bundle.manifest))[STEP], jobs[0].rows
+    memory: Any = HostMemory(signature, step_sizes(shape, len(jobs), rows))  # joined, never called
+    batch = Slots(memory, signature, shape, len(jobs), rows)
+    for job in jobs:
+        batch.join(job)
     return {
-        names.TEXT_ENCODER: {"tokens": tokens, "emphasis": emphasis},
-        names.STEP: step,
-        names.VAE_DECODER: {"latents": latents, "rounding": np.array([0.5], np.float32)},
+        TEXT_ENCODER: {"tokens": kept["text"][0]},
+        STEP: memory.bound(0)[0],
+        VAE_DECODER: {"latents": np.asarray(kept["latents"], np.float32), "rounding": np.array([0.5], np.float32)},
     }
 
 

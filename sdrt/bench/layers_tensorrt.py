@@ -17,27 +17,25 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sdrt import bundle as names
 from sdrt.bench.device_times import DeviceTimes
 from sdrt.bench.operators import Arithmetic, Layer, fitted, total
-from sdrt.bundle import Bundle
+from sdrt.bundle.folder import Bundle
+from sdrt.bundle.graphs import STEP
 from sdrt.errors import MachineError, ResourceError
+from sdrt.runtime.engine import BatchShape
 
-_DTYPES = {"pixels": np.uint8, "finite": np.bool_}
 _COPIED_BYTES = 1 << 28
 _COPIES = 5
 NO_PEAK = "operations per second were not measured: sdrt has no GPU kernel of its own to measure them with, and TensorRT tells no peak"
 NO_ARITHMETIC = "operations and bytes are unknown: ONNX Runtime, which counts them, is not installed beside TensorRT (pip install onnxruntime)"
 
 
-def fitted_inputs(engine: Any, graph: str, job: Any, inputs: Mapping[str, NDArray[Any] | None]) -> tuple[int, dict[str, NDArray[Any]]]:
-    """The profile of an engine for a job, and inputs cut or padded to the nearest shapes it takes."""
-    profile = engine.record.branches.index(job.tables.w.shape[1]) if graph == names.STEP else 0
+def fitted_inputs(engine: Any, graph: str, shape: BatchShape, inputs: Mapping[str, NDArray[Any]]) -> tuple[int, dict[str, NDArray[Any]]]:
+    """The profile of an engine for a running batch, and inputs cut or padded to the nearest shapes it takes."""
+    profile = engine.profile(shape) if graph == STEP else 0
     ranges = engine.record.key.profiles[graph][profile].shapes
     made = {}
     for name, array in inputs.items():
-        if array is None:  # concat, of models that have it
-            continue
         low, _, high = ranges.get(name, (array.shape,) * 3)
         made[name] = fitted(array, [min(max(side, a), b) for side, a, b in zip(array.shape, low, high, strict=True)])
     return profile, made
@@ -59,7 +57,7 @@ def profile_graph(engine: Any, bundle: Bundle, graph: str, profile: int, inputs:
                 given.host(name)[...] = array
             given.upload(engine.stream, fields[0][0], fields[-1][0])
             engine.bind(context, graph, profile, {name: (given.address(name), array.shape) for name, array in inputs.items()})
-            outputs = [(name, tuple(context.get_tensor_shape(name)), _dtype(name)) for name in _outputs(bundle, graph)]
+            outputs = [(name, tuple(context.get_tensor_shape(name)), tensor.dtype) for name, tensor in engine.signatures[graph].outputs.items()]
             taken = engine.block(outputs, pinned=False)
             for name, _, _ in outputs:
                 context.set_tensor_address(name, taken.address(name))
@@ -110,16 +108,6 @@ def _kinds(engine: Any, context: Any) -> dict[str, str]:
 
 def _without_numbers(name: str) -> str:
     return re.sub(r"[_.]*\d+", "", name) or name
-
-
-def _outputs(bundle: Bundle, graph: str) -> tuple[str, ...]:
-    if graph == names.TEXT_ENCODER:
-        return tuple(names.context_output(skip) for skip in bundle.manifest.text.clip_skip)
-    return names.STEP_OUTPUTS if graph == names.STEP else names.DECODER_OUTPUTS
-
-
-def _dtype(name: str) -> Any:
-    return np.int64 if name == names.STEP_OUTPUTS[1] else _DTYPES.get(name, np.float32)
 
 
 def arithmetic(bundle: Bundle, graph: str, inputs: Mapping[str, NDArray[Any]], precision: str, folder: Path) -> Arithmetic | None:

@@ -10,22 +10,22 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from sdrt.bench.child import child_answer, in_fresh_process
+from sdrt.bench.child import Child, in_fresh_process
 from sdrt.bench.environment import environment, load
 from sdrt.bench.measure import Request
-from sdrt.bench.metrics import DEFAULT_PAIRS, METRICS
+from sdrt.bench.metrics import METRICS
 from sdrt.bench.run import Progress
-from sdrt.bench.statistics import MIN_PAIRS, SEEN, detectable, paired, usable
+from sdrt.bench.statistics import MAX_PAIRS, MIN_PAIRS, detectable, paired, usable, visible
 from sdrt.bench.throttle import cpu_throttles
-from sdrt.bundle import Bundle
+from sdrt.bundle.folder import Bundle
 from sdrt.errors import CheckFailed
 
 PROCESSES = 12
 """Processes that share the time, where they can: an even number, since neighbours are compared."""
+_PAIRS = 10
+"""What a comparison can show is told for so many."""
 _MARGIN = METRICS["total_ms"].margin
 _MOST = 100_000
-_MOST_PAIRS = 100
-"""More than these are no advice."""
 _COMMAND = "from sdrt.bench.steady_work import serve; serve()"
 
 Measure = Callable[[float], Sequence[float]]
@@ -34,7 +34,7 @@ Measure = Callable[[float], Sequence[float]]
 
 @dataclass(frozen=True)
 class MachineNoise:
-    """What was seen. Shares are relative: 0.04 is 4 %. `visible` is the change that ten pairs of `bench ab` would tell from none, `visible_runs` that two
+    """What was seen. Shares are relative: 0.04 is 4 %. `visible` is the change that ten pairs of processes one after the other would tell from none, `visible_runs` that two
     runs of as many processes would; None where too few processes fit into the time. `same` is the ratio of neighbours with its interval: 1 but for noise."""
 
     work: str
@@ -65,8 +65,8 @@ class MachineNoise:
                 f"cannot tell: only {self.processes} processes fitted into {self.seconds:.0f} s, {MIN_PAIRS} are the least; give it more time with --check-time"
             ]
         found = [
-            f"This machine can see changes of {_percent(self.visible)} or more with {DEFAULT_PAIRS} pairs of `sdrt bench ab`, and of "
-            f"{_percent(self.visible_runs)} or more between two runs of {self.processes} processes.",
+            f"This machine can see changes of {_percent(self.visible)} or more with {_PAIRS} pairs of processes, one after the other, and of "
+            f"{_percent(self.visible_runs)} or more between two runs of {self.processes} processes. Those of `sdrt bench ab` take turns, and see less than that.",
             f"Measured: {self.work}, {self.samples} times in {self.processes} processes, {self.seconds:.0f} s in all. Times scatter by {self.within:.1%} within a "
             f"process, and by {self.between:.1%} from process to process.",
         ]
@@ -85,7 +85,7 @@ class MachineNoise:
         if self.fit:
             found.append(f"The default margin of {_MARGIN:.0%} can be judged here.")
         else:
-            more = "" if self.pairs_for_margin is None or self.pairs_for_margin > _MOST_PAIRS else f"about {self.pairs_for_margin} pairs (--pairs), or "
+            more = "" if self.pairs_for_margin is None else f"about {self.pairs_for_margin} pairs, or "
             found.append(
                 f"Too noisy for the default margin of {_MARGIN:.0%}: it takes {more}a margin of {_percent(self.visible)} or more in bench.toml, or a quieter machine."
             )
@@ -98,7 +98,8 @@ def _percent(share: float) -> str:
 
 def steady_work(seconds: float) -> Sequence[float]:
     """Work of numpy's in a fresh process, for machines without a bundle."""
-    found: list[float] = child_answer(_COMMAND, {"seconds": seconds}, None, "the machine check")["samples"]
+    with Child(_COMMAND, {"seconds": seconds}, None, "the machine check") as child:
+        found: list[float] = child.answer()["samples"]
     return found
 
 
@@ -156,8 +157,6 @@ def _scatter(groups: Sequence[Sequence[float]]) -> tuple[float, float, float | N
     pair = paired(groups[0::2][: len(groups) // 2], groups[1::2])
     # Neighbours share their moment, as pairs of `ab` do, so their differences tell what pairs see.
     per_pair = math.sqrt(statistics.fmean((medians[i] - medians[i + 1]) ** 2 for i in range(0, len(medians) - 1, 2)))
-    error = 1.2533 * per_pair  # of a median of normals
-    visible = math.expm1(min(SEEN * error / math.sqrt(DEFAULT_PAIRS), 100.0))
-    needed = max(MIN_PAIRS, math.ceil((SEEN * error / math.log1p(_MARGIN)) ** 2))
+    needed = next((pairs for pairs in range(MIN_PAIRS, MAX_PAIRS + 1) if visible(per_pair, pairs) <= _MARGIN), None)
     same = (pair.ratio, pair.low, pair.high) if pair is not None else None
-    return within, statistics.stdev(medians), runs, visible, same, needed
+    return within, statistics.stdev(medians), runs, visible(per_pair, _PAIRS), same, needed

@@ -7,26 +7,29 @@ another, so nothing that a library prints can mix with it. Until the first pictu
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from sdrt.bench.device_times import DEVICE_METRICS
-from sdrt.bundle import STEP
-from sdrt.errors import SdrtError
+from sdrt.bundle.graphs import STEP
+from sdrt.errors import MachineError, SdrtError
 from sdrt.memory import peak_rss_bytes
 
 if TYPE_CHECKING:
     from sdrt.bench.instruments import Readings
     from sdrt.bench.throttle import Watch
-    from sdrt.bundle import Bundle
+    from sdrt.bundle.folder import Bundle
     from sdrt.runtime import Pipeline
 
 _FIT_SHARES = (0.25, 0.5)
 """Shares of the steps at which further pictures are made, for the fit of fixed and per-call cost."""
 _FIT_PICTURES = 3
+ONCE = ("import_ms", "load_ms", "engine_load_ms", "first_picture_ms", "cold_ms")
+"""What a process does once, at its start."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,7 @@ class _Sampler:
             prompt, negative=request.negative, steps=steps or request.steps, cfg=request.cfg, seed=request.seed, sampler=request.sampler,
             schedule=request.schedule, size=request.size, batch=request.batch, count=request.batch,
         )  # fmt: skip
-        total = (readings.clock() - started) / 1e6
+        total = (readings.clock() - started - readings.waited) / 1e6
         slowed = keep and self.watch is not None and self.watch.throttled()
         if keep:
             self.dropped += slowed
@@ -99,8 +102,8 @@ class _Sampler:
     def _keep(self, total: float, kept: dict[str, list[float]]) -> None:
         readings = self._readings
         found = {"total_ms": [total], "step_ms": [ns / 1e6 for ns in readings.steps], "host_ms": [total - readings.inside / 1e6]}
-        tokenise = self.last.timings_ms.get("tokenise", readings.tokenise / 1e6)
-        for name, value in (("tokenise_ms", tokenise), ("text_encoder_ms", readings.text_encoder / 1e6), ("decode_ms", readings.decode / 1e6)):
+        tokenise_ms = self.last.timings_ms.get("tokenise")
+        for name, value in (("tokenise_ms", tokenise_ms), ("text_encoder_ms", readings.text_encoder / 1e6), ("decode_ms", readings.decode / 1e6)):
             if value:  # nothing was done, as where prompts are cached: no sample, rather than a fast one
                 found[name] = [value]
         found["copies_ms"] = [readings.copies / 1e6]
@@ -122,8 +125,49 @@ class _Sampler:
         return self.samples, [f"{self.dropped} pictures of a process dropped: the machine throttled while they were made"]
 
 
-def measure(request: Request) -> dict[str, Any]:
-    """Measure in this process.
+class _Turns:
+    """The other end of `sdrt.bench.turns`: words on standard input, each followed by a picture of which it takes turns in making.
+
+    `TURN_MS` is the least a turn takes: long against what a change of processes costs, short against what a busy machine's speed changes in.
+    A GPU works on after the host went on, so there a turn is a whole picture.
+    """
+
+    TURN_MS = 50.0
+
+    def __init__(self, said: IO[str], told: IO[str]) -> None:
+        self._said, self._told = said, told
+        self._began = 0.0
+
+    def tell(self, word: str) -> None:
+        self._told.write(word + "\n")
+        self._told.flush()
+
+    def hear(self) -> str:
+        word = self._said.readline().strip()
+        if not word:
+            raise MachineError("whoever asked for pictures is gone")
+        self._began = time.perf_counter()
+        return word
+
+    def between(self) -> None:
+        """After a model call: let the other process work, if this turn has been long enough."""
+        if (time.perf_counter() - self._began) * 1e3 >= self.TURN_MS:
+            self.tell("turn")
+            self.hear()
+
+    def make(self, sampler: _Sampler, readings: Readings) -> None:
+        """Make the pictures that are asked for, `warm` ones and those that count, until the `end`."""
+        engine = sampler.last.engine
+        self.tell(json.dumps({"peak_rss_bytes": peak_rss_bytes(), "engine": engine, "parameters": sampler.last.parameters}))
+        while (word := self.hear()) != "end":
+            readings.between = self.between if engine.get("device") == "cpu" else None
+            sampler.picture(keep=word == "picture")
+            readings.between = None
+            self.tell("done")
+
+
+def measure(request: Request, turns: _Turns | None = None) -> dict[str, Any]:
+    """Measure in this process, alone or in turns with another.
 
     Raises:
         SdrtError: whatever loading and making pictures raise.
@@ -131,25 +175,26 @@ def measure(request: Request) -> dict[str, Any]:
     from sdrt.runtime import Pipeline  # first: what it takes is measured
 
     imported_ns = time.monotonic_ns()
-    from sdrt.bench.instruments import Readings, instrumented
+    from sdrt.bench.instruments import Readings
 
     readings = Readings()
-    with instrumented(readings):
-        started = time.monotonic_ns()
-        pipe = Pipeline.load(request.bundle, backend=request.backend, device=request.device, threads=request.threads)
-        loaded_ns = time.monotonic_ns()
-        sampler = _Sampler(pipe, readings, request)
-        first_ms = sampler.picture()
-        cold_ns = time.monotonic_ns()
-        imported = [name for name in sys.modules if not name.startswith("sdrt.bench")]
-        once = {
-            "import_ms": (imported_ns - request.spawned_ns) / 1e6, "load_ms": (loaded_ns - started) / 1e6, "engine_load_ms": readings.engine_load / 1e6,
-            "first_picture_ms": first_ms, "cold_ms": (cold_ns - request.spawned_ns) / 1e6,
-        }  # fmt: skip
-        return _sustained(request, pipe, readings, sampler, {name: [value] for name, value in once.items()}, imported)
+    started = time.monotonic_ns()
+    pipe = Pipeline.load(request.bundle, backend=request.backend, device=request.device, threads=request.threads, observe=readings.observe)
+    loaded_ns = time.monotonic_ns()
+    sampler = _Sampler(pipe, readings, request)
+    first_ms = sampler.picture()
+    cold_ns = time.monotonic_ns()
+    imported = [name for name in sys.modules if not name.startswith("sdrt.bench")]
+    once = {
+        "import_ms": (imported_ns - request.spawned_ns) / 1e6, "load_ms": (loaded_ns - started) / 1e6, "engine_load_ms": readings.engine_load / 1e6,
+        "first_picture_ms": first_ms, "cold_ms": (cold_ns - request.spawned_ns) / 1e6,
+    }  # fmt: skip
+    return _sustained(request, pipe, readings, sampler, {name: [value] for name, value in once.items()}, imported, turns)
 
 
-def _sustained(request: Request, pipe: Pipeline, readings: Readings, sampler: _Sampler, samples: dict[str, list[float]], imported: list[str]) -> dict[str, Any]:
+def _sustained(
+    request: Request, pipe: Pipeline, readings: Readings, sampler: _Sampler, samples: dict[str, list[float]], imported: list[str], turns: _Turns | None = None
+) -> dict[str, Any]:  # fmt: skip
     """Everything after the first picture. Imports of its own start here."""
     from sdrt.bench.fidelity import check_references, picture_record
     from sdrt.bench.scenarios import repeat, warm_up
@@ -168,18 +213,20 @@ def _sustained(request: Request, pipe: Pipeline, readings: Readings, sampler: _S
     pixels, latents = sampler.last.images, readings.kept["latents"]
     sampler.points.clear()
     server: dict[str, Any] | None = None
-    warm = warm_up(sampler.picture, limit_s=request.warm_up_s, now=time.monotonic)
+    warm = warm_up(sampler.picture, limit_s=request.warm_up_s, now=time.monotonic) if turns is None else None
     sampler.points.clear()
     gpu = gpu_state(pipe._engine, request.device)
     watch = sampler.watch = Watch(gpu)
     machine: dict[str, Any] = {"told": watch.told, "before": watch.now(), "gpu": gpu.identity() if gpu is not None else None}
-    if request.scenario == "server":
+    if turns is not None:
+        turns.make(sampler, readings)
+    elif request.scenario == "server":
         server = _serve(request, sampler)
     else:
         for _ in repeat(request.pictures, limit_s=request.limit_s, now=time.monotonic):
             sampler.picture(keep=True)
     machine |= {"after": watch.now(), "dropped": sampler.dropped}
-    for _ in repeat(_FIT_PICTURES, limit_s=request.limit_s / 4, now=time.monotonic):
+    for _ in repeat(_FIT_PICTURES, limit_s=request.limit_s / 4, now=time.monotonic) if turns is None else ():
         for share in _FIT_SHARES:
             sampler.picture(steps=max(1, round(request.steps * share)))
     kept, throttled = sampler.counted()
@@ -189,7 +236,7 @@ def _sustained(request: Request, pipe: Pipeline, readings: Readings, sampler: _S
     if (device := _device_bytes(sampler.last.engine)) is not None:
         samples["device_bytes"] = [float(device)]
     engine = sampler.last.engine
-    checks, problems, skipped = check_references(pipe._engine, pipe.bundle)  # type: ignore[arg-type]
+    checks, problems, skipped = check_references(pipe._engine, pipe.bundle) if turns is None or request.process == 0 else ([], [], [])  # type: ignore[arg-type]
     record, wrong = picture_record(request.seed, latents, pixels)
     answer: dict[str, Any] = {
         "samples": samples,
@@ -198,9 +245,11 @@ def _sustained(request: Request, pipe: Pipeline, readings: Readings, sampler: _S
         "engine": engine,
         "parameters": sampler.last.parameters,
         "fit": sampler.points,
-        "warm_up": asdict(warm),
+        "warm_up": None if warm is None else asdict(warm),
         "machine": machine,
-        "warnings": skipped + throttled + ([] if warm.stable else [f"warm-up: pictures still varied by more than 2 % after {warm.seconds:.0f} s"]),
+        "warnings": skipped
+        + throttled
+        + ([] if warm is None or warm.stable else [f"warm-up: pictures still varied by more than 2 % after {warm.seconds:.0f} s"]),
         "fidelity": {"ok": not problems and not wrong, "checks": checks, "problems": problems + wrong, "picture": record},
     }
     if server is not None:
@@ -210,7 +259,7 @@ def _sustained(request: Request, pipe: Pipeline, readings: Readings, sampler: _S
         from statistics import median
 
         from sdrt.bench.layers import profile
-        from sdrt.bundle import TEXT_ENCODER, VAE_DECODER
+        from sdrt.bundle.graphs import TEXT_ENCODER, VAE_DECODER
 
         host = {TEXT_ENCODER: "text_encoder_ms", STEP: "step_ms", VAE_DECODER: "decode_ms"}
         taken = {graph: samples.get(DEVICE_METRICS[graph]) or samples.get(name) for graph, name in host.items()}  # without the copies, where that is known
@@ -240,7 +289,7 @@ def _packages(modules: list[str]) -> set[str]:
 
 def _engine_bytes(bundle: Bundle, engine: dict[str, Any]) -> dict[str, int]:
     """What the engine that ran reads: a compiled engine's plans, or the graphs of its precision with the weights."""
-    from sdrt.bundle import ENGINES, WEIGHTS
+    from sdrt.bundle.manifest import ENGINES, WEIGHTS
 
     files = bundle.manifest.files
     if "engine" in engine:
@@ -262,7 +311,15 @@ def _device_bytes(engine: dict[str, Any]) -> int | None:
     return int(total) - int(free) if status == driver.CUresult.CUDA_SUCCESS else None
 
 
-def serve() -> None:
+def take_turns() -> None:
+    """Be a process that takes turns. Whatever a library prints goes to standard error, so that only words travel on standard output."""
+    output, errors = 1, 2
+    with os.fdopen(os.dup(output), "w") as told:
+        os.dup2(errors, output)
+        serve(_Turns(sys.stdin, told))
+
+
+def serve(turns: _Turns | None = None) -> None:
     """Be the process: `sys.argv` holds the request's file and the answer's."""
     asked = json.loads(Path(sys.argv[1]).read_bytes())
     known = {field.name for field in fields(Request)}  # another version of sdrt may ask, with fields of its own
@@ -271,7 +328,7 @@ def serve() -> None:
     if request.size is not None:
         request = replace(request, size=(request.size[0], request.size[1]))
     try:
-        answer = measure(request)
+        answer = measure(request, turns)
     except SdrtError as error:
         answer = {"error": {"kind": type(error).__name__, "message": error.line, "fix": error.fix}}
     Path(sys.argv[2]).write_text(json.dumps(answer | {"understood": sorted(known)}), encoding="utf-8")

@@ -7,17 +7,18 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from sdrt.bench.statistics import MAX_PAIRS
 from sdrt.document import read_document
-from sdrt.errors import InputFileError, nearest, printable
+from sdrt.errors import InputFileError, UsageError, nearest, printable
 
 MAX_GATES_BYTES = 1 << 20
 UNPAIRED_FACTOR = 2.0
 """Two separate runs saw two moments of the machine: their margins are this many times those of interleaved ones."""
-DEFAULT_PAIRS = 10
+DEFAULT_PAIRS = 30
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class Gate:
 
 @dataclass(frozen=True)
 class Gates:
-    """The gates of a comparison. Names that `bench.toml` does not mention keep their defaults."""
+    """The gates of a comparison, and the most pairs that are made for it. Names that `bench.toml` does not mention keep their defaults."""
 
     pairs: int = DEFAULT_PAIRS
     chosen: Mapping[str, Gate] = field(default_factory=dict)
@@ -75,6 +76,18 @@ class Gates:
 
     def counter(self, name: str) -> Gate:
         return self.chosen.get(name, Gate(0.0, True))
+
+
+def with_margin(gates: Gates, margin: float) -> Gates:
+    """The same gates with another margin for every gated timing.
+
+    Raises:
+        UsageError: it is not a share above 0.
+    """
+    if not 0 < margin <= 10:
+        raise UsageError(f"--margin {margin:g}: expected a share above 0, at most 10", "Write 5 % as --margin 0.05.")
+    timings = [name for name, metric in METRICS.items() if metric.unit == "ms" and gates.metric(name).gated]
+    return replace(gates, chosen={**gates.chosen, **{name: Gate(margin, True) for name in timings}})
 
 
 def read_gates(path: Path) -> Gates:
@@ -89,8 +102,8 @@ def read_gates(path: Path) -> Gates:
         raise InputFileError(f"{path}: not readable as TOML: {printable(str(error))}", "docs/ci.md shows one.") from error
     _known(path, "", document, ("pairs", "metrics", "counters"))
     pairs = document.get("pairs", DEFAULT_PAIRS)
-    if type(pairs) is not int or not 1 <= pairs <= 1000:
-        raise InputFileError(f"{path}: pairs: expected 1 to 1000, found {pairs!r}")
+    if type(pairs) is not int or not 1 <= pairs <= MAX_PAIRS:
+        raise InputFileError(f"{path}: pairs: expected 1 to {MAX_PAIRS}, found {pairs!r}")
     metrics, counters = (_table(path, name, document.get(name, {})) for name in ("metrics", "counters"))
     _known(path, "metrics.", metrics, tuple(METRICS))
     chosen = {}

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
+from matplotlib.ticker import FormatStrFormatter, MaxNLocator, NullLocator
 
 from sdrt.bench.compare import Row
 from sdrt.bench.history import Trend
@@ -104,22 +105,38 @@ def distributions(documents: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def ratios(rows: Sequence[Row]) -> str | None:
-    """New over base with its interval, a line per timing; shaded is the margin within which a gated one counts as the same."""
-    shown = [row for row in rows if row.ratio is not None and row.low is not None and row.high is not None]
+    """New over base with its interval, a line per timing, what is gated first; shaded is the margin within which a gated one counts as the same.
+
+    The axis is logarithmic, and as wide as what is gated needs; what lies beyond it ends in an arrow.
+    """
+    shown = sorted((row for row in rows if row.ratio is not None and row.low is not None and row.high is not None), key=lambda row: not row.gated)
     if not shown:
         return None
+    leading = [row for row in shown if row.gated] or shown
+    reach = max(max(abs(np.log(row.low or 1)), abs(np.log(row.high or 1)), 3 * np.log1p(row.margin)) for row in leading) * 1.08
+    least, most = float(np.exp(-reach)), float(np.exp(reach))
     with rc_context(_STYLE):
         figure, axes = _axes(0.9 + 0.27 * len(shown))
         for place, row in enumerate(shown):
             assert row.ratio is not None and row.low is not None and row.high is not None
             colour = _ORANGE if row.verdict == SLOWER else _GREEN if row.verdict == FASTER else _BLUE if row.gated else _GREY
-            axes.hlines(place, row.low, row.high, color=colour, linewidth=2)
-            axes.plot([row.ratio], [place], color=colour, marker="o", markersize=6)
+            low, high = (min(max(value, least), most) for value in (row.low, row.high))
+            axes.hlines(place, low, high, color=colour, linewidth=2)
+            for edge, marker, beyond in ((least, "<", row.low < least), (most, ">", row.high > most)):
+                if beyond:
+                    axes.plot([edge], [place], color=colour, marker=marker, markersize=7, clip_on=False)
+            if least <= row.ratio <= most:
+                axes.plot([row.ratio], [place], color=colour, marker="o", markersize=6)
             if row.gated:
                 axes.barh([place], [row.margin + 1 - 1 / (1 + row.margin)], left=[1 / (1 + row.margin)], height=0.75, color=_BLUE, alpha=0.1)
         axes.axvline(1, color=_GREY, linewidth=1)
-        reach = max(max(abs(np.log(row.high or 1)), abs(np.log(row.low or 1))) for row in shown) * 1.08 + 0.02
-        axes.set(yticks=range(len(shown)), yticklabels=[row.name for row in shown], xlabel="new / base: left of 1 is faster", xlim=np.exp([-reach, reach]))
+        axes.set_xscale("log")
+        axes.set(yticks=range(len(shown)), yticklabels=[row.name for row in shown], xlabel="new / base: left of 1 is faster", xlim=(least, most))
+        axes.set_xticks([tick for tick in MaxNLocator(9).tick_values(least, most) if least <= tick <= most])
+        axes.xaxis.set_major_formatter(FormatStrFormatter("%.4g"))
+        axes.xaxis.set_minor_locator(NullLocator())
+        for label, row in zip(axes.get_yticklabels(), shown, strict=True):
+            label.set_fontweight("bold" if row.gated else "normal")
         axes.invert_yaxis()
         return _svg(figure)
 

@@ -77,7 +77,7 @@ def comparison_html(comparison: Comparison) -> str:
     kinds = ["bad" if row.failed else words.get(row.verdict, "plain") if row.gated else "plain" for row in comparison.rows]
     parts = [
         _verdict(comparison.headline, kind), _notes(comparison.notes),
-        _section("Ratios with their 95 % intervals", plots.ratios(comparison.rows), _paragraph("Shaded: the margin of what is gated. Grey: only reported.")),
+        _section("Ratios with their 95 % intervals", plots.ratios(comparison.rows), _paragraph("Bold is gated, and its margin is shaded; grey is only reported. An arrow: the interval goes on beyond the axis.")),
         "<h2>All metrics</h2>", _table(("metric", "base", "new", "new / base [95 % interval]", "verdict"), rows, numbers=(1, 2, 3), kinds=kinds),
         _section("Every sample, by process", plots.distributions({"base": comparison.base, "new": comparison.new})),
     ]  # fmt: skip

@@ -122,9 +122,16 @@ def ran(document: Mapping[str, Any]) -> str:
     return f"{what}, {scenario}{width}x{height}, batch {config['batch']}, {config['steps']} steps of {config['sampler']}"
 
 
-def environment_key(document: Mapping[str, Any]) -> str:
-    """A short hash of everything that must be equal for two results to be compared."""
-    fields = {part: {name: document[part].get(name) for name in names} for part, names in COMPARABLE.items()}
+def series(document: Mapping[str, Any]) -> str:
+    """What to call runs like this one over time: the bundle's label, and what ran."""
+    bundle = document["bundle"]
+    return f"{bundle.get('label') or bundle.get('name') or 'unnamed'}: {ran(document)}"
+
+
+def series_key(document: Mapping[str, Any]) -> str:
+    """A short hash of everything that must be equal for two results to be of one series: what makes them comparable, and the label."""
+    fields: dict[str, Any] = {part: {name: document[part].get(name) for name in names} for part, names in COMPARABLE.items()}
+    fields["series"] = series(document)
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -1,4 +1,4 @@
-"""Running a benchmark: fresh processes one after the other for one bundle, or interleaved for two."""
+"""Running a benchmark: fresh processes one after the other for one bundle, pairs of them side by side for two."""
 
 from __future__ import annotations
 
@@ -18,13 +18,16 @@ from sdrt.bench.environment import environment, git_revision, load
 from sdrt.bench.measure import Request
 from sdrt.bench.metrics import Gates
 from sdrt.bench.result import Document, assemble
-from sdrt.bundle import WEIGHTS, Bundle
+from sdrt.bench.statistics import MIN_PAIRS
+from sdrt.bench.turns import Answers, Pairs
+from sdrt.bundle.folder import Bundle
+from sdrt.bundle.manifest import WEIGHTS
 
 Measure = Callable[[Request], Mapping[str, Any]]
 """Measures one bundle in one process and returns what the process answered."""
+MeasurePair = Callable[[Request, Request, int], Answers]
+"""Measures the pair of this number, the old side and the new one."""
 Progress = Callable[[str], None]
-_MORE_PAIRS = 9
-"""At most this many times the pairs asked for are added to settle an ambiguous metric."""
 
 
 def run(bundle: Bundle, request: Request, processes: int, progress: Progress, measure: Measure = in_fresh_process) -> Document:
@@ -41,40 +44,59 @@ def run(bundle: Bundle, request: Request, processes: int, progress: Progress, me
     return document_of(bundle, request, answers, before)
 
 
-def interleave(
-    old: tuple[Bundle, Request], new: tuple[Bundle, Request], gates: Gates, progress: Progress, *, max_s: float, measure: Measure = in_fresh_process
+def side_by_side(
+    old: tuple[Bundle, Request], new: tuple[Bundle, Request], gates: Gates, progress: Progress, *, max_s: float, measure: MeasurePair | None = None
 ) -> Comparison:
-    """Measure two bundles in turn, A B B A, in fresh processes, and judge.
+    """Measure two bundles in pairs of fresh processes that take turns, and judge after each pair, until the verdict is settled.
 
-    Where that leaves a gated metric AMBIGUOUS, as many further pairs as it needs are made once, if they fit into `max_s` from the start;
-    looking again and again until something shows would raise false alarms.
+    MIN_PAIRS are always made, unless `gates.pairs` asks for fewer; no further one is begun that would end after `max_s`. `sdrt.bench.statistics` says why looking
+    again and again raises no false alarms. Two that cannot be compared are told apart before anything is measured: the comparison then has no rows.
+
+    Raises:
+        SdrtError: what a process raised.
     """
     started, before = time.monotonic(), load()
-    answers: tuple[list[Any], list[Any]] = ([], [])
+    answers: tuple[list[Mapping[str, Any]], list[Mapping[str, Any]]] = ([], [])
 
-    def make(pairs: int) -> None:
-        for _ in range(pairs):
-            pair = len(answers[0])
-            for side in (0, 1) if pair % 2 == 0 else (1, 0):
-                progress(f"pair {pair + 1}, {('old', 'new')[side]}")
-                answers[side].append(measure(replace((old, new)[side][1], process=pair)))
+    def compared(sides: Sequence[Sequence[Mapping[str, Any]]], notes: Sequence[str] = ()) -> Comparison:
+        base, changed = (document_of(*side, found, before) for side, found in zip((old, new), sides, strict=True))
+        return compare(base, changed, gates, interleaved=True, notes=notes)
 
-    def judged() -> Comparison:
-        base, changed = (document_of(*side, found, before) for side, found in zip((old, new), answers, strict=True))
-        return compare(base, changed, gates, interleaved=True)
+    def agree(found: Answers) -> None:
+        nothing = {"samples": {}, "counters": {}, "fidelity": {"ok": True, "checks": [], "problems": []}}
+        if (result := compared([[{**one, **nothing}] for one in found])).different:
+            raise _NotComparable(result)
 
-    make(1)
-    judged()  # two that cannot be compared are told apart after one pair
-    make(gates.pairs - 1)
-    result = judged()
-    needed = [row.needed for row in result.undecided]
-    if needed and not result.failures and None not in needed:
-        per_pair = (time.monotonic() - started) / len(answers[0])
-        more = max(number for number in needed if number is not None) - len(answers[0])
-        if 0 < more <= _MORE_PAIRS * gates.pairs and more * per_pair <= max_s - (time.monotonic() - started):
-            make(more)
-            result = judged()
-    return result
+    pairs = Pairs(agree)
+    make = measure or pairs
+    progress(f"at most {gates.pairs} pairs of processes")
+    try:
+        while True:
+            for side, answer in zip(answers, make(old[1], new[1], len(answers[0])), strict=True):
+                side.append(answer)
+            done = len(answers[0])
+            notes = [f"processes ran one after the other, which tells less: {pairs.alone}"] if pairs.alone else []
+            result = compared(answers, notes)
+            progress(f"pair {done}: {'; '.join(_so_far(result)) or 'nothing gated is timed'}{f' ({pairs.alone})' if pairs.alone else ''}")
+            settled = done >= MIN_PAIRS and (result.failures or not result.undecided)
+            taken = time.monotonic() - started
+            if settled or result.different or done >= gates.pairs or (done >= MIN_PAIRS and taken * (done + 1) / done > max_s):
+                return result
+    except _NotComparable as found:
+        return found.comparison
+
+
+class _NotComparable(Exception):
+    """Ends the measuring of two that cannot be compared."""
+
+    def __init__(self, comparison: Comparison) -> None:
+        self.comparison = comparison
+
+
+def _so_far(result: Comparison) -> list[str]:
+    """What is known of each gated timing."""
+    rows = [row for row in result.rows if row.gated and row.ratio is not None and row.low is not None and row.high is not None]
+    return [f"{row.name} {row.ratio:.3f}" + (f" [{row.low:.3f}, {row.high:.3f}] {row.verdict}" if row.n >= MIN_PAIRS else "") for row in rows]
 
 
 def document_of(bundle: Bundle, request: Request, answers: Sequence[Mapping[str, Any]], before: Mapping[str, Any]) -> Document:

@@ -1,9 +1,14 @@
 """The statistics of `sdrt bench`: summaries of samples, ratios with bootstrap intervals, verdicts, the fit of fixed and per-call cost. numpy only.
 
-A process is the unit of variation: pictures of one process share its memory layout and its moment on the machine. So a ratio is one of medians
-of processes, and intervals come from drawing processes (or pairs of them), not pictures, with replacement (Efron, 1979, percentile interval).
-That interval is too narrow for ten pairs, so a change must also pass an exact rank test: Wilcoxon's signed ranks for pairs, Wilcoxon's rank
-sum (Mann-Whitney) for separate runs.
+A process is the unit of variation: pictures of one process share its memory layout and its moment on the machine.
+
+Two bundles measured side by side make pairs of processes. A pair gives one number, the median of the log ratios of its turns, and the pairs'
+numbers are judged after every pair by Student's t. Which side starts first alternates, so without a change the numbers lie evenly around 0, each pair with
+a noise of its own; for normal noise of any mix of widths Student's two-sided test keeps its level up to 8 % (Bakirov and Szekely, 2005).
+Looking after every pair raises false alarms, so one look may only raise LOOK_ALPHA.
+
+Two separate runs are compared by medians of processes, with an interval from drawing processes, and pictures within them, with replacement (Efron,
+1979, percentile interval), and Wilcoxon's exact rank sum (Mann-Whitney).
 """
 
 from __future__ import annotations
@@ -12,6 +17,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,13 +27,14 @@ Doubles = NDArray[np.float64]
 RESAMPLES = 10_000
 SEED = 20_061
 ALPHA = 0.04
-"""Two-sided, over all gated metrics of a comparison: a false SLOWER in at most 2 of 100 runs, whatever the noise."""
-MIN_PAIRS = 6
-"""If nothing changed, n pairs all point one way in 2 of 2**n cases: below ALPHA from 6 on."""
+"""Two-sided, over all gated metrics of two separate runs: a false SLOWER in at most 2 of 100, whatever the noise."""
+LOOK_ALPHA = 0.0025
+"""The same for one look at pairs. Up to MAX_PAIRS - MIN_PAIRS + 1 looks, all at the same pairs, raise a false SLOWER in at most 2 of 100 runs (the tests)."""
+MIN_PAIRS, MAX_PAIRS = 6, 50
 MIN_PROCESSES = 4
 """Of two unpaired groups of n, the clearest split is 2 of (2n over n) equally likely ones: below ALPHA from 4 on."""
 _EXACT = 60
-"""Pairs, or processes of both sides, up to which ranks are counted exactly; beyond, their sum is taken as normal."""
+"""Processes of both sides up to which ranks are counted exactly; beyond, their sum is taken as normal."""
 _FIT_POINTS = 500
 _Z95, _Z90, _Z80 = 1.959964, 1.281552, 0.841621
 SEEN = _Z95 + _Z80
@@ -90,9 +97,11 @@ def bootstrap_medians(values: Doubles, resamples: int = RESAMPLES, seed: int = S
 
 @dataclass(frozen=True)
 class Estimate:
-    """A ratio new / base with its 95 % interval. `p_value` is the two-sided rank test's.
+    """A ratio new / base with its 95 % interval. `p_value` is the two-sided test's, `alpha` what it must be below.
 
-    `enough` is whether n pairs (or processes a side) can give a 95 % interval at all.
+    `enough` is whether n pairs (or processes a side) may be judged at all. `changed` is the share of the margin, in logarithms, from which a ratio may be called
+    a change: a change of the margin itself must be found, though half of all its measurements lie below it. Separate runs saw two moments of the machine, so theirs is all.
+    `seen` is the smallest relative change told from none in four cases of five.
     """
 
     ratio: float
@@ -101,6 +110,9 @@ class Estimate:
     p_value: float
     n: int
     enough: bool
+    alpha: float = ALPHA
+    changed: float = 1.0
+    seen: float = math.nan
 
     @property
     def error(self) -> float:
@@ -109,18 +121,51 @@ class Estimate:
 
 
 def paired(base: Sequence[Sequence[float]], new: Sequence[Sequence[float]]) -> Estimate | None:
-    """Ratio of interleaved processes: pair i compares process i of both sides. Pairs with an unusable side are left out; None if none is left."""
+    """Ratio of processes in pairs: process i of both sides ran side by side. As many samples on both sides are taken in turns, sample by sample; a process whose machine
+    slowed down for some of them is compared by its median. Pairs with an unusable side are left out; None if none is left."""
     logs = []
     for one, other in zip(base, new, strict=True):
-        a, b = usable(one)[0], usable(other)[0]
-        if a and b and (low := float(np.median(a))) > 0 and (high := float(np.median(b))) > 0:
-            logs.append(math.log(high / low))
+        a, b = (np.array([value for value in usable(side)[0] if value > 0]) for side in (one, other))
+        if len(a) and len(b):
+            logs.append(float(np.median(np.log(b / a)) if len(a) == len(b) else np.log(np.median(b) / np.median(a))))
     return from_logs(np.array(logs)) if logs else None
 
 
 def from_logs(logs: Doubles) -> Estimate:
-    """Estimate from the log ratios of pairs, `[n]`."""
-    return _estimate(float(np.median(logs)), bootstrap_medians(logs), signed_rank(logs), len(logs), len(logs) >= MIN_PAIRS)
+    """Estimate from the log ratios of pairs, `[n]`: their mean, with Student's interval and test."""
+    n, middle = len(logs), float(logs.mean())
+    error = float(logs.std(ddof=1)) / math.sqrt(n) if n > 1 else math.inf
+    reach = student_t(0.975, n - 1) * error if n > 1 else math.inf
+    p_value = 1.0 if n < 2 or middle == 0 else 2 * (1 - student_share(abs(middle) / error, n - 1)) if error else 0.0
+    low, high = (math.exp(max(-700.0, min(700.0, value))) for value in (middle - reach, middle + reach))
+    return Estimate(math.exp(middle), low, high, p_value, n, n >= MIN_PAIRS, LOOK_ALPHA, 0.5, visible(error * math.sqrt(n), n) if n > 1 else math.nan)
+
+
+def student_share(t: float, freedom: int) -> float:
+    """Student's distribution function, for whole degrees of freedom (Abramowitz and Stegun, 1964, 26.7.3 and 26.7.4)."""
+    angle = math.atan2(t, math.sqrt(freedom))
+    odd, square = freedom % 2, math.cos(angle) ** 2
+    term = math.sin(angle) * (math.cos(angle) if odd else 1.0)
+    total = 0.0
+    for k in range(1 + odd, freedom, 2):
+        total += term
+        term *= square * k / (k + 1)
+    return 0.5 + (angle + total) / math.pi if odd else 0.5 + total / 2
+
+
+@cache
+def student_t(share: float, freedom: int) -> float:
+    """The t below which this share of Student's distribution lies, for shares from 0.5."""
+    low, high = 0.0, 1e6
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if student_share(middle, freedom) < share else (low, middle)
+    return high
+
+
+def visible(deviation: float, pairs: int) -> float:
+    """The smallest relative change that so many pairs, whose log ratios scatter by `deviation`, tell from none in four cases of five."""
+    return math.expm1(min((student_t(1 - LOOK_ALPHA / 2, pairs - 1) + _Z80) * deviation / math.sqrt(pairs), 100.0))
 
 
 def unpaired(base: Sequence[Sequence[float]], new: Sequence[Sequence[float]]) -> Estimate | None:
@@ -138,28 +183,9 @@ def unpaired(base: Sequence[Sequence[float]], new: Sequence[Sequence[float]]) ->
         sides.append((medians, np.log(np.maximum(np.median(inner[process, draw], axis=1), np.finfo(float).tiny))))
     (old, old_draws), (now, new_draws) = sides
     n = min(len(old), len(now))
-    return _estimate(math.log(np.median(now) / np.median(old)), new_draws - old_draws, rank_sum(old, now), n, n >= MIN_PROCESSES)
-
-
-def _estimate(centre: float, draws: Doubles, p_value: float, n: int, enough: bool) -> Estimate:
-    low, high = (float(value) for value in np.percentile(draws, [2.5, 97.5]))
-    return Estimate(math.exp(centre), math.exp(low), math.exp(high), p_value, n, enough)
-
-
-def signed_rank(values: Doubles) -> float:
-    """Two-sided p-value of Wilcoxon's signed-rank test (1945) for values around 0, exact with ties; zeros carry no sign and are left out."""
-    values = values[values != 0]
-    if not len(values):
-        return 1.0
-    ranks = _double_ranks(np.abs(values))
-    positive, total = int(ranks[values > 0].sum()), int(ranks.sum())
-    if len(values) > _EXACT:
-        return _two_sided(positive - total / 2, math.sqrt(float((ranks.astype(np.float64) ** 2).sum()) / 4))
-    ways = np.zeros(total + 1)
-    ways[0] = 1.0
-    for rank in ranks:  # each sign equally likely: a subset sum
-        ways[rank:] += ways[: total + 1 - rank].copy()
-    return _tails(ways, positive)
+    low, high = (float(value) for value in np.percentile(new_draws - old_draws, [2.5, 97.5]))
+    seen = math.expm1(min(SEEN * (high - low) / (2 * _Z95), 100.0))
+    return Estimate(float(np.median(now) / np.median(old)), math.exp(low), math.exp(high), rank_sum(old, now), n, n >= MIN_PROCESSES, seen=seen)
 
 
 def rank_sum(base: Doubles, new: Doubles) -> float:
@@ -196,7 +222,7 @@ def _two_sided(distance: float, deviation: float) -> float:
 class Verdict:
     """`word` is SLOWER, FASTER, SAME or AMBIGUOUS; `needed` the pairs that would settle an AMBIGUOUS one, None if none would or it is settled.
 
-    `visible` is the smallest relative change that this many pairs of this spread can tell from none, NaN where n is 1.
+    `visible` is the smallest relative change that this many pairs of this spread can tell from none, NaN where so few decide nothing.
     """
 
     word: str
@@ -209,34 +235,36 @@ def judge(estimates: Mapping[str, Estimate], margins: Mapping[str, float]) -> di
     ranked = sorted(estimates, key=lambda name: estimates[name].p_value)
     significant, still = {}, True
     for rank, name in enumerate(ranked):
-        still = still and estimates[name].p_value <= ALPHA / (len(ranked) - rank)
+        still = still and estimates[name].p_value <= estimates[name].alpha / (len(ranked) - rank)
         significant[name] = still
     return {name: _verdict(estimate, margins[name], significant[name], len(ranked)) for name, estimate in estimates.items()}
 
 
 def _verdict(estimate: Estimate, margin: float, significant: bool, metrics: int) -> Verdict:
     bound = 1 + margin
-    visible = math.expm1(min(SEEN * estimate.error, 100.0)) if estimate.n > 1 else math.nan
+    changed = bound**estimate.changed
+    seen = estimate.seen if estimate.enough else math.nan
     if estimate.enough:
-        if estimate.ratio >= bound and estimate.low > 1 and significant:
-            return Verdict(SLOWER, None, visible)
-        if estimate.ratio <= 1 / bound and estimate.high < 1 and significant:
-            return Verdict(FASTER, None, visible)
         if estimate.low >= 1 / bound and estimate.high <= bound:
-            return Verdict(SAME, None, visible)
-    return Verdict(AMBIGUOUS, _needed(estimate, math.log(bound), metrics), visible)
+            return Verdict(SAME, None, seen)
+        if estimate.ratio >= changed and estimate.low > 1 and significant:
+            return Verdict(SLOWER, None, seen)
+        if estimate.ratio <= 1 / changed and estimate.high < 1 and significant:
+            return Verdict(FASTER, None, seen)
+    return Verdict(AMBIGUOUS, _needed(estimate, math.log(bound), metrics), seen)
 
 
 def _needed(estimate: Estimate, bound: float, metrics: int) -> int | None:
     """Pairs until the interval fits between the ratio and what it must not hold: the margin, or 1. None where that is out of reach."""
-    least = max(MIN_PAIRS, math.ceil(math.log2(2 * metrics / ALPHA)))  # that many can be significant beside the other metrics
-    if estimate.n < 2:
-        return least
+    if not estimate.enough:
+        return MIN_PAIRS
     size = abs(math.log(estimate.ratio))
-    room = bound - size if size < bound else size
+    same = size < bound * estimate.changed
+    room = bound - size if same else size
     if room <= 0.02 * bound:  # a ratio on the margin itself: every number of pairs leaves it there
         return None
-    return max(least, estimate.n + 1, math.ceil(estimate.n * (_SETTLED * estimate.error / room) ** 2))
+    errors = _SETTLED if same else NormalDist().inv_cdf(1 - estimate.alpha / metrics / 2) + _Z90
+    return max(MIN_PAIRS, estimate.n + 1, math.ceil(estimate.n * (errors * estimate.error / room) ** 2))
 
 
 @dataclass(frozen=True)

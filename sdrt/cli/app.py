@@ -220,7 +220,8 @@ def main(
         sdrt generate model+style.sdrt "a red apple" --output apple.png
 
     Exit codes: 0 ok; 1 a check said no; 2 usage; 3 bad input file; 4 refused as unsafe; 5 this machine does not fit;
-    6 out of disk or memory; 7 locked or timed out; 8 inconclusive; 70 a bug in sdrt; 130 interrupted.
+    6 out of disk or memory; 7 locked or timed out; 8 inconclusive; 9 not comparable; 70 a bug in sdrt;
+    130 interrupted.
     """
     show_log((logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)])
 

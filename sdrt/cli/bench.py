@@ -13,8 +13,17 @@ import typer
 from sdrt.cli import options
 from sdrt.cli.bench_tables import print_comparison, print_result, print_trends
 from sdrt.cli.output import print_json
+from sdrt.cli.progress import changing_line
 from sdrt.document import read_given
-from sdrt.errors import InconclusiveError, InputFileError, ResourceError, UsageError, nearest, printable
+from sdrt.errors import (
+    InconclusiveError,
+    InputFileError,
+    NotComparableError,
+    ResourceError,
+    UsageError,
+    nearest,
+    printable,
+)
 
 if TYPE_CHECKING:
     from sdrt.bench.compare import Comparison
@@ -23,6 +32,14 @@ if TYPE_CHECKING:
 
 _STEP_SUMMARY = "GITHUB_STEP_SUMMARY"
 _PROMPTS_BYTES = 1 << 20
+_SAME_THING = (
+    "Have both sides measure the same thing: choose with --backend, --size and --threads, or install the same engines "
+    "for both."
+)
+_SAME_MACHINE = (
+    "Measure both on the same machine with the same settings, or use: sdrt bench ab OLD.sdrt NEW.sdrt; or look at them "
+    "with: sdrt bench compare --force"
+)
 _PROMPT = "a red apple on a wooden table"
 
 app = typer.Typer(
@@ -37,7 +54,7 @@ app = typer.Typer(
 def bench() -> None:
     """Measure a bundle's latency, and tell whether a change made it slower.
 
-    Exit codes: 0 nothing gated is worse; 1 slower, a counter up, or wrong pictures; 8 cannot tell, or not comparable.
+    Exit codes: 0 nothing gated is worse; 1 slower, a counter up, or wrong pictures; 8 cannot tell; 9 not comparable.
     """
 
 
@@ -69,6 +86,7 @@ def run_command(
     device: options.BenchDevice = 0,
     threads: options.Threads = None,
     layers: options.Layers = False,
+    label: options.Label = None,
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", metavar="FILE.json", help="Write the result, raw samples included."),
@@ -87,7 +105,8 @@ def run_command(
     from sdrt.bench.formats import RESULT_FORMATS, result_markdown
     from sdrt.bench.result import write_json
     from sdrt.bench.run import run
-    from sdrt.bundle import WEIGHTS, check_outside_bundles, open_bundle
+    from sdrt.bundle.folder import check_outside_bundles, open_bundle
+    from sdrt.bundle.manifest import WEIGHTS
     from sdrt.checked import check_file
 
     targets = _targets(emit)
@@ -106,6 +125,8 @@ def run_command(
     opened = open_bundle(bundle)
     check_file(opened, WEIGHTS)  # now, or the first process would take longer to load than the others
     document = run(opened, request, processes, _say)
+    if label is not None:
+        document["bundle"]["label"] = label
     if output is not None:
         write_json(output, document)
     if history is not None:
@@ -167,7 +188,7 @@ def _check_machine(
         Exit: with code 8, where the default margin is out of reach.
     """
     from sdrt.bench.machine_noise import machine_noise, pictures_of, steady_work
-    from sdrt.bundle import open_bundle
+    from sdrt.bundle.folder import open_bundle
 
     if any(file is not None for file in files) or request.layers:
         raise UsageError(
@@ -230,10 +251,11 @@ def ab_command(
     seed: options.BenchSeed = 0,
     batch: options.BenchBatch = None,
     pairs: options.Pairs = None,
-    max_time: options.MaxTime = 1800.0,
+    margin: options.Margin = None,
+    max_time: options.MaxTime = 900.0,
     old_python: options.OldPython = None,
-    pictures: options.Pictures = 10,
-    limit_s: options.MaxPictureTime = 15.0,
+    pictures: options.Pictures = 20,
+    limit_s: options.MaxPictureTime = 5.0,
     warm_up_s: options.WarmUp = 10.0,
     rate: options.Rate = 1.0,
     duration_s: options.Duration = 30.0,
@@ -245,17 +267,27 @@ def ab_command(
     emit: options.Emit = None,
     as_json: options.Json = False,
 ) -> None:
-    """Measure two bundles in turn, A B B A, in fresh processes, and judge.
+    """Measure two bundles side by side: pairs of fresh processes that take turns, until the verdict is settled.
     The gate for machines that others use too.
+
+    Where memory does not hold both at once they run one after the other, which tells less. --warm-up is for that.
     """
-    from sdrt.bench.run import interleave
-    from sdrt.bundle import WEIGHTS, open_bundle
+    from sdrt.bench.metrics import with_margin
+    from sdrt.bench.run import side_by_side
+    from sdrt.bench.statistics import MAX_PAIRS
+    from sdrt.bundle.folder import open_bundle
+    from sdrt.bundle.manifest import WEIGHTS
     from sdrt.checked import check_file
 
     targets, gates = _targets(emit), _gates(config, new)
     if pairs is not None:
         _at_least("--pairs", pairs, 1)
+        if pairs > MAX_PAIRS:
+            fix = "What so many cannot show takes a quieter machine, or a wider margin."
+            raise UsageError(f"--pairs {pairs}: expected at most {MAX_PAIRS}", fix)
         gates = replace(gates, pairs=pairs)
+    if margin is not None:
+        gates = with_margin(gates, margin)
     request = _request(ctx, old)
     first, second = open_bundle(old), open_bundle(new)
     for opened in (first, second):
@@ -270,7 +302,9 @@ def ab_command(
         (first, replace(request, bundle=str(first.path), python=interpreter)),
         (second, replace(request, bundle=str(second.path))),
     )
-    _conclude(interleave(*sides, gates, _say, max_s=max_time), targets, as_json)
+    with changing_line() as say:
+        comparison = side_by_side(*sides, gates, say, max_s=max_time)
+    _conclude(comparison, targets, as_json)
 
 
 @app.command("trend", epilog="Example: sdrt bench trend runs --html trend.html")
@@ -286,7 +320,7 @@ def trend_command(
     the newest lies beyond Q3 + 3 IQR of those before it, ten at least.
     """
     from sdrt.bench import history as runs
-    from sdrt.bundle import check_outside_bundles
+    from sdrt.bundle.folder import check_outside_bundles
 
     found = runs.trends(runs.read(history))
     if page is not None:
@@ -384,7 +418,7 @@ def _gates(config: Path | None, new: Path) -> Gates:
 
 def _targets(emit: Sequence[str] | None) -> list[tuple[str, Path]]:
     """The formats and files that `--emit FORMAT=FILE` names, checked before anything is measured."""
-    from sdrt.bundle import check_outside_bundles
+    from sdrt.bundle.folder import check_outside_bundles
 
     targets = []
     for text in emit or []:
@@ -434,7 +468,12 @@ def _say(text: str) -> None:
 
 
 def _conclude(comparison: Comparison, targets: Sequence[tuple[str, Path]], as_json: bool) -> None:
-    """Write what was asked for, print the table, and end with the verdict's exit code."""
+    """Write what was asked for, print the table, and end with the verdict's exit code.
+
+    Raises:
+        NotComparableError: after that, where there is no verdict. With `as_json` the JSON says so.
+    """
+    from sdrt.bench.compare import listed
     from sdrt.bench.formats import COMPARISON_FORMATS, comparison_markdown
 
     def page() -> str:
@@ -457,11 +496,15 @@ def _conclude(comparison: Comparison, targets: Sequence[tuple[str, Path]], as_js
                 "metrics": [asdict(row) | {"failed": row.failed} for row in comparison.rows],
                 "problems": list(comparison.problems),
                 "notes": list(comparison.notes),
+                "different": list(comparison.different),
                 "base": dict(comparison.base),
                 "new": dict(comparison.new),
             }
         )
     else:
         print_comparison(comparison)
+    if comparison.different and not as_json:
+        fix = _SAME_THING if comparison.interleaved else _SAME_MACHINE
+        raise NotComparableError(f"not comparable: {listed(comparison.different)}", fix)
     if comparison.exit_code:
         raise typer.Exit(comparison.exit_code)

@@ -15,7 +15,7 @@ from sdrt.cli.progress import BUILD_STAGES, StageProgress
 from sdrt.errors import printable
 
 if TYPE_CHECKING:
-    from sdrt.bundle import Source
+    from sdrt.bundle.manifest import Source
 
 
 def build(

@@ -16,7 +16,8 @@ from sdrt.cli.progress import COMPILE_STAGES, StageProgress
 from sdrt.errors import MachineError, SdrtError, UsageError, nearest
 
 if TYPE_CHECKING:
-    from sdrt.bundle import Bundle, Manifest
+    from sdrt.bundle.folder import Bundle
+    from sdrt.bundle.manifest import Manifest
     from sdrt.compile.report import CompileOptions, CompileReport
     from sdrt.engine_record import EngineRecord
 
@@ -51,7 +52,7 @@ def compile_bundle(
     options. Engines lie in the bundle under `engines/`; `sdrt inspect` lists them. An engine is native code: run those
     you made, or got from someone you trust.
     """
-    from sdrt.bundle import open_bundle
+    from sdrt.bundle.folder import open_bundle
     from sdrt.compile.report import CompileOptions
 
     if not target and not prune:
@@ -167,7 +168,7 @@ def _run(bundle: Bundle, asked: Sequence[CompileOptions]) -> list[CompileReport]
 
 def compile_after_build(path: Path, targets: Sequence[str]) -> list[CompileReport]:
     """Compile the new bundle at `path` for the targets of `sdrt build`. A failure leaves the bundle and says so."""
-    from sdrt.bundle import open_bundle
+    from sdrt.bundle.folder import open_bundle
     from sdrt.compile.report import CompileOptions
 
     try:

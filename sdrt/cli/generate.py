@@ -18,7 +18,7 @@ from sdrt.errors import UsageError, printable
 from sdrt.publish import folders_made
 
 if TYPE_CHECKING:
-    from sdrt.bundle import Manifest
+    from sdrt.bundle.manifest import Manifest
     from sdrt.runtime.contact_sheet import Frame
     from sdrt.runtime.pipeline import Result, Step
 
@@ -61,7 +61,7 @@ def generate(
     as_json: options.Json = False,
 ) -> None:
     """Make pictures from a prompt, or from a picture and a prompt. Needs no PyTorch."""
-    from sdrt.bundle import check_outside_bundles, open_bundle
+    from sdrt.bundle.folder import check_outside_bundles, open_bundle
     from sdrt.runtime import Pipeline
     from sdrt.runtime.picture_file import FORMAT_OF_ENDING, save_new_picture, save_picture
     from sdrt.runtime.request import Request, resolved

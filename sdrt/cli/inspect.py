@@ -16,7 +16,7 @@ from sdrt.cli.output import print_json, print_report
 from sdrt.errors import SdrtError, UsageError
 
 if TYPE_CHECKING:
-    from sdrt.bundle import Bundle
+    from sdrt.bundle.folder import Bundle
     from sdrt.engine_record import EngineRecord
 
 _SHOWN_METADATA, _SHOWN_CHARACTERS = 8, 100
@@ -40,7 +40,8 @@ def inspect(
     as_json: options.Json = False,
 ) -> None:
     """Say what a file or bundle is: family, components, adapters, sizes. Reads headers only."""
-    from sdrt.bundle import MANIFEST, open_bundle
+    from sdrt.bundle.folder import open_bundle
+    from sdrt.bundle.manifest import MANIFEST
     from sdrt.export.inspect import inspect_file
 
     if os.path.exists(path / MANIFEST) or path.suffix == ".sdrt":
@@ -96,12 +97,12 @@ def _bundle_summary(report: Mapping[str, Any]) -> dict[str, Any]:
     short |= {
         "prediction": report["diffusion"]["prediction"],
         "size": "x".join(str(side) for side in report["latents"]["size"]),
-        "precision": report["precision"],
-        "clip_skip": report["text"]["clip_skip"],
+        "precision": report["components"]["unet"]["storage"],
+        "clip_skip": report["text"][0]["clip_skip"],
         "sources": [_source(source) for source in report["sources"]],
     }
-    if report["text"]["embeddings"]:
-        short["triggers"] = list(report["text"]["embeddings"])
+    if report["text"][0]["embeddings"]:
+        short["triggers"] = list(report["text"][0]["embeddings"])
     short["engines"] = [_engine(engine) for engine in report["engines"]] or "none; ONNX Runtime runs the graphs"
     return short
 

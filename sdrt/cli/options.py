@@ -538,6 +538,15 @@ Layers = Annotated[
         "--layers", help="Also profile each graph: slowest operators, arithmetic, share of the machine's measured peak."
     ),
 ]
+Label = Annotated[
+    str | None,
+    typer.Option(
+        "--label",
+        metavar="TEXT",
+        help="What to call the bundle in a history and in series of CI systems; its own name if not given. Runs of one "
+        "label are one series.",
+    ),
+]
 CheckMachine = Annotated[
     bool,
     typer.Option(
@@ -568,18 +577,31 @@ CompareAnyway = Annotated[
     typer.Option(
         "--force",
         help="Show two results that are not comparable side by side all the same. There is no verdict then, and the "
-        "exit code stays 8.",
+        "exit code stays 9.",
     ),
 ]
 Pairs = Annotated[
-    int | None, typer.Option("--pairs", metavar="N", help="Pairs of processes; as bench.toml says, or 10.")
+    int | None,
+    typer.Option(
+        "--pairs",
+        metavar="N",
+        help="At most so many pairs of processes; as bench.toml says, or 30. Fewer than 6 decide nothing.",
+    ),
+]
+Margin = Annotated[
+    float | None,
+    typer.Option(
+        "--margin",
+        metavar="X",
+        help="Margin of the gated timings, such as 0.05; as bench.toml says, or 0.05.",
+    ),
 ]
 MaxTime = Annotated[
     float,
     typer.Option(
         "--max-time",
         metavar="S",
-        help="Where it stays ambiguous, make further pairs if all it needs fit into this many seconds.",
+        help="Begin no pair after the sixth that would end after so many seconds.",
     ),
 ]
 OldPython = Annotated[

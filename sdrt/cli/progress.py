@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from threading import Event
 from typing import Any
 
 import typer
+
+from sdrt.errors import printable
 
 BUILD_STAGES = {
     "read": 4.0,
@@ -57,6 +60,20 @@ def progress_bar() -> Any:
         transient=True,
         disable=not console.is_terminal,
     )
+
+
+@contextmanager
+def changing_line() -> Iterator[Callable[[str], None]]:
+    """What says how far the work is: one line that changes where stderr is a terminal, and a line each elsewhere."""
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda text: typer.echo(text, err=True)
+        return
+    with console.status("") as status:
+        yield lambda text: status.update(Text(printable(text)))
 
 
 class StageProgress:

@@ -109,15 +109,6 @@ def library(target: str) -> Any:
         raise MachineError(f"target {target}: cannot import {COMPILERS[target]}: {error}", f"Install it with: {install_command(target)}") from error
 
 
-def input_shapes(compiler: Compiler, graph: str, path: Path) -> dict[str, tuple[Side, ...]]:
-    """The inputs of an ONNX file as TensorRT reads it, by name.
-
-    Raises:
-        MachineError: it cannot read the file; the error names the node.
-    """
-    return {str(tensor.name): sides for tensor, sides in _inputs(_parse(compiler, graph, path).network)}
-
-
 def build_graph(compiler: Compiler, graph: str, path: Path, profiles: Sequence[Profile], demand: Demand, progress: Progress, stop: Event) -> Built:
     """Compile one graph with a profile for each of `profiles`; axes on which all agree are static. Ends soon after `stop` is set.
 

@@ -11,7 +11,9 @@ from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 
-from sdrt.bundle import GRAPHS, WEIGHTS, Bundle, check_files, file_record
+from sdrt.bundle.folder import Bundle, check_files, file_record
+from sdrt.bundle.graphs import GRAPHS
+from sdrt.bundle.manifest import WEIGHTS
 from sdrt.compile import worker
 from sdrt.compile.report import CompileOptions, CompileReport, GraphReport
 from sdrt.compile.together import engines_together
@@ -69,7 +71,8 @@ def compile_bundle(bundle: Bundle, options: CompileOptions, progress: Progress =
                 return CompileReport(folder, read_intact(folder), True, {})
         plans: dict[str, Plan] = {}
         reports: dict[str, GraphReport] = {}
-        needed_bytes = weights.size_bytes * (1 if manifest.precision == PRECISION else 2) + _MARGIN_BYTES
+        widened = any(component.storage != PRECISION for component in manifest.components.values())
+        needed_bytes = weights.size_bytes * (2 if widened else 1) + _MARGIN_BYTES
         with new_engine(key, needed_bytes) as stage:
             for graph in GRAPHS:
                 progress(f"compile {graph}", None)

@@ -13,7 +13,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from sdrt.bundle import GRAPHS, WEIGHTS, Bundle, check_files
+from sdrt.bundle.folder import Bundle, check_files
+from sdrt.bundle.graphs import GRAPHS
+from sdrt.bundle.manifest import WEIGHTS
 from sdrt.compile.report import CompileOptions, CompileReport, GraphReport
 from sdrt.compile.shapes import resolve_shapes
 from sdrt.compile.together import engines_together
@@ -107,7 +109,7 @@ def _static_shapes(bundle: Bundle, options: CompileOptions) -> list[StepShape]:
             raise UsageError(f"{option}: from {low} to {high}: OpenVINO engines have static shapes", fix)
     factor = manifest.latents.factor
     height, width = shapes.height[0] // factor, shapes.width[0] // factor
-    lengths = [chunks * manifest.text.tokens for chunks in DEFAULT_CHUNKS] if options.tokens is None else [shapes.tokens[0]]
+    lengths = [chunks * manifest.chunk for chunks in DEFAULT_CHUNKS] if options.tokens is None else [shapes.tokens[0]]
     return [StepShape(shapes.batch[0], height, width, tokens, branches, shapes.rows) for tokens in lengths for branches in shapes.branches]
 
 

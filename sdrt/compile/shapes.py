@@ -6,12 +6,12 @@ Owns no engine API. A range is (smallest, best, largest); the best is the bundle
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 
-from sdrt.bundle import MAX_BATCH, MAX_BRANCHES, MAX_CHUNKS, MAX_SIDE, MIN_SIDE, SIZE_STEP, STEP, Manifest
+from sdrt.bundle.graphs import STEP, concrete, dimensions, signatures, table_rows
+from sdrt.bundle.manifest import MAX_BATCH, MAX_BRANCHES, MAX_CHUNKS, MAX_SIDE, MIN_SIDE, SIZE_STEP, Manifest
 from sdrt.engine_record import MAX_ROWS, Profile
-from sdrt.errors import MachineError, UsageError, printable
+from sdrt.errors import UsageError
 
 Range = tuple[int, int, int]
 Size = tuple[int, int]
@@ -19,7 +19,7 @@ Size = tuple[int, int]
 
 @dataclass(frozen=True)
 class Shapes:
-    """What an engine is compiled for: `width`, `height` in pixels, pictures and tokens as ranges; numbers of guidance branches; table rows."""
+    """What an engine is compiled for: `width`, `height` in pixels, pictures and tokens as ranges; numbers of guidance branches; a picture's table rows."""
 
     width: Range
     height: Range
@@ -43,7 +43,7 @@ def resolve_shapes(
     Raises:
         UsageError: a value is out of range, or a range runs backwards.
     """
-    chunk, own = manifest.text.tokens, manifest.latents.size
+    chunk, own = manifest.chunk, manifest.latents.size
     (low_width, low_height), (high_width, high_height) = size or (own, own)
     for side in (low_width, low_height, high_width, high_height):
         if side % SIZE_STEP or not MIN_SIDE <= side <= MAX_SIDE:
@@ -79,19 +79,20 @@ def axes(graph: str, shapes: Shapes, manifest: Manifest) -> list[dict[str, Range
     """What each free axis of a graph may be, by the name it has in the ONNX file: one entry per optimization profile.
 
     The step has a profile for each number of guidance branches, the others have one. The text encoder takes every chunk of every branch's
-    prompt at once, or any part of them.
+    prompt at once, or any part of them; the VAE any part of the pictures, since they need not be finished together.
     """
-    factor, chunk = manifest.latents.factor, manifest.text.tokens
+    factor, chunk = manifest.latents.factor, manifest.chunk
+    low, best, high = shapes.batch
 
     def divided(sides: Range) -> Range:
         return sides[0] // factor, sides[1] // factor, sides[2] // factor
 
     known: dict[str, Range] = {
-        "N": shapes.batch,
+        "N": (low if graph == STEP else 1, best, high),
         "h": divided(shapes.height),
         "w": divided(shapes.width),
         "T": shapes.tokens,
-        "S": (shapes.rows,) * 3,
+        "S": (table_rows(low, shapes.rows), table_rows(best, shapes.rows), table_rows(high, shapes.rows)),
         "n": (1, max(shapes.branches), max(shapes.branches) * shapes.tokens[2] // chunk),
     }
     if graph == STEP:
@@ -99,33 +100,13 @@ def axes(graph: str, shapes: Shapes, manifest: Manifest) -> list[dict[str, Range
     return [known]
 
 
-def axis_range(expression: str, known: Mapping[str, Range]) -> Range:
-    """A product of names and numbers such as `G*N` or `8*h`, as a range.
-
-    Raises:
-        MachineError: a name is unknown, so a newer sdrt wrote the graph.
-    """
-    result = (1, 1, 1)
-    for factor in expression.split("*"):
-        if factor.isdecimal():
-            one: Range = (int(factor),) * 3
-        elif factor in known:
-            one = known[factor]
-        else:
-            raise MachineError(f"axis {printable(repr(expression))}: unknown to this version of sdrt", "Upgrade sdrt, or build the bundle again with it.")
-        result = result[0] * one[0], result[1] * one[1], result[2] * one[2]
-    return result
-
-
-def profiles_of(inputs: Mapping[str, tuple[int | str, ...]], graph: str, shapes: Shapes, manifest: Manifest) -> tuple[Profile, ...]:
-    """Every input's shapes in each profile of a graph. `inputs` holds their sides: numbers, or the names of free axes."""
+def profiles_of(graph: str, shapes: Shapes, manifest: Manifest) -> tuple[Profile, ...]:
+    """Every input's shapes in each profile of a graph."""
+    inputs = signatures(dimensions(manifest))[graph].inputs
     profiles = []
     for known in axes(graph, shapes, manifest):
-        three = {}
-        for name, sides in inputs.items():
-            ranges = [axis_range(side, known) if isinstance(side, str) else (side,) * 3 for side in sides]
-            three[name] = (tuple(r[0] for r in ranges), tuple(r[1] for r in ranges), tuple(r[2] for r in ranges))
-        profiles.append(Profile(three))
+        low, best, high = ({axis: sizes[i] for axis, sizes in known.items()} for i in range(3))
+        profiles.append(Profile({name: (concrete(t.shape, low), concrete(t.shape, best), concrete(t.shape, high)) for name, t in inputs.items()}))
     return tuple(profiles)
 
 
@@ -136,7 +117,7 @@ def largest_demand(shapes: Shapes, manifest: Manifest) -> tuple[str, str]:
     demands = {
         "--size": (width * height / own, f"the picture of {width}x{height} pixels"),
         "--batch": (shapes.batch[2], f"the batch of {shapes.batch[2]}"),
-        "--tokens": (shapes.tokens[2] / manifest.text.tokens, f"the prompt of {shapes.tokens[2]} tokens"),
+        "--tokens": (shapes.tokens[2] / manifest.chunk, f"the prompt of {shapes.tokens[2]} tokens"),
         "--branches": (max(shapes.branches) / 2, f"{max(shapes.branches)} guidance branches"),
     }
     flag = max(demands, key=lambda name: demands[name][0])

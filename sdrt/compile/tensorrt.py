@@ -9,7 +9,9 @@ from __future__ import annotations
 import hashlib
 from contextlib import suppress
 
-from sdrt.bundle import GRAPHS, WEIGHTS, Bundle, check_files
+from sdrt.bundle.folder import Bundle, check_files
+from sdrt.bundle.graphs import GRAPHS
+from sdrt.bundle.manifest import WEIGHTS
 from sdrt.compile import worker
 from sdrt.compile.network import Compiler, Demand, build_flags, import_compiler, library
 from sdrt.compile.report import CompileOptions, CompileReport, GraphReport
@@ -46,8 +48,7 @@ def compile_bundle(bundle: Bundle, options: CompileOptions, progress: Progress =
     files = {graph: manifest.graphs[graph][precision].path for graph in GRAPHS}
     progress("read", None)
     check_files(bundle, [WEIGHTS, *files.values()])
-    inputs = worker.read_inputs(compiler, paths)
-    profiles = {graph: profiles_of(inputs[graph], graph, shapes, manifest) for graph in GRAPHS}
+    profiles = {graph: profiles_of(graph, shapes, manifest) for graph in GRAPHS}
     key = EngineKey(
         target=options.target,
         compiler=compiler.version,

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from sdrt.bundle import ENGINES, Bundle
+from sdrt.bundle.folder import Bundle
+from sdrt.bundle.manifest import ENGINES
 from sdrt.compile.watch import WAITING, Progress
 from sdrt.engine_cache import NewEngine, new_engines
 from sdrt.lock import locked

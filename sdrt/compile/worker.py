@@ -1,4 +1,4 @@
-"""A process for each graph that TensorRT reads or compiles, or ONNX Runtime saves.
+"""A process for each graph that TensorRT compiles, or ONNX Runtime saves.
 
 Native code that runs for minutes and takes gigabytes is better off alone: Ctrl-C ends it at once, its memory goes back to the system, a
 crash or the kernel's out-of-memory killer ends the worker instead of the caller, and what it prints is caught. It also makes TensorRT's builds
@@ -27,7 +27,7 @@ from threading import Event, Thread
 from typing import Any, BinaryIO
 
 from sdrt import errors
-from sdrt.compile.network import Built, Compiler, Demand, Side, build_error, build_graph, import_compiler, input_shapes
+from sdrt.compile.network import Built, Compiler, Demand, build_error, build_graph, import_compiler
 from sdrt.compile.optimized_model import save_model as save_model_here
 from sdrt.compile.watch import Progress
 from sdrt.engine_record import Profile
@@ -50,18 +50,6 @@ class Answer:
     fields: dict[str, Any]
     data: bytes
     peak_bytes: int | None
-
-
-def read_inputs(compiler: Compiler, paths: dict[str, Path]) -> dict[str, dict[str, tuple[Side, ...]]]:
-    """The inputs of each graph, by name.
-
-    Raises:
-        MachineError: TensorRT cannot read a graph.
-    """
-    (folder,) = {path.parent for path in paths.values()}
-    request = {"names": {graph: path.name for graph, path in paths.items()}}
-    answer = _ask(compiler, request, folder, Demand("the model", "--precision"), "read", lambda _, __: None)
-    return {graph: {name: tuple(sides) for name, sides in inputs.items()} for graph, inputs in answer.fields["inputs"].items()}
 
 
 def build(compiler: Compiler, graph: str, path: Path, profiles: Sequence[Profile], demand: Demand, progress: Progress) -> tuple[Built, int | None]:
@@ -229,8 +217,6 @@ def _answer(request: dict[str, Any], answers: BinaryIO, stop: Event) -> tuple[di
         return save_model_here(request["graph"], Path(request["name"]), Path(request["folder"]), Path(request["reference"])), memoryview(b"")
     compiler = import_compiler(request["target"], request["device"], request["gpu"], tuple(request["sms"]))
     _use_up_holes(64 * (1 + request.get("attempt", 0)))
-    if "names" in request:
-        return {"inputs": {graph: input_shapes(compiler, graph, Path(name)) for graph, name in request["names"].items()}}, memoryview(b"")
     profiles = [Profile({name: tuple(map(tuple, three)) for name, three in shapes.items()}) for shapes in request["profiles"]]  # type: ignore[misc]
     built = build_graph(
         compiler,

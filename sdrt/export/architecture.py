@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from sdrt.bundle import MAX_SIDE, MIN_SIDE, SIZE_STEP
+from sdrt.bundle.manifest import MAX_SIDE, MIN_SIDE, SIZE_STEP
 from sdrt.errors import CheckpointError
 from sdrt.export.families.family import Family, Shapes
 from sdrt.export.families.recognise import OPTION_OF_KIND, UNET_ALONE, VAE, describe

@@ -16,9 +16,28 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sdrt import __version__
-from sdrt import bundle as names
 from sdrt.bpe import read_bpe
-from sdrt.bundle import Diffusion, Graph, Latents, Manifest, Source, Text, check_outside_bundles, file_record, graph_path, is_bundle, write_manifest
+from sdrt.bundle.folder import check_outside_bundles, file_record, is_bundle
+from sdrt.bundle.graphs import STEP, TEXT_ENCODER, VAE_DECODER, VAE_ENCODER
+from sdrt.bundle.manifest import (
+    FORMAT,
+    MAX_SIDE,
+    MIN_SIDE,
+    SIZE_STEP,
+    TOKENIZER,
+    UNET,
+    WEIGHTS,
+    Component,
+    Diffusion,
+    Graph,
+    Latents,
+    Manifest,
+    Source,
+    Text,
+    graph_path,
+    reference_path,
+    write_manifest,
+)
 from sdrt.errors import ResourceError, SdrtError, UsageError
 from sdrt.export.adapters import Lora, LoraOption, open_lora
 from sdrt.export.architecture import Architecture
@@ -68,6 +87,8 @@ class BuildReport:
     cached: tuple[str, ...]
 
 
+_COMPONENTS = {TEXT_ENCODER: "text_encoder", STEP: UNET, VAE_DECODER: "vae", VAE_ENCODER: "vae"}
+"""The component whose weights each graph takes."""
 _GRAPH_BYTES, _REFERENCE_BYTES = 4 << 20, 4 << 20
 """Room to find before a graph in all its precisions, and its reference, is written: more than any of Stable Diffusion 1.5 takes."""
 _REST_BYTES = 4 * (_GRAPH_BYTES + _REFERENCE_BYTES)
@@ -121,7 +142,7 @@ def build(options: BuildOptions, progress: Progress = lambda stage, done: None) 
             files.callback(checkpoint.close)
             sources = hashing.submit(_sources, checkpoint)  # takes as long as importing torch
             arch = _with_options(checkpoint.architecture, options)
-            from sdrt.export.graph import bind, is_traced, recipes, skeleton  # imports torch: only after the files are known to be good
+            from sdrt.export.graph import bind, is_traced, model_dimensions, recipes, skeleton  # imports torch: only after the files are known to be good
             from sdrt.export.selfcheck import check
 
             expected = {name: shape for recipe in recipes(arch).values() for name, shape in recipe.weight_shapes().items()}
@@ -156,10 +177,10 @@ def build(options: BuildOptions, progress: Progress = lambda stage, done: None) 
             shapes = {name: tensor.shape for name, tensor in tensors.items()} | {name: value.shape for name, value in computed.items()}
             weight_bytes = sum(map(math.prod, shapes.values())) * ITEM_BYTES[CODES[options.precision]]
             with stage("tokenizer", weight_bytes + _REST_BYTES):
-                bos, eos = write_tokenizer(folder / names.TOKENIZER, vocabulary)
-                notes = check_triggers(embeddings, read_bpe(folder / names.TOKENIZER).encode) if embeddings else []
+                bos, eos = write_tokenizer(folder / TOKENIZER, vocabulary)
+                notes = check_triggers(embeddings, read_bpe(folder / TOKENIZER).encode) if embeddings else []
             with stage("fuse", weight_bytes):
-                weights_file = folder / names.WEIGHTS
+                weights_file = folder / WEIGHTS
                 written = write_weights(weights_file, tensors, loras, options.precision, lambda done: progress("fuse", done), computed)
                 changes = written.changes
             cached = []
@@ -176,24 +197,25 @@ def build(options: BuildOptions, progress: Progress = lambda stage, done: None) 
                 for graph, recipe in made.items():
                     with stage(f"check {graph}", _REFERENCE_BYTES):
                         paths = {compute: folder / graph_path(graph, compute) for compute in computes}
-                        errors = check(recipe, weights, paths, folder / "reference" / f"{graph}.npz")
-                        graphs[graph] = {compute: _graph(recipe, options.precision, compute, error) for compute, error in errors.items()}
+                        errors = check(recipe, weights, paths, folder / reference_path(graph))
+                        graphs[graph] = {compute: _graph(recipe, _COMPONENTS[graph], compute, error) for compute, error in errors.items()}
             with stage("write"):
                 checkpoint.check_unchanged()
                 for file in dict.fromkeys([*(a.file for a in loras), *(a.file for a in embeddings), *(a.file for a in hypernetworks)]):
                     file.check_unchanged()
                 for config in [lora.config for lora in loras if lora.config is not None]:
                     config.check_unchanged()
+                sizes = model_dimensions(arch)
                 manifest = Manifest(
-                    format=names.FORMAT,
+                    format=FORMAT,
                     sdrt=__version__,
                     name=output.name.removesuffix(".sdrt"),
                     family=arch.family,
                     architecture={"unet": asdict(arch.unet), "vae": asdict(arch.vae), "clip": asdict(arch.clip)},
                     diffusion=Diffusion(prediction=arch.prediction),
-                    text=Text(arch.clip.width, arch.clip.tokens, bos, eos, eos, arch.clip.clip_skip, table_rows(embeddings, vocabulary)),
-                    latents=Latents(arch.vae.latent_channels, 2 ** (len(arch.vae.channels) - 1), arch.size, arch.unet.in_channels - arch.vae.latent_channels),
-                    precision=options.precision,
+                    text=(Text(arch.clip.width, arch.clip.tokens, bos, eos, eos, arch.clip.clip_skip, table_rows(embeddings, vocabulary)),),
+                    latents=Latents(sizes.channels, sizes.factor, arch.size, sizes.concat_channels),
+                    components=dict.fromkeys(_COMPONENTS.values(), Component(options.precision, computes[-1])),
                     graphs=graphs,
                     sources=(
                         *sources.result(),
@@ -236,8 +258,8 @@ def _check_output(output: Path, options: BuildOptions) -> None:
 def _with_options(arch: Architecture, options: BuildOptions) -> Architecture:
     width, height = options.size or arch.size
     for side in (width, height):
-        if side % names.SIZE_STEP or not names.MIN_SIDE <= side <= names.MAX_SIDE:
-            raise UsageError(f"size {width}x{height}: expected multiples of {names.SIZE_STEP} from {names.MIN_SIDE} to {names.MAX_SIDE}")
+        if side % SIZE_STEP or not MIN_SIDE <= side <= MAX_SIDE:
+            raise UsageError(f"size {width}x{height}: expected multiples of {SIZE_STEP} from {MIN_SIDE} to {MAX_SIDE}")
     for layer in options.clip_skip:
         if not 1 <= layer <= arch.clip.layers:
             raise UsageError(f"clip skip {layer}: this text encoder has {arch.clip.layers} layers", f"Choose 1 to {arch.clip.layers}.")
@@ -277,11 +299,9 @@ def _hypernetwork_source(hypernetwork: Hypernetwork) -> Source:
     return Source("hypernetwork", option.path.name, hypernetwork.sha256, option.scale, applied={"unet": hypernetwork.layers} if option.scale != 0 else {})
 
 
-def _graph(recipe: Recipe, weights: str, compute: str, error: float) -> Graph:
-    from sdrt.export.precision import ISLANDS
-
-    islands = ISLANDS[recipe.graph] if compute != "fp32" else ()
-    return Graph(graph_path(recipe.graph, compute), weights, compute, islands, tuple(recipe.inputs), tuple(recipe.outputs), float(f"{error:.1e}"))
+def _graph(recipe: Recipe, component: str, compute: str, error: float) -> Graph:
+    signature = recipe.signature
+    return Graph(graph_path(recipe.graph, compute), component, tuple(signature.inputs), tuple(signature.outputs), float(f"{error:.1e}"))
 
 
 def _tools() -> dict[str, str]:

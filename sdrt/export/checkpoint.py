@@ -230,7 +230,8 @@ def select(checkpoint: Checkpoint, expected: Mapping[str, tuple[int, ...]]) -> t
     """The checkpoint's tensors for the expected names and shapes, and the names of those left over that belong to no network.
 
     Raises:
-        CheckpointError: one is missing, has another shape, or is not floating-point; or a network has one more, which changes what it computes.
+        CheckpointError: one is missing, has another shape, or is not floating-point; or one of the expected networks has one more, which
+            changes what it computes.
     """
     missing = [name for name in expected if name not in checkpoint.tensors]
     if missing:
@@ -249,7 +250,8 @@ def select(checkpoint: Checkpoint, expected: Mapping[str, tuple[int, ...]]) -> t
         if entry.dtype not in FLOATS:
             raise CheckpointError(f"{path}: {name}: expected one of {', '.join(FLOATS)}, found {entry.dtype}")
     unknown = [name for name in checkpoint.tensors if name not in expected and not name.startswith(_IGNORED) and not name.endswith(_IGNORED_ENDS)]
-    for component in COMPONENTS:
+    asked = [component for component in COMPONENTS if any(name.startswith(component.prefix) for name in expected)]
+    for component in asked:
         if foreign := [name for name in unknown if name.startswith(component.prefix + component.computes)]:
             others = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
             raise CheckpointError(

@@ -79,7 +79,7 @@ class TextModel(nn.Module):
 
 
 class TextEncoder(nn.Module):
-    """Token ids to context, emphasis included. Chunks are encoded independently."""
+    """Token ids to context. Chunks are encoded independently."""
 
     def __init__(self, spec: ClipSpec) -> None:
         super().__init__()
@@ -88,17 +88,8 @@ class TextEncoder(nn.Module):
         self.cond_stage_model.transformer = nn.Module()
         self.cond_stage_model.transformer.text_model = TextModel(spec)
 
-    def forward(self, tokens: Tensor, emphasis: Tensor) -> tuple[Tensor, ...]:
-        """Token ids int64 `[n, 77]` and weights float32 `[n, 77]` to one context float32 `[n, 77, width]` per clip-skip layer.
-
-        Emphasis multiplies each token's vector, then the mean of the whole chunk is restored (AUTOMATIC1111's "original" mode).
-        """
+    def forward(self, tokens: Tensor) -> tuple[Tensor, ...]:
+        """Token ids int64 `[n, 77]` to one context float32 `[n, 77, width]` per clip-skip layer."""
         model = self.cond_stage_model.transformer.text_model
         states = model(tokens)
-        return tuple(_emphasised(model.final_layer_norm(states[-n]).float(), emphasis) for n in self.clip_skip)
-
-
-def _emphasised(z: Tensor, emphasis: Tensor) -> Tensor:
-    weighted = z * emphasis[:, :, None]
-    old, new = (x.mean(dim=(1, 2), keepdim=True) for x in (z, weighted))
-    return weighted * torch.where(new == 0, torch.ones_like(new), old / new)
+        return tuple(model.final_layer_norm(states[-n]).float() for n in self.clip_skip)

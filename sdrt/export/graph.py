@@ -22,7 +22,7 @@ import torch
 from torch import nn
 from torch.export import Dim
 
-from sdrt import bundle as names
+from sdrt.bundle.graphs import STEP, TEXT_ENCODER, VAE_DECODER, VAE_ENCODER, Dimensions, Shape, Signature, concrete, signatures
 from sdrt.errors import LockedError
 from sdrt.export.architecture import NORM_GROUPS, Architecture
 from sdrt.export.clip import TextEncoder
@@ -35,25 +35,23 @@ from sdrt.publish import cache_folder, staged_folder, write_file
 
 OPSET = 23
 _SOURCES = {
-    names.TEXT_ENCODER: ("clip.py", "attention.py", "graph.py"),
-    names.STEP: ("step.py", "unet.py", "attention.py", "graph.py"),
-    names.VAE_DECODER: ("vae.py", "attention.py", "graph.py"),
-    names.VAE_ENCODER: ("vae.py", "attention.py", "graph.py"),
+    TEXT_ENCODER: ("export/clip.py", "export/attention.py"),
+    STEP: ("export/step.py", "export/unet.py", "export/attention.py"),
+    VAE_DECODER: ("export/vae.py", "export/attention.py"),
+    VAE_ENCODER: ("export/vae.py", "export/attention.py"),
 }
+_SOURCES_OF_ALL = ("export/graph.py", "bundle/graphs.py")
 """What shapes a trace besides its architecture: an edit to any of these traces the graph again."""
-
-Shape = tuple[int | str, ...]
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How one graph is made. Shapes name their free axes; `sizes` gives each free axis a value to trace with, no two alike by chance."""
+    """How one graph is made. `sizes` gives each free axis a value to trace with, no two alike by chance."""
 
     graph: str
     spec: Any
     make: Callable[[], nn.Module]
-    inputs: Mapping[str, tuple[Shape, torch.dtype]]
-    outputs: Mapping[str, Shape]
+    signature: Signature
     sizes: Mapping[str, int]
 
     def module(self) -> nn.Module:
@@ -65,77 +63,31 @@ class Recipe:
         return {name: tuple(p.shape) for name, p in self.module().named_parameters()}
 
 
+def model_dimensions(arch: Architecture) -> Dimensions:
+    """What an architecture makes of the graphs' signatures."""
+    channels, factor = arch.vae.latent_channels, 2 ** (len(arch.vae.channels) - 1)
+    return Dimensions(channels, arch.unet.in_channels - channels, factor, arch.unet.context_width, arch.clip.tokens, arch.clip.clip_skip)
+
+
 def recipes(arch: Architecture) -> dict[str, Recipe]:
     """The four graphs of a Stable Diffusion model, by name."""
-    f32, channels, registers = torch.float32, arch.vae.latent_channels, names.REGISTERS
-    factor = 2 ** (len(arch.vae.channels) - 1)
-    latents: Shape = ("N", channels, "h", "w")
-    tables: dict[str, Shape] = {
-        "timestep": ("S",),
-        "a": ("S", registers),
-        "w": ("S", "G"),
-        "u": ("S", registers),
-        "q": ("S",),
-        "M": ("S", registers, registers + 2),
-        "inpaint": ("S", 3),
-        "noise": ("S", *latents),
-    }
-    step_inputs: dict[str, tuple[Shape, torch.dtype]] = {
-        "row": ((1,), torch.int64),
-        **{name: (shape, f32) for name, shape in tables.items()},
-        "registers": ((registers, *latents), f32),
-        "context": (("G*N", "T", arch.unet.context_width), f32),
-        "mask": (("N", 1, "h", "w"), f32),
-        "init": (latents, f32),
-        "init_noise": (latents, f32),
-    }
-    if arch.unet.in_channels > channels:
-        step_inputs["concat"] = ("G*N", arch.unet.in_channels - channels, "h", "w"), f32
-    text, pixels = ("n", arch.clip.tokens), ("N", f"{factor}*h", f"{factor}*w", 3)
+    known = signatures(model_dimensions(arch))
     sizes = {"N": 3, "G": 2, "S": 5, "h": 16, "w": 24, "T": arch.clip.tokens, "n": 4}
-    sizes |= {"G*N": 6, f"{factor}*h": 16 * factor, f"{factor}*w": 24 * factor}
-    made = (
-        Recipe(
-            names.TEXT_ENCODER,
-            arch.clip,
-            lambda: TextEncoder(arch.clip),
-            {"tokens": (text, torch.int64), "emphasis": (text, f32)},
-            {names.context_output(n): ("n", arch.clip.tokens, arch.clip.width) for n in arch.clip.clip_skip},
-            sizes,
-        ),
-        Recipe(
-            names.STEP,
-            arch.unet,
-            lambda: Step(arch.unet),
-            step_inputs,
-            dict(zip(names.STEP_OUTPUTS, ((registers, *latents), (1,), latents), strict=True)),
-            sizes,
-        ),
-        Recipe(
-            names.VAE_DECODER,
-            arch.vae,
-            lambda: VaeDecoder(arch.vae),
-            {"latents": (latents, f32), "rounding": ((1,), f32)},
-            {"pixels": pixels, "finite": ("N",)},
-            sizes,
-        ),
-        Recipe(
-            names.VAE_ENCODER,
-            arch.vae,
-            lambda: VaeEncoder(arch.vae),
-            {"pixels": (pixels, torch.uint8), "noise": (latents, f32)},
-            {"latents": latents},
-            sizes,
-        ),
-    )
-    return {recipe.graph: recipe for recipe in made}
+    networks: dict[str, tuple[Any, Callable[[], nn.Module]]] = {
+        TEXT_ENCODER: (arch.clip, lambda: TextEncoder(arch.clip)),
+        STEP: (arch.unet, lambda: Step(arch.unet)),
+        VAE_DECODER: (arch.vae, lambda: VaeDecoder(arch.vae)),
+        VAE_ENCODER: (arch.vae, lambda: VaeEncoder(arch.vae)),
+    }
+    return {graph: Recipe(graph, spec, make, known[graph], sizes) for graph, (spec, make) in networks.items()}
 
 
 def trace(recipe: Recipe) -> ir.Model:
     """Trace a network into a skeleton. Its weights are allocated but never written, so this needs address space, not memory."""
     module = recipe.module().to_empty(device="cpu")
-    example = {name: torch.zeros([recipe.sizes[d] if isinstance(d, str) else d for d in shape], dtype=kind) for name, (shape, kind) in recipe.inputs.items()}
-    dynamic = {name: _dynamic_axes(shape) for name, (shape, _) in recipe.inputs.items()}
+    inputs = recipe.signature.inputs
+    example = {name: torch.zeros(concrete(tensor.shape, recipe.sizes), dtype=getattr(torch, tensor.dtype)) for name, tensor in inputs.items()}
+    dynamic = {name: _dynamic_axes(tensor.shape) for name, tensor in inputs.items()}
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)
@@ -146,7 +98,6 @@ def trace(recipe: Recipe) -> ir.Model:
 
 
 def _dynamic_axes(shape: Shape) -> dict[int, Any]:
-    # AUTO lets the exporter find relations between axes, such as context's first being G * N.
     return {axis: Dim.AUTO for axis, size in enumerate(shape) if isinstance(size, str)}
 
 
@@ -160,12 +111,11 @@ def _skeleton(model: ir.Model, recipe: Recipe, weights: set[str]) -> ir.Model:
         value.const_value = None
         graph.inputs.append(value)
     optimizer.optimize_ir(model, num_iterations=2)
-    for value, name in zip(graph.inputs, recipe.inputs, strict=False):
-        value.name = name
-        value.shape = ir.Shape(recipe.inputs[name][0])
-    for value, (name, shape) in zip(graph.outputs, recipe.outputs.items(), strict=True):
-        value.name = name
-        value.shape = ir.Shape(shape)
+    inputs, outputs = recipe.signature.inputs, recipe.signature.outputs
+    for values, tensors in ((graph.inputs[: len(inputs)], inputs), (graph.outputs, outputs)):
+        for value, (name, tensor) in zip(values, tensors.items(), strict=True):
+            value.name = name
+            value.shape = ir.Shape(tensor.shape)
     kept = {*graph.inputs, *graph.outputs, *graph.initializers.values()}
     for node in graph:
         node.metadata_props.clear()
@@ -234,7 +184,7 @@ def _parse(data: bytes) -> Any:
 
 
 def _cache_key(recipe: Recipe) -> str:
-    here = Path(__file__).parent
+    package = Path(__file__).parents[1]
     spec = asdict(recipe.spec)
     spec.pop("vocabulary", None)  # nothing in a trace depends on how many rows the token table has, and binding gives it its shape
     parts = {
@@ -243,7 +193,7 @@ def _cache_key(recipe: Recipe) -> str:
         "opset": OPSET,
         "norm_groups": NORM_GROUPS,
         "tools": {name: version(name) for name in ("torch", "onnx", "onnxscript", "onnx_ir")},
-        "sources": {name: hashlib.sha256((here / name).read_bytes()).hexdigest() for name in _SOURCES[recipe.graph]},
+        "sources": {name: hashlib.sha256((package / name).read_bytes()).hexdigest() for name in (*_SOURCES[recipe.graph], *_SOURCES_OF_ALL)},
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 

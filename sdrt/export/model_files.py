@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sdrt.bundle import MANIFEST
+from sdrt.bundle.manifest import MANIFEST
 from sdrt.document import Document, read_document
 from sdrt.errors import CheckpointError, InputFileError, UnsafeError, nearest, printable
 from sdrt.export.diffusers_config import Settings, read_settings

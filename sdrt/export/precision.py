@@ -3,10 +3,10 @@
 Half-precision graphs are made from the float32 skeleton, not traced again. The rule is a type promotion, read off the graph:
 
 - an operator with a weight among its operands runs in the weights' type, its activations cast down where they are float32;
-- what comes after the last such operator is float32: guidance and the sampler's update, pixel arithmetic, the emphasis mean;
+- what comes after the last such operator is float32: guidance and the sampler's update, pixel arithmetic, and every output;
 - any other operator runs in float32 if one of its operands is (latents, tables, the timestep's sinusoid), else in half.
 
-What stays float32 inside half operators is in `ISLANDS`; engines take it from attributes of the operators themselves.
+Norm statistics stay float32 inside half operators: engines take that from attributes of the operators themselves.
 """
 
 from __future__ import annotations
@@ -16,14 +16,6 @@ import onnx_ir as ir
 
 HALF = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 FLOAT = ir.DataType.FLOAT
-
-ISLANDS = {
-    "text_encoder": ("norm statistics", "emphasis"),
-    "step": ("norm statistics", "timestep sinusoid", "guidance", "sampler update", "inpainting blend"),
-    "vae_decoder": ("norm statistics", "latent scale", "pixels"),
-    "vae_encoder": ("norm statistics", "pixels", "posterior sample"),
-}
-"""What is computed in float32 within each half-precision graph, as the manifest states it."""
 
 # Operands that keep their type whatever the operator runs in: scales and sizes of Resize, by position.
 _FIXED_OPERANDS = {"Resize": (1, 2, 3)}
@@ -40,7 +32,6 @@ def to_half(model: ir.Model, weights: set[str], precision: str) -> None:
     weighty = _weights_and_views(graph, weights)
     inner = _before_weights(graph, weighty)
     casts: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
-    outputs = set(graph.outputs)
 
     def cast(value: ir.Value, to: ir.DataType, before: ir.Node) -> ir.Value:
         if (value, to) not in casts:
@@ -76,8 +67,21 @@ def to_half(model: ir.Model, weights: set[str], precision: str) -> None:
                 value.type = ir.TensorType(wanted)
         if node.op_type in _STATISTICS:
             assert node.attributes.get_int("stash_type", 1) == 1, "norm statistics must be float32"
-        for value in outputs.intersection(node.outputs):
-            assert value.dtype == FLOAT or not _floating(value), f"{value.name}: a graph output must not be half"
+    for i, value in enumerate(graph.outputs):
+        if _floating(value) and value.dtype != FLOAT:
+            graph.outputs[i] = _widened(graph, value)
+
+
+def _widened(graph: ir.Graph, value: ir.Value) -> ir.Value:
+    """A half output as a float32 one of the same name and shape."""
+    name, inner = value.name, value.producer()
+    assert name is not None and inner is not None
+    value.name = f"{name}.half"
+    node = ir.node("Cast", [value], {"to": FLOAT}, name=f"{name}.cast")
+    result = node.outputs[0]
+    result.name, result.type, result.shape, value.shape = name, ir.TensorType(FLOAT), value.shape, None
+    graph.insert_after(inner, node)
+    return result
 
 
 def _floating(value: ir.Value) -> bool:

@@ -15,8 +15,9 @@ import torch
 from numpy.typing import NDArray
 from torch.overrides import TorchFunctionMode
 
-from sdrt import bundle as names
 from sdrt import engine_libraries
+from sdrt.bundle.graphs import STEP, TEXT_ENCODER, VAE_DECODER, concrete
+from sdrt.bundle.manifest import MIN_SIDE, SIZE_STEP
 from sdrt.errors import CheckFailed, NonFiniteError
 from sdrt.export.graph import Recipe
 from sdrt.export.tensor_file import TensorFile
@@ -30,31 +31,27 @@ Arrays = dict[str, NDArray[Any]]
 def reference_inputs(recipe: Recipe) -> Arrays:
     """Seeded inputs for one graph at 64x64 pixels: one picture, one guided step, every input in use."""
     random = np.random.RandomState(0)
-    sizes = dict(recipe.sizes) | {"N": 1, "G": 2, "G*N": 2, "S": 1, "n": 1}
-    scale = {name: recipe.sizes[name] // recipe.sizes[name[-1]] for name in recipe.sizes if name.endswith(("*h", "*w"))}
-    latent = names.MIN_SIDE // 8
-    sizes |= {"h": latent, "w": latent} | {name: latent * factor for name, factor in scale.items()}
+    side = MIN_SIDE // SIZE_STEP
+    sizes = {**recipe.sizes, "N": 1, "G": 2, "S": 1, "n": 1, "h": side, "w": side}
     inputs: Arrays = {}
-    for name, (shape, kind) in recipe.inputs.items():
-        dims = [sizes[d] if isinstance(d, str) else d for d in shape]
-        if kind == torch.uint8:
+    for name, tensor in recipe.signature.inputs.items():
+        dims = concrete(tensor.shape, sizes)
+        if tensor.dtype == "uint8":
             inputs[name] = random.randint(0, 256, dims).astype(np.uint8)
-        elif kind == torch.int64:
-            inputs[name] = np.zeros(dims, np.int64) if name == "row" else random.randint(0, 40_000, dims)
+        elif tensor.dtype == "int64":
+            inputs[name] = random.randint(0, 40_000, dims) if name == "tokens" else np.zeros(dims, np.int64)
         else:
             inputs[name] = random.standard_normal(dims).astype(np.float32)
-    if recipe.graph == names.STEP:
+    if recipe.graph == STEP:
         # Coefficients of about the size samplers use, and a half-way inpainting blend, so that no term hides another.
-        inputs |= {"timestep": np.array([500.25], np.float32), "w": np.array([[-6.0, 7.0]], np.float32), "inpaint": np.array([[0.5, 0.7, 0.3]], np.float32)}
+        inputs |= {"timestep": np.array([500.25], np.float32), "inpaint": np.array([[0.5, 0.7, 0.3]], np.float32)}
+        inputs |= {"w": np.array([[-6.0, 7.0]], np.float32), "v": np.array([[-1.0, 1.0]], np.float32)}
         inputs["mask"] = random.uniform(0, 1, inputs["mask"].shape).astype(np.float32)
         for name in ("a", "u", "M"):
             inputs[name] = inputs[name] * np.float32(0.5)
-    elif recipe.graph == names.TEXT_ENCODER:
+    elif recipe.graph == TEXT_ENCODER:
         inputs["tokens"][:, -1] = recipe.spec.vocabulary - 1  # learned embeddings are the last rows of the token table
-        # Twice everything, which restoring the mean must undo exactly. Other weights divide by a mean that may be near 0,
-        # where float32 rounding alone exceeds the limit.
-        inputs["emphasis"] = np.full_like(inputs["emphasis"], 2.0)
-    elif recipe.graph == names.VAE_DECODER:
+    elif recipe.graph == VAE_DECODER:
         inputs["rounding"] = np.array([0.5], np.float32)
     return inputs
 
@@ -95,7 +92,7 @@ def module_outputs(recipe: Recipe, weights: TensorFile, inputs: Arrays) -> Array
         torch.set_num_threads(threads)
     assert not stored.unused, f"{recipe.graph}: weights that no operator takes: {', '.join(sorted(stored.unused))}"
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    return {name: output.numpy() for name, output in zip(recipe.outputs, outputs, strict=True)}
+    return {name: output.numpy() for name, output in zip(recipe.signature.outputs, outputs, strict=True)}
 
 
 def check(recipe: Recipe, weights: TensorFile, graphs: Mapping[str, Path], reference: Path) -> dict[str, float]:

@@ -1,12 +1,13 @@
-"""The denoising step as a linear machine around the UNet: one graph that every sampler drives with a row of numbers.
+"""The denoising step as a linear machine around the UNet: one graph that every sampler drives with rows of numbers.
 
-With registers r, denoised estimate D and one row of the tables, a model call is
+Each picture n of a call has its own row of the tables, registers r, denoised estimate D, and E, a second combination of the branches' outputs:
 
     input = sum_j a_j r_j                        out = sum_g w_g UNet(input, timestep, context_g)
     D     = sum_j u_j r_j + q out                D  += k mask (init - D)
-    r'    = M [r_0 .. r_3, D, noise]             r'_0 += (1 - k) mask (b init + c init_noise - r'_0)
+    E     = sum_g v_g UNet(input, timestep, context_g)
+    r'    = M [r_0 .. r_(R-1), D, E, noise]      r'_0 += (1 - k) mask (b init + c init_noise - r'_0)
 
-so sampler, schedule, guidance scale and seed are data. docs/architecture.md derives it.
+so sampler, schedule, guidance scale and seed are data, and pictures that differ in all of them share a call. docs/architecture.md derives it.
 """
 
 from __future__ import annotations
@@ -19,12 +20,20 @@ from sdrt.export.unet import Hypernetworks, UNet
 
 
 def _combine(coefficients: Tensor, states: Tensor) -> Tensor:
-    """Sum over the first axis of `states`, weighted. Elementwise on purpose: a matrix product may run in TF32 on a GPU."""
-    return (coefficients.reshape(-1, *[1] * (states.dim() - 1)) * states).sum(dim=0)
+    """Sum each picture's states `[N, J, C, h, w]`, weighted by `[N, J]`, over J.
+
+    Elementwise on purpose: a matrix product may run in TF32 on a GPU.
+    """
+    return (coefficients[:, :, None, None, None] * states).sum(dim=1)
+
+
+def _mix(coefficients: Tensor, states: Tensor) -> Tensor:
+    """The same with coefficients `[N, R, J]`, to `[N, R, C, h, w]`."""
+    return (coefficients[:, :, :, None, None, None] * states[:, None]).sum(dim=2)
 
 
 class Step(nn.Module):
-    """One model call of any linear sampler, guidance batch included. Latents, tables and updates are float32."""
+    """One model call of any linear samplers, guidance batch included. Latents, tables and updates are float32."""
 
     def __init__(self, spec: UNetSpec) -> None:
         super().__init__()
@@ -35,9 +44,11 @@ class Step(nn.Module):
     def forward(
         self,
         row: Tensor,
+        next: Tensor,
         timestep: Tensor,
         a: Tensor,
         w: Tensor,
+        v: Tensor,
         u: Tensor,
         q: Tensor,
         M: Tensor,
@@ -50,27 +61,27 @@ class Step(nn.Module):
         init_noise: Tensor,
         concat: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Run row `row` of the tables once.
+        """Run row `row[n]` of the tables once for each picture n.
 
-        Shapes, with S rows, R registers, G guidance branches, N pictures and T tokens: row int64 `[1]`; timestep, q `[S]`; a, u `[S, R]`;
-        w `[S, G]`; M `[S, R, R+2]`; inpaint `[S, 3]` (k, b, c); noise `[S, N, 4, h, w]`; registers `[R, N, 4, h, w]`;
-        context `[G*N, T, C]` (branch-major: all pictures of the negative first); mask `[N, 1, h, w]` (1 keeps); init, init_noise `[N, 4, h, w]`.
-        Inpainting models take concat `[G*N, 5, h, w]` too, which is not scaled as the latents are.
-        Returns the next registers, row + 1 and the denoised estimate `[N, 4, h, w]`.
+        Shapes are in `sdrt.bundle.graphs`; `inpaint` holds (k, b, c), `mask` 1 where the image is kept, `next` the row after each row.
+        What inpainting models see beside the latents, `concat`, is not scaled as the latents are.
+        Returns the next registers, the next rows and the denoised estimates `[N, C, h, w]`.
         """
-        timestep, a, w, u, q, M, inpaint, noise = (x.index_select(0, row) for x in (timestep, a, w, u, q, M, inpaint, noise))
-        branches = w.shape[1]
-        latents, unet = _combine(a, registers), self.model.diffusion_model
+        next, timestep, a, w, v, u, q, M, inpaint, noise = (x.index_select(0, row) for x in (next, timestep, a, w, v, u, q, M, inpaint, noise))
+        latents, unet, branches = _combine(a, registers), self.model.diffusion_model, w.shape[1]
+        contexts = context.flatten(0, 1)
         if concat is None:
-            out = unet(latents, timestep, context, self.hypernetworks, branches)
+            out = unet(latents, timestep, contexts, self.hypernetworks, branches)
         else:
-            batch = latents[None].expand(branches, -1, -1, -1, -1).flatten(0, 1)
-            out = unet(torch.cat([batch, concat], dim=1), timestep, context, self.hypernetworks)
-        denoised = _combine(u, registers) + q * _combine(w, out.float().unflatten(0, (branches, -1)))
-        k, b, c = inpaint[0, 0], inpaint[0, 1], inpaint[0, 2]
+            batch = torch.cat([latents[:, None].expand(-1, branches, -1, -1, -1), concat], dim=2)
+            out = unet(batch.flatten(0, 1), timestep, contexts, self.hypernetworks, branches, shared=False)
+        outputs = out.float().unflatten(0, (-1, branches))
+        denoised = _combine(u, registers) + q[:, None, None, None] * _combine(w, outputs)
+        k, b, c = (inpaint[:, i, None, None, None] for i in range(3))
         denoised = denoised + k * mask * (init - denoised)
-        states = torch.cat([registers, denoised[None], noise], dim=0)
-        updated = (M[0, :, :, None, None, None, None] * states[None]).sum(dim=1)
-        first = updated[0]
+        fresh = torch.stack([denoised, _combine(v, outputs), noise], dim=1)
+        kept = registers.shape[1]
+        updated = _mix(M[:, :, :kept], registers) + _mix(M[:, :, kept:], fresh)
+        first = updated[:, 0]
         first = first + (1.0 - k) * mask * (b * init + c * init_noise - first)
-        return torch.cat([first[None], updated[1:]], dim=0), row + 1, denoised
+        return torch.cat([first[:, None], updated[:, 1:]], dim=1), next, denoised

@@ -91,23 +91,27 @@ def pass_through(x: Tensor) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class Context:
-    """What attention sees besides its own input: keys and values of cross-attention are made from these `[G*N, T, C]`, those of self-attention
+    """What attention sees besides its own input: keys and values of cross-attention are made from these `[N*G, T, C]`, those of self-attention
     from what `hypernetworks` makes of the input.
 
-    Guidance branches differ in nothing but their context. `branches` is their number G as long as what flows through the network is still the
-    same for all of them and computed once, `[N, ...]`; None from the first cross-attention on.
+    A picture's G guidance branches differ in their context only, so what flows through the network before the first cross-attention is the same for
+    all of them. It is computed once a picture, `[N, ...]`, as long as `shared` is true; from then on it is `[N*G, ...]`.
     """
 
     keys: Tensor
     values: Tensor
     hypernetworks: Callable[[Tensor], tuple[Tensor, Tensor]]
-    branches: int | None
+    branches: int
+    shared: bool
 
     def for_each_branch(self, x: Tensor) -> Tensor:
-        """`x` `[N, ...]`, once for each branch, as `[G*N, ...]`, branch-major; what has its branches already is left alone."""
-        if self.branches is None:
-            return x
-        return x[None].expand(self.branches, *[-1] * x.dim()).flatten(0, 1)
+        """`x` `[N, ...]` as `[N*G, ...]`; what has its branches already is left alone."""
+        return _repeated(x, self.branches) if self.shared else x
+
+
+def _repeated(x: Tensor, branches: int) -> Tensor:
+    """`x` `[N, ...]`, repeated for each branch, as `[N*G, ...]`: all branches of the first picture first."""
+    return x[:, None].expand(-1, branches, *[-1] * (x.dim() - 1)).flatten(0, 1)
 
 
 class ResBlock(nn.Module):
@@ -191,7 +195,7 @@ class SpatialTransformer(nn.Module):
         x, within = context.for_each_branch(x), context
         for block in self.transformer_blocks:
             h = block(h, within)
-            within = replace(within, branches=None)
+            within = replace(within, shared=False)
         h = self.proj_out(h) if self.linear else h
         h = h.transpose(1, 2).unflatten(2, (height, width))
         return x + (h if self.linear else self.proj_out(h))
@@ -273,23 +277,27 @@ class UNet(nn.Module):
         timestep: Tensor,
         context: Tensor,
         hypernetworks: Callable[[Tensor], tuple[Tensor, Tensor]] = pass_through,
-        branches: int | None = None,
+        branches: int = 1,
+        *,
+        shared: bool = True,
     ) -> Tensor:
-        """Scaled latents, timestep float32 `[1]` (shared by the batch) and context `[G*N, T, context_width]` to `[G*N, 4, h, w]`.
+        """Scaled latents of N pictures, a timestep for each, float32 `[N]`, and contexts `[N*G, T, context_width]` to `[N*G, C, h, w]`.
 
-        Latents are `[N, C, h, w]` where `branches` gives G: all guidance branches denoise the same ones, and what comes before the first
-        cross-attention is computed once. With None they are `[G*N, C, h, w]`, as models need whose branches differ in more than the context.
-        `hypernetworks` gives what keys and what values are made from, for the context and for each input of self-attention.
+        `branches` is G. Latents are `[N, C, h, w]` where they are `shared`: all guidance branches of a picture denoise the same ones. Otherwise they
+        are `[N*G, C, h, w]`, as models need whose branches differ in more than the context. `hypernetworks` gives what keys and what values are made
+        from, for the context and for each input of self-attention.
         """
-        seen = Context(*hypernetworks(context), hypernetworks, branches)  # keys and values are the same for every layer, so made once
+        seen = Context(*hypernetworks(context), hypernetworks, branches, shared)  # keys and values are the same for every layer, so made once
         embedding = self.time_embed(timestep_embedding(timestep, self.base).to(x.dtype))
+        if not shared:
+            embedding = _repeated(embedding, branches)
         skips: list[Tensor] = []
         for block in (*self.input_blocks, self.middle_block):
             for layer in block:
                 x = layer(x, embedding, seen)
-                if isinstance(layer, SpatialTransformer):
-                    skips = [seen.for_each_branch(skip) for skip in skips]
-                    seen = replace(seen, branches=None)
+                if isinstance(layer, SpatialTransformer) and seen.shared:
+                    embedding, *skips = (seen.for_each_branch(each) for each in (embedding, *skips))
+                    seen = replace(seen, shared=False)
             skips.append(x)
         skips.pop()  # the middle block's output goes straight up
         for block in self.output_blocks:

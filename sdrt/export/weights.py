@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sdrt.bundle import FileRecord
+from sdrt.bundle.manifest import FileRecord
 from sdrt.errors import AdapterError, CheckpointError
 from sdrt.export.adapters import Lora
 from sdrt.export.checkpoint import Tensor

@@ -1,6 +1,6 @@
-"""The denoising step on a GPU: buffers, execution contexts and captured CUDA graphs for one shape, and a job that runs on them.
+"""The denoising step on a GPU: buffers, execution contexts and captured CUDA graphs for one shape, and the memory of a running batch on top.
 
-`sdrt.runtime.tensorrt` owns the device, the stream and the engines; this owns what a job needs of them.
+`sdrt.runtime.tensorrt` owns the device, the stream and the engines; this owns what a running batch needs of them.
 """
 
 from __future__ import annotations
@@ -9,17 +9,16 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sdrt import bundle as names
-from sdrt.bundle import Bundle
+from sdrt.bundle.graphs import FED_BACK, STEP, VAE_DECODER, Signature, concrete
 from sdrt.errors import UsageError
 from sdrt.runtime.device_memory import Block
-from sdrt.runtime.engine import Float, Job, Pixels
+from sdrt.runtime.engine import BatchShape, Float, Pixels
+from sdrt.runtime.running_batch import Part, step_sizes
 
 if TYPE_CHECKING:
     from sdrt.runtime.tensorrt import TensorRtEngine
@@ -29,42 +28,25 @@ _AHEAD = 2
 _POLL_S = 100e-6
 
 
-@dataclass(frozen=True)
-class Shape:
-    """What a captured graph is bound to: pictures, latent height and width, tokens, guidance branches."""
+class CapturedStep:
+    """Buffers, two contexts and two captured graphs for a shape and a number of slots, whoever sits in them.
 
-    pictures: int
-    height: int
-    width: int
-    tokens: int
-    branches: int
+    Call 0 reads what is fed back from `inputs` and writes it to `outputs`, call 1 the other way.
+    """
 
-
-class Slot:
-    """Buffers, two contexts and two captured graphs for one shape. Row 0 reads `inputs` and writes `outputs`, row 1 the other way."""
-
-    def __init__(self, engine: TensorRtEngine, shape: Shape, bundle: Bundle) -> None:
-        rows, registers, channels = engine.rows, names.REGISTERS, bundle.manifest.latents.channels
-        latents = (shape.pictures, channels, shape.height, shape.width)
-        f32 = np.float32
-        self.shape, self.latents = shape, latents
+    def __init__(self, engine: TensorRtEngine, signature: Signature, shape: BatchShape, capacity: int) -> None:
+        self.shape, self.capacity = shape, capacity
         self.contexts: list[Any] = []
         self.graphs: list[Any] | None = None
-        self.context_sets: Block | None = None
-        context = (shape.branches * shape.pictures, shape.tokens, bundle.manifest.text.width)
-        extra = bundle.manifest.latents.concat_channels
-        concat = [("concat", (shape.branches * shape.pictures, extra, shape.height, shape.width), f32)] if extra else []
-        self.inputs = engine.block(
-            [
-                ("row", (1,), np.int64), ("timestep", (rows,), f32), ("a", (rows, registers), f32), ("w", (rows, shape.branches), f32),
-                ("u", (rows, registers), f32), ("q", (rows,), f32), ("M", (rows, registers, registers + 2), f32), ("inpaint", (rows, 3), f32),
-                ("registers", (registers, *latents), f32), ("context", context, f32),
-                *concat, ("mask", (shape.pictures, 1, shape.height, shape.width), f32), ("init", latents, f32), ("init_noise", latents, f32),
-                ("noise", (rows, *latents), f32),
-            ]
-        )  # fmt: skip
+        self.context_sets: list[Block | None] = [None] * capacity
+        self._signature = signature
+        sizes = step_sizes(shape, capacity, engine.rows)
+        # Noise comes last: of all it is the one of which a picture uses a part only.
+        inputs = sorted(signature.inputs.items(), key=lambda item: item[0] == "noise")
+        outputs = {back: signature.outputs[name] for back, name in FED_BACK.items()} | {"denoised": signature.outputs["denoised"]}
+        self.inputs = engine.block([(name, concrete(tensor.shape, sizes), tensor.dtype) for name, tensor in inputs])
         try:
-            self.outputs = engine.block([("row", (1,), np.int64), ("registers", (registers, *latents), f32), ("denoised", latents, f32)])
+            self.outputs = engine.block([(name, concrete(tensor.shape, sizes), tensor.dtype) for name, tensor in outputs.items()])
         except BaseException:
             self.inputs.close(engine.stream)  # now, not when the error is forgotten: a smaller picture may be asked for first
             raise
@@ -76,59 +58,66 @@ class Slot:
             self.close(engine.stream)
             raise
 
-    def launch(self, engine: TensorRtEngine, row: int) -> None:
+    def launch(self, engine: TensorRtEngine, call: int) -> None:
         """Start one model call."""
+        engine.watched.count("launches")
         if self.graphs is None:
-            engine.enqueue(self.contexts[row % 2], names.STEP, engine.stream)
+            engine.watched.around(STEP, engine.stream, lambda: engine.enqueue(self.contexts[call % 2], STEP, engine.stream))
         else:
-            self.graphs[row % 2].launch(engine.stream)
+            graph = self.graphs[call % 2]
+            engine.watched.around(STEP, engine.stream, lambda: graph.launch(engine.stream))
 
-    def hold_context_sets(self, engine: TensorRtEngine, sets: Sequence[Float]) -> None:
-        """Put a job's context sets on the device, in memory that stays with the slot: the next such job allocates nothing."""
-        if self.context_sets is None or len(self.context_sets.layout.sections) < len(sets):
-            if self.context_sets is not None:
-                self.context_sets.close(engine.stream)
-                self.context_sets = None
-            shape = self.inputs.layout.sections["context"].shape
-            self.context_sets = engine.block([(_set(i), shape, np.float32) for i in range(len(sets))])
+    def block_of(self, name: str, call: int) -> Block:
+        """The block that holds a step input for a call."""
+        return self.outputs if name in FED_BACK and call % 2 else self.inputs
+
+    def hold_contexts(self, engine: TensorRtEngine, slot: int, sets: Sequence[Float]) -> None:
+        """Put a picture's context sets on the device, in memory that stays with the slot: the next such picture allocates nothing."""
+        held = self.context_sets[slot]
+        if held is None or held.layout.sections["sets"].shape[0] < len(sets):
+            if held is not None:
+                held.close(engine.stream)
+                self.context_sets[slot] = None
+            held = self.context_sets[slot] = engine.block([("sets", (len(sets), *sets[0].shape), np.float32)])
         for i, context in enumerate(sets):
-            self.context_sets.host(_set(i))[...] = context
-        self.context_sets.upload(engine.stream, _set(0), _set(len(sets) - 1))
+            held.host("sets")[i] = context
+        held.upload_parts(engine.stream, [("sets", 0, len(sets))])
 
-    def change_context(self, engine: TensorRtEngine, index: int) -> None:
+    def change_context(self, engine: TensorRtEngine, slot: int, index: int) -> None:
         """Start the one copy that gives the next rows another context set. The rows before have read theirs: one stream, one order."""
-        assert self.context_sets is not None
-        self.inputs.copy(engine.stream, "context", self.context_sets, _set(index))
+        held = self.context_sets[slot]
+        assert held is not None
+        size_bytes = held.offset("sets", 1) - held.offset("sets", 0)
+        self.inputs.copy(engine.stream, self.inputs.offset("context", slot), held, held.offset("sets", index), size_bytes)
 
     def close(self, stream: Any) -> None:
         for graph in self.graphs or []:
             graph.close()
         self.contexts.clear()
-        if self.context_sets is not None:
-            self.context_sets.close(stream)
-        self.inputs.close(stream)
-        self.outputs.close(stream)
+        for block in (*self.context_sets, self.inputs, self.outputs):
+            if block is not None:
+                block.close(stream)
 
     def _bind(self, engine: TensorRtEngine) -> None:
         self.inputs.clear(engine.stream)
         self.outputs.clear(engine.stream)
         profile = engine.profile(self.shape)
-        self.contexts += [engine.context(names.STEP), engine.context(names.STEP)]
-        for context, here, there in zip(self.contexts, (self.inputs, self.outputs), (self.outputs, self.inputs), strict=True):
-            addresses = {name: (self.inputs.address(name), section.shape) for name, section in self.inputs.layout.sections.items()}
-            addresses |= {name: (here.address(name), self.inputs.layout.sections[name].shape) for name in ("row", "registers")}
-            engine.bind(context, names.STEP, profile, addresses)
-            for name, address in zip(names.STEP_OUTPUTS, (there.address("registers"), there.address("row"), self.outputs.address("denoised")), strict=True):
-                context.set_tensor_address(name, address)
+        self.contexts += [engine.context(STEP), engine.context(STEP)]
+        for call, context in enumerate(self.contexts):
+            addresses = {name: (self.block_of(name, call).address(name), self.inputs.layout.sections[name].shape) for name in self._signature.inputs}
+            engine.bind(context, STEP, profile, addresses)
+            written = {output: self.block_of(name, call + 1).address(name) for name, output in FED_BACK.items()}
+            for name in self._signature.outputs:
+                context.set_tensor_address(name, written[name] if name in written else self.outputs.address(name))
 
     def _capture(self, engine: TensorRtEngine) -> list[Any] | None:
         """Capture both contexts, and check a replay of each against plain execution once. None, and graphs off, where that fails."""
         graphs = []
         self._fill_for_check(engine.stream)
-        for row, context in enumerate(self.contexts):
+        for call, context in enumerate(self.contexts):
             # Once uncaptured: TensorRT finishes its own set-up on the first run after shapes and addresses change.
-            engine.enqueue(context, names.STEP, engine.stream)
-            plain = self._written(row, engine.stream)
+            engine.enqueue(context, STEP, engine.stream)
+            plain = self._written(call, engine.stream)
             try:
                 graph = _captured(engine, context)
             except Exception as error:
@@ -136,9 +125,9 @@ class Slot:
                     raise
                 engine.disable_graphs(f"capturing failed: {error}")
                 return None
-            self._spoil(row, engine.stream)
+            self._spoil(call, engine.stream)
             graph.launch(engine.stream)
-            if not np.array_equal(plain, self._written(row, engine.stream)):
+            if not np.array_equal(plain, self._written(call, engine.stream)):
                 engine.disable_graphs("a replayed graph gave other numbers than plain execution")
                 return None
             graphs.append(graph)
@@ -147,37 +136,31 @@ class Slot:
     def _fill_for_check(self, stream: Any) -> None:
         """Small numbers everywhere, so that a replay that reads or writes the wrong place shows."""
         random = np.random.RandomState(0)
-        for name in self.inputs.layout.sections:
+        names = list(self.inputs.layout.sections)
+        for name in names:
             array = self.inputs.host(name)
-            array[...] = 0 if name == "row" else random.standard_normal(array.shape) * 0.1
-        self.inputs.upload(stream, "row", "noise")
+            array[...] = 0 if array.dtype.kind == "i" else random.standard_normal(array.shape) * 0.1
+        self.inputs.upload(stream, names[0], names[-1])
 
-    def _written(self, row: int, stream: Any) -> NDArray[np.float32]:
-        """The registers a row has just written."""
-        block = self._target(row)
+    def _written(self, call: int, stream: Any) -> NDArray[np.float32]:
+        """The registers a call has just written."""
+        block = self.block_of("registers", call + 1)
         block.download(stream, "registers", "registers")
         stream.sync()
         return np.array(block.host("registers"))
 
-    def _spoil(self, row: int, stream: Any) -> None:
-        """Overwrite the registers a row has written, so that a replay that writes nothing shows too."""
-        block = self._target(row)
+    def _spoil(self, call: int, stream: Any) -> None:
+        """Overwrite the registers a call has written, so that a replay that writes nothing shows too."""
+        block = self.block_of("registers", call + 1)
         block.host("registers")[...] = np.nan
         block.upload(stream, "registers", "registers")
-
-    def _target(self, row: int) -> Block:
-        return self.inputs if row % 2 else self.outputs
-
-
-def _set(index: int) -> str:
-    return f"context {index}"
 
 
 def _captured(engine: TensorRtEngine, context: Any) -> Any:
     builder = engine.stream.create_graph_builder()
     try:
         builder.begin_building("thread_local")  # the default mode would break other threads' work on this device
-        engine.enqueue(context, names.STEP, builder.stream)
+        engine.enqueue(context, STEP, builder.stream)
         graph = builder.end_building().complete()
     except BaseException:
         with suppress(Exception):
@@ -188,105 +171,93 @@ def _captured(engine: TensorRtEngine, context: Any) -> Any:
     return graph
 
 
-class TensorRtDenoising:
-    """One job on its way. `close` gives its slot back; leaving that to the garbage collector works too."""
+class TensorRtMemory:
+    """`StepMemory` on a GPU. `close` gives its buffers back; leaving that to the garbage collector works too."""
 
-    def __init__(self, engine: TensorRtEngine, slot: Slot, job: Job) -> None:
+    def __init__(self, engine: TensorRtEngine, step: CapturedStep) -> None:
         self._engine = engine
-        self._slot: Slot | None = None
-        self._job = job
-        self._row = 0
-        self._events: deque[Any] = deque()
-        engine.stream.sync()  # a cancelled job may still be reading this slot's pinned memory
-        inputs = slot.inputs
-        registers = inputs.host("registers")
-        registers[...] = 0  # 0 times a stale NaN would be NaN
-        registers[0], registers[1] = job.init, job.unit_noise
-        first = job.contexts[job.context_of_row[0]]
-        for name, array in (("context", first), ("concat", job.concat), ("mask", job.mask), ("init", job.init), ("init_noise", job.unit_noise)):
-            if array is not None:
-                inputs.host(name)[...] = array
-        if len(set(job.context_of_row)) > 1:
-            slot.hold_context_sets(engine, job.contexts)
-        inputs.upload(engine.stream, "row", "noise", self._fill_tables(slot))
-        self._slot = slot  # ours to give back from here on
+        self._calls = 0
+        self._launched: deque[Any] = deque()
+        engine.stream.sync()  # a batch given up may still be reading this step's pinned memory
+        self._copied: Any = None
+        self._step: CapturedStep | None = step  # ours to give back from here on
 
-    def step(self) -> None:
-        slot, event = self._open(), self._passed_event()
-        with self._engine.guarded(names.STEP):
-            if self._row and self._row % self._engine.rows == 0:
-                self._refill(slot)
-            index = self._job.context_of_row[self._row]
-            if self._row and index != self._job.context_of_row[self._row - 1]:
-                slot.change_context(self._engine, index)
-            slot.launch(self._engine, self._row)
-            self._events.append(self._engine.stream.record(event))
-            self._row += 1
+    def host(self, name: str) -> NDArray[Any]:
+        return self._open().block_of(name, self._calls).host(name)
 
-    def _passed_event(self) -> Any:
-        """Wait until the device is less than `_AHEAD` model calls behind. Returns an event to use again, None while there are few."""
-        if len(self._events) < _AHEAD:
-            return None
-        while True:
-            with self._engine.guarded(names.STEP):
-                if self._events[0].is_done:
-                    return self._events.popleft()
-            time.sleep(_POLL_S)  # polled, not synchronised: the device never waits for the host
+    def upload(self, parts: Sequence[Part]) -> None:
+        step = self._open()
+        with self._engine.guarded(STEP):
+            for block in (step.inputs, step.outputs):
+                block.upload_parts(self._engine.stream, [part for part in parts if step.block_of(part[0], self._calls) is block])
+            self._copied = self._engine.stream.record(self._copied)
 
-    def latents(self) -> Float:
-        slot = self._open()
-        with self._engine.guarded(names.STEP):
-            block = self._current(slot)
-            block.download(self._engine.stream, "registers", "registers")
-            self._engine.stream.sync()
-            return np.array(block.host("registers")[0])
+    def ready(self) -> None:
+        """Wait until the last copies from pinned memory have been made. The calls after them may go on."""
+        self._open()
+        self._wait_for(self._copied)
 
-    def denoised(self) -> Float:
-        slot = self._open()
-        with self._engine.guarded(names.STEP):
-            slot.outputs.download(self._engine.stream, "denoised", "denoised")
-            self._engine.stream.sync()
-            return np.array(slot.outputs.host("denoised"))
+    def hold_contexts(self, slot: int, contexts: Sequence[Float]) -> None:
+        step = self._open()
+        with self._engine.guarded(STEP):
+            step.hold_contexts(self._engine, slot, contexts)
+            self._copied = self._engine.stream.record(self._copied)
 
-    def decode(self, rounding: float) -> tuple[Pixels, NDArray[np.bool_]]:
-        slot = self._open()
-        with self._engine.guarded(names.VAE_DECODER):
-            return self._engine.decode_at(self._current(slot).address("registers"), slot.latents, rounding)
+    def change_context(self, slot: int, index: int) -> None:
+        step = self._open()
+        with self._engine.guarded(STEP):
+            step.change_context(self._engine, slot, index)
+
+    def call(self) -> None:
+        step, event = self._open(), None
+        if len(self._launched) >= _AHEAD:
+            self._wait_for(self._launched[0])
+            event = self._launched.popleft()
+        with self._engine.guarded(STEP):
+            step.launch(self._engine, self._calls)
+            self._launched.append(self._engine.stream.record(event))
+            self._calls += 1
+
+    def latents(self, slots: Sequence[int]) -> Float:
+        return self._downloaded("registers")[list(slots), 0]
+
+    def denoised(self, slots: Sequence[int]) -> Float:
+        return self._downloaded("denoised")[list(slots)]
+
+    def decode(self, slots: Sequence[int], rounding: float) -> tuple[Pixels, NDArray[np.bool_]]:
+        step = self._open()
+        with self._engine.guarded(VAE_DECODER):
+            block = step.block_of("registers", self._calls)
+            return self._engine.decode_from(block, [block.offset("registers", slot, 0) for slot in slots], step.shape, rounding)
+
+    def describe(self) -> dict[str, Any]:
+        return self._engine.describe()
 
     def close(self) -> None:
-        slot, self._slot = self._slot, None
-        if slot is not None:
-            self._engine.give_back(slot)
+        step, self._step = self._step, None
+        if step is not None:
+            self._engine.give_back(step)
 
     def __del__(self) -> None:
         self.close()
 
-    def _open(self) -> Slot:
-        if self._slot is None:
+    def _downloaded(self, name: str) -> NDArray[np.float32]:
+        """A copy of registers or denoised estimates as the last call left them."""
+        step = self._open()
+        with self._engine.guarded(STEP):
+            block = step.outputs if name == "denoised" else step.block_of(name, self._calls)
+            block.download(self._engine.stream, name, name)
+            self._engine.stream.sync()
+            return np.array(block.host(name))
+
+    def _wait_for(self, event: Any) -> None:
+        while event is not None:
+            with self._engine.guarded(STEP):
+                if event.is_done:
+                    return
+            time.sleep(_POLL_S)  # polled, not synchronised: the device never waits for the host
+
+    def _open(self) -> CapturedStep:
+        if self._step is None:
             raise UsageError("step: passed already", "Read a step before asking the stream for the next one.")
-        return self._slot
-
-    def _current(self, slot: Slot) -> Block:
-        """The block that holds the registers now: the last row wrote it."""
-        return slot.outputs if self._row % 2 else slot.inputs
-
-    def _fill_tables(self, slot: Slot) -> int:
-        """Put the next rows' tables and noise into pinned memory. Returns the bytes of noise in use."""
-        tables, rows = self._job.tables, self._engine.rows
-        count = min(rows, len(tables.q) - self._row)
-        span = slice(self._row, self._row + count)
-        for name in names.STEP_TABLES[:-1]:
-            slot.inputs.host(name)[:count] = getattr(tables, name)[span]
-        slot.inputs.host("row")[0] = 0
-        slot.inputs.host("noise")[:count] = self._job.noise[span]
-        return int(self._job.noise[span].nbytes)
-
-    def _refill(self, slot: Slot) -> None:
-        """The tables hold a fixed number of rows; longer runs replace them between two steps, after the rows before have read theirs."""
-        stream = self._engine.stream
-        noise_bytes = self._fill_tables(slot)  # the copy that last read this pinned memory ended before a row whose event has been seen
-        slot.inputs.upload(stream, "row", "inpaint")
-        slot.inputs.upload(stream, "noise", "noise", noise_bytes)
-        if self._row % 2:  # this row reads its number from the outputs
-            slot.outputs.host("row")[0] = 0
-            slot.outputs.upload(stream, "row", "row")
+        return self._step

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from sdrt.bundle import MAX_CHUNKS, Text
+from sdrt.bundle.manifest import MAX_CHUNKS, Text
 from sdrt.errors import UsageError
 from sdrt.runtime.prompt import BREAK, Segment
 from sdrt.runtime.tokenizer import Tokenizer

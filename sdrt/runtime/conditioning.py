@@ -16,7 +16,7 @@ from operator import itemgetter
 
 import numpy as np
 
-from sdrt.bundle import MAX_BRANCHES, Source
+from sdrt.bundle.manifest import MAX_BRANCHES, Source
 from sdrt.errors import UsageError, one_of, printable
 from sdrt.runtime.chunks import Chunk, chunk_segments, empty_chunk
 from sdrt.runtime.engine import Engine, Float
@@ -236,7 +236,7 @@ class TextConditioner:
         for first in range(0, len(missing), at_once):
             rows = missing[first : first + at_once]
             tokens = np.array(rows, np.int64)
-            contexts = engine.encode_text(tokens, np.ones(tokens.shape, np.float32), skip)
+            contexts = engine.encode_text(tokens, skip)
             found.update((row, context.copy()) for row, context in zip(rows, contexts, strict=True))  # a view would keep the whole batch
         with self._lock:
             self._cache.update(((skip, row), found[row]) for row in missing)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,10 +48,12 @@ def layout(fields: Sequence[tuple[str, tuple[int, ...], DTypeLike]]) -> Layout:
 
 
 class Block:
-    """A block in device memory and, where `pinned` is set, its twin in page-locked host memory."""
+    """A block in device memory and, where `pinned` is set, its twin in page-locked host memory. `count` is told of what it starts: allocations, h2d, d2h."""
 
-    def __init__(self, cuda: Any, device: Any, stream: Any, what: Layout, *, pinned: bool) -> None:
+    def __init__(self, cuda: Any, device: Any, stream: Any, what: Layout, *, pinned: bool, count: Callable[[str], None]) -> None:
         self.layout = what
+        self._count = count
+        count("allocations")
         self._cuda = cuda
         self._device = device.allocate(what.size_bytes, stream=stream)
         try:
@@ -74,24 +76,46 @@ class Block:
         section = self.layout.sections[name]
         return self._host[section.offset : section.offset + section.size_bytes].view(section.dtype).reshape(section.shape)
 
-    def upload(self, stream: Any, first: str, last: str, last_bytes: int | None = None) -> None:
-        """Start one copy to the device of everything from `first` through `last`, or through the first `last_bytes` of it."""
-        device, host = self._span(first, last, last_bytes)
+    def upload(self, stream: Any, first: str, last: str) -> None:
+        """Start one copy to the device of everything from `first` through `last`."""
+        self.to_device(stream, *self._between(first, last))
+
+    def upload_parts(self, stream: Any, parts: Sequence[tuple[str, int, int]]) -> None:
+        """Start copies to the device of entries `first` up to `end` of arrays, along their first axis. What lies side by side is one copy."""
+        spans: list[list[int]] = []
+        for start, end in sorted(self._entries(*part) for part in parts):
+            if spans and start <= spans[-1][1]:
+                spans[-1][1] = max(end, spans[-1][1])
+            else:
+                spans.append([start, end])
+        for start, end in spans:
+            self.to_device(stream, start, end)
+
+    def to_device(self, stream: Any, start: int, end: int) -> None:
+        """Start one copy of the block's bytes from `start` up to `end`."""
+        self._count("h2d")
+        device, host = self._span(start, end)
         device.copy_from(host, stream=stream)
 
     def download(self, stream: Any, first: str, last: str) -> None:
         """Start one copy to the host; read `host` after the stream has been synchronised."""
-        device, host = self._span(first, last, None)
+        self._count("d2h")
+        device, host = self._span(*self._between(first, last))
         host.copy_from(device, stream=stream)
 
-    def copy(self, stream: Any, name: str, source: Block, source_name: str) -> None:
-        """Start one copy within the device: an array of this block from an equal one of another."""
-        target, origin = self.layout.sections[name], source.layout.sections[source_name]
-        assert (target.shape, target.dtype) == (origin.shape, origin.dtype)
-        buffers = [
-            self._cuda.Buffer.from_handle(block.address(of), target.size_bytes, owner=block._device) for block, of in ((self, name), (source, source_name))
-        ]
-        buffers[0].copy_from(buffers[1], stream=stream)
+    def copy(self, stream: Any, offset: int, source: Block, source_offset: int, size_bytes: int) -> None:
+        """Start one copy within the device, from another block into this one. Offsets are in bytes; `offset` gives them."""
+        target, origin = (
+            self._cuda.Buffer.from_handle(int(block._device.handle) + start, size_bytes, owner=block._device)
+            for block, start in ((self, offset), (source, source_offset))
+        )
+        target.copy_from(origin, stream=stream)
+
+    def offset(self, name: str, *index: int) -> int:
+        """Where an entry of an array begins in the block, in bytes."""
+        section = self.layout.sections[name]
+        sides = section.shape
+        return section.offset + section.dtype.itemsize * sum(i * math.prod(sides[axis + 1 :]) for axis, i in enumerate(index))
 
     def clear(self, stream: Any) -> None:
         self._device.fill(0, stream=stream)
@@ -102,12 +126,19 @@ class Block:
         if self._pinned is not None:
             self._pinned.close(stream)
 
-    def _span(self, first: str, last: str, last_bytes: int | None) -> tuple[Any, Any]:
+    def _between(self, first: str, last: str) -> tuple[int, int]:
+        end = self.layout.sections[last]
+        return self.layout.sections[first].offset, end.offset + end.size_bytes
+
+    def _entries(self, name: str, first: int, end: int) -> tuple[int, int]:
+        """The bytes of entries of an array, and of the padding after it where they are its last ones."""
+        start, stop = self.offset(name, first), self.offset(name, end)
+        return start, -(-stop // ALIGNMENT) * ALIGNMENT if end == self.layout.sections[name].shape[0] else stop
+
+    def _span(self, start: int, end: int) -> tuple[Any, Any]:
         assert self._pinned is not None
-        start, end = self.layout.sections[first], self.layout.sections[last]
-        size = end.offset + (end.size_bytes if last_bytes is None else last_bytes) - start.offset
 
         def part(buffer: Any) -> Any:
-            return self._cuda.Buffer.from_handle(int(buffer.handle) + start.offset, size, owner=buffer)
+            return self._cuda.Buffer.from_handle(int(buffer.handle) + start, end - start, owner=buffer)
 
         return part(self._device), part(self._pinned)

@@ -1,17 +1,18 @@
-"""What the pipeline needs of a backend: the Engine and Denoising protocols, and how a backend is chosen."""
+"""What the pipeline needs of a backend: the Engine and RunningBatch protocols, and how a backend is chosen."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sdrt.bundle import ENGINES, Bundle
+from sdrt.bundle.folder import Bundle
+from sdrt.bundle.manifest import ENGINES
 from sdrt.engine_shapes import EngineShapes, JobShape
 from sdrt.errors import MachineError, UsageError, nearest, one_of
 from sdrt.machine.packages import install_command
@@ -31,103 +32,129 @@ ON_MISSING = ("compile", "fallback", "error")
 raise MissingEngineError, as `compile` does too for a GPU."""
 
 
-@dataclass(frozen=True)
-class Tables:
-    """The step graph's tables, float32, S rows: timestep, q `[S]`; a, u `[S, R]`; w `[S, G]`; M `[S, R, R+2]`; inpaint `[S, 3]` (k, b, c)."""
+@dataclass(frozen=True, order=True)
+class BatchShape:
+    """What all pictures of a running batch share: latent rows and columns, prompt tokens, guidance branches."""
 
-    timestep: Float
-    a: Float
-    w: Float
-    u: Float
-    q: Float
-    M: Float
-    inpaint: Float
+    height: int
+    width: int
+    tokens: int
+    branches: int
 
 
 @dataclass(frozen=True)
 class Job:
-    """One batch of N pictures to denoise, all float32.
+    """One picture to denoise. Names, types and the shapes behind the first axis are those of the step's inputs (`sdrt.bundle.graphs`).
 
-    noise `[S, N, 4, h, w]`; contexts: sets of `[G*N, T, C]`, branch-major, all of one shape; context_of_row: which of them each of the S
-    rows takes; init and unit_noise `[N, 4, h, w]` (registers 0 and 1 at the start); mask `[N, 1, h, w]`, 1 keeps; concat `[G*N, C, h, w]`,
-    what an inpainting model sees beside the latents, None for models that take none.
+    tables: the picture's own rows, `[S, ...]` each, one per model call; noise is one of them. `next` is the batch's to fill in.
+    inputs: what belongs to the picture: `mask` `[1, h, w]`, 1 keeps; `init` and `init_noise` `[C, h, w]`, registers 0 and 1 at the start; `concat`
+    `[G, C, h, w]` for models that see it beside the latents.
+    contexts: sets of `[G, T, W]`, all of one shape. context_of_row: which of them each of the S rows takes.
     """
 
-    tables: Tables
-    noise: Float
+    tables: Mapping[str, Float]
+    inputs: Mapping[str, Float]
     contexts: tuple[Float, ...]
     context_of_row: tuple[int, ...]
-    init: Float
-    unit_noise: Float
-    mask: Float
-    concat: Float | None = None
+
+    @property
+    def rows(self) -> int:
+        """Model calls of the picture."""
+        return len(self.context_of_row)
+
+    @property
+    def shape(self) -> BatchShape:
+        height, width = self.inputs["init"].shape[1:]
+        branches, tokens, _ = self.contexts[0].shape
+        return BatchShape(height, width, tokens, branches)
 
 
-class Denoising(Protocol):
-    """One job on its way. Not thread-safe; the engine it came from is."""
+class RunningBatch(Protocol):
+    """Slots for pictures of one shape that are denoised together. Not thread-safe; the engine it came from is.
+
+    `capacity` is the number of slots. A picture may have fewer guidance branches than the batch. After its last row it stays as it is, whatever
+    steps follow, until it leaves.
+    """
+
+    capacity: int
+
+    def join(self, job: Job) -> int:
+        """Put a picture into a free slot and return the slot, 0 to `capacity` - 1. No other slot is touched.
+
+        Raises:
+            UsageError: no slot is free, or the picture is of another shape.
+        """
 
     def step(self) -> None:
-        """Run the next row of the tables."""
+        """One model call for every picture: the next row of each. It may still be running on the device when this returns."""
 
-    def latents(self) -> Float:
-        """Register 0 after the last row that ran, `[N, 4, h, w]`, copied to the host."""
+    def leave(self, slot: int) -> None:
+        """Free a slot, finished or not."""
 
-    def denoised(self) -> Float:
-        """The last row's denoised estimate, `[N, 4, h, w]`, copied to the host."""
+    def latents(self, slots: Sequence[int]) -> Float:
+        """Register 0 of slots after the last step, `[len(slots), C, h, w]`, copied to the host."""
 
-    def decode(self, rounding: float) -> tuple[Pixels, NDArray[np.bool_]]:
-        """Register 0 as pixels `[N, H, W, 3]`, and whether each picture was finite before the clamp `[N]`."""
+    def denoised(self, slots: Sequence[int]) -> Float:
+        """The denoised estimates of the last step, `[len(slots), C, h, w]`, copied to the host."""
+
+    def decode(self, slots: Sequence[int], rounding: float) -> tuple[Pixels, NDArray[np.bool_]]:
+        """Register 0 of slots as pixels `[len(slots), H, W, 3]`, and whether each picture was finite before the clamp."""
+
+    def describe(self) -> dict[str, Any]:
+        """What runs: as `Engine.describe`, for the engine that this batch took."""
 
     def close(self) -> None:
-        """Give back what the job holds. Calling it twice is fine; nothing else may be called after it."""
+        """Give back what the batch holds. Calling it twice is fine; nothing else may be called after it."""
 
 
 class InParts:
-    """A job whose parts run one after the other within each row, since no engine takes all its pictures at once. Pictures of a batch do not see each other,
-    so they are the same."""
+    """A running batch whose parts run one after the other within each step, since no engine takes all its pictures at once. Pictures of a batch do not
+    see each other, so they are the same."""
 
-    def __init__(self, parts: Sequence[Denoising]) -> None:
+    def __init__(self, parts: Sequence[RunningBatch]) -> None:
         self._parts = parts
+        self._places: dict[int, tuple[int, int]] = {}
+        self.capacity = sum(part.capacity for part in parts)
+
+    def join(self, job: Job) -> int:
+        part = next((i for i in range(len(self._parts)) if self._taken(i) < self._parts[i].capacity), 0)
+        slot = next(slot for slot in range(self.capacity + 1) if slot not in self._places)
+        self._places[slot] = part, self._parts[part].join(job)
+        return slot
 
     def step(self) -> None:
         for part in self._parts:
             part.step()
 
-    def latents(self) -> Float:
-        return np.concatenate([part.latents() for part in self._parts])
+    def leave(self, slot: int) -> None:
+        part, inner = self._places.pop(slot)
+        self._parts[part].leave(inner)
 
-    def denoised(self) -> Float:
-        return np.concatenate([part.denoised() for part in self._parts])
+    def latents(self, slots: Sequence[int]) -> Float:
+        return np.concatenate([self._parts[part].latents([inner]) for part, inner in map(self._places.__getitem__, slots)])
 
-    def decode(self, rounding: float) -> tuple[Pixels, NDArray[np.bool_]]:
-        pixels, finite = zip(*(part.decode(rounding) for part in self._parts), strict=True)
+    def denoised(self, slots: Sequence[int]) -> Float:
+        return np.concatenate([self._parts[part].denoised([inner]) for part, inner in map(self._places.__getitem__, slots)])
+
+    def decode(self, slots: Sequence[int], rounding: float) -> tuple[Pixels, NDArray[np.bool_]]:
+        decoded = [self._parts[part].decode([inner], rounding) for part, inner in map(self._places.__getitem__, slots)]
+        pixels, finite = zip(*decoded, strict=True)
         return np.concatenate(pixels), np.concatenate(finite)
+
+    def describe(self) -> dict[str, Any]:
+        return self._parts[0].describe()
 
     def close(self) -> None:
         for part in self._parts:
             part.close()
 
-
-def part_of(job: Job, first: int, count: int) -> Job:
-    """The job of some of its pictures: `count` of them from `first` on, or as many as there are."""
-    pictures, branches = len(job.init), job.tables.w.shape[1]
-    chosen = slice(first, min(first + count, pictures))
-    by_branch = np.concatenate([np.arange(branch * pictures, (branch + 1) * pictures)[chosen] for branch in range(branches)])
-    return replace(
-        job,
-        noise=job.noise[:, chosen],
-        contexts=tuple(context[by_branch] for context in job.contexts),
-        init=job.init[chosen],
-        unit_noise=job.unit_noise[chosen],
-        mask=job.mask[chosen],
-        concat=None if job.concat is None else job.concat[by_branch],
-    )
+    def _taken(self, part: int) -> int:
+        return sum(here == part for here, _ in self._places.values())
 
 
-def shape_of(job: Job, factor: int) -> JobShape:
-    """What a job asks of an engine; `factor` pixels a side per latent."""
-    pictures, _, height, width = job.init.shape
-    return JobShape((width * factor, height * factor), pictures, job.contexts[0].shape[1], job.tables.w.shape[1])
+def job_shape(shape: BatchShape, capacity: int, factor: int) -> JobShape:
+    """What a running batch asks of an engine; `factor` pixels a side per latent."""
+    return JobShape((shape.width * factor, shape.height * factor), capacity, shape.tokens, shape.branches)
 
 
 class Engine(Protocol):
@@ -140,53 +167,90 @@ class Engine(Protocol):
         """The batches that engines lie ready for."""
 
     def serves(self, shape: JobShape) -> bool:
-        """Whether `denoise` takes a job of this shape, if need be in parts or compiled in memory first."""
+        """Whether `open` takes a batch of this shape, if need be in parts or compiled in memory first."""
 
     def demand(self, shape: JobShape) -> Demand:
-        """About what memory a job of this shape takes at its peak beside what is loaded: of the machine, or of the GPU.
+        """About what memory a batch of this shape takes at its peak beside what is loaded: of the machine, or of the GPU.
 
         Raises:
             MissingEngineError: no engine serves it.
         """
 
     def free_bytes(self, shape: JobShape) -> int | None:
-        """How much of that memory a job of this shape may take; None where that is not known, or running out does no harm."""
+        """How much of that memory a batch of this shape may take; None where that is not known, or running out does no harm."""
 
-    def encode_text(self, tokens: NDArray[np.int64], emphasis: Float, clip_skip: int) -> Float:
-        """Token ids and weights `[n, 77]` to context `[n, 77, C]`."""
+    def encode_text(self, tokens: NDArray[np.int64], clip_skip: int) -> Float:
+        """Token ids `[n, 77]` to context `[n, 77, C]`."""
 
     def encode_image(self, pixels: Pixels, noise: Float) -> Float:
         """Pixels `[N, H, W, 3]` and unit noise `[N, 4, h, w]` (zeros for the posterior's mean) to latents `[N, 4, h, w]`."""
 
-    def denoise(self, job: Job) -> Denoising:
-        """Start a job.
+    def open(self, shape: BatchShape, capacity: int) -> RunningBatch:
+        """A running batch with all slots free; it may have more of them than asked for.
 
         Raises:
-            MissingEngineError: no engine serves its shape.
+            MissingEngineError: no engine serves this shape.
+            ResourceError: out of memory.
         """
 
     def decode(self, latents: Float, rounding: float) -> tuple[Pixels, NDArray[np.bool_]]:
         """Latents `[N, 4, h, w]` to pixels `[N, H, W, 3]` and whether each picture was finite before the clamp `[N]`."""
 
-    def describe(self, job: Job | None = None) -> dict[str, Any]:
-        """What runs: library and version, precision, threads or device; with a job what runs that, else what runs the bundle's own size."""
+    def describe(self) -> dict[str, Any]:
+        """What runs the bundle's own size: library and version, precision, threads or device."""
 
 
-def tables(rows: Sequence[Row], guidance: Sequence[Sequence[float]]) -> Tables:
-    """Rows as the graph takes them. `guidance` weighs the branches of the guidance batch for each row; each sums to 1."""
+class Observer(Protocol):
+    """What may watch a GPU engine at work. It must make nothing wait."""
+
+    def count(self, what: str) -> None:
+        """A launch, a copy (`h2d`, `d2h`) or an allocation is about to start."""
+
+    def around(self, graph: str, stream: Any, start: Callable[[], None]) -> None:
+        """Start a run of a graph on a stream, with whatever the observer puts before and after it."""
+
+
+class Watched:
+    """Passes on what a GPU engine starts, where somebody observes it. Apart from the engine, so that its buffers need not hold it."""
+
+    def __init__(self) -> None:
+        self.observer: Observer | None = None
+
+    def count(self, what: str) -> None:
+        if self.observer is not None:
+            self.observer.count(what)
+
+    def around(self, graph: str, stream: Any, start: Callable[[], None]) -> None:
+        if self.observer is None:
+            start()
+        else:
+            self.observer.around(graph, stream, start)
+
+
+Observe = Callable[[Callable[[], Engine]], Engine]
+"""Calls what it is given, which loads the engine, and returns what a pipeline is to use: that engine, or one of its own around it."""
+
+
+def tables(rows: Sequence[Row], guidance: Sequence[Sequence[float]]) -> dict[str, Float]:
+    """Rows as the graph takes them, all tables but `noise` and `next`.
+
+    `guidance` weighs the branches of the guidance batch for each row; each sums to 1. No sampler keeps the second combination: `v` is 0.
+    """
 
     def column(values: list[Any]) -> Float:
         return np.array(values, dtype=np.float32)
 
-    return Tables(
-        timestep=column([row.timestep for row in rows]),
-        a=column([row.a for row in rows]),
-        w=column(list(guidance)),
-        u=column([row.u for row in rows]),
-        q=column([row.q for row in rows]),
-        M=column([row.M for row in rows]),
-        inpaint=column([row.inpaint for row in rows]),
-    )
+    w = column(list(guidance))
+    return {
+        "timestep": column([row.timestep for row in rows]),
+        "a": column([row.a for row in rows]),
+        "w": w,
+        "v": np.zeros_like(w),
+        "u": column([row.u for row in rows]),
+        "q": column([row.q for row in rows]),
+        "M": column([row.M for row in rows]),
+        "inpaint": column([row.inpaint for row in rows]),
+    }
 
 
 def load_engine(bundle: Bundle, backend: str, threads: int | None = None, device: int = 0, *, on_missing: str = "error", cores: str = "own") -> Engine:

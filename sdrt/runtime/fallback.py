@@ -12,14 +12,14 @@ from numpy.typing import NDArray
 
 from sdrt.engine_shapes import EngineShapes, JobShape
 from sdrt.errors import MissingEngineError
-from sdrt.runtime.engine import Denoising, Engine, Float, Job, Pixels, shape_of
+from sdrt.runtime.engine import BatchShape, Engine, Float, Pixels, RunningBatch, job_shape
 from sdrt.runtime.request_memory import Demand
 
 log = logging.getLogger("sdrt")
 
 
 class FallbackEngine:
-    """Thread-safe. Each job runs whole on one of the two; results name which, with `instead_of` where it is the second."""
+    """Thread-safe. Each batch runs whole on one of the two; results name which, with `instead_of` where it is the second."""
 
     def __init__(self, first: Engine, load_second: Callable[[], Engine], factor: int) -> None:
         """`load_second` is called once, when the first request needs it; `factor` pixels a side per latent."""
@@ -42,11 +42,11 @@ class FallbackEngine:
     def free_bytes(self, shape: JobShape) -> int | None:
         return self._of(shape).free_bytes(shape)
 
-    def encode_text(self, tokens: NDArray[np.int64], emphasis: Float, clip_skip: int) -> Float:
+    def encode_text(self, tokens: NDArray[np.int64], clip_skip: int) -> Float:
         try:
-            return self._first.encode_text(tokens, emphasis, clip_skip)
+            return self._first.encode_text(tokens, clip_skip)
         except MissingEngineError:
-            return self._other().encode_text(tokens, emphasis, clip_skip)
+            return self._other().encode_text(tokens, clip_skip)
 
     def encode_image(self, pixels: Pixels, noise: Float) -> Float:
         try:
@@ -54,17 +54,17 @@ class FallbackEngine:
         except MissingEngineError:
             return self._other().encode_image(pixels, noise)
 
-    def denoise(self, job: Job) -> Denoising:
-        shape = shape_of(job, self._factor)
-        if self._first.serves(shape):
-            return self._first.denoise(job)
+    def open(self, shape: BatchShape, capacity: int) -> RunningBatch:
+        wanted = job_shape(shape, capacity, self._factor)
+        if self._first.serves(wanted):
+            return self._first.open(shape, capacity)
         other = self._other()
         with self._lock:
-            told = shape in self._told
-            self._told.add(shape)
+            told = wanted in self._told
+            self._told.add(wanted)
         if not told:
-            log.warning("no %s engine for %s; %s runs it", self._first.backend, shape.options, other.backend)
-        return other.denoise(job)
+            log.warning("no %s engine for %s; %s runs it", self._first.backend, wanted.options, other.backend)
+        return _Instead(other.open(shape, capacity), self._first.backend)
 
     def decode(self, latents: Float, rounding: float) -> tuple[Pixels, NDArray[np.bool_]]:
         try:
@@ -72,10 +72,8 @@ class FallbackEngine:
         except MissingEngineError:
             return self._other().decode(latents, rounding)
 
-    def describe(self, job: Job | None = None) -> dict[str, Any]:
-        if job is None or self._first.serves(shape_of(job, self._factor)):
-            return self._first.describe(job)
-        return self._other().describe(job) | {"instead_of": self._first.backend}
+    def describe(self) -> dict[str, Any]:
+        return self._first.describe()
 
     def _of(self, shape: JobShape) -> Engine:
         return self._first if self._first.serves(shape) else self._other()
@@ -85,3 +83,16 @@ class FallbackEngine:
             if self._second is None:
                 self._second = self._load_second()
             return self._second
+
+
+class _Instead:
+    """A running batch of the second engine, which says so."""
+
+    def __init__(self, batch: RunningBatch, first: str) -> None:
+        self._batch, self._first = batch, first
+        self.capacity = batch.capacity
+        self.join, self.step, self.leave, self.close = batch.join, batch.step, batch.leave, batch.close
+        self.latents, self.denoised, self.decode = batch.latents, batch.denoised, batch.decode
+
+    def describe(self) -> dict[str, Any]:
+        return self._batch.describe() | {"instead_of": self._first}

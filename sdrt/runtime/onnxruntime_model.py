@@ -12,7 +12,7 @@ from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from sdrt import engine_libraries
-from sdrt.bundle import Bundle
+from sdrt.bundle.folder import Bundle
 from sdrt.checked import check_once
 from sdrt.engine_cache import check_external_data, engine_folders, mismatch, platform_name, read_engine, read_plan
 from sdrt.engine_record import EngineRecord

@@ -1,7 +1,7 @@
 """The OpenVINO backend: engines of static shapes on the CPU, in bfloat16 where it has it.
 
-An engine serves one size, number of pictures, prompt length and number of guidance branches; a bundle may hold several, and each job takes the
-one that fits; more pictures than any engine takes at once run one part after the other. What no engine serves is compiled in memory, where that was
+An engine serves one size, number of pictures, prompt length and number of guidance branches; a bundle may hold several, and each running batch
+takes the one that fits; more pictures than any engine takes at once run one part after the other. What no engine serves is compiled in memory, where that was
 asked for. Graphs with equal shapes are loaded once, whatever engines they lie in.
 """
 
@@ -22,8 +22,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sdrt import bundle as names
-from sdrt.bundle import WEIGHTS, Bundle
+from sdrt.bundle.folder import Bundle
+from sdrt.bundle.graphs import GRAPHS, STEP, TEXT_ENCODER, VAE_DECODER, VAE_ENCODER, Signature, context_output, dimensions, signatures
+from sdrt.bundle.manifest import WEIGHTS
 from sdrt.engine_cache import list_engines, mismatch, read_plan
 from sdrt.engine_record import EngineRecord
 from sdrt.engine_shapes import EngineShapes, JobShape, shapes_of
@@ -31,7 +32,7 @@ from sdrt.errors import MachineError, MissingEngineError
 from sdrt.interruptible import interruptible, wait_for
 from sdrt.memory import available_bytes
 from sdrt.runtime.cpu import usable_cores
-from sdrt.runtime.engine import Denoising, Float, InParts, Job, Pixels, part_of, shape_of
+from sdrt.runtime.engine import BatchShape, Float, InParts, Pixels, RunningBatch, job_shape
 from sdrt.runtime.openvino_model import (
     StepShape,
     compile_graph,
@@ -42,6 +43,7 @@ from sdrt.runtime.openvino_model import (
     openvino_version,
 )
 from sdrt.runtime.request_memory import Demand, openvino_demand
+from sdrt.runtime.running_batch import HostMemory, Slots, step_sizes
 
 log = logging.getLogger("sdrt")
 
@@ -60,7 +62,7 @@ class _Loaded:
 
 
 class OpenVinoEngine:
-    """Thread-safe: no two jobs or calls use an infer request at the same time. One that two threads shared would silently mix their pictures."""
+    """Thread-safe: no two batches or calls use an infer request at the same time. One that two threads shared would silently mix their pictures."""
 
     backend = "openvino"
 
@@ -80,7 +82,7 @@ class OpenVinoEngine:
         """Graphs that had to be compiled because no blob fits; the others were imported."""
         self._default = first = min(self._engines, key=lambda engine: _unlikeness(engine.shape, bundle))
         # In parallel: unpacking weights runs on one core each.
-        interruptible(lambda: self._load_all(first, (names.STEP, names.VAE_DECODER, names.TEXT_ENCODER)))
+        interruptible(lambda: self._load_all(first, (STEP, VAE_DECODER, TEXT_ENCODER)))
 
     @property
     def shapes(self) -> tuple[EngineShapes, ...]:
@@ -95,8 +97,8 @@ class OpenVinoEngine:
             raise self._missing(shape)
         with self._lock:
             graphs = dict(self._graphs)
-        step_loaded = any(engine.key(names.STEP) in graphs for engine in alike)
-        decoders = [graphs.get(engine.key(names.VAE_DECODER)) for engine in self._engines if engine.job_shape.size == shape.size]
+        step_loaded = any(engine.key(STEP) in graphs for engine in alike)
+        decoders = [graphs.get(engine.key(VAE_DECODER)) for engine in self._engines if engine.job_shape.size == shape.size]
         decoder_loaded = any(decoder is not None and decoder.idle for decoder in decoders)
         precision = (alike[0] if alike else self._default).precision
         return openvino_demand(self._bundle.manifest, shape, precision=precision, step_loaded=step_loaded, decoder_loaded=decoder_loaded)
@@ -104,37 +106,43 @@ class OpenVinoEngine:
     def free_bytes(self, shape: JobShape) -> int | None:
         return available_bytes()
 
-    def encode_text(self, tokens: NDArray[np.int64], emphasis: Float, clip_skip: int) -> Float:
-        wanted = (names.context_output(clip_skip),)
-        inputs: list[Arrays] = [{"tokens": tokens[i : i + 1], "emphasis": emphasis[i : i + 1]} for i in range(len(tokens))]
-        return np.concatenate([self._call(self._default, names.TEXT_ENCODER, one, wanted)[0] for one in inputs])
+    def encode_text(self, tokens: NDArray[np.int64], clip_skip: int) -> Float:
+        wanted = (context_output(clip_skip),)
+        inputs: list[Arrays] = [{"tokens": tokens[i : i + 1]} for i in range(len(tokens))]
+        return np.concatenate([self._call(self._default, TEXT_ENCODER, one, wanted)[0] for one in inputs])
 
     def encode_image(self, pixels: Pixels, noise: Float) -> Float:
         engine = self._of_size(*noise.shape[2:])
         inputs: list[Arrays] = [{"pixels": pixels[i : i + 1], "noise": noise[i : i + 1]} for i in range(len(pixels))]
-        return np.concatenate([self._call(engine, names.VAE_ENCODER, one, ("latents",))[0] for one in inputs])
+        return np.concatenate([self._call(engine, VAE_ENCODER, one, ("latents",))[0] for one in inputs])
 
-    def denoise(self, job: Job) -> Denoising:
-        most, pictures = self._of_job(job).shape.batch, len(job.init)
-        if pictures <= most:
-            return self._start(job)
-        return InParts([self._start(part_of(job, first, most)) for first in range(0, pictures, most)])
+    def open(self, shape: BatchShape, capacity: int) -> RunningBatch:
+        parts: list[RunningBatch] = []
+        while capacity > 0:
+            parts.append(self._start(shape, capacity))
+            capacity -= parts[-1].capacity
+        return parts[0] if len(parts) == 1 else InParts(parts)
 
-    def _start(self, job: Job) -> OpenVinoDenoising:
-        engine = self._of_job(job)
-        return OpenVinoDenoising(self, self._load(engine, names.STEP).compiled, engine, job)
+    def _start(self, shape: BatchShape, capacity: int) -> Slots:
+        engine = self._of_batch(shape, capacity)
+        made = engine.shape
+        signature = signatures(dimensions(self._bundle.manifest))[STEP]
+        memory = _StepMemory(self, self._load(engine, STEP).compiled, engine, signature, step_sizes(shape, made.batch, made.rows))
+        return Slots(memory, signature, shape, made.batch, made.rows)
 
     def decode(self, latents: Float, rounding: float) -> tuple[Pixels, NDArray[np.bool_]]:
         return self.decode_with(self._of_size(*latents.shape[2:]), latents, rounding)
 
-    def describe(self, job: Job | None = None) -> dict[str, Any]:
-        engine = self._default if job is None else self._of_job(job)
+    def describe(self) -> dict[str, Any]:
+        return self.describe_engine(self._default)
+
+    # What running batches use
+
+    def describe_engine(self, engine: _Loadable) -> dict[str, Any]:
         return {
             "backend": self.backend, "version": self._version, "device": "cpu", "compute": engine.precision, "threads": self._threads,
             "engine": "compiled in memory" if engine.folder is None else engine.folder.name,
         }  # fmt: skip
-
-    # What jobs use
 
     def tensor(self, array: NDArray[Any]) -> Any:
         """An array as OpenVINO's tensor, sharing its memory. The tensor keeps the array; a request that was given it keeps neither, only the address."""
@@ -160,7 +168,7 @@ class OpenVinoEngine:
         """`decode` by a certain engine's decoder."""
         offset, wanted = np.array([rounding], np.float32), ("pixels", "finite")
         inputs = [{"latents": latents[i : i + 1], "rounding": offset} for i in range(len(latents))]
-        pixels, finite = zip(*(self._call(engine, names.VAE_DECODER, one, wanted) for one in inputs), strict=True)
+        pixels, finite = zip(*(self._call(engine, VAE_DECODER, one, wanted) for one in inputs), strict=True)
         return np.concatenate(pixels), np.concatenate(finite).astype(np.bool_)
 
     def _call(self, engine: _Loadable, graph: str, inputs: Arrays, wanted: tuple[str, ...]) -> tuple[NDArray[Any], ...]:
@@ -204,9 +212,9 @@ class OpenVinoEngine:
                 _give_memory_back()
         return found
 
-    def load_counting(self, graph: str, job: Job) -> tuple[Any, Mapping[str, tuple[int, ...]]]:
-        """A graph of the engine that `job` takes, loaded once more with a counter on every operator, and its input shapes. For profiles only."""
-        engine = self._of_job(job)
+    def load_counting(self, graph: str, shape: BatchShape, capacity: int) -> tuple[Any, Mapping[str, tuple[int, ...]]]:
+        """A graph of the engine that such a batch takes, loaded once more with a counter on every operator, and its input shapes. For profiles only."""
+        engine = self._of_batch(shape, capacity)
         return self._read(engine, graph, counting=True), engine.shapes(graph)
 
     def _read(self, engine: _Loadable, graph: str, *, counting: bool = False) -> Any:
@@ -220,14 +228,13 @@ class OpenVinoEngine:
         where = str(engine.folder / engine.record.plans[graph].file)
         return import_blob(self._ov, self._core, where, blob, self._bundle.file(WEIGHTS), precision, self._threads, counting=counting, shared=self._shared)
 
-    def _of_job(self, job: Job) -> _Loadable:
-        """The engine for a job: of its shapes, with the smallest batch that holds its pictures; where none does, with the largest there is."""
-        shape, factor = shape_of(job, self._bundle.manifest.latents.factor), self._bundle.manifest.latents.factor
+    def _of_batch(self, wanted: BatchShape, capacity: int) -> _Loadable:
+        """The engine for a running batch: of its shape, with the smallest number of slots that is enough; where none is, with the largest there is."""
+        shape = job_shape(wanted, capacity, self._bundle.manifest.latents.factor)
         with self._adding:
             alike = self._alike(shape)
             if not alike:
-                width, height = shape.size
-                alike = [self._add(StepShape(shape.batch, height // factor, width // factor, shape.tokens, shape.branches, self._default.shape.rows))]
+                alike = [self._add(StepShape(capacity, wanted.height, wanted.width, wanted.tokens, wanted.branches, self._default.shape.rows))]
         holding = [engine for engine in alike if engine.shape.batch >= shape.batch]
         return min(holding, key=lambda engine: engine.shape.batch) if holding else max(alike, key=lambda engine: engine.shape.batch)
 
@@ -249,7 +256,7 @@ class OpenVinoEngine:
             MissingEngineError: that was not asked for.
         """
         manifest, where = self._bundle.manifest, self._bundle.path
-        inputs = {graph: shape.inputs(graph, manifest) for graph in names.GRAPHS}
+        inputs = {graph: shape.inputs(graph, manifest) for graph in GRAPHS}
         added = _Loadable(inputs, shape, self._default.precision, manifest.latents.factor)
         if not self._compile_missing:
             raise self._missing(added.job_shape)
@@ -272,71 +279,33 @@ class OpenVinoEngine:
         return error
 
 
-class OpenVinoDenoising:
-    """Two infer requests in turn, over two sets of registers: what one row writes the next reads, where it lies."""
+class _StepMemory(HostMemory):
+    """Two infer requests in turn, over two places of what is fed back: what one call writes the next reads, where it lies."""
 
-    def __init__(self, engine: OpenVinoEngine, compiled: Any, loadable: _Loadable, job: Job) -> None:
-        self._engine, self._job, self._loadable = engine, job, loadable
-        self._shape = shape = loadable.shape
-        self._pictures = len(job.init)
-        self._row = 0
-        rows, batch = shape.rows, shape.batch
-        self._tables = {name: np.zeros((rows, *table.shape[1:]), np.float32) for name, table in vars(job.tables).items()}
-        self._tables["noise"] = np.zeros((rows, batch, *job.noise.shape[2:]), np.float32)
-        self._rows = [np.zeros(1, np.int64), np.zeros(1, np.int64)]
-        self._fill_tables()
-        init, unit_noise = _padded(job.init, batch), _padded(job.unit_noise, batch)
-        self._registers = [np.zeros((names.REGISTERS, *init.shape), np.float32) for _ in range(2)]
-        self._registers[0][0], self._registers[0][1] = init, unit_noise
-        self._denoised = np.zeros_like(init)
-        constant: dict[str, NDArray[Any]] = {**self._tables, "mask": _padded(job.mask, batch), "init": init, "init_noise": unit_noise}
-        if job.concat is not None:
-            constant["concat"] = _padded(job.concat, batch, shape.branches)
-        # Tensors are kept as long as the requests that read them: what was filled up is a copy that nobody else has.
-        self._constant = {name: engine.tensor(array) for name, array in constant.items()}
-        self._contexts = [engine.tensor(_padded(context, batch, shape.branches)) for context in job.contexts]
-        states = [(engine.tensor(self._registers[i]), engine.tensor(self._rows[i])) for i in (0, 1)]
-        denoised = engine.tensor(self._denoised)
-        self._requests = []
-        for here, there in ((0, 1), (1, 0)):
-            bound = {**self._constant, **dict(zip(("registers", "row"), states[here], strict=True)), "context": self._contexts[job.context_of_row[0]]}
-            bound |= dict(zip(names.STEP_OUTPUTS, (*states[there], denoised), strict=True))
-            with engine.explaining(names.STEP):
+    def __init__(self, engine: OpenVinoEngine, compiled: Any, loadable: _Loadable, signature: Signature, sizes: Mapping[str, int]) -> None:
+        super().__init__(signature, sizes)
+        self._engine, self._loadable = engine, loadable
+        self._requests: list[Any] = []
+        for side in (0, 1):
+            with engine.explaining(STEP):
                 request = compiled.create_infer_request()
-                for name, tensor in bound.items():
-                    request.set_tensor(name, tensor)
+                for arrays in self.bound(side):
+                    for name, array in arrays.items():
+                        request.set_tensor(name, engine.tensor(array))  # a request keeps the address alone; the array is kept by this object
             self._requests.append(request)
 
-    def step(self) -> None:
-        if self._row and self._row % self._shape.rows == 0:
-            self._fill_tables()
-        contexts = self._job.context_of_row
-        if self._row and contexts[self._row] != contexts[self._row - 1]:
-            for request in self._requests:
-                request.set_tensor("context", self._contexts[contexts[self._row]])
-        self._engine.infer(self._requests[self._row % 2], names.STEP, self)
-        self._row += 1
+    def call(self) -> None:
+        self._engine.infer(self._requests[self.calls % 2], STEP, self)
+        self.calls += 1
 
-    def latents(self) -> Float:
-        return self._registers[self._row % 2][0, : self._pictures].copy()
+    def decode(self, slots: Sequence[int], rounding: float) -> tuple[Pixels, NDArray[np.bool_]]:
+        return self._engine.decode_with(self._loadable, self.latents(slots), rounding)
 
-    def denoised(self) -> Float:
-        return self._denoised[: self._pictures].copy()
-
-    def decode(self, rounding: float) -> tuple[Pixels, NDArray[np.bool_]]:
-        return self._engine.decode_with(self._loadable, self.latents(), rounding)
+    def describe(self) -> dict[str, Any]:
+        return self._engine.describe_engine(self._loadable)
 
     def close(self) -> None:
         self._requests.clear()
-
-    def _fill_tables(self) -> None:
-        """Write the rows from the current one on, as many as the engine's tables hold, and start them at 0."""
-        for name, table in (*vars(self._job.tables).items(), ("noise", self._job.noise)):
-            part = table[self._row : self._row + self._shape.rows]
-            if name == "noise":
-                part = _padded(part, self._shape.batch, axis=1)
-            self._tables[name][: len(part)] = part
-        self._rows[self._row % 2][0] = 0
 
 
 class _Loadable:
@@ -370,8 +339,8 @@ class _Loadable:
 def _of_bundle(folder: Path, record: EngineRecord, precision: str, stale: str, factor: int) -> _Loadable:
     """An engine as its record says it was made."""
     inputs = {graph: {name: largest for name, (_, _, largest) in profiles[0].shapes.items()} for graph, profiles in record.key.profiles.items()}
-    (rows, branches), (batch, _, height, width) = inputs[names.STEP]["w"], inputs[names.STEP]["init"]
-    shape = StepShape(batch, height, width, inputs[names.STEP]["context"][1], branches, rows)
+    (rows, branches), (batch, _, height, width) = inputs[STEP]["w"], inputs[STEP]["init"]
+    shape = StepShape(batch, height, width, inputs[STEP]["context"][2], branches, (rows - 1) // batch)
     return _Loadable(inputs, shape, precision, factor, folder=folder, record=record, stale=stale)
 
 
@@ -428,15 +397,3 @@ def _unlikeness(shape: StepShape, bundle: Bundle) -> tuple[int, ...]:
     latents = bundle.manifest.latents
     own_size = latents.size[1] // latents.factor, latents.size[0] // latents.factor
     return shape.size != own_size, shape.batch, shape.tokens, shape.branches != 2
-
-
-def _padded(array: Float, batch: int, branches: int = 1, *, axis: int = 0) -> Float:
-    """`array` with as many pictures as the engine takes, the last one repeated; its first axis holds `branches` groups of them.
-
-    The pictures of a batch do not see each other, so the last, smaller batch of a run takes the same engine.
-    """
-    pictures = array.shape[axis] // branches
-    if pictures == batch:
-        return np.ascontiguousarray(array)
-    chosen = [branch * pictures + min(i, pictures - 1) for branch in range(branches) for i in range(batch)]
-    return np.ascontiguousarray(array.take(chosen, axis=axis))

@@ -17,9 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from sdrt import bundle as names
 from sdrt import engine_libraries
-from sdrt.bundle import Bundle, Manifest
+from sdrt.bundle.folder import Bundle
+from sdrt.bundle.graphs import STEP, concrete, dimensions, signatures, table_rows
+from sdrt.bundle.manifest import Manifest
 from sdrt.engine_cache import mismatch, platform_name
 from sdrt.engine_record import EngineRecord
 from sdrt.errors import MachineError, ResourceError, SdrtError, UsageError, printable
@@ -51,7 +52,7 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True, order=True)
 class StepShape:
-    """What a step engine is made for: pictures, latent rows and columns, prompt tokens, guidance branches, table rows."""
+    """What a step engine is made for: pictures, latent rows and columns, prompt tokens, guidance branches, table rows of each picture."""
 
     batch: int
     height: int
@@ -72,23 +73,9 @@ class StepShape:
 
     def inputs(self, graph: str, manifest: Manifest) -> dict[str, Shape]:
         """Static shapes of a graph's inputs. The text encoder takes one chunk at a time, the VAE one picture."""
-        latent = (manifest.latents.channels, self.height, self.width)
-        pictures, registers, rows = (self.batch, *latent), names.REGISTERS, self.rows
-        factor = manifest.latents.factor
-        if graph == names.TEXT_ENCODER:
-            return {"tokens": (1, manifest.text.tokens), "emphasis": (1, manifest.text.tokens)}
-        if graph == names.VAE_DECODER:
-            return {"latents": (1, *latent), "rounding": (1,)}
-        if graph == names.VAE_ENCODER:
-            return {"pixels": (1, factor * self.height, factor * self.width, 3), "noise": (1, *latent)}
-        rest = self.size
-        concat = {"concat": (self.branches * self.batch, manifest.latents.concat_channels, *rest)} if manifest.latents.concat_channels else {}
-        return {
-            "row": (1,), "timestep": (rows,), "a": (rows, registers), "w": (rows, self.branches), "u": (rows, registers), "q": (rows,),
-            "M": (rows, registers, registers + 2), "inpaint": (rows, 3), "noise": (rows, *pictures), "registers": (registers, *pictures),
-            "context": (self.branches * self.batch, self.tokens, manifest.text.width), "mask": (self.batch, 1, *rest),
-            "init": pictures, "init_noise": pictures, **concat,
-        }  # fmt: skip
+        pictures = self.batch if graph == STEP else 1
+        sizes = {"N": pictures, "G": self.branches, "S": table_rows(pictures, self.rows), "T": self.tokens, "h": self.height, "w": self.width, "n": 1}
+        return {name: concrete(tensor.shape, sizes) for name, tensor in signatures(dimensions(manifest))[graph].inputs.items()}
 
 
 def import_openvino(where: str) -> Any:

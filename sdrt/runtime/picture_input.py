@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from sdrt.bundle import MAX_SIDE
+from sdrt.bundle.manifest import MAX_SIDE
 from sdrt.document import read_document
 from sdrt.errors import InputFileError, UsageError, printable
 

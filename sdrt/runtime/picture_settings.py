@@ -8,7 +8,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
-from sdrt.bundle import Manifest, Source, bundle_id
+from sdrt.bundle.folder import bundle_id
+from sdrt.bundle.manifest import Manifest, Source
 from sdrt.document import read_document
 from sdrt.errors import InputFileError, UsageError, printable
 from sdrt.runtime.conditioning import is_fused

@@ -9,6 +9,7 @@ import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 from numbers import Real
 from pathlib import Path
 from threading import Event
@@ -17,12 +18,13 @@ from typing import Any, TypedDict, Unpack, cast
 
 import numpy as np
 
-from sdrt.bundle import MAX_BRANCHES, MAX_CHUNKS, WEIGHTS, Bundle, bundle_id, check_files, open_bundle
+from sdrt.bundle.folder import Bundle, bundle_id, check_files, open_bundle
+from sdrt.bundle.manifest import MAX_BRANCHES, MAX_CHUNKS, WEIGHTS
 from sdrt.checked import check_file
 from sdrt.engine_shapes import EngineShapes, JobShape, any_shapes
 from sdrt.errors import Cancelled, ClosedError, DeadlineError, MissingEngineError, NonFiniteError, UsageError
 from sdrt.runtime.conditioning import Conditioning, Prompts, TextConditioner
-from sdrt.runtime.engine import Denoising, Engine, Float, Job, Pixels, load_engine, tables
+from sdrt.runtime.engine import Engine, Float, Job, Observe, Pixels, RunningBatch, load_engine, tables
 from sdrt.runtime.images import Canvas, blank_canvas, canvas, laid_over
 from sdrt.runtime.noise import Draws, draw_noise
 from sdrt.runtime.picture_file import QUALITY, encode
@@ -43,11 +45,12 @@ _OF_SOURCE = ("kind", "name", "sha256", "scale", "te_scale", "trigger")
 class Timings(TypedDict):
     """How long the parts of a request took, in milliseconds, all its pictures together.
 
-    `image_encoder` is 0 without an init image. `steps` has one entry per model call of every batch, and `denoise` is their sum. `total` holds whatever
-    the reader of a stream did between its steps too.
+    `tokenise` is reading the prompts, before `total` begins. `image_encoder` is 0 without an init image. `steps` has one entry per model call of
+    every batch, and `denoise` is their sum. `total` holds whatever the reader of a stream did between its steps too.
     """
 
     total: float
+    tokenise: float
     text_encoder: float
     image_encoder: float
     denoise: float
@@ -103,7 +106,8 @@ class Step:
     picture: int
     pictures: int
     sigma: float
-    _denoising: Denoising = field(repr=False)
+    _batch: RunningBatch = field(repr=False)
+    _slots: tuple[int, ...] = field(repr=False)
     _engine: Engine = field(repr=False)
     _rounding: float = field(repr=False)
     _course: _Course = field(repr=False)
@@ -113,7 +117,7 @@ class Step:
     def denoised(self) -> Float:
         """The denoised estimate, latents `[N, 4, h, w]`."""
         self._course.check_place(self._place)
-        return self._denoising.denoised()
+        return self._batch.denoised(self._slots)
 
     def preview(self) -> Pixels:
         """The denoised estimate decoded, uint8 `[N, H, W, 3]`; costs one decode."""
@@ -122,7 +126,7 @@ class Step:
     def noisy_preview(self) -> Pixels:
         """The latents as they are, noise and all, decoded, uint8 `[N, H, W, 3]`; costs one decode. Until the last call they are brought to unit variance."""
         self._course.check_place(self._place)
-        latents = self._denoising.latents()
+        latents = self._batch.latents(self._slots)
         if self.index < self.count:
             latents = latents / np.maximum(1, latents.std(axis=(1, 2, 3), keepdims=True))
         return self._engine.decode(latents, self._rounding)[0]
@@ -209,6 +213,7 @@ class _Plan:
     request: Request
     rows: list[Row]
     prompts: Mapping[tuple[str, str], Prompts]
+    tokenise_ms: float
     start: Canvas | None
 
 
@@ -222,14 +227,16 @@ class Pipeline:
 
     @classmethod
     def load(
-        cls, path: str | Path, *, backend: str = "auto", device: int = 0, threads: int | None = None, on_missing: str = "error", cores: str = "own"
-    ) -> Pipeline:
+        cls, path: str | Path, *, backend: str = "auto", device: int = 0, threads: int | None = None, on_missing: str = "error", cores: str = "own",
+        observe: Observe | None = None,
+    ) -> Pipeline:  # fmt: skip
         """Load a bundle after checking every file of it against its manifest; weights that were checked before and are untouched are not read again.
 
         `device` counts GPUs and is ignored on a CPU; `threads` is for CPU engines, None leaves the choice to them. `on_missing` is what a request gets
         whose size, prompt length or number of guidance branches no engine of the bundle serves: "error"; "compile", seconds of compiling in memory
         where the engines are OpenVINO's, an error elsewhere; or "fallback", ONNX Runtime in their place, which the result names. `cores` is "own", or
-        "shared" where other processes keep the CPU's cores busy: docs/deploy.md says what that changes.
+        "shared" where other processes keep the CPU's cores busy: docs/deploy.md says what that changes. `observe` may put
+        something between the pipeline and its engine, as a benchmark does.
 
         Raises:
             InputFileError: there is no bundle at `path`.
@@ -249,10 +256,11 @@ class Pipeline:
             # Hashing the weights takes as long as reading them, so it runs beside loading. Data alone cannot harm: it is used after the check.
             checked: Future[None] = pool.submit(check_file, bundle, WEIGHTS)
             try:
-                engine = load_engine(bundle, backend, threads, device, on_missing=on_missing, cores=cores)
+                load = partial(load_engine, bundle, backend, threads, device, on_missing=on_missing, cores=cores)
+                engine = load() if observe is None else observe(load)
             finally:
                 checked.result()
-        pipeline = cls(bundle, engine, Tokenizer(bundle.file("tokenizer/tokenizer.json"), bundle.manifest.text))
+        pipeline = cls(bundle, engine, Tokenizer(bundle.file("tokenizer/tokenizer.json"), bundle.manifest.text[0]))
         log.info("%s: loaded on %s in %.0f ms", bundle.path, engine.backend, _since(started))
         return pipeline
 
@@ -274,7 +282,7 @@ class Pipeline:
         manifest = self.bundle.manifest
         request = resolved(Request("", size=size, batch=batch), manifest)
         assert request.size is not None
-        chunk = manifest.text.tokens
+        chunk = manifest.chunk
         shape = JobShape(request.size, batch, chunk if tokens is None else tokens, branches)
         if shape.tokens % chunk or not any_shapes(manifest).holds(shape):
             raise UsageError(
@@ -328,7 +336,9 @@ class Pipeline:
         course = _Course(_deadline(deadline_s))
         request = resolved(request_of_settings(prompt, settings), self.bundle.manifest)
         rows = self._rows(request)
-        plan = _Plan(request, rows, self._read_prompts(request, rows), self._canvas(request))
+        started = time.perf_counter()
+        prompts = self._read_prompts(request, rows)
+        plan = _Plan(request, rows, prompts, _since(started), self._canvas(request))
         self._check_memory(engine, plan)
         return Stream(self._run(engine, plan, course), course)
 
@@ -367,7 +377,7 @@ class Pipeline:
         request, manifest, prompts = plan.request, self.bundle.manifest, plan.prompts.values()
         assert request.size is not None
         chunks, branches = max(each.chunks for each in prompts), max(len(each.weights) for each in prompts)
-        shape = JobShape(request.size, min(request.batch, request.count), chunks * manifest.text.tokens, branches)
+        shape = JobShape(request.size, min(request.batch, request.count), chunks * manifest.chunk, branches)
         contexts = max(each.contexts for each in prompts)
         demand = with_own(engine.demand(shape), manifest, shape, contexts=contexts, rows=len(plan.rows), pictures=request.count)
         check_memory(demand, shape, engine.free_bytes(shape))
@@ -393,7 +403,7 @@ class Pipeline:
     def _run(self, engine: Engine, plan: _Plan, course: _Course) -> Generator[Step, None, None]:
         request, rows = plan.request, plan.rows
         started = time.perf_counter()
-        timings: Timings = {"total": 0.0, "text_encoder": 0.0, "image_encoder": 0.0, "denoise": 0.0, "decode": 0.0, "steps": []}
+        timings: Timings = {"total": 0.0, "tokenise": plan.tokenise_ms, "text_encoder": 0.0, "image_encoder": 0.0, "denoise": 0.0, "decode": 0.0, "steps": []}
         rounding = ROUNDING[request.compat]
         images: list[Pixels] = []
         said: dict[tuple[str, str], Conditioning] = {}
@@ -404,31 +414,32 @@ class Pipeline:
             encoding = time.perf_counter()
             said = {pair: said[pair] if pair in said else self._conditioner.encode(engine, plan.prompts[pair]) for pair in texts}
             timings["text_encoder"] += _since(encoding)
-            job = self._job(engine, plan, seeds, [said[pair] for pair in texts], timings)
-            denoising = engine.denoise(job)
+            jobs = self._jobs(engine, plan, seeds, [said[pair] for pair in texts], timings)
+            batch = engine.open(jobs[0].shape, len(jobs))
             try:
+                slots = tuple(batch.join(job) for job in jobs)
                 for index, row in enumerate(rows, 1):
                     course.check(f"after {index - 1} of {len(rows)} model calls of picture {pictures.start + 1} of {request.count}")
                     course.place += 1
                     step_started = time.perf_counter()
-                    denoising.step()
+                    batch.step()
                     timings["steps"].append(_since(step_started))
-                    step = Step(index, len(rows), pictures.start, request.count, row.sigma, denoising, engine, rounding, course, course.place)
+                    step = Step(index, len(rows), pictures.start, request.count, row.sigma, batch, slots, engine, rounding, course, course.place)
                     if index < len(rows):
                         yield step
                 course.check(f"before picture {pictures.start + 1} of {request.count} was decoded")
-                images.append(_decode(denoising, seeds, rounding, timings))
+                images.append(_decode(batch, slots, seeds, rounding, timings))
                 if plan.start is not None:
                     images[-1] = np.stack([laid_over(picture, plan.start) for picture in images[-1]])
                 if pictures.stop == request.count:
                     timings["denoise"] = sum(timings["steps"])
                     timings["total"] = _since(started)
                     log.debug("%d pictures of %dx%d in %.0f ms", request.count, *(request.size or ()), timings["total"])
-                    step = replace(step, result=Result(np.concatenate(images), request.seeds, timings, engine.describe(job), self._parameters(plan)))
+                    step = replace(step, result=Result(np.concatenate(images), request.seeds, timings, batch.describe(), self._parameters(plan)))
                 yield step
             finally:
                 course.place += 1
-                denoising.close()
+                batch.close()
 
     def _read_prompts(self, request: Request, rows: Sequence[Row]) -> dict[tuple[str, str], Prompts]:
         """Each different pair of prompt and negative prompt, read once."""
@@ -456,33 +467,36 @@ class Pipeline:
         made_by = {"bundle": manifest.name, "bundle_id": bundle_id(manifest), "sources": sources, "sdrt": manifest.sdrt}
         return cast(Parameters, request_to_json(plan.request) | made_from | made_by)
 
-    def _job(self, engine: Engine, plan: _Plan, seeds: tuple[int, ...], said: Sequence[Conditioning], timings: Timings) -> Job:
-        draws, count = self._draws(plan, seeds), len(seeds)
-        unit_noise = np.stack([draw.unit for draw in draws])
-        noise = np.stack([draw.steps for draw in draws], axis=1)
+    def _jobs(self, engine: Engine, plan: _Plan, seeds: tuple[int, ...], said: Sequence[Conditioning], timings: Timings) -> list[Job]:
+        draws = self._draws(plan, seeds)
         started = time.perf_counter()
-        init = np.zeros_like(unit_noise)
+        init = np.zeros((len(seeds), *draws[0].unit.shape), np.float32)
         if plan.start is not None and draws[0].encode is not None:
             init = _encoded(engine, plan.start.pixels, [draw.encode for draw in draws])
-        concat = self._concat(engine, plan, draws, len(said[0].weights[0])) if self.bundle.manifest.latents.concat_channels else None
+        concat = self._concat(engine, plan, draws) if self.bundle.manifest.latents.concat_channels else None
         timings["image_encoder"] += _since(started) if plan.start is not None else 0.0
-        keep = np.zeros_like(unit_noise[:, :1])
+        keep = np.zeros_like(init[0, :1])
         # diffusers leaves an inpainting model to itself: what it keeps comes through its own inputs.
         if plan.start is not None and not (concat is not None and plan.request.compat == "diffusers"):
-            keep = np.repeat(plan.start.keep[None], count, axis=0)
-        # AUTOMATIC1111 counts a prompt's steps in model calls; an image's schedule ends before the count does.
-        of_row = [min(row, len(said[0].set_of_step) - 1) for row in range(len(plan.rows))]
-        contexts, context_of_row = _contexts(said, of_row)
-        return Job(tables(plan.rows, [said[0].weights[step] for step in of_row]), noise, contexts, context_of_row, init, unit_noise, keep, concat)
+            keep = plan.start.keep
+        jobs = []
+        for i, (draw, each) in enumerate(zip(draws, said, strict=True)):
+            # AUTOMATIC1111 counts a prompt's steps in model calls; an image's schedule ends before the count does.
+            of_row = [min(row, len(each.set_of_step) - 1) for row in range(len(plan.rows))]
+            numbers = {**tables(plan.rows, [each.weights[step] for step in of_row]), "noise": draw.steps}
+            inputs = {"init": init[i], "init_noise": draw.unit, "mask": keep}
+            if concat is not None:
+                inputs["concat"] = np.repeat(concat[i][None], len(each.weights[0]), axis=0)
+            jobs.append(Job(numbers, inputs, each.sets, tuple(each.set_of_step[step] for step in of_row)))
+        return jobs
 
-    def _concat(self, engine: Engine, plan: _Plan, draws: Sequence[Draws], branches: int) -> Float:
-        """What an inpainting model sees beside the latents: the mask (1 repaints), and the image with grey under it."""
+    def _concat(self, engine: Engine, plan: _Plan, draws: Sequence[Draws]) -> Float:
+        """What an inpainting model sees beside the latents, `[N, 5, h, w]`: the mask (1 repaints), and the image with grey under it."""
         assert plan.start is not None
         start = plan.start
         masked = _encoded(engine, start.pixels if start.masked_pixels is None else start.masked_pixels, [draw.masked for draw in draws])
         repaint = np.ones_like(start.keep) if plan.request.mask is None else 1 - start.keep
-        both = np.concatenate([np.repeat(repaint[None], len(draws), axis=0), masked], axis=1)
-        return np.tile(both, (branches, 1, 1, 1)).astype(np.float32)
+        return np.concatenate([np.repeat(repaint[None], len(draws), axis=0), masked], axis=1).astype(np.float32)
 
     def _draws(self, plan: _Plan, seeds: tuple[int, ...]) -> list[Draws]:
         request, latents = plan.request, self.bundle.manifest.latents
@@ -510,28 +524,17 @@ def _batches(plan: _Plan) -> Iterator[slice]:
             first = here
 
 
-def _contexts(said: Sequence[Conditioning], step_of_row: Sequence[int]) -> tuple[tuple[Float, ...], tuple[int, ...]]:
-    """What the N pictures of a batch are denoised under: the different contexts `[G*N, T, C]`, branch-major, and which of them each row takes."""
-    index_of: dict[tuple[int, ...], int] = {}
-    of_row = []
-    for step in step_of_row:
-        sets = tuple(each.set_of_step[step] for each in said)
-        of_row.append(index_of.setdefault(sets, len(index_of)))
-    stacked = [np.stack([each.sets[i] for each, i in zip(said, sets, strict=True)], axis=1) for sets in index_of]
-    return tuple(context.reshape(-1, *context.shape[2:]) for context in stacked), tuple(of_row)
-
-
 def _encoded(engine: Engine, pixels: Pixels, posterior: Sequence[Float | None]) -> Float:
     """One image to the latents of each picture, sampled with the noise given, or the posterior's mean."""
     noise = np.stack([np.zeros_like(posterior[0]) if draw is None else draw for draw in posterior])
     return engine.encode_image(np.repeat(pixels[None], len(posterior), axis=0), noise)
 
 
-def _decode(denoising: Denoising, seeds: tuple[int, ...], rounding: float, timings: Timings) -> Pixels:
+def _decode(batch: RunningBatch, slots: Sequence[int], seeds: tuple[int, ...], rounding: float, timings: Timings) -> Pixels:
     started = time.perf_counter()
-    pixels, finite = denoising.decode(rounding)
+    pixels, finite = batch.decode(slots, rounding)
     if not finite.all():
-        if not np.isfinite(denoising.latents()).all():
+        if not np.isfinite(batch.latents(slots)).all():
             raise NonFiniteError(f"denoising: latents of seeds {list(seeds)} are NaN or infinite", "Check the bundle with: sdrt verify BUNDLE")
         bad = [seed for seed, ok in zip(seeds, finite, strict=True) if not ok]
         raise NonFiniteError(

@@ -10,7 +10,7 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, TypedDict
 
-from sdrt.bundle import MAX_BATCH, MAX_SIDE, MIN_SIDE, SIZE_STEP, Manifest
+from sdrt.bundle.manifest import MAX_BATCH, MAX_SIDE, MIN_SIDE, SIZE_STEP, Manifest
 from sdrt.errors import UsageError, nearest, one_of
 from sdrt.runtime.conditioning import EMPHASES, NETWORK_TAGS, SYNTAXES
 from sdrt.runtime.noise import MAX_SEED, NOISES
@@ -174,7 +174,7 @@ def resolved(request: Request, manifest: Manifest) -> Request:
     named = None if request.schedule is None else _text("schedule", request.schedule)
     sampler, schedule = parse_sampler(_text("sampler", request.sampler), named, compat)
     prompt, negative, count = _texts(request)
-    layers = manifest.text.clip_skip
+    layers = manifest.clip_skip
     clip_skip = layers[0] if request.clip_skip is None else request.clip_skip
     if isinstance(clip_skip, Integral) and not isinstance(clip_skip, bool):
         clip_skip = int(clip_skip)

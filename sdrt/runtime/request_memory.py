@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from sdrt.bundle import REGISTERS, WEIGHTS, Manifest
+from sdrt.bundle.graphs import REGISTERS
+from sdrt.bundle.manifest import WEIGHTS, Manifest
 from sdrt.engine_shapes import JobShape
 from sdrt.errors import BundleError, ResourceError
 
@@ -76,7 +77,7 @@ def openvino_demand(manifest: Manifest, shape: JobShape, *, precision: str, step
 def with_own(demand: Demand, manifest: Manifest, shape: JobShape, *, contexts: int = 1, rows: int = 1, pictures: int = 1) -> Demand:
     """And what lies in our own arrays: `contexts` that the prompts make over the steps, noise of `rows` model calls, and finished `pictures`."""
     latents = manifest.latents.channels * _latent_pixels(manifest, shape) * _FLOAT * shape.batch
-    text = contexts * shape.branches * shape.batch * shape.tokens * manifest.text.width * _FLOAT
+    text = contexts * shape.branches * shape.batch * shape.tokens * manifest.context_width * _FLOAT
     own = text + latents * (rows + 2 * REGISTERS) + 3 * shape.size[0] * shape.size[1] * pictures
     return Demand(demand.size_bytes + own, f"{demand.words}, prompts, noise and pictures {_gb(own)}")
 

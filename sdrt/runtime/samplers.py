@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
-from sdrt.bundle import Diffusion
+from sdrt.bundle.manifest import Diffusion
 from sdrt.errors import UsageError, nearest, one_of
 from sdrt.runtime import levels as lv
 from sdrt.runtime import sigma_samplers as by_sigma

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from sdrt.bundle import Diffusion
+from sdrt.bundle.manifest import Diffusion
 from sdrt.errors import UsageError
 
 MAX_STEPS = 1000

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from threading import RLock
@@ -19,22 +20,23 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sdrt import bundle as names
-from sdrt.bundle import Bundle
+from sdrt.bundle.folder import Bundle
+from sdrt.bundle.graphs import STEP, TEXT_ENCODER, VAE_DECODER, VAE_ENCODER, Tensor, concrete, context_output, dimensions, signatures
 from sdrt.engine_cache import list_engines, mismatch, read_plan, state_bytes
 from sdrt.engine_record import EngineRecord
 from sdrt.engine_shapes import EngineShapes, JobShape, shapes_of
 from sdrt.errors import MachineError, MissingEngineError, ResourceError, SdrtError
 from sdrt.machine.packages import install_command
-from sdrt.runtime.captured_step import Shape, Slot, TensorRtDenoising
+from sdrt.runtime.captured_step import CapturedStep, TensorRtMemory
 from sdrt.runtime.device_memory import Block, layout
-from sdrt.runtime.engine import Float, Job, Pixels
+from sdrt.runtime.engine import BatchShape, Float, Pixels, Watched
 from sdrt.runtime.request_memory import Demand
+from sdrt.runtime.running_batch import Slots
 
 log = logging.getLogger("sdrt")
 
 MODULES = {"tensorrt-rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
-_FREE_SLOTS = 4
+_FREE_STEPS = 4
 """Idle sets of buffers, contexts and graphs kept, least recently used dropped first."""
 _KEPT_BLOCKS = 8
 _LOAD = "load"
@@ -46,11 +48,13 @@ class TensorRtEngine:
     def __init__(self, bundle: Bundle, target: str, device: int) -> None:
         self.backend = target
         self._bundle = bundle
+        self.signatures = signatures(dimensions(bundle.manifest))
         self._trt, self._cuda = _import(target)
         self._lock = RLock()
         self._dead: str | None = None
         self._graphs_disabled = False
-        self._free: deque[Slot] = deque()
+        self.watched = Watched()
+        self._free: deque[CapturedStep] = deque()
         self._blocks: dict[Any, Block] = {}
         self._more_activations: list[Any] = []
         self._device: Any = None
@@ -63,13 +67,13 @@ class TensorRtEngine:
             assert self.record.rows is not None  # None for engines of any shape only
             self.rows = self.record.rows
             self._stream = self._device.create_stream()
-            self._loaded = [graph for graph in self.record.plans if graph != names.VAE_ENCODER]
+            self._loaded = [graph for graph in self.record.plans if graph != VAE_ENCODER]
             self._check_memory()
             self._runtime = self._trt.Runtime(self._trt.Logger(self._trt.Logger.WARNING))
             self._engines = {graph: self._deserialize(graph) for graph in self._loaded}
             self.activation_bytes = max(int(engine.device_memory_size_v2) for engine in self._engines.values())
             self._activations = self._device.allocate(max(self.activation_bytes, 1), stream=self._stream)
-            self._contexts = {graph: self.context(graph) for graph in (names.TEXT_ENCODER, names.VAE_DECODER)}
+            self._contexts = {graph: self.context(graph) for graph in (TEXT_ENCODER, VAE_DECODER)}
 
     def __del__(self) -> None:
         self.settle()  # before the buffers go: a cancelled picture's copies may still be on their way
@@ -92,65 +96,84 @@ class TensorRtEngine:
     def free_bytes(self, shape: JobShape) -> int | None:
         return None  # a job that finds no room raises ResourceError, and no system ends the process
 
-    def encode_text(self, tokens: NDArray[np.int64], emphasis: Float, clip_skip: int) -> Float:
-        most = self.record.key.profiles[names.TEXT_ENCODER][0].shapes["tokens"][2][0]
+    def encode_text(self, tokens: NDArray[np.int64], clip_skip: int) -> Float:
+        most = self.record.key.profiles[TEXT_ENCODER][0].shapes["tokens"][2][0]
         groups = [slice(first, first + most) for first in range(0, len(tokens), most)]
-        return np.concatenate([self._encode_group(tokens[group], emphasis[group], clip_skip) for group in groups])
+        return np.concatenate([self._encode_group(tokens[group], clip_skip) for group in groups])
 
-    def _encode_group(self, tokens: NDArray[np.int64], emphasis: Float, clip_skip: int) -> Float:
-        output = names.context_output(clip_skip)
-        width = self._bundle.manifest.text.width
-        fields = [("tokens", tokens.shape, np.int64), ("emphasis", emphasis.shape, np.float32)]
-        outputs = [(names.context_output(n), (*tokens.shape, width), np.float32) for n in self._bundle.manifest.text.clip_skip]
-        with self.guarded(names.TEXT_ENCODER):
-            block = self._run(names.TEXT_ENCODER, {"tokens": tokens, "emphasis": emphasis}, [*fields, *outputs], output)
-            result: Float = block.host(output).copy()
+    def _encode_group(self, tokens: NDArray[np.int64], clip_skip: int) -> Float:
+        wanted = context_output(clip_skip)
+        with self.guarded(TEXT_ENCODER):
+            result: Float = self._run(TEXT_ENCODER, {"tokens": tokens}, {"n": len(tokens)}, wanted).host(wanted).copy()
             return result
 
     def encode_image(self, pixels: Pixels, noise: Float) -> Float:
-        fields = [("pixels", pixels.shape, np.uint8), ("noise", noise.shape, np.float32), ("latents", noise.shape, np.float32)]
-        with self.guarded(names.VAE_ENCODER):
-            if names.VAE_ENCODER not in self._contexts:  # most pictures start from text: the encoder is loaded when the first image comes
-                self._engines[names.VAE_ENCODER] = self._deserialize(names.VAE_ENCODER)
-                self._contexts[names.VAE_ENCODER] = self.context(names.VAE_ENCODER)
-            block = self._run(names.VAE_ENCODER, {"pixels": pixels, "noise": noise}, fields, "latents")
-            result: Float = block.host("latents").copy()
+        count, _, height, width = noise.shape
+        with self.guarded(VAE_ENCODER):
+            if VAE_ENCODER not in self._contexts:  # most pictures start from text: the encoder is loaded when the first image comes
+                self._engines[VAE_ENCODER] = self._deserialize(VAE_ENCODER)
+                self._contexts[VAE_ENCODER] = self.context(VAE_ENCODER)
+            sizes = {"N": count, "h": height, "w": width}
+            result: Float = self._run(VAE_ENCODER, {"pixels": pixels, "noise": noise}, sizes, "latents").host("latents").copy()
             return result
 
-    def _run(self, graph: str, inputs: dict[str, NDArray[Any]], fields: list[Any], output: str) -> Block:
-        """Run one graph on host arrays and wait for `output`, which the block then holds."""
-        block = self._kept(fields)
+    def _run(self, graph: str, inputs: dict[str, NDArray[Any]], sizes: Mapping[str, int], output: str) -> Block:
+        """Run one graph on host arrays and wait for `output`, which the block then holds. `sizes` says what the free axes are."""
+        block = self._kept(graph, sizes)
         for name, array in inputs.items():
             block.host(name)[...] = array
-        block.upload(self._stream, fields[0][0], fields[len(inputs) - 1][0])
-        context = self._contexts[graph]
-        self.bind(context, graph, 0, {name: (block.address(name), array.shape) for name, array in inputs.items()})
-        for name, _, _ in fields[len(inputs) :]:
-            context.set_tensor_address(name, block.address(name))
-        self.enqueue(context, graph, self._stream)
+        block.upload(self._stream, *_ends(self.signatures[graph].inputs))
+        self._enqueue_on(block, graph)
         block.download(self._stream, output, output)
         self._stream.sync()
         return block
 
-    def denoise(self, job: Job) -> TensorRtDenoising:
-        pictures, _, height, width = job.init.shape
-        shape = Shape(pictures, height, width, job.contexts[0].shape[1], job.tables.w.shape[1])
-        with self.guarded(names.STEP):
-            slot = self._take(shape)
+    def _enqueue_on(self, block: Block, graph: str) -> None:
+        """Start one run of a graph whose inputs and outputs are all in one block."""
+        context, signature = self._contexts[graph], self.signatures[graph]
+        self.bind(context, graph, 0, {name: (block.address(name), block.layout.sections[name].shape) for name in signature.inputs})
+        for name in signature.outputs:
+            context.set_tensor_address(name, block.address(name))
+        self.watched.around(graph, self._stream, lambda: self.enqueue(context, graph, self._stream))
+
+    def open(self, shape: BatchShape, capacity: int) -> Slots:
+        with self.guarded(STEP):
+            fewest = self.record.key.profiles[STEP][self.profile(shape)].shapes["init"][0][0]
+            capacity = max(capacity, fewest)
+            step = self._take(shape, capacity)
             try:
-                return TensorRtDenoising(self, slot, job)
+                return Slots(TensorRtMemory(self, step), self.signatures[STEP], shape, capacity, self.rows)
             except BaseException:
-                slot.close(self._stream)
+                step.close(self._stream)
                 raise
 
     def decode(self, latents: Float, rounding: float) -> tuple[Pixels, NDArray[np.bool_]]:
-        with self.guarded(names.VAE_DECODER):
-            block = self._kept([("latents", latents.shape, np.float32)])
+        count, _, height, width = latents.shape
+        with self.guarded(VAE_DECODER):
+            block = self._kept(VAE_DECODER, {"N": count, "h": height, "w": width})
             block.host("latents")[...] = latents
-            block.upload(self._stream, "latents", "latents")
-            return self.decode_at(block.address("latents"), latents.shape, rounding)
+            block.host("rounding")[0] = rounding
+            block.upload(self._stream, "latents", "rounding")
+            return self._decoded(block)
 
-    def describe(self, job: Job | None = None) -> dict[str, Any]:
+    def decode_from(self, source: Block, offsets: Sequence[int], shape: BatchShape, rounding: float) -> tuple[Pixels, NDArray[np.bool_]]:
+        """Decode latents that lie on the device, each at an offset in bytes in `source`; one copy back."""
+        block = self._kept(VAE_DECODER, {"N": len(offsets), "h": shape.height, "w": shape.width})
+        size_bytes = block.offset("latents", 1) - block.offset("latents", 0)
+        for i, offset in enumerate(offsets):
+            block.copy(self._stream, block.offset("latents", i), source, offset, size_bytes)
+        block.host("rounding")[0] = rounding
+        block.upload(self._stream, "rounding", "rounding")
+        return self._decoded(block)
+
+    def _decoded(self, block: Block) -> tuple[Pixels, NDArray[np.bool_]]:
+        self._enqueue_on(block, VAE_DECODER)
+        outputs = self.signatures[VAE_DECODER].outputs
+        block.download(self._stream, *_ends(outputs))
+        self._stream.sync()
+        return block.host("pixels").copy(), block.host("finite").copy()
+
+    def describe(self) -> dict[str, Any]:
         return {
             "backend": self.backend, "version": self._trt.__version__, "device": self._device.name, "compute": self.record.key.precision,
             "engine": self._folder.name, "cuda_graphs": not self._graphs_disabled,
@@ -172,12 +195,16 @@ class TensorRtEngine:
         return _Guard(self, where)
 
     def block(self, fields: list[Any], *, pinned: bool = True) -> Block:
-        return Block(self._cuda, self._device, self._stream, layout(fields), pinned=pinned)
+        return Block(self._cuda, self._device, self._stream, layout(fields), pinned=pinned, count=self.watched.count)
 
-    def _kept(self, fields: list[Any]) -> Block:
-        """A block that is used and synchronised within one guarded call, kept for the next call of the same shapes."""
-        key = tuple(fields)
-        block = self._blocks.pop(key, None) or self.block(fields)
+    def _kept(self, graph: str, sizes: Mapping[str, int]) -> Block:
+        """A block for a graph's inputs and outputs that is used and synchronised within one guarded call, kept for the next call of the same sizes."""
+        key = (graph, *sizes.values())
+        block = self._blocks.pop(key, None)
+        if block is None:
+            signature = self.signatures[graph]
+            both = {**signature.inputs, **signature.outputs}
+            block = self.block([(name, concrete(tensor.shape, sizes), tensor.dtype) for name, tensor in both.items()])
         self._blocks[key] = block
         if len(self._blocks) > _KEPT_BLOCKS:
             self._blocks.pop(next(iter(self._blocks))).close(self._stream)
@@ -231,25 +258,7 @@ class TensorRtEngine:
         if not context.execute_async_v3(int(stream.handle)):
             raise MachineError(f"{graph}: TensorRT refused to run; its outputs are not valid", "Run again with a new pipeline; if it persists, compile again.")
 
-    def decode_at(self, address: int, shape: tuple[int, ...], rounding: float) -> tuple[Pixels, NDArray[np.bool_]]:
-        """Decode latents that are on the device already; one copy back."""
-        factor = self._bundle.manifest.latents.factor
-        pictures, _, height, width = shape
-        block = self._kept(
-            [("rounding", (1,), np.float32), ("pixels", (pictures, height * factor, width * factor, 3), np.uint8), ("finite", (pictures,), np.bool_)]
-        )
-        block.host("rounding")[0] = rounding
-        block.upload(self._stream, "rounding", "rounding")
-        context = self._contexts[names.VAE_DECODER]
-        self.bind(context, names.VAE_DECODER, 0, {"latents": (address, shape), "rounding": (block.address("rounding"), (1,))})
-        for name in names.DECODER_OUTPUTS:
-            context.set_tensor_address(name, block.address(name))
-        self.enqueue(context, names.VAE_DECODER, self._stream)
-        block.download(self._stream, "pixels", "finite")
-        self._stream.sync()
-        return block.host("pixels").copy(), block.host("finite").copy()
-
-    def profile(self, shape: Shape) -> int:
+    def profile(self, shape: BatchShape) -> int:
         """The step engine's profile for a number of guidance branches."""
         if shape.branches not in self.record.branches:
             built = ", ".join(str(n) for n in self.record.branches)
@@ -269,9 +278,9 @@ class TensorRtEngine:
     def stream(self) -> Any:
         return self._stream
 
-    def give_back(self, slot: Slot) -> None:
-        """Keep a slot for a later job. Calls nothing of CUDA: the garbage collector comes here, from any thread, even within a capture."""
-        self._free.append(slot)
+    def give_back(self, step: CapturedStep) -> None:
+        """Keep a captured step for a later batch. Calls nothing of CUDA: the garbage collector comes here, from any thread, even within a capture."""
+        self._free.append(step)
 
     def settle(self) -> Exception | None:
         """Wait until nothing that a failed call started still uses pinned memory. Returns the error that the device reports instead, if any."""
@@ -307,25 +316,25 @@ class TensorRtEngine:
     def leave(self) -> None:
         self._lock.release()
 
-    def _take(self, shape: Shape) -> Slot:
-        """A free slot of this shape, or a new one in the place of the least recently used."""
+    def _take(self, shape: BatchShape, capacity: int) -> CapturedStep:
+        """A free captured step of this shape and capacity, or a new one in the place of the least recently used."""
         found = None
         for _ in range(len(self._free)):  # a whole turn, which keeps the order; the garbage collector may append meanwhile
-            slot = self._free.popleft()
-            if found is None and slot.shape == shape:
-                found = slot
+            step = self._free.popleft()
+            if found is None and (step.shape, step.capacity) == (shape, capacity):
+                found = step
             else:
-                self._free.append(slot)
-        self._close_free(_FREE_SLOTS - 1)
+                self._free.append(step)
+        self._close_free(_FREE_STEPS - 1)
         if found is not None:
             return found
         try:
-            return Slot(self, shape, self._bundle)
+            return CapturedStep(self, self.signatures[STEP], shape, capacity)
         except Exception as error:
             if not self._free or not (_out_of_memory(error) or isinstance(error, ResourceError)):
                 raise
         self._close_free(0)
-        return Slot(self, shape, self._bundle)
+        return CapturedStep(self, self.signatures[STEP], shape, capacity)
 
     def _close_free(self, kept: int) -> None:
         while len(self._free) > kept:
@@ -376,6 +385,12 @@ class _Guard:
                     raise self._engine.failed(self._where, cause) from cause
         finally:
             self._engine.leave()
+
+
+def _ends(tensors: Mapping[str, Tensor]) -> tuple[str, str]:
+    """The first and the last name."""
+    first, *_, last = [*tensors, *tensors]
+    return first, last
 
 
 def _out_of_memory(error: Exception) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sdrt.bpe import END_OF_WORD, read_bpe
-from sdrt.bundle import Text
+from sdrt.bundle.manifest import Text
 from sdrt.errors import BundleError, UsageError, printable
 
 

@@ -14,12 +14,15 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from sdrt.bundle import REGISTERS
+from sdrt.bundle.graphs import REGISTERS
 from sdrt.runtime.levels import Levels
 from sdrt.runtime.schedule import Sigmas, timestep
 
 Latents = NDArray[np.float64]
-"""Coefficients `[REGISTERS + 2]` over the registers, the denoised estimate and fresh noise."""
+"""Coefficients `[STATES]` over the registers, the denoised estimate D, the second combination E, and fresh noise."""
+
+_DENOISED, _, _NOISE = range(REGISTERS, REGISTERS + 3)
+STATES = REGISTERS + 3
 
 Noise = Literal["draw"] | tuple[float, float] | None
 """Fresh unit noise of a row: none, the next draw of the picture's stream, or its Brownian path's increment between two sigmas."""
@@ -29,7 +32,7 @@ Noise = Literal["draw"] | tuple[float, float] | None
 class Row:
     """The numbers of one model call; the linear machine in docs/architecture.md names them.
 
-    a, u `[R]`, M `[R, R+2]`; `inpaint` is (k, b, c), all 0 without a mask; `step` counts the sampler's own steps from 0; `sigma` is the level
+    a, u `[R]`, M `[R, R+3]`; `inpaint` is (k, b, c), all 0 without a mask; `step` counts the sampler's own steps from 0; `sigma` is the level
     of the call. `brownian` is the span (smallest, largest sigma) of the path that `noise` names an interval of.
     """
 
@@ -50,7 +53,7 @@ class Trace:
 
     def __init__(self, levels: Levels, training: Sigmas, prediction: str, *, from_image: bool = False) -> None:
         self.rows: list[Row] = []
-        self.noise = _unit(REGISTERS + 1)
+        self.noise = _unit(_NOISE)
         self.training = training
         self._levels = levels
         self._told = dict(zip(levels.sigmas, levels.timesteps, strict=False))
@@ -82,7 +85,7 @@ class Trace:
         told = self._told.get(sigma) if listed else None
         t = timestep(sigma, self.training) if told is None else told
         self._call = (t, x[:REGISTERS] * c_in, u[:REGISTERS], q, sigma)
-        return _unit(REGISTERS)
+        return _unit(_DENOISED)
 
     def denoise_scaled(self, x: Latents, sigma: float) -> Latents:
         """The same for latents already divided by sqrt(1 + sigma^2)."""
@@ -92,7 +95,7 @@ class Trace:
         """What the network predicted in the last model call."""
         assert self._call is not None
         _, _, u, q, _ = self._call
-        return (denoised - np.pad(u, (0, 2))) / q
+        return (denoised - np.pad(u, (0, STATES - REGISTERS))) / q
 
     def eps(self, output: Latents, x: Latents, sigma: float) -> Latents:
         """The noise in scaled latents `x` at level `sigma`, were `output` what the network predicted for them."""
@@ -111,10 +114,10 @@ class Trace:
         sqrt(1 + to^2); `noise` says which noise, where the row holds any.
         """
         assert self._call is not None and len(kept) <= REGISTERS
-        M = np.zeros((REGISTERS, REGISTERS + 2))
+        M = np.zeros((REGISTERS, STATES))
         M[: len(kept)] = kept
         t, a, u, q, sigma = self._call
-        fresh = noise if M[:, REGISTERS + 1].any() else None
+        fresh = noise if M[:, _NOISE].any() else None
         scale = 1 / math.hypot(1, to) if scaled else 1.0
         self.rows.append(Row(t, a, u, q, M, fresh, self._step, sigma, (0.0, scale, scale * to), self._levels.brownian if isinstance(fresh, tuple) else None))
         self._call = None
@@ -123,6 +126,6 @@ class Trace:
 
 
 def _unit(index: int) -> Latents:
-    vector = np.zeros(REGISTERS + 2)
+    vector = np.zeros(STATES)
     vector[index] = 1.0
     return vector

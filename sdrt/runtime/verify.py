@@ -12,7 +12,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sdrt.bundle import STEP_TABLES, WEIGHTS, Bundle, open_bundle
+from sdrt.bundle.folder import Bundle, open_bundle
+from sdrt.bundle.graphs import STEP, dimensions, signatures
+from sdrt.bundle.manifest import WEIGHTS, reference_path
 from sdrt.engine_cache import check_all, mismatch, platform_name, read_plan
 from sdrt.engine_record import EngineRecord
 from sdrt.errors import BundleError, CheckFailed, printable
@@ -57,9 +59,9 @@ def verify(path: Path) -> list[GraphCheck]:
     checks: list[GraphCheck] = []
     for graph, by_precision in bundle.manifest.graphs.items():
         inputs, expected = references[graph]
-        for precision, record in by_precision.items():
-            found = onnxruntime_model.run_graph(bundle.graph(graph, precision), inputs)
-            checks += _compared(graph, record.compute, "onnxruntime", expected, found)
+        for compute in by_precision:
+            found = onnxruntime_model.run_graph(bundle.graph(graph, compute), inputs)
+            checks += _compared(graph, compute, "onnxruntime", expected, found)
     for folder, engine in engines:
         if engine.key.target == "openvino":
             checks += _openvino_checks(bundle, folder, engine, references)
@@ -79,11 +81,11 @@ def _reference(bundle: Bundle, graph: str) -> Reference:
     Raises:
         BundleError: the file is no archive of arrays, or of other ones.
     """
-    path = bundle.file(f"reference/{graph}.npz")
+    path = bundle.file(reference_path(graph))
     inputs, expected = read_reference(path)
     for record in bundle.manifest.graphs[graph].values():
         for kind, found, named in (("inputs", inputs, record.inputs), ("outputs", expected, record.outputs)):
-            if found.keys() != set(named):
+            if named and found.keys() != set(named):
                 raise BundleError(f"{path}: {kind} {printable(', '.join(sorted(found))[:200])}: expected {', '.join(sorted(named))}", "Build the bundle again.")
     return inputs, expected
 
@@ -117,13 +119,14 @@ def _openvino_checks(bundle: Bundle, folder: Path, record: EngineRecord, referen
     if openvino_model.openvino_version() is None:
         log.warning("%s: only its hashes are checked: openvino is not installed", folder)
         return
+    tables = signatures(dimensions(bundle.manifest))[STEP].tables
     ov = openvino_model.import_openvino("backend openvino")
     core = ov.Core()
     stale, precision = openvino_model.fit(core, bundle, record)
     for graph in record.plans:
         inputs, expected = references[graph]
         made_for = {name: largest for name, (_, _, largest) in record.key.profiles[graph][0].shapes.items()}
-        padded = {name: _more_rows(array, made_for[name][0]) if name in STEP_TABLES else array for name, array in inputs.items()}
+        padded = {name: _more_rows(array, made_for[name][0]) if graph == STEP and name in tables else array for name, array in inputs.items()}
         if not stale and {name: array.shape for name, array in padded.items()} == made_for:
             inputs, blob = padded, read_plan(folder, record, graph)
             compiled = interruptible(partial(openvino_model.import_blob, ov, core, f"{folder}: {graph}", blob, bundle.file(WEIGHTS), precision, None))

@@ -1,0 +1,184 @@
+"""A bundle's folder: opened, listed, and compared with its manifest. docs/architecture.md describes it. Standard library only."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import stat
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from sdrt.bundle.graphs import dimensions, signatures
+from sdrt.bundle.manifest import ENGINES, MANIFEST, MAX_MANIFEST_BYTES, WEIGHTS, FileRecord, Manifest, read_manifest
+from sdrt.errors import BundleError, InputFileError, UsageError, printable
+from sdrt.graph_check import check_graph
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """An opened bundle: `path` is its absolute folder. Nothing but the manifest has been read."""
+
+    path: Path
+    manifest: Manifest
+
+    def file(self, name: str) -> Path:
+        return self.path / name
+
+    def graph(self, graph: str, precision: str) -> Path:
+        """Path of a graph file that `sdrt.graph_check` has read: the one way for an engine to a graph.
+
+        Raises:
+            BundleError: the bundle has no such graph at that precision, or it is not as builds write them.
+        """
+        record = self.manifest.graphs.get(graph, {}).get(precision)
+        if record is None:
+            raise BundleError(f"{self.path}: no {precision} {graph} graph", "Build the bundle again with this version of sdrt.")
+        path = self.file(record.path)
+        check_graph(path, self.file(WEIGHTS), self.manifest.files[WEIGHTS].size_bytes)
+        return path
+
+
+def bundle_id(manifest: Manifest) -> str:
+    """16 hex digits that equal bundles share whatever their names: a hash of their files' hashes."""
+    text = "\n".join(f"{name} {record.sha256}" for name, record in sorted(manifest.files.items()))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def file_record(path: Path) -> FileRecord:
+    with path.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256")
+        return FileRecord(stream.tell(), digest.hexdigest())
+
+
+def is_bundle(path: Path) -> bool:
+    """Whether `path` looks like a folder of ours, finished or tampered with; used before replacing it."""
+    try:
+        if not (path / MANIFEST).is_file():  # opening a FIFO would wait for a writer
+            return False
+        with (path / MANIFEST).open("rb") as stream:
+            document = json.loads(stream.read(MAX_MANIFEST_BYTES))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(document, dict) and {"format", "sdrt", "graphs", "files"} <= document.keys()
+
+
+def check_outside_bundles(option: str, folder: Path) -> None:
+    """Refuse to write into a bundle, which would no longer be what its manifest says. Only engines, and what belongs to them, go into one.
+
+    Raises:
+        UsageError: `folder`, where `option` would write, is a bundle or lies in one.
+    """
+    try:
+        place = folder.resolve()
+    except (OSError, RuntimeError):  # a loop of links: opening it says so
+        return
+    for outer in (place, *place.parents):
+        if is_bundle(outer):
+            raise UsageError(f"{option}: would write into the bundle {outer}, which is refused once another file is in it", "Name a place outside of it.")
+
+
+def open_bundle(path: Path) -> Bundle:
+    """Read and check a bundle's manifest, and that exactly its files are there with their sizes. Hashes are `check_files`'s.
+
+    Raises:
+        InputFileError: there is no such folder, no manifest in it, or it cannot be read.
+        MachineError: an older or newer sdrt wrote it.
+        BundleError: the manifest or the folder is not what it should be.
+    """
+    path = path.absolute()
+    if not os.path.exists(path):
+        raise InputFileError(f"{path}: no such bundle", "Make one with: sdrt build --checkpoint FILE")
+    manifest_file = path / MANIFEST
+    if not path.is_dir() or not os.path.lexists(manifest_file):
+        raise InputFileError(f"{path}: not a bundle: it has no {MANIFEST}", "Make one with: sdrt build --checkpoint FILE")
+    if manifest_file.is_symlink() or not manifest_file.is_file():
+        raise BundleError(f"{manifest_file}: expected a regular file")
+    if manifest_file.stat().st_size > MAX_MANIFEST_BYTES:
+        raise BundleError(f"{manifest_file}: {manifest_file.stat().st_size:,} bytes, more than the limit of {MAX_MANIFEST_BYTES:,}")
+    manifest = read_manifest(manifest_file)
+    _check_signatures(manifest_file, manifest)
+    _check_listing(path, manifest)
+    return Bundle(path, manifest)
+
+
+def check_files(bundle: Bundle, names: Iterable[str] | None = None) -> None:
+    """Compare the SHA-256 of the named files (all by default) with the manifest. A hash says unchanged, not trustworthy.
+
+    Raises:
+        BundleError: a file differs or cannot be read; it names the file.
+    """
+    for name in bundle.manifest.files if names is None else names:
+        try:
+            expected, found = bundle.manifest.files[name], file_record(bundle.file(name))
+        except OSError as error:
+            raise BundleError(f"{bundle.path}: {name}: cannot be read: {error.strerror}", "Copy the bundle again from where it was built.") from error
+        if found != expected:
+            raise BundleError(
+                f"{bundle.path}: {name}: changed since the build: expected sha256 {expected.sha256[:16]}…, found {found.sha256[:16]}…",
+                "Build the bundle again, or copy it again from where it was built.",
+            )
+
+
+def _check_signatures(path: Path, manifest: Manifest) -> None:
+    """That the graphs this sdrt knows take and give what it thinks."""
+    for graph, signature in signatures(dimensions(manifest)).items():
+        for compute, record in manifest.graphs.get(graph, {}).items():
+            for what, found, expected in (("inputs", record.inputs, signature.inputs), ("outputs", record.outputs, signature.outputs)):
+                if found and sorted(found) != sorted(expected):
+                    raise BundleError(
+                        f"{path}: not of the expected form: graphs.{graph}.{compute}.{what}: {printable(repr(found))}: expected {', '.join(expected)}",
+                        "Build the bundle again.",
+                    )
+
+
+def _check_listing(path: Path, manifest: Manifest) -> None:
+    found = _regular_files(path)
+    for name, record in manifest.files.items():
+        if name not in found:
+            raise BundleError(f"{path}: {name}: missing", "Build the bundle again, or copy it again whole.")
+        if found[name] != record.size_bytes:
+            raise BundleError(f"{path}: {name}: expected {record.size_bytes:,} bytes, found {found[name]:,}", "Build the bundle again, or copy it again whole.")
+    if extra := sorted(found.keys() - manifest.files.keys()):
+        raise BundleError(f"{path}: {printable(extra[0])}: not in the manifest", "Remove it, or build the bundle again.")
+
+
+def check_nothing_else(root: Path, names: Collection[str], what: str, fix: str) -> None:
+    """Make sure that below `root` there are no files but the `names`, and no folders but theirs and `engines`. Hidden ones count.
+
+    Raises:
+        BundleError: there is one; it says that it is `what`, and the `fix`.
+    """
+    folders = {ENGINES, *(parent.as_posix() for name in names for parent in PurePosixPath(name).parents)}
+
+    def unreadable(error: OSError) -> None:
+        raise BundleError(f"{root}: {printable(str(error.filename))}: cannot be read: {error.strerror}", "Make it readable for this user.") from error
+
+    for folder, below, files in os.walk(root, onerror=unreadable):
+        for name in [*below, *files]:
+            path = Path(folder) / name
+            relative = path.relative_to(root).as_posix()
+            mode = path.lstat().st_mode
+            if not (relative in names and stat.S_ISREG(mode)) and not (relative in folders and stat.S_ISDIR(mode)):
+                raise BundleError(f"{root}: {printable(relative)}: {what}", fix)
+
+
+def _regular_files(root: Path) -> Mapping[str, int]:
+    """Sizes of all files below `root` by relative name, engines, hidden files and the manifest left out. Links and special files are refused."""
+    sizes: dict[str, int] = {}
+    for folder, folders, names in os.walk(root):
+        at_root = Path(folder) == root
+        if at_root and ENGINES in folders:
+            folders.remove(ENGINES)
+        for name in [*folders, *names]:
+            path = Path(folder) / name
+            status = path.lstat()
+            relative = path.relative_to(root).as_posix()
+            if stat.S_ISDIR(status.st_mode) or name.startswith("."):
+                continue
+            if not stat.S_ISREG(status.st_mode):
+                raise BundleError(f"{root}: {printable(relative)}: expected a regular file, found a link or special file", "Copy the bundle with real files.")
+            if not (at_root and name == MANIFEST):
+                sizes[relative] = status.st_size
+    return sizes

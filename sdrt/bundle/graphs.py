@@ -1,0 +1,144 @@
+"""The signature of every graph: names, shapes and types of its inputs and outputs. The only place that lists them.
+
+Export, self-check, compilers, backends, benchmarks and the GPU simulator read this table. An input that a new model needs is one line here,
+and its value in the job. Shapes name their free axes:
+
+    N  pictures of a call        S  rows of the tables, all pictures together     h, w  rows and columns of the latents
+    G  guidance branches         T  tokens of a prompt                            n     chunks of tokens
+
+The kind of a step input shows in its first axis: S for tables that a picture reads by row, N for what belongs to one picture.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from sdrt.bundle.manifest import Manifest
+
+TEXT_ENCODER, STEP, VAE_DECODER, VAE_ENCODER = GRAPHS = ("text_encoder", "step", "vae_decoder", "vae_encoder")
+
+REGISTERS = 8
+"""Latents a picture carries from one model call to the next (R). Samplers need four; forecasting a model call from earlier ones needs six."""
+
+FED_BACK = {"registers": "next_registers", "row": "next_row"}
+"""Step inputs that a call reads from what the call before it wrote, and the outputs they are."""
+IDLE_ROW = 0
+"""The table row of a slot without a picture: it leads to itself and leaves the registers as they are."""
+
+Shape = tuple[int | str, ...]
+_ITEM_BYTES = {"float32": 4, "int64": 8, "uint8": 1, "bool": 1}
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """An input or output. `shape` holds numbers, names of free axes, and products of both such as `8*h`; `dtype` is numpy's name of the type."""
+
+    shape: Shape
+    dtype: str = "float32"
+
+    def size_bytes(self, sizes: Mapping[str, int]) -> int:
+        return math.prod(concrete(self.shape, sizes)) * _ITEM_BYTES[self.dtype]
+
+
+@dataclass(frozen=True)
+class Signature:
+    """The inputs and outputs of a graph by name, in the order of the ONNX file."""
+
+    inputs: dict[str, Tensor]
+    outputs: dict[str, Tensor]
+
+    @property
+    def tables(self) -> tuple[str, ...]:
+        """Inputs that are read by row."""
+        return tuple(name for name, tensor in self.inputs.items() if tensor.shape[0] == "S")
+
+    @property
+    def of_picture(self) -> tuple[str, ...]:
+        """Inputs that belong to one picture and stay as they are from call to call."""
+        return tuple(name for name, tensor in self.inputs.items() if tensor.shape[0] == "N" and name not in FED_BACK)
+
+
+@dataclass(frozen=True)
+class Dimensions:
+    """What the signatures of a model depend on.
+
+    `channels` of a latent and `concat_channels` that the UNet sees beside it; `factor` pixels a side per latent; `context_width` numbers a token;
+    `chunk` tokens a chunk; `clip_skip` layers that the text encoder gives out.
+    """
+
+    channels: int
+    concat_channels: int
+    factor: int
+    context_width: int
+    chunk: int
+    clip_skip: tuple[int, ...]
+
+
+def dimensions(manifest: Manifest) -> Dimensions:
+    """The dimensions of a bundle's model."""
+    latents = manifest.latents
+    return Dimensions(latents.channels, latents.concat_channels, latents.factor, manifest.context_width, manifest.chunk, manifest.clip_skip)
+
+
+def context_output(clip_skip: int) -> str:
+    """Name of the text encoder's output for a clip skip, 1 being the last layer."""
+    return f"context_skip_{clip_skip}"
+
+
+def signatures(model: Dimensions) -> dict[str, Signature]:
+    """The signature of every graph of a model, by the graph's name."""
+    latents, plane = ("N", model.channels, "h", "w"), ("N", 1, "h", "w")
+    tokens = ("n", model.chunk)
+    pixels = Tensor(("N", f"{model.factor}*h", f"{model.factor}*w", 3), "uint8")
+    registers = Tensor(("N", REGISTERS, *latents[1:]))
+    concat = {"concat": Tensor(("N", "G", model.concat_channels, "h", "w"))} if model.concat_channels else {}
+    step = Signature(
+        {
+            "row": Tensor(("N",), "int64"),
+            "next": Tensor(("S",), "int64"),
+            "timestep": Tensor(("S",)),
+            "a": Tensor(("S", REGISTERS)),
+            "w": Tensor(("S", "G")),
+            "v": Tensor(("S", "G")),
+            "u": Tensor(("S", REGISTERS)),
+            "q": Tensor(("S",)),
+            "M": Tensor(("S", REGISTERS, REGISTERS + 3)),
+            "inpaint": Tensor(("S", 3)),
+            "noise": Tensor(("S", *latents[1:])),
+            "registers": registers,
+            "context": Tensor(("N", "G", "T", model.context_width)),
+            "mask": Tensor(plane),
+            "init": Tensor(latents),
+            "init_noise": Tensor(latents),
+            **concat,
+        },
+        {"next_registers": registers, "next_row": Tensor(("N",), "int64"), "denoised": Tensor(latents)},
+    )
+    return {
+        TEXT_ENCODER: Signature(
+            {"tokens": Tensor(tokens, "int64")},
+            {context_output(layer): Tensor((*tokens, model.context_width)) for layer in model.clip_skip},
+        ),
+        STEP: step,
+        VAE_DECODER: Signature({"latents": Tensor(latents), "rounding": Tensor((1,))}, {"pixels": pixels, "finite": Tensor(("N",), "bool")}),
+        VAE_ENCODER: Signature({"pixels": pixels, "noise": Tensor(latents)}, {"latents": Tensor(latents)}),
+    }
+
+
+def table_rows(pictures: int, rows: int) -> int:
+    """The size of axis S where every one of `pictures` slots has `rows` rows of its own: one more, the idle row, which all share."""
+    return 1 + pictures * rows
+
+
+def size(side: int | str, sizes: Mapping[str, int]) -> int:
+    """A side of a shape as a number. `sizes` says what the free axes are."""
+    if isinstance(side, int):
+        return side
+    return math.prod(int(factor) if factor.isdecimal() else sizes[factor] for factor in side.split("*"))
+
+
+def concrete(shape: Shape, sizes: Mapping[str, int]) -> tuple[int, ...]:
+    """A shape in numbers."""
+    return tuple(size(side, sizes) for side in shape)
