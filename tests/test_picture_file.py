@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from commands import failed, run
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from sd_parsers import ParserManager
-from test_cli import failed, run
 from test_images import bomb
 
 from sdrt.bundle.folder import bundle_id

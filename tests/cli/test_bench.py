@@ -7,11 +7,13 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import jsonschema
 import pytest
+import typer
 from bench_documents import answer, document, synthetic_measure, synthetic_pairs
 from click.testing import Result
 from conftest import ROOT
@@ -245,12 +247,20 @@ def test_ab_fails_for_ten_per_cent_and_passes_for_the_same(pair: tuple[Path, Pat
     [(["--scenario", "batches"], "did you mean 'batch'"), (["--processes", 0], "--processes 0: expected at least 1"), (["--pictures", 0], "at least 1"),
      (["--rate", 0], "--rate 0: expected above 0"), (["--rate", "nan"], "--rate nan"), (["--duration", -1], "--duration"), (["--queue", -1], "--queue -1"),
      (["--rate", 900, "--duration", 9000], "the limit is 100,000"), (["--size", "64"], "--size 64: expected WIDTHxHEIGHT"), (["--batch", 2], "choose --scenario batch"),
-     (["--warm-up", "inf"], "--warm-up")],
+     (["--warm-up", "inf"], "--warm-up"), (["--scenario", "batch", "--batch", 0], "--batch 0: expected at least 1")],
 )  # fmt: skip
 def test_bad_options(flat_bundle: Path, options: list[object], fragment: str) -> None:
     done = bench("run", flat_bundle, *options)
     refused(done, 2)
     assert fragment.lower() in done.stderr.lower()
+
+
+@pytest.mark.parametrize("command", ["run", "ab"])
+def test_every_field_of_a_request_is_a_parameter(command: str) -> None:
+    """A request takes what the parameter of the same name holds; the rest is for the processes that measure, or for `run` alone."""
+    parameters = {parameter.name for parameter in typer.main.get_command(app).commands["bench"].commands[command].params}  # type: ignore[attr-defined]
+    internal = {"bundle", "negative", "process", "python", "spawned_ns"}
+    assert {field.name for field in fields(Request)} - internal - parameters == ({"layers"} if command == "ab" else set())
 
 
 def test_bundles_that_are_not_there(tmp_path: Path) -> None:
