@@ -55,7 +55,7 @@ def test_the_runtime_imports_no_torch() -> None:
         "sdrt.errors",
         "sdrt.files.publish",
         "sdrt.bundle.reference",
-        "sdrt.cli.app",
+        "sdrt.cli",
     ]
     assert {
         "sdrt.runtime.pipeline",
@@ -190,24 +190,24 @@ def test_the_files_are_found() -> None:
 
 @pytest.mark.parametrize("file", in_folder("export"))
 def test_export_names_neither_runtime_nor_compile(file: str) -> None:
-    assert not below(imports(file), "sdrt.runtime", "sdrt.compile", "sdrt.cli.app")
+    assert not below(imports(file), "sdrt.runtime", "sdrt.compile", "sdrt.cli")
 
 
 @pytest.mark.parametrize("file", in_folder("runtime"))
 def test_runtime_names_neither_export_nor_compile(file: str) -> None:
-    assert not below(imports(file), "sdrt.export", "sdrt.compile", "sdrt.cli.app", *BUILD_ONLY)
+    assert not below(imports(file), "sdrt.export", "sdrt.compile", "sdrt.cli", *BUILD_ONLY)
 
 
 @pytest.mark.parametrize("file", in_folder("compile"))
 def test_compile_names_no_build_package(file: str) -> None:
-    assert not below(imports(file), "sdrt.cli.app", "torch", "transformers", "diffusers")
+    assert not below(imports(file), "sdrt.cli", "torch", "transformers", "diffusers")
 
 
-@pytest.mark.parametrize("file", [file for file in FILES if "/" not in file])
+@pytest.mark.parametrize("file", [file for file in FILES if "/" not in file or file in COMMAND])
 def test_shared_files_name_no_build_package(file: str) -> None:
     assert not below(imports(file), *BUILD_ONLY)
     if file not in COMMAND:
-        assert not below(imports(file), "sdrt.export", "sdrt.runtime", "sdrt.compile", "sdrt.cli.app")
+        assert not below(imports(file), "sdrt.export", "sdrt.runtime", "sdrt.compile", "sdrt.cli")
 
 
 @pytest.mark.parametrize(

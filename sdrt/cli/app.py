@@ -1,4 +1,4 @@
-"""The `sdrt` command. Its files alone print and exit; every command imports what it needs when it runs."""
+"""The `sdrt` command itself: its commands, its exit codes, and how it says what went wrong."""
 
 from __future__ import annotations
 
@@ -11,43 +11,36 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict
-from pathlib import Path
 from typing import Annotated, Any, NoReturn, TextIO
 
 import typer
 from typer.core import TyperGroup
 
 from sdrt import __version__
-from sdrt.cli import bench as cli_bench
-from sdrt.cli import engines as cli_engines
-from sdrt.cli import generate as cli_generate
-from sdrt.cli import inspect as cli_inspect
-from sdrt.cli import sign as cli_signature
-from sdrt.cli.output import (
-    BUILD_STAGES,
-    BundleArgument,
-    Json,
-    StageProgress,
-    interrupted,
-    print_json,
-    show_log,
-    size_option,
-    time_limit,
-)
-from sdrt.errors import MachineError, SdrtError, printable
+from sdrt.cli.bench import app as bench
+from sdrt.cli.build import build
+from sdrt.cli.compile import compile_bundle
+from sdrt.cli.doctor import doctor
+from sdrt.cli.generate import generate
+from sdrt.cli.inspect import inspect
+from sdrt.cli.output import show_log
+from sdrt.cli.progress import interrupted
+from sdrt.cli.sign import sign
+from sdrt.cli.verify import verify
+from sdrt.errors import MachineError, ResourceError, SdrtError, printable
 from sdrt.machine import interruptible
 from sdrt.machine.packages import install_command
 
 BUG, INTERRUPTED = 70, 130
 _COMMAND_LINE_ERROR: Any = typer.BadParameter.__base__
-"""What the parser raises for options that are missing, unknown or of another type: click's UsageError, or typer's own
-copy of it.
+"""What the parser raises for an option that is missing, unknown or of another type.
+
+It is click's UsageError, or typer's own copy of that class.
 """
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN)
-_PACKAGES = {
+_EXTRAS = {
     "torch": "build",
     "onnx": "build",
     "onnxscript": "build",
@@ -56,28 +49,19 @@ _PACKAGES = {
     "matplotlib": "bench",
     "openvino": "openvino",
 }
+"""The extra of sdrt that brings a package which may be missing."""
 
 
 class ReportingGroup(TyperGroup):
-    """Turns errors into one line on stderr, what to do about it, and DESIGN's exit codes. Tracebacks only with --debug."""
+    """Turns an error into one line on stderr, a line that says what to do about it, and an exit code.
+
+    A traceback is printed only with --debug.
+    """
 
     def invoke(self, ctx: Any) -> Any:
         words = [*ctx._protected_args, *ctx.args]
-        if threading.current_thread() is threading.main_thread():
-            interrupted.clear()
-            for name in (
-                "SIGINT",
-                "SIGTERM",
-                "SIGHUP",
-            ):  # a stopped build, or one whose terminal went away, cleans up like an interrupted one
-                number = getattr(signal, name, None)
-                if number is not None and not (
-                    name == "SIGHUP" and signal.getsignal(number) is signal.SIG_IGN
-                ):  # as nohup leaves it
-                    signal.signal(number, _interrupt)
-        if os.name == "posix" and (stderr := sys.__stderr__) is not None and sys.stderr is stderr:
-            raw = io.BufferedWriter(_AsFarAsItGoes(stderr.fileno(), "wb", closefd=False))
-            sys.stderr = io.TextIOWrapper(raw, stderr.encoding, stderr.errors, line_buffering=True)
+        _catch_signals()
+        _let_stderr_fail()
         try:
             return super().invoke(ctx)
         except SdrtError as error:
@@ -86,52 +70,60 @@ class ReportingGroup(TyperGroup):
             _fail(ctx, "interrupted; nothing was left behind", "", INTERRUPTED)
         except ModuleNotFoundError as error:
             package = (error.name or "").partition(".")[0]
-            if package not in _PACKAGES:
+            if package not in _EXTRAS:
                 _bug(ctx, error)
-            _fail(
-                ctx,
-                f"{package} is not installed",
-                f"Install it with: {install_command(_PACKAGES[package])}",
-                MachineError.exit_code,
-            )
+            fix = f"Install it with: {install_command(_EXTRAS[package])}"
+            _fail(ctx, f"{package} is not installed", fix, MachineError.exit_code)
         except BrokenPipeError:
             _discard_stdout()  # the reader went away, as in `| head`
             raise typer.Exit(0) from None
         except OSError as error:
             if error.errno not in _NO_ROOM:
                 _bug(ctx, error)
-            _fail(
-                ctx,
-                f"{error.filename or type(error).__name__}: {error.strerror}",
-                "Free disk space, memory, or raise the limit on open files (ulimit -n).",
-                6,
-            )
+            message = f"{error.filename or type(error).__name__}: {error.strerror}"
+            fix = "Free disk space, memory, or raise the limit on open files (ulimit -n)."
+            _fail(ctx, message, fix, ResourceError.exit_code)
         except MemoryError:
-            _fail(ctx, "out of memory", "Choose a smaller size or batch, or a machine with more memory.", 6)
+            fix = "Choose a smaller size or batch, or a machine with more memory."
+            _fail(ctx, "out of memory", fix, ResourceError.exit_code)
         except Exception as error:
             if type(error).__module__.partition(".")[0] in ("typer", "click"):
-                if (
-                    isinstance(error, _COMMAND_LINE_ERROR)
-                    and "--json" in words[: words.index("--") if "--" in words else None]
-                ):
-                    _print_error(
-                        error.format_message(), "Run the command with --help to see its options.", error.exit_code
-                    )
+                if isinstance(error, _COMMAND_LINE_ERROR) and "--json" in _options(words):
+                    fix = "Run the command with --help to see its options."
+                    _print_error(error.format_message(), fix, error.exit_code)
                 raise
             if isinstance(error, RuntimeError) and "can't start new thread" in str(error):
-                _fail(
-                    ctx,
-                    "no more threads may be started here",
-                    "Raise the limit on processes (ulimit -u), or stop other programs.",
-                    6,
-                )
+                fix = "Raise the limit on processes (ulimit -u), or stop other programs."
+                _fail(ctx, "no more threads may be started here", fix, ResourceError.exit_code)
             _bug(ctx, error)
 
 
+def _options(words: Sequence[str]) -> Sequence[str]:
+    """The words of a command line before `--`, after which no word is an option."""
+    return words[: words.index("--")] if "--" in words else words
+
+
+def _catch_signals() -> None:
+    """Let a command that is stopped, or whose terminal goes away, clean up like one that Ctrl-C interrupts."""
+    if threading.current_thread() is not threading.main_thread():
+        return
+    interrupted.clear()
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)
+        if number is None or (name == "SIGHUP" and signal.getsignal(number) is signal.SIG_IGN):  # as nohup sets it
+            continue
+        signal.signal(number, _interrupt)
+
+
+def _let_stderr_fail() -> None:
+    """Make stderr drop what it cannot write."""
+    if os.name == "posix" and (stderr := sys.__stderr__) is not None and sys.stderr is stderr:
+        raw = io.BufferedWriter(_AsFarAsItGoes(stderr.fileno(), "wb", closefd=False))
+        sys.stderr = io.TextIOWrapper(raw, stderr.encoding, stderr.errors, line_buffering=True)
+
+
 class _AsFarAsItGoes(io.FileIO):
-    """Stderr as it is, where what cannot be written is left out: a full disk under a log must not fail the work that it
-    tells of.
-    """
+    """A file that drops what it cannot write: a full disk under a log must not fail the work that the log tells of."""
 
     def write(self, data: Any) -> int:
         try:
@@ -141,12 +133,8 @@ class _AsFarAsItGoes(io.FileIO):
 
 
 def _bug(ctx: Any, error: Exception) -> NoReturn:
-    _fail(
-        ctx,
-        f"{type(error).__name__}: {error}",
-        "This is a bug in sdrt; please report it with the output of --debug.",
-        BUG,
-    )
+    fix = "This is a bug in sdrt; please report it with the output of --debug."
+    _fail(ctx, f"{type(error).__name__}: {error}", fix, BUG)
 
 
 def _interrupt(*_: object) -> NoReturn:
@@ -155,28 +143,29 @@ def _interrupt(*_: object) -> NoReturn:
 
 
 def _fail(ctx: Any, message: str, fix: str, code: int, data: Mapping[str, Any] | None = None) -> NoReturn:
+    """Print an error and end the command with exit code `code`. `data` joins the error in JSON."""
     if ctx.params.get("debug"):
         traceback.print_exc()
     typer.echo(f"error: {printable(message)}", err=True)
     if fix:
         typer.echo(f"  fix: {printable(fix)}", err=True)
     if ctx.find_root().obj == "json":
-        with suppress(OSError):  # it may be what has failed
+        with suppress(OSError):  # stdout may be what has failed
             _print_error(message, fix, code, data)
     if not _flushed(sys.stdout):
         _discard_stdout()
-    if interruptible.abandoned:  # an engine that does not end; taking it down while it works would crash
+    if interruptible.abandoned:  # an engine works on and does not end: an ordinary exit would crash in it
         os._exit(code)
     raise typer.Exit(code)
 
 
 def _print_error(message: str, fix: str, code: int, data: Mapping[str, Any] | None = None) -> None:
-    """An error as the JSON object on stdout that `--json` promises."""
+    """Print an error as the one JSON object on stdout that `--json` promises."""
     typer.echo(json.dumps({"error": {"message": message, "fix": fix, "exit_code": code, **(data or {})}}))
 
 
 def _flushed(stream: TextIO | None) -> bool:
-    """Whether all that was printed has gone out; Python would try again at exit, and say that it cannot."""
+    """Whether all that was printed has gone out. Python would try again at exit, and complain that it cannot."""
     try:
         if stream is not None:
             stream.flush()
@@ -186,17 +175,17 @@ def _flushed(stream: TextIO | None) -> bool:
 
 
 def _discard_stdout() -> None:
+    """Send to nowhere what is still to be printed on stdout."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-HELP = {"help_option_names": ["-h", "--help"]}
 app = typer.Typer(
     cls=ReportingGroup,
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
-    context_settings=HELP,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 
@@ -231,144 +220,27 @@ def main(
 
         sdrt generate model+style.sdrt "a red apple" --output apple.png
 
-    Exit codes: 0 ok; 1 a check said no; 2 usage; 3 bad input file; 4 refused as unsafe; 5 this machine does not fit; 6
-    out of disk or memory; 7 locked or timed out; 8 inconclusive; 9 not comparable; 70 a bug in sdrt; 130 interrupted.
+    Exit codes: 0 ok; 1 a check said no; 2 usage; 3 bad input file; 4 refused as unsafe; 5 this machine does not fit;
+    6 out of disk or memory; 7 locked or timed out; 8 inconclusive; 9 not comparable; 70 a bug in sdrt;
+    130 interrupted.
     """
     show_log((logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)])
 
 
-@app.command(
-    epilog="Example: sdrt build --checkpoint model.safetensors --lora style.safetensors:0.8:0.5 --output styled.sdrt"
-)
-def build(
-    ctx: typer.Context,
-    checkpoint: Annotated[Path, typer.Option("--checkpoint", metavar="FILE|DIR", help="Stable Diffusion checkpoint: one .safetensors, .ckpt, .pt or .bin file in any tool's layout, or a folder that diffusers saved. Nothing in it is ever executed.")],
-    lora: Annotated[list[str] | None, typer.Option("--lora", metavar="FILE[:SCALE[:TE_SCALE]]", help="LoRA, LyCORIS or DoRA file to fuse; may be repeated, and they act in the order given, which matters only where one is a DoRA. SCALE (default 1) weighs its change of the UNet, TE_SCALE (default SCALE) that of the text encoder. AUTOMATIC1111's prompt syntax has the two in the other order.")] = None,
-    embedding: Annotated[list[str] | None, typer.Option("--embedding", metavar="FILE[:TRIGGER]", help="Textual-inversion embedding to put into the vocabulary; may be repeated. TRIGGER (default the file's stem) is what a prompt says to use it.")] = None,
-    hypernetwork: Annotated[list[str] | None, typer.Option("--hypernetwork", metavar="FILE[:SCALE]", help="Hypernetwork to build in, AUTOMATIC1111's .pt; may be repeated, they apply in the order given. SCALE (default 1) weighs it.")] = None,
-    vae: Annotated[Path | None, typer.Option("--vae", metavar="FILE|DIR", help="VAE to use instead of the checkpoint's own: a file in any layout, a diffusers VAE's folder, or another checkpoint.")] = None,
-    ema: Annotated[bool, typer.Option("--ema", help="Take the UNet's averaged (EMA) weights, of a checkpoint that holds both.")] = False,
-    target: Annotated[list[str] | None, typer.Option("--target", metavar="NAME", help="Engine to prepare; may be repeated: onnxruntime runs the bundle as it is, and nothing is saved for it, as that takes gigabytes (sdrt compile does); openvino, tensorrt-rtx and tensorrt compile it for the bundle's size once it is built, openvino for prompts of up to 75 and of up to 150 tokens. auto is tensorrt where it is installed and a GPU answers, else openvino where it is installed, else onnxruntime.")] = None,
-    precision: Annotated[str, typer.Option("--precision", metavar="fp16|bf16|fp32", help="Storage type of the weights. ONNX Runtime computes in float32 whatever it is, OpenVINO in bfloat16 where the CPU has it and this is not fp32.")] = "fp16",
-    size: Annotated[str | None, typer.Option("--size", metavar="WxH", help="Default picture size in pixels, multiples of 8; the checkpoint's own if not given. `generate` may choose any other that an engine takes.")] = None,
-    clip_skip: Annotated[list[int] | None, typer.Option("--clip-skip", metavar="N", help="Text-encoder layer to use, counted from the end as AUTOMATIC1111 does: 1, the last, if not given. Repeat it to build several; `generate --clip-skip` then chooses, the first being its default.")] = None,
-    allow_unmatched: Annotated[bool, typer.Option("--allow-unmatched", help="Leave out LoRA keys that belong to no module of the model, and the part of a hypernetwork that belongs to no layer, instead of failing.")] = False,
-    output: Annotated[Path | None, typer.Option("--output", "-o", metavar="NAME.sdrt", help="Folder to write; by default the stems of the checkpoint and LoRAs, in the working folder.")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace the output if it is a bundle. Nothing else is ever replaced.")] = False,
-    as_json: Json = False,
-) -> None:  # fmt: skip
-    """Turn a checkpoint and its adapters into a bundle.
-
-    The first build of an architecture traces its networks, about a minute; later ones of any checkpoint or LoRA take
-    the traces from the cache ($SDRT_CACHE_DIR, or ~/.cache/sdrt). Every build runs each graph against the network it
-    came from before it calls itself done.
-    """
-    ctx.find_root().obj = "json" if as_json else None
-    from sdrt.export.adapters.embedding import parse_embedding_option
-    from sdrt.export.adapters.hypernetwork import parse_hypernetwork_option
-    from sdrt.export.adapters.match import parse_lora_option
-    from sdrt.export.build import BuildOptions
-    from sdrt.export.build import build as run_build
-
-    targets = cli_engines.checked_targets(target or ["auto"])
-    options = BuildOptions(
-        checkpoint, tuple(parse_lora_option(text) for text in lora or []), vae, precision, size_option(size), tuple(clip_skip or [1]), allow_unmatched, output, force,
-        embeddings=tuple(parse_embedding_option(text) for text in embedding or []), hypernetworks=tuple(parse_hypernetwork_option(text) for text in hypernetwork or []), ema=ema,
-    )  # fmt: skip
-    with StageProgress(BUILD_STAGES) as progress:
-        report = run_build(options, progress)
-    manifest = report.manifest
-    size_bytes = sum(record.size_bytes for record in manifest.files.values())
-    for note in report.notes:
-        typer.echo(f"note: {printable(note)}", err=True)
-    engines = cli_engines.compile_after_build(report.path, targets)
-    if as_json:
-        print_json(
-            {
-                "bundle": str(report.path), "size_bytes": size_bytes, "sources": [asdict(source) for source in manifest.sources], "notes": list(report.notes),
-                "stages_s": dict(report.stages_s), "cached_traces": list(report.cached), "errors": {g: {c: record.error for c, record in p.items()} for g, p in manifest.graphs.items()},
-                "engines": [cli_engines.as_fields(engine) for engine in engines],
-            }
-        )  # fmt: skip
-        return
-    for source in manifest.sources:
-        if source.kind == "lora":
-            changes = (
-                ", ".join(
-                    f"{source.applied[c]} modules of the {c} (change {source.relative_change[c]:.1%})"
-                    for c in source.applied
-                )
-                or "nothing"
-            )
-            typer.echo(f"{printable(source.name)} at {source.scale:g}:{source.te_scale:g} applied to {changes}")
-        elif source.kind == "embedding":
-            typer.echo(
-                f"{printable(source.name)}: {source.applied['text_encoder']} vectors; a prompt uses it by saying"
-                f" {printable(source.trigger or '')}"
-            )
-        elif source.kind == "hypernetwork":
-            typer.echo(
-                f"{printable(source.name)} at {source.scale:g} applied to {source.applied.get('unet', 0)} attention"
-                " layers"
-            )
-    typer.echo(
-        f"built {printable(str(report.path))} ({size_bytes / 1e6:.1f} MB) in {sum(report.stages_s.values()):.1f} s"
-    )
-    for engine in engines:
-        cli_engines.print_compiled(engine, manifest)
-    typer.echo(
-        f'next: sdrt generate {printable(os.path.relpath(report.path))} "your prompt" --output picture.png', err=True
-    )
-
-
 app.command(
-    "generate", epilog='Example: sdrt generate emoji.sdrt "red apple" --cfg 3 --seed 7 --count 4 --output apple.png'
-)(cli_generate.generate)
-
-
-app.command("inspect", epilog="Example: sdrt inspect style.safetensors --for model.safetensors")(cli_inspect.inspect)
-
-
-@app.command(epilog="Example: sdrt verify emoji.sdrt")
-def verify(
-    ctx: typer.Context,
-    bundle: BundleArgument,
-    key: Annotated[Path | None, typer.Option("--key", metavar="PUBLIC.pem", help="Also check that this ed25519 key signed the bundle and every engine in it, before anything else.")] = None,
-    signature: Annotated[Path | None, typer.Option("--signature", metavar="FILE", help="Where the signature is; NAME.sdrt.sig beside the bundle if not given.")] = None,
-    timeout: Annotated[float, typer.Option("--timeout", metavar="S", help="Seconds after which it ends with exit code 7: a graph may be made to take for ever.")] = 900.0,
-    as_json: Json = False,
-) -> None:  # fmt: skip
-    """Check a bundle's hashes, and each graph against the reference outputs kept in it. Exit code 1 if anything
-    differs.
-    """
-    ctx.find_root().obj = "json" if as_json else None
-    from sdrt.runtime.verify import verify as run_verify
-
-    with time_limit(timeout, bundle):
-        signed_by = cli_signature.check_signed(bundle, key, signature)
-        checks = run_verify(bundle)
-    if as_json:
-        print_json(
-            {"bundle": str(bundle), "ok": True, "signed_by": signed_by, "checks": [asdict(check) for check in checks]}
-        )
-        return
-    if signed_by is not None:
-        typer.echo(f"ok  signed with the key {signed_by[:16]}…")
-    for check in checks:
-        typer.echo(
-            f"ok  {check.graph:13} {check.compute:5} {check.output:16} {check.backend}  error {check.error:.1e}, limit"
-            f" {check.limit:.0e}"
-        )
-
-
+    "build",
+    epilog="Example: sdrt build --checkpoint model.safetensors --lora style.safetensors:0.8:0.5 --output styled.sdrt",
+)(build)
+app.command(
+    "generate",
+    epilog='Example: sdrt generate emoji.sdrt "red apple" --cfg 3 --seed 7 --count 4 --output apple.png',
+)(generate)
+app.command("inspect", epilog="Example: sdrt inspect style.safetensors --for model.safetensors")(inspect)
+app.command("verify", epilog="Example: sdrt verify emoji.sdrt")(verify)
 app.command(
     "compile",
     epilog="Example: sdrt compile model.sdrt --target tensorrt-rtx --sm 89 --size 512x512:768x768 --batch 1:4",
-)(cli_engines.compile_bundle)
-app.command("sign", epilog="Example: sdrt sign model.sdrt --key private.pem")(cli_signature.sign)
-app.add_typer(cli_bench.app, name="bench")
-app.command("doctor", epilog="Example: sdrt doctor --json")(cli_engines.doctor)
-
-
-if __name__ == "__main__":
-    app()
+)(compile_bundle)
+app.command("sign", epilog="Example: sdrt sign model.sdrt --key private.pem")(sign)
+app.add_typer(bench, name="bench")
+app.command("doctor", epilog="Example: sdrt doctor --json")(doctor)

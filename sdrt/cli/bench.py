@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from sdrt.cli import options
 from sdrt.cli.bench_tables import print_comparison, print_result, print_trends
-from sdrt.cli.output import Json, print_json
+from sdrt.cli.output import print_json
+from sdrt.cli.progress import changing_line
 from sdrt.errors import (
     InconclusiveError,
     InputFileError,
@@ -30,66 +30,17 @@ if TYPE_CHECKING:
     from sdrt.bench.measure import Request
     from sdrt.bench.metrics import Gates
 
-FORMATS = ("markdown", "junit", "bencher", "github", "csv", "html")
-SCENARIOS = ("single", "batch", "server")
 _STEP_SUMMARY = "GITHUB_STEP_SUMMARY"
 _PROMPTS_BYTES = 1 << 20
 _SAME_THING = (
-    "Have both sides measure the same thing: choose with --backend, --size and --threads, or install the same engines"
-    " for both."
+    "Have both sides measure the same thing: choose with --backend, --size and --threads, or install the same engines "
+    "for both."
 )
 _SAME_MACHINE = (
-    "Measure both on the same machine with the same settings, or use: sdrt bench ab OLD.sdrt NEW.sdrt; or look at them"
-    " with: sdrt bench compare --force"
+    "Measure both on the same machine with the same settings, or use: sdrt bench ab OLD.sdrt NEW.sdrt; or look at them "
+    "with: sdrt bench compare --force"
 )
-
-Scenario = Annotated[str, typer.Option("--scenario", metavar="NAME", help="single: one picture after the other; batch: --batch at a time; server: requests arrive at random, --rate per second.")]  # fmt: skip
-Size = Annotated[
-    str | None, typer.Option("--size", metavar="WxH", help="Picture size in pixels; the bundle's own if not given.")
-]
-Steps = Annotated[int, typer.Option("--steps", metavar="N", help="Steps of the sampler.")]
-Cfg = Annotated[float, typer.Option("--cfg", metavar="X", help="Guidance scale; 1 turns guidance off.")]
-Sampler = Annotated[str, typer.Option("--sampler", metavar="NAME", help="Sampler, as for generate.")]
-Schedule = Annotated[str | None, typer.Option("--schedule", metavar="NAME", help="Schedule, as for generate.")]
-Prompt = Annotated[str, typer.Option("--prompt", metavar="TEXT", help="What to show. Every picture gets a number after it, so that no cache of prompts hides the text encoder.")]  # fmt: skip
-Prompts = Annotated[
-    Path | None,
-    typer.Option("--prompts", metavar="FILE", help="Prompts that take turns, one a line, in place of --prompt."),
-]
-Seed = Annotated[int, typer.Option("--seed", metavar="N", help="Seed of every call, and of the arrivals of a server.")]
-Batch = Annotated[
-    int | None, typer.Option("--batch", metavar="N", help="Pictures per model call; 1, or 4 for the batch scenario.")
-]
-Pictures = Annotated[int, typer.Option("--pictures", metavar="N", help="Calls measured per process.")]
-MaxPictures = Annotated[
-    float,
-    typer.Option("--max-picture-time", metavar="S", help="Stop a process's measured calls after this many seconds."),
-]
-WarmUp = Annotated[
-    float,
-    typer.Option("--warm-up", metavar="S", help="Longest warm-up; it ends sooner once three medians agree within 2 %."),
-]
-Rate = Annotated[float, typer.Option("--rate", metavar="X", help="server: requests per second.")]
-Duration = Annotated[
-    float, typer.Option("--duration", metavar="S", help="server: seconds during which requests arrive.")
-]
-Queue = Annotated[
-    int, typer.Option("--queue", metavar="N", help="server: requests that may wait; further ones are rejected.")
-]
-Backend = Annotated[str, typer.Option("--backend", metavar="NAME", help="Engine to measure, as for generate.")]
-Device = Annotated[int, typer.Option("--device", metavar="N", help="GPU to use, counted from 0.")]
-Threads = Annotated[
-    int | None, typer.Option("--threads", metavar="N", help="CPU threads; the engine's own choice if not given.")
-]
-Emit = Annotated[list[str] | None, typer.Option("--emit", metavar="FORMAT=FILE", help=f"Also write a file for a CI system; may be repeated. Formats: {', '.join(FORMATS)}.")]  # fmt: skip
-Config = Annotated[
-    Path | None,
-    typer.Option(
-        "--config",
-        metavar="bench.toml",
-        help="Margins and gates; bench.toml beside the new bundle or file if it is there.",
-    ),
-]
+_PROMPT = "a red apple on a wooden table"
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -113,22 +64,42 @@ def bench() -> None:
 )
 def run_command(
     ctx: typer.Context,
-    bundle: Annotated[Path | None, typer.Argument(metavar="BUNDLE", help="A folder made by `sdrt build`, such as model.sdrt; only --check-machine can do without.")] = None,
-    scenario: Scenario = "single", size: Size = None, steps: Steps = 20, cfg: Cfg = 7.0, sampler: Sampler = "euler",
-    schedule: Schedule = None, prompt: Prompt = "a red apple on a wooden table", prompts: Prompts = None, seed: Seed = 0, batch: Batch = None,
-    processes: Annotated[int, typer.Option("--processes", metavar="N", help="Fresh processes, one after the other.")] = 5,
-    pictures: Pictures = 20, max_pictures: MaxPictures = 30.0, warm_up: WarmUp = 30.0, rate: Rate = 1.0, duration: Duration = 30.0, queue: Queue = 8,
-    backend: Backend = "auto", device: Device = 0, threads: Threads = None,
-    layers: Annotated[bool, typer.Option("--layers", help="Also profile each graph: slowest operators, arithmetic, share of the machine's measured peak.")] = False,
-    label: Annotated[str | None, typer.Option("--label", metavar="TEXT", help="What to call the bundle in a history and in series of CI systems; its own name if not given. Runs of one label are one series.")] = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", metavar="FILE.json", help="Write the result, raw samples included.")] = None,
-    history: Annotated[Path | None, typer.Option("--history", metavar="DIR", help="Add this run to the history in a folder.")] = None,
-    check_machine: Annotated[bool, typer.Option("--check-machine", help="Only say how small a change this machine can show: with BUNDLE's pictures, or without one by work of numpy's. Exit code 8 if the default margin is out of reach.")] = False,
-    check_time: Annotated[float, typer.Option("--check-time", metavar="S", help="Seconds that --check-machine may take.")] = 60.0,
-    emit: Emit = None, as_json: Json = False,
-) -> None:  # fmt: skip
+    bundle: options.MeasuredBundle = None,
+    scenario: options.BenchScenario = "single",
+    size: options.BenchSize = None,
+    steps: options.BenchSteps = 20,
+    cfg: options.BenchCfg = 7.0,
+    sampler: options.BenchSampler = "euler",
+    schedule: options.BenchSchedule = None,
+    prompt: options.BenchPrompt = _PROMPT,
+    prompts: options.BenchPrompts = None,
+    seed: options.BenchSeed = 0,
+    batch: options.BenchBatch = None,
+    processes: options.Processes = 5,
+    pictures: options.Pictures = 20,
+    limit_s: options.MaxPictureTime = 30.0,
+    warm_up_s: options.WarmUp = 30.0,
+    rate: options.Rate = 1.0,
+    duration_s: options.Duration = 30.0,
+    queue: options.Queue = 8,
+    backend: options.BenchBackend = "auto",
+    device: options.BenchDevice = 0,
+    threads: options.Threads = None,
+    layers: options.Layers = False,
+    label: options.Label = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="FILE.json", help="Write the result, raw samples included."),
+    ] = None,
+    history: Annotated[
+        Path | None, typer.Option("--history", metavar="DIR", help="Add this run to the history in a folder.")
+    ] = None,
+    check_machine: options.CheckMachine = False,
+    check_time: options.CheckTime = 60.0,
+    emit: options.Emit = None,
+    as_json: options.Json = False,
+) -> None:
     """Measure a bundle in fresh processes, and check that its pictures are right. Exit code 1 if they are not."""
-    ctx.find_root().obj = "json" if as_json else None
     from sdrt.bench import history as runs
     from sdrt.bench.compare import fidelity_problems
     from sdrt.bench.formats import RESULT_FORMATS, result_markdown
@@ -145,17 +116,15 @@ def run_command(
     if bundle is None and not check_machine:
         raise UsageError("BUNDLE is missing", "Give a folder made by `sdrt build`, or --check-machine.")
     _refuse_unused(ctx, check_machine, bundle is not None)
-    request = _request(
-        bundle or Path(), scenario, size, steps, cfg, sampler, schedule, prompt, prompts, seed, batch, pictures, max_pictures, warm_up, rate, duration, queue, backend, device, threads
-    )  # fmt: skip
+    request = _request(ctx, bundle or Path())
     if check_machine:
-        _check_machine(bundle, request, check_time, [output, history, *targets], layers, as_json)
+        _check_machine(bundle, request, check_time, [output, history, *targets], as_json)
         return
     assert bundle is not None
     _at_least("--processes", processes, 1)
     opened = open_bundle(bundle)
-    check_file(opened, WEIGHTS)  # here, so that the first process does not take longer to load than the others
-    document = run(opened, replace(request, layers=layers), processes, _say)
+    check_file(opened, WEIGHTS)  # now, or the first process would take longer to load than the others
+    document = run(opened, request, processes, _say)
     if label is not None:
         document["bundle"]["label"] = label
     if output is not None:
@@ -169,7 +138,7 @@ def run_command(
         return result_html(document, runs.trends(runs.read(history)) if history is not None else ())
 
     _write_all(
-        targets, {name: lambda make=make: make(document) for name, make in RESULT_FORMATS.items()} | {"html": page}
+        targets, {name: (lambda make=make: make(document)) for name, make in RESULT_FORMATS.items()} | {"html": page}
     )
     _step_summary(lambda: result_markdown(document))
     if as_json:
@@ -177,66 +146,51 @@ def run_command(
     else:
         print_result(document)
     if problems := fidelity_problems(document):
-        typer.echo(
-            f"error: {printable(str(bundle))}: the pictures are wrong: {printable('; '.join(problems))}", err=True
-        )
+        wrong = f"{bundle}: the pictures are wrong: {'; '.join(problems)}"
+        typer.echo(f"error: {printable(wrong)}", err=True)
         typer.echo("  fix: Run: sdrt verify BUNDLE, and build or compile it again.", err=True)
         raise typer.Exit(1)
+
+
+_OF_CHECK_MACHINE = {"check_machine", "check_time", "as_json", "bundle"}
+_REFUSED_BY_NAME = {"output", "history", "emit", "layers", "scenario"}
+_OF_PICTURES = {
+    *("size", "steps", "cfg", "sampler", "schedule", "prompt", "prompts", "seed", "batch"),
+    *("backend", "device", "threads"),
+}
 
 
 def _refuse_unused(ctx: typer.Context, check_machine: bool, with_bundle: bool) -> None:
     """Raise UsageError for options that were given and that this form of `run` does not read."""
     given = {
-        name
-        for name in ctx.params
-        if (source := ctx.get_parameter_source(name)) is not None and source.name == "COMMANDLINE"
+        param.name: param.opts[0]
+        for param in ctx.command.params
+        if param.name is not None
+        and (source := ctx.get_parameter_source(param.name)) is not None
+        and source.name == "COMMANDLINE"
     }
     if not check_machine:
         if "check_time" in given:
             raise UsageError("--check-time: is for --check-machine", "Add --check-machine, or leave it out.")
         return
-    read = {
-        "check_machine",
-        "check_time",
-        "as_json",
-        "bundle",
-        "output",
-        "history",
-        "emit",
-        "layers",
-        "scenario",
-    }  # the last ones are refused by name
-    if with_bundle:
-        read |= {
-            "size",
-            "steps",
-            "cfg",
-            "sampler",
-            "schedule",
-            "prompt",
-            "prompts",
-            "seed",
-            "batch",
-            "backend",
-            "device",
-            "threads",
-        }
-    if unread := sorted(given - read):
-        options = ", ".join(
-            f"--{name.replace('max_pictures', 'max_picture_time').replace('_', '-')}" for name in unread
-        )
-        raise UsageError(
-            f"{options}: --check-machine{'' if with_bundle else ' without a BUNDLE'} does not use it", "Leave it out."
-        )
+    read = _OF_CHECK_MACHINE | _REFUSED_BY_NAME | (_OF_PICTURES if with_bundle else set())
+    if unread := sorted(option for name, option in given.items() if name not in read):
+        form = "--check-machine" if with_bundle else "--check-machine without a BUNDLE"
+        raise UsageError(f"{', '.join(unread)}: {form} does not use it", "Leave it out.")
 
 
 def _check_machine(
-    bundle: Path | None, request: Request, limit_s: float, files: Sequence[object], layers: bool, as_json: bool
+    bundle: Path | None, request: Request, limit_s: float, files: Sequence[object], as_json: bool
 ) -> None:
+    """Print how small a change this machine can show.
+
+    Raises:
+        Exit: with code 8, where the default margin is out of reach.
+    """
     from sdrt.bench.machine_noise import machine_noise, pictures_of, steady_work
     from sdrt.bundle.folder import open_bundle
 
-    if any(file is not None for file in files) or layers:
+    if any(file is not None for file in files) or request.layers:
         raise UsageError(
             "--check-machine: measures no result that --output, --history, --emit or --layers could take",
             "Leave them out; --json prints what it found.",
@@ -250,12 +204,8 @@ def _check_machine(
     if bundle is None:
         found = machine_noise(steady_work, "a few ms of numpy's arithmetic", limit_s, _say)
     else:
-        found = machine_noise(
-            pictures_of(open_bundle(bundle), request),
-            f"pictures of {bundle.name}, {request.steps} steps of {request.sampler}",
-            limit_s,
-            _say,
-        )
+        what = f"pictures of {bundle.name}, {request.steps} steps of {request.sampler}"
+        found = machine_noise(pictures_of(open_bundle(bundle), request), what, limit_s, _say)
     if as_json:
         print_json(asdict(found) | {"fit": found.fit, "words": found.words()})
     else:
@@ -266,24 +216,23 @@ def _check_machine(
 
 @app.command("compare", epilog="Example: sdrt bench compare base.json new.json --emit markdown=summary.md")
 def compare_command(
-    ctx: typer.Context,
     base: Annotated[Path, typer.Argument(metavar="BASE.json", help="Result of the base.")],
     new: Annotated[Path, typer.Argument(metavar="NEW.json", help="Result of the change.")],
-    force: Annotated[bool, typer.Option("--force", help="Show two results that are not comparable side by side all the same. There is no verdict then, and the exit code stays 9.")] = False,
-    config: Config = None, emit: Emit = None, as_json: Json = False,
-) -> None:  # fmt: skip
-    """Judge one result against another. Two separate runs saw two moments of a machine, so margins are doubled; `ab` is
-    the better gate.
+    force: options.CompareAnyway = False,
+    config: options.Gates = None,
+    emit: options.Emit = None,
+    as_json: options.Json = False,
+) -> None:
+    """Judge one result against another.
+    Two separate runs saw two moments of a machine, so margins are doubled; `ab` is the better gate.
     """
-    ctx.find_root().obj = "json" if as_json else None
     from sdrt.bench.compare import compare
     from sdrt.bench.result import read_result
 
     targets, gates = _targets(emit), _gates(config, new)
     (old, old_hash), (now, new_hash) = read_result(base), read_result(new)
-    _conclude(
-        compare(old, now, gates, interleaved=False, identical=old_hash == new_hash, force=force), targets, as_json
-    )
+    comparison = compare(old, now, gates, interleaved=False, identical=old_hash == new_hash, force=force)
+    _conclude(comparison, targets, as_json)
 
 
 @app.command("ab", epilog="Example: sdrt bench ab old.sdrt new.sdrt --pairs 10 --emit junit=bench.xml")
@@ -291,21 +240,38 @@ def ab_command(
     ctx: typer.Context,
     old: Annotated[Path, typer.Argument(metavar="OLD.sdrt", help="Bundle of the base.")],
     new: Annotated[Path, typer.Argument(metavar="NEW.sdrt", help="Bundle of the change.")],
-    scenario: Scenario = "single", size: Size = None, steps: Steps = 20, cfg: Cfg = 7.0, sampler: Sampler = "euler", schedule: Schedule = None,
-    prompt: Prompt = "a red apple on a wooden table", prompts: Prompts = None, seed: Seed = 0, batch: Batch = None,
-    pairs: Annotated[int | None, typer.Option("--pairs", metavar="N", help="At most so many pairs of processes; as bench.toml says, or 30. Fewer than 6 decide nothing.")] = None,
-    margin: Annotated[float | None, typer.Option("--margin", metavar="X", help="Margin of the gated timings, such as 0.05; as bench.toml says, or 0.05.")] = None,
-    max_time: Annotated[float, typer.Option("--max-time", metavar="S", help="Begin no pair after the sixth that would end after so many seconds.")] = 900.0,
-    old_python: Annotated[Path | None, typer.Option("--old-python", metavar="FILE", help="Interpreter to run OLD.sdrt with, where another version of sdrt is installed; this one if not given. Compares runtimes too.")] = None,
-    pictures: Pictures = 20, max_pictures: MaxPictures = 5.0, warm_up: WarmUp = 10.0, rate: Rate = 1.0, duration: Duration = 30.0, queue: Queue = 8,
-    backend: Backend = "auto", device: Device = 0, threads: Threads = None, config: Config = None, emit: Emit = None, as_json: Json = False,
-) -> None:  # fmt: skip
-    """Measure two bundles side by side: pairs of fresh processes that take turns, until the verdict is settled. The
-    gate for machines that others use too.
+    scenario: options.BenchScenario = "single",
+    size: options.BenchSize = None,
+    steps: options.BenchSteps = 20,
+    cfg: options.BenchCfg = 7.0,
+    sampler: options.BenchSampler = "euler",
+    schedule: options.BenchSchedule = None,
+    prompt: options.BenchPrompt = _PROMPT,
+    prompts: options.BenchPrompts = None,
+    seed: options.BenchSeed = 0,
+    batch: options.BenchBatch = None,
+    pairs: options.Pairs = None,
+    margin: options.Margin = None,
+    max_time: options.MaxTime = 900.0,
+    old_python: options.OldPython = None,
+    pictures: options.Pictures = 20,
+    limit_s: options.MaxPictureTime = 5.0,
+    warm_up_s: options.WarmUp = 10.0,
+    rate: options.Rate = 1.0,
+    duration_s: options.Duration = 30.0,
+    queue: options.Queue = 8,
+    backend: options.BenchBackend = "auto",
+    device: options.BenchDevice = 0,
+    threads: options.Threads = None,
+    config: options.Gates = None,
+    emit: options.Emit = None,
+    as_json: options.Json = False,
+) -> None:
+    """Measure two bundles side by side: pairs of fresh processes that take turns, until the verdict is settled.
+    The gate for machines that others use too.
 
     Where memory does not hold both at once they run one after the other, which tells less. --warm-up is for that.
     """
-    ctx.find_root().obj = "json" if as_json else None
     from sdrt.bench.metrics import with_margin
     from sdrt.bench.run import side_by_side
     from sdrt.bench.statistics import MAX_PAIRS
@@ -317,16 +283,12 @@ def ab_command(
     if pairs is not None:
         _at_least("--pairs", pairs, 1)
         if pairs > MAX_PAIRS:
-            raise UsageError(
-                f"--pairs {pairs}: expected at most {MAX_PAIRS}",
-                "What so many cannot show takes a quieter machine, or a wider margin.",
-            )
+            fix = "What so many cannot show takes a quieter machine, or a wider margin."
+            raise UsageError(f"--pairs {pairs}: expected at most {MAX_PAIRS}", fix)
         gates = replace(gates, pairs=pairs)
     if margin is not None:
         gates = with_margin(gates, margin)
-    request = _request(
-        old, scenario, size, steps, cfg, sampler, schedule, prompt, prompts, seed, batch, pictures, max_pictures, warm_up, rate, duration, queue, backend, device, threads
-    )  # fmt: skip
+    request = _request(ctx, old)
     first, second = open_bundle(old), open_bundle(new)
     for opened in (first, second):
         check_file(opened, WEIGHTS)
@@ -340,25 +302,23 @@ def ab_command(
         (first, replace(request, bundle=str(first.path), python=interpreter)),
         (second, replace(request, bundle=str(second.path))),
     )
-    with _one_line() as progress:
-        comparison = side_by_side(*sides, gates, progress, max_s=max_time)
+    with changing_line() as say:
+        comparison = side_by_side(*sides, gates, say, max_s=max_time)
     _conclude(comparison, targets, as_json)
 
 
 @app.command("trend", epilog="Example: sdrt bench trend runs --html trend.html")
 def trend_command(
-    ctx: typer.Context,
     history: Annotated[Path, typer.Argument(metavar="DIR", help="Folder given to `sdrt bench run --history`.")],
     page: Annotated[
         Path | None, typer.Option("--html", metavar="FILE.html", help="Write plots of all metrics.")
     ] = None,
-    check: Annotated[
-        bool, typer.Option("--check", help="Exit code 1 if the newest run of any metric lies beyond its fence.")
-    ] = False,
-    as_json: Json = False,
+    check: options.FailBeyondFence = False,
+    as_json: options.Json = False,
 ) -> None:
-    """Show each metric over past runs, and whether the newest lies beyond Q3 + 3 IQR of those before it, ten at least."""
-    ctx.find_root().obj = "json" if as_json else None
+    """Show each metric over past runs, and whether
+    the newest lies beyond Q3 + 3 IQR of those before it, ten at least.
+    """
     from sdrt.bench import history as runs
     from sdrt.bundle.folder import check_outside_bundles
 
@@ -376,11 +336,43 @@ def trend_command(
         raise typer.Exit(1)
 
 
-def _request(
-    bundle: Path, scenario: str, size: str | None, steps: int, cfg: float, sampler: str, schedule: str | None, prompt: str, prompts: Path | None, seed: int, batch: int | None,
-    pictures: int, max_pictures: float, warm_up: float, rate: float, duration: float, queue: int, backend: str, device: int, threads: int | None,
-) -> Request:  # fmt: skip
+def _request(ctx: typer.Context, bundle: Path) -> Request:
+    """What the options say to measure of `bundle`. A parameter of the command fills the request's field of its name.
+
+    Raises:
+        InputFileError: the file of prompts cannot be read, or holds none.
+        UsageError: an option has a value that nothing can be measured with.
+    """
     from sdrt.bench.measure import Request
+
+    given = {field.name: ctx.params[field.name] for field in fields(Request) if field.name in ctx.params}
+    _check_scenario(given["scenario"], given["batch"])
+    if given["batch"] is None:
+        given["batch"] = 4 if given["scenario"] == "batch" else 1
+    given["size"] = options.parse_size(given["size"])
+    given["prompts"] = _prompts(Path(given["prompts"])) if given["prompts"] is not None else ()
+    request = Request(**given | {"bundle": str(bundle.absolute())})
+    _at_least("--batch", request.batch, 1)
+    _at_least("--pictures", request.pictures, 1)
+    _at_least("--queue", request.queue, 0)
+    for option, value, most in (
+        ("--rate", request.rate, 1000.0),
+        ("--duration", request.duration_s, 86_400.0),
+        ("--max-picture-time", request.limit_s, 86_400.0),
+        ("--warm-up", request.warm_up_s, 86_400.0),
+    ):
+        if not 0 < value <= most:
+            raise UsageError(f"{option} {value:g}: expected above 0, at most {most:g}")
+    requests = request.rate * request.duration_s
+    if requests > 100_000:
+        raise UsageError(
+            f"--rate {request.rate:g} for {request.duration_s:g} s: {requests:,.0f} requests, the limit is 100,000"
+        )
+    return request
+
+
+def _check_scenario(scenario: str, batch: int | None) -> None:
+    from sdrt.bench.scenarios import SCENARIOS
 
     if scenario not in SCENARIOS:
         raise UsageError(
@@ -390,38 +382,22 @@ def _request(
         raise UsageError(
             f"--batch {batch}: the single scenario makes one picture at a time", "Choose --scenario batch."
         )
-    _at_least("--pictures", pictures, 1)
-    _at_least("--queue", queue, 0)
-    for option, value, most in (
-        ("--rate", rate, 1000.0), ("--duration", duration, 86_400.0), ("--max-picture-time", max_pictures, 86_400.0), ("--warm-up", warm_up, 86_400.0),
-    ):  # fmt: skip
-        if not 0 < value <= most:
-            raise UsageError(f"{option} {value:g}: expected above 0, at most {most:g}")
-    if rate * duration > 100_000:
-        raise UsageError(f"--rate {rate:g} for {duration:g} s: {rate * duration:,.0f} requests, the limit is 100,000")
-    match = re.fullmatch(r"(\d{1,6})[xX](\d{1,6})", size) if size is not None else None
-    if size is not None and match is None:
-        raise UsageError(f"--size {size}: expected WIDTHxHEIGHT", "Write it as --size 512x768.")
-    return Request(
-        bundle=str(bundle.absolute()), scenario=scenario, backend=backend, device=device, threads=threads, size=(int(match[1]), int(match[2])) if match else None,
-        steps=steps, cfg=cfg, sampler=sampler, schedule=schedule, prompt=prompt, prompts=_prompts(prompts), seed=seed, batch=batch or (4 if scenario == "batch" else 1), pictures=pictures,
-        limit_s=max_pictures, warm_up_s=warm_up, rate=rate, duration_s=duration, queue=queue,
-    )  # fmt: skip
 
 
-def _prompts(path: Path | None) -> tuple[str, ...]:
-    """The lines of a file of prompts that hold anything."""
-    if path is None:
-        return ()
+def _prompts(path: Path) -> tuple[str, ...]:
+    """The lines of a file of prompts that hold anything.
+
+    Raises:
+        InputFileError: the file cannot be read, is too long, is no UTF-8, or holds no prompt.
+    """
+    fix = "--prompts takes a text file, one prompt a line."
     try:
-        text = read_given(path, _PROMPTS_BYTES, "--prompts takes a text file, one prompt a line.").data.decode()
+        text = read_given(path, _PROMPTS_BYTES, fix).data.decode()
     except UnicodeDecodeError as error:
-        raise InputFileError(
-            f"{path}: not UTF-8 at byte {error.start}", "--prompts takes a text file, one prompt a line."
-        ) from error
+        raise InputFileError(f"{path}: not UTF-8 at byte {error.start}", fix) from error
     prompts = tuple(line.strip() for line in text.splitlines() if line.strip())
     if not prompts:
-        raise InputFileError(f"{path}: no prompt in it", "--prompts takes a text file, one prompt a line.")
+        raise InputFileError(f"{path}: no prompt in it", fix)
     return prompts
 
 
@@ -431,6 +407,7 @@ def _at_least(option: str, value: int, least: int) -> None:
 
 
 def _gates(config: Path | None, new: Path) -> Gates:
+    """The gates of `--config`, or of the `bench.toml` beside the new bundle or file, or the default ones."""
     from sdrt.bench.metrics import Gates, read_gates
 
     if config is not None:
@@ -440,16 +417,16 @@ def _gates(config: Path | None, new: Path) -> Gates:
 
 
 def _targets(emit: Sequence[str] | None) -> list[tuple[str, Path]]:
-    """`FORMAT=FILE` options taken apart, before anything is measured."""
+    """The formats and files that `--emit FORMAT=FILE` names, checked before anything is measured."""
     from sdrt.bundle.folder import check_outside_bundles
 
     targets = []
     for text in emit or []:
         name, equals, file = text.partition("=")
-        if name not in FORMATS:
+        if name not in options.BENCH_FORMATS:
             raise UsageError(
-                f"--emit {text}: format {name!r} is unknown{nearest(name, FORMATS)}",
-                f"Choose one of: {', '.join(FORMATS)}.",
+                f"--emit {text}: format {name!r} is unknown{nearest(name, options.BENCH_FORMATS)}",
+                f"Choose one of: {', '.join(options.BENCH_FORMATS)}.",
             )
         if not equals or not file:
             raise UsageError(f"--emit {text}: expected FORMAT=FILE", f"Write it as --emit {name}=FILE.")
@@ -457,7 +434,7 @@ def _targets(emit: Sequence[str] | None) -> list[tuple[str, Path]]:
             raise UsageError(f"--emit {text}: no folder {Path(file).parent}", "Make the folder first.")
         check_outside_bundles("--emit", Path(file).parent)
         if name == "html":
-            import matplotlib  # noqa: F401  missing, it should be missed before the benchmark, not after
+            import matplotlib  # noqa: F401  where it is missing, say so before the benchmark, not after it
         targets.append((name, Path(file)))
     return targets
 
@@ -490,20 +467,6 @@ def _say(text: str) -> None:
     typer.echo(text, err=True)
 
 
-@contextmanager
-def _one_line() -> Iterator[Callable[[str], None]]:
-    """Progress as one line that changes, where standard error is a terminal; elsewhere a line each."""
-    from rich.console import Console
-    from rich.text import Text
-
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield _say
-        return
-    with console.status("") as status:
-        yield lambda text: status.update(Text(printable(text)))
-
-
 def _conclude(comparison: Comparison, targets: Sequence[tuple[str, Path]], as_json: bool) -> None:
     """Write what was asked for, print the table, and end with the verdict's exit code.
 
@@ -520,23 +483,28 @@ def _conclude(comparison: Comparison, targets: Sequence[tuple[str, Path]], as_js
 
     _write_all(
         targets,
-        {name: lambda make=make: make(comparison) for name, make in COMPARISON_FORMATS.items()} | {"html": page},
+        {name: (lambda make=make: make(comparison)) for name, make in COMPARISON_FORMATS.items()} | {"html": page},
     )
     _step_summary(lambda: comparison_markdown(comparison))
     if as_json:
         print_json(
             {
-                "verdict": comparison.headline, "exit_code": comparison.exit_code, "ran": comparison.ran, "interleaved": comparison.interleaved,
-                "metrics": [asdict(row) | {"failed": row.failed} for row in comparison.rows], "problems": list(comparison.problems), "notes": list(comparison.notes),
+                "verdict": comparison.headline,
+                "exit_code": comparison.exit_code,
+                "ran": comparison.ran,
+                "interleaved": comparison.interleaved,
+                "metrics": [asdict(row) | {"failed": row.failed} for row in comparison.rows],
+                "problems": list(comparison.problems),
+                "notes": list(comparison.notes),
                 "different": list(comparison.different),
-                "base": dict(comparison.base), "new": dict(comparison.new),
+                "base": dict(comparison.base),
+                "new": dict(comparison.new),
             }
-        )  # fmt: skip
+        )
     else:
         print_comparison(comparison)
     if comparison.different and not as_json:
-        raise NotComparableError(
-            f"not comparable: {listed(comparison.different)}", _SAME_THING if comparison.interleaved else _SAME_MACHINE
-        )
+        fix = _SAME_THING if comparison.interleaved else _SAME_MACHINE
+        raise NotComparableError(f"not comparable: {listed(comparison.different)}", fix)
     if comparison.exit_code:
         raise typer.Exit(comparison.exit_code)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from sdrt.cli.output import print_notes
 from sdrt.errors import printable
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ def _print_table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]],
 
 
 def print_result(document: Mapping[str, Any]) -> None:
+    """Print the result of `bench run`."""
     from sdrt.bench.formats import median, number
     from sdrt.bench.metrics import METRICS
     from sdrt.bench.result import ran
@@ -50,29 +52,23 @@ def print_result(document: Mapping[str, Any]) -> None:
             )
         )
     rows += [(name, f"{value:,}", "", "", "", "counter") for name, value in document["counters"].items()]
-    _print_table(
-        ran(document), ("metric", "median [95 % interval]", "p90", "p99", "n", "what it is"), rows, right=(2, 3, 4)
-    )
+    head = ("metric", "median [95 % interval]", "p90", "p99", "n", "what it is")
+    _print_table(ran(document), head, rows, right=(2, 3, 4))
     if (fidelity := document["fidelity"])["ok"]:
-        typer.echo(
-            f"the pictures are right: {len(fidelity['checks'])} outputs of the graphs are as close to the bundle's"
-            " references as its precision allows"
-        )
+        outputs = f"{len(fidelity['checks'])} outputs of the graphs"
+        typer.echo(f"the pictures are right: {outputs} are as close to the bundle's references as its precision allows")
     if fit := document["fit"]:
         typer.echo(f"time = {fit['fixed_ms']:.2f} ms + model calls x {fit['per_call_ms']:.3f} ms")
     if server := document.get("server"):
         attained = ", ".join(f"{rate:.3g}" for rate in server["attained_per_s"])
-        typer.echo(
-            f"offered {server['offered_per_s']:g} per second, attained {attained}; {server['rejected']} of"
-            f" {server['arrivals']} rejected"
-        )
+        rejected = f"{server['rejected']} of {server['arrivals']} rejected"
+        typer.echo(f"offered {server['offered_per_s']:g} per second, attained {attained}; {rejected}")
     if layers := document.get("layers"):
         _print_layers(layers)
     seen = document["noise"]["detectable"]
     if seen is not None:
         typer.echo(f"two runs like this one could tell changes of {seen:.1%} or more", err=True)
-    for warning in document["warnings"]:
-        typer.echo(f"note: {printable(str(warning))}", err=True)
+    print_notes(map(str, document["warnings"]))
 
 
 def _print_layers(layers: Mapping[str, Any]) -> None:
@@ -81,24 +77,19 @@ def _print_layers(layers: Mapping[str, Any]) -> None:
     for graph, found in layers["graphs"].items():
         done = "operations unknown"
         if found["flops"] is not None:
-            done = (
-                f"{found['flops'] / 1e9:.3f} GFLOP, {found['bytes'] / 1e6:.1f} MB, {found['intensity'] or 0:.1f}"
-                " FLOP/byte"
-            )
-        reached = (
-            f"{share(found['share_of_peak'])} of the machine's peak, {share(found['share_of_roofline'])} of its"
-            " roofline"
-        )
+            intensity = f"{found['intensity'] or 0:.1f} FLOP/byte"
+            done = f"{found['flops'] / 1e9:.3f} GFLOP, {found['bytes'] / 1e6:.1f} MB, {intensity}"
+        peak, roofline = share(found["share_of_peak"]), share(found["share_of_roofline"])
+        reached = f"{peak} of the machine's peak, {roofline} of its roofline"
         typer.echo(f"{graph}: {found['ms']:.2f} ms, profiled {found['operators_ms']:.2f} ms, {done}, {reached}")
         for one in found["slowest"][:5]:
-            typer.echo(
-                f"  {one['share']:6.1%}  {one['ms']:8.3f} ms  {printable(one['op']):20} {printable(one['name'])}"
-            )
-    for note in layers["notes"]:
-        typer.echo(f"note: {printable(note)}", err=True)
+            operator = f"{printable(one['op']):20} {printable(one['name'])}"
+            typer.echo(f"  {one['share']:6.1%}  {one['ms']:8.3f} ms  {operator}")
+    print_notes(layers["notes"])
 
 
 def print_comparison(comparison: Comparison) -> None:
+    """Print two results side by side, and the verdict."""
     from sdrt.bench.formats import interval, number, word
 
     rows = [
@@ -112,12 +103,12 @@ def print_comparison(comparison: Comparison) -> None:
         for row in comparison.rows
     ]
     _print_table(comparison.ran, ("metric", "base", "new", "new / base [95 % interval]", "verdict"), rows, right=(1, 2))
-    for note in comparison.notes:
-        typer.echo(f"note: {printable(note)}", err=True)
+    print_notes(comparison.notes)
     typer.echo(printable(comparison.headline))
 
 
 def print_trends(trends: Sequence[Trend]) -> None:
+    """Print each metric over past runs, a table for each thing that was measured."""
     from sdrt.bench.formats import number
 
     for label in dict.fromkeys(trend.ran for trend in trends):

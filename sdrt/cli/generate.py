@@ -1,4 +1,4 @@
-"""`sdrt generate`: settings from the command line or from a picture made before, and the files that come of it."""
+"""`sdrt generate`: settings from the command line or from an earlier picture, and the files that are made of them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sdrt.cli.output import BundleArgument, Json, print_json, progress_bar, size_option
+from sdrt.cli import options
+from sdrt.cli.output import print_json, print_notes
+from sdrt.cli.progress import progress_bar
 from sdrt.errors import UsageError, printable
 from sdrt.files.publish import folders_made
 
@@ -23,43 +25,42 @@ if TYPE_CHECKING:
 
 def generate(
     ctx: typer.Context,
-    bundle: BundleArgument,
-    prompt: Annotated[str | None, typer.Argument(metavar="PROMPT", help="What to show, in AUTOMATIC1111's syntax: (word:1.2), [day:dusk:0.5], AND, BREAK. Left out only with --from-png or --settings-from.", show_default=False)] = None,
+    bundle: options.BundleFolder,
+    prompt: options.Prompt = None,
     negative: Annotated[str, typer.Option("--negative", metavar="TEXT", help="What to steer away from.")] = "",
     steps: Annotated[int, typer.Option("--steps", metavar="N", help="Steps of the sampler, 1 to 1000.")] = 20,
     cfg: Annotated[float, typer.Option("--cfg", metavar="X", help="Guidance scale; 1 turns guidance off.")] = 7.0,
-    sampler: Annotated[str, typer.Option("--sampler", metavar="NAME", help="One of euler, euler_a, heun, lms, ddim, ddpm, plms, dpm2, dpm2_a, dpmpp_2s_a, dpmpp_2m, dpmpp_sde, dpmpp_2m_sde, dpmpp_3m_sde, unipc, lcm, tcd; AUTOMATIC1111's spelling (\"DPM++ 2M Karras\") and diffusers' class names work too.")] = "euler",
-    schedule: Annotated[str | None, typer.Option("--schedule", metavar="NAME", help="Noise levels to pass through, such as karras or sgm_uniform; the sampler's own if not given.")] = None,
-    seed: Annotated[int | None, typer.Option("--seed", metavar="N", help="Seed of the first picture; picture i has seed + i. Drawn and reported if not given, or -1.")] = None,
-    size: Annotated[str | None, typer.Option("--size", metavar="WxH", help="Picture size in pixels, multiples of 8; the bundle's own if not given.")] = None,
+    sampler: options.Sampler = "euler",
+    schedule: options.Schedule = None,
+    seed: options.Seed = None,
+    size: options.Size = None,
     batch: Annotated[int, typer.Option("--batch", metavar="N", help="Pictures per model call, 1 to 64.")] = 1,
     count: Annotated[int, typer.Option("--count", metavar="N", help="Pictures in total.")] = 1,
-    init_image: Annotated[Path | None, typer.Option("--init-image", metavar="F", help="Picture to start from instead of noise alone.")] = None,
-    strength: Annotated[float | None, typer.Option("--strength", metavar="X", help="How much the init image may change, more than 0 to 1; 0.75 if not given (diffusers: 0.8, under a mask 1).")] = None,
-    mask: Annotated[Path | None, typer.Option("--mask", metavar="F", help="What to repaint of the init image: white is repainted, black kept.")] = None,
-    mask_blur: Annotated[int | None, typer.Option("--mask-blur", metavar="PX", help="How far the mask's edge is softened; 4 if not given (diffusers: 0).")] = None,
-    resize: Annotated[str, typer.Option("--resize", metavar="stretch|crop|fill", help="How an init image of another size is fitted.")] = "stretch",
-    compat: Annotated[str, typer.Option("--compat", metavar="a1111|diffusers", help="Whose picture to make where the two differ: timesteps, step counts, noise, rounding.")] = "a1111",
-    noise: Annotated[str | None, typer.Option("--noise", metavar="nv|cpu", help="Noise source: nv is AUTOMATIC1111's default, cpu is PyTorch's and the default of --compat diffusers.")] = None,
-    clip_skip: Annotated[int | None, typer.Option("--clip-skip", metavar="N", help="Text-encoder layer counted from the end, among those the bundle was built with.")] = None,
-    prompt_syntax: Annotated[str | None, typer.Option("--prompt-syntax", metavar="a1111|plain", help="plain takes brackets as text; the default of --compat diffusers.")] = None,
-    emphasis: Annotated[str, typer.Option("--emphasis", metavar="NAME", help="What (word:1.2) does: original, no norm, none or ignore.")] = "original",
-    network_tags: Annotated[str, typer.Option("--network-tags", metavar="refuse|ignore", help="What becomes of <lora:name:0.8> in a prompt, unless it is what the bundle holds at that strength.")] = "refuse",
-    from_png: Annotated[Path | None, typer.Option("--from-png", metavar="F.png", help="Make a picture of sdrt again with its own bundle and settings; options given beside it replace them. Pictures it was made from are looked for beside it.")] = None,
-    settings_from: Annotated[Path | None, typer.Option("--settings-from", metavar="F.png", help="Use the prompt and settings of any picture of sdrt or AUTOMATIC1111 as far as this bundle can; says what it could not use. Options given beside it replace them.")] = None,
-    preview: Annotated[Path | None, typer.Option("--preview", metavar="DIR", help="Write the estimate of each picture after every model call into this folder while it runs.")] = None,
-    contact_sheet: Annotated[Path | None, typer.Option("--contact-sheet", metavar="F.png", help="Write the way from noise to the first picture as one image.")] = None,
-    backend: Annotated[str, typer.Option("--backend", metavar="NAME", help="auto, onnxruntime, openvino, tensorrt-rtx or tensorrt. auto takes the fastest engine in the bundle that can run here.")] = "auto",
-    on_missing: Annotated[str, typer.Option("--on-missing", metavar="compile|fallback|error", help="What to do for a size, prompt length or number of AND parts that no engine of the bundle serves: compile it in memory, in seconds and anew each time (OpenVINO; on a GPU an error), run it on ONNX Runtime, or end with an error.")] = "compile",
-    device: Annotated[int, typer.Option("--device", metavar="N", help="GPU to use, counted from 0; ignored on a CPU.")] = 0,
-    threads: Annotated[int | None, typer.Option("--threads", metavar="N", help="CPU threads; the engine's own choice if not given.")] = None,
-    cores: Annotated[str, typer.Option("--cores", metavar="own|shared", help="shared where other processes keep the cores busy too: threads then sleep while they wait, instead of spinning.")] = "own",
-    output: Annotated[Path | None, typer.Option("--output", "-o", metavar="F.png", help="Picture to write, its folder too: PNG, or by its ending JPEG (.jpg) or WebP (.webp), which lose a little; several become F-SEED.png. A picture sdrt made is replaced, any other file only with --force. By default BUNDLE-SEED.png in the working folder, or BUNDLE-SEED-2.png and so on: nothing is replaced.")] = None,
+    init_image: options.InitImage = None,
+    strength: options.Strength = None,
+    mask: options.Mask = None,
+    mask_blur: options.MaskBlur = None,
+    resize: options.Resize = "stretch",
+    compat: options.Compat = "a1111",
+    noise: options.Noise = None,
+    clip_skip: options.ClipSkip = None,
+    prompt_syntax: options.PromptSyntax = None,
+    emphasis: options.Emphasis = "original",
+    network_tags: options.NetworkTags = "refuse",
+    from_png: options.FromPng = None,
+    settings_from: options.SettingsFrom = None,
+    preview: options.Preview = None,
+    contact_sheet: options.ContactSheet = None,
+    backend: options.Backend = "auto",
+    on_missing: options.OnMissing = "compile",
+    device: options.Device = 0,
+    threads: options.Threads = None,
+    cores: options.Cores = "own",
+    output: options.NewPicture = None,
     force: Annotated[bool, typer.Option("--force", help="Replace whatever file is in the way.")] = False,
-    as_json: Json = False,
-) -> None:  # fmt: skip
+    as_json: options.Json = False,
+) -> None:
     """Make pictures from a prompt, or from a picture and a prompt. Needs no PyTorch."""
-    ctx.find_root().obj = "json" if as_json else None
     from sdrt.bundle.folder import check_outside_bundles, open_bundle
     from sdrt.runtime import Pipeline
     from sdrt.runtime.pictures.file import FORMAT_OF_ENDING, save_new_picture, save_picture
@@ -92,12 +93,11 @@ def generate(
     with ExitStack() as stack:
         for option, folder in folders:
             stack.enter_context(folders_made(option, folder))
-        pipe = stack.enter_context(
-            Pipeline.load(bundle, backend=backend, device=device, threads=threads, on_missing=on_missing, cores=cores)
+        pipeline = Pipeline.load(
+            bundle, backend=backend, device=device, threads=threads, on_missing=on_missing, cores=cores
         )
-        stream = pipe.stream(**settings)
-        for note in taken.notes:
-            typer.echo(f"note: {printable(note)}", err=True)
+        stream = stack.enter_context(pipeline).stream(**settings)
+        print_notes(taken.notes)
         with progress_bar() as bar:
             task = bar.add_task("denoising", total=None)
             for step in stream:
@@ -125,15 +125,16 @@ def generate(
         if contact_sheet is not None:
             _write_sheet(contact_sheet, frames)
     notes += _differences(from_png, taken.repeated, result)
-    for note in notes:
-        typer.echo(f"note: {printable(note)}", err=True)
+    print_notes(notes)
     _report(pictures, result, [*taken.notes, *notes], as_json)
 
 
 @dataclass(frozen=True)
 class _Taken:
-    """The request's fields as given, or out of a picture; `notes` say what of it could not be used, `repeated` is what
-    the picture says of itself.
+    """The fields of a request, as given or out of a picture.
+
+    `notes` say what of a picture's settings could not be used. `repeated` is what a picture that is made again says of
+    itself.
     """
 
     settings: dict[str, Any]
@@ -142,8 +143,9 @@ class _Taken:
 
 
 def _settings(ctx: typer.Context, manifest: Manifest) -> _Taken:
-    """Settings of the command line: all of them, or, beside a picture to take them from, those that are named in place
-    of the picture's.
+    """The settings of the command line, or those of a picture where one is named to take them from.
+
+    Options that are given beside a picture replace its settings; options that are left out do not.
     """
     from sdrt.runtime.pictures.file import parameters_of, read_said
     from sdrt.runtime.pictures.settings import settings_to_repeat, settings_to_reuse
@@ -158,7 +160,7 @@ def _settings(ctx: typer.Context, manifest: Manifest) -> _Taken:
     for name in (f.name for f in fields(Request)):
         source = ctx.get_parameter_source(name)
         if (again is None and other is None) or (source is not None and source.name == "COMMANDLINE"):
-            given[name] = size_option(ctx.params[name]) if name == "size" else ctx.params[name]
+            given[name] = options.parse_size(ctx.params[name]) if name == "size" else ctx.params[name]
     if again is not None:
         parameters = parameters_of(again, read_said(again))
         return _Taken(settings_to_repeat(again, parameters, manifest, given), repeated=parameters)
@@ -169,6 +171,7 @@ def _settings(ctx: typer.Context, manifest: Manifest) -> _Taken:
 
 
 def _check_different(paths: Sequence[Path], sheets: Sequence[Path]) -> None:
+    """Fail if the contact sheet would take the place of a picture."""
     places = {path.absolute().parent.resolve() / path.name for path in paths}
     for sheet in sheets:
         if sheet.absolute().parent.resolve() / sheet.name in places:
@@ -178,7 +181,7 @@ def _check_different(paths: Sequence[Path], sheets: Sequence[Path]) -> None:
 
 
 def _check_pictures(option: str, paths: Sequence[Path], force: bool) -> None:
-    """Fail before the work, not after it, if a picture would replace a file that is not ours."""
+    """Fail before the work, not after it, if a picture would replace a file that sdrt did not make."""
     from sdrt.runtime.pictures.file import is_ours
 
     for path in paths:
@@ -189,6 +192,7 @@ def _check_pictures(option: str, paths: Sequence[Path], force: bool) -> None:
 
 
 def _write_previews(folder: Path, step: Step, first_seed: int) -> None:
+    """Write the estimate of each picture of this model call, under the picture's seed and the call's number."""
     from PIL import Image
 
     from sdrt.files.publish import new_file, staged_file
@@ -202,9 +206,7 @@ def _write_previews(folder: Path, step: Step, first_seed: int) -> None:
 
 
 def _frames(step: Step) -> list[Frame]:
-    """What the contact sheet shows of this model call: nothing, if it is not one of those shown or belongs to a later
-    picture.
-    """
+    """What the contact sheet shows of this model call: nothing for most calls, and for every picture but the first."""
     from sdrt.runtime.pictures.contact_sheet import Frame, shown_calls
 
     if step.picture or step.index not in shown_calls(step.count):
@@ -226,7 +228,7 @@ def _write_sheet(path: Path, frames: Sequence[Frame]) -> None:
 
 
 def _differences(path: Path | None, repeated: Mapping[str, Any] | None, result: Result) -> Iterator[str]:
-    """Why a picture that was made again may be another, in words: its engine was, or what it was made from."""
+    """Why a picture that was made again may differ: another engine made it, or it was made from another picture."""
     if repeated is None:
         return
     made_by, engine = repeated.get("engine"), result.engine
@@ -234,12 +236,10 @@ def _differences(path: Path | None, repeated: Mapping[str, Any] | None, result: 
     if isinstance(made_by, dict):
         before, after = ([str(of.get(part)) for part in ("backend", "compute")] for of in (made_by, engine))
         if before != after:
-            yield (
-                f"{path}: made on {' in '.join(before)}, now on {' in '.join(after)}, whose arithmetic rounds"
-                " otherwise; --backend chooses the engine"
-            )
+            engines = f"made on {' in '.join(before)}, now on {' in '.join(after)}"
+            yield f"{path}: {engines}, whose arithmetic rounds otherwise; --backend chooses the engine"
     for name in ("init_image", "mask"):
-        was = repeated.get(name)  # without a name its hash is that of pixels, which a file's cannot equal
+        was = repeated.get(name)  # without a name the hash is that of pixels, which no file's hash can equal
         if was is not None and repeated.get(f"{name}_sha256") != now[f"{name}_sha256"]:
             yield f"{path}: made from another {name.replace('_', ' ')} than the one given now"
 

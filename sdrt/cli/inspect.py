@@ -1,20 +1,23 @@
-"""`sdrt inspect`: what a file or bundle is. A summary in words; `--all` prints every field, and `--json` always has
-them all.
-"""
+"""`sdrt inspect`: what a file or bundle is, in a summary. `--all` prints every field; `--json` always has them all."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
-from typing import Annotated, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import typer
 
-from sdrt.cli import engines as cli_engines
-from sdrt.cli.output import Json, print_json, print_report
-from sdrt.errors import UsageError
+from sdrt.cli import options
+from sdrt.cli.compile import flags_of, largest_activations
+from sdrt.cli.output import print_json, print_report
+from sdrt.errors import SdrtError, UsageError
+
+if TYPE_CHECKING:
+    from sdrt.bundle.folder import Bundle
+    from sdrt.engines.record import EngineRecord
 
 _SHOWN_METADATA, _SHOWN_CHARACTERS = 8, 100
 _TELLING = (
@@ -27,18 +30,16 @@ _TELLING = (
     "ss_clip_skip",
     "ss_v2",
 )
-"""How the metadata that most readers look for starts, most wanted first."""
+"""Beginnings of the metadata keys that most readers look for, most wanted first."""
 
 
 def inspect(
-    ctx: typer.Context,
-    path: Annotated[Path, typer.Argument(metavar="FILE|BUNDLE", help="A checkpoint, adapter or VAE in any format, a diffusers folder, or a bundle.")],
-    checkpoint: Annotated[Path | None, typer.Option("--for", metavar="CHECKPOINT", help="Say too whether the file, a LoRA, embedding, hypernetwork or VAE, fits this checkpoint. Exit code 1 if not.")] = None,
-    everything: Annotated[bool, typer.Option("--all", help="Print every field: sizes of the networks, all metadata, hashes of all files. --json has them anyway.")] = False,
-    as_json: Json = False,
-) -> None:  # fmt: skip
+    path: options.FileOrBundle,
+    checkpoint: options.FittedCheckpoint = None,
+    everything: options.AllFields = False,
+    as_json: options.Json = False,
+) -> None:
     """Say what a file or bundle is: family, components, adapters, sizes. Reads headers only."""
-    ctx.find_root().obj = "json" if as_json else None
     from sdrt.bundle.folder import open_bundle
     from sdrt.bundle.manifest import MANIFEST
     from sdrt.export.inspect import inspect_file
@@ -50,12 +51,9 @@ def inspect(
                 "Give it the file of an adapter or VAE.",
             )
         opened = open_bundle(path)
-        report: dict[str, Any] = {
-            "path": str(opened.path),
-            "kind": "a bundle",
-            "size_bytes": sum(f.size_bytes for f in opened.manifest.files.values()),
-        }
-        report |= asdict(opened.manifest) | {"engines": cli_engines.engines_of(opened)}
+        size_bytes = sum(record.size_bytes for record in opened.manifest.files.values())
+        report: dict[str, Any] = {"path": str(opened.path), "kind": "a bundle", "size_bytes": size_bytes}
+        report |= asdict(opened.manifest) | {"engines": _engines(opened)}
     else:
         report = inspect_file(path)
     if checkpoint is not None:
@@ -74,16 +72,15 @@ def inspect(
 
 
 def _file_summary(report: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a file that most readers look for."""
+
+    def wanted(key: str) -> tuple[int, str]:
+        return next((i for i, start in enumerate(_TELLING) if key.startswith(start)), len(_TELLING)), key
+
     short = {key: value for key, value in report.items() if key not in ("architecture", "metadata")}
     if metadata := report["metadata"]:
-        wanted = sorted(
-            metadata,
-            key=lambda key: (
-                next((i for i, start in enumerate(_TELLING) if key.startswith(start)), len(_TELLING)),
-                key,
-            ),
-        )
-        short["metadata"] = {key: metadata[key][:_SHOWN_CHARACTERS] for key in wanted[:_SHOWN_METADATA]}
+        shown = sorted(metadata, key=wanted)[:_SHOWN_METADATA]
+        short["metadata"] = {key: metadata[key][:_SHOWN_CHARACTERS] for key in shown}
         if len(metadata) > _SHOWN_METADATA:
             short["metadata"]["..."] = f"{len(metadata) - _SHOWN_METADATA} more"
     if "components" in report:
@@ -95,6 +92,7 @@ def _file_summary(report: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _bundle_summary(report: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a bundle that most readers look for."""
     short = {key: report[key] for key in ("path", "kind", "name", "size_bytes", "sdrt", "family")}
     short |= {
         "prediction": report["diffusion"]["prediction"],
@@ -121,3 +119,51 @@ def _engine(engine: Mapping[str, Any]) -> str:
         return f"{engine['engine']}: {engine['error']}"
     stale = f"; does not run here as it is: {engine['why']}" if engine["stale"] else ""
     return f"{engine['engine']}: {engine['shapes']}, {engine['precision']}{stale}"
+
+
+def _engines(bundle: Bundle) -> list[dict[str, Any]]:
+    """The engines of a bundle: what each is for, what it takes, whether it would not run here, and why."""
+    from sdrt.engines.shapes import shapes_of
+    from sdrt.engines.store import engine_folders, read_engine
+    from sdrt.machine.doctor import probe_gpus
+
+    folders = engine_folders(bundle)
+    sms: list[str | None] = [gpu.sm for gpu in probe_gpus().found] if folders else []
+    listed: list[dict[str, Any]] = []
+    for folder in folders:
+        try:
+            record = read_engine(folder)
+        except SdrtError as error:
+            listed.append({"engine": folder.name, "error": error.message})
+            continue
+        reasons = _reasons(record, bundle, sms or [None])
+        stale = "" not in reasons
+        listed.append(
+            {
+                "engine": folder.name,
+                "target": record.key.target,
+                "compiler": record.key.compiler,
+                "device": record.key.device,
+                "precision": record.key.precision,
+                "shapes": asdict(shapes_of(record, bundle.manifest)),
+                "plan_bytes": sum(plan.disk_bytes for plan in record.plans.values()),
+                "state_bytes": record.state_bytes,
+                "activation_bytes": largest_activations(record),
+                "stale": stale,
+                **({"why": reasons[0]} if stale else {}),
+            }
+        )
+    return listed
+
+
+def _reasons(record: EngineRecord, bundle: Bundle, sms: Sequence[str | None]) -> list[str]:
+    """Why an engine does not run on this CPU, or on each of the GPU generations `sms`; empty text where it does."""
+    from sdrt.engines.store import mismatch, platform_name
+    from sdrt.machine.cpu import cpu_identity
+    from sdrt.machine.doctor import compiler_version
+
+    target = record.key.target
+    known = partial(mismatch, record, bundle, compiler=compiler_version(target), platform=platform_name())
+    if target in ("openvino", "onnxruntime"):
+        return [known(cpu=cpu_identity(), flags=flags_of(record))]
+    return [known(device_sm=sm) for sm in sms]

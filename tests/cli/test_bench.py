@@ -7,11 +7,13 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import jsonschema
 import pytest
+import typer
 from bench_documents import answer, document, synthetic_measure, synthetic_pairs
 from click.testing import Result
 from conftest import ROOT
@@ -20,7 +22,7 @@ from typer.testing import CliRunner
 from sdrt.bench import run as bench_run
 from sdrt.bench.measure import Request
 from sdrt.bench.result import write_json
-from sdrt.cli.app import app
+from sdrt.cli import app
 
 
 def bench(*args: object) -> Result:
@@ -72,59 +74,19 @@ def pair(flat_bundle: Path, tmp_path: Path) -> tuple[Path, Path]:
 def test_a_real_run(flat_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(tmp_path / "summary.md"))
     done = bench(
-        "run",
-        flat_bundle,
-        "--processes",
-        1,
-        "--pictures",
-        2,
-        "--warm-up",
-        0.1,
-        "--steps",
-        4,
-        "--cfg",
-        3,
-        "--threads",
-        1,
-        "--layers",
-        "--scenario",
-        "batch",
-        "--batch",
-        2,
-        "--output",
-        tmp_path / "a.json",
-        "--history",
-        tmp_path / "runs",
-        "--json",
-        *(f"--emit={name}={tmp_path / name}" for name in ("html", "junit", "csv")),
-    )
+        "run", flat_bundle, "--processes", 1, "--pictures", 2, "--warm-up", 0.1, "--steps", 4, "--cfg", 3, "--threads", 1, "--layers", "--scenario", "batch", "--batch", 2,
+        "--output", tmp_path / "a.json", "--history", tmp_path / "runs", "--json", *(f"--emit={name}={tmp_path / name}" for name in ("html", "junit", "csv")),
+    )  # fmt: skip
     assert done.exit_code == 0, done.stderr
     result = json.loads(done.stdout)
     assert result == json.loads((tmp_path / "a.json").read_text())
     jsonschema.validate(result, json.loads((ROOT / "docs" / "bench-schema.json").read_text()))
-    assert {
-        "total_ms",
-        "picture_ms",
-        "tokenise_ms",
-        "text_encoder_ms",
-        "step_ms",
-        "decode_ms",
-        "host_ms",
-        "copies_ms",
-        "cold_ms",
-        "load_ms",
-        "engine_load_ms",
-        "peak_rss_bytes",
-    } <= result["samples"].keys()
+    assert {"total_ms", "picture_ms", "tokenise_ms", "text_encoder_ms", "step_ms", "decode_ms", "host_ms", "copies_ms", "cold_ms", "load_ms", "engine_load_ms",
+            "peak_rss_bytes"} <= result["samples"].keys()  # fmt: skip
     assert len(result["samples"]["step_ms"][0]) == 2 * 4
-    assert {
-        name: result["counters"][name] for name in ("model_calls", "text_encoder_calls", "decode_calls", "batches")
-    } == {
-        "model_calls": 4,
-        "text_encoder_calls": 1,
-        "decode_calls": 1,
-        "batches": 1,
-    }
+    assert {name: result["counters"][name] for name in ("model_calls", "text_encoder_calls", "decode_calls", "batches")} == {
+        "model_calls": 4, "text_encoder_calls": 1, "decode_calls": 1, "batches": 1,
+    }  # fmt: skip
     assert result["packages"] == ["numpy", "onnxruntime", "sdrt"]
     checks = {check["graph"]: check["error"] / check["limit"] for check in result["fidelity"]["checks"]}
     assert set(checks) == {"text_encoder", "step", "vae_decoder"} and max(checks.values()) < 0.5
@@ -161,7 +123,7 @@ def test_compare_passes_fails_and_cannot_tell(files: Callable[..., Path]) -> Non
 
 def test_compare_of_what_is_not_comparable_has_an_exit_code_of_its_own_and_writes_its_files(
     files: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+) -> None:  # fmt: skip
     """A CI job that lets 8 pass must not let this pass, and its next steps find their files."""
     monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(tmp_path / "summary.md"))
     names = ("markdown", "junit", "bencher", "github", "csv", "html")
@@ -347,24 +309,27 @@ def test_ab_fails_for_ten_per_cent_and_passes_for_the_same(
 
 @pytest.mark.parametrize(
     ("options", "fragment"),
-    [
-        (["--scenario", "batches"], "did you mean 'batch'"),
-        (["--processes", 0], "--processes 0: expected at least 1"),
-        (["--pictures", 0], "at least 1"),
-        (["--rate", 0], "--rate 0: expected above 0"),
-        (["--rate", "nan"], "--rate nan"),
-        (["--duration", -1], "--duration"),
-        (["--queue", -1], "--queue -1"),
-        (["--rate", 900, "--duration", 9000], "the limit is 100,000"),
-        (["--size", "64"], "--size 64: expected WIDTHxHEIGHT"),
-        (["--batch", 2], "choose --scenario batch"),
-        (["--warm-up", "inf"], "--warm-up"),
-    ],
-)
+    [(["--scenario", "batches"], "did you mean 'batch'"), (["--processes", 0], "--processes 0: expected at least 1"), (["--pictures", 0], "at least 1"),
+     (["--rate", 0], "--rate 0: expected above 0"), (["--rate", "nan"], "--rate nan"), (["--duration", -1], "--duration"), (["--queue", -1], "--queue -1"),
+     (["--rate", 900, "--duration", 9000], "the limit is 100,000"), (["--size", "64"], "--size 64: expected WIDTHxHEIGHT"), (["--batch", 2], "choose --scenario batch"),
+     (["--warm-up", "inf"], "--warm-up"), (["--scenario", "batch", "--batch", 0], "--batch 0: expected at least 1")],
+)  # fmt: skip
 def test_bad_options(flat_bundle: Path, options: list[object], fragment: str) -> None:
     done = bench("run", flat_bundle, *options)
     refused(done, 2)
     assert fragment.lower() in done.stderr.lower()
+
+
+@pytest.mark.parametrize("command", ["run", "ab"])
+def test_every_field_of_a_request_is_a_parameter(command: str) -> None:
+    """A request takes what the parameter of the same name holds; the rest is for the processes that measure, or for `run` alone."""
+    parameters = {
+        parameter.name for parameter in typer.main.get_command(app).commands["bench"].commands[command].params
+    }  # type: ignore[attr-defined]
+    internal = {"bundle", "negative", "process", "python", "spawned_ns"}
+    assert {field.name for field in fields(Request)} - internal - parameters == (
+        {"layers"} if command == "ab" else set()
+    )
 
 
 def test_bundles_that_are_not_there(tmp_path: Path) -> None:
@@ -394,10 +359,9 @@ def test_full_disks_are_named(
     assert bench("run", pair[0], "--history", history).exit_code == 0
     before = (history / "history.jsonl").read_bytes()
     script = (  # a limit on the size of files stops the second line half-way, as a full disk does
-        "import resource, sys\nfrom pathlib import Path\nfrom bench_documents import document\nfrom sdrt.bench import"
-        " history\nfrom sdrt.errors import ResourceError\nresource.setrlimit(resource.RLIMIT_FSIZE,"
-        f" ({len(before) + 100},) * 2)\ntry:\n    history.append(Path(sys.argv[1]), document(0, 1))\nexcept"
-        " ResourceError as error:\n    print(error.message)\n    sys.exit(error.exit_code)"
+        "import resource, sys\nfrom pathlib import Path\nfrom bench_documents import document\nfrom sdrt.bench import history\nfrom sdrt.errors import ResourceError\n"
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({len(before) + 100},) * 2)\n"
+        "try:\n    history.append(Path(sys.argv[1]), document(0, 1))\nexcept ResourceError as error:\n    print(error.message)\n    sys.exit(error.exit_code)"
     )
     environment = {"PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests")))}
     done = subprocess.run(
@@ -426,9 +390,9 @@ def test_trend(pair: tuple[Path, Path], synthetic: Callable[..., None], tmp_path
 
 def test_measuring_imports_no_torch_and_no_plotting_library() -> None:
     script = (
-        "import sys, pkgutil, importlib, sdrt.bench\nfor m in pkgutil.iter_modules(sdrt.bench.__path__):\n    m.name in"
-        " ('report', 'plots') or importlib.import_module('sdrt.bench.' + m.name)\nbad = {'torch', 'onnx', 'matplotlib',"
-        " 'onnxruntime', 'openvino'} & set(sys.modules)\nsys.exit(str(bad) if bad else 0)"
+        "import sys, pkgutil, importlib, sdrt.bench\n"
+        "for m in pkgutil.iter_modules(sdrt.bench.__path__):\n    m.name in ('report', 'plots') or importlib.import_module('sdrt.bench.' + m.name)\n"
+        "bad = {'torch', 'onnx', 'matplotlib', 'onnxruntime', 'openvino'} & set(sys.modules)\nsys.exit(str(bad) if bad else 0)"
     )
     done = subprocess.run(
         [sys.executable, "-c", script],

@@ -20,7 +20,7 @@ ROWS = [
 def test_the_tests_exist_or_there_is_a_reason(row: list[str]) -> None:
     number, what, proof = row
     assert what
-    named = re.findall(r"`(\w+)::(\w+)`", proof)
+    named = re.findall(r"`([\w/]+)::(\w+)`", proof)
     assert named or proof.startswith(("does not apply", "not kept")), number
     for file, test in named:
         tree = ast.parse((ROOT / "tests" / f"{file}.py").read_text(encoding="utf-8"))

@@ -1,11 +1,15 @@
-"""Commands run in this process, and what their failures look like."""
+"""The command line in this process: run it, and say how it must have ended."""
 
 from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
 
 from click.testing import Result
 from typer.testing import CliRunner
 
-from sdrt.cli.app import app
+from sdrt.cli import app
 
 
 def run(*args: object) -> Result:
@@ -13,9 +17,7 @@ def run(*args: object) -> Result:
 
 
 def failed(result: Result, code: int, *fragments: str) -> str:
-    """The command ended with this code, one `error:` line that holds the fragments, at most one `fix:` line after it,
-    and nothing on stdout.
-    """
+    """The command ended with this code, one `error:` line that holds the fragments, at most one `fix:` line after it, and nothing on stdout."""
     assert result.exit_code == code, (result.exit_code, result.stdout, result.stderr)
     assert "Traceback" not in result.stderr
     lines = result.stderr.splitlines()
@@ -27,3 +29,15 @@ def failed(result: Result, code: int, *fragments: str) -> str:
     for fragment in fragments:
         assert fragment in result.stderr
     return result.stderr
+
+
+def only_json(result: Result) -> dict[str, Any]:
+    """The one JSON object that is all of stdout."""
+    assert result.exit_code == 0, result.stderr
+    document = json.loads(result.stdout)
+    assert isinstance(document, dict)
+    return document
+
+
+def names_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())

@@ -1,4 +1,4 @@
-"""`sdrt inspect FILE --for CHECKPOINT`: every kind of file that goes into a checkpoint, fitting and not."""
+"""`sdrt inspect`: what it says of every kind of file, and with `--for` whether the file fits a checkpoint."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from typing import Any
 import hypernetwork_files as files
 import pytest
 import torch
+from commands import only_json, run
 from conftest import CHECKPOINT, LORA
 from hypernetwork_files import Settings
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from sdrt.cli.app import app
+from sdrt.cli import app
 
 VAE = "first_stage_model."
 
@@ -46,10 +47,7 @@ def test_lora() -> None:
 
 
 def test_lora_of_another_model(tmp_path: Path) -> None:
-    tensors = {
-        "lora_te_text_model_encoder_layers_0_mlp_fc1.lora_down.weight": torch.ones(4, 768),
-        "lora_te_text_model_encoder_layers_0_mlp_fc1.lora_up.weight": torch.ones(3072, 4),
-    }
+    tensors = {"lora_te_text_model_encoder_layers_0_mlp_fc1.lora_down.weight": torch.ones(4, 768), "lora_te_text_model_encoder_layers_0_mlp_fc1.lora_up.weight": torch.ones(3072, 4)}  # fmt: skip
     save_file(tensors, tmp_path / "x.safetensors")
     report = asked(tmp_path / "x.safetensors", 1)
     assert report["fits"] is False and "lora_te_text_model_encoder_layers_0_mlp_fc1" in report["why"] and report["fix"]
@@ -106,3 +104,46 @@ def test_words(tmp_path: Path, fits: bool) -> None:
     )
     assert result.exit_code == (0 if fits else 1)
     assert f"fits: {fits}" in result.stdout and "vectors: 3" in result.stdout and "trigger: toy" in result.stdout
+
+
+def test_inspect_a_checkpoint() -> None:
+    report = only_json(run("inspect", CHECKPOINT, "--json"))
+    assert report["kind"] == "a Stable Diffusion 1.x model"
+    assert (report["buildable"], report["family"], report["size"]) == (True, "sd1", [64, 64])
+    assert report["types"] == {"F16": 966, "F32": 2, "I64": 1}
+    assert report["tensors"] == 969
+    assert report["architecture"]["unet"]["channels"] == [64, 96, 128, 128]
+    words = run("inspect", CHECKPOINT)
+    assert words.exit_code == 0
+    assert "kind: a Stable Diffusion 1.x model" in words.stdout
+    assert "context_width" not in words.stdout and words.stderr == "all fields: sdrt inspect --all\n"
+    assert "context_width: 64" in run("inspect", CHECKPOINT, "--all").stdout
+
+
+def test_inspect_a_lora() -> None:
+    report = only_json(run("inspect", LORA, "--json"))
+    assert report["kind"] == "a LoRA"
+    assert sum(report["modules"].values()) == sum(report["ranks"].values()) == 248
+    assert report["ranks"].keys() == {"8", "16"}
+    assert report["metadata"]["ss_output_name"] == "blindbox"
+
+
+def test_inspect_a_bundle(small_bundle: Path) -> None:
+    report = only_json(run("inspect", small_bundle, "--json"))
+    assert report["kind"] == "a bundle"
+    assert report["sources"][0]["name"] == "small.safetensors"
+    words = run("inspect", small_bundle)
+    assert words.exit_code == 0
+    assert "family: sd1" in words.stdout
+
+
+def test_inspect_shows_control_characters_escaped(tmp_path: Path) -> None:
+    from conftest import RawTensor, write_raw
+
+    path = write_raw(
+        tmp_path / "x.safetensors", {"a": RawTensor("F32", (1,), bytes(4))}, {"title\x1b[31m": "\x1b]0;owned\x07"}
+    )
+    result = run("inspect", path)
+    assert result.exit_code == 0
+    assert "\x1b" not in result.stdout
+    assert "\\x1b]0;owned\\x07" in result.stdout
