@@ -23,7 +23,7 @@ from simulated_plans import compile_engine
 
 from sdrt.bench.compare import compare
 from sdrt.bench.fidelity import check_references, picture_record, sketch
-from sdrt.bench.instruments import Readings, instrumented
+from sdrt.bench.instruments import Readings
 from sdrt.bench.measure import _packages
 from sdrt.bench.metrics import Gates
 from sdrt.bench.result import assemble
@@ -70,7 +70,7 @@ def counted(pipe: Pipeline, readings: Readings, settings: dict[str, Any]) -> dic
 @pytest.mark.parametrize("name", SETTINGS)
 def test_counters_on_a_cpu(flat_bundle: Path, name: str) -> None:
     readings = Readings()
-    with instrumented(readings), Pipeline.load(flat_bundle, backend="onnxruntime", threads=1) as pipe:
+    with Pipeline.load(flat_bundle, backend="onnxruntime", threads=1, observe=readings.observe) as pipe:
         gated(f"onnxruntime: {name}", counted(pipe, readings, SETTINGS[name]))
 
 
@@ -91,7 +91,7 @@ def gpu() -> Iterator[Gpu]:
 def test_counters_on_a_simulated_gpu(gpu: Gpu, compiled: Path, name: str) -> None:
     """The third picture, once graphs are captured. What the instruments count is what the simulator counts, and synchronisations are its alone."""
     readings = Readings()
-    with instrumented(readings), Pipeline.load(compiled, backend="tensorrt-rtx") as pipe:
+    with Pipeline.load(compiled, backend="tensorrt-rtx", observe=readings.observe) as pipe:
         for prompt in ("sun", "cat"):  # the second finds the empty negative prompt encoded, as the picture that is counted does
             pipe(prompt, seed=1, **SETTINGS[name])
         with gpu.counted() as simulated:

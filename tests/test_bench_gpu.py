@@ -18,13 +18,14 @@ from simulated_plans import compile_engine, layers
 
 from sdrt.bench import layers as bench_layers
 from sdrt.bench import layers_onnxruntime, layers_tensorrt, measure
-from sdrt.bench.instruments import Readings, instrumented
+from sdrt.bench.instruments import Readings
 from sdrt.bench.layers import profile
 from sdrt.bench.measure import Request
 from sdrt.bundle.folder import open_bundle
 from sdrt.bundle.graphs import STEP, TEXT_ENCODER, VAE_DECODER
 from sdrt.errors import MachineError
 from sdrt.runtime import Pipeline
+from sdrt.runtime.engine import Observe
 
 COSTS = {TEXT_ENCODER: 3.0, STEP: 7.0, VAE_DECODER: 4.0}
 
@@ -48,9 +49,9 @@ def pictures(compiled: Path, readings: Readings | None, gpu: Gpu) -> tuple[list[
     found: list[dict[str, list[float]]] = []
     result: Any = None
 
-    def make() -> None:
+    def make(observe: Observe | None) -> None:
         nonlocal result
-        with Pipeline.load(compiled, backend="tensorrt-rtx") as pipe:
+        with Pipeline.load(compiled, backend="tensorrt-rtx", observe=observe) as pipe:
             for index in range(3):
                 gpu.journal.clear()
                 with gpu.counted() as counts:
@@ -60,11 +61,7 @@ def pictures(compiled: Path, readings: Readings | None, gpu: Gpu) -> tuple[list[
                     found.append(readings.device.read())
 
     counted: dict[str, int] = {}
-    if readings is None:
-        make()
-    else:
-        with instrumented(readings):
-            make()
+    make(None if readings is None else readings.observe)
     return list(gpu.journal), found, counted, result.images
 
 
@@ -88,11 +85,10 @@ def test_timing_waits_for_nothing_and_only_benchmarks_time(gpu: Gpu, compiled: P
 
 def test_samples_of_a_gpu_are_among_the_others(gpu: Gpu, compiled: Path) -> None:
     readings = Readings()
-    with instrumented(readings), Pipeline.load(compiled, backend="tensorrt-rtx") as pipe:
+    with Pipeline.load(compiled, backend="tensorrt-rtx", observe=readings.observe) as pipe:
         sampler = measure._Sampler(pipe, readings, Request(str(compiled), steps=3, cfg=3.0))
         sampler.picture()
         sampler.picture(keep=True)
-    assert readings.device is None, "taken away with the other instruments"
     assert sampler.samples["step_gpu_ms"] == [7.0] * 3 and len(sampler.samples["step_ms"]) == 3
     assert (sampler.samples["text_encoder_gpu_ms"], sampler.samples["decode_gpu_ms"]) == ([3.0], [4.0])
 
@@ -103,7 +99,7 @@ def profiled(gpu: Gpu, compiled: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
     monkeypatch.setattr(bench_layers, "_RUNS", 2)
     monkeypatch.setattr(layers_tensorrt.device_bytes_per_s, "__defaults__", (4096,))
     readings = Readings(keep=True)
-    with instrumented(readings), Pipeline.load(compiled, backend="tensorrt-rtx") as pipe:
+    with Pipeline.load(compiled, backend="tensorrt-rtx", observe=readings.observe) as pipe:
         pipe("sun", steps=2, cfg=3.0, seed=0)
         yield pipe, readings
 

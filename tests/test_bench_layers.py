@@ -12,7 +12,7 @@ from bench_documents import ORT_EVENTS, ORT_OPERATORS
 from conftest import ROOT
 
 from sdrt.bench import layers
-from sdrt.bench.instruments import Readings, instrumented
+from sdrt.bench.instruments import Readings
 from sdrt.bench.layers import analyse, check_backend, machine_peak, profile
 from sdrt.bench.layers_openvino import time_of
 from sdrt.bench.operators import fitted, matrix_flops, total
@@ -89,7 +89,7 @@ def profiles(flat_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> dic
     patch.setattr(layers, "machine_peak", lambda: PEAK)
     for backend in ("onnxruntime", "openvino"):
         readings = Readings(keep=True)
-        with instrumented(readings), Pipeline.load(path, backend=backend, threads=1) as pipe:
+        with Pipeline.load(path, backend=backend, threads=1, observe=readings.observe) as pipe:
             pipe("sun", steps=1, cfg=3, seed=0)
             found[backend] = profile(pipe, readings.kept, {"vae_decoder": 2.0})
     patch.undo()

@@ -15,7 +15,7 @@ from bench_fakes import FakeEngine, FakePipe, FakeTime
 
 from sdrt.bench import measure
 from sdrt.bench.compare import Comparison
-from sdrt.bench.instruments import Readings, TimedEngine, instrumented
+from sdrt.bench.instruments import Readings, TimedEngine
 from sdrt.bench.measure import Request
 from sdrt.bench.metrics import Gates
 from sdrt.bench.result import assemble
@@ -86,22 +86,21 @@ def test_the_fit_of_a_fake_engine() -> None:
     assert fit["calls"] == [2, 5, 10]
 
 
-def test_instruments_are_taken_away_again(flat_bundle: Path) -> None:
-    """A real pipeline, loaded within the block, is timed; the classes are as they were afterwards."""
-    from sdrt.runtime import Pipeline, pipeline, tokenizer
+def test_a_real_pipeline_is_observed_from_its_loading_on(flat_bundle: Path) -> None:
+    from sdrt.runtime import Pipeline
 
-    before = (vars(pipeline)["load_engine"], dict(vars(tokenizer.Tokenizer)))
     readings = Readings()
-    with instrumented(readings), Pipeline.load(flat_bundle, threads=1) as pipe:
-        pipe("red apple", steps=3, cfg=3, seed=0)
+    with Pipeline.load(flat_bundle, threads=1, observe=readings.observe) as pipe:
+        result = pipe("red apple", steps=3, cfg=3, seed=0)
         assert readings.calls == {"text_encoder_calls": 1, "batches": 1, "joins": 1, "decode_calls": 1}
         assert len(readings.steps) == 3 and min(readings.steps) > 0
-        assert readings.tokenise > 0 and readings.engine_load > 0
+        assert result.timings_ms["tokenise"] > 0 and readings.engine_load > 0
         assert readings.inside == sum(readings.steps) + readings.text_encoder + readings.copies + readings.decode
-    assert (vars(pipeline)["load_engine"], dict(vars(tokenizer.Tokenizer))) == before
+    with Pipeline.load(flat_bundle, threads=1) as pipe:
+        assert pipe("red apple", steps=3, cfg=3, seed=0).images.tobytes() == result.images.tobytes() and len(readings.steps) == 3
 
 
-# Interleaved runs
+# Two side by side
 
 
 @pytest.fixture(scope="module")

@@ -55,7 +55,12 @@ def test_a_pair_of_real_processes(flat_bundle: Path) -> None:
     old, new = pairs(request, request, 0)
     assert pairs.alone is None and len(told) == 1 and told[0][0]["engine"] == told[0][1]["engine"]
     for answer in (old, new):
-        assert len(answer["samples"]["total_ms"]) == 2 and len(answer["samples"]["step_ms"]) == 2 * 3 and answer["fidelity"]["ok"]
+        assert (
+            len(answer["samples"]["total_ms"]) == 2
+            and len(answer["samples"]["load_ms"]) == 1
+            and len(answer["samples"]["step_ms"]) == 2 * 3
+            and answer["fidelity"]["ok"]
+        )
         assert {check["graph"] for check in answer["fidelity"]["checks"]} == {"text_encoder", "step", "vae_decoder"}
     assert old["counters"] == new["counters"] and old["fidelity"]["picture"] == new["fidelity"]["picture"]
 
@@ -72,7 +77,7 @@ for line in sys.stdin:
     if line == "end\\n":
         break
     print("done", flush=True)
-open(sys.argv[2], "w").write(json.dumps({"turns": True}))
+open(sys.argv[2], "w").write(json.dumps({"turns": True, "samples": {"total_ms": [1.0], "load_ms": [2.0]}}))
 """
 
 
@@ -93,9 +98,13 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def test_two_that_memory_does_not_hold_run_one_after_the_other(alone: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     pairs = Pairs(lambda _: None)
-    assert pairs(Request("old"), Request("new"), 0) == ({"turns": True}, {"turns": True}) and pairs.alone is None
+    for pair, samples in (
+        (0, {"total_ms": [1.0]}),
+        (1, {"total_ms": [1.0], "load_ms": [2.0]}),
+    ):  # the first two started one after the other, to see what they take
+        assert pairs(Request("old"), Request("new"), pair) == ({"turns": True, "samples": samples},) * 2 and pairs.alone is None
     monkeypatch.setattr(turns, "available_bytes", lambda: 4 * 10**9)
-    assert pairs(Request("old"), Request("new"), 1) == ({"turns": False}, {"turns": False}) and alone == ["new", "old"]
+    assert pairs(Request("old"), Request("new"), 2) == ({"turns": False}, {"turns": False}) and alone == ["old", "new"]
     assert pairs.alone == "the two do not fit into memory beside each other: 6,600 MB needed, 4,000 MB available"
     first = Pairs(lambda _: None)  # already in the first pair, once the first process has told what it took
     monkeypatch.setattr(turns, "available_bytes", lambda: 2 * 10**9)

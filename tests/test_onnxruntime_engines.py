@@ -25,7 +25,7 @@ from typer.testing import CliRunner
 
 from sdrt import checked, cli_engines, engine_cache, engine_record, faults
 from sdrt.bench import layers
-from sdrt.bench.instruments import Readings, instrumented
+from sdrt.bench.instruments import Readings
 from sdrt.bundle.folder import open_bundle
 from sdrt.bundle.graphs import GRAPHS, STEP, TEXT_ENCODER, VAE_DECODER, VAE_ENCODER
 from sdrt.bundle.manifest import ENGINES, WEIGHTS
@@ -178,7 +178,7 @@ def test_inspect_and_verify(bundle: Path, report: CompileReport) -> None:
 def test_the_operators_of_saved_models_are_profiled(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layers, "machine_peak", lambda: {"flops_per_s": 1e9, "bytes_per_s": 1e9})
     readings = Readings(keep=True)
-    with instrumented(readings), Pipeline.load(bundle, backend="onnxruntime", threads=1) as loaded:
+    with Pipeline.load(bundle, backend="onnxruntime", threads=1, observe=readings.observe) as loaded:
         loaded("sun", **ONE)
         monkeypatch.setattr(backend, "open_graph", lambda *_, **__: pytest.fail("another model than runs"))
         found = layers.profile(loaded, readings.kept, {})["graphs"]

@@ -591,7 +591,9 @@ def test_what_a_result_says(over_fake: Pipeline) -> None:
         "prompt": "fox", "negative": "sun", "steps": 3, "cfg": 2, "sampler": "dpmpp_2m", "schedule": "karras", "size": [64, 64], "batch": 2, "clip_skip": 1,
     }  # fmt: skip
     assert {name: result.parameters[name] for name in expected} == expected
-    assert set(result.timings_ms) == {"total", "text_encoder", "image_encoder", "denoise", "decode", "steps"} and len(result.timings_ms["steps"]) == 6
+    assert (
+        set(result.timings_ms) == {"total", "tokenise", "text_encoder", "image_encoder", "denoise", "decode", "steps"} and len(result.timings_ms["steps"]) == 6
+    )
 
 
 def test_default_size_is_the_bundle_s(fake: FakeEngine, flat_bundle: Path) -> None:

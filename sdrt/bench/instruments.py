@@ -1,20 +1,20 @@
-"""Time and counts at the engine's boundary: a wrapper of the Engine protocol, and where it is put so that the pipeline need not know.
+"""Time and counts at the engine's boundary: a wrapper of the Engine protocol, which the pipeline is loaded with.
 
 Imports nothing but the runtime's own modules, since what a process imports before its first picture is measured too.
 """
 
 from __future__ import annotations
 
-import functools
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sdrt.bench.device_times import DeviceTimes
-from sdrt.bundle.graphs import STEP
+
+if TYPE_CHECKING:
+    from sdrt.runtime.engine import Engine
 
 Clock = Callable[[], int]
 """Nanoseconds that only grow."""
@@ -29,7 +29,6 @@ class Readings:
     """
 
     clock: Clock = time.perf_counter_ns
-    tokenise: int = 0
     text_encoder: int = 0
     image_encoder: int = 0
     copies: int = 0
@@ -46,11 +45,32 @@ class Readings:
     _depth: int = 0
 
     def reset(self) -> None:
-        self.tokenise = self.text_encoder = self.image_encoder = self.copies = self.decode = self.inside = self.waited = 0
+        self.text_encoder = self.image_encoder = self.copies = self.decode = self.inside = self.waited = 0
         self.steps = []
         self.calls = Counter()
         if self.device is not None:
             self.device.read()
+
+    def observe(self, load: Callable[[], Engine]) -> Engine:
+        """For `Pipeline.load(observe=)`: time the loading of the engine, and everything that the pipeline asks of it.
+
+        On a GPU, what our own code starts is counted too: launches, copies, allocations. Synchronisations are calls of compiled objects, which cannot be seen from
+        here. And each model call and each run of another graph goes between two CUDA events.
+        """
+        started = self.clock()
+        engine: Any = load()
+        self.engine_load = self.clock() - started
+        if engine.backend.startswith("tensorrt"):
+            self.device = self.device or DeviceTimes(engine.cuda)
+            engine.watched.observer = self
+        return TimedEngine(engine, self)
+
+    def count(self, what: str) -> None:
+        self.calls[what] += 1
+
+    def around(self, graph: str, stream: Any, start: Callable[[], None]) -> None:
+        assert self.device is not None
+        self.device.around(graph, stream, start)
 
 
 class TimedBatch:
@@ -136,101 +156,3 @@ def _timed(readings: Readings, part: str, count: str, call: Callable[..., Any], 
         readings._depth -= 1
         setattr(readings, part, getattr(readings, part) + taken)
         readings.inside += taken
-
-
-@contextmanager
-def instrumented(readings: Readings) -> Iterator[None]:
-    """Within the block, every pipeline that is loaded gets a timed engine, and its tokenizer's public methods are timed.
-
-    The pipeline asks `load_engine` of its own module for an engine; that name is where the wrapper goes. On a GPU, what our own
-    code starts is counted too: launches, copies, allocations. Synchronisations are calls of compiled objects, which cannot be seen from here. And
-    each model call and each run of another graph goes between two CUDA events.
-    """
-    from sdrt.runtime import pipeline, tokenizer
-
-    replaced: list[tuple[Any, str, Any]] = []
-
-    def replace(owner: Any, name: str, value: Any) -> None:
-        replaced.append((owner, name, vars(owner)[name]))
-        setattr(owner, name, value)
-
-    load, kind = vars(pipeline)["load_engine"], tokenizer.Tokenizer
-
-    def timed_load(*arguments: Any, **options: Any) -> Any:
-        started = readings.clock()
-        engine = load(*arguments, **options)
-        readings.engine_load = readings.clock() - started
-        if engine.backend.startswith("tensorrt"):
-            from sdrt.runtime.captured_step import CapturedStep
-            from sdrt.runtime.device_memory import Block
-            from sdrt.runtime.tensorrt import TensorRtEngine
-
-            if readings.device is None:
-                readings.device = DeviceTimes(engine.cuda)
-                replace(CapturedStep, "launch", _timed_launch(CapturedStep.launch, readings.device))
-                replace(TensorRtEngine, "enqueue", _timed_enqueue(TensorRtEngine.enqueue, readings.device))
-                for owner, name, count in (
-                    (CapturedStep, "launch", "launches"), (Block, "to_device", "h2d"), (Block, "download", "d2h"), (Block, "__init__", "allocations"),
-                ):  # fmt: skip
-                    replace(owner, name, _counted(vars(owner)[name], readings, count))
-        return TimedEngine(engine, readings)
-
-    for name, method in list(vars(kind).items()):
-        if callable(method) and not name.startswith("_"):
-            replace(kind, name, _timed_method(method, readings))
-    replace(pipeline, "load_engine", timed_load)
-    try:
-        yield
-    finally:
-        readings.device = None
-        for owner, name, value in reversed(replaced):
-            setattr(owner, name, value)
-
-
-def _counted(method: Callable[..., Any], readings: Readings, count: str) -> Callable[..., Any]:
-    @functools.wraps(method)
-    def counted(*arguments: Any, **options: Any) -> Any:
-        readings.calls[count] += 1
-        return method(*arguments, **options)
-
-    return counted
-
-
-def _timed_launch(launch: Callable[..., None], times: DeviceTimes) -> Callable[..., None]:
-    @functools.wraps(launch)
-    def timed(step: Any, engine: Any, call: int) -> None:
-        times.around(STEP, engine.stream, lambda: launch(step, engine, call))
-
-    return timed
-
-
-def _timed_enqueue(enqueue: Callable[..., None], times: DeviceTimes) -> Callable[..., None]:
-    """Model calls are timed where they are launched; their own enqueueing may also be a capture, where events say nothing."""
-
-    @functools.wraps(enqueue)
-    def timed(engine: Any, context: Any, graph: str, stream: Any) -> None:
-        if graph == STEP:
-            enqueue(engine, context, graph, stream)
-        else:
-            times.around(graph, stream, lambda: enqueue(engine, context, graph, stream))
-
-    return timed
-
-
-def _timed_method(method: Callable[..., Any], readings: Readings) -> Callable[..., Any]:
-    nested = False
-
-    @functools.wraps(method)
-    def timed(*arguments: Any, **options: Any) -> Any:
-        nonlocal nested
-        if nested:
-            return method(*arguments, **options)
-        nested = True
-        started = readings.clock()
-        try:
-            return method(*arguments, **options)
-        finally:
-            readings.tokenise += readings.clock() - started
-            nested = False
-
-    return timed

@@ -16,7 +16,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from sdrt.bench.device_times import DEVICE_METRICS
 from sdrt.bundle.graphs import STEP
-from sdrt.errors import SdrtError
+from sdrt.errors import MachineError, SdrtError
 from sdrt.memory import peak_rss_bytes
 
 if TYPE_CHECKING:
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 _FIT_SHARES = (0.25, 0.5)
 """Shares of the steps at which further pictures are made, for the fit of fixed and per-call cost."""
 _FIT_PICTURES = 3
+ONCE = ("import_ms", "load_ms", "engine_load_ms", "first_picture_ms", "cold_ms")
+"""What a process does once, at its start."""
 
 
 @dataclass(frozen=True)
@@ -100,8 +102,8 @@ class _Sampler:
     def _keep(self, total: float, kept: dict[str, list[float]]) -> None:
         readings = self._readings
         found = {"total_ms": [total], "step_ms": [ns / 1e6 for ns in readings.steps], "host_ms": [total - readings.inside / 1e6]}
-        tokenise = self.last.timings_ms.get("tokenise", readings.tokenise / 1e6)
-        for name, value in (("tokenise_ms", tokenise), ("text_encoder_ms", readings.text_encoder / 1e6), ("decode_ms", readings.decode / 1e6)):
+        tokenise_ms = self.last.timings_ms.get("tokenise")
+        for name, value in (("tokenise_ms", tokenise_ms), ("text_encoder_ms", readings.text_encoder / 1e6), ("decode_ms", readings.decode / 1e6)):
             if value:  # nothing was done, as where prompts are cached: no sample, rather than a fast one
                 found[name] = [value]
         found["copies_ms"] = [readings.copies / 1e6]
@@ -130,7 +132,7 @@ class _Turns:
     A GPU works on after the host went on, so there a turn is a whole picture.
     """
 
-    TURN_MS = 200.0
+    TURN_MS = 50.0
 
     def __init__(self, said: IO[str], told: IO[str]) -> None:
         self._said, self._told = said, told
@@ -143,7 +145,7 @@ class _Turns:
     def hear(self) -> str:
         word = self._said.readline().strip()
         if not word:
-            sys.exit("whoever asked is gone")
+            raise MachineError("whoever asked for pictures is gone")
         self._began = time.perf_counter()
         return word
 
@@ -173,22 +175,21 @@ def measure(request: Request, turns: _Turns | None = None) -> dict[str, Any]:
     from sdrt.runtime import Pipeline  # first: what it takes is measured
 
     imported_ns = time.monotonic_ns()
-    from sdrt.bench.instruments import Readings, instrumented
+    from sdrt.bench.instruments import Readings
 
     readings = Readings()
-    with instrumented(readings):
-        started = time.monotonic_ns()
-        pipe = Pipeline.load(request.bundle, backend=request.backend, device=request.device, threads=request.threads)
-        loaded_ns = time.monotonic_ns()
-        sampler = _Sampler(pipe, readings, request)
-        first_ms = sampler.picture()
-        cold_ns = time.monotonic_ns()
-        imported = [name for name in sys.modules if not name.startswith("sdrt.bench")]
-        once = {
-            "import_ms": (imported_ns - request.spawned_ns) / 1e6, "load_ms": (loaded_ns - started) / 1e6, "engine_load_ms": readings.engine_load / 1e6,
-            "first_picture_ms": first_ms, "cold_ms": (cold_ns - request.spawned_ns) / 1e6,
-        }  # fmt: skip
-        return _sustained(request, pipe, readings, sampler, {name: [value] for name, value in once.items()}, imported, turns)
+    started = time.monotonic_ns()
+    pipe = Pipeline.load(request.bundle, backend=request.backend, device=request.device, threads=request.threads, observe=readings.observe)
+    loaded_ns = time.monotonic_ns()
+    sampler = _Sampler(pipe, readings, request)
+    first_ms = sampler.picture()
+    cold_ns = time.monotonic_ns()
+    imported = [name for name in sys.modules if not name.startswith("sdrt.bench")]
+    once = {
+        "import_ms": (imported_ns - request.spawned_ns) / 1e6, "load_ms": (loaded_ns - started) / 1e6, "engine_load_ms": readings.engine_load / 1e6,
+        "first_picture_ms": first_ms, "cold_ms": (cold_ns - request.spawned_ns) / 1e6,
+    }  # fmt: skip
+    return _sustained(request, pipe, readings, sampler, {name: [value] for name, value in once.items()}, imported, turns)
 
 
 def _sustained(
@@ -312,8 +313,9 @@ def _device_bytes(engine: dict[str, Any]) -> int | None:
 
 def take_turns() -> None:
     """Be a process that takes turns. Whatever a library prints goes to standard error, so that only words travel on standard output."""
-    with os.fdopen(os.dup(sys.stdout.fileno()), "w") as told:
-        os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    output, errors = 1, 2
+    with os.fdopen(os.dup(output), "w") as told:
+        os.dup2(errors, output)
         serve(_Turns(sys.stdin, told))
 
 

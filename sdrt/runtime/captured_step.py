@@ -60,10 +60,12 @@ class CapturedStep:
 
     def launch(self, engine: TensorRtEngine, call: int) -> None:
         """Start one model call."""
+        engine.watched.count("launches")
         if self.graphs is None:
-            engine.enqueue(self.contexts[call % 2], STEP, engine.stream)
+            engine.watched.around(STEP, engine.stream, lambda: engine.enqueue(self.contexts[call % 2], STEP, engine.stream))
         else:
-            self.graphs[call % 2].launch(engine.stream)
+            graph = self.graphs[call % 2]
+            engine.watched.around(STEP, engine.stream, lambda: graph.launch(engine.stream))
 
     def block_of(self, name: str, call: int) -> Block:
         """The block that holds a step input for a call."""

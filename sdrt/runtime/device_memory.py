@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,10 +48,12 @@ def layout(fields: Sequence[tuple[str, tuple[int, ...], DTypeLike]]) -> Layout:
 
 
 class Block:
-    """A block in device memory and, where `pinned` is set, its twin in page-locked host memory."""
+    """A block in device memory and, where `pinned` is set, its twin in page-locked host memory. `count` is told of what it starts: allocations, h2d, d2h."""
 
-    def __init__(self, cuda: Any, device: Any, stream: Any, what: Layout, *, pinned: bool) -> None:
+    def __init__(self, cuda: Any, device: Any, stream: Any, what: Layout, *, pinned: bool, count: Callable[[str], None]) -> None:
         self.layout = what
+        self._count = count
+        count("allocations")
         self._cuda = cuda
         self._device = device.allocate(what.size_bytes, stream=stream)
         try:
@@ -91,11 +93,13 @@ class Block:
 
     def to_device(self, stream: Any, start: int, end: int) -> None:
         """Start one copy of the block's bytes from `start` up to `end`."""
+        self._count("h2d")
         device, host = self._span(start, end)
         device.copy_from(host, stream=stream)
 
     def download(self, stream: Any, first: str, last: str) -> None:
         """Start one copy to the host; read `host` after the stream has been synchronised."""
+        self._count("d2h")
         device, host = self._span(*self._between(first, last))
         host.copy_from(device, stream=stream)
 

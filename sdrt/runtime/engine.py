@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any, Protocol
@@ -198,6 +198,37 @@ class Engine(Protocol):
 
     def describe(self) -> dict[str, Any]:
         """What runs the bundle's own size: library and version, precision, threads or device."""
+
+
+class Observer(Protocol):
+    """What may watch a GPU engine at work. It must make nothing wait."""
+
+    def count(self, what: str) -> None:
+        """A launch, a copy (`h2d`, `d2h`) or an allocation is about to start."""
+
+    def around(self, graph: str, stream: Any, start: Callable[[], None]) -> None:
+        """Start a run of a graph on a stream, with whatever the observer puts before and after it."""
+
+
+class Watched:
+    """Passes on what a GPU engine starts, where somebody observes it. Apart from the engine, so that its buffers need not hold it."""
+
+    def __init__(self) -> None:
+        self.observer: Observer | None = None
+
+    def count(self, what: str) -> None:
+        if self.observer is not None:
+            self.observer.count(what)
+
+    def around(self, graph: str, stream: Any, start: Callable[[], None]) -> None:
+        if self.observer is None:
+            start()
+        else:
+            self.observer.around(graph, stream, start)
+
+
+Observe = Callable[[Callable[[], Engine]], Engine]
+"""Calls what it is given, which loads the engine, and returns what a pipeline is to use: that engine, or one of its own around it."""
 
 
 def tables(rows: Sequence[Row], guidance: Sequence[Sequence[float]]) -> dict[str, Float]:

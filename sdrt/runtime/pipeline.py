@@ -9,6 +9,7 @@ import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 from numbers import Real
 from pathlib import Path
 from threading import Event
@@ -23,7 +24,7 @@ from sdrt.checked import check_file
 from sdrt.engine_shapes import EngineShapes, JobShape, any_shapes
 from sdrt.errors import Cancelled, ClosedError, DeadlineError, MissingEngineError, NonFiniteError, UsageError
 from sdrt.runtime.conditioning import Conditioning, Prompts, TextConditioner
-from sdrt.runtime.engine import Engine, Float, Job, Pixels, RunningBatch, load_engine, tables
+from sdrt.runtime.engine import Engine, Float, Job, Observe, Pixels, RunningBatch, load_engine, tables
 from sdrt.runtime.images import Canvas, blank_canvas, canvas, laid_over
 from sdrt.runtime.noise import Draws, draw_noise
 from sdrt.runtime.picture_file import QUALITY, encode
@@ -44,11 +45,12 @@ _OF_SOURCE = ("kind", "name", "sha256", "scale", "te_scale", "trigger")
 class Timings(TypedDict):
     """How long the parts of a request took, in milliseconds, all its pictures together.
 
-    `image_encoder` is 0 without an init image. `steps` has one entry per model call of every batch, and `denoise` is their sum. `total` holds whatever
-    the reader of a stream did between its steps too.
+    `tokenise` is reading the prompts, before `total` begins. `image_encoder` is 0 without an init image. `steps` has one entry per model call of
+    every batch, and `denoise` is their sum. `total` holds whatever the reader of a stream did between its steps too.
     """
 
     total: float
+    tokenise: float
     text_encoder: float
     image_encoder: float
     denoise: float
@@ -211,6 +213,7 @@ class _Plan:
     request: Request
     rows: list[Row]
     prompts: Mapping[tuple[str, str], Prompts]
+    tokenise_ms: float
     start: Canvas | None
 
 
@@ -224,14 +227,16 @@ class Pipeline:
 
     @classmethod
     def load(
-        cls, path: str | Path, *, backend: str = "auto", device: int = 0, threads: int | None = None, on_missing: str = "error", cores: str = "own"
-    ) -> Pipeline:
+        cls, path: str | Path, *, backend: str = "auto", device: int = 0, threads: int | None = None, on_missing: str = "error", cores: str = "own",
+        observe: Observe | None = None,
+    ) -> Pipeline:  # fmt: skip
         """Load a bundle after checking every file of it against its manifest; weights that were checked before and are untouched are not read again.
 
         `device` counts GPUs and is ignored on a CPU; `threads` is for CPU engines, None leaves the choice to them. `on_missing` is what a request gets
         whose size, prompt length or number of guidance branches no engine of the bundle serves: "error"; "compile", seconds of compiling in memory
         where the engines are OpenVINO's, an error elsewhere; or "fallback", ONNX Runtime in their place, which the result names. `cores` is "own", or
-        "shared" where other processes keep the CPU's cores busy: docs/deploy.md says what that changes.
+        "shared" where other processes keep the CPU's cores busy: docs/deploy.md says what that changes. `observe` may put
+        something between the pipeline and its engine, as a benchmark does.
 
         Raises:
             InputFileError: there is no bundle at `path`.
@@ -251,7 +256,8 @@ class Pipeline:
             # Hashing the weights takes as long as reading them, so it runs beside loading. Data alone cannot harm: it is used after the check.
             checked: Future[None] = pool.submit(check_file, bundle, WEIGHTS)
             try:
-                engine = load_engine(bundle, backend, threads, device, on_missing=on_missing, cores=cores)
+                load = partial(load_engine, bundle, backend, threads, device, on_missing=on_missing, cores=cores)
+                engine = load() if observe is None else observe(load)
             finally:
                 checked.result()
         pipeline = cls(bundle, engine, Tokenizer(bundle.file("tokenizer/tokenizer.json"), bundle.manifest.text[0]))
@@ -330,7 +336,9 @@ class Pipeline:
         course = _Course(_deadline(deadline_s))
         request = resolved(request_of_settings(prompt, settings), self.bundle.manifest)
         rows = self._rows(request)
-        plan = _Plan(request, rows, self._read_prompts(request, rows), self._canvas(request))
+        started = time.perf_counter()
+        prompts = self._read_prompts(request, rows)
+        plan = _Plan(request, rows, prompts, _since(started), self._canvas(request))
         self._check_memory(engine, plan)
         return Stream(self._run(engine, plan, course), course)
 
@@ -395,7 +403,7 @@ class Pipeline:
     def _run(self, engine: Engine, plan: _Plan, course: _Course) -> Generator[Step, None, None]:
         request, rows = plan.request, plan.rows
         started = time.perf_counter()
-        timings: Timings = {"total": 0.0, "text_encoder": 0.0, "image_encoder": 0.0, "denoise": 0.0, "decode": 0.0, "steps": []}
+        timings: Timings = {"total": 0.0, "tokenise": plan.tokenise_ms, "text_encoder": 0.0, "image_encoder": 0.0, "denoise": 0.0, "decode": 0.0, "steps": []}
         rounding = ROUNDING[request.compat]
         images: list[Pixels] = []
         said: dict[tuple[str, str], Conditioning] = {}

@@ -29,7 +29,7 @@ from sdrt.errors import MachineError, MissingEngineError, ResourceError, SdrtErr
 from sdrt.machine.packages import install_command
 from sdrt.runtime.captured_step import CapturedStep, TensorRtMemory
 from sdrt.runtime.device_memory import Block, layout
-from sdrt.runtime.engine import BatchShape, Float, Pixels
+from sdrt.runtime.engine import BatchShape, Float, Pixels, Watched
 from sdrt.runtime.request_memory import Demand
 from sdrt.runtime.running_batch import Slots
 
@@ -53,6 +53,7 @@ class TensorRtEngine:
         self._lock = RLock()
         self._dead: str | None = None
         self._graphs_disabled = False
+        self.watched = Watched()
         self._free: deque[CapturedStep] = deque()
         self._blocks: dict[Any, Block] = {}
         self._more_activations: list[Any] = []
@@ -133,7 +134,7 @@ class TensorRtEngine:
         self.bind(context, graph, 0, {name: (block.address(name), block.layout.sections[name].shape) for name in signature.inputs})
         for name in signature.outputs:
             context.set_tensor_address(name, block.address(name))
-        self.enqueue(context, graph, self._stream)
+        self.watched.around(graph, self._stream, lambda: self.enqueue(context, graph, self._stream))
 
     def open(self, shape: BatchShape, capacity: int) -> Slots:
         with self.guarded(STEP):
@@ -194,7 +195,7 @@ class TensorRtEngine:
         return _Guard(self, where)
 
     def block(self, fields: list[Any], *, pinned: bool = True) -> Block:
-        return Block(self._cuda, self._device, self._stream, layout(fields), pinned=pinned)
+        return Block(self._cuda, self._device, self._stream, layout(fields), pinned=pinned, count=self.watched.count)
 
     def _kept(self, graph: str, sizes: Mapping[str, int]) -> Block:
         """A block for a graph's inputs and outputs that is used and synchronised within one guarded call, kept for the next call of the same sizes."""
