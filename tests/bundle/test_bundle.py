@@ -844,9 +844,9 @@ def test_pipe_beside_the_files(folder: Path) -> None:
     refused(folder, ": graphs/extra: expected a regular file")
 
 
-def test_graph_by_name(folder: Path) -> None:
-    opened = open_bundle(folder)
-    assert opened.graph("step", "fp32") == folder / "graphs/step.fp32.onnx"
+def test_graph_by_name(small_bundle: Path) -> None:
+    opened = open_bundle(small_bundle)
+    assert opened.graph("step", "fp32") == small_bundle / "graphs/step.fp32.onnx"
     for graph, precision in (("step", "bf16"), ("none", "fp32")):
         with pytest.raises(BundleError, match=f"no {precision} {graph} graph"):
             opened.graph(graph, precision)

@@ -7,7 +7,6 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -177,12 +176,8 @@ def test_prediction_of_the_manifest_is_used() -> None:
     )
 
 
-def columns(table: Any) -> set[int]:
-    return {len(column) for column in vars(table).values()}
-
-
 def test_tables_are_float32_and_as_long_as_the_rows() -> None:
     table = tables(plan_rows("heun", "karras", 4, Diffusion()), [[-6.0, 7.0]] * 7)
-    assert columns(table) == {7}
-    assert {column.dtype for column in vars(table).values()} == {np.dtype(np.float32)}
-    assert table.w.tolist() == [[-6.0, 7.0]] * 7 and not table.inpaint.any()
+    assert {len(column) for column in table.values()} == {7}
+    assert {column.dtype for column in table.values()} == {np.dtype(np.float32)}
+    assert table["w"].tolist() == [[-6.0, 7.0]] * 7 and not table["inpaint"].any() and not table["v"].any()
