@@ -167,7 +167,7 @@ def _copy_ms(engine: Any, size_bytes: int) -> float:
         target, source = blocks
         source.clear(engine.stream)
         for _ in range(_COPIES):
-            times.around("copy", engine.stream, lambda: target.copy(engine.stream, "bytes", source, "bytes"))
+            times.around("copy", engine.stream, lambda: target.copy(engine.stream, 0, source, 0, size_bytes))
         engine.stream.sync()
         return min(times.read()["copy"])
     finally:
