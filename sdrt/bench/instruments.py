@@ -63,8 +63,8 @@ class Readings:
         engine: Any = load()
         self.engine_load = self.clock() - started
         if engine.backend.startswith("tensorrt"):
-            self.device = self.device or DeviceTimes(engine.cuda)
-            engine.watched.observer = self
+            self.device = self.device or DeviceTimes(engine.plans.cuda)
+            engine.plans.watched.observer = self
         return TimedEngine(engine, self)
 
     def count(self, what: str) -> None:

@@ -82,14 +82,14 @@ def _on_cpu(pipe: Any, kept: Mapping[str, Any], wall_ms: Mapping[str, float]) ->
 
 
 def _on_gpu(pipe: Any, kept: Mapping[str, Any], wall_ms: Mapping[str, float]) -> dict[str, Any]:
-    engine = pipe._engine
-    peak = {"flops_per_s": None, "bytes_per_s": layers_tensorrt.device_bytes_per_s(engine)}
+    plans = pipe._engine.plans
+    peak = {"flops_per_s": None, "bytes_per_s": layers_tensorrt.device_bytes_per_s(plans)}
     notes, graphs = [layers_tensorrt.NO_PEAK], {}
     with tempfile.TemporaryDirectory() as folder:
         for graph, inputs in _feeds(pipe.bundle, kept).items():
-            chosen, fitting = layers_tensorrt.fitted_inputs(engine, graph, kept["shape"], inputs)
-            found = layers_tensorrt.profile_graph(engine, pipe.bundle, graph, chosen, fitting, _RUNS)
-            counted = layers_tensorrt.arithmetic(pipe.bundle, graph, fitting, engine.record.key.precision, Path(folder))
+            chosen, fitting = layers_tensorrt.fitted_inputs(plans, graph, kept["shape"], inputs)
+            found = layers_tensorrt.profile_graph(plans, pipe.bundle, graph, chosen, fitting, _RUNS)
+            counted = layers_tensorrt.arithmetic(pipe.bundle, graph, fitting, plans.record.key.precision, Path(folder))
             if counted is None and layers_tensorrt.NO_ARITHMETIC not in notes:
                 notes.append(layers_tensorrt.NO_ARITHMETIC)
             runs = (

@@ -38,11 +38,11 @@ NO_ARITHMETIC = (
 
 
 def fitted_inputs(
-    engine: Any, graph: str, shape: BatchShape, inputs: Mapping[str, NDArray[Any]]
+    plans: Any, graph: str, shape: BatchShape, inputs: Mapping[str, NDArray[Any]]
 ) -> tuple[int, dict[str, NDArray[Any]]]:
     """The profile of an engine for a running batch, and inputs cut or padded to the nearest shapes it takes."""
-    profile = engine.profile(shape) if graph == STEP else 0
-    ranges = engine.record.key.profiles[graph][profile].shapes
+    profile = plans.profile(shape) if graph == STEP else 0
+    ranges = plans.record.key.profiles[graph][profile].shapes
     made = {}
     for name, array in inputs.items():
         low, _, high = ranges.get(name, (array.shape,) * 3)
@@ -51,43 +51,43 @@ def fitted_inputs(
 
 
 def profile_graph(
-    engine: Any, bundle: Bundle, graph: str, profile: int, inputs: Mapping[str, NDArray[Any]], runs: int
+    plans: Any, bundle: Bundle, graph: str, profile: int, inputs: Mapping[str, NDArray[Any]], runs: int
 ) -> list[Layer]:
     """Run a graph of the engine once to warm up and `runs` times more, uncaptured, and return the median of each layer.
 
     Raises:
         MachineError: TensorRT refuses, or reports no layers.
     """
-    with engine.guarded(graph):
-        context = engine.context(graph)
+    with plans.guarded(graph):
+        context = plans.context(graph)
         fields = [(name, array.shape, array.dtype) for name, array in inputs.items()]
-        given = engine.block(fields)
+        given = plans.block(fields)
         taken = None
         try:
             for name, array in inputs.items():
                 given.host(name)[...] = array
-            given.upload(engine.stream, fields[0][0], fields[-1][0])
-            engine.bind(
+            given.upload(plans.stream, fields[0][0], fields[-1][0])
+            plans.bind(
                 context, graph, profile, {name: (given.address(name), array.shape) for name, array in inputs.items()}
             )
             outputs = [
                 (name, tuple(context.get_tensor_shape(name)), tensor.dtype)
-                for name, tensor in engine.signatures[graph].outputs.items()
+                for name, tensor in plans.signatures[graph].outputs.items()
             ]
-            taken = engine.block(outputs, pinned=False)
+            taken = plans.block(outputs, pinned=False)
             for name, _, _ in outputs:
                 context.set_tensor_address(name, taken.address(name))
-            timed = _layer_times(engine, context, graph, runs)
-            kinds = _kinds(engine, context)
+            timed = _layer_times(plans, context, graph, runs)
+            kinds = _kinds(plans, context)
         finally:
             for block in (given, taken):
                 if block is not None:
-                    block.close(engine.stream)
+                    block.close(plans.stream)
     return [Layer(name, kinds.get(name) or _without_numbers(name), ms) for name, ms in timed.items()]
 
 
-def _layer_times(engine: Any, context: Any, graph: str, runs: int) -> dict[str, float]:
-    trt: Any = engine.library
+def _layer_times(plans: Any, context: Any, graph: str, runs: int) -> dict[str, float]:
+    trt: Any = plans.library
 
     class Profiler(trt.IProfiler):  # type: ignore[misc]
         """Adds up the layers of a run; a name may come more than once in it."""
@@ -105,8 +105,8 @@ def _layer_times(engine: Any, context: Any, graph: str, runs: int) -> dict[str, 
     found: list[dict[str, float]] = []
     for _ in range(runs + 1):
         profiler.run = {}
-        engine.enqueue(context, graph, engine.stream)
-        engine.stream.sync()
+        plans.enqueue(context, graph, plans.stream)
+        plans.stream.sync()
         if not context.report_to_profiler():
             raise MachineError(f"--layers: {graph}: TensorRT did not report its layers", "Leave --layers out.")
         found.append(profiler.run)
@@ -115,10 +115,10 @@ def _layer_times(engine: Any, context: Any, graph: str, runs: int) -> dict[str, 
     return {name: statistics.median(run.get(name, 0.0) for run in found[1:]) for name in found[-1]}
 
 
-def _kinds(engine: Any, context: Any) -> dict[str, str]:
+def _kinds(plans: Any, context: Any) -> dict[str, str]:
     """Kinds of layers by name, of plans that were made with details."""
     inspector = context.engine.create_engine_inspector()
-    told = json.loads(inspector.get_engine_information(engine.library.LayerInformationFormat.JSON))
+    told = json.loads(inspector.get_engine_information(plans.library.LayerInformationFormat.JSON))
     return {
         str(layer.get("Name")): str(layer.get("LayerType", ""))
         for layer in told.get("Layers", [])
@@ -146,30 +146,30 @@ def arithmetic(
     return found if precision == "fp32" else replace(found, bytes=found.bytes // 2)
 
 
-def device_bytes_per_s(engine: Any, size_bytes: int = _COPIED_BYTES) -> float | None:
+def device_bytes_per_s(plans: Any, size_bytes: int = _COPIED_BYTES) -> float | None:
     """What a copy within the GPU's memory reads and writes per second, between CUDA events, best of several.
 
     None where the GPU has no memory left for it, or where it takes no time at all.
     """
     try:
-        with engine.guarded("copy"):
-            best = _copy_ms(engine, size_bytes)
+        with plans.guarded("copy"):
+            best = _copy_ms(plans, size_bytes)
     except ResourceError:
         return None
     return 2 * size_bytes / (best / 1e3) if best > 0 else None
 
 
-def _copy_ms(engine: Any, size_bytes: int) -> float:
-    times, blocks = DeviceTimes(engine.cuda), []
+def _copy_ms(plans: Any, size_bytes: int) -> float:
+    times, blocks = DeviceTimes(plans.cuda), []
     try:
         for _ in range(2):
-            blocks.append(engine.block([("bytes", (size_bytes,), np.uint8)], pinned=False))
+            blocks.append(plans.block([("bytes", (size_bytes,), np.uint8)], pinned=False))
         target, source = blocks
-        source.clear(engine.stream)
+        source.clear(plans.stream)
         for _ in range(_COPIES):
-            times.around("copy", engine.stream, lambda: target.copy(engine.stream, 0, source, 0, size_bytes))
-        engine.stream.sync()
+            times.around("copy", plans.stream, lambda: target.copy(plans.stream, 0, source, 0, size_bytes))
+        plans.stream.sync()
         return min(times.read()["copy"])
     finally:
         for block in blocks:
-            block.close(engine.stream)
+            block.close(plans.stream)

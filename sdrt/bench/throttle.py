@@ -102,7 +102,7 @@ def gpu_state(engine: Any, device: int) -> GpuState | None:
         from cuda.bindings import nvml
 
         nvml.init_v2()
-        return GpuState(nvml, nvml.device_get_handle_by_pci_bus_id_v2(engine.cuda.Device(device).pci_bus_id))
+        return GpuState(nvml, nvml.device_get_handle_by_pci_bus_id_v2(engine.plans.cuda.Device(device).pci_bus_id))
     except Exception:  # no NVML, no permission, a simulated device: then nothing is told
         return None
 

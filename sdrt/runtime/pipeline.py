@@ -25,7 +25,8 @@ from sdrt.bundle.manifest import MAX_BRANCHES, MAX_CHUNKS, WEIGHTS
 from sdrt.bundle.remembered import check_file
 from sdrt.engines.shapes import EngineShapes, JobShape, any_shapes
 from sdrt.errors import Cancelled, ClosedError, DeadlineError, MissingEngineError, NonFiniteError, UsageError
-from sdrt.runtime.engine import Engine, Float, Job, Observe, Pixels, RunningBatch, load_engine, tables
+from sdrt.runtime.backend import load_engine
+from sdrt.runtime.engine import Engine, Float, Job, Observe, Pixels, RunningBatch, tables
 from sdrt.runtime.pictures.canvas import Canvas, blank_canvas, canvas, laid_over
 from sdrt.runtime.pictures.file import QUALITY, encode
 from sdrt.runtime.prompts.conditioning import Conditioning, Prompts, TextConditioner

@@ -30,7 +30,7 @@ from sdrt.bench.metrics import Gates
 from sdrt.bench.result import assemble
 from sdrt.bundle.folder import open_bundle
 from sdrt.runtime import Pipeline
-from sdrt.runtime.engine import load_engine
+from sdrt.runtime.backend import load_engine
 
 EXPECTED: dict[str, dict[str, int]] = json.loads((ROOT / "benchmarks" / "counters.json").read_text(encoding="utf-8"))
 SETTINGS: dict[str, dict[str, Any]] = {

@@ -123,7 +123,7 @@ def profiled(gpu: Gpu, compiled: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
 
 def test_layers_of_each_graph(profiled: tuple[Any, Readings], gpu: Gpu, compiled: Path) -> None:
     pipe, readings = profiled
-    slots = list(pipe._engine._free)
+    slots = list(pipe._engine.plans.idle)
     before = gpu.used_bytes()
     gpu.costs_ms["d2d"] = 2.0
     with gpu.counted() as counts:
@@ -151,8 +151,8 @@ def test_layers_of_each_graph(profiled: tuple[Any, Readings], gpu: Gpu, compiled
     assert step["share_of_peak"] is None is step["share_of_roofline"] and step["share_of_bandwidth"] == pytest.approx(
         step["bytes_per_s"] / found["peak"]["bytes_per_s"]
     )
-    pipe._engine.settle()
-    assert gpu.used_bytes() == before and list(pipe._engine._free) == slots, (
+    pipe._engine.plans.settle()
+    assert gpu.used_bytes() == before and list(pipe._engine.plans.idle) == slots, (
         "nothing of it stays, and captured contexts are as they were"
     )
     assert pipe("sun", steps=2, cfg=3.0, seed=0).engine["cuda_graphs"] is True
@@ -198,18 +198,18 @@ def test_a_profile_that_fails_leaves_the_pipeline_usable(profiled: tuple[Any, Re
     gpu.faults.runs[STEP] = 3
     with pytest.raises(MachineError, match="step: TensorRT refused to run"):
         profile(pipe, readings.kept, {})
-    pipe._engine.settle()
+    pipe._engine.plans.settle()
     assert gpu.used_bytes() == before
     assert pipe("sun", steps=2, cfg=3.0, seed=0).images.shape == (1, 64, 64, 3)
 
 
 def test_a_full_gpu_has_no_bandwidth_to_tell(profiled: tuple[Any, Readings], gpu: Gpu) -> None:
-    engine = profiled[0]._engine
+    plans = profiled[0]._engine.plans
     gpu.costs_ms["d2d"] = 1.0
     for which in (1, 2):
         before = gpu.used_bytes()
         gpu.faults.allocation = which
-        assert layers_tensorrt.device_bytes_per_s(engine) is None
-        engine.settle()
+        assert layers_tensorrt.device_bytes_per_s(plans) is None
+        plans.settle()
         assert gpu.used_bytes() <= before
-    assert layers_tensorrt.device_bytes_per_s(engine) == 2 * 4096 / 1e-3
+    assert layers_tensorrt.device_bytes_per_s(plans) == 2 * 4096 / 1e-3

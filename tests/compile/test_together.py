@@ -20,7 +20,7 @@ from sdrt.compile.options import GraphReport
 from sdrt.engines.store import list_engines
 from sdrt.errors import ResourceError
 from sdrt.files import faults, publish
-from sdrt.runtime.engine import load_engine
+from sdrt.runtime.backend import load_engine
 
 
 @pytest.fixture

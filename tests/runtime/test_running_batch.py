@@ -25,9 +25,10 @@ from sdrt.bundle.folder import open_bundle
 from sdrt.bundle.graphs import STEP
 from sdrt.bundle.manifest import Diffusion
 from sdrt.errors import UsageError
+from sdrt.runtime.backend import load_engine
 from sdrt.runtime.backends.onnxruntime import engine as onnxruntime
 from sdrt.runtime.backends.tensorrt.blocks import Block
-from sdrt.runtime.engine import Engine, Float, Job, load_engine, tables
+from sdrt.runtime.engine import Engine, Float, Job, tables
 from sdrt.runtime.sampling.noise import draw_noise
 from sdrt.runtime.sampling.registry import SAMPLERS, plan_rows
 

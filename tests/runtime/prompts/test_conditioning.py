@@ -19,7 +19,8 @@ from reference import relative
 from sdrt.bundle.folder import open_bundle
 from sdrt.bundle.manifest import Source
 from sdrt.errors import UsageError
-from sdrt.runtime.engine import Float, load_engine
+from sdrt.runtime.backend import load_engine
+from sdrt.runtime.engine import Float
 from sdrt.runtime.prompts.conditioning import CACHED_CHUNKS, Conditioning, TextConditioner
 from sdrt.runtime.prompts.tokenizer import Tokenizer
 

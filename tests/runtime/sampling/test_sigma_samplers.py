@@ -16,7 +16,8 @@ from sampler_machine import normals, run_engine, run_machine, toy_network
 
 from sdrt.bundle.folder import open_bundle
 from sdrt.bundle.manifest import Diffusion
-from sdrt.runtime.engine import Engine, load_engine, tables
+from sdrt.runtime.backend import load_engine
+from sdrt.runtime.engine import Engine, tables
 from sdrt.runtime.sampling.registry import SAMPLERS, plan_rows
 from sdrt.runtime.sampling.schedule import SCHEDULES
 

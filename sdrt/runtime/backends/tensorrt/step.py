@@ -1,7 +1,7 @@
 """The denoising step on a GPU: buffers, execution contexts and captured CUDA graphs for one shape, and the memory of a
 running batch on top.
 
-`sdrt.runtime.backends.tensorrt.engine` owns the device, the stream and the engines; this owns what a running batch
+`sdrt.runtime.backends.tensorrt.plans` owns the device, the stream and what is loaded; this owns what a running batch
 needs of them.
 """
 
@@ -11,25 +11,25 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sdrt.bundle.graphs import FED_BACK, STEP, VAE_DECODER, Signature, concrete
-from sdrt.errors import UsageError
+from sdrt.errors import ResourceError, UsageError
 from sdrt.runtime.backends.tensorrt.blocks import Block
+from sdrt.runtime.backends.tensorrt.plans import Plans, out_of_memory
 from sdrt.runtime.engine import BatchShape, Float, Pixels
 from sdrt.runtime.running_batch import Part, step_sizes
-
-if TYPE_CHECKING:
-    from sdrt.runtime.backends.tensorrt.engine import TensorRtEngine
 
 _AHEAD = 2
 """Model calls the host may be ahead of the device: enough to keep it busy, few enough that progress and cancelling are
 true.
 """
 _POLL_S = 100e-6
+_IDLE_STEPS = 4
+"""Idle sets of buffers, contexts and graphs kept, least recently used dropped first."""
 
 
 class CapturedStep:
@@ -38,66 +38,64 @@ class CapturedStep:
     Call 0 reads what is fed back from `inputs` and writes it to `outputs`, call 1 the other way.
     """
 
-    def __init__(self, engine: TensorRtEngine, signature: Signature, shape: BatchShape, capacity: int) -> None:
+    def __init__(self, plans: Plans, signature: Signature, shape: BatchShape, capacity: int) -> None:
         self.shape, self.capacity = shape, capacity
         self.contexts: list[Any] = []
         self.graphs: list[Any] | None = None
         self.context_sets: list[Block | None] = [None] * capacity
         self._signature = signature
-        sizes = step_sizes(shape, capacity, engine.rows)
+        sizes = step_sizes(shape, capacity, plans.rows)
         # Noise comes last: of all it is the one of which a picture uses a part only.
         inputs = sorted(signature.inputs.items(), key=lambda item: item[0] == "noise")
         outputs = {back: signature.outputs[name] for back, name in FED_BACK.items()} | {
             "denoised": signature.outputs["denoised"]
         }
-        self.inputs = engine.block([(name, concrete(tensor.shape, sizes), tensor.dtype) for name, tensor in inputs])
+        self.inputs = plans.block([(name, concrete(tensor.shape, sizes), tensor.dtype) for name, tensor in inputs])
         try:
-            self.outputs = engine.block(
+            self.outputs = plans.block(
                 [(name, concrete(tensor.shape, sizes), tensor.dtype) for name, tensor in outputs.items()]
             )
         except BaseException:
             self.inputs.close(
-                engine.stream
+                plans.stream
             )  # now, not when the error is forgotten: a smaller picture may be asked for first
             raise
         try:
-            self._bind(engine)
-            if not engine.graphs_disabled:
-                self.graphs = self._capture(engine)
+            self._bind(plans)
+            if not plans.graphs_disabled:
+                self.graphs = self._capture(plans)
         except BaseException:
-            self.close(engine.stream)
+            self.close(plans.stream)
             raise
 
-    def launch(self, engine: TensorRtEngine, call: int) -> None:
+    def launch(self, plans: Plans, call: int) -> None:
         """Start one model call."""
-        engine.watched.count("launches")
+        plans.watched.count("launches")
         if self.graphs is None:
-            engine.watched.around(
-                STEP, engine.stream, lambda: engine.enqueue(self.contexts[call % 2], STEP, engine.stream)
-            )
+            plans.watched.around(STEP, plans.stream, lambda: plans.enqueue(self.contexts[call % 2], STEP, plans.stream))
         else:
             graph = self.graphs[call % 2]
-            engine.watched.around(STEP, engine.stream, lambda: graph.launch(engine.stream))
+            plans.watched.around(STEP, plans.stream, lambda: graph.launch(plans.stream))
 
     def block_of(self, name: str, call: int) -> Block:
         """The block that holds a step input for a call."""
         return self.outputs if name in FED_BACK and call % 2 else self.inputs
 
-    def hold_contexts(self, engine: TensorRtEngine, slot: int, sets: Sequence[Float]) -> None:
+    def hold_contexts(self, plans: Plans, slot: int, sets: Sequence[Float]) -> None:
         """Put a picture's context sets on the device, in memory that stays with the slot: the next such picture
         allocates nothing.
         """
         held = self.context_sets[slot]
         if held is None or held.layout.sections["sets"].shape[0] < len(sets):
             if held is not None:
-                held.close(engine.stream)
+                held.close(plans.stream)
                 self.context_sets[slot] = None
-            held = self.context_sets[slot] = engine.block([("sets", (len(sets), *sets[0].shape), np.float32)])
+            held = self.context_sets[slot] = plans.block([("sets", (len(sets), *sets[0].shape), np.float32)])
         for i, context in enumerate(sets):
             held.host("sets")[i] = context
-        held.upload_parts(engine.stream, [("sets", 0, len(sets))])
+        held.upload_parts(plans.stream, [("sets", 0, len(sets))])
 
-    def change_context(self, engine: TensorRtEngine, slot: int, index: int) -> None:
+    def change_context(self, plans: Plans, slot: int, index: int) -> None:
         """Start the one copy that gives the next rows another context set. The rows before have read theirs: one
         stream, one order.
         """
@@ -105,7 +103,7 @@ class CapturedStep:
         assert held is not None
         size_bytes = held.offset("sets", 1) - held.offset("sets", 0)
         self.inputs.copy(
-            engine.stream, self.inputs.offset("context", slot), held, held.offset("sets", index), size_bytes
+            plans.stream, self.inputs.offset("context", slot), held, held.offset("sets", index), size_bytes
         )
 
     def close(self, stream: Any) -> None:
@@ -116,42 +114,42 @@ class CapturedStep:
             if block is not None:
                 block.close(stream)
 
-    def _bind(self, engine: TensorRtEngine) -> None:
-        self.inputs.clear(engine.stream)
-        self.outputs.clear(engine.stream)
-        profile = engine.profile(self.shape)
-        self.contexts += [engine.context(STEP), engine.context(STEP)]
+    def _bind(self, plans: Plans) -> None:
+        self.inputs.clear(plans.stream)
+        self.outputs.clear(plans.stream)
+        profile = plans.profile(self.shape)
+        self.contexts += [plans.context(STEP), plans.context(STEP)]
         for call, context in enumerate(self.contexts):
             addresses = {
                 name: (self.block_of(name, call).address(name), self.inputs.layout.sections[name].shape)
                 for name in self._signature.inputs
             }
-            engine.bind(context, STEP, profile, addresses)
+            plans.bind(context, STEP, profile, addresses)
             written = {output: self.block_of(name, call + 1).address(name) for name, output in FED_BACK.items()}
             for name in self._signature.outputs:
                 context.set_tensor_address(name, written[name] if name in written else self.outputs.address(name))
 
-    def _capture(self, engine: TensorRtEngine) -> list[Any] | None:
+    def _capture(self, plans: Plans) -> list[Any] | None:
         """Capture both contexts, and check a replay of each against plain execution once. None, and graphs off, where
         that fails.
         """
         graphs = []
-        self._fill_for_check(engine.stream)
+        self._fill_for_check(plans.stream)
         for call, context in enumerate(self.contexts):
             # Once uncaptured: TensorRT finishes its own set-up on the first run after shapes and addresses change.
-            engine.enqueue(context, STEP, engine.stream)
-            plain = self._written(call, engine.stream)
+            plans.enqueue(context, STEP, plans.stream)
+            plain = self._written(call, plans.stream)
             try:
-                graph = _captured(engine, context)
+                graph = _captured(plans, context)
             except Exception as error:
                 if "OUT_OF_MEMORY" in str(error):
                     raise
-                engine.disable_graphs(f"capturing failed: {error}")
+                plans.disable_graphs(f"capturing failed: {error}")
                 return None
-            self._spoil(call, engine.stream)
-            graph.launch(engine.stream)
-            if not np.array_equal(plain, self._written(call, engine.stream)):
-                engine.disable_graphs("a replayed graph gave other numbers than plain execution")
+            self._spoil(call, plans.stream)
+            graph.launch(plans.stream)
+            if not np.array_equal(plain, self._written(call, plans.stream)):
+                plans.disable_graphs("a replayed graph gave other numbers than plain execution")
                 return None
             graphs.append(graph)
         return graphs
@@ -179,11 +177,38 @@ class CapturedStep:
         block.upload(stream, "registers", "registers")
 
 
-def _captured(engine: TensorRtEngine, context: Any) -> Any:
-    builder = engine.stream.create_graph_builder()
+def take_step(plans: Plans, shape: BatchShape, capacity: int) -> CapturedStep:
+    """A step of this shape and capacity: an idle one, or a new one in the place of the least recently used.
+
+    Raises:
+        ResourceError: no memory for it on the device.
+        MissingEngineError: the step's plan takes no such shape.
+    """
+    idle, found = cast("deque[CapturedStep]", plans.idle), None
+    for _ in range(len(idle)):  # a whole turn, which keeps the order; the garbage collector may append meanwhile
+        step = idle.popleft()
+        if found is None and (step.shape, step.capacity) == (shape, capacity):
+            found = step
+        else:
+            idle.append(step)
+    plans.close_idle(_IDLE_STEPS - 1)
+    if found is not None:
+        return found
+    signature = plans.signatures[STEP]
+    try:
+        return CapturedStep(plans, signature, shape, capacity)
+    except Exception as error:
+        if not idle or not (out_of_memory(error) or isinstance(error, ResourceError)):
+            raise
+    plans.close_idle(0)
+    return CapturedStep(plans, signature, shape, capacity)
+
+
+def _captured(plans: Plans, context: Any) -> Any:
+    builder = plans.stream.create_graph_builder()
     try:
         builder.begin_building("thread_local")  # the default mode would break other threads' work on this device
-        engine.enqueue(context, STEP, builder.stream)
+        plans.enqueue(context, STEP, builder.stream)
         graph = builder.end_building().complete()
     except BaseException:
         with suppress(Exception):
@@ -191,18 +216,18 @@ def _captured(engine: TensorRtEngine, context: Any) -> Any:
             builder.close()
         raise
     builder.close()
-    graph.upload(engine.stream)
+    graph.upload(plans.stream)
     return graph
 
 
 class TensorRtMemory:
     """`StepMemory` on a GPU. `close` gives its buffers back; leaving that to the garbage collector works too."""
 
-    def __init__(self, engine: TensorRtEngine, step: CapturedStep) -> None:
-        self._engine = engine
+    def __init__(self, plans: Plans, step: CapturedStep) -> None:
+        self._plans = plans
         self._calls = 0
         self._launched: deque[Any] = deque()
-        engine.stream.sync()  # a batch given up may still be reading this step's pinned memory
+        plans.stream.sync()  # a batch given up may still be reading this step's pinned memory
         self._copied: Any = None
         self._step: CapturedStep | None = step  # ours to give back from here on
 
@@ -211,12 +236,12 @@ class TensorRtMemory:
 
     def upload(self, parts: Sequence[Part]) -> None:
         step = self._open()
-        with self._engine.guarded(STEP):
+        with self._plans.guarded(STEP):
             for block in (step.inputs, step.outputs):
                 block.upload_parts(
-                    self._engine.stream, [part for part in parts if step.block_of(part[0], self._calls) is block]
+                    self._plans.stream, [part for part in parts if step.block_of(part[0], self._calls) is block]
                 )
-            self._copied = self._engine.stream.record(self._copied)
+            self._copied = self._plans.stream.record(self._copied)
 
     def ready(self) -> None:
         """Wait until the last copies from pinned memory have been made. The calls after them may go on."""
@@ -225,23 +250,23 @@ class TensorRtMemory:
 
     def hold_contexts(self, slot: int, contexts: Sequence[Float]) -> None:
         step = self._open()
-        with self._engine.guarded(STEP):
-            step.hold_contexts(self._engine, slot, contexts)
-            self._copied = self._engine.stream.record(self._copied)
+        with self._plans.guarded(STEP):
+            step.hold_contexts(self._plans, slot, contexts)
+            self._copied = self._plans.stream.record(self._copied)
 
     def change_context(self, slot: int, index: int) -> None:
         step = self._open()
-        with self._engine.guarded(STEP):
-            step.change_context(self._engine, slot, index)
+        with self._plans.guarded(STEP):
+            step.change_context(self._plans, slot, index)
 
     def call(self) -> None:
         step, event = self._open(), None
         if len(self._launched) >= _AHEAD:
             self._wait_for(self._launched[0])
             event = self._launched.popleft()
-        with self._engine.guarded(STEP):
-            step.launch(self._engine, self._calls)
-            self._launched.append(self._engine.stream.record(event))
+        with self._plans.guarded(STEP):
+            step.launch(self._plans, self._calls)
+            self._launched.append(self._plans.stream.record(event))
             self._calls += 1
 
     def latents(self, slots: Sequence[int]) -> Float:
@@ -252,19 +277,20 @@ class TensorRtMemory:
 
     def decode(self, slots: Sequence[int], rounding: float) -> tuple[Pixels, NDArray[np.bool_]]:
         step = self._open()
-        with self._engine.guarded(VAE_DECODER):
+        with self._plans.guarded(VAE_DECODER):
             block = step.block_of("registers", self._calls)
-            return self._engine.decode_from(
+            return self._plans.decode_from(
                 block, [block.offset("registers", slot, 0) for slot in slots], step.shape, rounding
             )
 
     def describe(self) -> dict[str, Any]:
-        return self._engine.describe()
+        return self._plans.describe()
 
     def close(self) -> None:
         step, self._step = self._step, None
         if step is not None:
-            self._engine.give_back(step)
+            # Calls nothing of CUDA: the garbage collector comes here, from any thread, even within a capture.
+            self._plans.idle.append(step)
 
     def __del__(self) -> None:
         self.close()
@@ -272,15 +298,15 @@ class TensorRtMemory:
     def _downloaded(self, name: str) -> NDArray[np.float32]:
         """A copy of registers or denoised estimates as the last call left them."""
         step = self._open()
-        with self._engine.guarded(STEP):
+        with self._plans.guarded(STEP):
             block = step.outputs if name == "denoised" else step.block_of(name, self._calls)
-            block.download(self._engine.stream, name, name)
-            self._engine.stream.sync()
+            block.download(self._plans.stream, name, name)
+            self._plans.stream.sync()
             return np.array(block.host(name))
 
     def _wait_for(self, event: Any) -> None:
         while event is not None:
-            with self._engine.guarded(STEP):
+            with self._plans.guarded(STEP):
                 if event.is_done:
                     return
             time.sleep(_POLL_S)  # polled, not synchronised: the device never waits for the host

@@ -38,7 +38,8 @@ from sdrt.engines.shapes import EngineShapes
 from sdrt.engines.store import list_engines, read_engine, read_plan, write_engine
 from sdrt.errors import BundleError, MachineError, MissingEngineError, ResourceError, UsageError
 from sdrt.machine import cpu
-from sdrt.runtime import Pipeline, engine
+from sdrt.runtime import Pipeline
+from sdrt.runtime import backend as choice
 from sdrt.runtime.backends.onnxruntime.engine import OnnxRuntimeEngine
 from sdrt.runtime.backends.openvino import engine as backend
 from sdrt.runtime.backends.openvino import model as openvino_model
@@ -457,10 +458,10 @@ def test_the_engine_loaded_first_is_the_one_most_asked_for(small: Path, tmp_path
 def test_auto_takes_the_fastest_that_runs(
     bundle: Path, flat_bundle: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert engine._best(open_bundle(bundle)) == "openvino"
-    assert engine._best(open_bundle(flat_bundle)) == "onnxruntime"
-    monkeypatch.setattr(engine, "find_spec", lambda name: None)
-    assert engine._best(open_bundle(bundle)) == "onnxruntime"
+    assert choice._best(open_bundle(bundle)) == "openvino"
+    assert choice._best(open_bundle(flat_bundle)) == "onnxruntime"
+    monkeypatch.setattr(choice, "find_spec", lambda name: None)
+    assert choice._best(open_bundle(bundle)) == "onnxruntime"
     assert "pip install 'openvino>=2026.4'" in caplog.text
 
 

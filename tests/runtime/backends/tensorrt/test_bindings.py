@@ -49,7 +49,7 @@ TENSORRT = {
         "engine": "ICudaEngine",
     },
     "compile/watch.py": {"trt": "trt"},
-    "runtime/backends/tensorrt/engine.py": {
+    "runtime/backends/tensorrt/plans.py": {
         "self._trt": "trt",
         "self._runtime": "Runtime",
         "engine": "ICudaEngine",
@@ -59,7 +59,7 @@ TENSORRT = {
     "runtime/backends/tensorrt/step.py": {"context": "IExecutionContext"},
     "bench/layers_tensorrt.py": {
         "trt": "trt",
-        "engine.library": "trt",
+        "plans.library": "trt",
         "context": "IExecutionContext",
         "context.engine": "ICudaEngine",
         "inspector": "EngineInspector",
@@ -68,26 +68,25 @@ TENSORRT = {
 CUDA_CORE = {
     "compile/tensorrt_network.py": {"Device(gpu)": "Device"},
     "compile/tensorrt.py": {"chosen": "Device"},
-    "runtime/backends/tensorrt/engine.py": {
+    "runtime/backends/tensorrt/plans.py": {
         "self._cuda": "cuda",
         "self._device": "Device",
-        "self._stream": "Stream",
+        "self.stream": "Stream",
         "stream": "Stream",
         "self._activations": "Buffer",
     },
     "runtime/backends/tensorrt/step.py": {
-        "engine.stream": "Stream",
-        "self._engine.stream": "Stream",
+        "plans.stream": "Stream",
+        "self._plans.stream": "Stream",
         "stream": "Stream",
         "builder": "GraphBuilder",
         "builder.end_building()": "GraphBuilder",
         "graph": "Graph",
-        "self.graphs[row % 2]": "Graph",
-        "self._events[0]": "Event",
+        "event": "Event",
     },
     "bench/device_times.py": {"cuda": "cuda", "stream": "Stream"},
-    "bench/layers_tensorrt.py": {"engine.stream": "Stream"},
-    "bench/throttle.py": {"engine.cuda.Device(device)": "Device"},
+    "bench/layers_tensorrt.py": {"plans.stream": "Stream"},
+    "bench/throttle.py": {"engine.plans.cuda.Device(device)": "Device"},
     "runtime/backends/tensorrt/blocks.py": {
         "cuda": "cuda",
         "self._cuda": "cuda",
@@ -102,8 +101,8 @@ CUDA_CORE = {
 }
 BINDINGS = {
     "compile/tensorrt.py": {"runtime": "runtime"},
-    "runtime/engine.py": {"runtime": "runtime"},
-    "runtime/backends/tensorrt/engine.py": {"driver": "driver"},
+    "runtime/backend.py": {"runtime": "runtime"},
+    "runtime/backends/tensorrt/plans.py": {"driver": "driver"},
     "machine/doctor.py": {"runtime": "runtime"},
     "bench/throttle.py": {"nvml": "nvml"},
 }

@@ -467,7 +467,7 @@ def test_images_are_encoded(pipe: Pipeline, gpu: Gpu, small_bundle: Path, shape:
     noise = random.standard_normal((shape[0], 4, shape[1] // 8, shape[2] // 8)).astype(np.float32)
     with Pipeline.load(small_bundle, backend="onnxruntime", threads=1) as cpu:
         expected_latents = engine_of(cpu).encode_image(pixels, noise)
-    assert VAE_ENCODER not in engine_of(pipe)._engines
+    assert VAE_ENCODER not in engine_of(pipe).plans._engines
     assert np.array_equal(engine_of(pipe).encode_image(pixels, noise), expected_latents)
     with gpu.counted() as counts:
         assert np.array_equal(engine_of(pipe).encode_image(pixels, noise), expected_latents)
@@ -630,7 +630,7 @@ def test_idle_slots_are_bounded(pipe: Pipeline, expected: Expected, gpu: Gpu) ->
     def captures(size: tuple[int, int]) -> int:
         with gpu.counted() as counts:
             same(pipe, expected, size=size, steps=1, cfg=1.0, seed=1)
-        assert len(engine_of(pipe)._free) <= 4
+        assert len(engine_of(pipe).plans.idle) <= 4
         return counts.get("captures", 0)
 
     a, b, c, d, e = [(64, side) for side in (64, 72, 80, 88, 96)]
@@ -654,7 +654,7 @@ def test_many_streams_at_once(pipe: Pipeline, expected: Expected, gpu: Gpu) -> N
         assert last.result is not None and np.array_equal(last.result.images, expected(**settings))
     del streams, last
     same(pipe, expected, **settings)
-    assert len(engine_of(pipe)._free) <= 4
+    assert len(engine_of(pipe).plans.idle) <= 4
 
 
 def test_closing_gives_everything_back(gpu: Gpu, bundle: Path) -> None:
@@ -866,9 +866,9 @@ def test_no_memory_at_the_first_picture(pipe: Pipeline, expected: Expected, gpu:
     with pytest.raises(ResourceError, match="out of device memory") as caught:
         pipe("fox", **QUICK)
     assert "smaller --size or --batch" in caught.value.fix
-    engine = engine_of(pipe)
-    kept = [*engine._blocks.values(), *(block for step in engine._free for block in (step.inputs, step.outputs))]
-    assert gpu.used_bytes() - engine.activation_bytes == sum(block.layout.size_bytes for block in kept), (
+    plans = engine_of(pipe).plans
+    kept = [*plans._blocks.values(), *(block for step in plans.idle for block in (step.inputs, step.outputs))]
+    assert gpu.used_bytes() - plans.activation_bytes == sum(block.layout.size_bytes for block in kept), (
         "while the error is still held"
     )
     same(pipe, expected, **QUICK)
@@ -890,7 +890,7 @@ def test_idle_buffers_make_room(pipe: Pipeline, expected: Expected, gpu: Gpu) ->
     pipe("fox", **large)
     for height in (64, 72, 80):
         pipe("fox", size=(64, height), steps=1, cfg=3.0, seed=1)
-    engine_of(pipe)._close_free(0)
+    engine_of(pipe).plans.close_idle(0)
     pipe("fox", **QUICK)
     gpu.memory_bytes = gpu.used_bytes() + 700_000
     same(pipe, expected, **large)

@@ -1,0 +1,392 @@
+"""The plans of a bundle's engine on a GPU, through `cuda.core` and TensorRT's own module and nothing else: what was
+loaded, the stream it runs on, execution contexts, and the memory that runs have in common.
+
+One stream, one activation block for all plans: they run one after the other. What the device or the library reports
+becomes an error of ours in here.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from threading import RLock
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sdrt.bundle.folder import Bundle
+from sdrt.bundle.graphs import TEXT_ENCODER, VAE_DECODER, VAE_ENCODER, Tensor, concrete, dimensions, signatures
+from sdrt.engines.record import EngineRecord
+from sdrt.engines.shapes import EngineShapes, JobShape, shapes_of
+from sdrt.engines.store import list_engines, mismatch, read_plan
+from sdrt.errors import MachineError, MissingEngineError, ResourceError, SdrtError
+from sdrt.machine.packages import install_command
+from sdrt.runtime.backends.tensorrt.blocks import Block, layout
+from sdrt.runtime.engine import BatchShape, Pixels, Watched
+
+log = logging.getLogger("sdrt")
+
+MODULES = {"tensorrt-rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
+_KEPT_BLOCKS = 8
+_LOAD = "load"
+
+
+class Idle(Protocol):
+    """What is kept for a later batch, and can be given up where the device has no memory left."""
+
+    def close(self, stream: Any) -> None:
+        """Give its memory back."""
+
+
+class Plans:
+    """Thread-safe within `guarded`, which locks the stream.
+
+    `idle` are steps of no batch, the least recently used first.
+    """
+
+    def __init__(self, bundle: Bundle, target: str, device: int) -> None:
+        self.target = target
+        self._bundle = bundle
+        self.signatures = signatures(dimensions(bundle.manifest))
+        self._trt, self._cuda = _import(target)
+        self._lock = RLock()
+        self._dead: str | None = None
+        self.graphs_disabled = False
+        self.watched = Watched()
+        self.idle: deque[Idle] = deque()
+        self._blocks: dict[Any, Block] = {}
+        self._more_activations: list[Any] = []
+        self._device: Any = None
+        self.stream: Any = None
+        with self.guarded(_LOAD):
+            self._device = self._cuda.Device(device)
+            self._device.set_current()
+            major, minor = self._device.compute_capability
+            self._folder, self.record = _choose(bundle, target, self._trt.__version__, f"sm_{major}{minor}")
+            assert self.record.rows is not None  # None for engines of any shape only
+            self.rows = self.record.rows
+            self.stream = self._device.create_stream()
+            self._loaded = [graph for graph in self.record.plans if graph != VAE_ENCODER]
+            self._check_memory()
+            self._runtime = self._trt.Runtime(self._trt.Logger(self._trt.Logger.WARNING))
+            self._engines = {graph: self._deserialize(graph) for graph in self._loaded}
+            self.activation_bytes = max(int(engine.device_memory_size_v2) for engine in self._engines.values())
+            self._activations = self._device.allocate(max(self.activation_bytes, 1), stream=self.stream)
+            self._contexts = {graph: self.context(graph) for graph in (TEXT_ENCODER, VAE_DECODER)}
+
+    def __del__(self) -> None:
+        self.settle()  # before the buffers go: a cancelled picture's copies may still be on their way
+
+    @property
+    def library(self) -> Any:
+        """TensorRT's or TensorRT-RTX's module."""
+        return self._trt
+
+    @property
+    def cuda(self) -> Any:
+        """`cuda.core`."""
+        return self._cuda
+
+    @property
+    def shapes(self) -> tuple[EngineShapes, ...]:
+        """The batches that the plans take."""
+        return (shapes_of(self.record, self._bundle.manifest),)
+
+    def describe(self) -> dict[str, Any]:
+        """What runs: as `Engine.describe`."""
+        return {
+            "backend": self.target,
+            "version": self._trt.__version__,
+            "device": self._device.name,
+            "compute": self.record.key.precision,
+            "engine": self._folder.name,
+            "cuda_graphs": not self.graphs_disabled,
+        }
+
+    def guarded(self, where: str) -> _Guard:
+        return _Guard(self, where)
+
+    def block(self, fields: list[Any], *, pinned: bool = True) -> Block:
+        return Block(self._cuda, self._device, self.stream, layout(fields), pinned=pinned, count=self.watched.count)
+
+    def load(self, graph: str) -> None:
+        """Load a graph's plan, unless it is loaded."""
+        if graph not in self._contexts:
+            self._engines[graph] = self._deserialize(graph)
+            self._contexts[graph] = self.context(graph)
+
+    def run(self, graph: str, inputs: dict[str, NDArray[Any]], sizes: Mapping[str, int], output: str) -> Block:
+        """Run one graph on host arrays and wait for `output`, which the block then holds. `sizes` says what the free
+        axes are.
+        """
+        block = self.kept(graph, sizes)
+        for name, array in inputs.items():
+            block.host(name)[...] = array
+        block.upload(self.stream, *_ends(self.signatures[graph].inputs))
+        self._enqueue_on(block, graph)
+        block.download(self.stream, output, output)
+        self.stream.sync()
+        return block
+
+    def _enqueue_on(self, block: Block, graph: str) -> None:
+        """Start one run of a graph whose inputs and outputs are all in one block."""
+        context, signature = self._contexts[graph], self.signatures[graph]
+        self.bind(
+            context,
+            graph,
+            0,
+            {name: (block.address(name), block.layout.sections[name].shape) for name in signature.inputs},
+        )
+        for name in signature.outputs:
+            context.set_tensor_address(name, block.address(name))
+        self.watched.around(graph, self.stream, lambda: self.enqueue(context, graph, self.stream))
+
+    def kept(self, graph: str, sizes: Mapping[str, int]) -> Block:
+        """A block for a graph's inputs and outputs that is used and synchronised within one guarded call, kept for the
+        next call of the same sizes.
+        """
+        key = (graph, *sizes.values())
+        block = self._blocks.pop(key, None)
+        if block is None:
+            signature = self.signatures[graph]
+            both = {**signature.inputs, **signature.outputs}
+            block = self.block([(name, concrete(tensor.shape, sizes), tensor.dtype) for name, tensor in both.items()])
+        self._blocks[key] = block
+        if len(self._blocks) > _KEPT_BLOCKS:
+            self._blocks.pop(next(iter(self._blocks))).close(self.stream)
+        return block
+
+    def decode_from(
+        self, source: Block, offsets: Sequence[int], shape: BatchShape, rounding: float
+    ) -> tuple[Pixels, NDArray[np.bool_]]:
+        """Decode latents that lie on the device, each at an offset in bytes in `source`; one copy back."""
+        block = self.kept(VAE_DECODER, {"N": len(offsets), "h": shape.height, "w": shape.width})
+        size_bytes = block.offset("latents", 1) - block.offset("latents", 0)
+        for i, offset in enumerate(offsets):
+            block.copy(self.stream, block.offset("latents", i), source, offset, size_bytes)
+        block.host("rounding")[0] = rounding
+        block.upload(self.stream, "rounding", "rounding")
+        return self.decoded(block)
+
+    def decoded(self, block: Block) -> tuple[Pixels, NDArray[np.bool_]]:
+        """Run the decoder on a block that holds its inputs: pixels `[N, H, W, 3]`, and whether each was finite."""
+        self._enqueue_on(block, VAE_DECODER)
+        outputs = self.signatures[VAE_DECODER].outputs
+        block.download(self.stream, *_ends(outputs))
+        self.stream.sync()
+        return block.host("pixels").copy(), block.host("finite").copy()
+
+    def context(self, graph: str) -> Any:
+        """A new execution context on the shared activation block."""
+        engine, strategy = self._engines[graph], self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        if hasattr(engine, "create_runtime_config") and hasattr(self._trt, "DynamicShapesKernelSpecializationStrategy"):
+            # TensorRT-RTX compiles kernels for shapes it meets; lazily, a captured graph would freeze the fallback
+            # kernels.
+            config = engine.create_runtime_config()
+            config.set_execution_context_allocation_strategy(strategy)
+            config.dynamic_shapes_kernel_specialization_strategy = (
+                self._trt.DynamicShapesKernelSpecializationStrategy.EAGER
+            )
+            context = engine.create_execution_context(config)
+        else:
+            context = engine.create_execution_context(strategy)
+        if context is None:
+            raise ResourceError(
+                f"{graph}: the GPU has no memory left for another execution context",
+                "Close other programs on the GPU, or choose a smaller --size or --batch.",
+            )
+        context.set_device_memory(*self._activations_for(engine))
+        return context
+
+    def _activations_for(self, engine: Any) -> tuple[int, int]:
+        """Address and size of the activation block; a larger one of its own for an engine that was loaded later and
+        needs it.
+        """
+        needed = int(engine.device_memory_size_v2)
+        if needed <= self.activation_bytes:
+            return int(self._activations.handle), max(self.activation_bytes, 1)
+        self._more_activations.append(self._device.allocate(needed, stream=self.stream))
+        return int(self._more_activations[-1].handle), needed
+
+    def bind(self, context: Any, graph: str, profile: int, inputs: dict[str, tuple[int, tuple[int, ...]]]) -> None:
+        """Choose a profile, then set the shape and address of every input.
+
+        Raises:
+            MissingEngineError: a shape is outside what the engine was compiled for.
+        """
+        ranges = self.record.key.profiles[graph][profile].shapes
+        for name, (_, shape) in inputs.items():
+            if name in ranges:
+                low, _, high = ranges[name]
+                if len(low) != len(shape) or not all(a <= s <= b for a, s, b in zip(low, shape, high, strict=True)):
+                    raise self.missing(
+                        f"{graph}: {name}: shape {list(shape)}, the engine was compiled for {list(low)} to {list(high)}"
+                    )
+        if context.active_optimization_profile != profile and not context.set_optimization_profile_async(
+            profile, int(self.stream.handle)
+        ):
+            raise MachineError(f"{graph}: TensorRT refused optimization profile {profile}", self._compile_hint())
+        for name, (address, shape) in inputs.items():
+            if not context.set_input_shape(name, shape) or not context.set_tensor_address(name, address):
+                raise MachineError(
+                    f"{graph}: TensorRT refused input {name} of shape {list(shape)}", self._compile_hint()
+                )
+
+    def enqueue(self, context: Any, graph: str, stream: Any) -> None:
+        if not context.execute_async_v3(int(stream.handle)):
+            raise MachineError(
+                f"{graph}: TensorRT refused to run; its outputs are not valid",
+                "Run again with a new pipeline; if it persists, compile again.",
+            )
+
+    def profile(self, shape: BatchShape) -> int:
+        """The step engine's profile for a number of guidance branches."""
+        if shape.branches not in self.record.branches:
+            built = ", ".join(str(n) for n in self.record.branches)
+            raise self.missing(f"step: {shape.branches} guidance branches, the engine was compiled for {built}")
+        return self.record.branches.index(shape.branches)
+
+    def disable_graphs(self, why: str) -> None:
+        if not self.graphs_disabled:
+            log.warning("CUDA graphs are off for this pipeline: %s", why)
+        self.graphs_disabled = True
+
+    def settle(self) -> Exception | None:
+        """Wait until nothing that a failed call started still uses pinned memory. Returns the error that the device
+        reports instead, if any.
+        """
+        try:
+            if self.stream is not None:
+                self.stream.sync()
+        except Exception as error:
+            return error
+        return None
+
+    def failed(self, where: str, error: Exception) -> SdrtError:
+        """A CUDA failure as one of ours. Out of memory leaves the pipeline usable; any other CUDA error is sticky."""
+        text = " ".join(str(error).split())[:300]
+        if out_of_memory(error):
+            self.close_idle(0)
+            fix = "Choose a smaller --size or --batch; the pipeline stays usable."
+            if where == _LOAD:
+                fix = "Close other programs on the GPU, or compile for a smaller --size or --batch."
+            return ResourceError(f"{where}: out of device memory: {text}", fix)
+        if "CUDA_ERROR" in text:
+            self._dead = text
+            return MachineError(f"{where}: the GPU failed: {text}", "This pipeline is dead: restart the process.")
+        return MachineError(f"{where}: {type(error).__name__}: {text}", "Run: sdrt doctor")
+
+    def enter(self) -> None:
+        self._lock.acquire()
+        if self._dead is not None:
+            self._lock.release()
+            raise MachineError(f"pipeline: dead after a GPU failure: {self._dead}", "Restart the process.")
+        if self._device is not None:
+            self._device.set_current()  # the current device is a thread's own
+
+    def leave(self) -> None:
+        self._lock.release()
+
+    def close_idle(self, kept: int) -> None:
+        """Give up idle steps until `kept` are left."""
+        while len(self.idle) > kept:
+            self.idle.popleft().close(self.stream)
+
+    def _deserialize(self, graph: str) -> Any:
+        plan = read_plan(self._folder, self.record, graph)  # hashed before TensorRT sees it: a plan is native code
+        engine = self._runtime.deserialize_cuda_engine(plan)
+        if engine is None:
+            raise MachineError(
+                f"{self._folder}: {graph}: TensorRT {self._trt.__version__} cannot load this plan", self._compile_hint()
+            )
+        return engine
+
+    def _check_memory(self) -> None:
+        plans = [self.record.plans[graph] for graph in self._loaded]
+        activations = max(plan.device_memory_bytes or 0 for plan in plans)  # shared: the largest of them
+        needed = self.record.state_bytes + sum(plan.size_bytes for plan in plans) + activations
+        free = _free_bytes()
+        if free is not None and needed > free:
+            raise ResourceError(
+                f"{self._folder}: needs about {needed:,} bytes on the GPU, {free:,} are free",
+                "Close other programs on it, or compile for a smaller --size or --batch.",
+            )
+
+    def missing(self, message: str, wanted: JobShape | None = None) -> MissingEngineError:
+        error = MissingEngineError(message, self._compile_hint(*([] if wanted is None else [wanted.options])))
+        error.data = {
+            "shapes": [asdict(one) for one in self.shapes],
+            **({} if wanted is None else {"wanted": asdict(wanted)}),
+        }
+        return error
+
+    def _compile_hint(self, options: str = "--size WxH --batch N") -> str:
+        return f"Compile for it with: sdrt compile {self._bundle.path} --target {self.target} {options}"
+
+
+class _Guard:
+    """The plans' lock, its device made current, and failures of CUDA turned into ours."""
+
+    def __init__(self, plans: Plans, where: str) -> None:
+        self._plans = plans
+        self._where = where
+
+    def __enter__(self) -> None:
+        self._plans.enter()
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        try:
+            if error is not None:
+                cause = self._plans.settle() or error
+                if isinstance(cause, Exception) and not isinstance(cause, SdrtError):
+                    raise self._plans.failed(self._where, cause) from cause
+        finally:
+            self._plans.leave()
+
+
+def _ends(tensors: Mapping[str, Tensor]) -> tuple[str, str]:
+    """The first and the last name."""
+    first, *_, last = [*tensors, *tensors]
+    return first, last
+
+
+def out_of_memory(error: Exception) -> bool:
+    return isinstance(error, MemoryError) or "OUT_OF_MEMORY" in str(error)
+
+
+def _import(target: str) -> tuple[Any, Any]:
+    import importlib
+
+    try:
+        return importlib.import_module(MODULES[target]), importlib.import_module("cuda.core")
+    except ImportError as error:
+        raise MachineError(f"backend {target}: {error}", f"Install it with: {install_command(target)}") from error
+
+
+def _choose(bundle: Bundle, target: str, compiler: str, sm: str) -> tuple[Path, EngineRecord]:
+    """The newest engine of a target that fits this bundle and machine."""
+    reasons = []
+    for folder, record in list_engines(bundle):
+        if record.key.target != target:
+            continue
+        reason = mismatch(record, bundle, target=target, compiler=compiler, device_sm=sm)
+        if not reason:
+            return folder, record
+        reasons.append(f"{folder.name}: {reason}")
+    found = "; ".join(reasons) or "there is none"
+    raise MachineError(
+        f"{bundle.path}: no {target} engine fits: {found}",
+        f"Make one here with: sdrt compile {bundle.path} --target {target}",
+    )
+
+
+def _free_bytes() -> int | None:
+    """Free memory of the current device, or None where the driver does not say."""
+    from cuda.bindings import driver
+
+    status, free, _ = driver.cuMemGetInfo()
+    return int(free) if status == driver.CUresult.CUDA_SUCCESS else None
