@@ -302,7 +302,9 @@ def test_families_are_named_in_their_own_folder_only() -> None:
         ]
         offenders += [f"{file}: {text}" for text in said if word.search(text)]
         offenders += [
-            f"{file}: {name}" for name in imports(file) if re.search(r"families\.(?!family|table|recognise|keys|checkpoint_names)", name)
+            f"{file}: {name}"
+            for name in imports(file)
+            if re.search(r"families\.(?!family|table|recognise|keys|checkpoint_names)", name)
         ]
         compared = [
             n
@@ -313,6 +315,34 @@ def test_families_are_named_in_their_own_folder_only() -> None:
         offenders += [
             f"{file}: {ast.unparse(n)}" for n in compared if re.search(r"\bfamily(\.name)?\b(?!\.)", ast.unparse(n))
         ]
+    assert not offenders, "\n".join(offenders)
+
+
+def test_targets_are_named_in_their_table_only() -> None:
+    """A name is written in `engines/targets.py` and in that backend's folder, and compared nowhere: a field of the row
+    says what differs, or one mapping sends each to its own.
+    """
+    from sdrt.engines.targets import TARGETS
+
+    spoken = {
+        "engines/targets.py",
+        "cli/options.py",  # help
+        "machine/packages.py",  # extras
+        "export/build.py",  # the packages of a build
+    }
+    offenders = []
+    for file in (file for file in FILES if file not in spoken):
+        nodes = list(ast.walk(tree(file)))
+        said = [node.value for node in nodes if isinstance(node, ast.Constant) and node.value in TARGETS]
+        folder = Path(file).parent.name
+        offenders += [f"{file}: {name}" for name in said if not file.startswith("runtime/backends/") or name != folder]
+        sides = [
+            ast.unparse(side)
+            for node in nodes
+            if isinstance(node, ast.Compare) and isinstance(node.ops[0], (ast.Eq, ast.NotEq))
+            for side in (node.left, *node.comparators)
+        ]
+        offenders += [f"{file}: compares {side}" for side in sides if re.fullmatch(r"[A-Z_.]*[A-Z]\.name", side)]
     assert not offenders, "\n".join(offenders)
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from sdrt.bench.device_times import DeviceTimes
+from sdrt.engines.targets import on_gpu
 
 if TYPE_CHECKING:
     from sdrt.runtime.engine import Engine
@@ -62,7 +63,7 @@ class Readings:
         started = self.clock()
         engine: Any = load()
         self.engine_load = self.clock() - started
-        if engine.backend.startswith("tensorrt"):
+        if on_gpu(engine.backend):
             self.device = self.device or DeviceTimes(engine.plans.cuda)
             engine.plans.watched.observer = self
         return TimedEngine(engine, self)

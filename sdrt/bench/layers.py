@@ -19,13 +19,12 @@ from sdrt.bench import layers_onnxruntime, layers_openvino, layers_tensorrt
 from sdrt.bench.operators import Arithmetic, Layer, Operator, total
 from sdrt.bundle.folder import Bundle
 from sdrt.bundle.graphs import STEP, TEXT_ENCODER, VAE_DECODER, dimensions, signatures
+from sdrt.engines.targets import ONNXRUNTIME, OPENVINO, READY, on_gpu
 from sdrt.errors import MachineError
 from sdrt.runtime.running_batch import HostMemory, Slots, step_sizes
 
 SLOWEST = 15
 _RUNS = 5
-_ON_CPU = ("onnxruntime", "openvino")
-_PROFILED = (*_ON_CPU, "tensorrt-rtx", "tensorrt")
 
 Peak = Mapping[str, float | None]
 """`flops_per_s` and `bytes_per_s` of a machine, None where it was not measured."""
@@ -43,31 +42,21 @@ def profile(pipe: Any, kept: Mapping[str, Any], wall_ms: Mapping[str, float]) ->
     """
     backend = pipe._engine.backend
     check_backend(backend)
-    return {"backend": backend} | (_on_cpu if backend in _ON_CPU else _on_gpu)(pipe, kept, wall_ms)
+    return {"backend": backend} | (_on_gpu if on_gpu(backend) else _on_cpu)(pipe, kept, wall_ms)
 
 
 def _on_cpu(pipe: Any, kept: Mapping[str, Any], wall_ms: Mapping[str, float]) -> dict[str, Any]:
-    engine = pipe._engine
+    measure = {ONNXRUNTIME.name: _onnxruntime, OPENVINO.name: _openvino}[pipe._engine.backend]
     peaks = [machine_peak()]
     operators: dict[str, list[Operator]] = {}
     made_for: dict[str, Mapping[str, tuple[int, ...]]] = {}
     with tempfile.TemporaryDirectory() as folder:
         for graph, inputs in _feeds(pipe.bundle, kept).items():
-            if engine.backend == "openvino":
-                path = pipe.bundle.graph(graph, "fp32")
-                compiled, shapes = engine.load_counting(graph, kept["shape"], len(kept["jobs"]))
-                made_for[graph] = shapes
-                operators[graph] = layers_openvino.profile_graph(
-                    compiled, layers_openvino.read_attention(path, shapes), inputs, _RUNS
-                )
-            else:
-                operators[graph] = layers_onnxruntime.profile_session(
-                    engine.session(graph, Path(folder) / graph), graph, inputs, _RUNS
-                )
+            operators[graph], made_for[graph] = measure(pipe, kept, graph, inputs, Path(folder))
             peaks.append(machine_peak())  # several moments: others may have been at work in one of them
-    if (
-        engine.backend == "openvino"
-    ):  # its text encoder takes one row of tokens a run, its decoder one picture, its step as many as it was made for
+    if made_for[STEP]:
+        # Static shapes: a run of the text encoder takes one row of tokens, of the decoder one picture, of the step as
+        # many as it was made for.
         steps = -(-len(kept["jobs"]) // made_for[STEP]["init"][0])
         runs = {TEXT_ENCODER: len(kept["text"][0]), VAE_DECODER: len(kept["latents"]), STEP: steps}
         wall_ms = {graph: ms / runs.get(graph, 1) for graph, ms in wall_ms.items()}
@@ -79,6 +68,23 @@ def _on_cpu(pipe: Any, kept: Mapping[str, Any], wall_ms: Mapping[str, float]) ->
         "notes": [],
         "graphs": graphs,
     }
+
+
+def _onnxruntime(
+    pipe: Any, kept: Mapping[str, Any], graph: str, inputs: Mapping[str, Any], folder: Path
+) -> tuple[list[Operator], Mapping[str, tuple[int, ...]]]:
+    """Operators of a graph, and the shapes that it was made for: none, as it takes any."""
+    session = pipe._engine.session(graph, folder / graph)
+    return layers_onnxruntime.profile_session(session, graph, inputs, _RUNS), {}
+
+
+def _openvino(
+    pipe: Any, kept: Mapping[str, Any], graph: str, inputs: Mapping[str, Any], folder: Path
+) -> tuple[list[Operator], Mapping[str, tuple[int, ...]]]:
+    """Operators of a graph, and the shapes that it was made for."""
+    compiled, shapes = pipe._engine.load_counting(graph, kept["shape"], len(kept["jobs"]))
+    attention = layers_openvino.read_attention(pipe.bundle.graph(graph, "fp32"), shapes)
+    return layers_openvino.profile_graph(compiled, attention, inputs, _RUNS), shapes
 
 
 def _on_gpu(pipe: Any, kept: Mapping[str, Any], wall_ms: Mapping[str, float]) -> dict[str, Any]:
@@ -106,10 +112,10 @@ def _on_gpu(pipe: Any, kept: Mapping[str, Any], wall_ms: Mapping[str, float]) ->
 
 def check_backend(backend: str) -> None:
     """Raise MachineError if a backend has no profile here yet."""
-    if backend not in _PROFILED:
+    if backend not in READY:
         raise MachineError(
             f"--layers: not available yet for {backend}",
-            f"Use --backend {', '.join(_PROFILED[:-1])} or {_PROFILED[-1]}, or leave --layers out.",
+            f"Use --backend {', '.join(READY[:-1])} or {READY[-1]}, or leave --layers out.",
         )
 
 

@@ -22,6 +22,7 @@ from sdrt.bench.device_times import DeviceTimes
 from sdrt.bench.operators import Arithmetic, Layer, fitted, total
 from sdrt.bundle.folder import Bundle
 from sdrt.bundle.graphs import STEP
+from sdrt.engines.targets import ONNXRUNTIME
 from sdrt.errors import MachineError, ResourceError
 from sdrt.runtime.engine import BatchShape
 
@@ -138,7 +139,7 @@ def arithmetic(
 
     Half-precision engines move half the bytes of it; what they keep in float32 is little.
     """
-    if find_spec("onnxruntime") is None:
+    if find_spec(ONNXRUNTIME.module) is None:
         return None
     from sdrt.bench.layers_onnxruntime import profile_graph as profile_onnx
 

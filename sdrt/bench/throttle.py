@@ -11,6 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from sdrt.engines.targets import on_gpu
+
 _CPUS = Path("/sys/devices/system/cpu")
 _COUNTERS = {
     "thermal_throttle/core_throttle_count": ("topology/physical_package_id", "topology/core_id"),
@@ -96,7 +98,7 @@ class GpuState:
 
 def gpu_state(engine: Any, device: int) -> GpuState | None:
     """The GPU that an engine runs on; None on a CPU, or where NVML does not answer."""
-    if not engine.backend.startswith("tensorrt"):
+    if not on_gpu(engine.backend):
         return None
     try:
         from cuda.bindings import nvml

@@ -29,6 +29,7 @@ from sdrt.cli.output import show_log
 from sdrt.cli.progress import interrupted
 from sdrt.cli.sign import sign
 from sdrt.cli.verify import verify
+from sdrt.engines.targets import ONNXRUNTIME, OPENVINO
 from sdrt.errors import MachineError, ResourceError, SdrtError, printable
 from sdrt.machine import interruptible
 from sdrt.machine.packages import install_command
@@ -45,9 +46,9 @@ _EXTRAS = {
     "onnx": "build",
     "onnxscript": "build",
     "onnx_ir": "build",
-    "onnxruntime": "cpu",
     "matplotlib": "bench",
-    "openvino": "openvino",
+    ONNXRUNTIME.module: ONNXRUNTIME.extra,
+    OPENVINO.module: OPENVINO.extra,
 }
 """The extra of sdrt that brings a package which may be missing."""
 

@@ -13,6 +13,7 @@ import typer
 from sdrt.cli import options
 from sdrt.cli.output import print_json, print_notes
 from sdrt.cli.progress import COMPILE_STAGES, StageProgress
+from sdrt.engines.targets import ONNXRUNTIME, OPENVINO, READY, TARGETS, TENSORRT, TENSORRT_RTX, on_gpu
 from sdrt.errors import MachineError, SdrtError, UsageError, nearest
 
 if TYPE_CHECKING:
@@ -21,13 +22,7 @@ if TYPE_CHECKING:
     from sdrt.compile.options import CompileOptions, CompileReport
     from sdrt.engines.record import EngineRecord
 
-TARGETS = ("auto", "onnxruntime", "openvino", "tensorrt-rtx", "tensorrt")
-_COMPILED = ("openvino", "tensorrt-rtx", "tensorrt")
-"""The targets that `build` compiles for.
-
-ONNX Runtime runs a bundle without an engine. What it can save takes disk, so that `compile` alone saves it, when asked.
-"""
-_CHOICES = "onnxruntime, openvino, tensorrt-rtx or tensorrt"
+_CHOICES = f"{', '.join(READY[:-1])} or {READY[-1]}"
 
 
 def compile_bundle(
@@ -95,14 +90,12 @@ def compiled_targets(names: Sequence[str], *, must_compile: bool) -> list[str]:
     Raises:
         UsageError: a name is unknown.
     """
-    found = []
+    found, known = [], ("auto", *READY)
     for name in names:
-        if name not in TARGETS:
-            raise UsageError(
-                f"--target {name}: unknown{nearest(name, TARGETS)}", f"Choose one of: {', '.join(TARGETS)}."
-            )
+        if name not in known:
+            raise UsageError(f"--target {name}: unknown{nearest(name, known)}", f"Choose one of: {', '.join(known)}.")
         chosen = _automatic() if name == "auto" else name
-        if chosen in _COMPILED or must_compile:
+        if TARGETS[chosen].built or must_compile:
             found.append(chosen)
     return list(dict.fromkeys(found))
 
@@ -116,15 +109,20 @@ def checked_targets(names: Sequence[str]) -> list[str]:
     """
     found = compiled_targets(names, must_compile=False)
     for name in found:
-        if name == "openvino":
-            from sdrt.runtime.backends.openvino.model import import_openvino
-
-            import_openvino(f"target {name}")
-        else:
-            from sdrt.compile.tensorrt import open_compiler
-
-            open_compiler(name)
+        _compiler(name).check_compiler(name)
     return found
+
+
+def _compiler(target: str) -> Any:
+    """The module that compiles for a target."""
+    from sdrt.compile import onnxruntime, openvino, tensorrt
+
+    return {
+        ONNXRUNTIME.name: onnxruntime,
+        OPENVINO.name: openvino,
+        TENSORRT_RTX.name: tensorrt,
+        TENSORRT.name: tensorrt,
+    }[target]
 
 
 def _automatic() -> str:
@@ -135,18 +133,17 @@ def _automatic() -> str:
     from sdrt.machine.doctor import compiler_version, probe_gpus
     from sdrt.runtime.backends.openvino.model import import_openvino
 
-    if compiler_version("tensorrt") is not None and probe_gpus().found:
-        return "tensorrt"
+    if compiler_version(TENSORRT.name) is not None and probe_gpus().found:
+        return TENSORRT.name
     try:
         import_openvino("target auto")
     except MachineError:
-        return "onnxruntime"
-    return "openvino"
+        return ONNXRUNTIME.name
+    return OPENVINO.name
 
 
 def _run(bundle: Bundle, asked: Sequence[CompileOptions]) -> list[CompileReport]:
     """Compile for several targets, with progress on stderr. All engines appear together, or none."""
-    from sdrt.compile import onnxruntime, openvino, tensorrt
     from sdrt.compile.together import engines_together
 
     reports: list[CompileReport] = []
@@ -157,12 +154,8 @@ def _run(bundle: Bundle, asked: Sequence[CompileOptions]) -> list[CompileReport]
             new_engine = stack.enter_context(engines_together(bundle, progress))
         for options in asked:
             with StageProgress(COMPILE_STAGES) as progress:
-                if options.target == "openvino":
-                    reports += openvino.compile_bundle(bundle, options, progress, new_engine)
-                elif options.target == "onnxruntime":
-                    reports.append(onnxruntime.compile_bundle(bundle, options, progress, new_engine))
-                else:
-                    reports.append(tensorrt.compile_bundle(bundle, options, progress, new_engine))
+                made = _compiler(options.target).compile_bundle(bundle, options, progress, new_engine)
+                reports += made if isinstance(made, list) else [made]
     return reports
 
 
@@ -187,7 +180,7 @@ def print_compiled(report: CompileReport, manifest: Manifest) -> None:
         layers = f"  {made.layers:5} layers" if made.layers is not None else ""
         typer.echo(f"{graph:13} {made.build_s:7.1f} s  {made.plan_bytes / 1e6:8.1f} MB{layers}{peak}")
         if made.unfused:
-            perhaps = "" if report.record.key.target == "openvino" else "may have no fused kernel and then "
+            perhaps = "may have no fused kernel and then " if on_gpu(report.record.key.target) else ""
             print_notes([f"{graph}: {len(made.unfused)} attention layers {perhaps}run as several"])
     for line in _engine_lines(report.record, manifest):
         typer.echo(line)
@@ -203,10 +196,10 @@ def _engine_lines(record: EngineRecord, manifest: Manifest) -> list[str]:
     purpose = f"{key.target} {key.compiler} for {key.device}, {key.precision}, {shapes}"
     plans_bytes = sum(plan.size_bytes for plan in record.plans.values())
     disk_bytes = sum(plan.disk_bytes for plan in record.plans.values())
-    if key.target == "openvino":
+    if TARGETS[key.target].weights == "bundle":
         elsewhere = f"those are read from the bundle's own file, {record.weight_bytes / 1e6:.1f} MB"
         return [purpose, f"on disk: {plans_bytes / 1e6:.1f} MB without weights; {elsewhere}"]
-    if key.target == "onnxruntime":
+    if TARGETS[key.target].weights == "beside":
         weights = "weights in float32 among them, which loading maps"
         return [purpose, f"on disk: {disk_bytes / 1e6:.1f} MB, {weights}"]
     activation_bytes = largest_activations(record)
@@ -253,4 +246,4 @@ def flags_of(record: EngineRecord) -> tuple[str, ...] | None:
     from sdrt.runtime.backends.openvino import model as openvino_model
 
     of_openvino = openvino_model.FLAGS.get(record.key.precision)
-    return {"openvino": of_openvino, "onnxruntime": onnxruntime_model.FLAGS}.get(record.key.target)
+    return {OPENVINO.name: of_openvino, ONNXRUNTIME.name: onnxruntime_model.FLAGS}.get(record.key.target)

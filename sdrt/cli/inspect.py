@@ -158,12 +158,13 @@ def _engines(bundle: Bundle) -> list[dict[str, Any]]:
 
 def _reasons(record: EngineRecord, bundle: Bundle, sms: Sequence[str | None]) -> list[str]:
     """Why an engine does not run on this CPU, or on each of the GPU generations `sms`; empty text where it does."""
-    from sdrt.engines.store import mismatch, platform_name
-    from sdrt.machine.cpu import cpu_identity
+    from sdrt.engines.store import mismatch
+    from sdrt.engines.targets import TARGETS, on_gpu
+    from sdrt.machine.cpu import cpu_identity, platform_name
     from sdrt.machine.doctor import compiler_version
 
     target = record.key.target
     known = partial(mismatch, record, bundle, compiler=compiler_version(target), platform=platform_name())
-    if target in ("openvino", "onnxruntime"):
+    if target in TARGETS and not on_gpu(target):
         return [known(cpu=cpu_identity(), flags=flags_of(record))]
     return [known(device_sm=sm) for sm in sms]

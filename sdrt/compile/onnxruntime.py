@@ -20,9 +20,9 @@ from sdrt.compile.options import CompileOptions, CompileReport, GraphReport
 from sdrt.compile.together import engines_together
 from sdrt.compile.watch import Progress
 from sdrt.engines.record import FORMAT, EngineKey, EngineRecord, ExternalData, Plan
-from sdrt.engines.store import NewEngine, engine_folder, platform_name, read_intact, write_record
+from sdrt.engines.store import NewEngine, engine_folder, read_intact, write_record
 from sdrt.errors import BundleError, MachineError, UsageError
-from sdrt.machine.cpu import cpu_identity
+from sdrt.machine.cpu import cpu_identity, platform_name
 from sdrt.runtime.backends.onnxruntime.model import FLAGS, PRECISION, TARGET, import_onnxruntime, weights_path
 
 log = logging.getLogger("sdrt")
@@ -94,6 +94,11 @@ def compile_bundle(
             record = EngineRecord(FORMAT, key, None, None, None, None, (), 0, weights.size_bytes, plans)
             write_record(stage, record)
     return CompileReport(folder, record, False, reports)
+
+
+def check_compiler(target: str) -> None:
+    """Raise MachineError unless ONNX Runtime is here."""
+    import_onnxruntime(f"target {target}")
 
 
 def _refuse_unread(options: CompileOptions) -> None:

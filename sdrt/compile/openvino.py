@@ -22,12 +22,14 @@ from sdrt.compile.shapes import resolve_shapes
 from sdrt.compile.together import engines_together
 from sdrt.compile.watch import Progress
 from sdrt.engines.record import FORMAT, EngineKey, EngineRecord, Plan, Profile
-from sdrt.engines.store import NewEngine, engine_folder, platform_name, read_intact, state_bytes, write_engine
+from sdrt.engines.store import NewEngine, engine_folder, read_intact, state_bytes, write_engine
+from sdrt.engines.targets import OPENVINO
 from sdrt.errors import BundleError, MachineError, UsageError
-from sdrt.machine.cpu import cpu_identity
+from sdrt.machine.cpu import cpu_identity, platform_name
 from sdrt.machine.interruptible import interruptible
 from sdrt.runtime.backends.openvino.model import (
     FLAGS,
+    TARGET,
     StepShape,
     choose_precision,
     compile_graph,
@@ -38,13 +40,10 @@ from sdrt.runtime.backends.openvino.model import (
     unfused_attention,
 )
 
-TARGET = "openvino"
 DEFAULT_CHUNKS = (1, 2)
 """Prompt lengths that engines are made for unless asked otherwise: most prompts are of up to 75 tokens, nearly all of
 up to 150.
 """
-_SOURCE = "fp32"
-"""The graphs engines are made from. Their weights are stored as the bundle has them; OpenVINO rounds the arithmetic."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +76,7 @@ def compile_bundle(
     ov = import_openvino(f"target {TARGET}")
     core = ov.Core()
     precision = choose_precision(core, options.precision, manifest.precision)
-    files = {graph: manifest.graphs[graph][_SOURCE].path for graph in GRAPHS}
+    files = {graph: manifest.graphs[graph][OPENVINO.source_of(precision)].path for graph in GRAPHS}
     progress("read", None)
     check_files(bundle, [WEIGHTS, *files.values()])
     made: dict[Any, _Blob] = {}  # graphs that two engines have in common are compiled once
@@ -103,6 +102,11 @@ def compile_bundle(
             written = write_engine(bundle, record, {graph: blob.data for graph, blob in blobs.items()}, new_engine)
             reports.append(CompileReport(written, record, False, {graph: blob.report for graph, blob in blobs.items()}))
     return reports
+
+
+def check_compiler(target: str) -> None:
+    """Raise MachineError unless OpenVINO is here and new enough."""
+    import_openvino(f"target {target}")
 
 
 def _static_shapes(bundle: Bundle, options: CompileOptions) -> list[StepShape]:
@@ -164,7 +168,7 @@ def _compile(
     ov: Any, core: Any, bundle: Bundle, graph: str, shapes: Mapping[str, tuple[int, ...]], precision: str
 ) -> _Blob:
     started = time.perf_counter()
-    path = bundle.graph(graph, _SOURCE)
+    path = bundle.graph(graph, OPENVINO.source_of(precision))
     compiled, attention = interruptible(lambda: compile_graph(ov, core, path, shapes, precision, None))
     build_s = time.perf_counter() - started
     data = interruptible(lambda: export_blob(compiled))

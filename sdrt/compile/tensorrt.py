@@ -21,11 +21,12 @@ from sdrt.compile.tensorrt_network import Compiler, Demand, build_flags, import_
 from sdrt.compile.together import engines_together
 from sdrt.compile.watch import Progress
 from sdrt.engines.record import FORMAT, EngineKey, EngineRecord, Plan
-from sdrt.engines.store import RTX_SMS, NewEngine, engine_folder, platform_name, read_intact, state_bytes, write_engine
+from sdrt.engines.store import NewEngine, engine_folder, read_intact, state_bytes, write_engine
+from sdrt.engines.targets import TARGETS, TENSORRT
 from sdrt.errors import BundleError, MachineError, UsageError
+from sdrt.machine.cpu import platform_name
 from sdrt.machine.packages import install_command
 
-TARGETS = ("tensorrt-rtx", "tensorrt")
 DEFAULT_SMS = (86, 89, 120)
 
 
@@ -122,23 +123,30 @@ def open_compiler(target: str, sms: tuple[int, ...] | None = None, device: int =
         UsageError: the target is unknown, or the generations are not for it.
         MachineError: the library is not installed, or there is no GPU and it needs one.
     """
-    if target == "tensorrt-rtx":
+    row = TARGETS.get(target)
+    if row is None or row.shapes != "ranges":
+        ours = [row.name for row in TARGETS.values() if row.shapes == "ranges"]
+        raise UsageError(f"target {target!r}: not one that compiles", f"Choose one of: {', '.join(ours)}.")
+    if row.sms:
         wanted = tuple(sorted(set(sms or DEFAULT_SMS)))
         for sm in wanted:
-            if sm not in RTX_SMS:
+            if sm not in row.sms:
                 raise UsageError(
-                    f"sm {sm}: TensorRT-RTX compiles for {', '.join(map(str, RTX_SMS))}",
+                    f"sm {sm}: {row.title} compiles for {', '.join(map(str, row.sms))}",
                     "For a data-centre GPU such as H100 (90) or B200 (100), run this on it with --target tensorrt.",
                 )
         return import_compiler(target, ",".join(f"sm_{sm}" for sm in wanted), None, wanted)
-    if target == "tensorrt":
-        if sms is not None:
-            raise UsageError(
-                "sm: TensorRT compiles for the GPU of this machine", "Leave --sm out, or choose --target tensorrt-rtx."
-            )
-        library(target)
-        return import_compiler(target, _gpu(device), device, ())
-    raise UsageError(f"target {target!r}: not one that compiles", f"Choose one of: {', '.join(TARGETS)}.")
+    if sms is not None:
+        raise UsageError(
+            f"sm: {row.title} compiles for the GPU of this machine", "Leave --sm out, or choose --target tensorrt-rtx."
+        )
+    library(target)
+    return import_compiler(target, _gpu(device), device, ())
+
+
+def check_compiler(target: str) -> None:
+    """Raise MachineError unless a target's compiler is here, with a GPU where it needs one."""
+    open_compiler(target)
 
 
 def _gpu(device: int) -> str:
@@ -147,7 +155,9 @@ def _gpu(device: int) -> str:
         from cuda.bindings import runtime
         from cuda.core import Device
     except ImportError as error:
-        raise MachineError(f"target tensorrt: {error}", f"Install it with: {install_command('tensorrt')}") from error
+        raise MachineError(
+            f"target tensorrt: {error}", f"Install it with: {install_command(TENSORRT.extra)}"
+        ) from error
     status, count = runtime.cudaGetDeviceCount()
     if status != runtime.cudaError_t.cudaSuccess or not count:
         raise MachineError(

@@ -12,13 +12,14 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from threading import Event
 from typing import Any
 
 from sdrt.compile.watch import Progress, make_log, make_monitor
 from sdrt.engines.record import Profile
-from sdrt.engines.store import COMPILERS
+from sdrt.engines.targets import TARGETS
 from sdrt.errors import MachineError, ResourceError, SdrtError, printable
 from sdrt.files.publish import cache_folder, staged_file, write_file
 from sdrt.machine.packages import install_command
@@ -52,7 +53,7 @@ class Compiler:
     sms: tuple[int, ...]
 
     def __str__(self) -> str:
-        return f"{COMPILERS[self.target]} {self.version}"
+        return f"{TARGETS[self.target].title} {self.version}"
 
 
 @dataclass(frozen=True)
@@ -107,17 +108,11 @@ def library(target: str) -> Any:
         MachineError: it is not installed, or does not load.
     """
     try:
-        if target == "tensorrt-rtx":
-            import tensorrt_rtx
-
-            return tensorrt_rtx
-        import tensorrt
-
-        return tensorrt
+        return import_module(TARGETS[target].module)
     except (ImportError, OSError) as error:
         raise MachineError(
-            f"target {target}: cannot import {COMPILERS[target]}: {error}",
-            f"Install it with: {install_command(target)}",
+            f"target {target}: cannot import {TARGETS[target].title}: {error}",
+            f"Install it with: {install_command(TARGETS[target].extra)}",
         ) from error
 
 

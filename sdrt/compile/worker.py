@@ -38,6 +38,8 @@ from sdrt.errors import MachineError, ResourceError, SdrtError
 from sdrt.machine.memory import peak_rss_bytes
 
 _GRACE_S = 1.0
+_SAVE = "save"
+"""The task of a request that has ONNX Runtime save a model; without one TensorRT compiles."""
 _STDERR_BYTES = 1 << 16
 _SIGKILL = getattr(signal, "SIGKILL", 9)
 
@@ -103,7 +105,7 @@ def save_model(
         KeyboardInterrupt: interrupted; the worker is gone.
     """
     request = {
-        "target": "onnxruntime",
+        "task": _SAVE,
         "graph": graph,
         "name": path.name,
         "folder": str(folder.absolute()),
@@ -231,7 +233,7 @@ def serve() -> None:
     def watch() -> None:
         os.read(0, 1)  # returns when the caller closes its end, or dies
         stop.set()
-        if request["target"] == "onnxruntime":  # which does not look whether it should stop
+        if request.get("task") == _SAVE:  # ONNX Runtime does not look whether it should stop
             os.kill(os.getpid(), signal.SIGTERM)
 
     Thread(target=watch, daemon=True).start()
@@ -262,7 +264,7 @@ def _use_up_holes(count: int) -> None:
 
 
 def _answer(request: dict[str, Any], answers: BinaryIO, stop: Event) -> tuple[dict[str, Any], memoryview]:
-    if request["target"] == "onnxruntime":
+    if request.get("task") == _SAVE:
         return save_model_here(
             request["graph"], Path(request["name"]), Path(request["folder"]), Path(request["reference"])
         ), memoryview(b"")

@@ -7,11 +7,10 @@ from typing import Any
 
 from sdrt.bundle.graphs import STEP, TEXT_ENCODER, Dimensions, signatures, table_rows
 from sdrt.bundle.manifest import MAX_BATCH, MAX_BRANCHES, MAX_CHUNKS, MAX_SIDE, MIN_SIDE, PRECISIONS, SIZE_STEP
+from sdrt.engines.targets import TARGETS
 
 FORMAT = 1
 RECORD = "engine.json"
-ANY_SHAPE = ("onnxruntime",)
-"""Targets whose engines take any shape, as the bundle's graphs do."""
 MAX_ROWS = 4096
 _TABLES = signatures(Dimensions(1, 0, 1, 1, 1, (1,)))[STEP].tables
 """The tables that the step of every model has."""
@@ -87,7 +86,7 @@ class EngineRecord:
 
     `rows` is how many rows the step's tables hold for each picture, `branches` the numbers of guidance branches.
     `state_bytes` is what the pipeline keeps on the device beside the engine at those shapes, `weight_bytes` the size of
-    the bundle's weights. An engine of onnxruntime takes any shape: the first four are None, it names no branches, and
+    the bundle's weights. For an engine that takes any shape the first four are None, it names no branches, and
     keeps nothing on a device.
     """
 
@@ -131,7 +130,7 @@ def record_from(document: dict[str, Any]) -> EngineRecord:
         raise ValueError("two plans share a file")
     target = _text(key["target"])
     limits = [document[name] for name in ("size", "batch", "tokens", "rows")]
-    takes_any = target in ANY_SHAPE
+    takes_any = target in TARGETS and TARGETS[target].shapes == "any"
     if takes_any and (limits != [None] * 4 or document["branches"] != [] or any(profiles.values())):
         raise ValueError(f"an engine of {target} takes any shape, this one has limits")
     record = EngineRecord(

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from sdrt.bundle.graphs import STEP
 from sdrt.bundle.manifest import MAX_BATCH, MAX_BRANCHES, MAX_CHUNKS, MAX_SIDE, MIN_SIDE, Manifest
 from sdrt.engines.record import EngineRecord
+from sdrt.engines.targets import TARGETS
 
 Size = tuple[int, int]
 """(width, height) in pixels."""
@@ -76,8 +77,13 @@ def any_shapes(manifest: Manifest) -> EngineShapes:
     )
 
 
+def fills_up(record: EngineRecord) -> bool:
+    """Whether an engine has static shapes, so that a batch that is not full is filled up."""
+    return record.key.target in TARGETS and TARGETS[record.key.target].shapes == "static"
+
+
 def shapes_of(record: EngineRecord, manifest: Manifest) -> EngineShapes:
-    """What a compiled engine takes. OpenVINO's take smaller batches too: they are filled up."""
+    """What a compiled engine takes. One of static shapes takes smaller batches too: they are filled up."""
     if record.size is None or record.batch is None or record.tokens is None:
         return any_shapes(manifest)
     profiles = record.key.profiles.get(STEP)
@@ -86,7 +92,7 @@ def shapes_of(record: EngineRecord, manifest: Manifest) -> EngineShapes:
             (record.size, record.size), (1, record.batch), (record.tokens, record.tokens), record.branches
         )
     low, factor = profiles[0].shapes["init"][0], manifest.latents.factor
-    smallest = 1 if record.key.target == "openvino" else low[0]
+    smallest = 1 if fills_up(record) else low[0]
     return EngineShapes(
         ((low[3] * factor, low[2] * factor), record.size),
         (smallest, record.batch),

@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import platform
 import stat
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
@@ -23,6 +22,8 @@ from sdrt.bundle.folder import Bundle, check_files, check_nothing_else
 from sdrt.bundle.graphs import STEP, VAE_DECODER, dimensions, signatures, table_rows
 from sdrt.bundle.manifest import ENGINES, MANIFEST, WEIGHTS, Manifest
 from sdrt.engines.record import FORMAT, RECORD, EngineKey, EngineRecord, record_from
+from sdrt.engines.shapes import fills_up
+from sdrt.engines.targets import TARGETS
 from sdrt.errors import BundleError, MachineError, UsageError, printable
 from sdrt.files.publish import check_space, new_folder, no_room, remove_folder, staged_folders, sweep_stages, write_file
 from sdrt.files.read import strict_json
@@ -32,22 +33,6 @@ NewEngine = Callable[[EngineKey, int], AbstractContextManager[Path]]
 MAX_RECORD_BYTES = 1 << 20
 ALIGNMENT = 256
 """TensorRT asks for device buffers that begin on this many bytes."""
-COMPILERS = {
-    "tensorrt-rtx": "TensorRT-RTX",
-    "tensorrt": "TensorRT",
-    "openvino": "OpenVINO",
-    "onnxruntime": "ONNX Runtime",
-}
-RTX_SMS = (75, 80, 86, 89, 120, 121)
-"""GPU generations TensorRT-RTX has kernels for: Turing, A100, other Ampere, Ada, Blackwell. Data-centre Hopper and
-Blackwell need `tensorrt`.
-"""
-
-
-def platform_name() -> str:
-    """This machine's operating system and processor, such as linux-x86_64."""
-    machine = platform.machine().lower()
-    return f"{platform.system().lower()}-{'x86_64' if machine == 'amd64' else machine}"
 
 
 def key_digest(key: EngineKey) -> str:
@@ -323,7 +308,8 @@ def mismatch(
     key, manifest, reasons = record.key, bundle.manifest, []
     if target is not None and key.target != target:
         reasons.append(f"built for {key.target}, not {target}")
-    source = _SOURCES.get(key.target, key.precision)
+    made_with = TARGETS.get(key.target)
+    source = key.precision if made_with is None else made_with.source_of(key.precision)
     found = {graph: by_precision.get(source) for graph, by_precision in manifest.graphs.items()}
     digests = {graph: manifest.files[made.path].sha256 for graph, made in found.items() if made is not None}
     if any(digests.get(graph) != digest for graph, digest in key.graphs.items()):
@@ -331,7 +317,8 @@ def mismatch(
     if key.weights != manifest.files[WEIGHTS].sha256:
         reasons.append("built for weights that have changed")
     if compiler is not None and key.compiler != compiler:
-        reasons.append(f"built for {COMPILERS.get(key.target, key.target)} {key.compiler}, this machine has {compiler}")
+        title = key.target if made_with is None else made_with.title
+        reasons.append(f"built for {title} {key.compiler}, this machine has {compiler}")
     if device_sm is not None and device_sm not in key.device.replace(", ", ",").split(","):
         reasons.append(f"built for {key.device}, this GPU is {device_sm}")
     if cpu is not None and key.device != cpu:
@@ -354,7 +341,7 @@ def serves_default(record: EngineRecord, manifest: Manifest) -> bool:
     most = (*record.size, record.batch, record.tokens)
     if 2 not in record.branches:
         return False
-    if record.key.target == "openvino":  # static shapes; a batch that is not full is filled up
+    if fills_up(record):
         return own == (*most[:2], 1, most[3])
     factor = manifest.latents.factor
     for profile in record.key.profiles.get(STEP, ()):
@@ -386,8 +373,6 @@ def prune(bundle: Bundle, *, keep: Callable[[EngineRecord], bool]) -> list[Path]
     return removed
 
 
-_SOURCES = {"openvino": "fp32"}
-"""Targets whose engines are always made from the graphs of one precision."""
 _AGAIN = "Compile it again with the same options, or remove it with: sdrt compile BUNDLE --prune"
 
 

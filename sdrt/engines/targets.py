@@ -22,7 +22,7 @@ class Target:
     shapes: which batches an engine takes: `any`, as the bundle's graphs do; `static`, one of each, and smaller batches
         filled up; `ranges`, from smallest to largest.
     weights: where an engine's weights lie: in the `bundle`'s own file, in a file `beside` the plan, or in the `plan`.
-    source: the precision of the graphs that all its engines are made from; None where it is the engine's own.
+    source: the precision of the graphs that all its engines are made from; None where each has its own.
     sms: GPU generations its library has kernels for, and compiles for without a GPU; empty where that is no question.
     built: whether `sdrt build` compiles for it. The others run a bundle without an engine, and what they can save takes
         disk, so that `sdrt compile` alone saves it, when asked.
@@ -41,6 +41,10 @@ class Target:
     sms: tuple[int, ...] = ()
     built: bool = True
     ready: bool = True
+
+    def source_of(self, precision: str) -> str:
+        """The precision of the graphs that an engine of a precision is made from."""
+        return self.source or precision
 
     @property
     def oldest(self) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""What the processor of this machine is, and how many of its cores this process may use. Standard library only."""
+"""What this machine and its processor are, and how many of its cores this process may use. Standard library only."""
 
 from __future__ import annotations
 
@@ -38,6 +38,12 @@ def cpu_identity() -> str:
         pass
     name = printable(name or platform.processor() or platform.machine()).replace(",", "")
     return f"{name} ({' '.join(sorted(flags))})" if flags else name
+
+
+def platform_name() -> str:
+    """This machine's operating system and processor, such as linux-x86_64."""
+    machine = platform.machine().lower()
+    return f"{platform.system().lower()}-{'x86_64' if machine == 'amd64' else machine}"
 
 
 def bound_cores() -> int:

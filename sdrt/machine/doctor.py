@@ -14,32 +14,17 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
 from typing import Any
 
-from sdrt.engines.store import RTX_SMS, platform_name
+from sdrt.engines.targets import ONNXRUNTIME, ONNXRUNTIME_CUDA, OPENVINO, TARGETS, TENSORRT, TENSORRT_RTX
 from sdrt.machine import engine_libraries
+from sdrt.machine.cpu import platform_name
 from sdrt.machine.packages import install_command
 
 WORKS, MISSING, MISMATCHED = "works", "missing", "mismatched"
-BACKENDS = ("onnxruntime", "onnxruntime-cuda", "openvino", "tensorrt-rtx", "tensorrt")
-_EXTRA = dict(zip(BACKENDS, ("cpu", "cuda", "openvino", "tensorrt-rtx", "tensorrt"), strict=True))
-
-_OLDEST = {
-    "tensorrt-rtx": (1, 7),
-    "tensorrt": (11, 0),
-    "cuda-core": (1, 2),
-    "cuda-bindings": (13, 0),
-    "openvino": (2026, 4),
-}
-_ORT_PACKAGES = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino", "onnxruntime-directml", "onnxruntime-qnn")
-_COMPILER_PACKAGES = {
-    "onnxruntime": _ORT_PACKAGES,
-    "tensorrt-rtx": ("tensorrt-rtx", "tensorrt-rtx-cu12", "tensorrt-rtx-cu13"),
-    "tensorrt": ("tensorrt", "tensorrt-cu13", "tensorrt-cu12"),
-    "openvino": ("openvino",),
-}
 _LIBRARY = re.compile(r"(?:lib)?[\w.+-]+\.(?:so(?:\.\d+)*|dll|dylib)")
 _CUDA_LIBRARY = re.compile(rb"lib(?:cublasLt|cublas|cudnn|cufft|curand|cudart|nvrtc)\.so\.\d+")
 
@@ -96,11 +81,11 @@ def examine() -> Report:
     """Probe this machine. Takes seconds: every library that is installed gets loaded."""
     gpus = _isolated(probe_gpus, lambda error: Gpus((), "", f"the probe failed: {error}"))
     probes: dict[str, Callable[[], Backend]] = {
-        "onnxruntime": probe_onnxruntime,
-        "onnxruntime-cuda": lambda: probe_onnxruntime_cuda(gpus),
-        "openvino": probe_openvino,
-        "tensorrt-rtx": lambda: probe_tensorrt("tensorrt-rtx", gpus),
-        "tensorrt": lambda: probe_tensorrt("tensorrt", gpus),
+        ONNXRUNTIME.name: probe_onnxruntime,
+        ONNXRUNTIME_CUDA.name: lambda: probe_onnxruntime_cuda(gpus),
+        OPENVINO.name: probe_openvino,
+        TENSORRT_RTX.name: lambda: probe_tensorrt(TENSORRT_RTX.name, gpus),
+        TENSORRT.name: lambda: probe_tensorrt(TENSORRT.name, gpus),
     }
     backends = tuple(_isolated(probe, partial(_crashed, name)) for name, probe in probes.items())
     return Report(platform.python_version(), platform_name(), gpus, backends)
@@ -118,7 +103,7 @@ def _crashed(name: str, why: str) -> Backend:
         name,
         MISMATCHED,
         f"does not load: {why}{_named_libraries(why)}",
-        install_command(_EXTRA[name], "--force-reinstall"),
+        install_command(TARGETS[name].extra, "--force-reinstall"),
         _versions(name),
     )
 
@@ -132,8 +117,11 @@ def installed(package: str) -> str:
 
 
 def compiler_version(target: str) -> str | None:
-    """Version of the compiler of a target as its package says, without loading it; None if it is not installed."""
-    return next((found for package in _COMPILER_PACKAGES[target] if (found := installed(package))), None)
+    """Version of the compiler of a target as its package says, without loading it; None if it is not installed, or the
+    target is one of a newer sdrt.
+    """
+    packages = TARGETS[target].packages if target in TARGETS else ()
+    return next((found for package in packages if (found := installed(package))), None)
 
 
 def probe_gpus() -> Gpus:
@@ -196,32 +184,34 @@ def _driver_gpus() -> Gpus:
 
 def _onnxruntime_conflict(wanted: str, name: str) -> Backend | None:
     """Two packages that write the same folder: the one installed last has won, and removing either breaks the other."""
-    found = [package for package in _ORT_PACKAGES if installed(package)]
+    found = [package for package in ONNXRUNTIME.packages if installed(package)]
     if len(found) < 2:
         return None
-    fix = f"pip uninstall -y {' '.join(found)} && {install_command(_EXTRA[name])}"
+    fix = f"pip uninstall -y {' '.join(found)} && {install_command(TARGETS[name].extra)}"
     return Backend(
         name, MISMATCHED, f"{' and '.join(found)} are installed together and overwrite each other", fix, _versions(name)
     )
 
 
 def probe_onnxruntime() -> Backend:
-    name = "onnxruntime"
+    name = ONNXRUNTIME.name
     if conflict := _onnxruntime_conflict(name, name):
         return conflict
-    if not any(installed(package) for package in _ORT_PACKAGES):
-        return Backend(name, MISSING, "onnxruntime is not installed", install_command(_EXTRA[name]))
+    if not any(installed(package) for package in ONNXRUNTIME.packages):
+        return Backend(name, MISSING, "onnxruntime is not installed", install_command(TARGETS[name].extra))
     providers = _run_identity(["CPUExecutionProvider"])
     return Backend(name, WORKS, f"ran a model on {', '.join(providers)}", "", _versions(name))
 
 
 def probe_onnxruntime_cuda(gpus: Gpus) -> Backend:
-    name, provider = "onnxruntime-cuda", "CUDAExecutionProvider"
+    name, provider = ONNXRUNTIME_CUDA.name, "CUDAExecutionProvider"
     if conflict := _onnxruntime_conflict("onnxruntime-gpu", name):
         return conflict
     if not installed("onnxruntime-gpu"):
-        replace = "pip uninstall -y onnxruntime && " if installed("onnxruntime") else ""
-        return Backend(name, MISSING, "onnxruntime-gpu is not installed", f"{replace}{install_command(_EXTRA[name])}")
+        replace = f"pip uninstall -y {ONNXRUNTIME.packages[0]} && " if installed(ONNXRUNTIME.packages[0]) else ""
+        return Backend(
+            name, MISSING, "onnxruntime-gpu is not installed", f"{replace}{install_command(TARGETS[name].extra)}"
+        )
     if not gpus.found:
         return _no_gpu(name, gpus)
     engine_libraries.onnxruntime().preload_dlls()
@@ -233,7 +223,7 @@ def probe_onnxruntime_cuda(gpus: Gpus) -> Backend:
         name,
         MISSING,
         "ONNX Runtime runs on this GPU, but this version of sdrt has no backend for it yet",
-        install_command(_EXTRA["tensorrt"]),
+        install_command(TENSORRT.extra),
         _versions(name),
     )
 
@@ -253,7 +243,7 @@ def _run_identity(providers: list[str]) -> list[str]:
 def _missing_cuda_libraries() -> list[str]:
     """CUDA libraries that ONNX Runtime's provider names and the system cannot load."""
     root = (
-        Path(str(distribution("onnxruntime-gpu").locate_file("onnxruntime")))
+        Path(str(distribution("onnxruntime-gpu").locate_file(ONNXRUNTIME.module)))
         / "capi"
         / "libonnxruntime_providers_cuda.so"
     )
@@ -274,17 +264,17 @@ def _loads(library: str) -> bool:
 
 def probe_openvino() -> Backend:
     """Whether OpenVINO is installed, new enough, and runs a model on this CPU."""
-    name = "openvino"
+    name = OPENVINO.name
     found = compiler_version(name)
     if found is None:
-        return Backend(name, MISSING, f"{name} is not installed", install_command(_EXTRA[name]))
-    if _numbers(found) < _OLDEST[name]:
-        wanted = ".".join(map(str, _OLDEST[name]))
+        return Backend(name, MISSING, f"{name} is not installed", install_command(TARGETS[name].extra))
+    if _numbers(found) < OPENVINO.oldest:
+        wanted = ".".join(map(str, OPENVINO.oldest))
         return Backend(
             name,
             MISMATCHED,
             f"{name} {found}, at least {wanted} is needed",
-            install_command(_EXTRA[name], "--upgrade"),
+            install_command(TARGETS[name].extra, "--upgrade"),
             _versions(name),
         )
     import numpy as np
@@ -306,33 +296,33 @@ def probe_tensorrt(name: str, gpus: Gpus) -> Backend:
     kernels for.
     """
     if compiler_version(name) is None:
-        return Backend(name, MISSING, f"{name} is not installed", install_command(_EXTRA[name]), _versions(name))
-    if name == "tensorrt-rtx":
-        import tensorrt_rtx as trt
-    else:
-        import tensorrt as trt
-    for package in ("cuda-core", "cuda-bindings"):
+        return Backend(name, MISSING, f"{name} is not installed", install_command(TARGETS[name].extra), _versions(name))
+    target = TARGETS[name]
+    trt = import_module(target.module)
+    for package in target.oldest_beside:
         if not installed(package):
-            return Backend(name, MISSING, f"{package} is not installed", install_command(_EXTRA[name]), _versions(name))
+            return Backend(
+                name, MISSING, f"{package} is not installed", install_command(TARGETS[name].extra), _versions(name)
+            )
     import cuda.core  # noqa: F401  its libraries must load too
 
     versions = _versions(name) | {name: str(trt.__version__)}
-    for package, oldest in _OLDEST.items():
-        if package in versions and _numbers(versions[package]) < oldest:
+    for package, oldest in {name: target.oldest, **target.oldest_beside}.items():
+        if _numbers(versions[package]) < oldest:
             wanted = ".".join(map(str, oldest))
             return Backend(
                 name,
                 MISMATCHED,
                 f"{package} {versions[package]}, at least {wanted} is needed",
-                install_command(_EXTRA[name], "--upgrade"),
+                install_command(TARGETS[name].extra, "--upgrade"),
                 versions,
             )
     if not gpus.found:
         return _no_gpu(name, gpus)
-    if name == "tensorrt-rtx" and not any(gpu.sm in {f"sm_{sm}" for sm in RTX_SMS} for gpu in gpus.found):
+    if target.sms and not any(gpu.sm in {f"sm_{sm}" for sm in target.sms} for gpu in gpus.found):
         sms = ", ".join(f"{gpu.name} ({gpu.sm})" for gpu in gpus.found)
         return Backend(
-            name, MISMATCHED, f"TensorRT-RTX has no kernels for {sms}", install_command(_EXTRA["tensorrt"]), versions
+            name, MISMATCHED, f"{target.title} has no kernels for {sms}", install_command(TENSORRT.extra), versions
         )
     return Backend(name, WORKS, ", ".join(f"{gpu.name} ({gpu.sm})" for gpu in gpus.found), "", versions)
 
@@ -346,9 +336,7 @@ def _no_gpu(name: str, gpus: Gpus) -> Backend:
             "Update the NVIDIA driver: https://www.nvidia.com/drivers",
             _versions(name),
         )
-    detail = f"no GPU answers: {gpus.detail}" + (
-        "; compiling for other machines works" if name == "tensorrt-rtx" else ""
-    )
+    detail = f"no GPU answers: {gpus.detail}" + ("; compiling for other machines works" if TARGETS[name].sms else "")
     return Backend(
         name, MISSING, detail, "Install an NVIDIA GPU's driver: https://www.nvidia.com/drivers", _versions(name)
     )
@@ -364,18 +352,11 @@ def _named_libraries(text: str) -> str:
 
 
 def _versions(name: str) -> dict[str, str]:
-    """Versions of the installed packages a backend is made of."""
-    if name.startswith("onnxruntime"):
-        packages: tuple[str, ...] = _ORT_PACKAGES
-    elif name == "openvino":
-        packages = ("openvino",)
-    else:
-        packages = ("cuda-core", "cuda-bindings")
+    """Versions of the installed packages a backend is made of; those of ONNX Runtime each under its own name."""
+    target = TARGETS[name]
+    shared = target.module == ONNXRUNTIME.module
+    packages = target.packages if shared else tuple(target.oldest_beside)
     found = {package: text for package in packages if (text := installed(package))}
-    if (
-        packages is not _ORT_PACKAGES
-        and name in _COMPILER_PACKAGES
-        and (compiler := compiler_version(name)) is not None
-    ):
+    if not shared and (compiler := compiler_version(name)) is not None:
         found[name] = compiler
     return found

@@ -19,6 +19,16 @@ EXTRAS: dict[str, tuple[str, ...]] = {
 """What each extra installs beside the base, as pip reads it."""
 
 
+def oldest_versions(extra: str) -> dict[str, tuple[int, int]]:
+    """The packages of an extra, and the oldest version of each that will do, (major, minor)."""
+    found = {}
+    for requirement in EXTRAS[extra]:
+        package, _, version = requirement.partition(">=")
+        major, _, minor = version.partition(".")
+        found[package] = int(major), int(minor or 0)
+    return found
+
+
 def install_command(extra: str, option: str = "") -> str:
     """The pip command that installs an extra's packages, with an option of `pip install` such as `--upgrade` where one
     is given.

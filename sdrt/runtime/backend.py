@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from importlib.util import find_spec
 
 from sdrt.bundle.folder import Bundle
 from sdrt.bundle.manifest import ENGINES
 from sdrt.engines.store import list_engines, serves_default
+from sdrt.engines.targets import ONNXRUNTIME, OPENVINO, READY, TARGETS, TENSORRT, TENSORRT_RTX, on_gpu
 from sdrt.errors import MachineError, UsageError, nearest, one_of
 from sdrt.machine.cpu import CORES, check_threads
 from sdrt.machine.packages import install_command
@@ -15,8 +17,6 @@ from sdrt.runtime.engine import Engine
 
 log = logging.getLogger("sdrt")
 
-BACKENDS = ("onnxruntime", "onnxruntime-cuda", "openvino", "tensorrt-rtx", "tensorrt")
-READY = ("onnxruntime", "openvino", "tensorrt-rtx", "tensorrt")
 ON_MISSING = ("compile", "fallback", "error")
 """What to do for a shape that no engine serves: compile it in memory where that takes seconds, which is on a CPU; run
 the bundle's graphs on ONNX Runtime; or raise MissingEngineError, as `compile` does too for a GPU.
@@ -46,9 +46,9 @@ def load_engine(
     """
     one_of("on_missing", on_missing, ON_MISSING)
     shared = one_of("cores", cores, CORES) == "shared"
-    if backend != "auto" and backend not in BACKENDS:
+    if backend != "auto" and backend not in TARGETS:
         raise UsageError(
-            f"backend {backend!r}: unknown{nearest(backend, ['auto', *BACKENDS])}",
+            f"backend {backend!r}: unknown{nearest(backend, ['auto', *TARGETS])}",
             f"Choose one of: auto, {', '.join(READY)}.",
         )
     if backend not in ("auto", *READY):
@@ -56,24 +56,20 @@ def load_engine(
             f"backend {backend}: not supported yet by this version of sdrt", f"Choose one of: auto, {', '.join(READY)}."
         )
     chosen = _best(bundle) if backend == "auto" else backend
-    if chosen in ("onnxruntime", "openvino"):
+    if not on_gpu(chosen):
         check_threads(threads)
-    if chosen == "onnxruntime":
-        return _onnxruntime(bundle, threads, shared)
-    engine: Engine
-    if chosen == "openvino":
-        from sdrt.runtime.backends.openvino.engine import OpenVinoEngine
-
-        engine = OpenVinoEngine(bundle, threads, compile_missing=on_missing == "compile", shared=shared)
-    else:
-        from sdrt.runtime.backends.tensorrt.engine import TensorRtEngine
-
-        engine = TensorRtEngine(bundle, chosen, device)
-    if on_missing != "fallback":
+    load: dict[str, Callable[[], Engine]] = {
+        ONNXRUNTIME.name: lambda: _onnxruntime(bundle, threads, shared),
+        OPENVINO.name: lambda: _openvino(bundle, threads, shared, on_missing == "compile"),
+        TENSORRT_RTX.name: lambda: _tensorrt(bundle, chosen, device),
+        TENSORRT.name: lambda: _tensorrt(bundle, chosen, device),
+    }
+    engine = load[chosen]()
+    if on_missing != "fallback" or TARGETS[chosen].shapes == "any":
         return engine
     from sdrt.runtime.backends.fallback import FallbackEngine
 
-    return FallbackEngine(engine, lambda: _onnxruntime(bundle, threads, shared), bundle.manifest.latents.factor)
+    return FallbackEngine(engine, load[ONNXRUNTIME.name], bundle.manifest.latents.factor)
 
 
 def _onnxruntime(bundle: Bundle, threads: int | None, shared: bool) -> Engine:
@@ -82,9 +78,21 @@ def _onnxruntime(bundle: Bundle, threads: int | None, shared: bool) -> Engine:
     return OnnxRuntimeEngine(bundle, threads, shared=shared)
 
 
+def _openvino(bundle: Bundle, threads: int | None, shared: bool, compile_missing: bool) -> Engine:
+    from sdrt.runtime.backends.openvino.engine import OpenVinoEngine
+
+    return OpenVinoEngine(bundle, threads, compile_missing=compile_missing, shared=shared)
+
+
+def _tensorrt(bundle: Bundle, target: str, device: int) -> Engine:
+    from sdrt.runtime.backends.tensorrt.engine import TensorRtEngine
+
+    return TensorRtEngine(bundle, target, device)
+
+
 def _best(bundle: Bundle) -> str:
     if not bundle.file(ENGINES).is_dir():
-        return "onnxruntime"
+        return ONNXRUNTIME.name
     engines = [record for _, record in list_engines(bundle)]
     targets = {record.key.target for record in engines if serves_default(record, bundle.manifest)}
     if others := sorted({record.key.target for record in engines} - targets):
@@ -95,19 +103,19 @@ def _best(bundle: Bundle) -> str:
             ", ".join(others),
             own,
         )
-    compiled = next((target for target in ("tensorrt", "tensorrt-rtx") if target in targets), None)
+    compiled = next((target for target in (TENSORRT.name, TENSORRT_RTX.name) if target in targets), None)
     if compiled is not None and gpu_count():
         return compiled
-    if "openvino" not in targets:
-        return "onnxruntime"
-    if find_spec("openvino") is None:
+    if OPENVINO.name not in targets:
+        return ONNXRUNTIME.name
+    if find_spec(OPENVINO.module) is None:
         log.warning(
             "%s: has OpenVINO engines, but openvino is not installed; ONNX Runtime runs it. %s",
             bundle.path,
-            install_command("openvino"),
+            install_command(OPENVINO.extra),
         )
-        return "onnxruntime"
-    return "openvino"
+        return ONNXRUNTIME.name
+    return OPENVINO.name
 
 
 def gpu_count() -> int:

@@ -19,9 +19,10 @@ from sdrt.bundle.graphs import STEP, dimensions, signatures
 from sdrt.bundle.manifest import WEIGHTS, reference_path
 from sdrt.bundle.reference import compare, read_reference
 from sdrt.engines.record import EngineRecord
-from sdrt.engines.store import check_all, mismatch, platform_name, read_plan
+from sdrt.engines.store import check_all, mismatch, read_plan
+from sdrt.engines.targets import ONNXRUNTIME, OPENVINO
 from sdrt.errors import BundleError, CheckFailed, printable
-from sdrt.machine.cpu import cpu_identity
+from sdrt.machine.cpu import cpu_identity, platform_name
 from sdrt.machine.interruptible import interruptible
 from sdrt.runtime.backends.onnxruntime import model as onnxruntime_model
 
@@ -64,12 +65,11 @@ def verify(path: Path) -> list[GraphCheck]:
         inputs, expected = references[graph]
         for compute in by_precision:
             found = onnxruntime_model.run_graph(bundle.graph(graph, compute), inputs)
-            checks += _compared(graph, compute, "onnxruntime", expected, found)
+            checks += _compared(graph, compute, ONNXRUNTIME.name, expected, found)
+    on_cpu = {OPENVINO.name: _openvino_checks, ONNXRUNTIME.name: _onnxruntime_checks}
     for folder, engine in engines:
-        if engine.key.target == "openvino":
-            checks += _openvino_checks(bundle, folder, engine, references)
-        elif engine.key.target == onnxruntime_model.TARGET:
-            checks += _onnxruntime_checks(bundle, folder, engine, references)
+        if (checked := on_cpu.get(engine.key.target)) is not None:
+            checks += checked(bundle, folder, engine, references)
     if bad := [check for check in checks if not check.error <= check.limit]:
         where = f"{bundle.path}: {bad[0].graph}: {bad[0].output}: {bad[0].backend}"
         raise CheckFailed(
@@ -128,7 +128,7 @@ def _openvino_checks(
     """
     from sdrt.runtime.backends.openvino import model as openvino_model
 
-    if mismatch(record, bundle, target="openvino"):
+    if mismatch(record, bundle, target=OPENVINO.name):
         return  # of other graphs or weights: never used
     if openvino_model.openvino_version() is None:
         log.warning("%s: only its hashes are checked: openvino is not installed", folder)

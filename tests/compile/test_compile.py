@@ -35,8 +35,9 @@ from sdrt.compile.shapes import axes, largest_demand, profiles_of, resolve_shape
 from sdrt.compile.tensorrt import CompileOptions, CompileReport, compile_bundle, open_compiler
 from sdrt.compile.tensorrt_network import Built, Compiler, Demand, build_error, build_graph
 from sdrt.engines.record import Profile
-from sdrt.engines.store import list_engines, mismatch, platform_name, read_intact, read_plan
+from sdrt.engines.store import list_engines, mismatch, read_intact, read_plan
 from sdrt.errors import BundleError, MachineError, ResourceError, UsageError
+from sdrt.machine.cpu import platform_name
 
 DEMAND = Demand("the batch of 8", "--batch")
 

@@ -581,7 +581,7 @@ def test_a_worker_ends_with_its_caller(small_bundle: Path, tmp_path: Path) -> No
     script = "import time, sdrt.compile.worker as w; w.save_model_here = lambda *a: time.sleep(60); w.serve()"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))}
     request = {
-        "target": "onnxruntime",
+        "task": "save",
         "graph": STEP,
         "name": "step.fp32.onnx",
         "folder": str(tmp_path),

@@ -28,7 +28,6 @@ from sdrt.engines.store import (
     key_digest,
     list_engines,
     mismatch,
-    platform_name,
     prune,
     read_engine,
     read_plan,
@@ -37,6 +36,7 @@ from sdrt.engines.store import (
 )
 from sdrt.errors import BundleError, CheckFailed, MachineError, ResourceError, UsageError
 from sdrt.files import publish
+from sdrt.machine.cpu import platform_name
 from sdrt.runtime.verify import verify
 
 PLANS = {graph: f"native code of {graph}".encode() * 50 for graph in GRAPHS}

@@ -15,8 +15,9 @@ import pytest
 from typer.testing import CliRunner
 
 from sdrt.cli.app import app
+from sdrt.engines.targets import TARGETS
 from sdrt.machine import doctor
-from sdrt.machine.doctor import BACKENDS, MISMATCHED, MISSING, WORKS, Backend, Gpu, Gpus, examine
+from sdrt.machine.doctor import MISMATCHED, MISSING, WORKS, Backend, Gpu, Gpus, examine
 
 ADA = Gpus((Gpu("NVIDIA GeForce RTX 4090", "sm_89"),), "13.0", "")
 HOPPER = Gpus((Gpu("NVIDIA H100 80GB HBM3", "sm_90"),), "13.0", "")
@@ -45,7 +46,7 @@ def packages(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
 def test_this_machine() -> None:
     report = examine()
     backends = by_name(report.backends)
-    assert tuple(backends) == BACKENDS and report.ok
+    assert list(backends) == list(TARGETS) and report.ok
     assert (
         backends["onnxruntime"].state == WORKS
         and "CPUExecutionProvider" in backends["onnxruntime"].detail
@@ -64,9 +65,9 @@ def test_the_command() -> None:
     assert result.exit_code == 0, result.stderr
     lines = result.stdout.splitlines()
     assert lines[0].startswith("python 3.")
-    assert [line.split()[0] for line in lines[1:] if not line.startswith(" ")] == list(BACKENDS)
+    assert [line.split()[0] for line in lines[1:] if not line.startswith(" ")] == list(TARGETS)
     document = json.loads(run("--json").stdout)
-    assert document["ok"] is True and [backend["name"] for backend in document["backends"]] == list(BACKENDS)
+    assert document["ok"] is True and [backend["name"] for backend in document["backends"]] == list(TARGETS)
 
 
 def test_no_backend_works(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,7 +126,7 @@ def test_a_probe_that_fails(monkeypatch: pytest.MonkeyPatch, probe: str, name: s
     assert backends[name].fix.startswith("pip install --force-reinstall '")
     if "libcublas" in str(error):
         assert backends[name].detail.endswith("; missing libcublasLt.so.13")
-    assert {other: backend.state for other, backend in backends.items() if other != name}.keys() == set(BACKENDS) - {
+    assert {other: backend.state for other, backend in backends.items() if other != name}.keys() == set(TARGETS) - {
         name
     }
     assert name == "onnxruntime" or backends["onnxruntime"].state == WORKS

@@ -32,7 +32,8 @@ from sdrt.bundle.graphs import (
 from sdrt.bundle.graphs import Tensor as Signed
 from sdrt.bundle.manifest import WEIGHTS
 from sdrt.engines.record import FORMAT, EngineKey, EngineRecord, Plan, Profile
-from sdrt.engines.store import platform_name, state_bytes, write_engine
+from sdrt.engines.store import state_bytes, write_engine
+from sdrt.machine.cpu import platform_name
 
 VERSION = "1.7.1.116"
 MAGIC = b"a plan of the simulator\n"

@@ -29,6 +29,7 @@ from sdrt.machine.interruptible import interruptible
 from sdrt.machine.memory import available_bytes, rss_bytes
 from sdrt.runtime.backends.onnxruntime.model import (
     PRECISION,
+    TARGET,
     check_weights,
     end_run,
     explained,
@@ -63,7 +64,7 @@ def _keep(demand: Demand) -> None:
 class OnnxRuntimeEngine:
     """Thread-safe: ONNX Runtime sessions may run from several threads, and every running batch has its own bindings."""
 
-    backend = "onnxruntime"
+    backend = TARGET
 
     def __init__(self, bundle: Bundle, threads: int | None, *, shared: bool = False) -> None:
         """`shared` says that others keep the cores busy too."""

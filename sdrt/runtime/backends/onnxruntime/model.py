@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any
 from sdrt.bundle.folder import Bundle
 from sdrt.bundle.remembered import check_once
 from sdrt.engines.record import EngineRecord
-from sdrt.engines.store import check_external_data, engine_folders, mismatch, platform_name, read_engine, read_plan
+from sdrt.engines.store import check_external_data, engine_folders, mismatch, read_engine, read_plan
+from sdrt.engines.targets import ONNXRUNTIME
 from sdrt.errors import MachineError, ResourceError, SdrtError
 from sdrt.machine import engine_libraries
-from sdrt.machine.cpu import cpu_identity
+from sdrt.machine.cpu import cpu_identity, platform_name
 from sdrt.machine.interruptible import interruptible
 from sdrt.machine.packages import install_command
 
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("sdrt")
 
-TARGET = "onnxruntime"
+TARGET = ONNXRUNTIME.name
 PRECISION = "fp32"
 _FATAL = 4
 _APART_BYTES = 1024
@@ -46,7 +47,7 @@ def import_onnxruntime(wanted_by: str) -> Any:
         onnxruntime = engine_libraries.onnxruntime()
     except ImportError as error:
         raise MachineError(
-            f"{wanted_by}: cannot import onnxruntime: {error}", f"Install it with: {install_command('cpu')}"
+            f"{wanted_by}: cannot import onnxruntime: {error}", f"Install it with: {install_command(ONNXRUNTIME.extra)}"
         ) from error
     onnxruntime.set_default_logger_severity(_FATAL)  # errors are raised, and told once
     _share_arena(onnxruntime)

@@ -44,6 +44,7 @@ from sdrt.machine.cpu import usable_cores
 from sdrt.machine.interruptible import interruptible, wait_for
 from sdrt.machine.memory import available_bytes
 from sdrt.runtime.backends.openvino.model import (
+    TARGET,
     StepShape,
     compile_graph,
     explained,
@@ -79,7 +80,7 @@ class OpenVinoEngine:
     silently mix their pictures.
     """
 
-    backend = "openvino"
+    backend = TARGET
 
     def __init__(
         self, bundle: Bundle, threads: int | None, *, compile_missing: bool = False, shared: bool = False

@@ -23,14 +23,15 @@ from sdrt.bundle.folder import Bundle
 from sdrt.bundle.graphs import STEP, concrete, dimensions, signatures, table_rows
 from sdrt.bundle.manifest import Manifest
 from sdrt.engines.record import EngineRecord
-from sdrt.engines.store import mismatch, platform_name
+from sdrt.engines.store import mismatch
+from sdrt.engines.targets import OPENVINO
 from sdrt.errors import MachineError, ResourceError, SdrtError, UsageError, printable
 from sdrt.machine import engine_libraries
-from sdrt.machine.cpu import bound_cores, cpu_identity, usable_cores
+from sdrt.machine.cpu import bound_cores, cpu_identity, platform_name, usable_cores
 from sdrt.machine.interruptible import interruptible
 from sdrt.machine.packages import install_command
 
-OLDEST = (2026, 4)
+TARGET = OPENVINO.name
 """The first version whose ONNX reader keeps Attention as one operator and whose CPU blobs can leave the weights out, as
 far as tested.
 """
@@ -112,13 +113,13 @@ def import_openvino(where: str) -> Any:
         openvino = engine_libraries.openvino()
     except (ImportError, OSError) as error:
         raise MachineError(
-            f"{where}: cannot import openvino: {error}", f"Install it with: {install_command('openvino')}"
+            f"{where}: cannot import openvino: {error}", f"Install it with: {install_command(OPENVINO.extra)}"
         ) from error
     found = str(openvino_version())
-    if tuple(int(part) for part in re.findall(r"\d+", found)[:2]) < OLDEST:
+    if tuple(int(part) for part in re.findall(r"\d+", found)[:2]) < OPENVINO.oldest:
         raise MachineError(
-            f"{where}: openvino {found}, at least {'.'.join(map(str, OLDEST))} is needed",
-            f"Upgrade it with: {install_command('openvino', '--upgrade')}",
+            f"{where}: openvino {found}, at least {'.'.join(map(str, OPENVINO.oldest))} is needed",
+            f"Upgrade it with: {install_command(OPENVINO.extra, '--upgrade')}",
         )
     return openvino
 
@@ -128,7 +129,7 @@ def openvino_version() -> str | None:
     None without OpenVINO.
     """
     try:
-        return version("openvino")
+        return version(OPENVINO.module)
     except PackageNotFoundError:
         pass
     try:

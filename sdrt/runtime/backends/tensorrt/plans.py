@@ -23,6 +23,7 @@ from sdrt.bundle.graphs import TEXT_ENCODER, VAE_DECODER, VAE_ENCODER, Tensor, c
 from sdrt.engines.record import EngineRecord
 from sdrt.engines.shapes import EngineShapes, JobShape, shapes_of
 from sdrt.engines.store import list_engines, mismatch, read_plan
+from sdrt.engines.targets import TARGETS
 from sdrt.errors import MachineError, MissingEngineError, ResourceError, SdrtError
 from sdrt.machine.packages import install_command
 from sdrt.runtime.backends.tensorrt.blocks import Block, layout
@@ -30,7 +31,6 @@ from sdrt.runtime.engine import BatchShape, Pixels, Watched
 
 log = logging.getLogger("sdrt")
 
-MODULES = {"tensorrt-rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
 _KEPT_BLOCKS = 8
 _LOAD = "load"
 
@@ -362,9 +362,11 @@ def _import(target: str) -> tuple[Any, Any]:
     import importlib
 
     try:
-        return importlib.import_module(MODULES[target]), importlib.import_module("cuda.core")
+        return importlib.import_module(TARGETS[target].module), importlib.import_module("cuda.core")
     except ImportError as error:
-        raise MachineError(f"backend {target}: {error}", f"Install it with: {install_command(target)}") from error
+        raise MachineError(
+            f"backend {target}: {error}", f"Install it with: {install_command(TARGETS[target].extra)}"
+        ) from error
 
 
 def _choose(bundle: Bundle, target: str, compiler: str, sm: str) -> tuple[Path, EngineRecord]:

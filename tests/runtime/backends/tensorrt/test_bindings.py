@@ -279,7 +279,7 @@ def test_the_code_is_read() -> None:
         "compile/worker.py",
         "bench/device_times.py",
         "bench/layers_tensorrt.py",
-        *(f"runtime/{n}.py" for n in ("tensorrt", "captured_step", "device_memory")),
+        *(f"runtime/backends/tensorrt/{name}.py" for name in ("engine", "step", "plans", "blocks")),
     ],
 )
 def test_modules_are_not_used_under_other_names(file: str) -> None:
