@@ -113,7 +113,7 @@ def save_new_picture(path: Path, data: bytes) -> Path:
 
 @dataclass(frozen=True)
 class Said:
-    """What a picture says about how it was made: AUTOMATIC1111's text, and our JSON as text. None where one is missing."""
+    """What a picture says about how it was made: AUTOMATIC1111's text, and our JSON as text. None where it has none."""
 
     text: str | None
     ours: str | None
