@@ -10,7 +10,7 @@ widths, Student's two-sided test keeps its level up to 8 % (Bakirov and Szekely,
 the number of false alarms, so a single look may only raise LOOK_ALPHA.
 
 Two separate runs are compared by the medians of processes. The interval comes from drawing processes, and pictures
-within them, with replacement (Efron, 1979, percentile interval), the test is Wilcoxon's exact rank sum (Mann-Whitney).
+within them, with replacement (Efron, 1979, percentile interval). The test is Wilcoxon's exact rank sum (Mann-Whitney).
 """
 
 from __future__ import annotations
