@@ -1,3 +1,3 @@
-"""Measuring a bundle's latency and judging changes of it. Imports no torch; numpy here, the runtime and a plotting
-library only where they are used.
+"""Measures a bundle's latency and judges changes of it. Imports no torch. numpy is imported here; the runtime and a
+plotting library only where they are used.
 """

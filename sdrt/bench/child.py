@@ -1,4 +1,4 @@
-"""Starting a measuring process, and what became of it."""
+"""Starts a measuring process and reports how it ended."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from sdrt.errors import MachineError, ResourceError, printable
 _COMMAND = "from sdrt.bench.measure import serve; serve()"
 _STDERR_BYTES = 1 << 14
 _LATER = {"prompts": "--prompts"}
-"""Fields that the first version with benchmarks does not know and would ignore, and their options."""
+"""Fields that the first version with benchmarks does not know and would ignore, with their options."""
 
 
 def in_fresh_process(request: Request) -> dict[str, Any]:
     """Measure in a process of its own.
 
     Raises:
-        SdrtError: what the process raised.
-        ResourceError: it was killed by the system.
-        MachineError: it died otherwise, or is of a version that does not know all that was asked.
+        SdrtError: the error that the process raised.
+        ResourceError: the system killed the process.
+        MachineError: the process died in another way, or its version of sdrt does not know everything that was asked.
     """
     with measuring(request, _COMMAND) as child:
         return understood(request, child.answer())
@@ -45,7 +45,7 @@ def measuring(request: Request, command: str, *, talks: bool = False) -> Child:
 
 
 def understood(request: Request, answer: dict[str, Any]) -> dict[str, Any]:
-    """The answer, if its sdrt knew all that was asked.
+    """The answer, if the sdrt of that process knew everything that was asked.
 
     Raises:
         MachineError: it did not.
@@ -62,11 +62,11 @@ def understood(request: Request, answer: dict[str, Any]) -> dict[str, Any]:
 
 
 class Child:
-    """Python code in a fresh process, which reads `asked` from the file in `sys.argv[1]` and answers into the other.
-    `what` names it in errors.
+    """Python code in a fresh process. It reads `asked` from the file in `sys.argv[1]` and writes its answer to the file
+    in `sys.argv[2]`. `what` names the process in errors.
 
-    One that `talks` takes words from its standard input and gives them on its standard output, a line each. Leaving the
-    block ends the process.
+    A process that `talks` reads words from its standard input and writes words to its standard output, one per line.
+    Leaving the block ends the process.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class Child:
     ) -> None:
         self._what, self._python = what, python or sys.executable
         variables = dict(os.environ)
-        if python is None:  # where we found our modules; another interpreter has its own
+        if python is None:  # the modules of this process; another interpreter has its own
             variables["PYTHONPATH"] = os.pathsep.join(map(os.path.abspath, filter(None, sys.path)))
         stack = ExitStack()
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -104,7 +104,7 @@ class Child:
         self._kept.close()
 
     def say(self, word: str) -> None:
-        """Give the process a word. One that is gone is found by `hear`."""
+        """Send the process a word. If the process has ended, `hear` reports it."""
         assert self._process.stdin is not None
         with suppress(BrokenPipeError):
             self._process.stdin.write(word.encode() + b"\n")
@@ -114,7 +114,7 @@ class Child:
         """The process's next word.
 
         Raises:
-            SdrtError: it raised one, or died.
+            SdrtError: the process raised an error or died.
         """
         assert self._process.stdout is not None
         line = self._process.stdout.readline().decode(errors="replace")
@@ -124,7 +124,7 @@ class Child:
         return line.strip()
 
     def answer(self) -> dict[str, Any]:
-        """Wait for the process's end, and read what it answered.
+        """Wait for the end of the process, and read its answer.
 
         Raises:
             SdrtError, ResourceError, MachineError: as `in_fresh_process`.

@@ -1,4 +1,4 @@
-"""Two results judged: which metrics changed, and what that means for a gate. `bench compare` gives it two files, `bench
+"""Judges two results: which metrics changed, and what that means for a gate. `bench compare` compares two files, `bench
 ab` two interleaved runs.
 """
 
@@ -19,16 +19,20 @@ from sdrt.errors import InconclusiveError, NotComparableError, printable
 UP, DOWN, MISSING, NEW = "UP", "DOWN", "MISSING", "NEW"
 
 LATENTS_LIMIT = {"fp32": 1e-2, "half": 0.2}
-"""Largest relative difference of final latents from the same weights and seed: rounding grows along a trajectory."""
+"""Largest relative difference of final latents from the same weights and seed. Rounding errors grow along a
+trajectory.
+"""
 PSNR_LIMIT_DB = {"fp32": 40.0, "half": 22.0}
 
 
 @dataclass(frozen=True)
 class Row:
-    """One metric or counter of both sides. `base` and `new` are medians; `low` and `high` the 95 % interval of `ratio`.
+    """One metric or counter of both sides. `base` and `new` are medians. `low` and `high` are the 95 % interval of
+    `ratio`.
 
-    `needed` is how many pairs (or processes a side) would settle an AMBIGUOUS verdict, None if none would; `visible`
-    the change this run can see. A row that is not `judged` never fails: it compares what is not comparable.
+    `needed` is how many pairs (or processes per side) would settle an AMBIGUOUS verdict, None if no number would.
+    `visible` is the smallest change that this run can see. A row that is not `judged` never fails, because its two
+    sides are not comparable.
     """
 
     name: str
@@ -53,8 +57,8 @@ class Row:
 
 @dataclass(frozen=True)
 class Comparison:
-    """`problems` are reasons to fail beside the rows: lost fidelity. `different` are fields that make the two not
-    comparable, where that was asked for all the same. `ran` says which engine and shapes.
+    """`problems` are reasons to fail beside the rows: lost fidelity. `different` are fields that make the two results
+    not comparable, where a comparison was forced. `ran` says which engine and shapes ran.
     """
 
     base: Mapping[str, Any]
@@ -98,7 +102,7 @@ class Comparison:
 
 
 def what_settles(row: Row, interleaved: bool) -> str:
-    """What an AMBIGUOUS metric needs, in words."""
+    """What would settle an AMBIGUOUS metric, in words."""
     unit = "pairs" if interleaved else "processes a side"
     if interleaved and row.n < MIN_PAIRS:
         return f"{row.n} pairs decide nothing, {MIN_PAIRS} are the least"
@@ -109,7 +113,7 @@ def what_settles(row: Row, interleaved: bool) -> str:
 
 
 def different_fields(base: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """The fields that keep two results from being compared, with both values."""
+    """The fields in which two results differ so that they cannot be compared, with both values."""
     found = []
     for part, names in COMPARABLE.items():
         for name in names:
@@ -133,11 +137,11 @@ def compare(
     force: bool = False,
     notes: Sequence[str] = (),
 ) -> Comparison:
-    """Judge `new` against `base`. `interleaved` says that process i of both ran beside each other; `identical` that
-    they are one file.
+    """Judge `new` against `base`. `interleaved` says that process i of both sides ran at the same time. `identical`
+    says that both are one file.
 
-    Two that measured different things are not judged: `different` names the fields, and there are no rows, or with
-    `force` rows without any verdict on the whole.
+    Two results that measured different things are not judged. Then `different` names the fields, and there are no rows.
+    With `force` there are rows, but no verdict on the whole.
     """
     different = different_fields(base, new)
     if different and not force:
@@ -190,7 +194,7 @@ def _metric_rows(
         rows[name] = Row(name, unit, AMBIGUOUS, gate.gated, margin, *medians)
         if estimate is not None:
             estimates[name] = estimate
-    for gated in (True, False):  # metrics that are only reported must not make the gated ones harder to tell
+    for gated in (True, False):  # metrics that are only reported must not make the gated ones harder to judge
         group = {name: estimate for name, estimate in estimates.items() if rows[name].gated is gated}
         for name, verdict in judge(group, {name: rows[name].margin for name in group}).items():
             row, estimate = rows[name], estimates[name]
@@ -241,7 +245,7 @@ def fidelity_problems(document: Mapping[str, Any]) -> list[str]:
 
 
 def drift(base: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """How the fixed-seed picture changed between two results of the same weights; nothing where the weights differ."""
+    """How the fixed-seed picture changed between two results with the same weights. Empty if the weights differ."""
     old, now = base["fidelity"].get("picture"), new["fidelity"].get("picture")
     if (
         not old

@@ -1,4 +1,4 @@
-"""The machine a benchmark ran on, as far as it can be told without privileges, and no host name. Standard library
+"""Describes the machine of a benchmark, as far as this needs no privileges, and without a host name. Standard library
 only.
 """
 
@@ -19,7 +19,7 @@ _JOB_URL = ("CI_JOB_URL", "BUILD_URL")
 
 @cache
 def environment() -> dict[str, Any]:
-    """Python, system, processor and load. What cannot be told is None."""
+    """Python, system, processor and load. Unknown values are None."""
     return {
         "python": platform.python_version(),
         "numpy": version("numpy"),
@@ -38,7 +38,7 @@ def environment() -> dict[str, Any]:
 
 
 def load() -> dict[str, float | None]:
-    """Load average of the last minute, and the time other guests took from this one so far, seconds."""
+    """Load average of the last minute, and the time that other guests took from this one so far, in seconds."""
     average = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     fields = (_first_line(Path("/proc/stat")) or "").split()
     steal = int(fields[8]) / os.sysconf("SC_CLK_TCK") if len(fields) > 8 and fields[8].isdecimal() else None
@@ -47,7 +47,9 @@ def load() -> dict[str, float | None]:
 
 @cache
 def git_revision() -> str | None:
-    """Commit of the working folder, with `+` if files differ from it; what CI calls it where there is no repository."""
+    """Commit of the working folder, with `+` if files differ from it. Without a repository, the commit as CI names
+    it.
+    """
     try:
         found = subprocess.run(
             ["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True

@@ -1,7 +1,7 @@
-"""Is the picture still right? The engine that is measured, on the bundle's reference inputs, and a sketch of the
-fixed-seed picture.
+"""Checks that the picture is still right: the measured engine runs on the bundle's reference inputs, and the fixed-seed
+picture is kept as a sketch.
 
-A faster wrong picture is no improvement, so a run that fails here is no measurement.
+A wrong picture is no improvement however fast, so a run that fails here is no measurement.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from sdrt.errors import SdrtError
 from sdrt.runtime.engine import Engine, Job
 
 SKETCH = 256
-"""Numbers in a sketch; it estimates relative differences to within about 9 % of themselves."""
+"""Numbers in a sketch. Relative differences are estimated to within about 9 % of their value."""
 
 
 def check_references(engine: Engine, bundle: Bundle) -> tuple[list[dict[str, Any]], list[str], list[str]]:
     """Run text encoder, one denoising step and decoder of `engine` on the bundle's reference inputs, 64x64 pixels.
 
-    Returns the checks (graph, output, error, limit), what is wrong, and what this engine could not be asked (it takes
-    other shapes).
+    Returns the checks (graph, output, error, limit), the problems found, and the checks that this engine could not run
+    because it takes other shapes.
     """
     checks: list[dict[str, Any]] = []
     problems: list[str] = []
@@ -67,11 +67,12 @@ def _decoder(engine: Engine, bundle: Bundle, reference: Mapping[str, NDArray[Any
 
 
 def _step(engine: Engine, bundle: Bundle, reference: Mapping[str, NDArray[Any]]) -> list[Parity]:
-    """What the network adds to the denoised estimate, q · out, from a job that gives the network the reference's input.
+    """Compare the network's part of the denoised estimate, q · out. It comes from a job that gives the network the same
+    input as the reference.
 
-    A job starts from two registers only, the reference uses all; but the step is linear around the network. So the
-    network's input Σ a_j r_j is given as register 0 with a = (1, 0, 0, 0), and the expectation is the reference's
-    estimate with its other terms taken off.
+    A job starts from only two registers, while the reference uses all. But the step is linear around the network. So
+    register 0 holds the network's input Σ a_j r_j, with a = (1, 0, 0, 0), and the other terms are subtracted from the
+    reference's estimate.
     """
     exact = {name[3:]: array[0].astype(np.float64) for name, array in reference.items() if name.startswith("in.")}
     registers, mask, init = exact["registers"], exact["mask"], exact["init"]
@@ -84,7 +85,7 @@ def _step(engine: Engine, bundle: Bundle, reference: Mapping[str, NDArray[Any]])
         name: given[name] for name in ("timestep", "w", "q")
     }
     tables["a"] = np.eye(1, REGISTERS, dtype=np.float32)
-    tables["M"][0, 0, REGISTERS] = 1  # what is kept is the estimate
+    tables["M"][0, 0, REGISTERS] = 1  # the register keeps the estimate
     signature = signatures(dimensions(bundle.manifest))[STEP]
     inputs = {name: np.zeros_like(given[name][0]) for name in signature.of_picture if name != "context"} | {
         "init": start
@@ -103,15 +104,15 @@ def _step(engine: Engine, bundle: Bundle, reference: Mapping[str, NDArray[Any]])
 
 
 def _compute(engine: Engine) -> str:
-    """The precision whose tolerance an engine is held to."""
+    """The precision that decides an engine's tolerance."""
     return str(engine.describe()["compute"])
 
 
 def sketch(array: NDArray[Any]) -> list[float]:
-    """256 sums of values with random signs, the same for every array of that size.
+    """256 sums of values with random signs. The signs are the same for every array of that size.
 
-    A count sketch (Charikar, Chen, Farach-Colton, 2002): the distance of two sketches estimates that of the arrays, so
-    two runs can be compared without keeping their pictures.
+    This is a count sketch (Charikar, Chen, Farach-Colton, 2002). The distance of two sketches estimates the distance of
+    their arrays, so two runs can be compared without keeping their pictures.
     """
     random = np.random.default_rng(array.size)
     bucket, sign = random.integers(0, SKETCH, array.size), random.choice([-1.0, 1.0], array.size)
@@ -121,7 +122,7 @@ def sketch(array: NDArray[Any]) -> list[float]:
 def picture_record(
     seed: int, latents: NDArray[np.float32], pixels: NDArray[np.uint8]
 ) -> tuple[dict[str, Any] | None, list[str]]:
-    """The fixed-seed picture as a result keeps it, and what is wrong with it: latents `[N, 4, h, w]`, pixels `[N, H, W,
+    """The fixed-seed picture as a result keeps it, and the problems found: latents `[N, 4, h, w]`, pixels `[N, H, W,
     3]`.
     """
     if not np.isfinite(latents).all():

@@ -1,4 +1,4 @@
-"""What CI systems read: Markdown, JUnit XML, Bencher metric format, github-action-benchmark's and CSV, each as text.
+"""Text for CI systems: Markdown, JUnit XML, Bencher metric format, github-action-benchmark's format, and CSV.
 
 Every line says which engine and shapes ran.
 """
@@ -49,14 +49,14 @@ def interval(row: Row) -> str:
 
 
 def word(row: Row, interleaved: bool) -> str:
-    """A row's verdict with what would settle it, and whether it counts."""
+    """A row's verdict, what would settle it, and whether it counts."""
     if not row.gated:
         return f"{row.verdict} (not gated)"
     return f"{row.verdict}: {what_settles(row, interleaved)}" if row.verdict == AMBIGUOUS else row.verdict
 
 
 def comparison_markdown(comparison: Comparison) -> str:
-    """Verdict, one table, the environment folded away; cut to what a GitHub step summary takes."""
+    """Verdict, one table, and the environment folded away. Cut to the size of a GitHub step summary."""
     lines = [f"### sdrt bench: {_cell(comparison.headline)}", "", f"{_cell(comparison.ran)}", ""]
     lines += [f"- {_cell(note)}" for note in comparison.notes] + ([""] if comparison.notes else [])
     lines += (
@@ -137,7 +137,7 @@ def _cut(text: str) -> str:
 
 
 def comparison_junit(comparison: Comparison) -> str:
-    """One test case per metric and counter and one for fidelity; what AMBIGUOUS leaves open is a skipped test."""
+    """One test case per metric and counter, and one for fidelity. An AMBIGUOUS verdict becomes a skipped test."""
     suite, cases = _suite(comparison.new, comparison.ran)
     case = _case(suite, comparison.ran, "fidelity")
     if comparison.problems:
@@ -208,7 +208,7 @@ def _xml(suite: ElementTree.Element, root: ElementTree.Element) -> str:
 
 def bencher(document: Mapping[str, Any]) -> str:
     """Bencher metric format: benchmark, measure, value with its interval. Times are under `latency` in nanoseconds, as
-    Bencher has it.
+    Bencher expects.
     """
     found: dict[str, dict[str, dict[str, float]]] = {}
     for name, stats in document["stats"].items():

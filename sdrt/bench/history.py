@@ -1,4 +1,6 @@
-"""A folder of past runs, one JSON line each: appended under a lock, whole or not at all, and read back for trends."""
+"""A folder of past runs, one JSON line each. A line is appended under a lock, completely or not at all, and read back
+for trends.
+"""
 
 from __future__ import annotations
 
@@ -25,10 +27,10 @@ _LOCK_S = 10.0
 
 
 def append(folder: Path, document: Mapping[str, Any]) -> Path:
-    """Add a run's medians and counters to `folder`, which is made if it is not there. Returns the file.
+    """Add a run's medians and counters to `folder`, which is made if missing. Returns the file.
 
     Raises:
-        ResourceError: the disk is full; the file is as it was.
+        ResourceError: the disk is full; the file is unchanged.
         LockedError: another process has held the lock for ten seconds.
         UsageError: the folder cannot be written.
     """
@@ -64,7 +66,7 @@ def append(folder: Path, document: Mapping[str, Any]) -> Path:
 
 
 def _write(descriptor: int, line: bytes) -> None:
-    """Append a line; where that fails half-way, cut the file back. A torn last line, left by a killed process, goes
+    """Append a line. If that fails half-way, the file is cut back. A torn last line from a killed process is removed
     too.
     """
     end = os.lseek(descriptor, 0, os.SEEK_END)
@@ -97,8 +99,8 @@ def _whole_bytes(descriptor: int, end: int) -> int:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Hold a lock beside the file. Those of `sdrt.files.lock` only save work and may be gone without; here two writers
-    would tear lines.
+    """Hold a lock beside the file. The locks of `sdrt.files.lock` only save work, so work goes on without them. Here
+    two writers without a lock would tear lines.
     """
     with path.open("a+b") as stream:
         deadline = time.monotonic() + _LOCK_S
@@ -131,7 +133,7 @@ def read(folder: Path) -> list[dict[str, Any]]:
     """All runs, oldest first. A torn last line is left out.
 
     Raises:
-        InputFileError: there is no history, or a line of it is not one of ours.
+        InputFileError: there is no history, or a line is not one of ours.
         MachineError: a newer sdrt wrote a line.
     """
     # Path.is_file raises for a name that is too long.
@@ -165,8 +167,8 @@ def read(folder: Path) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Trend:
-    """One metric over the runs of one label, engine, machine and shape; `ran` names all but the machine. `limit` is Q3
-    + 3 IQR of all runs but the last; None below ten of those.
+    """One metric over the runs with the same label, engine, machine and shape. `ran` names all of these but the
+    machine. `limit` is Q3 + 3 IQR of all runs but the last; None if there are fewer than ten of them.
     """
 
     key: str
@@ -183,8 +185,8 @@ class Trend:
 
 
 def trends(runs: Sequence[Mapping[str, Any]]) -> list[Trend]:
-    """Every metric and counter of every kind of run, in the order in which they first appear. Only like runs are put in
-    one line.
+    """Every metric and counter of every kind of run, in the order of their first appearance. Only runs of the same kind
+    share a line.
     """
     found: dict[tuple[str, str], list[tuple[str, float]]] = {}
     labels: dict[str, str] = {}

@@ -1,6 +1,7 @@
-"""Time and counts at the engine's boundary: a wrapper of the Engine protocol, which the pipeline is loaded with.
+"""Measures time and counts calls at the engine's boundary, with a wrapper of the Engine protocol that the pipeline is
+loaded with.
 
-Imports nothing but the runtime's own modules, since what a process imports before its first picture is measured too.
+Imports only the runtime's own modules, because the imports before the first picture are measured too.
 """
 
 from __future__ import annotations
@@ -18,16 +19,16 @@ if TYPE_CHECKING:
     from sdrt.runtime.engine import Engine
 
 Clock = Callable[[], int]
-"""Nanoseconds that only grow."""
+"""Nanoseconds of a clock that never goes back."""
 
 
 @dataclass
 class Readings:
-    """What the instruments saw since the last `reset`, nanoseconds.
+    """What the instruments saw since the last `reset`, in nanoseconds.
 
-    `inside` is all time within the engine, whatever it was for. `between` is called after each model call, and `waited`
-    is the time it took: that of another process's turn. `device` times the parts on the GPU, None where there is none.
-    With `keep`, the last inputs of each graph and the final latents are kept too.
+    `inside` is all time within the engine, for any purpose. `between` is called after each model call; `waited` is the
+    time it took, which belongs to another process's turn. `device` times the parts on the GPU, None without one. With
+    `keep`, the last inputs of each graph and the final latents are kept too.
     """
 
     clock: Clock = time.perf_counter_ns
@@ -56,9 +57,9 @@ class Readings:
     def observe(self, load: Callable[[], Engine]) -> Engine:
         """For `Pipeline.load(observe=)`: time the loading of the engine, and everything that the pipeline asks of it.
 
-        On a GPU, what our own code starts is counted too: launches, copies, allocations. Synchronisations are calls of
-        compiled objects, which cannot be seen from here. And each model call and each run of another graph goes between
-        two CUDA events.
+        On a GPU, the launches, copies and allocations of our own code are counted too. Synchronisations are calls of
+        compiled objects, which cannot be seen from here. Two CUDA events are recorded around each model call and each
+        run of another graph.
         """
         started = self.clock()
         engine: Any = load()
@@ -111,7 +112,7 @@ class TimedBatch:
         if self._readings.keep:
             counted = self._readings.calls.copy()
             self._readings.kept["latents"] = self._batch.latents(slots)
-            self._readings.calls = counted  # a copy of ours, not of the pipeline's
+            self._readings.calls = counted  # this copy is ours, not the pipeline's
         return _timed(self._readings, "decode", "decode_calls", self._batch.decode, slots, rounding)
 
     def __getattr__(self, name: str) -> Any:
@@ -119,7 +120,7 @@ class TimedBatch:
 
 
 class TimedEngine:
-    """An `Engine` that times each call. Anything of the engine that is not of the protocol is passed on untimed."""
+    """An `Engine` that times each call. Attributes outside the protocol are passed on untimed."""
 
     def __init__(self, engine: Any, readings: Readings) -> None:
         self._engine = engine
@@ -148,8 +149,8 @@ class TimedEngine:
 
 
 def _timed(readings: Readings, part: str, count: str, call: Callable[..., Any], *arguments: Any) -> Any:
-    """Call, and add the time to a part and to all time inside the engine. A call within a call is part of the outer
-    one.
+    """Make a call, and add its time to a part and to all time inside the engine. A call within a call is part of the
+    outer one.
     """
     readings.calls[count] += 1
     if readings._depth:

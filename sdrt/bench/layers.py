@@ -1,6 +1,6 @@
-"""Where the time of each graph goes: its slowest operators, and its arithmetic beside what the machine can do.
+"""Where the time of each graph goes: its slowest operators, and its arithmetic compared with what the machine can do.
 
-ONNX Runtime's profiler, OpenVINO's counters and TensorRT's layer profiler time operators.
+Operators are timed by ONNX Runtime's profiler, OpenVINO's counters and TensorRT's layer profiler.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ SLOWEST = 15
 _RUNS = 5
 
 Peak = Mapping[str, float | None]
-"""`flops_per_s` and `bytes_per_s` of a machine, None where it was not measured."""
+"""`flops_per_s` and `bytes_per_s` of a machine; None where not measured."""
 
 
 def profile(pipe: Any, kept: Mapping[str, Any], wall_ms: Mapping[str, float]) -> dict[str, Any]:
-    """Profile each graph of a loaded pipeline on the inputs of its last picture, which `kept` holds: `text`, `jobs`,
+    """Profile each graph of a loaded pipeline on the inputs of its last picture. `kept` holds them: `text`, `jobs`,
     `shape` and `latents`.
 
-    `wall_ms` is what each graph takes unprofiled: profilers slow small operators many times over. Where it is missing,
-    the sum of the operators stands in. What cannot be known is None, with the reason among the `notes`.
+    `wall_ms` is the time of each graph without a profiler, because profilers make small operators many times slower.
+    Where it is missing, the sum of the operators is used. Unknown values are None; the `notes` give the reason.
 
     Raises:
-        MachineError: the backend that runs has no profile here yet.
+        MachineError: the running backend has no profile here yet.
     """
     backend = pipe._engine.backend
     check_backend(backend)
@@ -120,7 +120,7 @@ def check_backend(backend: str) -> None:
 
 
 def _feeds(bundle: Bundle, kept: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Inputs of each graph: the step's as they are before the first call of the pictures' jobs."""
+    """Inputs of each graph. Those of the step are as before the first call of the pictures' jobs."""
     jobs, shape = kept["jobs"], kept["shape"]
     signature, rows = signatures(dimensions(bundle.manifest))[STEP], jobs[0].rows
     memory: Any = HostMemory(signature, step_sizes(shape, len(jobs), rows))  # joined, never called
@@ -137,8 +137,8 @@ def _feeds(bundle: Bundle, kept: Mapping[str, Any]) -> dict[str, dict[str, Any]]
 def analyse(
     operators: Sequence[Operator | Layer], arithmetic: Arithmetic | None, wall_ms: float | None, peak: Peak
 ) -> dict[str, Any]:
-    """The slowest operators and the arithmetic of one graph, None where that is unknown. `peak` is the machine's, as
-    `machine_peak` has it.
+    """The slowest operators and the arithmetic of one graph, None where unknown. `peak` is the machine's, from
+    `machine_peak`.
     """
     operators_ms = sum(one.ms for one in operators)
     kinds: dict[str, list[Operator | Layer]] = {}
@@ -164,7 +164,7 @@ def analyse(
 
 
 def _reached(arithmetic: Arithmetic | None, taken_ms: float, peak: Peak) -> dict[str, Any]:
-    """Arithmetic and the shares of the machine's peaks that it reaches in `taken_ms`."""
+    """Arithmetic of a graph, and the shares of the machine's peaks that it reaches in `taken_ms`."""
     known = (
         "flops",
         "matrix_flops",
@@ -195,11 +195,11 @@ def _reached(arithmetic: Arithmetic | None, taken_ms: float, peak: Peak) -> dict
 
 
 def machine_peak(sides: Sequence[int] = (512, 1536), copied_bytes: int = 1 << 27) -> dict[str, float]:
-    """What this machine does at best: float32 operations per second in a matrix product, bytes per second in a copy.
-    Both by numpy, best of several.
+    """The best this machine can do: float32 operations per second in a matrix product, and bytes per second in a copy.
+    Both with numpy, the best of several tries.
 
-    It is numpy's best, on its threads, in this moment: an engine with better kernels, or a busier moment, may pass 100
-    % of it.
+    This is numpy's best, on numpy's threads, at this moment. An engine with better kernels may pass 100 % of it, and so
+    may any engine if other programs were busy during the tries.
     """
     random = np.random.default_rng(0)
     flops = 0.0

@@ -30,7 +30,7 @@ def profile_graph(
 
 
 def profile_session(session: Any, name: str, inputs: Mapping[str, Any], runs: int) -> list[Operator]:
-    """`profile_graph` for a session that was made with the profiler on.
+    """`profile_graph` for a session made with the profiler on.
 
     Raises:
         MachineError: the graph has an input that `inputs` lacks.
@@ -46,8 +46,8 @@ def profile_session(session: Any, name: str, inputs: Mapping[str, Any], runs: in
 
 
 def operators_of(events: Iterable[Mapping[str, Any]]) -> list[Operator]:
-    """The operators in the events of a profile of several runs: the median of each one's runs but the first, which
-    warmed up.
+    """The operators in the events of a profile of several runs. The time of each is the median over its runs, without
+    the first run, which warmed up.
     """
     kernels: dict[str, list[Mapping[str, Any]]] = {}
     for event in events:
@@ -72,12 +72,16 @@ def operators_of(events: Iterable[Mapping[str, Any]]) -> list[Operator]:
 
 
 def _shapes(arguments: Mapping[str, Any], which: str) -> list[list[int]]:
-    """Shapes of the inputs or outputs that are there. A weight that was packed when the model was loaded is not."""
+    """Shapes of the inputs or outputs that an event lists. A weight that was packed when the model was loaded is not
+    listed.
+    """
     return [next(iter(entry.values()), []) for entry in arguments.get(which, [])]
 
 
 def _moved_bytes(arguments: Mapping[str, Any], op: str, inputs: list[list[int]], outputs: list[list[int]]) -> int:
-    """Bytes an operator reads and writes if nothing stays in a cache between operators, packed weights included."""
+    """Bytes that an operator reads and writes if nothing stays in a cache between operators. Packed weights are
+    included.
+    """
     counted = sum(int(arguments.get(size, 0)) for size in ("activation_size", "parameter_size", "output_size"))
     if op in _PACKED and len(inputs) == 1 and outputs:
         counted += inputs[0][-1] * outputs[0][-1] * _FLOAT_BYTES

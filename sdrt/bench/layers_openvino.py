@@ -1,7 +1,7 @@
-"""Operators of a graph in OpenVINO, timed by its own counters, with shapes from the model it runs.
+"""Operators of a graph in OpenVINO, timed by its own counters. Their shapes come from the model that OpenVINO runs.
 
-The counters are averages over all runs since the graph was loaded, in whole microseconds: an operator that takes less
-than one counts nothing.
+The counters are averages over all runs since the graph was loaded, in whole microseconds. An operator that takes less
+than one microsecond counts as zero.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from sdrt.bench.operators import Operator, attention_flops, fitted, matrix_flops
 from sdrt.machine import engine_libraries
 
 Attention = tuple[tuple[int, ...], ...]
-"""Shapes `[n, heads, rows, width]` of an attention's query, key and value."""
+"""Shapes `[n, heads, rows, width]` of the query, key and value of an attention."""
 _ATTENTION = "ScaledDotProductAttention"
 _FUSED = ("Subgraph", _ATTENTION)
 
@@ -27,9 +27,9 @@ _FUSED = ("Subgraph", _ATTENTION)
 def profile_graph(
     compiled: Any, attention: Sequence[Attention], inputs: Mapping[str, NDArray[Any]], runs: int
 ) -> list[Operator]:
-    """Run a graph that counts once to warm up and `runs` times more, and return its operators.
+    """Run a graph with counters once to warm up and `runs` times more, and return its operators.
 
-    `attention` are the attention operators of its ONNX graph. `inputs` are cut or padded to the engine's shapes.
+    `attention` lists the attention operators of its ONNX graph. `inputs` are cut or padded to the engine's shapes.
     """
     ov = engine_libraries.openvino()
     request = compiled.create_infer_request()
@@ -47,11 +47,10 @@ def profile_graph(
 
 
 def time_of(averages_us: Sequence[int]) -> float:
-    """Microseconds a run takes, from the average after each of several runs; the first run, which warmed up, is left
-    out.
+    """Microseconds per run, from the average after each of several runs. The first run, which warmed up, is left out.
 
-    The mean of the others, or their median where the two differ by more than rounding explains: another program was at
-    work in one of them.
+    The result is the mean of the other runs. It is their median if the two differ by more than rounding explains,
+    because then another program was at work during one run.
     """
     totals = [average * run for run, average in enumerate(averages_us, 1)]
     runs = [after - before for before, after in itertools.pairwise(totals)]
@@ -60,8 +59,8 @@ def time_of(averages_us: Sequence[int]) -> float:
 
 
 def operators_of(nodes: Sequence[Any], taken_ms: Mapping[str, float], attention: Sequence[Attention]) -> list[Operator]:
-    """The nodes of a model that run: all that took time, and every matrix product however short. `taken_ms` is by the
-    node's name.
+    """The nodes of a model that run: all nodes that took time, and every matrix product however short. `taken_ms` is by
+    the node's name.
     """
     found = []
     for node in nodes:
@@ -80,8 +79,8 @@ def operators_of(nodes: Sequence[Any], taken_ms: Mapping[str, float], attention:
 def _is_attention(inputs: Sequence[tuple[int, ...]], attention: Attention) -> bool:
     """Whether a fused node's inputs are the query, key and value of an attention operator.
 
-    Names do not tell: one that was fused with what follows it has that one's name. Shapes do: the key comes transposed
-    or as it is, and of query and value the heads may come after the rows.
+    Names do not tell: a node that was fused with the one after it has the name of the latter. Shapes do. The key may be
+    transposed. The heads of query and value may come after the rows.
     """
     query, key, value = attention
     if len(inputs) < 3 or inputs[1] not in (key, (*key[:2], key[3], key[2])):
@@ -90,7 +89,7 @@ def _is_attention(inputs: Sequence[tuple[int, ...]], attention: Attention) -> bo
 
 
 def read_attention(path: Path, shapes: Mapping[str, Sequence[int]]) -> list[Attention]:
-    """The different attention operators of an ONNX graph at these input shapes."""
+    """The distinct attention operators of an ONNX graph at these input shapes."""
     model = engine_libraries.openvino().Core().read_model(str(path))
     model.reshape({name: list(shape) for name, shape in shapes.items()})
     operators = [op for op in model.get_ordered_ops() if op.get_type_name() == _ATTENTION]
@@ -98,9 +97,9 @@ def read_attention(path: Path, shapes: Mapping[str, Sequence[int]]) -> list[Atte
 
 
 def _moved_bytes(node: Any, matrix: bool) -> int:
-    """Bytes a node reads and writes if nothing stays in a cache between nodes.
+    """Bytes that a node reads and writes if nothing stays in a cache between nodes.
 
-    The model lists weights as they are stored; kernels hold them in the type they compute in.
+    The model lists weights as they are stored, but kernels hold them in the type they compute in.
     """
     sizes = [(math.prod(port.get_shape()), port.get_element_type().size) for port in (*node.inputs(), *node.outputs())]
     if matrix and len(node.inputs()) > 1:

@@ -1,5 +1,5 @@
-"""Layers of a graph in TensorRT, timed by its own profiler, in a context of their own: the pipeline's, which are
-captured, stay as they are.
+"""Layers of a graph in TensorRT, timed by its own profiler. The profiler gets contexts of its own, so that the
+pipeline's captured ones do not change.
 
 Written from the API's documentation and run on the simulator only; no profile has been taken on a GPU yet.
 """
@@ -54,7 +54,8 @@ def fitted_inputs(
 def profile_graph(
     plans: Any, bundle: Bundle, graph: str, profile: int, inputs: Mapping[str, NDArray[Any]], runs: int
 ) -> list[Layer]:
-    """Run a graph of the engine once to warm up and `runs` times more, uncaptured, and return the median of each layer.
+    """Run a graph of the engine once to warm up and `runs` times more, without capturing it. Returns the median of each
+    layer.
 
     Raises:
         MachineError: TensorRT refuses, or reports no layers.
@@ -91,7 +92,7 @@ def _layer_times(plans: Any, context: Any, graph: str, runs: int) -> dict[str, f
     trt: Any = plans.library
 
     class Profiler(trt.IProfiler):  # type: ignore[misc]
-        """Adds up the layers of a run; a name may come more than once in it."""
+        """Adds up the times of a run by layer. A name may occur more than once in a run."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -102,7 +103,7 @@ def _layer_times(plans: Any, context: Any, graph: str, runs: int) -> dict[str, f
 
     profiler = Profiler()
     context.profiler = profiler
-    context.enqueue_emits_profile = False  # reported below, once the run has ended: what it waits for then is nothing
+    context.enqueue_emits_profile = False  # reported below, after the run: the report then waits for nothing
     found: list[dict[str, float]] = []
     for _ in range(runs + 1):
         profiler.run = {}
@@ -134,10 +135,10 @@ def _without_numbers(name: str) -> str:
 def arithmetic(
     bundle: Bundle, graph: str, inputs: Mapping[str, NDArray[Any]], precision: str, folder: Path
 ) -> Arithmetic | None:
-    """Operations and bytes of a graph, counted by one run of its float32 twin in ONNX Runtime; None where that is not
-    installed.
+    """Operations and bytes of a graph, counted in one run of its float32 version in ONNX Runtime. None where ONNX
+    Runtime is not installed.
 
-    Half-precision engines move half the bytes of it; what they keep in float32 is little.
+    Half-precision engines move half of these bytes; the parts that they keep in float32 are small.
     """
     if find_spec(ONNXRUNTIME.module) is None:
         return None
@@ -150,7 +151,7 @@ def arithmetic(
 def device_bytes_per_s(plans: Any, size_bytes: int = _COPIED_BYTES) -> float | None:
     """What a copy within the GPU's memory reads and writes per second, between CUDA events, best of several.
 
-    None where the GPU has no memory left for it, or where it takes no time at all.
+    None if the GPU has no memory left for the copy, or if the copy takes no time at all.
     """
     try:
         with plans.guarded("copy"):

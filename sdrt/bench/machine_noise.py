@@ -1,5 +1,5 @@
-"""How small a change this machine can show: the same work in fresh processes for a while, and what its scatter means,
-in plain words.
+"""How small a change this machine can show: the same work in fresh processes for a while, and the meaning of its
+scatter in plain words.
 """
 
 from __future__ import annotations
@@ -23,22 +23,24 @@ from sdrt.bundle.folder import Bundle
 from sdrt.errors import CheckFailed
 
 PROCESSES = 12
-"""Processes that share the time, where they can: an even number, since neighbours are compared."""
+"""How many processes share the time, if it is long enough. An even number, since neighbours are compared."""
 _PAIRS = 10
-"""What a comparison can show is told for so many."""
+"""The visible change is stated for a comparison of so many pairs."""
 _MARGIN = METRICS["total_ms"].margin
 _MOST = 100_000
 _COMMAND = "from sdrt.bench.steady_work import serve; serve()"
 
 Measure = Callable[[float], Sequence[float]]
-"""Measures in one fresh process for about so many seconds, and returns the durations of the same work."""
+"""Measures in one fresh process for about so many seconds. Returns the durations of the same work."""
 
 
 @dataclass(frozen=True)
 class MachineNoise:
-    """What was seen. Shares are relative: 0.04 is 4 %. `visible` is the change that ten pairs of processes one after
-    the other would tell from none, `visible_runs` that two runs of as many processes would; None where too few
-    processes fit into the time. `same` is the ratio of neighbours with its interval: 1 but for noise.
+    """What was seen. Shares are relative: 0.04 is 4 %.
+
+    `visible` is the change that ten pairs of processes, run one after the other, could tell from no change.
+    `visible_runs` is the same for two runs of as many processes. Both are None if too few processes fit into the time.
+    `same` is the ratio of neighbours with its interval: 1 apart from noise.
     """
 
     work: str

@@ -1,8 +1,8 @@
-"""One process that measures one bundle: it loads, makes pictures, and writes what it saw as JSON.
+"""One process that measures one bundle: it loads the bundle, makes pictures, and writes what it saw as JSON.
 
-Started fresh for every set of samples, because processes differ more than pictures do. It reads its request from a file
-and writes its answer to another, so nothing that a library prints can mix with it. Until the first picture is there it
-imports what the runtime needs and little more.
+Every set of samples gets a fresh process, because processes differ more than pictures do. The process reads its request
+from a file and writes its answer to another, so nothing that a library prints can mix with it. Before the first picture
+it imports hardly more than the runtime needs.
 """
 
 from __future__ import annotations
@@ -27,17 +27,19 @@ if TYPE_CHECKING:
     from sdrt.runtime import Pipeline
 
 _FIT_SHARES = (0.25, 0.5)
-"""Shares of the steps at which further pictures are made, for the fit of fixed and per-call cost."""
+"""Shares of the steps for further pictures, which serve the fit of fixed and per-call cost."""
 _FIT_PICTURES = 3
 ONCE = ("import_ms", "load_ms", "engine_load_ms", "first_picture_ms", "cold_ms")
-"""What a process does once, at its start."""
+"""Metrics that a process takes once, at its start."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """What to measure. Times are limits in seconds; `prompts` take turns, in place of `prompt` where there are any;
-    `python` is the interpreter to measure in, None for this one; `spawned_ns` is `time.monotonic_ns()` of the caller
-    just before it started this process.
+    """What to measure.
+
+    Times are limits in seconds. `prompts` take turns and replace `prompt`, if there are any. `python` is the
+    interpreter to measure in, None for this one. `spawned_ns` is `time.monotonic_ns()` of the caller just before it
+    started this process.
     """
 
     bundle: str
@@ -68,7 +70,7 @@ class Request:
 
 
 class _Sampler:
-    """Makes pictures and keeps what each cost, in ms."""
+    """Makes pictures and keeps the cost of each, in ms."""
 
     def __init__(self, pipe: Pipeline, readings: Readings, request: Request) -> None:
         self._pipe, self._readings, self._request = pipe, readings, request
@@ -81,8 +83,8 @@ class _Sampler:
         self.dropped = 0
 
     def picture(self, *, steps: int | None = None, keep: bool = False, same: bool = False) -> float:
-        """Make one call's pictures; `keep` its samples. Each call has a prompt of its own, unless it is to be the
-        `same` as in other runs.
+        """Make one call's pictures. `keep` stores its samples. Each call has a prompt of its own, unless it is to be
+        the `same` as in other runs.
         """
         request, readings = self._request, self._readings
         self._made += 1
@@ -126,12 +128,12 @@ class _Sampler:
             ("text_encoder_ms", readings.text_encoder / 1e6),
             ("decode_ms", readings.decode / 1e6),
         ):
-            if value:  # nothing was done, as where prompts are cached: no sample, rather than a fast one
+            if value:  # 0: nothing was done, as with cached prompts; no sample is better than a fast one
                 found[name] = [value]
         found["copies_ms"] = [readings.copies / 1e6]
         if readings.device is not None:
             for part, times in readings.device.read().items():
-                if part in DEVICE_METRICS:  # a text encoder or decoder that ran several times did it for one picture
+                if part in DEVICE_METRICS:  # text encoder and decoder may run several times for one picture
                     found[DEVICE_METRICS[part]] = times if part == STEP else [sum(times)]
         if self._request.batch > 1:
             found["picture_ms"] = [total / self._request.batch]
@@ -139,9 +141,7 @@ class _Sampler:
             kept.setdefault(name, []).extend(values)
 
     def counted(self) -> tuple[dict[str, list[float]], list[str]]:
-        """The samples, without those of pictures that were made while the machine throttled, and what to
-        say about it.
-        """
+        """The samples, without those of pictures made while the machine throttled, and notes about that."""
         if not self.dropped:
             return self.samples, []
         if not self.samples:
@@ -154,11 +154,12 @@ class _Sampler:
 
 
 class _Turns:
-    """The other end of `sdrt.bench.turns`: words on standard input, each followed by a picture of which it takes turns
-    in making.
+    """The other end of `sdrt.bench.turns`. It reads words from standard input. After each word it makes one picture, in
+    turns with the other process.
 
-    `TURN_MS` is the least a turn takes: long against what a change of processes costs, short against what a busy
-    machine's speed changes in. A GPU works on after the host went on, so there a turn is a whole picture.
+    `TURN_MS` is the shortest turn. It is long compared with the cost of changing processes, and short compared with the
+    time in which a busy machine changes its speed. A GPU goes on working after the host has moved on, so with a GPU a
+    turn is a whole picture.
     """
 
     TURN_MS = 50.0
@@ -185,7 +186,7 @@ class _Turns:
             self.hear()
 
     def make(self, sampler: _Sampler, readings: Readings) -> None:
-        """Make the pictures that are asked for, `warm` ones and those that count, until the `end`."""
+        """Make the pictures asked for, first `warm` ones and then those that count, until the word `end`."""
         engine = sampler.last.engine
         self.tell(
             json.dumps({"peak_rss_bytes": peak_rss_bytes(), "engine": engine, "parameters": sampler.last.parameters})
@@ -203,7 +204,7 @@ def measure(request: Request, turns: _Turns | None = None) -> dict[str, Any]:
     Raises:
         SdrtError: whatever loading and making pictures raise.
     """
-    from sdrt.runtime import Pipeline  # first: what it takes is measured
+    from sdrt.runtime import Pipeline  # first, because the import time is measured
 
     imported_ns = time.monotonic_ns()
     from sdrt.bench.instruments import Readings
@@ -243,7 +244,7 @@ def _sustained(
     imported: list[str],
     turns: _Turns | None = None,
 ) -> dict[str, Any]:
-    """Everything after the first picture. Imports of its own start here."""
+    """Everything after the first picture. Here other imports may begin."""
     from sdrt.bench.fidelity import check_references, picture_record
     from sdrt.bench.scenarios import repeat, warm_up
     from sdrt.bench.throttle import Watch, gpu_state
@@ -251,7 +252,7 @@ def _sustained(
     if request.layers:
         from sdrt.bench.layers import check_backend
 
-        check_backend(sampler.last.engine["backend"])  # before the long part
+        check_backend(sampler.last.engine["backend"])  # before the long part starts
     readings.keep = True
     sampler.picture(same=True)
     readings.keep = False
@@ -376,7 +377,9 @@ def _packages(modules: list[str]) -> set[str]:
 
 
 def _engine_bytes(bundle: Bundle, engine: dict[str, Any]) -> dict[str, int]:
-    """What the engine that ran reads: a compiled engine's plans, or the graphs of its precision with the weights."""
+    """The files that the running engine reads: a compiled engine's plans, or the graphs of its precision with the
+    weights.
+    """
     from sdrt.bundle.manifest import ENGINES, WEIGHTS
 
     files = bundle.manifest.files
@@ -398,7 +401,7 @@ def _engine_bytes(bundle: Bundle, engine: dict[str, Any]) -> dict[str, int]:
 
 
 def _device_bytes(engine: dict[str, Any]) -> int | None:
-    """Memory in use on the GPU, by other programs too; None on a CPU."""
+    """Memory in use on the GPU, including that of other programs; None on a CPU."""
     if engine.get("device") == "cpu":
         return None
     try:
@@ -410,8 +413,8 @@ def _device_bytes(engine: dict[str, Any]) -> int | None:
 
 
 def take_turns() -> None:
-    """Be a process that takes turns. Whatever a library prints goes to standard error, so that only words travel on
-    standard output.
+    """Run as a process that takes turns. Everything that a library prints goes to standard error, so that standard
+    output carries only words.
     """
     output, errors = 1, 2
     with os.fdopen(os.dup(output), "w") as told:
@@ -420,9 +423,9 @@ def take_turns() -> None:
 
 
 def serve(turns: _Turns | None = None) -> None:
-    """Be the process: `sys.argv` holds the request's file and the answer's."""
+    """Run as the measuring process. `sys.argv` holds the paths of the request and of the answer."""
     asked = json.loads(Path(sys.argv[1]).read_bytes())
-    known = {field.name for field in fields(Request)}  # another version of sdrt may ask, with fields of its own
+    known = {field.name for field in fields(Request)}  # another version of sdrt may send fields that are unknown here
     request = Request(**{name: value for name, value in asked.items() if name in known})
     request = replace(request, prompts=tuple(request.prompts))  # JSON has lists
     if request.size is not None:

@@ -1,7 +1,7 @@
-"""What is measured: each metric's unit, meaning, and whether and how tightly it is gated, with `bench.toml`'s changes
-to that.
+"""What is measured: each metric's unit and meaning, whether it is gated, and how tightly. `bench.toml` can change the
+gates.
 
-Counters are not in the table: any counter may appear in a result, and each is gated exactly unless `bench.toml` says
+Counters are not in the table. Any counter may appear in a result, and each is gated exactly, unless `bench.toml` says
 otherwise.
 """
 
@@ -19,13 +19,13 @@ from sdrt.files.read import read_document
 
 MAX_GATES_BYTES = 1 << 20
 UNPAIRED_FACTOR = 2.0
-"""Two separate runs saw two moments of the machine: their margins are this many times those of interleaved ones."""
+"""Two separate runs see the machine at two moments, so their margins are this many times those of interleaved runs."""
 DEFAULT_PAIRS = 30
 
 
 @dataclass(frozen=True)
 class Metric:
-    """Smaller is better, for all of them."""
+    """A metric. For all of them, smaller is better."""
 
     unit: str
     meaning: str
@@ -59,7 +59,7 @@ METRICS: Mapping[str, Metric] = {
 
 @dataclass(frozen=True)
 class Gate:
-    """How one metric is judged: relative margin, and whether crossing it fails the run."""
+    """How one metric is judged: the relative margin, and whether crossing it fails the run."""
 
     margin: float
     gated: bool
@@ -67,7 +67,7 @@ class Gate:
 
 @dataclass(frozen=True)
 class Gates:
-    """The gates of a comparison, and the most pairs that are made for it. Names that `bench.toml` does not mention keep
+    """The gates of a comparison, and the most pairs that it may make. Names that `bench.toml` does not mention keep
     their defaults.
     """
 
@@ -86,7 +86,7 @@ def with_margin(gates: Gates, margin: float) -> Gates:
     """The same gates with another margin for every gated timing.
 
     Raises:
-        UsageError: it is not a share above 0.
+        UsageError: the margin is not a share above 0.
     """
     if not 0 < margin <= 10:
         raise UsageError(f"--margin {margin:g}: expected a share above 0, at most 10", "Write 5 % as --margin 0.05.")
@@ -98,7 +98,7 @@ def read_gates(path: Path) -> Gates:
     """Read a `bench.toml`: `pairs = N`, and tables `[metrics.NAME]` and `[counters.NAME]` with `margin` and `gate`.
 
     Raises:
-        InputFileError: it cannot be read, or holds a key, name or value that means nothing here.
+        InputFileError: the file cannot be read, or holds an unknown key, name or value.
     """
     try:
         document = tomllib.loads(read_document(path, MAX_GATES_BYTES).data.decode())

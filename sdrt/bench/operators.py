@@ -1,6 +1,4 @@
-"""One operator of a profiled graph, and the arithmetic of matrix operators from their shapes, whichever engine ran
-them.
-"""
+"""One operator of a profiled graph, and the arithmetic of matrix operators from their shapes, for every engine."""
 
 from __future__ import annotations
 
@@ -21,10 +19,10 @@ _ATTENTION = ("Attention", "MultiHeadAttention")
 
 @dataclass(frozen=True)
 class Operator:
-    """What one operator costs: ms of a run, operations, of which `matrix_flops` in matrix products, and bytes it reads
+    """The cost of one operator: ms per run, operations (of these `matrix_flops` in matrix products), and bytes it reads
     and writes.
 
-    `shape` is that of its first output, as `2x64x8x8`.
+    `shape` is that of its first output, such as `2x64x8x8`.
     """
 
     name: str
@@ -38,7 +36,7 @@ class Operator:
 
 @dataclass(frozen=True)
 class Layer:
-    """What an engine tells that only names its layers: ms of a run. `op` is its kind, or what stands for it."""
+    """A layer of an engine that only names its layers: ms per run. `op` is its kind, or a substitute for it."""
 
     name: str
     op: str
@@ -47,8 +45,8 @@ class Layer:
 
 @dataclass(frozen=True)
 class Arithmetic:
-    """Of a whole graph: operations, of which `matrix_flops` in matrix products, and bytes that its operators read and
-    write.
+    """The arithmetic of a whole graph: operations (of these `matrix_flops` in matrix products), and bytes that its
+    operators read and write.
     """
 
     flops: int
@@ -66,16 +64,16 @@ def total(operators: Sequence[Operator]) -> Arithmetic:
 
 
 def operator(name: str, op: str, ms: float, matrix: int | None, moved: int, outputs: Shapes) -> Operator:
-    """An operator whose `matrix` operations are known, or None for one that is no matrix product: it counts one for
-    each value that it writes.
+    """An operator with a known number of `matrix` operations. None stands for an operator that is no matrix product: it
+    counts one operation for each value that it writes.
     """
     flops = sum(map(math.prod, outputs)) if matrix is None else matrix
     return Operator(name, op, ms, flops, matrix or 0, moved, "x".join(map(str, next(iter(outputs), []))))
 
 
 def matrix_flops(op: str, inputs: Shapes, outputs: Shapes) -> int | None:
-    """Two per multiply-add of a convolution, matrix product or attention `[n, heads, rows, width]`; None for any other
-    operator.
+    """Two operations per multiply-add of a convolution, matrix product or attention `[n, heads, rows, width]`. None for
+    any other operator.
     """
     if not inputs or not outputs:
         return None
@@ -90,21 +88,21 @@ def matrix_flops(op: str, inputs: Shapes, outputs: Shapes) -> int | None:
 
 
 def attention_flops(query: Sequence[int], key: Sequence[int], value: Sequence[int]) -> int:
-    """Both products of an attention, from the shapes `[n, heads, rows, width]` of its query, key and value."""
+    """Operations of both products of an attention, from the shapes `[n, heads, rows, width]` of its query, key and
+    value.
+    """
     return 2 * math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
 
 
 def _depth(first: Sequence[int], output: Sequence[int]) -> int:
-    """The side that a matrix product sums over; the first matrix may be given transposed."""
+    """The side that a matrix product sums over. The first matrix may be transposed."""
     if len(first) < 2 or len(output) < 2 or first[-2] == output[-2]:
         return first[-1] if first else 1
     return first[-2]
 
 
 def fitted(array: NDArray[Any], shape: Sequence[int]) -> NDArray[Any]:
-    """`array` cut to `shape`, and where it is smaller with its last values repeated: timings ask for sizes, not for
-    values.
-    """
+    """`array` cut to `shape`. Where it is smaller, its last values are repeated: timings need sizes, not values."""
     cut = array[tuple(slice(0, side) for side in shape)]
     return np.ascontiguousarray(
         np.pad(cut, [(0, side - have) for side, have in zip(shape, cut.shape, strict=True)], mode="edge")

@@ -1,4 +1,4 @@
-"""The plots of reports, as SVG text. Matplotlib draws them; it is imported here only."""
+"""The plots of reports, as SVG text. They are drawn by Matplotlib, which is imported only here."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ _PARTS = {
 
 
 def per_step(document: Mapping[str, Any]) -> str | None:
-    """Time of each model call over its place in the picture; None where calls cannot be told apart."""
+    """Time of each model call by its place in the picture. None where calls cannot be told apart."""
     calls, samples = document["counters"].get("model_calls"), document["samples"].get("step_ms")
     if not calls or not samples:
         return None
@@ -72,11 +72,11 @@ def per_step(document: Mapping[str, Any]) -> str | None:
 
 
 def parts_of_a_picture(document: Mapping[str, Any]) -> str | None:
-    """One bar: what the median picture spends where. None where the whole is not known."""
+    """One bar: where the median picture spends its time. None where the total is unknown."""
     stats, calls = document["stats"], document["counters"].get("model_calls")
     if "total_ms" not in stats or not calls:
         return None
-    # Where a GPU told its own times they are the parts: the host is done with a call long before the GPU is.
+    # If a GPU gave its own times, they are the parts: the host finishes a call long before the GPU does.
     timed = {name: stats.get(name.replace("_ms", "_gpu_ms"), stats.get(name)) for name in _PARTS}
     parts = [
         (*_PARTS[name], found["p50"] * (calls if name == "step_ms" else 1))
@@ -100,7 +100,7 @@ def parts_of_a_picture(document: Mapping[str, Any]) -> str | None:
 
 
 def distributions(documents: Mapping[str, Mapping[str, Any]]) -> str:
-    """Every sample of the main timings, a column of dots per process, with its median."""
+    """Every sample of the main timings, one column of dots per process, with its median."""
     shown = [name for name in _SHOWN if any(name in document["samples"] for document in documents.values())]
     with rc_context(_STYLE):
         figure = Figure(figsize=(_WIDTH_IN, 2.5 * max(1, len(shown))), layout="constrained")
@@ -141,10 +141,10 @@ def distributions(documents: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def ratios(rows: Sequence[Row]) -> str | None:
-    """New over base with its interval, a line per timing, what is gated first; shaded is the margin within which a
-    gated one counts as the same.
+    """New over base with its interval, one line per timing, gated timings first. The shaded range is the margin, within
+    which a gated timing counts as the same.
 
-    The axis is logarithmic, and as wide as what is gated needs; what lies beyond it ends in an arrow.
+    The axis is logarithmic and as wide as the gated timings need. An interval that goes beyond it ends in an arrow.
     """
     shown = sorted(
         (row for row in rows if row.ratio is not None and row.low is not None and row.high is not None),
@@ -250,7 +250,7 @@ def _axes(height: float) -> tuple[Figure, Any]:
 
 
 def _svg(figure: Figure) -> str:
-    """The figure as an SVG element. Equal figures are equal text: no date, and names from a fixed salt."""
+    """The figure as an SVG element. Equal figures give equal text: no date, and names from a fixed salt."""
     stream = io.StringIO()
     figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None})
     text = stream.getvalue()

@@ -60,7 +60,7 @@ _CARDS = (
 
 def result_html(document: Mapping[str, Any], history: Sequence[Trend] = ()) -> str:
     """One run: its numbers, where a picture's time goes, per-step times, distributions, the trend of earlier runs and
-    the profile, as far as each is there.
+    the profile. Missing parts are left out.
     """
     problems = fidelity_problems(document)
     right = "The pictures are right: fixed-seed latents and pixels agree with the bundle's references."
@@ -293,7 +293,7 @@ def _notes(notes: Sequence[str]) -> str:
 
 
 def _cards(cards: Sequence[tuple[str, str, str]]) -> str:
-    """The numbers that matter most: label, value, and its interval or what it is."""
+    """The most important numbers: label, value, and its interval or its meaning."""
     boxes = "".join(
         f"<div><small>{_escape(label)}</small><b>{_escape(value)}</b><small>{_escape(beside)}</small></div>"
         for label, value, beside in cards

@@ -1,7 +1,6 @@
-"""The result of a run: a JSON document of schema 1 (docs/bench-schema.json), how it is put together, written and read
-back.
+"""The result of a run, a JSON document of schema 1 (docs/bench-schema.json): how it is made, written and read back.
 
-Raw samples are always in it, a list per process; everything else can be computed again from them.
+It always holds the raw samples, one list per process. Everything else can be computed from them again.
 """
 
 from __future__ import annotations
@@ -57,7 +56,7 @@ FIXED_BY_CALLER = (
     "duration_s",
     "queue",
 )
-"""What of `config` changes what is measured; numbers of pictures and processes only change how well."""
+"""The fields of `config` that change what is measured. Numbers of pictures and processes only change how well."""
 COMPARABLE: Mapping[str, tuple[str, ...]] = {
     "config": FIXED_BY_CALLER,
     "engine": ("backend", "device", "compute", "threads", "cuda_graphs"),
@@ -68,7 +67,7 @@ COMPARABLE: Mapping[str, tuple[str, ...]] = {
 
 
 def assemble(children: Sequence[Mapping[str, Any]], identity: Mapping[str, Any], warnings: Sequence[str]) -> Document:
-    """One document from what each process measured. `identity` holds id, time, tool, bundle, config and env."""
+    """One document from the measurements of each process. `identity` holds id, time, tool, bundle, config and env."""
     notes = list(warnings)
     samples: dict[str, list[list[float]]] = {}
     for name in METRICS:
@@ -121,7 +120,7 @@ def assemble(children: Sequence[Mapping[str, Any]], identity: Mapping[str, Any],
         }
     plain: Document = json.loads(
         json.dumps(document, allow_nan=False)
-    )  # lists for tuples: what was made is what is read back
+    )  # turns tuples into lists, so that a new document equals one that was read back
     return plain
 
 
@@ -153,14 +152,14 @@ def ran(document: Mapping[str, Any]) -> str:
 
 
 def series(document: Mapping[str, Any]) -> str:
-    """What to call runs like this one over time: the bundle's label, and what ran."""
+    """The name of a series of runs like this one: the bundle's label, and what ran."""
     bundle = document["bundle"]
     return f"{bundle.get('label') or bundle.get('name') or 'unnamed'}: {ran(document)}"
 
 
 def series_key(document: Mapping[str, Any]) -> str:
-    """A short hash of everything that must be equal for two results to be of one series: what makes them comparable,
-    and the label.
+    """A short hash of everything that must be equal for two results to belong to one series: the fields that make them
+    comparable, and the label.
     """
     fields: dict[str, Any] = {
         part: {name: document[part].get(name) for name in names} for part, names in COMPARABLE.items()
@@ -181,10 +180,10 @@ def write_json(path: Path, document: Mapping[str, Any]) -> None:
 
 
 def read_result(path: Path) -> tuple[Document, str]:
-    """A document written by `sdrt bench`, and the SHA-256 of its file. Fields this version does not know are kept.
+    """A document written by `sdrt bench`, and the SHA-256 of its file. Fields that this version does not know are kept.
 
     Raises:
-        InputFileError: no such file, or it is not a result of this schema.
+        InputFileError: there is no such file, or it is not a result of this schema.
         MachineError: a newer sdrt wrote it.
     """
     file = read_given(path, MAX_RESULT_BYTES, _MAKE_ONE)
@@ -234,7 +233,7 @@ def parse_result(path: Path, data: bytes) -> Document:
         )
     if not isinstance(document["fidelity"].get("problems", []), list):
         raise InputFileError(f"{path}: fidelity.problems: expected a list", "Run the benchmark again.")
-    for name, processes in document["samples"].items():  # never other than its samples say
+    for name, processes in document["samples"].items():  # so that a summary never differs from its samples
         summary = asdict(summarise(processes))
         document["stats"][name] = summary | {"ci95": list(summary["ci95"]) if summary["ci95"] else None}
     document["stats"] = {name: document["stats"][name] for name in document["samples"]}
@@ -253,10 +252,10 @@ def _is_sketch(value: object) -> bool:
 
 
 def parse_json(path: Path, data: bytes) -> Document:
-    """A JSON object, in which NaN and infinity are no numbers.
+    """Read a JSON object, in which NaN and infinity are not allowed.
 
     Raises:
-        InputFileError: it is something else.
+        InputFileError: the data is something else.
     """
 
     def refuse(constant: str) -> NoReturn:

@@ -1,4 +1,6 @@
-"""Running a benchmark: fresh processes one after the other for one bundle, pairs of them side by side for two."""
+"""Runs a benchmark: for one bundle, fresh processes one after the other; for two bundles, pairs of processes side by
+side.
+"""
 
 from __future__ import annotations
 
@@ -24,19 +26,19 @@ from sdrt.bundle.folder import Bundle
 from sdrt.bundle.manifest import WEIGHTS
 
 Measure = Callable[[Request], Mapping[str, Any]]
-"""Measures one bundle in one process and returns what the process answered."""
+"""Measures one bundle in one process and returns the answer of that process."""
 MeasurePair = Callable[[Request, Request, int], Answers]
-"""Measures the pair of this number, the old side and the new one."""
+"""Measures the pair with this number: the old side and the new one."""
 Progress = Callable[[str], None]
 
 
 def run(
     bundle: Bundle, request: Request, processes: int, progress: Progress, measure: Measure = in_fresh_process
 ) -> Document:
-    """Measure a bundle in `processes` fresh processes, one after the other. Layers are profiled in the first.
+    """Measure a bundle in `processes` fresh processes, one after the other. The first one also profiles the layers.
 
     Raises:
-        SdrtError: what a process raised.
+        SdrtError: a process raised it.
     """
     before = load()
     answers = []
@@ -55,15 +57,15 @@ def side_by_side(
     max_s: float,
     measure: MeasurePair | None = None,
 ) -> Comparison:
-    """Measure two bundles in pairs of fresh processes that take turns, and judge after each pair, until the verdict is
+    """Measure two bundles in pairs of fresh processes that take turns. Judge after each pair, until the verdict is
     settled.
 
-    MIN_PAIRS are always made, unless `gates.pairs` asks for fewer; no further one is begun that would end after
-    `max_s`. `sdrt.bench.statistics` says why looking again and again raises no false alarms. Two that cannot be
-    compared are told apart before anything is measured: the comparison then has no rows.
+    At least MIN_PAIRS are made, unless `gates.pairs` asks for fewer. No pair is begun that would end after `max_s`.
+    `sdrt.bench.statistics` says why judging after every pair raises no false alarms. Bundles that cannot be compared
+    are found before anything is measured; the comparison then has no rows.
 
     Raises:
-        SdrtError: what a process raised.
+        SdrtError: a process raised it.
     """
     started, before = time.monotonic(), load()
     answers: tuple[list[Mapping[str, Any]], list[Mapping[str, Any]]] = ([], [])
@@ -105,14 +107,14 @@ def side_by_side(
 
 
 class _NotComparable(Exception):
-    """Ends the measuring of two that cannot be compared."""
+    """Ends a measurement of two bundles that cannot be compared."""
 
     def __init__(self, comparison: Comparison) -> None:
         self.comparison = comparison
 
 
 def _so_far(result: Comparison) -> list[str]:
-    """What is known of each gated timing."""
+    """What is known so far about each gated timing."""
     rows = [
         row
         for row in result.rows
@@ -128,7 +130,7 @@ def _so_far(result: Comparison) -> list[str]:
 def document_of(
     bundle: Bundle, request: Request, answers: Sequence[Mapping[str, Any]], before: Mapping[str, Any]
 ) -> Document:
-    """The result document of what the processes answered."""
+    """The result document, made from the answers of the processes."""
     manifest, parameters, engine = bundle.manifest, answers[0]["parameters"], answers[0]["engine"]
     settings = {
         name: getattr(request, name)
@@ -199,7 +201,7 @@ def document_of(
 
 
 def _gpu_environment(identity: Mapping[str, Any]) -> dict[str, Any]:
-    """What NVML told of the GPU. Results are compared by the driver's major version, `gpu_driver`."""
+    """What NVML says about the GPU. Results are comparable if the driver's major version, `gpu_driver`, is equal."""
     driver = identity.get("driver")
     found = {f"gpu_{name}": value for name, value in identity.items() if name != "driver"}
     return found | ({"gpu_driver": driver.partition(".")[0], "gpu_driver_version": driver} if driver else {})
@@ -221,6 +223,6 @@ def _busy(env: Mapping[str, Any]) -> list[str]:
 
 
 def _digest(bundle: Bundle) -> str:
-    """A hash of what every file of the bundle hashes to."""
+    """A hash of the hashes of all files of the bundle."""
     text = json.dumps({name: record.sha256 for name, record in bundle.manifest.files.items()}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()

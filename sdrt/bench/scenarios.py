@@ -1,5 +1,5 @@
-"""How pictures are asked for: warm-up until stable, one after the other, or as they arrive at a server. Clocks are
-handed in, so tests need none.
+"""How pictures are asked for: warm-up until stable, one after the other, or as requests arrive at a server. Clocks are
+arguments, so that tests need none.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from dataclasses import dataclass
 SCENARIOS = ("single", "batch", "server")
 Seconds = Callable[[], float]
 WINDOW = 3
-"""Pictures per median while warming up."""
+"""Pictures per median during warm-up."""
 STABLE = 0.02
-"""Three medians in a row this near each other end the warm-up."""
+"""The warm-up ends when three medians in a row are this close to each other."""
 
 
 @dataclass(frozen=True)
 class WarmUp:
-    """Pictures and seconds it took; `stable` is False where the limit ended it."""
+    """Pictures and seconds that a warm-up took. `stable` is False if the time limit ended it."""
 
     pictures: int
     seconds: float
@@ -29,8 +29,8 @@ class WarmUp:
 
 
 def warm_up(picture: Callable[[], float], *, limit_s: float, now: Seconds) -> WarmUp:
-    """Make pictures until three medians agree within 2 %, or for `limit_s`. `picture` makes one and returns its
-    duration, any unit.
+    """Make pictures until three medians agree within 2 %, or until `limit_s` is over. `picture` makes one picture and
+    returns its duration, in any unit.
     """
     started, times = now(), list[float]()
     while True:
@@ -78,10 +78,10 @@ def serve(
     now: Seconds,
     sleep: Callable[[float], None],
 ) -> list[Request]:
-    """One server with a queue of `queue` places, first come first served; who finds it full is rejected.
+    """One server with `queue` waiting places, first come first served. A request that finds the queue full is rejected.
 
-    The queue only grows while a picture is made, so admitting what arrived meanwhile, in order, once it is done is the
-    same as doing it then.
+    The queue only grows while a picture is made. So requests that arrive meanwhile can be admitted afterwards, in
+    order, with the same effect.
     """
     start = now()
     waiting: deque[float] = deque()
@@ -99,7 +99,7 @@ def serve(
         if not waiting:
             if (wait := coming[0] - (now() - start)) > 0:
                 sleep(wait)
-            waiting.append(coming.popleft())  # the server is free: it starts at once and takes no place in the queue
+            waiting.append(coming.popleft())  # the server is free: it starts at once, without a place in the queue
         arrived = waiting.popleft()
         began = max(now() - start, arrived)
         picture()

@@ -1,16 +1,16 @@
-"""The statistics of `sdrt bench`: summaries of samples, ratios with bootstrap intervals, verdicts, the fit of fixed and
-per-call cost. numpy only.
+"""The statistics of `sdrt bench`: summaries of samples, ratios with bootstrap intervals, verdicts, and the fit of fixed
+and per-call cost. numpy only.
 
 A process is the unit of variation: pictures of one process share its memory layout and its moment on the machine.
 
 Two bundles measured side by side make pairs of processes. A pair gives one number, the median of the log ratios of its
-turns, and the pairs' numbers are judged after every pair by Student's t. Which side starts first alternates, so without
-a change the numbers lie evenly around 0, each pair with a noise of its own; for normal noise of any mix of widths
-Student's two-sided test keeps its level up to 8 % (Bakirov and Szekely, 2005). Looking after every pair raises false
-alarms, so one look may only raise LOOK_ALPHA.
+turns. After every pair, Student's t judges the numbers of all pairs so far. The side that starts first alternates. So
+without a change the numbers lie evenly around 0, each pair with a noise of its own. For normal noise of any mix of
+widths, Student's two-sided test keeps its level up to 8 % (Bakirov and Szekely, 2005). Judging after every pair raises
+the number of false alarms, so a single look may only raise LOOK_ALPHA.
 
-Two separate runs are compared by medians of processes, with an interval from drawing processes, and pictures within
-them, with replacement (Efron, 1979, percentile interval), and Wilcoxon's exact rank sum (Mann-Whitney).
+Two separate runs are compared by the medians of processes. The interval comes from drawing processes, and pictures
+within them, with replacement (Efron, 1979, percentile interval). The test is Wilcoxon's exact rank sum (Mann-Whitney).
 """
 
 from __future__ import annotations
@@ -29,20 +29,24 @@ Doubles = NDArray[np.float64]
 RESAMPLES = 10_000
 SEED = 20_061
 ALPHA = 0.04
-"""Two-sided, over all gated metrics of two separate runs: a false SLOWER in at most 2 of 100, whatever the noise."""
+"""The two-sided level for all gated metrics of two separate runs: a false SLOWER in at most 2 of 100, whatever the
+noise.
+"""
 LOOK_ALPHA = 0.0025
-"""The same for one look at pairs. Up to MAX_PAIRS - MIN_PAIRS + 1 looks, all at the same pairs, raise a false SLOWER in
-at most 2 of 100 runs (the tests).
+"""The level for one look at pairs. Up to MAX_PAIRS - MIN_PAIRS + 1 looks, all at the same pairs, raise a false SLOWER
+in at most 2 of 100 runs (see the tests).
 """
 MIN_PAIRS, MAX_PAIRS = 6, 50
 MIN_PROCESSES = 4
-"""Of two unpaired groups of n, the clearest split is 2 of (2n over n) equally likely ones: below ALPHA from 4 on."""
+"""The clearest split of two unpaired groups of n is 2 of (2n over n) equally likely ones, which is below ALPHA from 4
+on.
+"""
 _EXACT = 60
-"""Processes of both sides up to which ranks are counted exactly; beyond, their sum is taken as normal."""
+"""Up to this many processes of both sides, ranks are counted exactly. Beyond, the rank sum counts as normal."""
 _FIT_POINTS = 500
 _Z95, _Z90, _Z80 = 1.959964, 1.281552, 0.841621
 SEEN = _Z95 + _Z80
-"""A change of this many standard errors is told from none in four cases of five."""
+"""A change of this many standard errors is recognised in four cases of five."""
 _SETTLED = _Z95 + _Z90
 """With this many standard errors of room to either side, the 95 % interval stays inside in four cases of five."""
 
@@ -50,8 +54,8 @@ SLOWER, FASTER, SAME, AMBIGUOUS = "SLOWER", "FASTER", "SAME", "AMBIGUOUS"
 
 
 def usable(values: Sequence[float]) -> tuple[list[float], int]:
-    """The finite, non-negative values, and how many were dropped: NaN, or durations measured while a clock
-    went back.
+    """The finite, non-negative values, and how many others were dropped: NaN, and durations measured while a clock went
+    back.
     """
     kept = [float(value) for value in values if math.isfinite(value) and value >= 0]
     return kept, len(values) - len(kept)
@@ -59,8 +63,8 @@ def usable(values: Sequence[float]) -> tuple[list[float], int]:
 
 @dataclass(frozen=True)
 class Summary:
-    """`n` values of `processes` processes; `ci95` is of the median of the processes' medians, None for fewer than two
-    processes.
+    """`n` values of `processes` processes. `ci95` is the interval of the median of the processes' medians, None for
+    fewer than two processes.
     """
 
     n: int
@@ -90,7 +94,7 @@ def summarise(processes: Sequence[Sequence[float]]) -> Summary:
 
 @cache
 def _middles(n: int, resamples: int, seed: int) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
-    """Ranks of the two middle values of each resample of n sorted values. Drawing ranks once serves every sample of
+    """Ranks of the two middle values in each resample of n sorted values. The same draw of ranks serves every sample of
     that size.
     """
     ranks = np.sort(np.random.default_rng([seed, n]).integers(0, n, (resamples, n)), axis=1)
@@ -107,12 +111,13 @@ def bootstrap_medians(values: Doubles, resamples: int = RESAMPLES, seed: int = S
 
 @dataclass(frozen=True)
 class Estimate:
-    """A ratio new / base with its 95 % interval. `p_value` is the two-sided test's, `alpha` what it must be below.
+    """A ratio new / base with its 95 % interval. `p_value` is that of the two-sided test; a change needs one below
+    `alpha`.
 
-    `enough` is whether n pairs (or processes a side) may be judged at all. `changed` is the share of the margin, in
-    logarithms, from which a ratio may be called a change: a change of the margin itself must be found, though half of
-    all its measurements lie below it. Separate runs saw two moments of the machine, so theirs is all. `seen` is the
-    smallest relative change told from none in four cases of five.
+    `enough` says whether n pairs (or processes per side) may be judged at all. `changed` is the share of the margin, in
+    logarithms, from which a ratio may be called a change. In pairs it is less than 1: a change as large as the margin
+    must be found, although half of all its measurements lie below the margin. For separate runs, which see the machine
+    at two moments, it is 1. `seen` is the smallest relative change that is recognised in four cases of five.
     """
 
     ratio: float
@@ -127,16 +132,18 @@ class Estimate:
 
     @property
     def error(self) -> float:
-        """Standard error of the ratio's logarithm, from the width of its interval: a stray pair widens it little.
+        """Standard error of the ratio's logarithm, from the width of its interval, which a stray pair widens little.
         Infinite for n = 1.
         """
         return math.log(self.high / self.low) / (2 * _Z95) if self.n > 1 else math.inf
 
 
 def paired(base: Sequence[Sequence[float]], new: Sequence[Sequence[float]]) -> Estimate | None:
-    """Ratio of processes in pairs: process i of both sides ran side by side. As many samples on both sides are taken in
-    turns, sample by sample; a process whose machine slowed down for some of them is compared by its median. Pairs with
-    an unusable side are left out; None if none is left.
+    """Ratio of processes in pairs: process i of both sides ran side by side.
+
+    If both sides have equally many samples, they took turns and are compared sample by sample. A process that lost some
+    samples because its machine slowed down is compared by its median. Pairs with an unusable side are left out. None if
+    no pair is left.
     """
     logs = []
     for one, other in zip(base, new, strict=True):
@@ -182,7 +189,7 @@ def student_share(t: float, freedom: int) -> float:
 
 @cache
 def student_t(share: float, freedom: int) -> float:
-    """The t below which this share of Student's distribution lies, for shares from 0.5."""
+    """The t below which this share of Student's distribution lies, for shares of at least 0.5."""
     low, high = 0.0, 1e6
     for _ in range(100):
         middle = (low + high) / 2
@@ -191,15 +198,15 @@ def student_t(share: float, freedom: int) -> float:
 
 
 def visible(deviation: float, pairs: int) -> float:
-    """The smallest relative change that so many pairs, whose log ratios scatter by `deviation`, tell from none in four
-    cases of five.
+    """The smallest relative change that so many pairs recognise in four cases of five, if their log ratios scatter by
+    `deviation`.
     """
     return math.expm1(min((student_t(1 - LOOK_ALPHA / 2, pairs - 1) + _Z80) * deviation / math.sqrt(pairs), 100.0))
 
 
 def unpaired(base: Sequence[Sequence[float]], new: Sequence[Sequence[float]]) -> Estimate | None:
-    """Ratio of two separate runs: processes are drawn, and within each its samples. None if a side has no usable
-    value.
+    """Ratio of two separate runs. Processes are drawn, and within each process its samples. None if a side has no
+    usable value.
     """
     sides = []
     for offset, processes in enumerate((base, new)):
@@ -238,7 +245,7 @@ def rank_sum(base: Doubles, new: Doubles) -> float:
         )
     ways = np.zeros((n + 1, total + 1))
     ways[0, 0] = 1.0
-    for rank in ranks:  # each choice of n of them equally likely
+    for rank in ranks:  # all choices of n ranks are equally likely
         ways[1:, rank:] += ways[:-1, : total + 1 - rank].copy()
     return _tails(ways[n], found)
 
@@ -261,11 +268,11 @@ def _two_sided(distance: float, deviation: float) -> float:
 
 @dataclass(frozen=True)
 class Verdict:
-    """`word` is SLOWER, FASTER, SAME or AMBIGUOUS; `needed` the pairs that would settle an AMBIGUOUS one, None if none
-    would or it is settled.
+    """`word` is SLOWER, FASTER, SAME or AMBIGUOUS. `needed` is how many pairs would settle an AMBIGUOUS verdict; None
+    if no number would, or if the verdict is settled.
 
-    `visible` is the smallest relative change that this many pairs of this spread can tell from none, NaN where so few
-    decide nothing.
+    `visible` is the smallest relative change that this many pairs of this spread can tell from no change. NaN if there
+    are too few pairs to decide anything.
     """
 
     word: str
@@ -274,7 +281,7 @@ class Verdict:
 
 
 def judge(estimates: Mapping[str, Estimate], margins: Mapping[str, float]) -> dict[str, Verdict]:
-    """One verdict per metric; significance is Holm's (1979) over all of `estimates`, so more metrics do not mean more
+    """One verdict per metric. Holm's procedure (1979) tests all `estimates` together, so more metrics do not mean more
     false alarms.
     """
     ranked = sorted(estimates, key=lambda name: estimates[name].p_value)
@@ -302,15 +309,15 @@ def _verdict(estimate: Estimate, margin: float, significant: bool, metrics: int)
 
 
 def _needed(estimate: Estimate, bound: float, metrics: int) -> int | None:
-    """Pairs until the interval fits between the ratio and what it must not hold: the margin, or 1. None where that is
-    out of reach.
+    """How many pairs it takes until the interval fits between the ratio and the value it must exclude: the margin, or
+    1. None if that is out of reach.
     """
     if not estimate.enough:
         return MIN_PAIRS
     size = abs(math.log(estimate.ratio))
     same = size < bound * estimate.changed
     room = bound - size if same else size
-    if room <= 0.02 * bound:  # a ratio on the margin itself: every number of pairs leaves it there
+    if room <= 0.02 * bound:  # the ratio lies on the margin itself, and stays there with any number of pairs
         return None
     errors = _SETTLED if same else NormalDist().inv_cdf(1 - estimate.alpha / metrics / 2) + _Z90
     return max(MIN_PAIRS, estimate.n + 1, math.ceil(estimate.n * (errors * estimate.error / room) ** 2))
@@ -318,8 +325,8 @@ def _needed(estimate: Estimate, bound: float, metrics: int) -> int | None:
 
 @dataclass(frozen=True)
 class Fit:
-    """time = fixed_ms + calls x per_call_ms; `residual_ms` is the largest median deviation among the numbers of calls
-    measured.
+    """time = fixed_ms + calls x per_call_ms. `residual_ms` is the largest median deviation among the measured numbers
+    of calls.
     """
 
     fixed_ms: float
@@ -329,10 +336,10 @@ class Fit:
 
 
 def fit_cost(points: Sequence[tuple[int, float]]) -> Fit | None:
-    """Fit pictures of several numbers of model calls, by the median of slopes (Theil, 1950; Sen, 1968): up to 29 %
-    outliers do not move it.
+    """Fit the times of pictures with several numbers of model calls by the median of slopes (Theil, 1950; Sen, 1968).
+    Up to 29 % outliers do not move it.
 
-    `points` are (model calls, total ms). None with fewer than two different numbers of calls.
+    `points` are (model calls, total ms). None if there are fewer than two different numbers of calls.
     """
     good = sorted((calls, ms) for calls, ms in points if math.isfinite(ms) and ms >= 0)
     good = good[
@@ -351,8 +358,8 @@ def fit_cost(points: Sequence[tuple[int, float]]) -> Fit | None:
 
 
 def detectable(processes: Sequence[Sequence[float]]) -> float | None:
-    """The smallest relative change that a comparison of two runs like this one could tell from none; None for too few
-    processes to compare.
+    """The smallest relative change that a comparison of two runs like this one could tell from no change. None for too
+    few processes.
     """
     medians = [float(np.median(kept)) for kept, _ in map(usable, processes) if kept]
     medians = [median for median in medians if median > 0]
@@ -363,7 +370,7 @@ def detectable(processes: Sequence[Sequence[float]]) -> float | None:
 
 
 def fence(history: Sequence[float]) -> float | None:
-    """Tukey's far-out fence Q3 + 3 IQR of earlier runs; None for fewer than ten, which draw no line worth having."""
+    """Tukey's far-out fence Q3 + 3 IQR of earlier runs. None for fewer than ten, which say too little."""
     if len(history) < 10:
         return None
     q1, q3 = np.percentile(history, [25, 75])

@@ -1,5 +1,5 @@
-"""The same small piece of work over and over, timed: what a machine's noise does to a program that never changes. One
-process of `--check-machine`.
+"""The same small piece of work over and over, timed. It shows what a machine's noise does to a program that never
+changes. One process of `--check-machine`.
 """
 
 from __future__ import annotations
@@ -37,6 +37,6 @@ def timed_work(seconds: float) -> list[float]:
 
 
 def serve() -> None:
-    """Be the process: `sys.argv` holds the request's file and the answer's."""
+    """Run as the process. `sys.argv` holds the paths of the request and of the answer."""
     asked = json.loads(Path(sys.argv[1]).read_bytes())
     Path(sys.argv[2]).write_text(json.dumps({"samples": timed_work(float(asked["seconds"]))}), encoding="utf-8")

@@ -1,5 +1,5 @@
-"""Clocks, heat and throttling: Linux's files for the processor, NVML for a GPU. What the system does not tell is None;
-nothing here raises.
+"""Clocks, heat and throttling: Linux's files for the processor, NVML for a GPU. Unknown values are None; nothing here
+raises.
 
 NVML comes with `cuda-bindings`, which the GPU backends need anyway. It has been called on no GPU yet.
 """
@@ -18,7 +18,9 @@ _COUNTERS = {
     "thermal_throttle/core_throttle_count": ("topology/physical_package_id", "topology/core_id"),
     "thermal_throttle/package_throttle_count": ("topology/physical_package_id",),
 }
-"""Counters of a logical CPU, and what tells its core or package, which all its logical CPUs repeat the count of."""
+"""Counters of a logical CPU, and the files that name its core or package. All logical CPUs of a core or package repeat
+its count.
+"""
 
 SLOWING = {
     "hardware slowdown": 0x8,
@@ -26,8 +28,8 @@ SLOWING = {
     "hardware thermal slowdown": 0x40,
     "power brake": 0x80,
 }
-"""NVML's reasons (nvmlClocksEventReasons) for which a GPU's clocks are below what the load asks for. Its power cap,
-0x4, is how a busy data-centre GPU runs all the time, so that one is recorded, not held against a sample.
+"""NVML's reasons (nvmlClocksEventReasons) why a GPU's clocks are below what the load asks for. The power cap, 0x4, is
+missing here: a busy data-centre GPU runs at it all the time, so it is recorded, but samples stay valid.
 """
 _RECORDED = {"power cap": 0x4} | SLOWING
 
@@ -64,13 +66,13 @@ class GpuState:
         self._nvml, self._handle = nvml, handle
 
     def reasons(self) -> int | None:
-        """Why the clocks are as they are: a mask of NVML's reasons."""
+        """Why the clocks are as they are, as a mask of NVML's reasons."""
         nvml = self._nvml
         found: int | None = _asked(lambda: int(nvml.device_get_current_clocks_event_reasons(self._handle)))
         return found
 
     def now(self) -> dict[str, Any]:
-        """Clocks in MHz, degrees Celsius, watts, and why the clocks are lowered."""
+        """Clocks in MHz, degrees Celsius, watts, and why the clocks are low."""
         nvml, handle, reasons = self._nvml, self._handle, self.reasons()
         return {
             "sm_mhz": _asked(lambda: int(nvml.device_get_clock_info(handle, nvml.ClockType.SM))),
@@ -81,7 +83,9 @@ class GpuState:
         }
 
     def identity(self) -> dict[str, Any]:
-        """What does not change during a run. The GPU's own number is hashed: it tells two apart, not whose they are."""
+        """What does not change during a run. The GPU's own number is hashed: the hash tells two GPUs apart, but not
+        whose they are.
+        """
         nvml, handle = self._nvml, self._handle
         return {
             "uuid_hash": _asked(lambda: hashlib.sha256(str(nvml.device_get_uuid(handle)).encode()).hexdigest()[:16]),
@@ -121,7 +125,7 @@ class Watch:
         self._throttles = self._cpu()
 
     def throttled(self) -> bool:
-        """Since `begin`: the processor's counters grew, or the GPU's clocks are held down now."""
+        """Whether, since `begin`, the processor's counters grew, or the GPU's clocks are held down now."""
         before, after = self._throttles, self._cpu()
         reasons = self._gpu.reasons() if self._gpu is not None else None
         return (before is not None and after is not None and after > before) or bool(
@@ -143,7 +147,7 @@ def _version(number: int) -> tuple[int, int]:
 
 
 def _asked(question: Callable[[], Any]) -> Any:
-    """An answer of NVML, None where this GPU or driver has none."""
+    """NVML's answer to a question; None where this GPU or driver has none."""
     try:
         return question()
     except Exception:

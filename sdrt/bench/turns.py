@@ -1,7 +1,8 @@
-"""Two measuring processes alive at once that take turns, the idle one waiting on a pipe: what disturbs the machine
-disturbs both.
+"""Two measuring processes run at once and take turns; the idle one waits on a pipe. So a disturbance of the machine
+affects both.
 
-Measured one after the other, two processes see two machines, since the speed of a busy one doubles within minutes.
+The speed of a busy machine can double within minutes. Two processes measured one after the other would see two
+different machines.
 """
 
 from __future__ import annotations
@@ -20,21 +21,21 @@ from sdrt.errors import MachineError, ResourceError
 from sdrt.machine.memory import available_bytes
 
 Answers = tuple[Mapping[str, Any], Mapping[str, Any]]
-"""What the old and the new side's process answered."""
+"""The answers of the processes of the old and of the new side."""
 
 _COMMAND = "from sdrt.bench.measure import take_turns; take_turns()"
 _NO_TURNS = "cannot import name 'take_turns'"
 _ROOM = 1.1
-"""Of the memory that both took before, this much must be there."""
+"""This share of the memory that both took before must be free."""
 _GENEROUS, _GENEROUS_BYTES = 6, 1 << 30
 """No engine takes more than so many times the weights and so many bytes, for pictures of an ordinary size."""
 
 
 class Pairs:
-    """Makes pairs of processes, one of each side. `alone` says why they run one after the other, None where they take
+    """Makes pairs of processes, one of each side. `alone` says why they run one after the other; None if they take
     turns.
 
-    `agree` is asked once, with what ran on either side, before anything is measured; it raises if the two cannot be
+    `agree` is called once, before anything is measured, with what ran on either side. It raises if the two cannot be
     compared.
     """
 
@@ -45,10 +46,10 @@ class Pairs:
         self.alone: str | None = None
 
     def __call__(self, old: Request, new: Request, pair: int) -> Answers:
-        """Measure both sides. Who starts first, and has the first turn, alternates from pair to pair.
+        """Measure both sides. The side that starts first and has the first turn alternates from pair to pair.
 
         Raises:
-            SdrtError: what a process raised, or `agree`.
+            SdrtError: raised by a process, or by `agree`.
         """
         requests = tuple(replace(request, process=pair) for request in (old, new))
         order = (0, 1) if pair % 2 == 0 else (1, 0)
@@ -63,7 +64,7 @@ class Pairs:
         return found[0], found[1]
 
     def _in_turns(self, requests: Sequence[Request], order: tuple[int, int]) -> Answers | None:
-        """None, and the reason in `alone`, where the two do not fit beside each other."""
+        """Returns None, and sets `alone` to the reason, if the two do not fit into memory together."""
         first, second = order
         started = time.monotonic()
         if not self._fits(sum(self._taken[side] or 0 for side in order)):
@@ -72,7 +73,7 @@ class Pairs:
             ready: dict[int, dict[str, Any]] = {}
             try:
                 apart = self._taken[second] is None and not _surely_fit(requests)
-                if apart:  # the second is taken to be like the first
+                if apart:  # assume that the second is like the first
                     ready[first] = json.loads(leading.hear())
                     if not self._fits(ready[first]["peak_rss_bytes"] or 0):
                         return None
@@ -90,7 +91,7 @@ class Pairs:
                     answers = [understood(requests[side], children[side].answer()) for side in (0, 1)]
                     for answer in (
                         answers if apart else ()
-                    ):  # two that started one after the other do not tell what starting takes
+                    ):  # two processes that started one after the other do not tell what starting takes
                         answer["samples"] = {
                             name: values for name, values in answer["samples"].items() if name not in ONCE
                         }
@@ -116,7 +117,7 @@ class Pairs:
 
 
 def _surely_fit(requests: Sequence[Request]) -> bool:
-    """Whether memory is so large beside the weights that nobody need look first."""
+    """Whether there is so much more memory than weights that no check is needed."""
     try:
         needed = sum(
             _GENEROUS * (Path(request.bundle) / WEIGHTS).stat().st_size + _GENEROUS_BYTES for request in requests
@@ -127,8 +128,8 @@ def _surely_fit(requests: Sequence[Request]) -> bool:
 
 
 def _take_turns(children: Sequence[Child], request: Request, start_s: float) -> None:
-    """Have both make a picture to warm up, then those that count, until there are enough, or the time of both is over
-    and as long as their start took.
+    """Let both make a picture to warm up, then the pictures that count. This ends when there are enough, or when both
+    have used their time and have worked at least as long as their start took.
     """
     _together(children, "warm")
     started = time.monotonic()
@@ -139,7 +140,7 @@ def _take_turns(children: Sequence[Child], request: Request, start_s: float) -> 
 
 
 def _together(children: Sequence[Child], word: str) -> None:
-    """Have both make one picture, in turns."""
+    """Let both make one picture, in turns."""
     said = dict.fromkeys(children, word)
     while said:
         for child in list(said):

@@ -1,9 +1,9 @@
 """CLIP's byte-pair encoding: text to token ids (Radford et al. 2021, as transformers' CLIPTokenizer computes it).
 Standard library only.
 
-Every text encoder that sdrt builds has CLIP's own vocabulary, so every bundle holds the same `tokenizer.json`, and that
-one file is all that is read here: a file with other bytes is refused by its hash before anything is parsed. Serves the
-build and the runtime.
+Every text encoder that sdrt builds has CLIP's own vocabulary, so every bundle holds the same `tokenizer.json`. Only
+that one file is read here: any other bytes are refused by their hash before anything is parsed. Serves the build and
+the runtime.
 """
 
 from __future__ import annotations
@@ -23,25 +23,25 @@ from sdrt.files.read import read_document
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 END_OF_WORD = "</w>"
 TOKENIZER_SHA256 = "da79a4687fbdce67c969a6a103bfa3b125bfdf0d4ae96982837797128dce61d7"
-"""Of the one tokenizer.json there is, 1,681,370 bytes."""
+"""The size of the only tokenizer.json there is: 1,681,370 bytes."""
 
 _MAX_BYTES = 2 << 20
 _CACHED_WORDS, _CACHED_LENGTH = 10_000, 64
-"""How many words keep their tokens, and how many characters such a word may have: prompts repeat words, and memory
-stays bounded.
+"""How many words keep their tokens in memory, and how many characters such a word may have. Prompts repeat words, and
+memory stays bounded.
 """
 
 _SPECIAL = re.compile(r"(<\|startoftext\|>|<\|endoftext\|>)")
 _WORDS = re.compile(r"(<\|)(startoftext|endoftext)(\|>)|'s|'t|'re|'ve|'m|'ll|'d|[a-z]+|[0-9]|[^ \t\n\v\f\ra-z0-9]+")
-"""Words of a text in lower case whose letters beyond ASCII stand as z, numbers as 0, white space as a blank, all else
-as an exclamation mark.
+"""Finds the words of a lower-case text. Beyond ASCII, letters stand as z, numbers as 0, white space as a blank, and
+everything else as an exclamation mark.
 """
 _WHITE_SPACE = {0x85, 0xA0, 0x1680, *range(0x2000, 0x200B), 0x2028, 0x2029, 0x202F, 0x205F, 0x3000}
 
 
 def byte_symbols() -> list[str]:
-    """GPT-2's printable symbol for each byte, in CLIP's order: printable bytes as themselves, then the rest from U+0100
-    on.
+    """GPT-2's printable symbol for each byte, in CLIP's order: printable bytes stand for themselves, the rest go from
+    U+0100 on.
     """
     return list(_symbol_of_byte().values())
 
@@ -53,17 +53,19 @@ def _symbol_of_byte() -> dict[int, str]:
 
 
 class Bpe:
-    """Thread-safe: encoding changes nothing but a cache of words."""
+    """Thread-safe: encoding changes only a cache of words."""
 
     def __init__(self, ids: dict[str, int], merges: list[tuple[str, str]]) -> None:
-        """`ids` has a number for each token, `merges` the pairs that become one, the first of them first."""
+        """`ids` gives each token its number. `merges` lists the pairs that become one token, the most urgent pair
+        first.
+        """
         self.ids = ids
         self._ranks = {(first, second): rank for rank, (first, second) in enumerate(merges)}
         self._symbols = _symbol_of_byte()
         self._cached = lru_cache(_CACHED_WORDS)(self._tokens_of_word)
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text, without start, end or padding. The two special tokens, spelt out, are themselves.
+        """Token ids of a text, without start, end or padding. The two special tokens may be spelt out in the text.
 
         Raises:
             UnicodeEncodeError: the text has lone surrogates.
@@ -73,7 +75,7 @@ class Bpe:
             if i % 2:
                 found.append(self.ids[part])
                 continue
-            # Letter by letter, as transformers: a sigma that ends a word is not written in another way.
+            # Letter by letter, as in transformers: a sigma at the end of a word is written like any other.
             part = unicodedata.normalize("NFC", part).replace("Σ", "σ").lower()
             for match in _WORDS.finditer(part.translate(_KINDS)):
                 for group in range(1, 4) if match.lastindex else (0,):
@@ -82,8 +84,8 @@ class Bpe:
         return found
 
     def _tokens_of_word(self, word: str) -> tuple[int, ...]:
-        """Merge a word's bytes, always the pair that comes first among the merges, the leftmost of equal ones. A part
-        merged into another is empty.
+        """Merge a word's bytes. The pair that comes first among the merges goes first, and the leftmost of equal pairs.
+        A part that was merged into another one is left empty.
         """
         parts = [self._symbols[byte] for byte in word.encode()]
         parts[-1] += END_OF_WORD
@@ -95,7 +97,7 @@ class Bpe:
             rank, i = heappop(waiting)
             j = after[i]
             if j == count or ranks.get((parts[i], parts[j])) != rank:
-                continue  # one of the two has gone into another pair
+                continue  # one of the two is already part of another pair
             parts[i], parts[j] = parts[i] + parts[j], ""
             after[i] = after[j]
             if after[i] < count:
@@ -107,10 +109,10 @@ class Bpe:
 
 
 def read_bpe(path: Path) -> Bpe:
-    """Read a bundle's tokenizer.json; one vocabulary serves all that a process loads.
+    """Read a bundle's tokenizer.json. All bundles of a process share one vocabulary.
 
     Raises:
-        BundleError: it cannot be read, or is not the file that every build writes.
+        BundleError: the file cannot be read, or is not the one that every build writes.
     """
     again = "Build the bundle again, or copy it again from where it was built."
     try:
@@ -131,11 +133,11 @@ def _parsed(data: bytes) -> Bpe:
 
 
 class _Kinds:
-    """For `str.translate`: what `_WORDS` takes a character beyond ASCII for."""
+    """A table for `str.translate`: the kind of each character beyond ASCII, as `_WORDS` expects it."""
 
     def __getitem__(self, code: int) -> str:
         if code < 128:
-            raise LookupError  # stays as it is
+            raise LookupError  # the character stays as it is
         kind = unicodedata.category(chr(code))[0]
         return "z" if kind == "L" else "0" if kind == "N" else " " if code in _WHITE_SPACE else "!"
 

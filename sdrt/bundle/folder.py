@@ -1,5 +1,5 @@
-"""A bundle's folder: opened, listed, and compared with its manifest. docs/architecture.md describes it. Standard
-library only.
+"""The folder of a bundle: opened, listed, and compared with its manifest. docs/architecture.md describes the folder.
+Standard library only.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from sdrt.errors import BundleError, InputFileError, UsageError, printable
 
 @dataclass(frozen=True)
 class Bundle:
-    """An opened bundle: `path` is its absolute folder. Nothing but the manifest has been read."""
+    """An opened bundle. `path` is its absolute folder. Only the manifest has been read."""
 
     path: Path
     manifest: Manifest
@@ -29,10 +29,10 @@ class Bundle:
         return self.path / name
 
     def graph(self, graph: str, precision: str) -> Path:
-        """Path of a graph file that `sdrt.bundle.graph_check` has read: the one way for an engine to a graph.
+        """Path of a graph file that has passed `sdrt.bundle.graph_check`. Engines get their graphs only here.
 
         Raises:
-            BundleError: the bundle has no such graph at that precision, or it is not as builds write them.
+            BundleError: the bundle has no such graph at that precision, or the graph is not as builds write them.
         """
         record = self.manifest.graphs.get(graph, {}).get(precision)
         if record is None:
@@ -45,7 +45,7 @@ class Bundle:
 
 
 def bundle_id(manifest: Manifest) -> str:
-    """16 hex digits that equal bundles share whatever their names: a hash of their files' hashes."""
+    """16 hex digits that equal bundles share whatever their names: a hash of the hashes of their files."""
     text = "\n".join(f"{name} {record.sha256}" for name, record in sorted(manifest.files.items()))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -57,7 +57,7 @@ def file_record(path: Path) -> FileRecord:
 
 
 def is_bundle(path: Path) -> bool:
-    """Whether `path` looks like a folder of ours, finished or tampered with; used before replacing it."""
+    """Whether `path` looks like a bundle, finished or tampered with. Asked before the folder is replaced."""
     try:
         if not (path / MANIFEST).is_file():  # opening a FIFO would wait for a writer
             return False
@@ -69,15 +69,15 @@ def is_bundle(path: Path) -> bool:
 
 
 def check_outside_bundles(option: str, folder: Path) -> None:
-    """Refuse to write into a bundle, which would no longer be what its manifest says. Only engines, and what belongs to
-    them, go into one.
+    """Refuse to write into a bundle, which would then differ from its manifest. Only engines, and files that belong to
+    them, may go into a bundle.
 
     Raises:
-        UsageError: `folder`, where `option` would write, is a bundle or lies in one.
+        UsageError: `folder`, the target of `option`, is a bundle or lies in one.
     """
     try:
         place = folder.resolve()
-    except (OSError, RuntimeError):  # a loop of links: opening it says so
+    except (OSError, RuntimeError):  # a loop of links; opening the folder reports it
         return
     for outer in (place, *place.parents):
         if is_bundle(outer):
@@ -88,13 +88,13 @@ def check_outside_bundles(option: str, folder: Path) -> None:
 
 
 def open_bundle(path: Path) -> Bundle:
-    """Read and check a bundle's manifest, and that exactly its files are there with their sizes. Hashes are
-    `check_files`'s.
+    """Read and check a bundle's manifest. Check that exactly its files are in the folder, with their sizes.
+    `check_files` checks the hashes.
 
     Raises:
-        InputFileError: there is no such folder, no manifest in it, or it cannot be read.
-        MachineError: an older or newer sdrt wrote it.
-        BundleError: the manifest or the folder is not what it should be.
+        InputFileError: there is no such folder, no manifest in it, or the manifest cannot be read.
+        MachineError: an older or newer sdrt wrote the bundle.
+        BundleError: the manifest or the folder is malformed.
     """
     path = path.absolute()
     if not os.path.exists(path):
@@ -117,11 +117,11 @@ def open_bundle(path: Path) -> Bundle:
 
 
 def check_files(bundle: Bundle, names: Iterable[str] | None = None) -> None:
-    """Compare the SHA-256 of the named files (all by default) with the manifest. A hash says unchanged, not
+    """Compare the SHA-256 of the named files (all by default) with the manifest. An equal hash means unchanged, not
     trustworthy.
 
     Raises:
-        BundleError: a file differs or cannot be read; it names the file.
+        BundleError: a file differs or cannot be read; the message names the file.
     """
     for name in bundle.manifest.files if names is None else names:
         try:
@@ -140,7 +140,7 @@ def check_files(bundle: Bundle, names: Iterable[str] | None = None) -> None:
 
 
 def _check_signatures(path: Path, manifest: Manifest) -> None:
-    """That the graphs this sdrt knows take and give what it thinks."""
+    """Check that the known graphs have the inputs and outputs that this sdrt expects."""
     for graph, signature in signatures(dimensions(manifest)).items():
         for compute, record in manifest.graphs.get(graph, {}).items():
             for what, found, expected in (
@@ -172,11 +172,11 @@ def _check_listing(path: Path, manifest: Manifest) -> None:
 
 
 def check_nothing_else(root: Path, names: Collection[str], what: str, fix: str) -> None:
-    """Make sure that below `root` there are no files but the `names`, and no folders but theirs and `engines`. Hidden
-    ones count.
+    """Make sure that `root` holds no files but `names`, and no folders but theirs and `engines`. Hidden files and
+    folders count.
 
     Raises:
-        BundleError: there is one; it says that it is `what`, and the `fix`.
+        BundleError: there is something else; the message calls it `what` and ends with `fix`.
     """
     folders = {ENGINES, *(parent.as_posix() for name in names for parent in PurePosixPath(name).parents)}
 
@@ -196,7 +196,7 @@ def check_nothing_else(root: Path, names: Collection[str], what: str, fix: str) 
 
 
 def _regular_files(root: Path) -> Mapping[str, int]:
-    """Sizes of all files below `root` by relative name, engines, hidden files and the manifest left out. Links and
+    """Sizes of all files below `root` by relative name, without engines, hidden files and the manifest. Links and
     special files are refused.
     """
     sizes: dict[str, int] = {}

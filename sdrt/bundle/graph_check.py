@@ -1,10 +1,10 @@
-"""What a graph may be before an engine sees it: the file of a stranger until then, and engines do what graphs say.
+"""Checks a graph before an engine sees it. Until then the graph is the file of a stranger, and an engine does whatever
+a graph says.
 
-A small strict reader of ONNX's protobuf. It knows the fields that builds write and refuses every other, so that no two
-readers can see two graphs in one
-file: one model, one graph, operators of ONNX's own set only, no functions, no graphs within graphs (loops and
-branches), no more than so many nodes; weights from the bundle's weights file only, and from within it, as many bytes as
-their shape and type take. Standard library only.
+This is a small strict reader of ONNX's protobuf. It knows the fields that builds write and refuses every other field,
+so that no two readers can see different graphs in one file. It accepts one model with one graph; operators of ONNX's
+own set only; no functions; no graphs within graphs (loops and branches); and a limited number of nodes. Weights must
+come from inside the bundle's weights file, with as many bytes as their shape and type need. Standard library only.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from pathlib import Path
 from sdrt.errors import BundleError, printable
 
 MAX_GRAPH_BYTES = 32 << 20
-"""Builds write half a megabyte. What engines make of a graph takes many times its size."""
+"""Most bytes of a graph. Builds write half a megabyte; an engine takes many times the size of a graph in memory."""
 MAX_NODES = 50_000
-"""Builds write some thousands."""
+"""Most nodes of a graph. Builds write a few thousand."""
 _MAX_LISTED = 200_000
-"""Entries of any other list: inputs, outputs, weights, shapes of values."""
+"""Most entries of any other list: inputs, outputs, weights, shapes of values."""
 
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _EXTERNAL = 1
 _MOST_AXES = 8
 _STORED_BYTES = {1: 4, 10: 2, 16: 2}
-"""Bytes of a number of each type that weights are stored in, as ONNX numbers the types: float32, float16, bfloat16."""
+"""Bytes per number for each type of stored weights, by ONNX's number of the type: float32, float16, bfloat16."""
 
-# The fields that builds write, of onnx.proto3, by number; those marked once may not come twice, since readers differ in
-# what they make of that.
+# The fields of onnx.proto3 that builds write, by number. A field marked once may not come twice, since readers differ
+# about such repeats.
 _ONCE, _MANY = False, True
 _MODEL = {1: _ONCE, 2: _ONCE, 3: _ONCE, 4: _ONCE, 5: _ONCE, 6: _ONCE, 7: _ONCE, 8: _MANY, 14: _MANY}
 _GRAPH = {1: _MANY, 2: _ONCE, 5: _MANY, 10: _ONCE, 11: _MANY, 12: _MANY, 13: _MANY, 16: _MANY}
@@ -59,13 +59,13 @@ Value = int | memoryview
 
 
 def check_graph(path: Path, weights: Path, weights_bytes: int) -> None:
-    """Refuse a graph that is not as builds write them. `weights` is the weights file, beside it, and `weights_bytes`
-    its size.
+    """Refuse a graph that is not as builds write them. `weights` is the weights file beside the graph; `weights_bytes`
+    is the file's size.
 
     Raises:
-        BundleError: it is missing, or more than it should be; it names the file and the part.
+        BundleError: the graph is missing, or holds something it should not; the message names the file and the part.
     """
-    if path.parent != weights.parent:  # what it names would be another file
+    if path.parent != weights.parent:  # the graph would then name another file
         raise BundleError(f"{path}: expected beside {weights}", "Build the bundle again.")
     try:
         with path.open("rb") as stream:
@@ -125,7 +125,7 @@ def _check_domain(value: Value) -> None:
 
 
 def _check_tensor(data: memoryview, weights: str | None, weights_bytes: int) -> None:
-    """A tensor holds its own numbers, or names the weights file, where there is one, and a place inside it."""
+    """A tensor holds its own numbers, or names a place inside the weights file, if there is one."""
     name: Value = memoryview(b"")
     kind = external = inside = 0
     dims: list[int] = []
@@ -167,10 +167,10 @@ def _check_tensor(data: memoryview, weights: str | None, weights_bytes: int) -> 
 
 
 def _fields(data: memoryview, what: str, known: Mapping[int, bool]) -> Iterator[tuple[int, Value]]:
-    """The fields of a message in order: numbers as they are, fixed-size ones and byte strings as bytes.
+    """The fields of a message in order. Numbers stay numbers; fixed-size fields and byte strings are bytes.
 
     Raises:
-        ValueError: it is cut short, or has a field that is not known, or twice what may come once.
+        ValueError: the message is cut short, has an unknown field, or repeats a field that may come once.
     """
     position, end = 0, len(data)
     seen = set()
@@ -206,7 +206,7 @@ def _fields(data: memoryview, what: str, known: Mapping[int, bool]) -> Iterator[
 
 
 def _varint(data: memoryview, position: int, what: str) -> tuple[int, int]:
-    """A number at a position, and the position behind it."""
+    """The number at a position, and the position after the number."""
     value = 0
     for i, byte in enumerate(data[position : position + 10]):
         value |= (byte & 127) << 7 * i
@@ -226,7 +226,7 @@ def _packed(data: memoryview) -> list[int]:
 
 
 def _only(data: memoryview, what: str, known: Mapping[int, bool]) -> dict[int, Value]:
-    """A message whose fields all come once, by number."""
+    """A message whose fields all come once, by field number."""
     return dict(_fields(data, what, known))
 
 

@@ -1,13 +1,13 @@
-"""The signature of every graph: names, shapes and types of its inputs and outputs. The only place that lists them.
+"""The signature of every graph: names, shapes and types of its inputs and outputs. Nothing else lists them.
 
-Export, self-check, compilers, backends, benchmarks and the GPU simulator read this table. An input that a new model
-needs is one line here, and its value in the job. Shapes name their free axes:
+Export, self-check, compilers, backends, benchmarks and the GPU simulator read this table. A new input of a model is one
+line here, and a value in the job. Shapes name their free axes:
 
     N  pictures of a call        S  rows of the tables, all pictures together     h, w  rows and columns of the latents
     G  guidance branches         T  tokens of a prompt                            n     chunks of tokens
 
-The kind of a step input shows in its first axis: S for tables that a picture reads by row, N for what belongs to one
-picture.
+The first axis of a step input shows its kind. S stands for a table, of which each picture reads one row. N stands for
+an input that belongs to one picture.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from sdrt.bundle.manifest import Manifest
 TEXT_ENCODER, STEP, VAE_DECODER, VAE_ENCODER = GRAPHS = ("text_encoder", "step", "vae_decoder", "vae_encoder")
 
 REGISTERS = 8
-"""Latents a picture carries from one model call to the next (R). Samplers need four; forecasting a model call from
-earlier ones needs six.
+"""How many latents a picture carries from one model call to the next (R). Samplers need four. Forecasting a model call
+from earlier ones needs six.
 """
 
 FED_BACK = {"registers": "next_registers", "row": "next_row"}
-"""Step inputs that a call reads from what the call before it wrote, and the outputs they are."""
+"""Step inputs that come from an output of the call before, and the names of those outputs."""
 IDLE_ROW = 0
-"""The table row of a slot without a picture: it leads to itself and leaves the registers as they are."""
+"""The table row for a slot without a picture. It names itself as the next row and leaves the registers as they are."""
 
 Shape = tuple[int | str, ...]
 _ITEM_BYTES = {"float32": 4, "int64": 8, "uint8": 1, "bool": 1}
@@ -36,8 +36,8 @@ _ITEM_BYTES = {"float32": 4, "int64": 8, "uint8": 1, "bool": 1}
 
 @dataclass(frozen=True)
 class Tensor:
-    """An input or output. `shape` holds numbers, names of free axes, and products of both such as `8*h`; `dtype` is
-    numpy's name of the type.
+    """An input or output. `shape` holds numbers, names of free axes, and products such as `8*h`. `dtype` is numpy's
+    name of the type.
     """
 
     shape: Shape
@@ -61,16 +61,20 @@ class Signature:
 
     @property
     def of_picture(self) -> tuple[str, ...]:
-        """Inputs that belong to one picture and stay as they are from call to call."""
+        """Inputs that belong to one picture and do not change from call to call."""
         return tuple(name for name, tensor in self.inputs.items() if tensor.shape[0] == "N" and name not in FED_BACK)
 
 
 @dataclass(frozen=True)
 class Dimensions:
-    """What the signatures of a model depend on.
+    """The sizes of a model on which its signatures depend.
 
-    `channels` of a latent and `concat_channels` that the UNet sees beside it; `factor` pixels a side per latent;
-    `context_width` numbers a token; `chunk` tokens a chunk; `clip_skip` layers that the text encoder gives out.
+    channels: channels of a latent.
+    concat_channels: further channels that the UNet sees beside the latents.
+    factor: pixels a side per latent.
+    context_width: numbers per token.
+    chunk: tokens per chunk.
+    clip_skip: layers of the text encoder that are outputs.
     """
 
     channels: int
@@ -95,7 +99,7 @@ def dimensions(manifest: Manifest) -> Dimensions:
 
 
 def context_output(clip_skip: int) -> str:
-    """Name of the text encoder's output for a clip skip, 1 being the last layer."""
+    """Name of the text encoder's output for a clip skip, where 1 is the last layer."""
     return f"context_skip_{clip_skip}"
 
 
@@ -142,14 +146,14 @@ def signatures(model: Dimensions) -> dict[str, Signature]:
 
 
 def table_rows(pictures: int, rows: int) -> int:
-    """The size of axis S where every one of `pictures` slots has `rows` rows of its own: one more, the idle row, which
-    all share.
+    """The size of axis S if each of `pictures` slots has `rows` rows: those of all slots, and the idle row, which all
+    slots share.
     """
     return 1 + pictures * rows
 
 
 def size(side: int | str, sizes: Mapping[str, int]) -> int:
-    """A side of a shape as a number. `sizes` says what the free axes are."""
+    """A side of a shape as a number. `sizes` gives the free axes their values."""
     if isinstance(side, int):
         return side
     return math.prod(int(factor) if factor.isdecimal() else sizes[factor] for factor in side.split("*"))

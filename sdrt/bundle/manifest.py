@@ -1,4 +1,6 @@
-"""What `manifest.json` says: its dataclasses, the strict reader and the writer. docs/manifest.md states every field."""
+"""The content of `manifest.json`: its dataclasses, the strict reader and the writer. docs/manifest.md states every
+field.
+"""
 
 from __future__ import annotations
 
@@ -24,11 +26,11 @@ SIZE_STEP = 8
 """Picture sides are multiples of this."""
 MIN_SIDE, MAX_SIDE = 64, 8192
 MAX_BATCH = 64
-"""Pictures of one model call at most."""
+"""Most pictures of one model call."""
 MAX_CHUNKS = 32
-"""Chunks of one prompt at most: 32 of 75 tokens are 2,400, some 1,700 English words."""
+"""Most chunks of one prompt: 32 chunks of 75 tokens are 2,400 tokens, about 1,700 English words."""
 MAX_BRANCHES = 16
-"""Guidance branches of one picture at most: the negative prompt and 15 parts between `AND`s."""
+"""Most guidance branches of one picture: the negative prompt and 15 parts between `AND`s."""
 
 PRECISIONS = ("fp32", "fp16", "bf16")
 PREDICTIONS = ("epsilon", "v", "sample")
@@ -38,12 +40,14 @@ MAX_TIMESTEPS = 10_000
 
 
 def graph_path(graph: str, compute: str) -> str:
-    """Where a graph lies in the bundle. Beside the weights, because external data may not leave its graph's folder."""
+    """Where a graph lies in the bundle: beside the weights, because external data may not leave the folder of its
+    graph.
+    """
     return f"graphs/{graph}.{compute}.onnx"
 
 
 def reference_path(graph: str) -> str:
-    """Where the small inputs and outputs lie that a graph is verified with."""
+    """Where the small inputs and outputs lie that verify a graph."""
     return f"reference/{graph}.npz"
 
 
@@ -55,8 +59,8 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class Diffusion:
-    """What the network predicts and the noise schedule it was trained under: `num_timesteps` betas, linear in their
-    square roots.
+    """What the network predicts, and the noise schedule of its training: `num_timesteps` betas, linear in their square
+    roots.
     """
 
     prediction: str = "epsilon"
@@ -67,12 +71,14 @@ class Diffusion:
 
 @dataclass(frozen=True)
 class Text:
-    """A text encoder: `width` numbers a token, `tokens` a chunk, start and end included, and the ids of start, end and
-    padding.
+    """A text encoder.
 
-    `clip_skip` lists the layers it gives out, counted from the last, the first one being the default. `embeddings` maps
-    the trigger of each learned embedding to the rows of the token table that stand for it, in order. `tokenizer` is its
-    file in the bundle.
+    width: numbers per token.
+    tokens: tokens per chunk, with start and end.
+    bos, eos, pad: the ids of the start, end and padding tokens.
+    clip_skip: the layers that are outputs, counted from the last layer; the first entry is the default.
+    embeddings: for the trigger of each learned embedding the rows of the token table that stand for it, in order.
+    tokenizer: its file in the bundle.
     """
 
     width: int
@@ -87,10 +93,10 @@ class Text:
 
 @dataclass(frozen=True)
 class Latents:
-    """`factor` pixels a side per latent; `size` is the default picture as (width, height) in pixels.
+    """`factor` is pixels a side per latent. `size` is the default picture as (width, height) in pixels.
 
-    `concat_channels` more are seen by the UNet beside the latents: 5 (mask and masked image) for inpainting models,
-    else 0.
+    `concat_channels` counts the channels that the UNet sees beside the latents: 5 (mask and masked image) for
+    inpainting models, else 0.
     """
 
     channels: int
@@ -101,11 +107,11 @@ class Latents:
 
 @dataclass(frozen=True)
 class Source:
-    """A file that went into the bundle. `kind` is checkpoint, vae, lora, embedding or hypernetwork; `trigger` is an
-    embedding's.
+    """A file that went into the bundle. `kind` is checkpoint, vae, lora, embedding or hypernetwork. `trigger` is set
+    for an embedding.
 
-    `applied` counts, per component, the modules it was applied to; for an embedding, its vectors; for a hypernetwork,
-    attention layers.
+    `applied` counts, per component, the modules that the file changed. For an embedding it counts vectors, for a
+    hypernetwork attention layers.
     """
 
     kind: str
@@ -120,7 +126,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Component:
-    """A network of the model. `storage` is the type its weights are stored in, `compute` the type it is meant to run in
+    """A network of the model. `storage` is the type its weights are stored in. `compute` is the type it should run in
     on a GPU.
     """
 
@@ -148,7 +154,7 @@ UNET = "unet"
 
 @dataclass(frozen=True)
 class Manifest:
-    """`graphs` holds, by name and by arithmetic, what there is: a reader runs the graphs it knows."""
+    """`graphs` holds every graph, by name and by arithmetic. A reader runs the graphs it knows."""
 
     format: int
     sdrt: str
@@ -176,31 +182,31 @@ class Manifest:
 
     @property
     def context_width(self) -> int:
-        """Numbers a token has in the context: the text encoders' side by side."""
+        """Numbers per token in the context. The outputs of several text encoders lie side by side."""
         return sum(text.width for text in self.text)
 
     @property
     def clip_skip(self) -> tuple[int, ...]:
-        """Text-encoder layers that were built, the default first."""
+        """Text-encoder layers in the bundle, the default first."""
         return self.text[0].clip_skip
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write `manifest.json` into `folder`, the last file of a bundle. Keys are sorted, so equal manifests are equal
-    bytes.
+    """Write `manifest.json` into `folder`. This is the last file of a bundle. Keys are sorted, so equal manifests have
+    equal bytes.
     """
     text = json.dumps(asdict(manifest), indent=1, sort_keys=True, ensure_ascii=False)
-    # A lone surrogate, from a file name that is not Unicode, becomes the JSON escape it was.
+    # A lone surrogate comes from a file name that is not Unicode. It becomes the JSON escape it was.
     write_file(folder / MANIFEST, (text + "\n").encode("utf-8", errors="backslashreplace"))
 
 
 def read_manifest(path: Path) -> Manifest:
-    """Read and check the manifest at `path`. It is untrusted input.
+    """Read and check the manifest at `path`. The file is untrusted input.
 
     Raises:
-        InputFileError: it cannot be read.
-        MachineError: it is of another format: an older or newer sdrt wrote it.
-        BundleError: it is not what a manifest should be.
+        InputFileError: the file cannot be read.
+        MachineError: the file has another format: an older or newer sdrt wrote it.
+        BundleError: the content is no valid manifest.
     """
     data = read_document(path, MAX_MANIFEST_BYTES, "Make it readable for this user.").data
     try:
@@ -256,8 +262,8 @@ def _manifest(document: dict[str, Any]) -> Manifest:
 
 
 def _read(kind: Any, value: Any, where: str) -> Any:
-    """`value`, as JSON gave it, as the dataclass or type `kind`; ValueError where it is of another form. Every int is a
-    count.
+    """Turn `value`, as JSON gave it, into the dataclass or type `kind`. Every int is a count. ValueError if the value
+    has another form.
     """
     if is_dataclass(kind):
         hints = get_type_hints(kind)
@@ -286,8 +292,8 @@ def _read(kind: Any, value: Any, where: str) -> Any:
 
 
 def _check_values(manifest: Manifest) -> None:
-    """That every number is in its range, every word known, and what is said twice said alike. ValueError otherwise;
-    nothing later checks again.
+    """Check that every number is in its range, that every word is known, and that repeated facts agree. ValueError
+    otherwise. Nothing later checks again.
     """
     diffusion, latents = manifest.diffusion, manifest.latents
     clip, unet, vae = (_part(manifest.architecture, name) for name in ("clip", "unet", "vae"))

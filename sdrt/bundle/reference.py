@@ -1,5 +1,5 @@
-"""How far an engine's outputs are from the reference outputs: one measure for the build's self-check, for `sdrt
-verify`, and for models saved by ONNX Runtime.
+"""How far an engine's outputs are from the reference outputs. One measure serves the build's self-check, `sdrt verify`,
+and models saved by ONNX Runtime.
 """
 
 from __future__ import annotations
@@ -16,13 +16,15 @@ from numpy.typing import NDArray
 from sdrt.errors import BundleError, printable
 
 MAX_REFERENCE_BYTES = 256 << 20
-"""Of all arrays of a reference together; they are small, whatever the model's size."""
+"""Most bytes of a reference, all its arrays together. They are small, whatever the model's size."""
 FLOAT32_LIMIT = 1e-4
 """Largest relative L2 error of a float32 graph."""
 PIXEL_LIMIT = 0.01
-"""Largest share of uint8 values of a float32 graph that may round the other way, by one level."""
+"""For uint8 outputs of a float32 graph: the largest share of values that may be off by one level, because they rounded
+the other way.
+"""
 HALF_LIMIT = 2e-2
-"""Largest relative L2 error of a half-precision graph, pixels included: float16 keeps 11 bits, and a deep network loses
+"""Largest relative L2 error of a half-precision graph, pixels included. float16 keeps 11 bits, and a deep network loses
 a few of them.
 """
 
@@ -32,7 +34,7 @@ BFLOAT16_LIMIT = 8 * HALF_LIMIT
 
 @dataclass(frozen=True)
 class Parity:
-    """One output compared: `error` is relative (L2 norms), or for integers the share of values that differ."""
+    """One compared output. `error` is relative (L2 norms); for integers it is the share of values that differ."""
 
     output: str
     error: float
@@ -44,10 +46,10 @@ class Parity:
 
 
 def read_reference(path: Path) -> tuple[dict[str, NDArray[Any]], dict[str, NDArray[Any]]]:
-    """The small inputs and the traced network's outputs that the build left for a graph.
+    """The small inputs of a graph, and the outputs of the traced network that the build left for it.
 
     Raises:
-        BundleError: the file is no archive of arrays, or they are too large.
+        BundleError: the file is no archive of arrays, or the arrays are too large.
     """
     again = "Build the bundle again."
     try:
@@ -62,7 +64,7 @@ def read_reference(path: Path) -> tuple[dict[str, NDArray[Any]], dict[str, NDArr
             expected = {name[4:]: stored[name] for name in stored.files if name.startswith("out.")}
     except BundleError:
         raise
-    except Exception as error:  # zipfile and numpy have many ways to say it
+    except Exception as error:  # zipfile and numpy raise many kinds of errors
         raise BundleError(f"{path}: cannot be read as arrays: {printable(str(error)[:200])}", again) from error
     return inputs, expected
 

@@ -1,12 +1,14 @@
-"""Remembers which files of weights have been found to have the hash they should have, so that a start need not read
-gigabytes that nobody touched.
+"""Remembers which weights files were found to have the right hash, so that a start need not read gigabytes that nobody
+touched.
 
-What is remembered is what the file system says of the file: device, inode, size, and the times of its last change, to
-the nanosecond; the second of these times is the kernel's own, which nobody but root can set back. That holds where this
-kernel alone writes to the disk: so nothing is remembered but on the file systems of `/` and of the home folder, where
-they are of a kind that this kernel keeps itself, and nothing beyond the next start of the system. What this does not
-show is a byte that the disk itself lost, and one changed through a shared mapping that has stayed open since before the
-check: `sdrt verify` reads everything, always. Standard library only.
+A file is recognised by what the file system says about it: device, inode, size, and two times in nanoseconds, those of
+the last change of its content (mtime) and of its state (ctime). The kernel sets the second time itself, and only root
+can set it back. This can be trusted only where no other kernel writes to the disk. So a file is remembered only on the
+file systems of `/` and of the home folder, only if their kind is one that this kernel keeps itself, and only until the
+next start of the system.
+
+Two kinds of change stay unseen: a byte that the disk itself lost, and a change through a shared mapping that has been
+open since before the check. `sdrt verify` always reads everything. Standard library only.
 """
 
 from __future__ import annotations
@@ -27,21 +29,23 @@ from sdrt.files.read import read_document
 
 _MAX_BYTES = 1 << 12
 _SETTLED_NS = 2_000_000_000
-"""A file changed more recently than this is read again next time: a second change within one tick of the file system's
-clock would not show.
+"""A file changed more recently than this is read again at the next start. A second change within one tick of the file
+system's clock would not show.
 """
 
 
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
-"""Another one at each start of the system: what was changed on a disk while the system was off shows no other time."""
+"""Differs after each start of the system. A change to a disk while the system was off leaves no other trace in the
+times.
+"""
 _OWN_KINDS = ("ext2", "ext3", "ext4", "xfs", "btrfs", "f2fs", "bcachefs", "zfs", "overlay", "tmpfs")
-"""File systems whose times are this kernel's own. Of FUSE and the network a server gives them, and others have no time
-of the last change.
+"""File systems whose times come from this kernel. On FUSE and network file systems a server gives the times; others
+have no ctime.
 """
 
 
 def check_file(bundle: Bundle, name: str) -> None:
-    """Compare a file's SHA-256 with the manifest, unless it was found right before and has not changed since.
+    """Compare a file's SHA-256 with the manifest, unless the file passed before and has not changed since.
 
     Raises:
         BundleError: the file differs.
@@ -50,25 +54,25 @@ def check_file(bundle: Bundle, name: str) -> None:
 
 
 def check_once(path: Path, sha256: str, check: Callable[[], None]) -> None:
-    """Call `check`, which reads a file and raises if it has another hash, unless the file was found right before and
-    has not changed since.
+    """Call `check`, unless the file passed before and has not changed since. `check` reads the file and raises if its
+    hash is another.
     """
     seen = _identity(path)
     if seen is not None and _remembered(seen) == sha256:
         return
     check()
-    if seen is not None and seen == _identity(path):  # nor has it changed while it was read
+    if seen is not None and seen == _identity(path):  # it has not changed during the check either
         try:
             _place(seen).parent.mkdir(parents=True, exist_ok=True)
             with staged_file(_place(seen)) as stage:
                 write_file(stage, f"{seen} {sha256}\n".encode())
-        except (OSError, SdrtError) as error:  # it only saves time
+        except (OSError, SdrtError) as error:  # remembering only saves time
             logging.getLogger("sdrt").info("not remembered that %s is unchanged: %s", path, error)
 
 
 def _identity(path: Path) -> str | None:
-    """What changes with a file's contents, as text; None where the system does not tell, its word cannot be trusted, or
-    it has just changed.
+    """A text that changes with a file's content. None where the system does not tell, cannot be trusted, or where the
+    file has just changed.
     """
     if sys.platform != "linux":
         return None
@@ -77,7 +81,7 @@ def _identity(path: Path) -> str | None:
         boot = _BOOT.read_text("ascii").strip()
         if not stat.S_ISREG(found.st_mode) or found.st_dev not in _own_devices() or not _kept_by_this_kernel(path):
             return None
-    except (OSError, ValueError):  # gone: reading it says so
+    except (OSError, ValueError):  # the file is gone; reading it reports that
         return None
     newest = max(found.st_mtime_ns, found.st_ctime_ns)
     if newest > time.time_ns() - _SETTLED_NS:
@@ -86,8 +90,8 @@ def _identity(path: Path) -> str | None:
 
 
 def _own_devices() -> set[int]:
-    """Devices of `/` and of the home folder: others come and go, and what comes may have the number, inodes and times
-    of what went.
+    """Devices of `/` and of the home folder. Other disks come and go, and a new disk may repeat the number, inodes and
+    times of an old one.
     """
     devices = {Path("/").stat().st_dev}
     with suppress(OSError, RuntimeError):
@@ -101,8 +105,8 @@ def _kept_by_this_kernel(path: Path) -> bool:
 
 
 def _mount(path: Path) -> tuple[str, str]:
-    """Kind and source of the file system that a file lies on, such as ext4 and /dev/sda1; ValueError where the system
-    does not tell.
+    """Kind and source of the file system of a file, such as ext4 and /dev/sda1. ValueError where the system does not
+    tell.
     """
     descriptor = os.open(path, os.O_PATH)
     try:

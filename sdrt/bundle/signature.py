@@ -1,9 +1,9 @@
-"""Detached signatures over a bundle: ed25519 (RFC 8032) over the bytes of its manifest, and of the record of each
+"""Detached signatures over a bundle: ed25519 (RFC 8032) over the bytes of its manifest, and over the record of each
 engine in it.
 
-The manifest holds the hash of every file of the bundle, an engine's record those of its plans, so these few signatures
-cover all of it. They lie beside the bundle in one JSON file, `NAME.sdrt.sig`; the bundle itself is not touched. Needs
-the package `cryptography`, imported when it is used.
+The manifest holds the hash of every file of the bundle, and an engine's record holds the hashes of its plans. So these
+few signatures cover everything. They lie beside the bundle in one JSON file, `NAME.sdrt.sig`; the bundle itself is not
+changed. Needs the package `cryptography`, which is imported when needed.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ _MAKE_PUBLIC = "Take it from the private one: openssl pkey -in private.pem -pubo
 
 @dataclass(frozen=True)
 class Signature:
-    """`key` identifies the key: SHA-256 of its 32 public bytes. `signatures` holds 64 bytes for each file, by its name
-    within the bundle.
+    """`key` identifies the key: the SHA-256 of its 32 public bytes. `signatures` holds 64 bytes for each file, by its
+    name within the bundle.
     """
 
     key: str
@@ -54,12 +54,12 @@ def signature_path(bundle: Path) -> Path:
 
 
 def sign(path: Path, private_key: Path, *, output: Path | None = None, force: bool = False) -> tuple[Path, Signature]:
-    """Sign a bundle after checking all of it, engines included. Returns where the signature lies, and the signature.
+    """Sign a bundle after checking all of it, engines included. Returns the path of the signature, and the signature.
 
     Raises:
         InputFileError: the key is no ed25519 private key in PEM, or there is no bundle.
-        BundleError: the bundle or an engine is not what its manifest or record says; nothing is signed then.
-        UsageError: the signature exists and `force` is off, or lies in a bundle.
+        BundleError: the bundle differs from its manifest, or an engine from its record; then nothing is signed.
+        UsageError: the signature exists and `force` is off, or its path lies in a bundle.
         MachineError: `cryptography` is not installed.
     """
     bundle = open_bundle(path)
@@ -84,14 +84,15 @@ def sign(path: Path, private_key: Path, *, output: Path | None = None, force: bo
 
 
 def check_signature(path: Path, public_key: Path, *, signature: Path | None = None) -> Signature:
-    """Check that a key signed a bundle's manifest and the record of every engine in it. Whether the files fit these is
-    `verify`'s to say.
+    """Check that a key signed a bundle's manifest and the record of every engine in it. `verify` checks whether the
+    files match these.
 
     Raises:
-        CheckFailed: there is no signature, it is malformed, of another key or another bundle, or something in the
+        CheckFailed: there is no signature, it is malformed, it is of another key or another bundle, or something in the
             bundle is not signed.
         InputFileError: the key is no ed25519 public key in PEM, or there is no bundle.
-        BundleError, MachineError: the manifest is not what it should be; or `cryptography` is not installed.
+        BundleError: the manifest is malformed.
+        MachineError: another version of sdrt wrote the bundle, or `cryptography` is not installed.
     """
     bundle = open_bundle(path)
     key = _public_key(public_key)
@@ -122,7 +123,7 @@ def check_signature(path: Path, public_key: Path, *, signature: Path | None = No
 
 
 def signed_names(bundle: Bundle) -> list[str]:
-    """Names, within the bundle, of the files that are signed: the manifest and each engine's record."""
+    """Names of the signed files within the bundle: the manifest and each engine's record."""
     return [
         MANIFEST,
         *sorted((folder / RECORD).relative_to(bundle.path).as_posix() for folder in engine_folders(bundle)),
@@ -163,7 +164,7 @@ def _load_pem(path: Path, kind: str, fix: str) -> Any:
             f"{path}: the key is encrypted; sdrt reads plain ones",
             f"Decrypt it: openssl pkey -in {path} -out plain.pem",
         ) from error
-    except Exception as error:  # the library has many ways to say that it is no key
+    except Exception as error:  # the library raises many kinds of errors for a file that is no key
         raise InputFileError(f"{path}: not a {kind} key in PEM", fix) from error
 
 

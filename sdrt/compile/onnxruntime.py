@@ -1,8 +1,8 @@
-"""Engines for CPUs through ONNX Runtime: its optimised graphs, saved, so that a start neither folds the weights again
-nor takes the memory to. No torch.
+"""Engines for CPUs through ONNX Runtime: its optimised graphs, saved. So a start neither folds the weights again nor
+needs the memory for that. No torch.
 
-They take any shape, as the graphs do, and cost disk: the weights again, as float32. ONNX Runtime writes them itself, in
-a process of its own, into the folder that is published.
+These engines take any shape, like the graphs. They take disk space: the weights once more, as float32. ONNX Runtime
+writes the files itself, in a process of its own, into the folder that will be published.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from sdrt.runtime.backends.onnxruntime.model import FLAGS, PRECISION, TARGET, im
 log = logging.getLogger("sdrt")
 
 _MARGIN_BYTES = 1 << 26
-"""Beside the weights: four graphs, and each large weight begins on a page."""
+"""Room beside the weights: four graphs, and the gap before each large weight, which begins on a page."""
 _READ = ("target", "force")
-"""Options that count here."""
+"""The only options that these engines read."""
 
 
 def compile_bundle(
@@ -39,15 +39,15 @@ def compile_bundle(
     progress: Progress = lambda stage, done: None,
     joined: NewEngine | None = None,
 ) -> CompileReport:
-    """Save every graph of a bundle as ONNX Runtime has optimised it for this CPU. An intact engine of the same key is
-    left as it is.
+    """Save every graph of a bundle as ONNX Runtime has optimised it for this CPU. An intact engine with the same key is
+    kept.
 
-    The engine appears by itself, or with those of the command that `joined` comes from.
+    The engine appears alone, or together with those of the command that `joined` comes from.
 
     Raises:
-        UsageError: an option was given that these engines have no use for.
+        UsageError: an option was given that these engines do not use.
         BundleError: a graph, the weights or a reference are missing or changed.
-        MachineError: ONNX Runtime is not installed or fails, or what it saved computes something else.
+        MachineError: ONNX Runtime is not installed or fails, or the saved model computes something else.
         ResourceError: out of memory or disk.
         LockedError: another process that compiles this bundle did not end in time.
         KeyboardInterrupt: interrupted; nothing was left behind.
@@ -118,9 +118,9 @@ def _refuse_unread(options: CompileOptions) -> None:
 
 
 def _plan(model: Path) -> Plan:
-    """A saved model as it lies there, hashed."""
+    """The record of a saved model: its files and their hashes."""
     weights, graph, data = weights_path(model), file_record(model), None
-    if weights.exists():  # not where all weights are small enough for the graph
+    if weights.exists():  # absent if all weights are small enough to be inside the graph
         found = file_record(weights)
         data = ExternalData(weights.name, found.size_bytes, found.sha256)
     return Plan(model.name, graph.size_bytes, graph.sha256, None, data)

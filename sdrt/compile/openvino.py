@@ -1,8 +1,8 @@
 """Engines for CPUs through OpenVINO. No torch.
 
-Shapes are static: an engine is one size, one number of pictures, one prompt length and one number of guidance branches.
-A bundle holds as many as it needs; they cost a few megabytes each, since all read the bundle's own weights file. The
-work is done in this process and takes seconds.
+Shapes are static. An engine has one size, one number of pictures, one prompt length and one number of guidance
+branches. A bundle holds as many engines as it needs. Each takes only a few megabytes, since all of them read the
+bundle's own weights file. Compilation runs in this process and takes seconds.
 """
 
 from __future__ import annotations
@@ -58,13 +58,13 @@ def compile_bundle(
     progress: Progress = lambda stage, done: None,
     joined: NewEngine | None = None,
 ) -> list[CompileReport]:
-    """Compile every graph of a bundle: one engine for each prompt length and number of guidance branches. An intact
-    engine of the same key is left as it is.
+    """Compile every graph of a bundle: one engine for each prompt length and each number of guidance branches. An
+    intact engine with the same key is kept.
 
-    The engines appear together, or with those of the command that `joined` comes from.
+    The engines appear together, or together with those of the command that `joined` comes from.
 
     Raises:
-        UsageError: an option is out of range, a range where one value is needed, or does not belong to the target.
+        UsageError: an option is out of range, is a range where one value is needed, or does not belong to the target.
         BundleError: a graph or the weights are missing or changed.
         MachineError: OpenVINO is not installed, too old, or refuses a graph.
         ResourceError: out of memory or disk.
@@ -79,7 +79,7 @@ def compile_bundle(
     files = {graph: manifest.graphs[graph][OPENVINO.source_of(precision)].path for graph in GRAPHS}
     progress("read", None)
     check_files(bundle, [WEIGHTS, *files.values()])
-    made: dict[Any, _Blob] = {}  # graphs that two engines have in common are compiled once
+    made: dict[Any, _Blob] = {}  # a graph that two engines share is compiled once
     reports = []
     with engines_together(bundle, progress, joined) as new_engine:
         for shape in shapes:

@@ -1,5 +1,5 @@
-"""One graph optimised by ONNX Runtime for this CPU and saved, then loaded back and compared. Runs in a process of its
-own (`sdrt.compile.worker`).
+"""One graph is optimised by ONNX Runtime for this CPU, saved, loaded back and compared. Runs in a process of its own
+(`sdrt.compile.worker`).
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from sdrt.runtime.backends.onnxruntime.model import (
 )
 
 _NOT_WRITTEN = ("Failed to write external initializers", "Protobuf serialization failed", "No space left")
-"""What ONNX Runtime says of a file that it could not write; it does not say why."""
+"""ONNX Runtime's messages for a file that it could not write. They do not give the reason."""
 
 
 def save_model(graph: str, path: Path, folder: Path, reference: Path) -> dict[str, Any]:
-    """Save `<graph>.onnx` and its weights in `folder`. Returns the seconds it took, and whether both gave the very same
-    outputs.
+    """Save `<graph>.onnx` and its weights in `folder`. Returns the seconds it took, and whether the saved model gave
+    exactly the same outputs as the original.
 
     Raises:
         MachineError: ONNX Runtime fails, or the saved model computes something else.
@@ -42,7 +42,7 @@ def save_model(graph: str, path: Path, folder: Path, reference: Path) -> dict[st
         session = open_graph(ort, path, None, save_as=model)
         build_s = time.perf_counter() - started
         expected = outputs_of(ort, session, graph, inputs)
-        del session  # several gigabytes
+        del session  # several gigabytes of memory
         saved = open_saved(ort, model.read_bytes(), model, None)
         found = outputs_of(ort, saved, graph, inputs)
     except Exception as error:
@@ -58,9 +58,9 @@ def save_model(graph: str, path: Path, folder: Path, reference: Path) -> dict[st
 
 
 def _reported(ort: Any, graph: str, folder: Path, error: Exception) -> SdrtError:
-    """A failure as one of ours: what could not be written, or was written short, means a full disk."""
+    """Turn a failure into one of our errors. A file that could not be written, or not completely, means a full disk."""
     free = shutil.disk_usage(folder).free
-    said = f"{error} {error.__cause__}"  # ours are cut to a length
+    said = f"{error} {error.__cause__}"  # our own errors cut long messages
     if any(text in said for text in _NOT_WRITTEN) or free < 1 << 20:
         return ResourceError(
             f"{graph}: ONNX Runtime cannot write the whole model, {free:,} bytes free there",

@@ -1,4 +1,4 @@
-"""What a compilation is asked for and what it reports, the same for every target."""
+"""The options of a compilation and its report, the same for every target."""
 
 from __future__ import annotations
 
@@ -12,12 +12,14 @@ from sdrt.engines.record import EngineRecord
 
 @dataclass(frozen=True)
 class CompileOptions:
-    """What to compile. Ranges are (smallest, largest); `size` None takes the bundle's, `tokens` None one chunk, for
-    openvino an engine for one and another for two.
+    """What to compile. Ranges are (smallest, largest).
 
-    onnxruntime takes none of these options. `precision` None takes the bundle's, for openvino the fastest this CPU has
-    unless the bundle is stored in float32. `sms` are GPU generations for tensorrt-rtx, None for the default; `device`
-    is the GPU for tensorrt, counted from 0.
+    `size` None takes the bundle's. `tokens` None takes one chunk; for openvino it makes one engine for one chunk and
+    another for two. onnxruntime takes none of these options.
+
+    `precision` None takes the bundle's. For openvino it takes the fastest on this CPU, unless the bundle is stored in
+    float32. `sms` are GPU generations for tensorrt-rtx, None for the default. `device` is the GPU for tensorrt, counted
+    from 0.
     """
 
     target: str
@@ -34,10 +36,10 @@ class CompileOptions:
 
 @dataclass(frozen=True)
 class GraphReport:
-    """How one graph was compiled: seconds, layers of the network, bytes of the plan with the weights it brings,
-    attention layers that run, or may, as several kernels. `layers` is None where they are not counted.
+    """How one graph was compiled: seconds, layers of the network, bytes of the plan with its weights, and attention
+    layers that run, or may run, as several kernels. `layers` is None where they are not counted.
 
-    `peak_bytes` is the most memory the compiling process took, None where the system does not say.
+    `peak_bytes` is the most memory that the compiling process took, None where the system does not say.
     """
 
     parse_s: float
@@ -50,7 +52,7 @@ class GraphReport:
 
 @dataclass(frozen=True)
 class CompileReport:
-    """An engine in its folder. `cached` says that it was there already; `graphs` is empty then."""
+    """An engine in its folder. If `cached`, the engine already existed, and `graphs` is empty."""
 
     path: Path
     record: EngineRecord

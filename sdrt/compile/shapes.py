@@ -1,8 +1,8 @@
-"""Which shapes an engine is compiled for: the ranges asked for, and what they make of each axis that a graph leaves
-free.
+"""Which shapes an engine is compiled for: the ranges that the user asked for, and the range of each free axis of a
+graph.
 
-Owns no engine API. A range is (smallest, best, largest); the best is the bundle's own value where the range holds it,
-else the nearest.
+This file uses no engine API. A range is (smallest, best, largest). The best is the bundle's own value if the range
+holds it, else the nearest value.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ Size = tuple[int, int]
 
 @dataclass(frozen=True)
 class Shapes:
-    """What an engine is compiled for: `width`, `height` in pixels, pictures and tokens as ranges; numbers of guidance
-    branches; a picture's table rows.
+    """The shapes an engine is compiled for: ranges of `width` and `height` in pixels, of pictures and of tokens; the
+    numbers of guidance branches; and the table rows of a picture.
     """
 
     width: Range
@@ -42,8 +42,8 @@ def resolve_shapes(
     branches: tuple[int, ...] = (1, 2),
     rows: int = 128,
 ) -> Shapes:
-    """Check what was asked for. `size` is the smallest and largest (width, height); None takes the bundle's, one chunk
-    for `tokens`.
+    """Check the shapes that the user asked for. `size` is the smallest and largest (width, height). None takes the
+    bundle's size, or one chunk for `tokens`.
 
     Raises:
         UsageError: a value is out of range, or a range runs backwards.
@@ -87,11 +87,12 @@ def _range(what: str, low: int, own: int, high: int) -> Range:
 
 
 def axes(graph: str, shapes: Shapes, manifest: Manifest) -> list[dict[str, Range]]:
-    """What each free axis of a graph may be, by the name it has in the ONNX file: one entry per optimization profile.
+    """The range of each free axis of a graph, by the name of the axis in the ONNX file: one entry per optimization
+    profile.
 
-    The step has a profile for each number of guidance branches, the others have one. The text encoder takes every chunk
-    of every branch's prompt at once, or any part of them; the VAE any part of the pictures, since they need not be
-    finished together.
+    The step has one profile for each number of guidance branches, other graphs have one in all. The text encoder takes
+    all chunks of all branches' prompts at once, or any part of them. The VAE takes any part of the pictures, since they
+    need not finish together.
     """
     factor, chunk = manifest.latents.factor, manifest.chunk
     low, best, high = shapes.batch
@@ -130,8 +131,8 @@ def profiles_of(graph: str, shapes: Shapes, manifest: Manifest) -> tuple[Profile
 
 
 def largest_demand(shapes: Shapes, manifest: Manifest) -> tuple[str, str]:
-    """The dimension that asks for the most memory beside the bundle's own size, one picture and one chunk, and the flag
-    that lowers it.
+    """The dimension that takes the most memory, compared with the bundle's own size, one picture and one chunk; and the
+    flag that makes it smaller.
     """
     own = math.prod(manifest.latents.size)
     width, height = shapes.width[2], shapes.height[2]

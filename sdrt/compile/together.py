@@ -1,4 +1,4 @@
-"""The engines of one command: they appear in a bundle together, or none of them does. One command at a time compiles a
+"""All engines of one command appear in a bundle together, or none appears. Only one command at a time compiles a
 bundle.
 """
 
@@ -17,8 +17,8 @@ from sdrt.files.publish import sweep_stages
 
 @contextmanager
 def engines_together(bundle: Bundle, progress: Progress, joined: NewEngine | None = None) -> Iterator[NewEngine]:
-    """Yield what makes the folders of engines to fill. They are published when the block ends without an exception, or,
-    where `joined` is given, with those of the command that it comes from.
+    """Yield a function that makes folders for engines. They are published when the block ends without an exception. If
+    `joined` is given, they are published together with the engines of the command it comes from.
 
     Raises:
         LockedError: another process that compiles this bundle did not end in time.

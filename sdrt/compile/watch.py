@@ -1,6 +1,6 @@
-"""Watching a TensorRT build: what it logs, how far it is, and stopping it.
+"""Watches a TensorRT build: collects its messages, reports its progress, and stops it.
 
-TensorRT takes objects of classes it defines itself, so both are made from the module at hand.
+TensorRT accepts only objects of its own classes, so both classes here are made from the TensorRT module at hand.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from threading import Event, Lock
 from typing import Any
 
 Progress = Callable[[str, float | None], None]
-"""Called with the stage's name and how much of it is done, 0 to 1, or None where that is not known. May be called from
+"""Called with the name of a stage and the part of it that is done, 0 to 1, or None if unknown. May be called from
 another thread.
 """
 
 WAITING = "waiting for another process that compiles this bundle"
-"""A stage: two compilations of one engine would do the same work twice."""
+"""The name of a stage: waiting for another compilation of the same engine, because two would do the same work twice."""
 
 log = logging.getLogger("sdrt")
 _KEPT_LINES = 200
@@ -40,10 +40,9 @@ def make_log(trt: Any) -> Any:
 
 
 def make_monitor(trt: Any, report: Callable[[float], None], stop: Event) -> Any:
-    """A TensorRT progress monitor that calls `report` with the part done, 0 to 1, and ends the build once `stop` is
-    set.
+    """A TensorRT progress monitor. It calls `report` with the part done, 0 to 1, and ends the build once `stop` is set.
 
-    An exception of `report` ends the build too and is kept in `error`: it must not pass through TensorRT.
+    An exception from `report` also ends the build. It is kept in `error`, because it must not pass through TensorRT.
     """
 
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]

@@ -1,5 +1,5 @@
-"""Whether a file fits a checkpoint: `sdrt inspect FILE --for CHECKPOINT`. The checks are those of a build; of values
-only a LoRA's alphas are read.
+"""Whether a file fits a checkpoint: `sdrt inspect FILE --for CHECKPOINT`. The checks are those of a build. The only
+values read are the alphas of a LoRA.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from sdrt.export.read.checkpoint import open_checkpoint, select
 
 
 def fit(path: Path, kind: str, checkpoint_path: Path) -> dict[str, Any]:
-    """Whether the file at `path`, which `describe` calls `kind`, can be built into a checkpoint: `fits`, and what it
-    touches or why not.
+    """Whether the file at `path` can be built into a checkpoint. `kind` is what `inspect_file` calls the file. Returns
+    `fits`, and what the file touches or why it does not fit.
 
     Raises:
-        UsageError: files of that kind go into no checkpoint.
+        UsageError: no checkpoint takes files of that kind.
         CheckpointError, InputFileError: the checkpoint cannot be built.
     """
     if kind not in OPTION_OF_KIND:

@@ -1,8 +1,8 @@
-"""From a network to an ONNX graph: traced once per architecture into a skeleton without weights, then bound to a
-weights file.
+"""From a network to an ONNX graph. The network is traced once per architecture into a skeleton without weights, which
+is then bound to a weights file.
 
-A skeleton is an ONNX model in which every weight is an input under its canonical name; it is cached in the user's cache
-folder under a key of everything that shapes it. Binding turns those inputs into external data inside the bundle's
+A skeleton is an ONNX model in which every weight is an input with its canonical name. It is cached in the user's cache
+folder, under a key of everything that shapes it. Binding turns these inputs into external data inside the bundle's
 weights file.
 """
 
@@ -53,12 +53,14 @@ _SOURCES = {
     VAE_ENCODER: ("export/vae.py", "export/attention.py"),
 }
 _SOURCES_OF_ALL = ("export/graph.py", "bundle/graphs.py")
-"""What shapes a trace besides its architecture: an edit to any of these traces the graph again."""
+"""What shapes a trace besides its architecture. An edit to any of these files makes the graph be traced again."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How one graph is made. `sizes` gives each free axis a value to trace with, no two alike by chance."""
+    """How one graph is made. `sizes` gives each free axis a value to trace with. The values differ, so that no two axes
+    look alike by chance.
+    """
 
     graph: str
     spec: Any
@@ -76,7 +78,7 @@ class Recipe:
 
 
 def model_dimensions(arch: Architecture) -> Dimensions:
-    """What an architecture makes of the graphs' signatures."""
+    """The sizes of an architecture that the graphs' signatures depend on."""
     channels, factor = arch.vae.latent_channels, 2 ** (len(arch.vae.channels) - 1)
     return Dimensions(
         channels,
@@ -102,7 +104,7 @@ def recipes(arch: Architecture) -> dict[str, Recipe]:
 
 
 def trace(recipe: Recipe) -> ir.Model:
-    """Trace a network into a skeleton. Its weights are allocated but never written, so this needs address space, not
+    """Trace a network into a skeleton. Its weights are allocated but never written, so they take address space, but no
     memory.
     """
     module = recipe.module().to_empty(device="cpu")
@@ -128,7 +130,7 @@ def _dynamic_axes(shape: Shape) -> dict[int, Any]:
 
 
 def _skeleton(model: ir.Model, recipe: Recipe, weights: set[str]) -> ir.Model:
-    """Weights become inputs before folding, so that the optimiser can neither fold nor rename them."""
+    """Turn weights into inputs before folding, so that the optimiser can neither fold nor rename them."""
     from onnxscript import optimizer
 
     graph = model.graph
@@ -150,7 +152,7 @@ def _skeleton(model: ir.Model, recipe: Recipe, weights: set[str]) -> ir.Model:
             value.metadata_props.clear()
             if (
                 value not in kept
-            ):  # the shapes of intermediate values name the tracer's symbols; engines infer them again
+            ):  # the shapes of intermediate values name the tracer's symbols; engines infer these shapes again
                 value.shape = None
     for value in kept:
         value.metadata_props.clear()
@@ -171,7 +173,9 @@ def is_traced(recipe: Recipe) -> bool:
 
 
 def skeleton(recipe: Recipe) -> tuple[ir.Model, bool]:
-    """The skeleton of a graph, from the cache or traced and put there. The flag says whether it came from the cache."""
+    """The skeleton of a graph, from the cache, or traced and then cached. The flag says whether it came from the
+    cache.
+    """
     try:
         folder = cache_folder() / "graphs" / _cache_key(recipe)
     except OSError as error:
@@ -180,7 +184,7 @@ def skeleton(recipe: Recipe) -> tuple[ir.Model, bool]:
     if (data := _cached(folder)) is not None:
         return ir.from_proto(_parse(data)), True
     with ExitStack() as stack:
-        with suppress(LockedError):  # somebody has been tracing it for very long: trace it here too
+        with suppress(LockedError):  # another process has been tracing it for very long: trace it here too
             stack.enter_context(locked(folder))
         if (data := _cached(folder)) is not None:
             return ir.from_proto(_parse(data)), True
@@ -191,13 +195,13 @@ def skeleton(recipe: Recipe) -> tuple[ir.Model, bool]:
                 write_file(stage / "graph.onnx", data)
                 write_file(stage / "sha256", hashlib.sha256(data).hexdigest().encode() + b"\n")
         except Exception as error:
-            # The cache only saves time: a full disk there, or another build winning the race, must not fail this one.
+            # The cache only saves time. A full disk there, or another build that was faster, must not fail this build.
             logging.getLogger("sdrt").info("trace cache not written: %s", error)
     return ir.from_proto(_parse(data)), False
 
 
 def _cached(folder: Path) -> bytes | None:
-    """A cache entry's graph; None if it is missing or damaged, so that it is traced again."""
+    """The graph of a cache entry. None if the entry is missing or damaged; then the graph is traced again."""
     try:
         data = (folder / "graph.onnx").read_bytes()
         intact = hashlib.sha256(data).hexdigest() == (folder / "sha256").read_text().strip()
@@ -217,7 +221,7 @@ def _cache_key(recipe: Recipe) -> str:
     spec = asdict(recipe.spec)
     spec.pop(
         "vocabulary", None
-    )  # nothing in a trace depends on how many rows the token table has, and binding gives it its shape
+    )  # no trace depends on the number of rows of the token table; binding gives the table its shape
     parts = {
         "graph": recipe.graph,
         "spec": spec,
@@ -235,12 +239,12 @@ def _cache_key(recipe: Recipe) -> str:
 def bind(
     model: ir.Model, weights_file: Path, placed: Mapping[str, Placed], precision: str, compute: str, path: Path
 ) -> None:
-    """Write the graph at `path` with its weight inputs pointing into `weights_file`, which lies in the same folder.
-    Changes `model`.
+    """Write the graph to `path`, with its weight inputs pointing into `weights_file` in the same folder. Changes
+    `model`.
 
-    `precision` is how the weights are stored, `compute` what the network runs in (`sdrt.export.precision`): float32, or
-    the stored type. Weights stored below the compute type are cast where they enter; an engine folds the casts when it
-    loads.
+    `precision` is the type of the stored weights. `compute` is the type that the network runs in
+    (`sdrt.export.precision`): float32 or the stored type. Weights stored in a smaller type than the compute type are
+    cast where they enter; an engine folds these casts when it loads.
     """
     stored = {"fp32": ir.DataType.FLOAT, **HALF}[precision]
     graph = model.graph

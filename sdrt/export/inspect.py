@@ -1,4 +1,4 @@
-"""What a model file is, from its header alone: `sdrt inspect FILE`. Imports no torch and reads no tensor."""
+"""What a model file is, read from its header alone: `sdrt inspect FILE`. Imports no torch and reads no tensor."""
 
 from __future__ import annotations
 
@@ -31,8 +31,7 @@ from sdrt.export.read.model_files import open_model
 
 
 def inspect_file(path: Path) -> dict[str, Any]:
-    """Kind, size, tensor types, components or adapter ranks, and what `sdrt build` would say of it, as plain values for
-    JSON.
+    """Kind, size, tensor types, components or adapter ranks, and the verdict of `sdrt build`, as plain values for JSON.
 
     Raises:
         InputFileError: the file is malformed.

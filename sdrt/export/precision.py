@@ -1,15 +1,15 @@
-"""Which arithmetic each part of a graph runs in: the one place that decides it.
+"""Which arithmetic each part of a graph runs in. Nothing else decides it.
 
-Half-precision graphs are made from the float32 skeleton, not traced again. The rule is a type promotion, read off the
-graph:
+Half-precision graphs are made from the float32 skeleton, not traced again. The rule is a type promotion that follows
+the graph:
 
-- an operator with a weight among its operands runs in the weights' type, its activations cast down where they are
-  float32;
-- what comes after the last such operator is float32: guidance and the sampler's update, pixel arithmetic, and every
-  output;
-- any other operator runs in float32 if one of its operands is (latents, tables, the timestep's sinusoid), else in half.
+- An operator with a weight among its operands runs in the weights' type. Its float32 activations are cast down.
+- Everything after the last such operator is float32: guidance and the sampler's update, pixel arithmetic, and every
+output.
+- Any other operator runs in float32 if one of its operands is float32 (latents, tables, the timestep's sinusoid), else
+in half.
 
-Norm statistics stay float32 inside half operators: engines take that from attributes of the operators themselves.
+Norm statistics stay float32 inside half operators. Engines take that from attributes of the operators.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import onnx_ir as ir
 HALF = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 FLOAT = ir.DataType.FLOAT
 
-# Operands that keep their type whatever the operator runs in: scales and sizes of Resize, by position.
+# Operands that keep their type, whatever type the operator runs in: scales and sizes of Resize, by position.
 _FIXED_OPERANDS = {"Resize": (1, 2, 3)}
 _STATISTICS = ("GroupNormalization", "LayerNormalization")
 
@@ -29,7 +29,7 @@ def to_half(model: ir.Model, weights: set[str], precision: str) -> None:
     """Turn a float32 skeleton into one whose weights and network run in `precision` (fp16 or bf16). Inputs and outputs
     keep their types.
 
-    Every value of `model` must carry its type; see the module's rule for what becomes what.
+    Every value of `model` must carry its type. The rule is in the docstring of this module.
     """
     half = HALF[precision]
     graph = model.graph
@@ -97,7 +97,7 @@ def _floating(value: ir.Value) -> bool:
 
 
 def _weights_and_views(graph: ir.Graph, weights: set[str]) -> set[ir.Value]:
-    """The weight inputs, and values made of nothing but a weight and constants, such as a transposed one."""
+    """The weight inputs, and values made only of a weight and constants, such as a transposed weight."""
     found = {value for value in graph.inputs if value.name in weights}
     for node in graph:
         operands = [v for v in node.inputs if v is not None]
@@ -107,8 +107,8 @@ def _weights_and_views(graph: ir.Graph, weights: set[str]) -> set[ir.Value]:
 
 
 def _before_weights(graph: ir.Graph, weighty: set[ir.Value]) -> set[ir.Node]:
-    """Nodes from which an operator on activations and a weight can still be reached: the rest is the tail, and
-    float32.
+    """Nodes from which an operator on activations and a weight can still be reached. All other nodes are the tail,
+    which is float32.
     """
     reached: set[ir.Node] = set()
     for node in reversed(list(graph)):

@@ -1,7 +1,7 @@
-"""A build's check of itself: each graph, through ONNX Runtime, against the module it was traced from, on the smallest
-picture.
+"""A build's check of itself. Each graph runs through ONNX Runtime and is compared with the module it was traced from,
+on the smallest picture.
 
-The inputs and the module's outputs are kept in the bundle, for `sdrt verify` to run every engine against.
+The inputs and the module's outputs stay in the bundle. `sdrt verify` runs every engine against them.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ def reference_inputs(recipe: Recipe) -> Arrays:
         else:
             inputs[name] = random.standard_normal(dims).astype(np.float32)
     if recipe.graph == STEP:
-        # Coefficients of about the size samplers use, and a half-way inpainting blend, so that no term hides another.
+        # Coefficients of about the size that samplers use, and a half-way inpainting blend, so that no term hides
+        # another one.
         inputs |= {"timestep": np.array([500.25], np.float32), "inpaint": np.array([[0.5, 0.7, 0.3]], np.float32)}
         inputs |= {"w": np.array([[-6.0, 7.0]], np.float32), "v": np.array([[-1.0, 1.0]], np.float32)}
         inputs["mask"] = random.uniform(0, 1, inputs["mask"].shape).astype(np.float32)
@@ -58,12 +59,12 @@ def reference_inputs(recipe: Recipe) -> Arrays:
 
 
 class _StoredWeights(TorchFunctionMode):
-    """Hands every operator its weights, read from the file in float32, and keeps none: a network takes the memory of
-    its largest layer.
+    """Hands every operator its weights, read from the file in float32, and keeps none of them. So a network takes only
+    the memory of its largest layer.
 
-    Within it the module stays as it was made, on the meta device. A weight that an operator took in some way unseen
-    here would meet the activations as a meta tensor, which torch refuses. `unused` are the weights that no operator has
-    taken.
+    Meanwhile the module stays on the meta device, as it was made. If an operator took a weight in a way that is not
+    seen here, the weight would meet the activations as a meta tensor, which torch refuses. `unused` are the weights
+    that no operator has taken.
     """
 
     def __init__(self, module: torch.nn.Module, weights: TensorFile) -> None:
@@ -86,7 +87,7 @@ class _StoredWeights(TorchFunctionMode):
 
 
 def module_outputs(recipe: Recipe, weights: TensorFile, inputs: Arrays) -> Arrays:
-    """What the module itself gives for the stored, rounded weights, in float32."""
+    """The module's own outputs for the stored, rounded weights, in float32."""
     module = recipe.module()
     threads = torch.get_num_threads()
     torch.set_num_threads(
@@ -105,7 +106,7 @@ def module_outputs(recipe: Recipe, weights: TensorFile, inputs: Arrays) -> Array
 
 
 def check(recipe: Recipe, weights: TensorFile, graphs: Mapping[str, Path], reference: Path) -> dict[str, float]:
-    """Run a network and its graphs, given by compute type, write the reference file, and return each graph's largest
+    """Run a network and its graphs, given by compute type. Write the reference file, and return each graph's largest
     error.
 
     Raises:
@@ -147,13 +148,17 @@ def check(recipe: Recipe, weights: TensorFile, graphs: Mapping[str, Path], refer
 
 
 def run_unoptimised(path: Path, inputs: Mapping[str, NDArray[Any]], compute: str) -> Arrays:
-    """Run a graph once through ONNX Runtime on the CPU as it is written: quick to load, and with one weight in float32
-    at a time.
+    """Run a graph once through ONNX Runtime on the CPU, without optimisations. So it loads quickly, and only one weight
+    at a time is in memory as float32.
 
-    That takes the right order, since nothing holds a cast of a weight back until its weight is needed. By default ONNX
-    Runtime goes from the outputs back, and to the nodes added last first: good for `bind`'s casts, the first nodes of a
-    float32 graph. Those that it puts itself around operators without a half-precision kernel are the last nodes, and
-    good in order of number.
+    The second point depends on the order of execution. A cast of a weight depends on nothing but the weight, so it may
+    run long before its result is needed, and each early cast takes memory. Which order runs the casts late depends on
+    their place among the nodes:
+
+    - The default order walks back from the outputs and takes the nodes that were added last first. This is right for a
+    float32 graph, where the casts of `bind` are the first nodes.
+    - The priority-based order follows the numbers of the nodes. This is right for a half-precision graph, where ONNX
+    Runtime itself adds casts around operators without a half-precision kernel, as the last nodes.
     """
     onnxruntime = engine_libraries.onnxruntime()
     options = onnxruntime.SessionOptions()

@@ -1,5 +1,5 @@
-"""Makes the bundle's tokenizer.json from CLIP's published merges (see data/NOTICE). `sdrt.bundle.bpe` reads it, and so
-does the `tokenizers` library.
+"""Makes the bundle's tokenizer.json from CLIP's published merges (see data/NOTICE). `sdrt.bundle.bpe` reads the file;
+the `tokenizers` library can too.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def write_tokenizer(path: Path, size: int) -> tuple[int, int]:
     """Write tokenizer.json for a text encoder of `size` tokens. Returns the ids of the start and end tokens.
 
     Raises:
-        CheckpointError: the text encoder's token table has not CLIP's size.
+        CheckpointError: the token table of the text encoder does not have CLIP's size.
     """
     tokens, merges = vocabulary()
     if size != len(tokens):
@@ -45,8 +45,8 @@ def write_tokenizer(path: Path, size: int) -> tuple[int, int]:
 
 
 def _document(tokens: dict[str, int], merges: list[tuple[str, str]]) -> dict[str, Any]:
-    """The file as the `tokenizers` library writes it, so that other tools can read it;
-    `sdrt.bundle.bpe.TOKENIZER_SHA256` is its hash.
+    """The file as the `tokenizers` library writes it, so that other tools can read it.
+    `sdrt.bundle.bpe.TOKENIZER_SHA256` is the hash.
     """
     special = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     return {

@@ -1,5 +1,5 @@
-"""Writes a bundle's weights: the checkpoint's tensors with every adapter's change made in float32, rounded once, in one
-safetensors file.
+"""Writes a bundle's weights into one safetensors file: the checkpoint's tensors, with every adapter's change made in
+float32, rounded once.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ if TYPE_CHECKING:
     import torch
 
 ALIGNMENT = 4096
-"""The first tensor starts on a page, so that an engine may map the file."""
+"""The first tensor starts at a multiple of this, a page, so that an engine may map the file."""
 
 CODES = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
 
 
 @dataclass(frozen=True)
 class Placed:
-    """A tensor in the weights file; `offset` counts from the start of the file."""
+    """A tensor in the weights file. `offset` counts from the start of the file."""
 
     shape: tuple[int, ...]
     offset: int
@@ -42,8 +42,8 @@ class Placed:
 
 @dataclass(frozen=True)
 class Change:
-    """What one adapter did to one component: modules it was applied to (a few may hold zeros), and the size of the
-    change relative to the weights it changed (Frobenius norms).
+    """What one adapter did to one component: the number of modules it was applied to (a few may hold zeros), and the
+    size of the change relative to the weights it changed (Frobenius norms).
     """
 
     modules: int
@@ -52,7 +52,7 @@ class Change:
 
 @dataclass(frozen=True)
 class Written:
-    """The weights file: its hash and size, where each tensor lies and, per LoRA, its change of each component."""
+    """The weights file: its hash and size, the place of each tensor and, per LoRA, the change of each component."""
 
     record: FileRecord
     placed: Mapping[str, Placed]
@@ -61,10 +61,11 @@ class Written:
 
 @dataclass(frozen=True)
 class Made:
-    """A tensor of the bundle that is computed, not copied, or one of the checkpoint's that more than LoRAs change.
+    """A tensor of the bundle that is computed instead of copied, or a tensor of the checkpoint that more than LoRAs
+    change.
 
-    `make` gives it in float32; it is handed a function that gives any of the checkpoint's tensors, LoRAs fused, in
-    float32. `path` is the file to name when the result is too large.
+    `make` gives it in float32. It receives a function that gives any of the checkpoint's tensors in float32, with the
+    LoRAs fused. `path` is the file to name when the result is too large.
     """
 
     shape: tuple[int, ...]
@@ -73,8 +74,8 @@ class Made:
 
 
 def layout(shapes: Mapping[str, tuple[int, ...]], precision: str) -> tuple[bytes, dict[str, Placed]]:
-    """Header of the weights file, and where each tensor goes. Tensors of whole cache lines come first, so that those
-    stay aligned.
+    """Header of the weights file, and the place of each tensor. Tensors that fill whole cache lines come first, so that
+    they stay aligned.
     """
     code = CODES[precision]
     item = ITEM_BYTES[code]
@@ -102,12 +103,12 @@ def write_weights(
     progress: Callable[[float], None],
     made: Mapping[str, Made] | None = None,
 ) -> Written:
-    """Write the weights file. Each tensor is read once and written once; its hash is taken on the way, on another core,
-    while the next one is made.
+    """Write the weights file. Each tensor is read once and written once. Its hash is taken on the way, on another core,
+    while the next tensor is made.
 
-    Adapters act in the order given. A DoRA rescales what it meets, so its place matters; all others only add, and
-    between two DoRAs they are added in the order of their files' hashes, so that their order does not matter to the
-    last bit. Tensors that are `made` replace or join `tensors`.
+    Adapters act in the order given. A DoRA rescales the weight it meets, so its place matters. All others only add.
+    Between two DoRAs they are added in the order of their files' hashes, so that the order given does not change even
+    the last bit. Tensors that are `made` replace or join `tensors`.
 
     Raises:
         CheckpointError: a stored value is not finite, or too large for the precision.
@@ -123,14 +124,14 @@ def write_weights(
     header, placed = layout(shapes, precision)
     norms: list[dict[str, tuple[float, float]]] = [
         {} for _ in loras
-    ]  # by weight: of the change, and of what it changed
+    ]  # per weight: the norm of the change, and of the weight it changed
     survived: set[int] = set()  # LoRAs that changed some weight by more than its rounding
     total = sum(p.size_bytes for p in placed.values())
     done = 0
 
     def fused(name: str) -> torch.Tensor:
-        """A checkpoint's tensor with the LoRAs: float32 where one touches it, else as stored. May be asked for more
-        than once.
+        """A checkpoint's tensor with the LoRAs fused: float32 where a LoRA touches it, else as stored. May be asked for
+        more than once.
         """
         source = tensors[name]
         stored = source.read()
@@ -166,7 +167,7 @@ def write_weights(
                 raise CheckpointError(f"{tensors[name].file.path}: {what}", "Build with --precision bf16 or fp32.")
             data = (rounded.contiguous() if rounded.dim() else rounded.reshape(1)).view(torch.uint8).numpy().data
             stream.write(data)
-            hashed.result()  # of the tensor before: two are in memory, never more
+            hashed.result()  # of the tensor before: two tensors are in memory, never more
             hashed = hashing.submit(digest.update, data)
             done += place.size_bytes
             progress(done / total)
@@ -188,7 +189,7 @@ def write_weights(
 
 
 def _changes(norms: Mapping[str, tuple[float, float]]) -> dict[str, Change]:
-    """By component: how many modules changed, and by how much in all."""
+    """By component: how many modules changed, and by how much in total."""
     by_component: dict[str, dict[str, tuple[float, float]]] = defaultdict(dict)
     for weight, pair in norms.items():
         by_component[component_name(weight)][weight] = pair
@@ -200,8 +201,8 @@ def _changes(norms: Mapping[str, tuple[float, float]]) -> dict[str, Change]:
 
 
 def _order(weight: str, loras: Sequence[Lora]) -> list[int]:
-    """The adapters that change a weight, by index, in the order they act: each DoRA at its place, those between two
-    DoRAs by hash.
+    """The indices of the adapters that change a weight, in the order they act: each DoRA at its place, those between
+    two DoRAs by hash.
     """
     runs: list[list[int]] = [[]]
     for i, lora in enumerate(loras):
@@ -226,8 +227,8 @@ def _order(weight: str, loras: Sequence[Lora]) -> list[int]:
 
 
 def _finite(tensor: torch.Tensor) -> bool:
-    """Whether no value is NaN or infinite. The extremes tell, NaN included, at a fortieth of what asking each value
-    costs in float16.
+    """Whether no value is NaN or infinite. The extremes show it, NaN included. In float16 they cost a fortieth of a
+    test of each value.
     """
     import torch
 

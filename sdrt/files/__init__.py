@@ -1,1 +1,1 @@
-"""Files on disk: reading what strangers give, publishing what we write, locks. Imports nothing of sdrt but `errors`."""
+"""Files on disk: reading files from strangers, publishing our own, locks. Of sdrt it imports only `errors`."""

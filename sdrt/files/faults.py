@@ -22,10 +22,11 @@ KINDS = ("kill", "short", *_CODES)
 
 @dataclass
 class Faults:
-    """Fails the point `number`, counted from 1. `passed` lists the points so far, as (operation, path).
+    """Fails the point with this `number`, counted from 1. `passed` lists the points so far, as (operation, path).
 
-    kill ends the process as SIGKILL does, before the operation; enospc and eio raise that OSError instead of it; short
-    makes a write take half of what it is given, which the system may do at any time, and lets everything else pass.
+    kill ends the process before the operation, as SIGKILL does. enospc and eio raise that OSError instead of the
+    operation. short makes one write take only half of its bytes, which the system may do at any time; everything else
+    then passes.
     """
 
     number: int
@@ -33,7 +34,7 @@ class Faults:
     passed: list[tuple[str, Path]] = field(default_factory=list)
 
     def point(self, operation: str, path: Path) -> bool:
-        """Pass a point; true if this write must be short.
+        """Pass a point. True if this write must be short.
 
         Raises:
             OSError: this is the point that fails.

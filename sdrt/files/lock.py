@@ -1,7 +1,7 @@
 """Locks between processes that only save double work: two builds of one output, two traces of one architecture.
 
-Nothing depends on them for being right, since everything is published by rename. So where a lock cannot be had at all
-(a read-only cache folder, a file system without locks, Windows) the work goes on without it. Standard library only.
+Correctness never depends on them, since everything is published by rename. So where there can be no lock (a read-only
+cache folder, a file system without locks, Windows) the work goes on without one. Standard library only.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ _POLL_S = 0.05
 
 @contextmanager
 def locked(path: Path, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
-    """Hold the lock on what is about to be written at `path`. `waiting` is called again and again while another process
-    holds it.
+    """Hold the lock on what is about to be written at `path`. While another process holds it, `waiting` is called again
+    and again.
 
-    The kernel lets go of a lock when its holder dies, however it dies. It lives on a file in the cache folder, removed
-    at the end.
+    The kernel releases a lock when its holder dies, however it dies. The lock lives on a file in the cache folder,
+    which is removed at the end.
 
     Raises:
-        LockedError: another process still holds it after half an hour, or $SDRT_LOCK_TIMEOUT seconds; it names the
-            process.
+        LockedError: another process still holds the lock after half an hour, or $SDRT_LOCK_TIMEOUT seconds; the message
+            names the process.
         UsageError: that variable is not a number.
     """
     deadline = time.monotonic() + _timeout_s()
@@ -62,12 +62,12 @@ def locked(path: Path, waiting: Callable[[], None] = lambda: None) -> Iterator[N
     finally:
         if descriptor is not None:
             with suppress(OSError):
-                file.unlink()  # before letting go: whoever locks a file that has no name any more tries again
+                file.unlink()  # before the lock is released: whoever locks a file without a name tries again
             os.close(descriptor)
 
 
 def _acquire(file: Path) -> int | None:
-    """A descriptor that holds the lock; None while another process does. OSError where there are no locks."""
+    """A descriptor that holds the lock; None while another process holds it. OSError where there are no locks."""
     if sys.platform == "win32":
         raise OSError("not on Windows")
     file.parent.mkdir(parents=True, exist_ok=True)

@@ -1,9 +1,9 @@
-"""The one writer: whatever sdrt leaves on a disk is written here, into a stage beside the target, flushed, then renamed
-into place.
+"""The only writer. Everything that sdrt leaves on a disk is written into a stage beside the target, flushed, then
+renamed into place.
 
-A failed or killed write leaves the target as it was; what a killed process left is swept when the same target is next
-written. Every operation on the file system passes a numbered point of `sdrt.files.faults`. Serves every part of sdrt;
-standard library only.
+A failed or killed write leaves the target as it was. The stage of a killed process is swept when the same target is
+written next. Every operation on the file system passes a numbered point of `sdrt.files.faults`. Serves every part of
+sdrt; standard library only.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EMFILE, errno
 def staged_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
     """Yield a new empty folder that becomes `target` when the block ends without an exception.
 
-    Fill it with `new_folder`, `new_file` and `write_file`, the file that says what is in it last. With `replace`, an
-    existing `target` is exchanged atomically and then removed; the caller has made sure it may be. Stages that killed
-    processes left beside the target are swept first.
+    Fill it with `new_folder`, `new_file` and `write_file`. Write the file that lists the others last. With `replace`,
+    an existing `target` is exchanged atomically and then removed; the caller has checked that it may be. Stages that
+    killed processes left beside the target are swept first.
 
     Raises:
         UsageError: `target` exists and `replace` is off, or its parent folder cannot be written.
@@ -55,10 +55,10 @@ def staged_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
 
 @contextmanager
 def staged_folders(*, replace: bool = False) -> Iterator[Callable[[Path], AbstractContextManager[Path]]]:
-    """Yield a function like `staged_folder` whose targets all appear when this block ends, or none of them if it or a
-    part of it fails.
+    """Yield a function like `staged_folder`. All its targets appear together when this block ends. None appears if the
+    block or one of its folders fails.
 
-    A process that is killed between two renames leaves the targets renamed until then, each whole.
+    If the process is killed between two renames, the targets renamed so far stay, each of them whole.
 
     Raises:
         UsageError, ResourceError: as `staged_folder`.
@@ -94,12 +94,12 @@ def staged_folders(*, replace: bool = False) -> Iterator[Callable[[Path], Abstra
 
 @contextmanager
 def staged_file(target: Path, *, replace: bool = True) -> Iterator[Path]:
-    """Yield a path beside `target`; what `write_file` or `new_file` puts there becomes `target` when the block ends
-    without an exception.
+    """Yield a path beside `target`. The file that `write_file` or `new_file` puts there becomes `target` when the block
+    ends without an exception.
 
     Raises:
         UsageError: the folder cannot be written, or a folder is in the way.
-        FileExistsError: something is there, and `replace` is off.
+        FileExistsError: there is a file already, and `replace` is off.
         ResourceError: the disk is full or a write failed.
     """
     target = target.absolute()
@@ -123,11 +123,11 @@ def staged_file(target: Path, *, replace: bool = True) -> Iterator[Path]:
 
 @contextmanager
 def folders_made(option: str, folder: Path) -> Iterator[None]:
-    """Make a folder that is missing, and those it lies in. If the block fails, those that were made go again, unless
+    """Make a missing folder, and its missing parents. If the block fails, the new folders are removed again, unless
     something is in them.
 
     Raises:
-        UsageError: `folder`, which `option` gave, cannot be made.
+        UsageError: `folder`, the value of `option`, cannot be made.
         ResourceError: the disk is full.
     """
     line = [folder.absolute(), *folder.absolute().parents]
@@ -151,10 +151,10 @@ def folders_made(option: str, folder: Path) -> Iterator[None]:
 
 @contextmanager
 def new_file(path: Path, size_bytes: int = 0) -> Iterator[BinaryIO]:
-    """Open a file of a stage for writing. Where its size is known, its room is taken at once, so that a full disk is
-    found before the work.
+    """Open a file of a stage for writing. If its size is known, the room for it is taken at once, so that a full disk
+    shows before the work.
 
-    Nothing is flushed to disk yet: the stage does that for all its files before it is published.
+    Nothing is flushed to disk yet. The stage does that for all its files before it is published.
     """
     _point("open", path)
     raw = (io.FileIO if faults.armed is None else _FaultyFile)(path, "wb")
@@ -178,7 +178,7 @@ def new_folder(path: Path) -> None:
 
 
 def remove_folder(folder: Path) -> None:
-    """Remove a published folder in one step for its readers: they see all of it or nothing."""
+    """Remove a published folder in one step: readers see all of it or nothing."""
     aside = stage_name(folder)
     _point("rename", folder)
     folder.rename(aside)
@@ -188,10 +188,10 @@ def remove_folder(folder: Path) -> None:
 def check_space(
     folder: Path, needed_bytes: int, what: str, fix: str = "Free some space there, or write somewhere else."
 ) -> None:
-    """Fail before the work rather than in it.
+    """Fail before the work instead of during it.
 
     Raises:
-        ResourceError: fewer than `needed_bytes` are free where `folder` lies; it says both numbers.
+        ResourceError: fewer than `needed_bytes` are free where `folder` lies; the message has both numbers.
     """
     free = shutil.disk_usage(folder).free
     if free < needed_bytes:
@@ -199,8 +199,8 @@ def check_space(
 
 
 def no_room(target: Path, error: OSError) -> ResourceError | None:
-    """What to say of an operating-system error at `target` if it means a full or failing disk, or too many open files;
-    else None.
+    """The error to report for an operating-system error at `target` that means a full or failing disk, or too many open
+    files. None for any other error.
     """
     if error.errno not in _FULL:
         return None
@@ -211,12 +211,12 @@ def no_room(target: Path, error: OSError) -> ResourceError | None:
 
 
 def stage_name(target: Path) -> Path:
-    """A new hidden name beside `target`, which a later sweep recognises once this process is gone."""
+    """A new hidden name beside `target`. A later sweep recognises the name once this process is gone."""
     return target.with_name(f".{target.name}-{os.getpid()}-{secrets.token_hex(4)}")
 
 
 def sweep_stages(folder: Path) -> None:
-    """Remove what killed processes left in `folder`, whatever it was to become."""
+    """Remove the stages of killed processes in `folder`, whatever their targets."""
     if folder.is_dir():
         found = (re.fullmatch(r"\.(.+)-\d+-[0-9a-f]{8}(\.old)?", path.name) for path in folder.iterdir())
         for name in {match[1] for match in found if match is not None}:
@@ -224,7 +224,7 @@ def sweep_stages(folder: Path) -> None:
 
 
 def cache_folder() -> Path:
-    """Where sdrt keeps what it can make again: $SDRT_CACHE_DIR, else the user's cache folder.
+    """Where sdrt keeps files that it can make again: $SDRT_CACHE_DIR, else the user's cache folder.
 
     Raises:
         OSError: the user has no home folder, as in a container without a list of users.
@@ -241,7 +241,7 @@ def cache_folder() -> Path:
 
 
 class _FaultyFile(io.FileIO):
-    """A file whose every write is a numbered point."""
+    """A file in which every write is a numbered point."""
 
     def write(self, data: Any) -> int:
         view = memoryview(data).cast("B")
@@ -256,7 +256,7 @@ def _point(operation: str, path: Path) -> bool:
 
 @contextmanager
 def _reported(target: Path) -> Iterator[None]:
-    """Turn an operating-system error into one that names the place and the way out."""
+    """Turn an operating-system error into one that names the place and the next step."""
     try:
         yield
     except OSError as error:
@@ -305,7 +305,7 @@ def _flush_tree(folder: Path) -> None:
 
 
 def _renameat2(old: Path, new: Path, flags: int) -> int:
-    """Linux's rename with flags: 0, or the error's number; ENOSYS where there is no such call."""
+    """Linux's rename with flags. Returns 0, or the error's number; ENOSYS where the system has no such call."""
     if sys.platform != "linux":
         return errno.ENOSYS
     rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
@@ -319,7 +319,7 @@ def _renameat2(old: Path, new: Path, flags: int) -> int:
 
 
 def _put_all_in_place(stages: Sequence[tuple[Path, Path]], replace: bool) -> None:
-    """Put each stage in place of its target; if one cannot be, take the others back."""
+    """Put each stage in place of its target. If one fails, take the others back."""
     placed: list[tuple[Path, Path]] = []
     try:
         for stage, target in stages:
@@ -337,8 +337,8 @@ def _put_all_in_place(stages: Sequence[tuple[Path, Path]], replace: bool) -> Non
 
 
 def _put_in_place(stage: Path, target: Path, replace: bool) -> None:
-    """Rename the stage to its target, or exchange the two. Others may do the same at the same time: whoever comes last
-    stays.
+    """Rename the stage to its target, or exchange the two. Other processes may do the same at the same time; the last
+    one wins.
     """
     for _ in range(_ATTEMPTS):
         if replace and target.exists():
@@ -354,11 +354,11 @@ def _put_in_place(stage: Path, target: Path, replace: bool) -> None:
 
 
 def _rename_to_new(stage: Path, target: Path) -> bool:
-    """Rename the stage to a name that nothing has; false if something has it."""
+    """Rename the stage to a free name; false if the name is taken."""
     _point("rename", target)
     code = _renameat2(
         stage, target, _RENAME_NOREPLACE
-    )  # plain rename would replace an empty folder that appeared meanwhile
+    )  # a plain rename would replace an empty folder that has just appeared
     if code and code != errno.EEXIST and not os.path.lexists(target):
         stage.rename(target)
         return True
@@ -366,7 +366,9 @@ def _rename_to_new(stage: Path, target: Path) -> bool:
 
 
 def _exchange(stage: Path, target: Path) -> None:
-    """Swap the two folders in one step where the system can (Linux renameat2), else by renaming the old one aside."""
+    """Swap the two folders in one step where the system can (Linux renameat2). Elsewhere the old one is renamed aside
+    first.
+    """
     _point("exchange", target)
     code = _renameat2(stage, target, _RENAME_EXCHANGE)
     if code == 0:
@@ -386,15 +388,15 @@ def _exchange(stage: Path, target: Path) -> None:
 
 
 def _remove_tree(stage: Path) -> None:
-    """Remove a stage; what cannot be removed now is swept later."""
+    """Remove a stage. A later sweep removes what cannot be removed now."""
     with suppress(OSError):
         _point("remove", stage)
         shutil.rmtree(stage, ignore_errors=True)
 
 
 def _sweep(target: Path) -> None:
-    """Remove abandoned stages of `target`. A folder set aside by a replacement that was cut short goes
-    back in place.
+    """Remove abandoned stages of `target`. If a replacement was cut short after it had set the old folder aside, that
+    folder goes back in place.
     """
     if not target.parent.is_dir():
         return
@@ -413,8 +415,8 @@ def _sweep(target: Path) -> None:
 
 
 def _hold(stage: Path) -> int | None:
-    """Lock a stage for as long as the descriptor is open: a process in another container, where our number names
-    nobody, must not sweep it.
+    """Lock a stage while the descriptor is open. Without the lock a process in another container would sweep it,
+    because our process number names nobody there.
     """
     if sys.platform == "win32":
         return None
@@ -425,17 +427,17 @@ def _hold(stage: Path) -> int | None:
 
 
 def _abandoned(stage: Path, pid: int) -> bool:
-    """Whether nobody works in a stage: its process is gone and so is its lock. After a day the lock alone tells:
-    numbers of processes come again.
+    """Whether nobody works in a stage: its process is gone, and so is its lock. After a day only the lock counts,
+    because process numbers are used again.
     """
     if sys.platform == "win32" or not stage.is_dir():
         return not _alive(pid)
     try:
         descriptor = os.open(stage, os.O_RDONLY)
-    except OSError:  # somebody else's, or swept by another process just now
+    except OSError:  # another user's, or another process has just swept it
         return False
     try:
-        changed_s = os.fstat(descriptor).st_mtime  # by name it may be gone the next moment
+        changed_s = os.fstat(descriptor).st_mtime  # the name may be gone the next moment
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
@@ -448,11 +450,11 @@ def _abandoned(stage: Path, pid: int) -> bool:
 
 def _alive(pid: int) -> bool:
     if sys.platform == "win32":
-        return True  # signal 0 would end the process there; leave the stage for its owner
+        return True  # signal 0 would end the process there, so leave the stage to its owner
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    except (PermissionError, OverflowError):  # somebody else's process, or a number that names none: not ours to sweep
+    except (PermissionError, OverflowError):  # another user's process, or a number that names none: not ours to sweep
         return True
     return True

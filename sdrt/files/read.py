@@ -1,8 +1,8 @@
-"""Small files that somebody gives, as JSON, TOML, keys and text: read whole and once; those of a build are compared
-with themselves at its end.
+"""Small files from the user (JSON, TOML, keys, text), each read whole and only once. A build checks at its end that
+they have not changed meanwhile.
 
-Owns the limit on their size and what may stand in their place: a pipe, device or folder is refused at once. Serves
-every part of sdrt; standard library only.
+This file limits their size, and refuses a pipe, device or folder in their place at once. Serves every part of sdrt;
+standard library only.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from typing import Any
 from sdrt.errors import InputFileError, printable
 
 _UNSIZED_BYTES = 1 << 16
-"""What is read of a file of /proc, whose size is 0 whatever it holds."""
+"""How many bytes are read of a file of /proc, whose stated size is always 0."""
 _MAX_DIGITS = 18
 
 
 @dataclass(frozen=True)
 class Document:
-    """A small file as it was read."""
+    """A small file as it was when it was read."""
 
     path: Path
     data: bytes
@@ -36,7 +36,7 @@ class Document:
         return hashlib.sha256(self.data).hexdigest()
 
     def check_unchanged(self) -> None:
-        """Raise InputFileError if the file no longer holds what was read."""
+        """Raise InputFileError if the file has changed since it was read."""
         try:
             same = read_document(self.path, self.limit) == self
         except (OSError, InputFileError):
@@ -48,11 +48,11 @@ class Document:
 
 
 def read_document(path: Path, limit: int, fix: str = "", kind: type[InputFileError] = InputFileError) -> Document:
-    """Read a regular file of at most `limit` bytes; a link to one will do.
+    """Read a regular file of at most `limit` bytes. A link to one is followed.
 
     Raises:
-        FileNotFoundError: there is nothing of that name.
-        InputFileError, or the `kind` of it that was asked for: it cannot be read, is no regular file, or is larger.
+        FileNotFoundError: there is no such file.
+        InputFileError, or the `kind` asked for: it cannot be read, is no regular file, or is larger.
     """
     try:
         # O_NONBLOCK: opening a FIFO must not wait for a writer.
@@ -73,7 +73,7 @@ def read_document(path: Path, limit: int, fix: str = "", kind: type[InputFileErr
             raise kind(f"{path}: {status.st_size:,} bytes, more than the limit of {limit:,} bytes", fix)
         with os.fdopen(descriptor, "rb", closefd=False) as stream:
             room = min(limit, max(status.st_size, _UNSIZED_BYTES))
-            data = stream.read(room + 1) or b""  # None: a file of /proc that has nothing to read yet
+            data = stream.read(room + 1) or b""  # None: a file of /proc without anything to read yet
     except OSError as error:
         raise kind(f"{path}: cannot be read: {printable(str(error.strerror))}", fix) from error
     finally:
@@ -84,7 +84,7 @@ def read_document(path: Path, limit: int, fix: str = "", kind: type[InputFileErr
 
 
 def read_given(path: Path, limit: int, fix: str) -> Document:
-    """`read_document` for a file that has to be there.
+    """`read_document` for a file that must exist.
 
     Raises:
         InputFileError: there is none, it cannot be read, is no regular file, or is larger.
@@ -96,11 +96,11 @@ def read_given(path: Path, limit: int, fix: str) -> Document:
 
 
 def strict_json(data: bytes) -> Any:
-    """The value of a JSON text in which no name stands twice in an object, and every number is finite and, if whole, of
-    at most 18 digits.
+    """The value of a JSON text. Names are unique within an object, every number is finite, and a whole number has at
+    most 18 digits.
 
     Raises:
-        ValueError, RecursionError: it is no such text.
+        ValueError, RecursionError: the text is something else.
     """
     return json.loads(data, object_pairs_hook=_unique, parse_int=_whole, parse_float=_finite, parse_constant=_finite)
 

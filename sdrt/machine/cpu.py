@@ -11,20 +11,20 @@ from pathlib import Path
 from sdrt.errors import UsageError, printable
 
 CORES = ("own", "shared")
-"""Whether the cores are this process's alone, or others keep them busy too: on shared ones threads sleep instead of
-spinning while they wait, may move to another core, and take over each other's work.
+"""Whether the cores belong to this process alone ("own"), or other processes keep them busy too ("shared"). On shared
+cores, threads sleep instead of spinning while they wait, may move to another core, and take over each other's work.
 """
 
 _CPUINFO = Path("/proc/cpuinfo")
 _CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")
-# What the kernels of an inference library are chosen by; other flags change nothing that an engine depends on.
+# The flags by which inference libraries choose their kernels. An engine depends on no other flag.
 _KERNEL_FLAGS = re.compile(r"sse4_2|avx|avx2|fma|f16c|avx_\w+|avx512\w*|amx_\w+|asimd\w*|sve\w*|bf16|i8mm")
 
 
 @cache
 def cpu_identity() -> str:
-    """Model and the instruction sets kernels are chosen by, such as "AMD EPYC 9B45 (avx avx2 avx512_bf16 avx512f)";
-    without commas.
+    """The model and the instruction sets by which kernels are chosen, such as "AMD EPYC 9B45 (avx avx2 avx512_bf16
+    avx512f)". Without commas.
     """
     name, flags = "", set[str]()
     try:
@@ -47,13 +47,13 @@ def platform_name() -> str:
 
 
 def bound_cores() -> int:
-    """Cores this process is bound to, all of the machine if it is not."""
+    """How many cores this process is bound to: all cores of the machine if it is not bound."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def usable_cores() -> int:
-    """Cores this process may keep busy: those it is bound to, or as many as the quota of its container pays for; at
-    least 1.
+    """How many cores this process may keep busy: those it is bound to, or as many as its container's quota pays for,
+    whichever is fewer; at least 1.
     """
     cores, quota = bound_cores(), _quota()
     return max(1, cores if quota is None else min(cores, quota))
@@ -69,7 +69,7 @@ def _quota() -> int | None:
 
 
 def check_threads(threads: int | None) -> None:
-    """Raise UsageError for more threads than cores: they would take turns and be slower than fewer."""
+    """Raise UsageError for more threads than cores. Such threads would take turns and be slower than fewer threads."""
     cores = usable_cores()
     if threads is not None and threads > cores:
         raise UsageError(

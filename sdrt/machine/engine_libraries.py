@@ -1,9 +1,8 @@
-"""Imports of ONNX Runtime and OpenVINO, with what they would tell their makers switched off. Nothing else in sdrt
-imports them.
+"""Imports ONNX Runtime and OpenVINO with their usage reports switched off. Nothing else in sdrt imports them.
 
-Both report their use unless told not to before they are imported. ONNX Runtime resolves a host name after a while and
-keeps a device's id and a queue of events in the home folder; OpenVINO asks for a host as soon as it is imported. An
-application that has imported one of them before sdrt did has made its own choice, which stays.
+Both libraries report their use to their makers unless this is switched off before the import. ONNX Runtime resolves a
+host name after a while, and keeps a device id and a queue of events in the home folder. OpenVINO asks for a host as
+soon as it is imported. If an application imports one of them before sdrt does, its own choice stays.
 """
 
 from __future__ import annotations
@@ -23,15 +22,14 @@ def onnxruntime() -> Any:
     Raises:
         ImportError: it is not installed, or does not load.
     """
-    os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # processes that this one starts inherit it
+    os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # processes started from here inherit this
     import onnxruntime
 
     return onnxruntime
 
 
 def openvino() -> Any:
-    """The openvino module. It goes without the package that reports while it is being imported, as it does where that
-    is not installed.
+    """The openvino module. Its reporting package is hidden during the import, as if it were not installed.
 
     Raises:
         ImportError, OSError: it is not installed, or does not load.

@@ -1,9 +1,9 @@
-"""Native calls that a signal ends: Ctrl-C and SIGTERM are heard while an engine works, and so is a time limit.
+"""Native calls that a signal can end. Ctrl-C, SIGTERM and a time limit work while an engine computes.
 
-Python runs the handler of a signal in the main thread, between two of its own steps, so a call into an engine keeps it
-waiting for as long as the call takes. Here the main thread lets another thread make the call and waits for it in a way
-that handlers interrupt. In other threads, where Python handles no signals, a call is made as it is. Standard library
-only.
+Python runs a signal's handler in the main thread, between two steps of Python code. A call into an engine therefore
+delays the handler until the call ends. Here another thread makes the call, and the main thread waits for it in a way
+that handlers can interrupt. Python handles no signals in other threads, so there a call is made directly. Standard
+library only.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from sdrt.errors import TimeLimitError
 T = TypeVar("T")
 
 GRACE_S = 0.5
-"""How long a call may take to end after it was told to."""
+"""How long a call may take to end after it was told to stop."""
 _POLL_S = 0.1
 
 abandoned: dict[int, Any] = {}
-"""Calls that did not end when told to, with what they use: they may still run. Leave such a process with `os._exit`, as
-engines are torn down at its end.
+"""Calls that did not end when they were told to, with the objects they use. They may still run. Leave such a process
+with `os._exit`, because a normal exit would destroy the engines.
 """
 
 
 class _Call:
-    """One call on its way: `done` is locked until it has ended."""
+    """One call in another thread. `done` is locked until the call has ended."""
 
     def __init__(self, run: Callable[[], Any]) -> None:
         self.run = run
@@ -51,44 +51,44 @@ class _Call:
 
 
 _waiting: SimpleQueue[_Call] | None = None
-"""Calls for the thread that makes them, which lives as long as the process, unless a call is abandoned in it."""
+"""Calls for the thread that makes them. The thread lives as long as the process, unless a call in it is abandoned."""
 
 
 def interruptible(run: Callable[[], T], stop: Callable[[], None] = lambda: None) -> T:
-    """Make a native call; in the main thread so that an exception of a signal's handler is raised within a second.
+    """Make a native call. In the main thread, an exception from a signal's handler is raised within a second.
 
-    `stop` then tells the call to end; it may be called while the call runs. One that does not end soon is left alone
-    and listed in `abandoned`.
+    Then `stop` is called to end the call, while the call still runs. A call that does not end soon is left alone and
+    listed in `abandoned`.
     """
     if threading.current_thread() is not threading.main_thread():
         return run()
     call = _Call(run)
     _thread().put(call)
     try:
-        while not call.done.acquire(timeout=_POLL_S):  # a wait without end hears no signals on Windows
+        while not call.done.acquire(timeout=_POLL_S):  # on Windows, a wait without a timeout hears no signals
             pass
     except BaseException:
         _end(call, stop)
         raise
     if (error := call.error) is not None:
-        call.error = None  # it knows this frame, and the frame the call
+        call.error = None  # breaks a circle: the error knows this frame, and the frame knows the call
         raise error
     result: T = call.result
     return result
 
 
 def wait_for(finished: Callable[[int], bool], stop: Callable[[], None], used: Any) -> None:
-    """Wait for a call that an engine makes in threads of its own. `finished` waits up to so many milliseconds and says
-    whether it has ended.
+    """Wait for a call that an engine makes in its own threads. `finished` waits for at most so many milliseconds and
+    says whether the call has ended.
 
-    On an exception of a signal's handler `stop` is called; if the call does not end soon, `used`, all that it works on,
-    is kept in `abandoned`.
+    If a signal's handler raises, `stop` is called. If the call does not end soon after that, `used` (all objects that
+    the call works on) is kept in `abandoned`.
     """
     try:
         while not finished(round(1000 * _POLL_S)):
             pass
     except BaseException:
-        abandoned[id(used)] = used  # first: another signal may come
+        abandoned[id(used)] = used  # first, because another signal may come
         stop()
         if _has_ended(finished):
             del abandoned[id(used)]
@@ -98,17 +98,17 @@ def wait_for(finished: Callable[[int], bool], stop: Callable[[], None], used: An
 def _has_ended(finished: Callable[[int], bool]) -> bool:
     try:
         return finished(round(1000 * GRACE_S))
-    except Exception:  # that it was told to stop, or what went wrong before
+    except Exception:  # the call was told to stop, or had failed before
         return True
 
 
 @contextmanager
 def time_limit(seconds: float, what: str, fix: str) -> Iterator[None]:
-    """End what the main thread does in the block after so many seconds, in the way Ctrl-C does. In another thread there
-    is no limit.
+    """End the main thread's work in this block after so many seconds, in the same way as Ctrl-C. In another thread
+    there is no limit.
 
     Raises:
-        TimeLimitError: it was not done in time.
+        TimeLimitError: the work was not done in time.
     """
     main = threading.main_thread()
     if threading.current_thread() is not main:
@@ -120,7 +120,7 @@ def time_limit(seconds: float, what: str, fix: str) -> Iterator[None]:
         expired.set()
         assert main.ident is not None
         if hasattr(signal, "pthread_kill"):
-            signal.pthread_kill(main.ident, signal.SIGINT)  # which also ends a read or a wait of the main thread
+            signal.pthread_kill(main.ident, signal.SIGINT)  # also ends a read or a wait of the main thread
         else:
             signal.raise_signal(signal.SIGINT)
 
@@ -130,7 +130,7 @@ def time_limit(seconds: float, what: str, fix: str) -> Iterator[None]:
     try:
         yield
         timer.cancel()
-        timer.join()  # one that has just expired ends this wait, not what comes after it
+        timer.join()  # if the timer has just expired, it interrupts this wait and nothing after it
     except KeyboardInterrupt:
         if not expired.is_set():
             raise
@@ -151,7 +151,7 @@ def _make_calls(calls: SimpleQueue[_Call]) -> None:
     while True:
         call = calls.get()
         call.make()
-        del call  # and with it what it holds
+        del call  # and everything the call holds
 
 
 def _end(call: _Call, stop: Callable[[], None]) -> None:
@@ -165,7 +165,7 @@ def _end(call: _Call, stop: Callable[[], None]) -> None:
 
 
 def _forget_thread() -> None:
-    """A forked process has the main thread only."""
+    """A forked process has only its main thread."""
     global _waiting
     _waiting = None
 

@@ -1,4 +1,4 @@
-"""How much memory this process has taken, and how much it may still take. Serves compile, runtime and bench; standard
+"""How much memory this process has taken, and how much more it may take. Serves compile, runtime and bench; standard
 library only.
 """
 
@@ -13,8 +13,8 @@ _PROC, _CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
 
 
 def peak_rss_bytes() -> int | None:
-    """Largest resident memory of this process, None where the system does not say. Linux's own count for the program;
-    `getrusage` starts from what the parent had.
+    """Largest resident memory of this process so far; None where the system does not say. On Linux this is the count
+    for the program itself; `getrusage` would start from the parent's memory.
     """
     if (peak := _status_bytes("VmHWM")) is not None:
         return peak
@@ -32,12 +32,12 @@ def rss_bytes() -> int | None:
 
 
 def available_bytes() -> int | None:
-    """How much this process may still take before the system has none left or ends it; None where the system does not
-    say, as outside of Linux.
+    """How much more this process may take before the system runs out of memory or ends the process. None where the
+    system does not say, as outside of Linux.
 
-    That is the least of what the machine has, swap included, and of what the limit of each control group leaves that
-    the process lies in, as a container's does. Files that are only cached count as free, as the kernel drops them
-    first.
+    This is the smallest of several numbers: the free memory of the machine, swap included, and the room under the limit
+    of each control group around the process, such as a container's. Files that are only cached count as free, because
+    the kernel drops them first.
     """
     machine = _fields(_PROC / "meminfo", "kB")
     if "MemAvailable" not in machine:
@@ -47,8 +47,8 @@ def available_bytes() -> int | None:
 
 
 def _left_by_groups() -> Iterator[int]:
-    """What the limit of each control group around this process leaves, of both versions of control groups."""
-    with suppress(OSError, ValueError):  # ValueError: a system that has its own form of it
+    """The room that each control group around this process leaves, for both versions of control groups."""
+    with suppress(OSError, ValueError):  # ValueError: a system with another form of these files
         for line in (_PROC / "self/cgroup").read_text(encoding="utf-8", errors="replace").splitlines():
             _, controllers, path = line.split(":", 2)
             if controllers and "memory" not in controllers.split(","):
@@ -76,8 +76,8 @@ def _status_bytes(name: str) -> int | None:
 
 
 def _fields(path: Path, unit: str = "") -> dict[str, int]:
-    """The numbers of a file of names and numbers, in bytes; of one that gives a `unit`, the lines that have it. Empty
-    where it cannot be read.
+    """The numbers in a file of names and numbers, in bytes. With a `unit`, only the lines that have this unit. Empty
+    where the file cannot be read.
     """
     found: dict[str, int] = {}
     with suppress(OSError):

@@ -1,5 +1,5 @@
-"""From prompt to pixels: the class users meet. Owns batches, timings and what a result says; the arithmetic is the
-engine's.
+"""From prompt to pixels: the class that users meet. It makes the batches, takes the timings and writes what a result
+says. The engine does the arithmetic.
 """
 
 from __future__ import annotations
@@ -40,17 +40,17 @@ from sdrt.runtime.sampling.registry import Row, plan_rows
 log = logging.getLogger("sdrt")
 
 ROUNDING = {"a1111": 0.0, "diffusers": 0.5}
-"""Added before pixels become whole numbers: AUTOMATIC1111 truncates, diffusers rounds."""
+"""Added before pixels become whole numbers. AUTOMATIC1111 truncates, diffusers rounds."""
 _OF_SOURCE = ("kind", "name", "sha256", "scale", "te_scale", "trigger")
-"""What a result says of each file that went into the bundle."""
+"""What a result says about each file that went into the bundle."""
 
 
 class Timings(TypedDict):
-    """How long the parts of a request took, in milliseconds, all its pictures together.
+    """How long the parts of a request took, in milliseconds, for all its pictures together.
 
-    `tokenise` is reading the prompts, before `total` begins. `image_encoder` is 0 without an init image. `steps` has
-    one entry per model call of every batch, and `denoise` is their sum. `total` holds whatever the reader of a stream
-    did between its steps too.
+    `tokenise` is the reading of the prompts, before `total` begins. `image_encoder` is 0 without an init image. `steps`
+    has one entry per model call of every batch, and `denoise` is their sum. `total` also contains the time that the
+    reader of a stream took between its steps.
     """
 
     total: float
@@ -64,11 +64,11 @@ class Timings(TypedDict):
 
 @dataclass(frozen=True, eq=False)
 class Result:
-    """Finished pictures: `images` uint8 `[N, H, W, 3]`, the seed of each, and how they came to be.
+    """Finished pictures: `images` uint8 `[N, H, W, 3]`, the seed of each, and how they were made.
 
-    `engine` is what ran: `backend`, `version`, `device`, `compute` (the precision it computes in), and what else the
-    backend has to say. `parameters` are the request's, every open choice made, the bundle's name and id, and what went
-    into it. Two results are equal if they are the same object.
+    `engine` says what ran: `backend`, `version`, `device`, `compute` (the precision it computes in), and further facts
+    of the backend. `parameters` are those of the request with every open choice made, the bundle's name and id, and the
+    files that went into it. Two results are equal only if they are the same object.
     """
 
     images: Pixels
@@ -78,8 +78,8 @@ class Result:
     parameters: Parameters
 
     def picture(self, index: int) -> dict[str, Any]:
-        """What a file of one picture says: `parameters` with the seed and the prompts of picture `index`, and the
-        engine. JSON.
+        """What a file of one picture says, as JSON: `parameters` with the seed and the prompts of picture `index`, and
+        the engine.
         """
         prompt, negative = self.parameters["prompt"], self.parameters["negative"]
         own = {
@@ -104,10 +104,10 @@ class Result:
 
 @dataclass(frozen=True)
 class Step:
-    """A model call that has just finished. `result` is set on the last one only.
+    """A model call that has just finished. Only the last one has a `result`.
 
-    `picture` is the index of the first picture of the batch it belongs to, `index` counts its model calls from 1 to
-    `count`. What it gives to look at lives until the stream is asked for the next step; later it raises UsageError.
+    `picture` is the index of the first picture of the batch. `index` counts the batch's model calls from 1 to `count`.
+    `denoised` and the previews work until the stream is asked for the next step; after that they raise UsageError.
     """
 
     index: int
@@ -133,8 +133,8 @@ class Step:
         return self._engine.decode(self.denoised(), self._rounding)[0]
 
     def noisy_preview(self) -> Pixels:
-        """The latents as they are, noise and all, decoded, uint8 `[N, H, W, 3]`; costs one decode. Until the last call
-        they are brought to unit variance.
+        """The latents as they are, noise included, decoded to uint8 `[N, H, W, 3]`; costs one decode. Before the last
+        call they are scaled to unit variance.
         """
         self._course.check_place(self._place)
         latents = self._batch.latents(self._slots)
@@ -144,13 +144,13 @@ class Step:
 
 
 class _Course:
-    """How far a stream is and when it has to end: what it shares with its steps, and with the thread that
-    cancels it.
+    """How far a stream is, and when it must end. The stream shares this with its steps and with the thread that cancels
+    it.
     """
 
     def __init__(self, deadline_s: float | None) -> None:
         self.place = 0
-        """Counts up whenever what the newest step gives to look at is about to go."""
+        """Counts up whenever the views of the newest step are about to become invalid."""
         self.cancelled = Event()
         self._deadline_s = deadline_s
         self._started = time.monotonic()
@@ -160,7 +160,7 @@ class _Course:
             raise UsageError("step: passed already", "Read a step before asking the stream for the next one.")
 
     def check(self, done: str) -> None:
-        """Raise if the request was cancelled or its deadline has passed; `done` says how far it is."""
+        """Raise if the request was cancelled or its deadline has passed. `done` says how far the request is."""
         if self.cancelled.is_set():
             raise Cancelled(f"request: cancelled {done}")
         if self._deadline_s is not None and time.monotonic() - self._started >= self._deadline_s:
@@ -171,17 +171,17 @@ class _Course:
 
 
 class Stream(Iterator[Step]):
-    """The model calls of a request, each run when it is asked for. One thread at a time reads it; `cancel` may be
-    called from any.
+    """The model calls of a request. Each one runs when it is asked for. Only one thread at a time may read a stream;
+    any thread may call `cancel`.
 
-    Leaving the loop over it, `close` and `with` end it early too. An error ends it.
+    Leaving the loop over the stream, `close` and `with` also end it early. An error ends it.
     """
 
     def __init__(self, steps: Generator[Step, None, None], course: _Course) -> None:
         self._steps, self._course = (
             steps,
             course,
-        )  # neither knows the stream, so that what it holds is given back when the loop over it is left
+        )  # neither knows the stream, so everything is freed when the loop over the stream is left
         self._result: Result | None = None
 
     def __next__(self) -> Step:
@@ -190,11 +190,11 @@ class Stream(Iterator[Step]):
         return step
 
     def result(self) -> Result:
-        """Run all that is left, and return the pictures.
+        """Run the rest, and return the pictures.
 
         Raises:
-            Cancelled, DeadlineError: it ended early.
-            UsageError: it was closed before its end.
+            Cancelled, DeadlineError: the stream ended early.
+            UsageError: the stream was closed before its end.
         """
         for _ in self:
             pass
@@ -204,13 +204,13 @@ class Stream(Iterator[Step]):
         return self._result
 
     def cancel(self) -> None:
-        """End it from another thread: a call that waits for a step raises Cancelled as soon as the model call that runs
-        has ended. Other requests go on.
+        """End the stream from another thread. A call that waits for a step raises Cancelled as soon as the running
+        model call has ended. Other requests go on.
         """
         self._course.cancelled.set()
 
     def close(self) -> None:
-        """End it, and let go of what it holds. For the thread that reads it.
+        """End the stream and free what it holds. For the thread that reads it.
 
         Raises:
             UsageError: another thread waits for a step.
@@ -240,7 +240,7 @@ class _Plan:
 
 
 class Pipeline:
-    """A bundle, loaded. Thread-safe: calls may run at the same time and do not see each other."""
+    """A loaded bundle. Thread-safe: calls may run at the same time and do not affect each other."""
 
     def __init__(self, bundle: Bundle, engine: Engine, tokenizer: Tokenizer) -> None:
         self.bundle = bundle
@@ -259,19 +259,25 @@ class Pipeline:
         cores: str = "own",
         observe: Observe | None = None,
     ) -> Pipeline:
-        """Load a bundle after checking every file of it against its manifest; weights that were checked before and are
-        untouched are not read again.
+        """Load a bundle after checking every file against the manifest. Weights that were checked before and have not
+        changed are not read again.
 
-        `device` counts GPUs and is ignored on a CPU; `threads` is for CPU engines, None leaves the choice to them.
-        `on_missing` is what a request gets whose size, prompt length or number of guidance branches no engine of the
-        bundle serves: "error"; "compile", seconds of compiling in memory where the engines are OpenVINO's, an error
-        elsewhere; or "fallback", ONNX Runtime in their place, which the result names. `cores` is "own", or "shared"
-        where other processes keep the CPU's cores busy: docs/deploy.md says what that changes. `observe` may put
-        something between the pipeline and its engine, as a benchmark does.
+        Args:
+            path: the bundle's folder.
+            backend: what runs the graphs; "auto" lets sdrt choose.
+            device: the GPU, counted from 0; ignored on a CPU.
+            threads: for CPU engines; None leaves the choice to them.
+            on_missing: what to do if no engine of the bundle serves a request's size, prompt length or number of
+                guidance branches. "error" refuses the request. "compile" compiles in memory, which takes seconds, where
+                the engines are OpenVINO's; elsewhere it is an error. "fallback" uses ONNX Runtime instead, and the
+                result says so.
+            cores: "own", or "shared" if other processes keep the CPU's cores busy. docs/deploy.md says what that
+                changes.
+            observe: may put something between the pipeline and its engine, as a benchmark does.
 
         Raises:
             InputFileError: there is no bundle at `path`.
-            BundleError: a file of it is missing or changed.
+            BundleError: a file of the bundle is missing or changed.
             MachineError: the bundle or the backend does not fit this machine.
             UsageError: an argument is out of range.
         """
@@ -284,8 +290,8 @@ class Pipeline:
         bundle = open_bundle(Path(path))
         check_files(bundle, [name for name in bundle.manifest.files if name != WEIGHTS])
         with ThreadPoolExecutor(1) as pool:
-            # Hashing the weights takes as long as reading them, so it runs beside loading. Data alone cannot harm: it
-            # is used after the check.
+            # Hashing the weights takes as long as reading them, so it runs beside loading. Unchecked data alone does no
+            # harm: it is used only after the check.
             checked: Future[None] = pool.submit(check_file, bundle, WEIGHTS)
             try:
                 load = partial(load_engine, bundle, backend, threads, device, on_missing=on_missing, cores=cores)
@@ -298,18 +304,18 @@ class Pipeline:
 
     @property
     def shapes(self) -> tuple[EngineShapes, ...]:
-        """The batches that engines lie ready for. What else a request asks for is up to `on_missing`."""
+        """The batches that engines are ready for. `on_missing` decides about all others."""
         return self._open_engine().shapes
 
     def memory_bytes(
         self, size: tuple[int, int] | None = None, batch: int = 1, *, tokens: int | None = None, branches: int = 2
     ) -> int:
-        """About how much memory a call takes at its peak, beside what the pipeline holds already: of the machine, or of
-        the GPU that runs it.
+        """About how much memory a call takes at its peak, beside what the pipeline already holds: memory of the
+        machine, or of the GPU that runs the call.
 
-        `size` is (width, height) in pixels, None the bundle's; `tokens` multiples of 77, None one chunk; `branches` 1
-        without guidance, 2 with, and one more for each `AND`. On a CPU a call that asks for more than is available
-        raises ResourceError before its first step.
+        `size` is (width, height) in pixels, None the bundle's. `tokens` is a multiple of 77, None one chunk. `branches`
+        is 1 without guidance, 2 with guidance, and one more for each `AND`. On a CPU, a call that needs more than is
+        available raises ResourceError before its first step.
 
         Raises:
             MissingEngineError: no engine serves the shape, and `on_missing` is "error".
@@ -330,9 +336,7 @@ class Pipeline:
         ).size_bytes
 
     def close(self) -> None:
-        """Let go of the engine. Calls that are running finish, streams that were asked for too; later ones raise
-        ClosedError.
-        """
+        """Free the engine. Running calls and existing streams finish; later ones raise ClosedError."""
         self._engine = None
 
     def __enter__(self) -> Pipeline:
@@ -345,8 +349,8 @@ class Pipeline:
 
     @property
     def engine(self) -> dict[str, Any]:
-        """What runs a picture of the bundle's own size: `backend`, `version`, `device`, `compute`, and what else the
-        backend has to say.
+        """What runs a picture of the bundle's own size: `backend`, `version`, `device`, `compute`, and further facts of
+        the backend.
 
         Raises:
             ClosedError: the pipeline is closed.
@@ -356,19 +360,19 @@ class Pipeline:
     def __call__(
         self, prompt: str | Sequence[str], *, deadline_s: float | None = None, **settings: Unpack[Settings]
     ) -> Result:
-        """Make `count` pictures of a prompt, or one of each prompt of a list, `batch` at a time. `Request` documents
-        the settings.
+        """Make `count` pictures of a prompt, or one picture for each prompt of a list, `batch` at a time. `Request`
+        documents the settings.
 
-        `deadline_s` is how many seconds it may take; it is looked at between model calls.
+        `deadline_s` is how many seconds the call may take. It is checked between model calls.
 
         Raises:
             UsageError: a setting is out of range.
-            MissingEngineError: no engine of the bundle serves what the settings ask for, and `on_missing` is "error".
+            MissingEngineError: no engine of the bundle serves the request, and `on_missing` is "error".
             ClosedError: the pipeline is closed.
             InputFileError: an init image or mask cannot be read.
-            DeadlineError: it took too long. The pipeline stays usable, here and below.
+            DeadlineError: the call took too long. The pipeline stays usable, also after the errors below.
             NonFiniteError: latents or pixels came out NaN or infinite.
-            ResourceError: out of memory, or asked for more than there is.
+            ResourceError: out of memory, or more was asked for than there is.
             MachineError: the engine failed.
         """
         return self.stream(prompt, deadline_s=deadline_s, **settings).result()
@@ -376,10 +380,10 @@ class Pipeline:
     def stream(
         self, prompt: str | Sequence[str], *, deadline_s: float | None = None, **settings: Unpack[Settings]
     ) -> Stream:
-        """The same, a model call at a time: for progress, previews, and cancelling.
+        """The same, one model call at a time: for progress, previews, and cancelling.
 
-        Settings and errors are those of a call. Settings are checked here; the work begins when the first step is asked
-        for. `deadline_s` counts from here, so it holds the time that the stream waits for its turn too.
+        Settings and errors are those of a call. Settings are checked here; the work begins with the first step.
+        `deadline_s` counts from here, so it includes the time that the stream waits for its turn.
         """
         engine = self._open_engine()
         course = _Course(_deadline(deadline_s))
@@ -392,12 +396,12 @@ class Pipeline:
         return Stream(self._run(engine, plan, course), course)
 
     def warm_up(self, prompt: str | Sequence[str] = "", **settings: Unpack[Settings]) -> None:
-        """Draw something small of the same shape as a call with these settings, so that the first such call is as fast
-        as later ones.
+        """Draw something small of the same shape as a call with these settings. The first such call is then as fast as
+        later ones.
 
-        The shape is made of size, batch, whether there is guidance, how long the prompt is and how many parts joined by
-        AND it has, whether there is an init image and a mask. Without `cfg` both shapes are drawn, with guidance and
-        without; the latter only if the bundle has an engine for it.
+        The shape depends on the size, the batch, whether there is guidance, the length of the prompt, its number of
+        parts joined by AND, and whether there is an init image or a mask. Without `cfg` two shapes are drawn: with
+        guidance, and without guidance if the bundle has an engine for that.
 
         Raises:
             The errors of a call.
@@ -416,7 +420,7 @@ class Pipeline:
             "schedule": None,
             "steps": 3,
             "seed": 0,
-        }  # three: two buffers take turns
+        }  # three calls, since two buffers take turns
         if isinstance(prompt, str):
             quick["count"] = settings.get("batch", 1)
         if settings.get("init_image") is not None:
@@ -430,8 +434,8 @@ class Pipeline:
         return engine
 
     def _check_memory(self, engine: Engine, plan: _Plan) -> None:
-        """Before anything is computed: the system ends a process that takes too much, and whatever else it does with
-        it.
+        """Check the memory before anything is computed. The system would end a process that takes too much, with all
+        its other work.
         """
         request, manifest, prompts = plan.request, self.bundle.manifest, plan.prompts.values()
         assert request.size is not None
@@ -542,7 +546,7 @@ class Pipeline:
                 batch.close()
 
     def _read_prompts(self, request: Request, rows: Sequence[Row]) -> dict[tuple[str, str], Prompts]:
-        """Each different pair of prompt and negative prompt, read once."""
+        """Every distinct pair of prompt and negative prompt, read once."""
         calls_a_step = 2 if len(rows) > len({row.step for row in rows}) else 1
 
         def read(prompt: str, negative: str) -> Prompts:
@@ -578,12 +582,12 @@ class Pipeline:
         concat = self._concat(engine, plan, draws) if self.bundle.manifest.latents.concat_channels else None
         timings["image_encoder"] += _since(started) if plan.start is not None else 0.0
         keep = np.zeros_like(init[0, :1])
-        # diffusers leaves an inpainting model to itself: what it keeps comes through its own inputs.
+        # diffusers blends nothing into an inpainting model: such a model gets the kept parts through its own inputs.
         if plan.start is not None and not (concat is not None and plan.request.compat == "diffusers"):
             keep = plan.start.keep
         jobs = []
         for i, (draw, each) in enumerate(zip(draws, said, strict=True)):
-            # AUTOMATIC1111 counts a prompt's steps in model calls; an image's schedule ends before the count does.
+            # AUTOMATIC1111 counts a prompt's steps in model calls. The schedule of an image ends before the count does.
             of_row = [min(row, len(each.set_of_step) - 1) for row in range(len(plan.rows))]
             numbers = {**tables(plan.rows, [each.weights[step] for step in of_row]), "noise": draw.steps}
             inputs = {"init": init[i], "init_noise": draw.unit, "mask": keep}
@@ -594,7 +598,7 @@ class Pipeline:
 
     def _concat(self, engine: Engine, plan: _Plan, draws: Sequence[Draws]) -> Float:
         """What an inpainting model sees beside the latents, `[N, 5, h, w]`: the mask (1 repaints), and the image with
-        grey under it.
+        grey under the mask.
         """
         assert plan.start is not None
         start = plan.start
@@ -610,7 +614,8 @@ class Pipeline:
         request, latents = plan.request, self.bundle.manifest.latents
         assert request.size is not None and request.noise is not None
         shape = (latents.channels, request.size[1] // latents.factor, request.size[0] // latents.factor)
-        # diffusers' inpainting encodes the image itself only where it starts from it, or blends with it.
+        # With an inpainting model, diffusers encodes the image itself only if it starts from the image or blends with
+        # it.
         encode = request.init_image is not None and (
             request.mask is None or not latents.concat_channels or request.strength != 1
         )
@@ -628,8 +633,8 @@ def _deadline(seconds: float | None) -> float | None:
 
 
 def _batches(plan: _Plan) -> Iterator[slice]:
-    """The pictures of each batch: neighbours whose prompts take equally many chunks, branches and weights. Filling up
-    the shorter ones would change them.
+    """The pictures of each batch. They are neighbours, and their prompts have the same number of chunks and branches
+    and the same weights. Filling up the shorter prompts would change them.
     """
     forms = [(plan.prompts[pair].chunks, plan.prompts[pair].weights) for pair in plan.request.texts]
     first = 0
@@ -640,7 +645,7 @@ def _batches(plan: _Plan) -> Iterator[slice]:
 
 
 def _encoded(engine: Engine, pixels: Pixels, posterior: Sequence[Float | None]) -> Float:
-    """One image to the latents of each picture, sampled with the noise given, or the posterior's mean."""
+    """The latents of one image for each picture, sampled with the noise given, or the mean of the posterior."""
     noise = np.stack([np.zeros_like(posterior[0]) if draw is None else draw for draw in posterior])
     return engine.encode_image(np.repeat(pixels[None], len(posterior), axis=0), noise)
 

@@ -1,4 +1,4 @@
-"""What a call asks for: every setting with its default, checked against a bundle before any work. No arithmetic and no
+"""The settings of a call, with their defaults, checked against a bundle before any work. No arithmetic and no
 engine.
 """
 
@@ -55,12 +55,12 @@ class Settings(TypedDict, total=False):
 
 
 class Parameters(TypedDict):
-    """What a result says of its request: JSON, with every open choice made.
+    """What a result says about its request, as JSON, with every open choice made.
 
-    The fields of `Request`, `prompt` and `negative` being lists where the request gave lists; `init_image` and `mask`
-    are the paths they were read from, as given, None where they came otherwise, and the `_sha256` of what was read;
-    then the bundle's name and id, the files that went into it (kind, name, sha256, scale, te_scale, trigger), and the
-    version of sdrt that built it.
+    These are the fields of `Request`. `prompt` and `negative` are lists where the request gave lists. `init_image` and
+    `mask` are the paths as given, None where the pictures were not given as paths; `init_image_sha256` and
+    `mask_sha256` are the hashes of what was read. Then follow the bundle's name and id, the files that went into the
+    bundle (kind, name, sha256, scale, te_scale, trigger), and the version of sdrt that built it.
     """
 
     prompt: str | list[str]
@@ -94,38 +94,39 @@ class Parameters(TypedDict):
 
 @dataclass(frozen=True)
 class Request:
-    """One call's settings. Numbers may be numpy's.
+    """The settings of one call. Numbers may be numpy's.
 
-    prompt: what to show; may be empty. docs/prompts.md has the syntax. A list gives each picture its own, and `count`
-        is its length then.
+    prompt: what to show; may be empty. docs/prompts.md has the syntax. A list gives each picture its own prompt, and
+        `count` is then the length of the list.
     negative: what to steer away from; unused at guidance scale 1. One for all pictures, or a list as long as that of
         the prompts.
-    steps: 1 to 1000. Samplers of two model calls a step (heun) take nearly twice as many calls.
-    cfg: guidance scale, 1 or more usually; 1 turns guidance off and halves the work.
-    seed: 0 to 2**64 - 1; None, or -1 as in AUTOMATIC1111, draws one, which the result names. Picture i of a call has
+    steps: 1 to 1000. Samplers with two model calls a step (heun) make nearly twice as many calls.
+    cfg: guidance scale, usually 1 or more; 1 turns guidance off and halves the work.
+    seed: 0 to 2**64 - 1. None, or -1 as in AUTOMATIC1111, draws a seed, which the result names. Picture i of a call has
         seed + i and its own noise.
     sampler: a key or label of `sdrt.runtime.sampling.registry.SAMPLERS`, or diffusers' class name.
-    schedule: which noise levels it passes through; None takes the sampler's own.
+    schedule: the noise levels to pass through; None takes the sampler's own.
     size: (width, height) in pixels, multiples of 8 from 64 to 8192; None takes the bundle's.
     batch: pictures per model call, 1 to 64.
     count: pictures in total, 1 to 10,000.
-    compat: a1111 or diffusers: whose picture to make where the two differ. docs/compatibility.md lists where.
-    noise: nv (AUTOMATIC1111's default, NVIDIA's generator) or cpu (PyTorch's); None is nv for a1111 and cpu for
+    compat: a1111 or diffusers: which tool's picture to make where the two differ. docs/compatibility.md lists the
+        differences.
+    noise: nv (AUTOMATIC1111's default, NVIDIA's generator) or cpu (PyTorch's). None is nv for a1111 and cpu for
         diffusers.
-    clip_skip: text-encoder layer counted from the end, 1 the last, among those the bundle was built with; None takes
-        the first of them.
+    clip_skip: text-encoder layer counted from the end, 1 is the last. The bundle must have been built with it; None
+        takes the first one of the bundle.
     prompt_syntax: a1111 or plain; None is plain for diffusers, else a1111.
     emphasis: what `(word:1.2)` does: one of `sdrt.runtime.prompts.conditioning.EMPHASES`.
-    network_tags: refuse or ignore `<lora:name:0.8>` and the like that the bundle does not hold at that strength; what
-        it holds needs no tag.
-    init_image: start from this picture instead of noise alone: a path, the bytes of a file, a file object, a Pillow
-        image, or uint8 `[H, W, 3]`.
-    strength: how much of the schedule an init image goes through, more than 0 to 1; None is 0.75 for a1111; 0.8, or 1
-        under a mask, for diffusers.
-    mask: what to repaint of the init image: white is repainted, black kept. Given like it; an array may be uint8 `[H,
-        W]`.
+    network_tags: refuse or ignore `<lora:name:0.8>` and similar tags that the bundle does not hold at that strength.
+        What the bundle holds needs no tag.
+    init_image: start from this picture instead of from noise alone: a path, the bytes of a file, a file object, a
+        Pillow image, or uint8 `[H, W, 3]`.
+    strength: how much of the schedule an init image goes through, more than 0 to 1. None is 0.75 for a1111; for
+        diffusers it is 0.8, or 1 with a mask.
+    mask: what to repaint of the init image: white is repainted, black is kept. Given like `init_image`; an array may
+        also be uint8 `[H, W]`.
     mask_blur: radius in pixels by which the mask's edge is softened, 0 to 64; None is 4 for a1111, 0 for diffusers.
-    resize: how an init image of another size is fitted: stretch, crop, or fill (its edges are drawn out).
+    resize: how an init image of another size is fitted: stretch, crop, or fill (its edges are extended).
     """
 
     prompt: str | Sequence[str]
@@ -165,10 +166,10 @@ class Request:
 
 
 def request_of_settings(prompt: str | Sequence[str], settings: Settings) -> Request:
-    """What a call with these keyword arguments asks for, nothing of it checked but their names.
+    """The request of a call with these keyword arguments. Only their names are checked.
 
     Raises:
-        UsageError: there is no setting of a name.
+        UsageError: there is no setting of that name.
     """
     known = Settings.__annotations__
     for name in settings:
@@ -228,7 +229,7 @@ def draw_seed() -> int:
 
 
 def _texts(request: Request) -> tuple[str | tuple[str, ...], str | tuple[str, ...], int]:
-    """The prompt and the negative prompt, each one text or one for each picture, and how many pictures there are."""
+    """The prompt and the negative prompt, each one text or one per picture, and the number of pictures."""
     count = _range("count", request.count, 1, MAX_COUNT)
     prompt, negative = (
         _one_or_each(name, text) for name, text in (("prompt", request.prompt), ("negative prompt", request.negative))

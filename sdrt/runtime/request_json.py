@@ -1,5 +1,5 @@
-"""Requests to and from JSON: what pictures say of themselves, and what other programs ask for. Pictures in a request
-are the names of their files.
+"""Requests to and from JSON, for what pictures say about themselves and for what other programs ask. A picture in a
+request is the name of its file.
 """
 
 from __future__ import annotations
@@ -14,22 +14,22 @@ from typing import Any, get_args, get_origin, get_type_hints
 from sdrt.runtime.request import Request
 
 IMAGES = ("init_image", "mask")
-"""The settings that are pictures."""
+"""The settings whose values are pictures."""
 
 
 def request_to_json(request: Request) -> dict[str, Any]:
-    """The fields of a request. A picture is the path it was given as, None where it was given otherwise."""
+    """The fields of a request. A picture becomes the path it was given as, or None if it was not given as a path."""
     images = {name: str(given) if isinstance(given := getattr(request, name), (str, Path)) else None for name in IMAGES}
     document: dict[str, Any] = _as_json(asdict(replace(request, init_image=None, mask=None)) | images)
     return document
 
 
 def settings_from_json(document: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of `Request` that a JSON object holds, with their types checked, not their ranges. What it lacks keeps
-    its default; the rest is left.
+    """The fields of `Request` in a JSON object. Their types are checked, their ranges are not. Missing fields keep
+    their defaults; unknown names are ignored.
 
     Raises:
-        ValueError: a field is of another type; it names the field.
+        ValueError: a field has another type; the message names the field.
     """
     hints = _hints()
     settings: dict[str, Any] = {}
@@ -47,7 +47,7 @@ def _hints() -> dict[str, Any]:
 
 
 def _is(kind: Any, value: object) -> bool:
-    """Whether a value, as JSON gives it, is of a type."""
+    """Whether a value from JSON is of a type."""
     origin, arguments = get_origin(kind), get_args(kind)
     if origin is UnionType:
         return any(_is(each, value) for each in arguments)

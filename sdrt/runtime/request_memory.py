@@ -1,8 +1,9 @@
-"""How much memory a request takes on a CPU at its peak, beside the loaded networks: estimated from their sizes before
-anything is computed.
+"""How much memory a request takes on a CPU at its peak, beside the loaded networks. The estimate is made from their
+sizes before anything is computed.
 
-An estimate that is too low lets through what the system may end; one that is too high refuses what works. So each
-counts only what is known to be in memory at once, and docs/deploy.md has the peaks it was held against.
+An estimate that is too low lets a request through that makes the system end the process. One that is too high refuses a
+request that would work. So an estimate counts only what is known to be in memory at the same time. docs/deploy.md has
+the measured peaks that it was compared with.
 """
 
 from __future__ import annotations
@@ -17,22 +18,22 @@ from sdrt.errors import BundleError, ResourceError
 
 _FLOAT = 4
 _FEATURES = 16
-"""Tensors as large as the UNet's first that lie in memory at once: skip connections, and the wide middle of the first
-feed-forward.
+"""How many tensors of the size of the UNet's first one lie in memory at once: skip connections, and the wide middle of
+the first feed-forward.
 """
 _PIXEL_FEATURES = 4
-"""Tensors as large as the VAE's mean one in all pixels that lie in memory at once on ONNX Runtime: input, norm, product
-and shortcut of a block.
+"""How many tensors of the VAE's mean size, at full resolution, lie in memory at once on ONNX Runtime: input, norm,
+product and shortcut of a block.
 """
 _FUSED_PIXEL_FEATURES = 3
 """The same on OpenVINO, which fuses the norm."""
 _STEP_SHARE = 0.8
-"""The step's part of all weights: that of Stable Diffusion 1.x."""
+"""The step's share of all weights, as in Stable Diffusion 1.x."""
 
 
 @dataclass(frozen=True)
 class Demand:
-    """Bytes that a request takes at its peak, and of what they are the sum, in words."""
+    """Bytes that a request takes at its peak, and the parts of this sum, in words."""
 
     size_bytes: int
     words: str
@@ -40,8 +41,8 @@ class Demand:
 
 @dataclass(frozen=True)
 class _Sizes:
-    """What the estimate needs of an architecture. `attention` holds for each level with self-attention how much smaller
-    its sides are, and its heads.
+    """The sizes of an architecture that the estimate needs. For each level with self-attention, `attention` holds the
+    factor by which its sides are smaller, and its number of heads.
     """
 
     features: int
@@ -50,9 +51,10 @@ class _Sizes:
 
 
 def onnxruntime_demand(manifest: Manifest, shape: JobShape) -> Demand:
-    """ONNX Runtime computes in float32 and writes all scores of an attention layer at once. It keeps one block of
-    memory for the scores that the guidance branches share, computed once, and another for those of every branch; all
-    else fits into these. Its sessions share what they have taken, so the larger of step and VAE counts.
+    """The estimate for ONNX Runtime, which computes in float32 and writes all scores of an attention layer at once. It
+    keeps two blocks of memory: one for the scores that the guidance branches share, which are computed once, and one
+    for the scores of every branch. Everything else fits into these blocks. Its sessions share the memory they have
+    taken, so the larger one of step and VAE counts.
     """
     sizes, (queries, keys, heads) = _sizes(manifest), _largest_attention(manifest, shape)
     copies = shape.batch * (shape.branches + (0 if manifest.latents.concat_channels else 1))
@@ -75,9 +77,9 @@ def onnxruntime_demand(manifest: Manifest, shape: JobShape) -> Demand:
 def openvino_demand(
     manifest: Manifest, shape: JobShape, *, precision: str, step_loaded: bool, decoder_loaded: bool
 ) -> Demand:
-    """OpenVINO never holds an attention layer's scores. A job has two requests, each with its features; the VAE takes
-    one picture at a time, and what a loaded decoder has taken it uses again. `precision` is bf16 or fp32; a step that
-    is not loaded brings its weights once more.
+    """The estimate for OpenVINO, which never holds the scores of an attention layer. A job has two infer requests, each
+    with its own features. The VAE takes one picture at a time, and a loaded decoder uses the memory it has taken again.
+    `precision` is bf16 or fp32. A step that is not loaded yet brings its weights once more.
     """
     sizes, width_bytes = _sizes(manifest), 2 if precision == "bf16" else _FLOAT
     features = 2 * _features(manifest, shape, sizes) * width_bytes
@@ -93,8 +95,8 @@ def openvino_demand(
 def with_own(
     demand: Demand, manifest: Manifest, shape: JobShape, *, contexts: int = 1, rows: int = 1, pictures: int = 1
 ) -> Demand:
-    """And what lies in our own arrays: `contexts` that the prompts make over the steps, noise of `rows` model calls,
-    and finished `pictures`.
+    """Add the memory of our own arrays: `contexts` that the prompts make over the steps, the noise of `rows` model
+    calls, and finished `pictures`.
     """
     latents = manifest.latents.channels * _latent_pixels(manifest, shape) * _FLOAT * shape.batch
     text = contexts * shape.branches * shape.batch * shape.tokens * manifest.context_width * _FLOAT
@@ -103,10 +105,10 @@ def with_own(
 
 
 def check_memory(demand: Demand, shape: JobShape, free_bytes: int | None) -> None:
-    """Refuse a request that does not fit into what is free.
+    """Refuse a request that does not fit into the free memory.
 
     Raises:
-        ResourceError: it does not; the message has the sum.
+        ResourceError: it does not fit; the message has the sum.
     """
     if free_bytes is not None and demand.size_bytes > free_bytes:
         raise ResourceError(
@@ -139,8 +141,8 @@ def _all_counts(values: Iterable[object]) -> None:
 
 
 def _largest_attention(manifest: Manifest, shape: JobShape) -> tuple[int, int, int]:
-    """Queries, keys and heads of the attention layer with the most scores: of pixels to each other, or to a long
-    prompt. Zeros where there is none.
+    """Queries, keys and heads of the attention layer with the most scores, either between pixels or from pixels to a
+    long prompt. Zeros if there is none.
     """
     width, height = (side // manifest.latents.factor for side in shape.size)
     levels = [(-(-width // smaller) * -(-height // smaller), heads) for smaller, heads in _sizes(manifest).attention]
@@ -149,12 +151,12 @@ def _largest_attention(manifest: Manifest, shape: JobShape) -> tuple[int, int, i
 
 
 def _features(manifest: Manifest, shape: JobShape, sizes: _Sizes) -> int:
-    """Numbers of the UNet's features in memory at once."""
+    """How many numbers the UNet's features in memory at once have."""
     return _FEATURES * sizes.features * _latent_pixels(manifest, shape) * shape.batch * shape.branches
 
 
 def _pixel_features(shape: JobShape, sizes: _Sizes, tensors: int) -> int:
-    """Numbers of the VAE's features of one picture in memory at once."""
+    """How many numbers the VAE's features of one picture in memory at once have."""
     return tensors * sum(sizes.vae) * shape.size[0] * shape.size[1] // 2
 
 

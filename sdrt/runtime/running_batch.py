@@ -1,7 +1,8 @@
-"""The running batch: pictures join a free slot, step together, and leave, each when it likes.
+"""The running batch: pictures join a free slot, step together, and leave. Each picture joins and leaves at its own
+time.
 
-Owns which picture has which slot and which rows of the tables, and refills the rows of a picture that has more calls
-than its slot has rows. A backend gives it memory and makes the calls (`StepMemory`).
+This file decides which picture has which slot and which rows of the tables. A slot has a fixed number of rows; if a
+picture has more model calls, the rows are refilled. A backend provides the memory and makes the calls (`StepMemory`).
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ from sdrt.errors import UsageError
 from sdrt.runtime.engine import BatchShape, Float, Job, Pixels
 
 Part = tuple[str, int, int]
-"""Entries of a step input along its first axis: name, first, and the one after the last."""
+"""A part of a step input along its first axis: name, first entry, and the entry after the last."""
 
 
 def step_sizes(shape: BatchShape, capacity: int, rows: int) -> dict[str, int]:
-    """What the free axes of the step are, with `rows` table rows a slot."""
+    """The sizes of the step's free axes, with `rows` table rows per slot."""
     return {
         "N": capacity,
         "G": shape.branches,
@@ -34,26 +35,26 @@ def step_sizes(shape: BatchShape, capacity: int, rows: int) -> dict[str, int]:
 
 
 class StepMemory(Protocol):
-    """Inputs and outputs of the step graph, and the call. Those inputs that a call reads from the one before have two
-    places that take turns.
+    """The inputs and outputs of the step graph, and the call. An input that is an output of the call before has two
+    places in memory, which take turns.
     """
 
     def host(self, name: str) -> NDArray[Any]:
-        """An input to write into, zero at first; `registers` and `row` are those that the next call reads. `upload`
-        follows.
+        """An input to write into, zero at first. For `registers` and `row` it is the place that the next call reads.
+        Call `upload` after writing.
         """
 
     def upload(self, parts: Sequence[Part]) -> None:
-        """Have the next call read what was written into these parts."""
+        """Make the next call read what was written into these parts."""
 
     def ready(self) -> None:
         """Wait until parts may be written into again."""
 
     def hold_contexts(self, slot: int, contexts: Sequence[Float]) -> None:
-        """Keep the context sets of a slot, `[G, T, W]` each, where `change_context` finds them."""
+        """Keep the context sets of a slot, `[G, T, W]` each, for `change_context`."""
 
     def change_context(self, slot: int, index: int) -> None:
-        """Give a slot another of its context sets from the next call on."""
+        """Give a slot another one of its context sets, from the next call on."""
 
     def call(self) -> None:
         """One model call."""
@@ -71,19 +72,19 @@ class StepMemory(Protocol):
 
 @dataclass
 class _Picture:
-    """A picture in a slot; `calls` of its rows have run."""
+    """A picture in a slot. `calls` is how many of its rows have run."""
 
     job: Job
     calls: int = 0
 
 
 class Slots:
-    """A `RunningBatch` over a backend's memory, with `rows` rows of the tables for each slot and the idle row, which
-    all share.
+    """A `RunningBatch` over a backend's memory. Each slot has `rows` rows of the tables, and all slots share the idle
+    row.
 
-    A slot's rows are a ring: where a picture has more rows, the last leads to the first, which holds the picture's next
-    row by then. Its very last row leads to the idle row, so a finished picture stays as it is. So does a slot that
-    nobody has.
+    The rows of a slot are a ring. If a picture has more rows than the ring, the last one leads to the first, which by
+    then holds the picture's next row. The picture's very last row leads to the idle row, so a finished picture stays as
+    it is. A slot without a picture is at the idle row too.
     """
 
     def __init__(self, memory: StepMemory, signature: Signature, shape: BatchShape, capacity: int, rows: int) -> None:
@@ -96,7 +97,7 @@ class Slots:
             memory.host(name)[IDLE_ROW] = 0
             self._written.append((name, IDLE_ROW, IDLE_ROW + 1))
         np.fill_diagonal(memory.host("M")[IDLE_ROW], 1)
-        memory.host("inpaint")[IDLE_ROW, 0] = 1  # k: the blend of the latents has the weight 1 - k
+        memory.host("inpaint")[IDLE_ROW, 0] = 1  # k: the blend of the latents has weight 1 - k, so it is off
         memory.host("next")[IDLE_ROW] = IDLE_ROW
         memory.host("row")[...] = IDLE_ROW
         self._written.append(("row", 0, capacity))
@@ -121,12 +122,12 @@ class Slots:
                 slot, [_with_branches(context, self._shape.branches) for context in job.contexts]
             )
         registers = self._memory.host("registers")[slot]
-        registers[...] = 0  # 0 times a stale NaN would be NaN
+        registers[...] = 0  # without this, 0 times a stale NaN would be NaN
         registers[0], registers[1] = job.inputs["init"], job.inputs["init_noise"]
         self._written.append(("registers", slot, slot + 1))
         self._fill(slot, job, 0)
         self._write("row", slot, self._first_row(slot))
-        self._pictures[slot] = _Picture(job)  # at last: a slot is free until everything of its picture is there
+        self._pictures[slot] = _Picture(job)  # last: a slot is free until everything of its picture is there
         return slot
 
     def step(self) -> None:
@@ -163,8 +164,8 @@ class Slots:
         self._memory.close()
 
     def _prepare(self, slot: int, job: Job, row: int) -> None:
-        """What a picture's row needs before its call: its numbers where the ring begins again, its context where that
-        changes.
+        """Prepare the call of a picture's row: write its numbers where the ring begins again, and change its context
+        where another one holds.
         """
         if row % self._rows == 0:
             self._memory.ready()
@@ -173,7 +174,7 @@ class Slots:
             self._memory.change_context(slot, job.context_of_row[row])
 
     def _fill(self, slot: int, job: Job, row: int) -> None:
-        """Write a picture's rows from `row` on, as many as the slot has."""
+        """Write a picture's rows from `row` on, as many as the slot holds."""
         first, count = self._first_row(slot), min(self._rows, job.rows - row)
         for name, table in job.tables.items():
             here = self._memory.host(name)[first : first + count]
@@ -184,8 +185,8 @@ class Slots:
         following = self._memory.host("next")[first : first + count]
         following[...] = range(first + 1, first + count + 1)
         following[-1] = first if row + count < job.rows else IDLE_ROW
-        # All rows of the slot, used or not: where a batch has one slot, tables then lie side by side and are one copy.
-        # Of noise, which is large, only those used.
+        # All rows of the slot, used or not: in a batch of one slot the tables then lie side by side and are one copy.
+        # Noise is large, so only its used rows are written.
         self._written += [
             (name, first, first + (count if name == "noise" else self._rows)) for name in self._signature.tables
         ]
@@ -221,12 +222,12 @@ class Slots:
 
 
 def _with_branches(value: Float, branches: int) -> Float:
-    """`value` `[g, ...]` with more branches, the last one repeated. Their weights are 0."""
+    """`value` `[g, ...]` with more branches, copies of the last one. Their weights are 0."""
     return np.concatenate([value, *[value[-1:]] * (branches - len(value))]) if len(value) < branches else value
 
 
 class HostMemory:
-    """`StepMemory` in ordinary memory, for engines that compute there: all but the call itself."""
+    """`StepMemory` in ordinary memory, for engines that compute there. Everything but the call itself."""
 
     def __init__(self, signature: Signature, sizes: Mapping[str, int]) -> None:
         def zeros(name: str) -> NDArray[Any]:
@@ -240,7 +241,7 @@ class HostMemory:
         self._contexts: dict[int, Sequence[Float]] = {}
 
     def bound(self, side: int) -> tuple[dict[str, NDArray[Any]], dict[str, NDArray[Any]]]:
-        """What a call reads and writes, by name, if it reads the fed-back inputs of `side`, 0 or 1."""
+        """The inputs and outputs of a call, by name, if the call reads the fed-back inputs of `side`, 0 or 1."""
         written = {FED_BACK[name]: array for name, array in self.fed_back[1 - side].items()}
         return self.inputs | self.fed_back[side], written | self.outputs
 
@@ -248,10 +249,10 @@ class HostMemory:
         return self.fed_back[self.calls % 2][name] if name in FED_BACK else self.inputs[name]
 
     def upload(self, parts: Sequence[Part]) -> None:
-        """Nothing to do: it was written where it is read."""
+        """Nothing to do: data is read where it was written."""
 
     def ready(self) -> None:
-        """Always: a call has ended when it returns."""
+        """Always ready: a call has ended when it returns."""
 
     def hold_contexts(self, slot: int, contexts: Sequence[Float]) -> None:
         self._contexts[slot] = contexts

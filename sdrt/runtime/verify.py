@@ -1,4 +1,4 @@
-"""`sdrt verify`: is a bundle what its manifest says, and do its graphs and engines still compute what the build
+"""`sdrt verify`: does a bundle match its manifest, and do its graphs and engines still compute what the build
 measured?
 """
 
@@ -30,7 +30,7 @@ log = logging.getLogger("sdrt")
 
 Arrays = dict[str, NDArray[Any]]
 Reference = tuple[Arrays, Arrays]
-"""Inputs of a graph and the outputs they should give, by name."""
+"""Inputs of a graph and the expected outputs, by name."""
 
 
 @dataclass(frozen=True)
@@ -44,13 +44,13 @@ class GraphCheck:
 
 
 def verify(path: Path) -> list[GraphCheck]:
-    """Check every file's hash, engines' too, and that there is no other file; then run every graph on its reference
-    inputs, through ONNX Runtime and each engine for a CPU.
+    """Check the hash of every file, engines included, and that there is no other file. Then run every graph on its
+    reference inputs, through ONNX Runtime and each engine for a CPU.
 
     Engines for GPUs are not run.
 
     Raises:
-        CheckFailed: a file is missing or changed, or an output is not what the build recorded.
+        CheckFailed: a file is missing or changed, or an output differs from what the build recorded.
         InputFileError: there is no bundle at `path`.
         MachineError: the bundle or the backend does not fit this machine.
     """
@@ -80,10 +80,10 @@ def verify(path: Path) -> list[GraphCheck]:
 
 
 def _reference(bundle: Bundle, graph: str) -> Reference:
-    """A graph's inputs and the outputs it should give.
+    """The inputs of a graph and the expected outputs.
 
     Raises:
-        BundleError: the file is no archive of arrays, or of other ones.
+        BundleError: the file is no archive of arrays, or has the wrong arrays.
     """
     path = bundle.file(reference_path(graph))
     inputs, expected = read_reference(path)
@@ -105,9 +105,11 @@ def _compared(graph: str, compute: str, backend: str, expected: Arrays, found: A
 def _onnxruntime_checks(
     bundle: Bundle, folder: Path, record: EngineRecord, references: Mapping[str, Reference]
 ) -> Iterator[GraphCheck]:
-    """Every saved model against the reference, where it was made for this machine; elsewhere it never runs."""
+    """Compare every saved model with the reference. A model made for another machine is skipped, since it never runs
+    here.
+    """
     if mismatch(record, bundle):
-        return  # of other graphs or weights: never used
+        return  # made from other graphs or weights, so never used
     version = onnxruntime_model.import_onnxruntime("backend onnxruntime").__version__
     if why := mismatch(
         record, bundle, compiler=version, cpu=cpu_identity(), platform=platform_name(), flags=onnxruntime_model.FLAGS
@@ -123,8 +125,8 @@ def _onnxruntime_checks(
 def _openvino_checks(
     bundle: Bundle, folder: Path, record: EngineRecord, references: Mapping[str, Reference]
 ) -> Iterator[GraphCheck]:
-    """Every graph of an engine against the reference: its blob where that was made for this machine and the reference's
-    shapes, else the same graph compiled the same way for those shapes.
+    """Compare every graph of an engine with the reference. The engine's blob runs if it was made for this machine and
+    for the reference's shapes. Otherwise the same graph is compiled in the same way for these shapes.
     """
     from sdrt.runtime.backends.openvino import model as openvino_model
 

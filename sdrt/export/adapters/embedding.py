@@ -1,9 +1,9 @@
-"""Reads learned embeddings (textual inversion, Gal et al. 2022): which tensor of the file holds the vectors, for whom,
-under which trigger.
+"""Reads learned embeddings (textual inversion, Gal et al. 2022): which tensor of the file holds the vectors, for which
+text encoder, under which trigger.
 
-Layouts: AUTOMATIC1111's `string_to_param`, also as text within a PNG, diffusers' one tensor under its token,
-`emb_params`, `clip_l` alone, SDXL's `clip_l` and `clip_g`, and what a LoRA brings along. Nothing is read but headers
-until `read_vectors`. The vectors become rows of the bundle's token table.
+Layouts: AUTOMATIC1111's `string_to_param`, also as text within a PNG; diffusers' single tensor under its token;
+`emb_params`; `clip_l` alone; SDXL's `clip_l` and `clip_g`; and embeddings inside a LoRA file. Before `read_vectors`
+only headers are read. The vectors become rows of the bundle's token table.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _RETRIEVE = "Get the embedding again, or train it again."
 
 @dataclass(frozen=True)
 class EmbeddingOption:
-    """An `--embedding` argument. `trigger` is what a prompt says to use it."""
+    """An `--embedding` argument. `trigger` is the text in a prompt that uses the embedding."""
 
     path: Path
     trigger: str
@@ -41,7 +41,9 @@ class EmbeddingOption:
 
 @dataclass(frozen=True)
 class Embedding:
-    """An opened embedding that fits a model: `vectors` of them in `entry`, which is `[width]` or `[vectors, width]`."""
+    """An opened embedding that fits a model. `entry` holds as many vectors as `vectors` says; its shape is `[width]` or
+    `[vectors, width]`.
+    """
 
     option: EmbeddingOption
     file: TensorFile
@@ -51,11 +53,11 @@ class Embedding:
 
 
 def parse_embedding_option(text: str) -> EmbeddingOption:
-    """`FILE[:TRIGGER]` as typed; the trigger is the file's stem if not given. A colon inside the path (`C:\\x`, an
-    existing `a:b.pt`) is kept.
+    """Parse `FILE[:TRIGGER]`. Without a trigger the file's stem is used. A colon inside the path (`C:\\x`, an existing
+    `a:b.pt`) belongs to the path.
 
     Raises:
-        UsageError: the trigger is empty or has characters that no prompt can.
+        UsageError: the trigger is empty or has characters that no prompt can hold.
     """
     path, trigger = text, None
     match = re.fullmatch(r"(.+):([^:/\\]*)", text, re.DOTALL)
@@ -71,7 +73,7 @@ def parse_embedding_option(text: str) -> EmbeddingOption:
 
 
 def vector_entries(file: TensorFile) -> list[TensorEntry]:
-    """The tensors of an embedding file that hold vectors, whatever its layout; none if it is another kind of file."""
+    """The tensors that hold vectors in an embedding file of any layout. Empty for another kind of file."""
     if describe({name: entry.shape for name, entry in file.entries.items()}) != KIND:
         return []
     entries = list(file.entries.values())
@@ -82,8 +84,8 @@ def open_embedding(option: EmbeddingOption, clip: ClipSpec) -> Embedding:
     """Open an embedding and check that it fits a text encoder.
 
     Raises:
-        AdapterError: the file is no embedding, holds several or too many vectors, or its width is another model's,
-            whose family is named.
+        AdapterError: the file is no embedding, holds several or too many vectors, or has the width of another model;
+            the message names that model's family.
         InputFileError: the file is malformed.
     """
     file = open_tensor_file(option.path)
@@ -96,7 +98,7 @@ def open_embedding(option: EmbeddingOption, clip: ClipSpec) -> Embedding:
 
 
 def bundled_embeddings(loras: Sequence[Lora], clip: ClipSpec) -> list[Embedding]:
-    """The embeddings that LoRAs bring along, under their own triggers, each once however often its LoRA is given. They
+    """The embeddings inside LoRA files, under their own triggers. A LoRA that is given several times counts once. They
     share the LoRA's open file.
 
     Raises:
@@ -115,7 +117,7 @@ def bundled_embeddings(loras: Sequence[Lora], clip: ClipSpec) -> list[Embedding]
 
 
 def _vectors(file: TensorFile, entry: TensorEntry, clip: ClipSpec) -> int:
-    """How many vectors a tensor holds, once it is known to fit a text encoder."""
+    """How many vectors a tensor holds. Raises if it fits no text encoder."""
     where = f"{file.path}: {printable(entry.name)}"
     if entry.dtype not in FLOATS:
         raise AdapterError(f"{where}: expected one of {', '.join(FLOATS)}, found {entry.dtype}", _RETRIEVE)
@@ -183,7 +185,7 @@ def read_vectors(embedding: Embedding) -> torch.Tensor:
 
 
 def extended_table(embeddings: Sequence[Embedding], clip: ClipSpec, table: str) -> Made:
-    """The token table, a tensor's name in the model, with every embedding's vectors appended, in order.
+    """The token table with every embedding's vectors appended, in order. `table` is its name in the model.
 
     Raises:
         AdapterError: a value is NaN or infinite.
@@ -199,7 +201,7 @@ def extended_table(embeddings: Sequence[Embedding], clip: ClipSpec, table: str) 
 
 
 def table_rows(embeddings: Sequence[Embedding], vocabulary: int) -> dict[str, tuple[int, ...]]:
-    """The rows of the token table that each trigger stands for: appended after the `vocabulary` own ones, in order."""
+    """The rows of the token table for each trigger. They follow the `vocabulary` rows of the model, in order."""
     rows, first = {}, vocabulary
     for embedding in embeddings:
         rows[embedding.option.trigger] = tuple(range(first, first + embedding.vectors))
@@ -208,11 +210,11 @@ def table_rows(embeddings: Sequence[Embedding], vocabulary: int) -> dict[str, tu
 
 
 def check_triggers(embeddings: Sequence[Embedding], encode: Callable[[str], Sequence[int]]) -> list[str]:
-    """Check that each trigger is something of its own to the tokenizer. Returns remarks for the user.
+    """Check that the tokenizer can tell each trigger from the others. Returns remarks for the user.
 
     Raises:
-        UsageError: two triggers have the same token ids (letter case and Unicode form do not tell them apart), or one
-            has none.
+        UsageError: two triggers have the same token ids (letter case and Unicode form do not tell them apart), or a
+            trigger has none.
     """
     known: dict[tuple[int, ...], Embedding] = {}
     notes = []
@@ -240,7 +242,7 @@ def check_triggers(embeddings: Sequence[Embedding], encode: Callable[[str], Sequ
 
 
 def summary(file: TensorFile) -> dict[str, Any]:
-    """What `inspect` says of an embedding: its trigger, vectors, width and family."""
+    """The part of `inspect` about an embedding: its trigger, vectors, width and family."""
     found = vector_entries(file)
     widths = sorted({entry.shape[-1] for entry in found if entry.shape})
     others = [EMBEDDINGS[entry.name] for entry in found if entry.name in EMBEDDINGS]

@@ -1,4 +1,4 @@
-"""The algebra of the LoRA family: from an adapter's matrices to what they add to one weight, in float32.
+"""The algebra of the LoRA family: from an adapter's matrices to the change of one weight, in float32.
 
 W is a weight `[out, in, *kernel]`, ΔW its change, r the rank. Sources: Hu et al. 2021 (LoRA, eq. 3); LyCORIS modules
 and functional/*.py (LoCon, LoHa after Hyeon-Woo et al. 2022 (FedPara), LoKr); Liu et al. 2024 (DoRA, eq. 5) with
@@ -19,16 +19,17 @@ if TYPE_CHECKING:
 
 Shape = tuple[int, ...]
 Read = Callable[[str], "torch.Tensor"]
-"""Reads a part by its name, in float32 and known to be finite (indices as they are)."""
+"""Reads a part by its name, in float32 and checked to be finite. Indices keep their type."""
 
 
 @dataclass(frozen=True)
 class Delta:
-    """What one adapter does to one weight. `keys` are the parts' keys in its file; `factor` is alpha over rank.
+    """The change that one adapter makes to one weight. `keys` are the keys of its parts in the file. `factor` is alpha
+    over rank.
 
-    `shape` is what the matrices make: that of the weight, or of its first four input channels where a model for
-    inpainting has more. `norm_axis` is the axis of W that DoRA's magnitudes run along: 0 one for each output, 1 one for
-    each input; None without DoRA.
+    `shape` is the shape that the matrices make. It is the weight's, or that of the weight's first four input channels
+    where an inpainting model has more. `norm_axis` is the axis of W along which DoRA's magnitudes run: 0 for one per
+    output, 1 for one per input, None without DoRA.
     """
 
     keys: Mapping[str, str]
@@ -38,7 +39,7 @@ class Delta:
 
 
 class MisfitError(Exception):
-    """The shapes of an adapter's parts make no change of the weight; says what they are."""
+    """The shapes of an adapter's parts make no change of the weight. The message has the shapes."""
 
 
 _SPARSE = ("bias_indices", "bias_values", "bias_size")
@@ -52,12 +53,14 @@ _KINDS = {
 
 
 def kinds_of(parts: Mapping[str, object]) -> list[str]:
-    """The kinds of change that the parts of one module's weight belong to. An alpha or a magnitude tells none."""
+    """The kinds of change to which the parts of one module's weight belong. An alpha or a magnitude alone tells no
+    kind.
+    """
     return [kind for kind, own in _KINDS.items() if any(part in parts for part in own)]
 
 
 def missing_parts(parts: Mapping[str, object]) -> tuple[str, ...]:
-    """What the parts of one module's weight lack to be a whole change, or an empty tuple."""
+    """The parts that are missing from a whole change of one module's weight; an empty tuple if none is."""
     kind = next(iter(kinds_of(parts)), "LoRA")
     needed: list[str] = []
     if kind == "LoRA":
@@ -74,7 +77,9 @@ def missing_parts(parts: Mapping[str, object]) -> tuple[str, ...]:
 
 
 def rank_of(shapes: Mapping[str, Shape]) -> int | None:
-    """The rank that divides alpha; None where alpha does not count (a difference, a LoKr of two whole matrices)."""
+    """The rank by which alpha is divided. None where alpha does not count (a difference, a LoKr of two whole
+    matrices).
+    """
     for part in (DOWN, "hada_w1_b", "lora_embedding_A", "lokr_w2_b", "lokr_w1_b"):
         if part in shapes:
             return shapes[part][0] if shapes[part] else 0
@@ -82,10 +87,10 @@ def rank_of(shapes: Mapping[str, Shape]) -> int | None:
 
 
 def fitting_shape(shapes: Mapping[str, Shape], weight: Shape, channels: int | None = None) -> Shape:
-    """The shape the parts' change takes on: the weight's, or the same with `channels` inputs.
+    """The shape of the change that the parts make: the weight's, or the same with `channels` inputs.
 
     Raises:
-        MisfitError: they make no such change.
+        MisfitError: the parts make no such change.
     """
     made = _made(shapes)
     candidates = [weight] + ([(weight[0], channels, *weight[2:])] if channels is not None and len(weight) == 4 else [])
@@ -96,7 +101,7 @@ def fitting_shape(shapes: Mapping[str, Shape], weight: Shape, channels: int | No
 
 
 def _stripped(shape: Shape) -> Shape:
-    """The shape without a kernel of 1x1: linear layers and 1x1 convolutions are written as either."""
+    """The shape without a 1x1 kernel. Files write linear layers and 1x1 convolutions in either form."""
     return shape[:2] if len(shape) > 2 and all(size == 1 for size in shape[2:]) else shape
 
 
@@ -111,7 +116,7 @@ def _described(shapes: Mapping[str, Shape]) -> str:
 
 
 def _made(shapes: Mapping[str, Shape]) -> Shape:
-    """The shape of the change, or MisfitError. A factor may be flattened to two dimensions."""
+    """The shape of the change. Raises MisfitError. A factor may be flattened to two dimensions."""
 
     def check(good: bool) -> None:
         if not good:
@@ -158,11 +163,11 @@ def _made(shapes: Mapping[str, Shape]) -> Shape:
 
 
 def norm_axis(parts: Mapping[str, Shape], shape: Shape) -> int | None:
-    """Which axis DoRA's magnitudes run along: peft's always the outputs, LyCORIS's as their shape says; None without
-    DoRA.
+    """The axis along which DoRA's magnitudes run. In peft's files it is always that of the outputs; in LyCORIS's files
+    their shape tells. None without DoRA.
 
     Raises:
-        MisfitError: they run along neither.
+        MisfitError: they run along neither axis.
     """
     if MAGNITUDE in parts:
         if math.prod(parts[MAGNITUDE]) == shape[0]:
@@ -182,7 +187,7 @@ def norm_axis(parts: Mapping[str, Shape], shape: Shape) -> int | None:
 
 
 def additive(delta: Delta, read: Read) -> torch.Tensor:
-    """ΔW with its factor, float32 of `delta.shape`; DoRA's rescaling is not in it.
+    """ΔW with its factor, float32 of `delta.shape`, without DoRA's rescaling.
 
     Raises:
         MisfitError: a sparse residual points outside the weight.
@@ -210,14 +215,14 @@ def additive(delta: Delta, read: Read) -> torch.Tensor:
 
 
 def _product(keys: Mapping[str, str], read: Read, pair: str, core: str) -> torch.Tensor:
-    """`a @ b` flattened to `[out, in * kernel]`, or with a core `[out, in, *kernel]`."""
+    """`a @ b` flattened to `[out, in * kernel]`; with a core `[out, in, *kernel]`."""
     a, b = read(f"{pair}_a"), read(f"{pair}_b")
     return _core(read(core), a, b) if core in keys else a.flatten(1) @ b.flatten(1)
 
 
 def _core(core: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Tucker's form: R[p, q, ...] = Σ_ij core[i, j, ...] · a[i, p] · b[j, q], of `[r, r, *kernel]`, `[r, out]`, `[r,
-    in]`.
+    """Tucker's form: R[p, q, ...] = Σ_ij core[i, j, ...] · a[i, p] · b[j, q]. Shapes: core `[r, r, *kernel]`, a `[r,
+    out]`, b `[r, in]`.
     """
     import torch
 
@@ -225,14 +230,14 @@ def _core(core: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def _kronecker(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """`[p, q]` and `[o, i]` to `[p * o, q * i]`; with a kernel flattened into i, the result is flattened alike."""
+    """`[p, q]` and `[o, i]` to `[p * o, q * i]`. If a kernel is flattened into i, it is flattened in the result too."""
     import torch
 
     return torch.kron(a.contiguous(), b.contiguous())
 
 
 def _sparse(read: Read, shape: Shape) -> torch.Tensor:
-    """The residual that LyCORIS's extraction may keep beside the low rank: indices `[2, n]`, values `[n]` and size
+    """The residual that LyCORIS's extraction may keep beside the low rank: indices `[2, n]`, values `[n]`, and the size
     `[2]` of a matrix `[out, in * kernel]`.
     """
     import torch
@@ -258,10 +263,11 @@ def _sparse(read: Read, shape: Shape) -> torch.Tensor:
 
 
 def decomposed(weight: torch.Tensor, change: torch.Tensor, magnitude: torch.Tensor, axis: int) -> torch.Tensor:
-    """DoRA's change: V · m / |V| - W with V = W + ΔW, |V| the norms along `axis` and m the magnitudes, one for each.
+    """DoRA's change: V · m / |V| - W with V = W + ΔW, where |V| are the norms along `axis` and m the magnitudes, one
+    for each norm.
 
-    V is normalised, as its trainers do (peft, LyCORIS); some tools divide by the norm of W where the axis is that of
-    the outputs.
+    V is normalised, as in its trainers (peft, LyCORIS). Some tools divide by the norm of W instead, where the axis is
+    that of the outputs.
     """
     import torch
 

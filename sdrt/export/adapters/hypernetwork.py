@@ -1,9 +1,9 @@
 """Reads the structure of hypernetworks (AUTOMATIC1111, modules/hypernetworks) and checks that they fit a UNet. Imports
 no torch.
 
-A hypernetwork has, for some widths, two small networks: in every attention layer whose context is that wide, keys are
-made from n_k(context) and values from n_v(context), where n(x) = x + scale * layers(x). The context of self-attention
-is its own input. `sdrt.export.adapters.hypernetwork_weights` does the rest.
+A hypernetwork has two small networks for each of some widths. In every attention layer with a context of that width,
+keys are made from n_k(context) and values from n_v(context), where n(x) = x + scale * layers(x). The context of
+self-attention is its own input. `sdrt.export.adapters.hypernetwork_weights` handles the values.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ ACTIVATIONS = {
     "softsign": "Softsign",
     "tanhshrink": "Tanhshrink",
 }
-"""AUTOMATIC1111's names to classes of torch.nn: every activation that works elementwise and learns nothing. Its swish
-is Hardswish; CELU and ELU differ in a parameter that it leaves at 1.
+"""AUTOMATIC1111's names to classes of torch.nn: every activation that works elementwise and learns nothing.
+AUTOMATIC1111's swish is Hardswish. CELU and ELU differ only in a parameter that AUTOMATIC1111 leaves at 1.
 """
 SMALLEST, LARGEST = 0.001, 100.0
 _LEGACY = {"linear1": "linear.0", "linear2": "linear.1"}
@@ -62,7 +62,7 @@ AGAIN = "Get the hypernetwork again, or train it again."
 
 @dataclass(frozen=True)
 class HypernetworkOption:
-    """A `--hypernetwork` argument; `scale` multiplies what its layers add."""
+    """A `--hypernetwork` argument. `scale` multiplies the output of the added layers."""
 
     path: Path
     scale: float = 1.0
@@ -70,9 +70,9 @@ class HypernetworkOption:
 
 @dataclass(frozen=True)
 class Hypernetwork:
-    """An opened hypernetwork that fits a model. `spec` covers the widths that the model has; `names` gives, by width
-    and part, the file's tensors in the order of the layers, weight before bias. `unmatched` widths are no attention
-    layer's. `layers` counts those it touches.
+    """An opened hypernetwork that fits a model. `spec` covers the widths that the model has. `names` gives, by width
+    and part, the file's tensors in the order of the layers, weight before bias. `unmatched` holds widths that no
+    attention layer has. `layers` counts the attention layers that it changes.
     """
 
     option: HypernetworkOption
@@ -89,7 +89,7 @@ class Hypernetwork:
 
 
 def parse_hypernetwork_option(text: str) -> HypernetworkOption:
-    """`FILE[:SCALE]` as typed. A colon inside the path (`C:\\x`, an existing `a:b.pt`) is kept.
+    """Parse `FILE[:SCALE]`. A colon inside the path (`C:\\x`, an existing `a:b.pt`) belongs to the path.
 
     Raises:
         UsageError: the scale is not a number of a useful size.
@@ -101,7 +101,7 @@ def parse_hypernetwork_option(text: str) -> HypernetworkOption:
         scale = float(match[2])
     except ValueError:
         scale = math.nan
-    if scale != 0 and not SMALLEST <= abs(scale) <= LARGEST:  # NaN compares as false
+    if scale != 0 and not SMALLEST <= abs(scale) <= LARGEST:  # False also for NaN
         raise UsageError(
             f"--hypernetwork {printable(text)}: scale {printable(match[2])!r}: expected a number from {SMALLEST:g} to"
             f" {LARGEST:g}, its negative, or 0",
@@ -111,7 +111,7 @@ def parse_hypernetwork_option(text: str) -> HypernetworkOption:
 
 
 def attention_widths(unet: UNetSpec) -> Counter[int]:
-    """Widths of what keys and values are made from, with the number of attention layers of each."""
+    """Input widths of the keys and values, with the number of attention layers of each width."""
     widths: Counter[int] = Counter()
     levels = zip(unet.channels, unet.transformer_depth, unet.res_blocks, strict=True)
     for channels, blocks in [*((c, d * (2 * n + 1)) for c, d, n in levels), (unet.channels[-1], unet.middle_depth)]:
@@ -122,10 +122,10 @@ def attention_widths(unet: UNetSpec) -> Counter[int]:
 
 
 def open_hypernetwork(option: HypernetworkOption, unet: UNetSpec, *, allow_unmatched: bool = False) -> Hypernetwork:
-    """Open a hypernetwork and check its structure and that it fits a UNet. Reads headers and settings only.
+    """Open a hypernetwork. Check its structure, and that it fits a UNet. Reads headers and settings only.
 
-    Widths that the model lacks are left out, but a hypernetwork for another family's context is refused without
-    `allow_unmatched`.
+    Widths that the model lacks are left out. A hypernetwork for another family's context is refused, unless
+    `allow_unmatched` is set.
 
     Raises:
         AdapterError: the file is no hypernetwork, its settings and tensors disagree, its activation is unknown, or it
@@ -154,11 +154,11 @@ def open_hypernetwork(option: HypernetworkOption, unet: UNetSpec, *, allow_unmat
 
 
 def read_structure(file: TensorFile) -> tuple[HypernetworkSpec, dict[tuple[int, str], tuple[str, ...]]]:
-    """A hypernetwork's structure, from its settings and the shapes of its tensors, and the tensors' names by width and
-    part.
+    """A hypernetwork's structure, from its settings and the shapes of its tensors; and the names of its tensors by
+    width and part.
 
     Raises:
-        AdapterError: it is no hypernetwork, or settings and tensors disagree.
+        AdapterError: the file is no hypernetwork, or settings and tensors disagree.
     """
     kind = describe({name: entry.shape for name, entry in file.entries.items()})
     if kind != KIND:
@@ -226,7 +226,7 @@ def _activation(file: TensorFile, settings: Mapping[str, Any]) -> str | None:
 
 
 def _modern(key: str) -> str:
-    """The layers of the first hypernetworks were called linear1 and linear2."""
+    """Rename linear1 and linear2, as the first hypernetworks called their layers."""
     first, _, rest = key.partition(".")
     return f"{_LEGACY[first]}.{rest}" if first in _LEGACY else key
 
@@ -238,8 +238,8 @@ def _network(
     activation: str | None,
     settings: Mapping[str, Any],
 ) -> tuple[tuple[int, ...], bool]:
-    """The widths along one network, and whether each layer has a norm after it. Indices count activations and dropouts,
-    which hold no tensors.
+    """The widths along one network, and whether each layer has a norm after it. Indices also count activations and
+    dropouts, which hold no tensors.
     """
     linears, norms, widths = list[int](), list[int](), [width]
     for index in sorted(by_index):
@@ -307,7 +307,7 @@ def _words(numbers: Sequence[float]) -> str:
 
 
 def summary(file: TensorFile) -> dict[str, Any]:
-    """What `inspect` says of a hypernetwork: its widths, layers, activation and family.
+    """The part of `inspect` about a hypernetwork: its widths, layers, activation and family.
 
     Raises:
         AdapterError: settings and tensors disagree.

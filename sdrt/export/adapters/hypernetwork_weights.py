@@ -1,9 +1,9 @@
-"""What hypernetworks make of a UNet: tensors of the bundle, either folded into the weights of keys and values or traced
+"""The effect of hypernetworks on a UNet's tensors in the bundle: folded into the weights of keys and values, or traced
 in.
 
-A linear hypernetwork at the end of its width's chain folds: with n(x) = M x + b, to_k(n(x)) = (W M) x + W b. All others
-are part of the trace, as `sdrt.export.networks.unet.Hypernetworks`, and their values are weights like any other: the
-trace knows the structure only.
+A linear hypernetwork at the end of its width's chain is folded: with n(x) = M x + b, to_k(n(x)) = (W M) x + W b. All
+others become part of the trace, as `sdrt.export.networks.unet.Hypernetworks`. Their values are weights like any other;
+the trace knows only their structure.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Fused = Callable[[str], torch.Tensor]
 
 
 def check_values(hypernetworks: Sequence[Hypernetwork]) -> None:
-    """Read everything once.
+    """Read all values once and check them.
 
     Raises:
         UsageError: a file was given twice.
@@ -70,11 +70,11 @@ def _network(hypernetwork: Hypernetwork, layers: tuple[int, ...], part: str) -> 
 def attach(
     hypernetworks: Sequence[Hypernetwork], unet: UNetSpec, shapes: Mapping[str, tuple[int, ...]], *, fold: bool = True
 ) -> tuple[UNetSpec, dict[str, Made]]:
-    """What hypernetworks, in the order they apply, make of a UNet whose weights have `shapes`: its structure, and the
+    """Apply hypernetworks, in order, to a UNet whose weights have `shapes`. Returns the UNet's structure, and the
     tensors that change or are new.
 
-    For each width, the linear ones that no other follows are folded, the others traced. Scale 0 leaves a hypernetwork
-    out.
+    For each width, a linear hypernetwork is folded unless a non-linear one comes after it; all others are traced. Scale
+    0 leaves a hypernetwork out.
     """
     acting = [h for h in hypernetworks if h.option.scale != 0]
     folded: dict[int, list[Hypernetwork]] = {}

@@ -1,6 +1,6 @@
-"""Opens files of the LoRA family and matches them to a model's weights. Every key is applied, or named in an error.
+"""Opens files of the LoRA family and matches them to a model's weights. Every key is applied or named in an error.
 
-How keys are spelled is in `lora_formats`, peft's settings in `peft_config`, the formulas in `lora`.
+`spelling.py` knows how keys are spelled, `settings.py` peft's settings, and `formula.py` the formulas.
 """
 
 from __future__ import annotations
@@ -53,12 +53,12 @@ _SHOWN_KEYS = 5
 _BIAS_PARTS = ("diff_b", UP_BIAS)
 _SAME_AS = {"w_norm": "diff", "b_norm": "diff_b"}
 _TAUGHT = "<embed>"
-"""What the header of the first LoRA format says of a key that holds an embedding's vectors."""
+"""What the header of the first LoRA format says about a key with an embedding's vectors."""
 
 
 @dataclass(frozen=True)
 class LoraOption:
-    """A `--lora` argument. `scale` multiplies the change of the UNet, `te_scale` that of the text encoder."""
+    """A `--lora` argument. `scale` multiplies the change of the UNet, `te_scale` the change of the text encoder."""
 
     path: Path
     scale: float = 1.0
@@ -67,11 +67,11 @@ class LoraOption:
 
 @dataclass(frozen=True)
 class Lora:
-    """An opened adapter of the LoRA family, matched to a model: what it does to each weight, by canonical name.
-    `unmatched` keys were allowed to be.
+    """An opened adapter of the LoRA family, matched to a model: its change of each weight, by canonical name.
+    `unmatched` holds keys that fit nothing, where that was allowed.
 
-    `config` is the `adapter_config.json` whose alpha it takes, if it takes one; `notes` are remarks for the user.
-    `bundled` gives the keys of the embeddings that the file brings along, by trigger; they are not among the deltas.
+    `config` is the `adapter_config.json` whose alpha is used, if there is one. `notes` are remarks for the user.
+    `bundled` gives the keys of the embeddings inside the file, by trigger; they are not among the deltas.
     """
 
     option: LoraOption
@@ -92,15 +92,16 @@ class Lora:
         return self.option.te_scale if component is not None and component.network == "clip" else self.option.scale
 
     def rescales(self, weight: str) -> bool:
-        """Whether its change of a weight depends on the weight it meets, as DoRA's does, and so on the adapters before
-        it.
+        """Whether its change of a weight depends on the weight's value, as DoRA's does, and therefore on the adapters
+        before it.
         """
         return weight in self.deltas and self.deltas[weight].norm_axis is not None
 
     def change(self, weight: str, current: torch.Tensor) -> torch.Tensor:
-        """What this adapter adds at its scale to a weight that holds `current`, float32 of its shape.
+        """What this adapter adds, at its scale, to a weight with the value `current`; float32 of the weight's shape.
 
-        The scale multiplies the whole change: for DoRA W + scale * (W_dora - W), as AUTOMATIC1111 and ComfyUI weigh it.
+        The scale multiplies the whole change. For DoRA that is W + scale * (W_dora - W), as in AUTOMATIC1111 and
+        ComfyUI.
 
         Raises:
             AdapterError: a value is not finite.
@@ -146,8 +147,8 @@ class Lora:
 
 
 def parse_lora_option(text: str) -> LoraOption:
-    """`FILE[:SCALE[:TE_SCALE]]` as typed; TE_SCALE defaults to SCALE. A colon inside the path (`C:\\x`,
-    `a:b.safetensors`) is kept.
+    """Parse `FILE[:SCALE[:TE_SCALE]]`. TE_SCALE defaults to SCALE. A colon inside the path (`C:\\x`, `a:b.safetensors`)
+    belongs to the path.
 
     Raises:
         UsageError: a scale is not a finite number.
@@ -179,13 +180,13 @@ def _is_number(text: str) -> bool:
 def open_lora(
     option: LoraOption, shapes: Mapping[str, tuple[int, ...]], spec: UNetSpec, *, allow_unmatched: bool = False
 ) -> Lora:
-    """Open an adapter of the LoRA family and match every key of it to a weight of the model, given by canonical name
-    and shape.
+    """Open an adapter of the LoRA family and match each of its keys to a weight of the model. `shapes` gives the
+    weights by canonical name.
 
     Raises:
-        AdapterError: the file is no such adapter, is of a kind that cannot be fused, is for another family, has an
-            incomplete set of
-            matrices or, without `allow_unmatched`, a key that belongs to no module; never silent when nothing matches.
+        AdapterError: the file is no such adapter, is of a kind that cannot be fused, is for another family, or lacks
+            matrices. Without `allow_unmatched`, also for a key that belongs to no module. An adapter that matches
+            nothing always raises.
     """
     file = open_tensor_file(option.path)
     try:
@@ -241,16 +242,16 @@ def _check_kind(file: TensorFile) -> None:
 
 
 def how_to_give(kind: str) -> str:
-    """How a build takes a file of that kind, as advice; empty for one that it does not take."""
+    """Advice on how to give a build a file of that kind; empty for a kind that a build does not take."""
     option = OPTION_OF_KIND.get(kind, "--checkpoint" if family_of(kind) is not None else "")
     return f"Pass it with {option}." if option else ""
 
 
 def bundled_keys(file: TensorFile) -> dict[str, str]:
-    """The keys of the embeddings that a LoRA brings along, by trigger.
+    """The keys of the embeddings inside a LoRA file, by trigger.
 
     Raises:
-        AdapterError: two keys hold one embedding, or a trigger has characters that no prompt can.
+        AdapterError: two keys hold one embedding, or a trigger has characters that no prompt can hold.
     """
     found: dict[str, str] = {}
     for key in file.entries:
@@ -269,8 +270,8 @@ def bundled_keys(file: TensorFile) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class _Module:
-    """The keys of one module in the file, by part; `name` is the file's spelling of it, below peft's
-    `base_model.model.` if it is there.
+    """The keys of one module in the file, by part. `name` is the file's spelling of the module, without peft's
+    `base_model.model.`.
     """
 
     name: str
@@ -287,8 +288,8 @@ def _modules(
     spec: UNetSpec,
     allow_unmatched: bool,
 ) -> tuple[dict[str, _Module], list[str]]:
-    """The file's keys but for embeddings by canonical module, and those that belong to none. `spelled` names the keys
-    that say nothing.
+    """The file's keys by canonical module, without those of embeddings; and the keys that belong to no module.
+    `spelled` gives names to keys that have none of their own.
     """
     modules: dict[str, _Module] = {}
     unmatched = []
@@ -354,9 +355,7 @@ _MERGE = (
 
 
 def _whole(inner: str, table: Mapping[str, str]) -> str:
-    """What a key is that holds a module's trained values themselves instead of a change of them; empty if
-    it does not.
-    """
+    """What a key is if it holds a module's trained values themselves instead of a change; empty if it does not."""
     module, _, leaf = inner.rpartition(".")
     if leaf not in ("weight", "bias"):
         return ""
@@ -368,7 +367,7 @@ def _whole(inner: str, table: Mapping[str, str]) -> str:
 
 
 def _made_for(file: TensorFile, spec: UNetSpec) -> str:
-    """What family the adapter is for, where that is not the model's own."""
+    """The family the adapter is for, if that is not the model's own."""
     made_for = family({name: entry.shape for name, entry in file.entries.items()})
     return f"; it was made for {made_for}" if made_for and made_for != CONTEXTS.get(spec.context_width) else ""
 
@@ -383,8 +382,8 @@ def _add_deltas(
     unmatched: list[str],
     allow_unmatched: bool,
 ) -> None:
-    """Add what a module's keys do to its weight and to its bias; a bias the model has not goes to `unmatched`, if that
-    is allowed.
+    """Add the changes that a module's keys make to its weight and to its bias. If the model lacks the bias, the key
+    goes to `unmatched` where that is allowed.
     """
     where = f"{file.path}: {printable(module.name)}"
     keys = {part: key for part, key in module.keys.items() if part not in _BIAS_PARTS}
@@ -447,7 +446,7 @@ def _add_deltas(
 
 
 def _factor(file: TensorFile, module: _Module, rank: int | None, config: PeftConfig | None) -> float:
-    """Alpha over rank. A file's own alpha goes before settings; without either alpha is the rank."""
+    """Alpha over rank. A file's own alpha goes before settings. Without either, alpha is the rank."""
     if "alpha" not in module.keys:
         stated = config.factor(module.name, rank) if config is not None else None
         return 1.0 if stated is None else stated
@@ -462,8 +461,8 @@ def _factor(file: TensorFile, module: _Module, rank: int | None, config: PeftCon
 
 
 def _plain_channels(module: str, spec: UNetSpec) -> int | None:
-    """The input channels of a UNet's first layer in the model without inputs beside the latents, if it is that layer
-    and has more.
+    """For the UNet's first layer in a model with inputs beside the latents: its input channels without these inputs.
+    None for any other layer or model.
     """
     component = component_of(module)
     first = component is not None and component.network == "unet" and module == component.prefix + "input_blocks.0.0"

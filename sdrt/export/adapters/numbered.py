@@ -1,9 +1,9 @@
-"""The first LoRA format of all (cloneofsimo/lora, 2022), whose keys number the modules: which number is which. Imports
-no torch.
+"""The first LoRA format of all (cloneofsimo/lora, 2022) numbers the modules in its keys. This file knows which number
+is which module. Imports no torch.
 
-Modules are numbered as diffusers 0.10 holds them: down blocks, up blocks, middle block; in each transformer block
-`attn1`, `ff`, `attn2`. Those trained by default are all linear layers of the attentions and the first one of `ff`, and
-in the text encoder those of the attentions.
+Modules are numbered in the order in which diffusers 0.10 holds them: down blocks, up blocks, middle block; within each
+transformer block `attn1`, `ff`, `attn2`. By default the format trains all linear layers of the attentions and the first
+one of `ff`. In the text encoder it trains the linear layers of the attentions.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ _PARTS_OF_THE_UNET = ("input_blocks.", "output_blocks.", "middle_block.")
 
 
 def numbered_modules(modules: Collection[str], levels: Levels) -> dict[str, str]:
-    """The format's name of each module it can change, such as `unet:12` or `text_encoder:0`, to the module's canonical
-    name.
+    """For each module that the format can change, the format's name, such as `unet:12` or `text_encoder:0`, to the
+    canonical name.
     """
 
     def blocks(pattern: str, leaves: tuple[str, ...]) -> Iterator[str]:
@@ -49,14 +49,14 @@ def numbered_modules(modules: Collection[str], levels: Levels) -> dict[str, str]
 
 
 def check_numbers(path: Path, found: Collection[str], known: Collection[str], trained: str) -> None:
-    """Check that a file numbers all modules of a component or none: with others among them, a number would mean another
-    module.
+    """Check that a file numbers all modules of a component or none. If other modules had been trained too, a number
+    would mean another module.
 
-    `found` are the file's names, `known` those of `numbered_modules`; `trained` is what the header says of the modules
-    that were trained.
+    `found` are the file's names, `known` those of `numbered_modules`. `trained` is what the header says about the
+    trained modules.
 
     Raises:
-        AdapterError: it numbers more, or fewer.
+        AdapterError: the file numbers more modules, or fewer.
     """
     counts, expected = (Counter(name.partition(":")[0] for name in names) for names in (found, known))
     for component, count in counts.items():

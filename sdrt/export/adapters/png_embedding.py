@@ -1,7 +1,8 @@
 """The form in which AUTOMATIC1111 shares embeddings: a PNG with a text chunk, `sd-ti-embedding`, of base64 over JSON.
 Imports no torch.
 
-The same tool hides the vectors in the picture's pixels too, for pictures that lost their text; those are not read.
+AUTOMATIC1111 also hides the vectors in the picture's pixels, for pictures that lose their text. Those vectors are not
+read.
 """
 
 from __future__ import annotations
@@ -19,13 +20,13 @@ from sdrt.export.read.tensor_entry import MAX_TENSORS, TensorEntry
 
 TEXT = "sd-ti-embedding"
 MAX_TEXT_BYTES = 16 << 20
-"""Characters of the text that are decoded: 75 vectors of Stable Diffusion 1.x take two million."""
+"""Most characters of the text that are decoded. 75 vectors of Stable Diffusion 1.x take two million."""
 _AGAIN = "Get the embedding again, as .pt or .safetensors if there is one."
 
 
 def read_png_embedding(path: Path, stream: BinaryIO) -> tuple[dict[str, TensorEntry], dict[str, Any], bytes]:
-    """The vectors of a PNG as entries by dotted name, the document around them as a tree with the entries as leaves,
-    and the vectors' bytes, float32.
+    """Read the embedding in a PNG. Returns the vectors as entries by dotted name, the document around them as a tree
+    with the entries as leaves, and the bytes of the vectors, float32.
 
     Raises:
         InputFileError: the picture holds no embedding as text, or a damaged one.
@@ -61,8 +62,8 @@ def read_png_embedding(path: Path, stream: BinaryIO) -> tuple[dict[str, TensorEn
 
 
 def _read(where: str, value: dict[str, Any], name: str, entries: dict[str, TensorEntry], data: bytearray) -> Any:
-    """A part of the document with each `{"TORCHTENSOR": [...]}` replaced by an entry, whose bytes are
-    added to `data`.
+    """A part of the document, with an entry in place of each `{"TORCHTENSOR": [...]}`. The bytes of the entry are added
+    to `data`.
     """
     if value.keys() == {"TORCHTENSOR"}:
         try:

@@ -1,6 +1,6 @@
-"""What peft and diffusers keep outside the matrices: alpha, and how it scales. Imports no torch.
+"""The settings that peft and diffusers keep beside the matrices: alpha, and how it scales. Imports no torch.
 
-peft writes `adapter_config.json` beside its file; diffusers writes the same settings into the safetensors header, below
+peft writes `adapter_config.json` beside its file. diffusers writes the same settings into the safetensors header, below
 the component's name (`lora_adapter_metadata`: `{"unet.lora_alpha": 8, ...}`). Source: peft tuners/lora/config.py and
 layer.py, utils/other.py `get_pattern_key`.
 """
@@ -29,8 +29,8 @@ _COMPONENTS = ("unet.", "text_encoder.")
 
 @dataclass(frozen=True)
 class PeftConfig:
-    """Settings by the prefix of the modules they are for ("" for all). `document` is a file of its own; in the header
-    there is none.
+    """Settings by the prefix of the modules they are for ("" for all). `document` is the file they come from; settings
+    in a header have none.
     """
 
     source: str
@@ -45,11 +45,11 @@ class PeftConfig:
         return self._for(module)[0].get("use_dora") is True
 
     def factor(self, module: str, rank: int | None) -> float | None:
-        """What multiplies the change of a module, given by its name below `base_model.model.`: alpha / r, or alpha /
-        sqrt(r) for rank-stabilised LoRA.
+        """What multiplies the change of a module: alpha / r, or alpha / sqrt(r) for rank-stabilised LoRA. `module` is
+        the name below `base_model.model.`.
 
-        `rank` is that of the matrices, None where they have none (a LoKr of two whole matrices, which peft scales all
-        the same). Returns None if the settings do not say.
+        `rank` is that of the matrices. It is None where they have none (a LoKr of two whole matrices, which peft scales
+        all the same). Returns None if the settings do not say.
 
         Raises:
             AdapterError: alpha or r is no such number, a pattern is not a plain name, or r contradicts the matrices.
@@ -82,8 +82,8 @@ class PeftConfig:
         return float(alpha) / (math.sqrt(stated) if settings.get("use_rslora") is True else stated)
 
     def _matched(self, settings: Mapping[str, Any], pattern: str, module: str) -> Any:
-        """The value of the first entry that names the module, as peft matches them: the end of its path, or with `^`
-        the whole.
+        """The value of the first entry that names the module. As in peft, an entry names the end of the module's path,
+        or with `^` the whole path.
         """
         entries = settings.get(pattern) or {}
         if not isinstance(entries, dict):
@@ -104,7 +104,7 @@ def config_beside(path: Path) -> PeftConfig | None:
     """The `adapter_config.json` in the adapter's folder, if there is one.
 
     Raises:
-        AdapterError: it cannot be read, or names a kind that is not fused.
+        AdapterError: the file cannot be read, or names a kind that is not fused.
     """
     try:
         document = read_document(path.with_name(FILE_NAME), MAX_CONFIG_BYTES, kind=AdapterError)
@@ -116,7 +116,7 @@ def config_beside(path: Path) -> PeftConfig | None:
 
 
 def config_in_header(path: Path, metadata: Mapping[str, str]) -> PeftConfig | None:
-    """The settings diffusers keeps in the header, if it does.
+    """The settings that diffusers keeps in the header, if there are any.
 
     Raises:
         AdapterError: they cannot be read, or name a kind that is not fused.

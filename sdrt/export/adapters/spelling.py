@@ -1,8 +1,7 @@
-"""How the LoRA family spells its keys: each key as the module it belongs to and the part of the change it is. Imports
-no torch.
+"""How the LoRA family spells its keys: each key gives a module and a part of the change. Imports no torch.
 
 Sources: kohya-ss networks/lora.py, LyCORIS modules/*.py (`weight_list` of each), diffusers utils/state_dict_utils.py,
-peft `get_peft_model_state_dict`. A part is named as LyCORIS names it, whatever the file's spelling.
+peft `get_peft_model_state_dict`. Parts have LyCORIS's names, whatever the file's spelling.
 """
 
 from __future__ import annotations
@@ -87,7 +86,7 @@ _NUMBERED = re.compile(r"((?:unet|text_encoder):\d{1,6}):(up|down)")
 
 
 def split(key: str) -> tuple[str, str] | None:
-    """The module's name in the file's spelling and the part's in LyCORIS's, or None if the key has no part's ending."""
+    """The module's name in the file's spelling, and the part's name in LyCORIS's. None if the key ends like no part."""
     if numbered := _NUMBERED.fullmatch(key):
         return numbered[1], UP if numbered[2] == "up" else DOWN
     start = key.rfind(".lora_")
@@ -98,15 +97,15 @@ def split(key: str) -> tuple[str, str] | None:
 
 
 def below_base_model(key: str) -> str:
-    """A key without peft's `base_model.model.`, at its start or below a component's name; the key itself where there is
-    none.
+    """A key without peft's `base_model.model.`, which may stand at the start or below a component's name. A key without
+    it is returned as it is.
     """
     match = _BASE_MODEL.match(key)
     return match[1] + key[match.end() :] if match else key
 
 
 def bundled_trigger(key: str) -> str | None:
-    """The trigger of an embedding that a LoRA brings along, if the key holds its vectors.
+    """The trigger of an embedding inside a LoRA file, if the key holds that embedding's vectors.
 
     AUTOMATIC1111 writes `bundle_emb.NAME.string_to_param.*`, OneTrainer `bundle_emb.NAME.clip_l`.
     """
@@ -115,15 +114,15 @@ def bundled_trigger(key: str) -> str | None:
 
 
 def is_numbered(key: str) -> bool:
-    """Whether a key is one of the first LoRA format, which numbers the modules (`sdrt.export.adapters.numbered`)."""
+    """Whether a key is of the first LoRA format, which numbers the modules (`sdrt.export.adapters.numbered`)."""
     return _NUMBERED.fullmatch(key) is not None
 
 
 def numbered_list(shapes: Shapes) -> dict[str, str]:
-    """The first LoRA format as torch saved it, a bare list of the matrices up and down in turn: each key to its
-    numbered name. Empty for any other file.
+    """The first LoRA format as torch saved it: a bare list in which the matrices up and down alternate. Gives each key
+    its numbered name. Empty for any other file.
 
-    All layers of a text encoder's attentions are one width in and out, which no UNet's are.
+    A text encoder is recognised by its attention layers: all have the same width in and out, and those of no UNet do.
     """
     if len(shapes) < 2 or len(shapes) % 2 or shapes.keys() != {str(number) for number in range(len(shapes))}:
         return {}
@@ -135,7 +134,7 @@ def numbered_list(shapes: Shapes) -> dict[str, str]:
 
 
 def is_adapter(shapes: Shapes) -> bool:
-    """Whether the names are those of an adapter of the LoRA family, one that sdrt fuses or one that it refuses."""
+    """Whether the names are those of an adapter of the LoRA family, fused or refused by sdrt."""
     known = any((parsed := split(key)) is not None and parsed[1] != "alpha" for key in shapes)
     return known or bool(numbered_list(shapes)) or refused_kind(shapes) is not None
 
@@ -152,8 +151,8 @@ def refused_kind(shapes: Shapes) -> tuple[str, str] | None:
 
 
 def family(shapes: Shapes) -> str:
-    """The model family an adapter was made for, told by its names or by the widths it attends to; empty if they do not
-    tell.
+    """The model family that an adapter was made for, told by its names or by the widths it attends to. Empty if they do
+    not tell.
     """
     modules: dict[str, dict[str, tuple[int, ...]]] = {}
     for key, shape in shapes.items():
@@ -179,12 +178,12 @@ def family(shapes: Shapes) -> str:
 
 
 def is_text_encoder(module: str) -> bool:
-    """Whether a module's name in a file's spelling is one of a text encoder."""
+    """Whether a module's name, in the file's spelling, belongs to a text encoder."""
     return module.startswith(TEXT_MODULES)
 
 
 def _inputs(parts: Shapes) -> int:
-    """How many input channels a linear layer's change has, as far as one shape tells; 0 if none does."""
+    """How many input channels the change of a linear layer has, if one shape alone tells; 0 if none does."""
     for part in (DOWN, "hada_w1_b", "diff"):
         if len(parts.get(part, ())) >= 2:
             return parts[part][1]
@@ -196,8 +195,8 @@ def _inputs(parts: Shapes) -> int:
 
 
 def kinds(shapes: Shapes) -> dict[str, int]:
-    """How many modules of an adapter are of each kind, most common first: "LoRA", "LoHa", "LoKr", "full difference",
-    "norm", and "DoRA" before them.
+    """How many modules of an adapter are of each kind, the most common first: "LoRA", "LoHa", "LoKr", "full
+    difference", "norm". "DoRA" comes before them all.
     """
     modules: dict[str, set[str]] = {}
     for key in shapes:
@@ -221,7 +220,9 @@ _SIGNS = {
 
 
 def ranks(shapes: Shapes) -> dict[int, int]:
-    """How many modules have each rank, lowest first. A LoKr of two whole matrices has none, nor has a difference."""
+    """How many modules have each rank, the lowest first. A LoKr of two whole matrices has no rank, nor has a
+    difference.
+    """
     found: dict[str, int] = {}
     for key, shape in shapes.items():
         parsed = split(key)
@@ -231,6 +232,6 @@ def ranks(shapes: Shapes) -> dict[int, int]:
 
 
 def grouped(keys: Iterable[str]) -> str:
-    """Keys in words, numbers left out: `21 x lora_unet_down_blocks_N_conv`, the most common three."""
+    """Keys in words, without their numbers: `21 x lora_unet_down_blocks_N_conv`. The three most common."""
     groups = Counter(re.sub(r"\d+", "N", parsed[0] if (parsed := split(key)) else key) for key in keys)
     return ", ".join(f"{count} x {printable(group)}" for group, count in groups.most_common(3))

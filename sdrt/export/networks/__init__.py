@@ -1,1 +1,1 @@
-"""The networks that are traced, in torch."""
+"""The networks that sdrt traces, in torch."""

@@ -1,5 +1,5 @@
-"""Multi-head attention as every network here does it. A file of its own, so that an edit to one network does not trace
-the others again.
+"""Multi-head attention, the same for every network here. It has its own file, so that an edit to one network does not
+make the others be traced again.
 """
 
 from __future__ import annotations

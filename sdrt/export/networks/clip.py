@@ -1,7 +1,7 @@
-"""The CLIP text encoder, as a plain module whose parameter names are the checkpoint's.
+"""The CLIP text encoder as a plain module. Its parameter names are the checkpoint's.
 
-Owns the network (Radford et al. 2021) and the emphasis arithmetic after it. Names follow Hugging Face's CLIP below
-`cond_stage_model.transformer.`, which is what the LDM single-file layout of Stable Diffusion 1.x holds.
+This file has the network (Radford et al. 2021). Names follow Hugging Face's CLIP below `cond_stage_model.transformer.`,
+which is the LDM single-file layout of Stable Diffusion 1.x.
 """
 
 from __future__ import annotations

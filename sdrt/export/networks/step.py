@@ -1,15 +1,15 @@
-"""The denoising step as a linear machine around the UNet: one graph that every sampler drives with rows of numbers.
+"""The denoising step as a linear machine around the UNet. One graph serves every sampler; rows of numbers drive it.
 
-Each picture n of a call has its own row of the tables, registers r, denoised estimate D, and E, a second combination of
-the branches' outputs:
+Each picture n of a call has its own row of the tables and its own registers r. D is its denoised estimate, E a second
+combination of the branches' outputs:
 
     input = sum_j a_j r_j                        out = sum_g w_g UNet(input, timestep, context_g)
     D     = sum_j u_j r_j + q out                D  += k mask (init - D)
     E     = sum_g v_g UNet(input, timestep, context_g)
     r'    = M [r_0 .. r_(R-1), D, E, noise]      r'_0 += (1 - k) mask (b init + c init_noise - r'_0)
 
-so sampler, schedule, guidance scale and seed are data, and pictures that differ in all of them share a call.
-docs/architecture.md derives it.
+So sampler, schedule, guidance scale and seed are data. Pictures that differ in all of them share a call.
+docs/architecture.md derives the formulas.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def _mix(coefficients: Tensor, states: Tensor) -> Tensor:
 
 
 class Step(nn.Module):
-    """One model call of any linear samplers, guidance batch included. Latents, tables and updates are float32."""
+    """One model call of any linear sampler, with its guidance batch. Latents, tables and updates are float32."""
 
     def __init__(self, spec: UNetSpec) -> None:
         super().__init__()
@@ -65,9 +65,9 @@ class Step(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Run row `row[n]` of the tables once for each picture n.
 
-        Shapes are in `sdrt.bundle.graphs`; `inpaint` holds (k, b, c), `mask` 1 where the image is kept, `next` the row
-        after each row. What inpainting models see beside the latents, `concat`, is not scaled as the latents are.
-        Returns the next registers, the next rows and the denoised estimates `[N, C, h, w]`.
+        Shapes are in `sdrt.bundle.graphs`. `inpaint` holds (k, b, c). `mask` is 1 where the image is kept. `next` gives
+        for each row the row after it. `concat` is what inpainting models see beside the latents; unlike the latents it
+        is not scaled. Returns the next registers, the next rows and the denoised estimates `[N, C, h, w]`.
         """
         next, timestep, a, w, v, u, q, M, inpaint, noise = (
             x.index_select(0, row) for x in (next, timestep, a, w, v, u, q, M, inpaint, noise)

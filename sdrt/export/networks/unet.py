@@ -1,7 +1,7 @@
-"""The denoising UNet of the Stable Diffusion 1.x / 2.x topology, as a plain module whose parameter names are the
+"""The denoising UNet of the Stable Diffusion 1.x / 2.x topology as a plain module. Its parameter names are the
 checkpoint's.
 
-Owns the network, its sizes, and the hypernetworks that change what its attention sees, nothing else. Parameter names
+This file has the network, its sizes, and the hypernetworks that change the input of its attention. Parameter names
 follow the LDM single-file layout below `model.diffusion_model.` (Rombach et al. 2022, "High-Resolution Image Synthesis
 with Latent Diffusion Models").
 """
@@ -22,8 +22,8 @@ from sdrt.export.networks.attention import attention
 
 
 def timestep_embedding(timestep: Tensor, width: int) -> Tensor:
-    """Sinusoids of a float32 timestep `[B]` as `[B, width]`, cosines first (LDM's order); always float32, since 961.733
-    is 961.5 in float16.
+    """Sinusoids of a float32 timestep `[B]` as `[B, width]`, cosines first (LDM's order). Always float32: in float16,
+    961.733 would become 961.5.
     """
     half = width // 2
     frequencies = torch.exp(torch.arange(half, dtype=torch.float32) * (-math.log(10000.0) / half))
@@ -32,7 +32,7 @@ def timestep_embedding(timestep: Tensor, width: int) -> Tensor:
 
 
 class Residual(nn.Module):
-    """One network of a hypernetwork: x + scale * layers(x). The scale is a weight, so that another one needs no other
+    """One network of a hypernetwork: x + scale * layers(x). The scale is a weight, so that another scale needs no other
     trace.
     """
 
@@ -53,24 +53,29 @@ class Residual(nn.Module):
 
 
 class LogSigmoid(nn.Module):
-    """torch.nn's, which would be traced as the logarithm of a sigmoid, and that is 0 for large negative inputs."""
+    """Like torch.nn.LogSigmoid. That one would be traced as the logarithm of a sigmoid, which is wrong for large
+    negative inputs: there the sigmoid is 0.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         return -F.softplus(-x)
 
 
 def _activation(name: str) -> nn.Module:
-    """An activation of torch.nn at its defaults. RReLU's slope is random in training; at inference it is the mean."""
+    """An activation of torch.nn with its defaults. RReLU's slope is random in training; at inference the mean slope is
+    used.
+    """
     special = {"RReLU": nn.LeakyReLU((1 / 8 + 1 / 3) / 2), "LogSigmoid": LogSigmoid()}
     module: nn.Module = special[name] if name in special else getattr(nn, name)()
     return module
 
 
 class Hypernetworks(nn.Module):
-    """Hypernetworks in the order they apply (AUTOMATIC1111, modules/hypernetworks): each has, for some widths, one
+    """Hypernetworks in the order they apply (AUTOMATIC1111, modules/hypernetworks). Each has, for some widths, one
     network for keys and one for values.
 
-    Parameters are named `<i>.<width>.<k|v>.*`. An input of a width that a hypernetwork lacks passes through it.
+    Parameters are named `<i>.<width>.<k|v>.*`. If a hypernetwork lacks the width of an input, the input passes through
+    unchanged.
     """
 
     def __init__(self, specs: tuple[HypernetworkSpec, ...]) -> None:
@@ -83,7 +88,7 @@ class Hypernetworks(nn.Module):
             self.add_module(str(i), nn.ModuleDict(pairs))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """What keys and what values are made from instead of `x` `[B, T, C]`."""
+        """The inputs of the keys and of the values, both made from `x` `[B, T, C]`."""
         keys = values = x
         for by_width in self.children():
             assert isinstance(by_width, nn.ModuleDict)
@@ -101,12 +106,12 @@ def pass_through(x: Tensor) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class Context:
-    """What attention sees besides its own input: keys and values of cross-attention are made from these `[N*G, T, C]`,
-    those of self-attention from what `hypernetworks` makes of the input.
+    """What attention sees besides its own input. Keys and values of cross-attention are made from the tensors here,
+    `[N*G, T, C]`. Those of self-attention are made from what `hypernetworks` makes of its input.
 
-    A picture's G guidance branches differ in their context only, so what flows through the network before the first
-    cross-attention is the same for all of them. It is computed once a picture, `[N, ...]`, as long as `shared` is true;
-    from then on it is `[N*G, ...]`.
+    A picture's G guidance branches differ only in their context. So before the first cross-attention they all have the
+    same features. While `shared` is true, these features are computed once per picture, `[N, ...]`. From the first
+    cross-attention on they are computed per branch, `[N*G, ...]`.
     """
 
     keys: Tensor
@@ -116,12 +121,12 @@ class Context:
     shared: bool
 
     def for_each_branch(self, x: Tensor) -> Tensor:
-        """`x` `[N, ...]` as `[N*G, ...]`; what has its branches already is left alone."""
+        """`x` `[N, ...]` as `[N*G, ...]`. Unchanged if it has its branches already."""
         return _repeated(x, self.branches) if self.shared else x
 
 
 def _repeated(x: Tensor, branches: int) -> Tensor:
-    """`x` `[N, ...]`, repeated for each branch, as `[N*G, ...]`: all branches of the first picture first."""
+    """`x` `[N, ...]`, repeated for each branch, as `[N*G, ...]`. All branches of the first picture come first."""
     return x[:, None].expand(-1, branches, *[-1] * (x.dim() - 1)).flatten(0, 1)
 
 
@@ -132,7 +137,7 @@ class ResBlock(nn.Module):
             nn.GroupNorm(NORM_GROUPS, channels), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1)
         )
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(embedding_width, out_channels))
-        # The Identity stands where training has dropout, so that the convolution keeps its checkpoint index.
+        # The Identity replaces the dropout of training, so that the convolution keeps its index in the checkpoint.
         self.out_layers = nn.Sequential(
             nn.GroupNorm(NORM_GROUPS, out_channels),
             nn.SiLU(),
@@ -251,8 +256,8 @@ class InputConv(nn.Conv2d):
 class UNet(nn.Module):
     """Predicts noise (or v) from scaled latents.
 
-    Any latent size works, odd ones too: the up path is cut to its skip's size before every concat, which equals
-    AUTOMATIC1111's nearest resize there (from h+1 rows to h, nearest keeps rows 0 to h-1).
+    Any latent size works, odd ones too. Before every concat the up path is cut to the size of its skip. AUTOMATIC1111
+    resizes to nearest there, which is the same (from h+1 rows to h, nearest keeps rows 0 to h-1).
     """
 
     def __init__(self, spec: UNetSpec) -> None:
@@ -311,12 +316,12 @@ class UNet(nn.Module):
         *,
         shared: bool = True,
     ) -> Tensor:
-        """Scaled latents of N pictures, a timestep for each, float32 `[N]`, and contexts `[N*G, T, context_width]` to
-        `[N*G, C, h, w]`.
+        """From scaled latents of N pictures, a timestep for each, float32 `[N]`, and contexts `[N*G, T,
+        context_width]`, to `[N*G, C, h, w]`.
 
-        `branches` is G. Latents are `[N, C, h, w]` where they are `shared`: all guidance branches of a picture denoise
-        the same ones. Otherwise they are `[N*G, C, h, w]`, as models need whose branches differ in more than the
-        context. `hypernetworks` gives what keys and what values are made from, for the context and for each input of
+        `branches` is G. If the latents are `shared`, all guidance branches of a picture denoise the same ones, and they
+        are `[N, C, h, w]`. Otherwise they are `[N*G, C, h, w]`, for models whose branches differ in more than the
+        context. `hypernetworks` gives the inputs of keys and values, for the context and for each input of
         self-attention.
         """
         seen = Context(
@@ -333,7 +338,7 @@ class UNet(nn.Module):
                     embedding, *skips = (seen.for_each_branch(each) for each in (embedding, *skips))
                     seen = replace(seen, shared=False)
             skips.append(x)
-        skips.pop()  # the middle block's output goes straight up
+        skips.pop()  # the output of the middle block goes straight up
         for block in self.output_blocks:
             skip = skips.pop()
             x = torch.cat([x[:, :, : skip.shape[2], : skip.shape[3]], skip], dim=1)

@@ -1,6 +1,6 @@
-"""The VAE of Stable Diffusion: decoder from latents to pixels, encoder from pixels to latents.
+"""The VAE of Stable Diffusion: a decoder from latents to pixels, and an encoder from pixels to latents.
 
-Owns the two networks and the pixel arithmetic around them. Parameter names follow the LDM layout below
+This file has the two networks and the pixel arithmetic around them. Parameter names follow the LDM layout below
 `first_stage_model.`.
 """
 
@@ -36,7 +36,7 @@ class ResnetBlock(nn.Module):
 
 
 class AttnBlock(nn.Module):
-    """Single-head attention over all positions; the projections are 1x1 convolutions, as in the checkpoint."""
+    """Single-head attention over all positions. The projections are 1x1 convolutions, as in the checkpoint."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -145,7 +145,7 @@ class Encoder(nn.Module):
 
 
 class VaeDecoder(nn.Module):
-    """Latents to pixels, scale and rounding inside."""
+    """Latents to pixels, with scale and rounding inside."""
 
     def __init__(self, spec: VaeSpec) -> None:
         super().__init__()

@@ -1,5 +1,5 @@
-"""A checkpoint as tensors by canonical name, whatever files and spelling it came in, and the architecture they make. No
-tensor is read before it is used.
+"""A checkpoint as tensors by canonical name, whatever its files and their spelling, and the architecture that these
+tensors make. A tensor is read only when it is used.
 """
 
 from __future__ import annotations
@@ -48,9 +48,10 @@ _FP8_SCALES = (".scale_weight", ".weight_scale")
 class Tensor:
     """Where a tensor of the model lies: its entry within its file, and how the model takes it.
 
-    `rows` are the first and the one after the last of the stored rows that it is, None for all; a `transposed` matrix
-    has them as its columns. `reshaped` is the model's shape where the file has another for the same values; `scale` is
-    the entry of the number that an 8-bit weight is to be multiplied by.
+    rows: the part of the stored rows that it is, from the first number to before the second; None for all. If
+        `transposed`, these are the columns of the model's matrix.
+    reshaped: the model's shape, where the file has another shape for the same values.
+    scale: the entry of the number by which an 8-bit weight is multiplied.
     """
 
     file: TensorFile
@@ -62,15 +63,15 @@ class Tensor:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """In the model."""
+        """The shape in the model."""
         if self.reshaped is not None:
             return self.reshaped
         stored = self.entry.shape if self.rows is None else (self.rows[1] - self.rows[0], *self.entry.shape[1:])
         return stored[::-1] if self.transposed else stored
 
     def read(self) -> torch.Tensor:
-        """The stored values in the model's shape, in the stored type; 8-bit floats as float32, scaled. No more of the
-        file is read than that.
+        """The stored values in the model's shape and the stored type. 8-bit floats become float32 and are scaled. Only
+        the needed part of the file is read.
 
         Raises:
             CheckpointError: the scale of an 8-bit weight is no finite number.
@@ -94,8 +95,8 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An opened checkpoint: every tensor by canonical name, and the architecture they make. `notes` are the decisions
-    taken, for the user.
+    """An opened checkpoint: every tensor by canonical name, and the architecture they make. `notes` tell the user what
+    was decided.
     """
 
     model: ModelFiles
@@ -117,8 +118,8 @@ class Checkpoint:
 
 
 def open_checkpoint(path: Path, vae: Path | None = None, *, ema: bool = False) -> Checkpoint:
-    """Read all but the tensors of a checkpoint, one file or a diffusers folder, and of the file or folder whose VAE
-    replaces its own.
+    """Read a checkpoint, one file or a diffusers folder, except for its tensors' values. `vae` is a file or folder
+    whose VAE replaces the checkpoint's own.
 
     `ema` takes the UNet's averaged weights, which some checkpoints hold beside the plain ones.
 
@@ -176,8 +177,8 @@ def _layers_after(tensors: Mapping[str, Tensor], family: Family, count: int) -> 
 
 
 def model_architecture(model: ModelFiles, tensors: Mapping[str, Tensor], vae: ModelFiles | None = None) -> Architecture:
-    """The architecture that tensors by canonical name make, with what the model's and the VAE's own settings say.
-    Raises as `architecture` does.
+    """The architecture that tensors by canonical name make, together with the settings stored with the model and the
+    VAE. Raises as `architecture` does.
     """
     arch = architecture(model.path, {name: tensor.shape for name, tensor in tensors.items()}, model.metadata)
     stated, scale = model.settings, (vae or model).settings.vae_scale
@@ -207,7 +208,7 @@ def canonical_tensors(model: ModelFiles) -> dict[str, Tensor]:
     """Every tensor of a model by its canonical name.
 
     Raises:
-        CheckpointError: two names of the files stand for one tensor.
+        CheckpointError: two names in the files mean one tensor.
     """
     names = canonical_names(model.path, {name: stored.entry.shape for name, stored in model.tensors.items()})
     tensors: dict[str, Tensor] = {}
@@ -230,12 +231,12 @@ def canonical_tensors(model: ModelFiles) -> dict[str, Tensor]:
 
 
 def as_parts(component: Component, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors of a component as the model has them: a stored one that holds several as these, a stored transpose as the
-    matrix.
+    """Tensors of a component as the model has them. A stored tensor that holds several is divided into them. A stored
+    transpose becomes the matrix.
 
     Raises:
-        CheckpointError: a stored tensor's rows do not divide into its parts, or the file has one of these too; or it is
-            no matrix.
+        CheckpointError: a stored tensor's rows do not divide into its parts, the file also has one of these parts by
+            itself, or a stored transpose is no matrix.
     """
     found: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
@@ -264,13 +265,12 @@ def as_parts(component: Component, tensors: Mapping[str, Tensor]) -> dict[str, T
 
 
 def select(checkpoint: Checkpoint, expected: Mapping[str, tuple[int, ...]]) -> tuple[dict[str, Tensor], list[str]]:
-    """The checkpoint's tensors for the expected names and shapes, and the names of those left over that belong to no
+    """The checkpoint's tensors for the expected names and shapes, and the names of left-over tensors that belong to no
     network.
 
     Raises:
-        CheckpointError: one is missing, has another shape, or is not floating-point; or one of the expected networks
-            has one more, which
-            changes what it computes.
+        CheckpointError: a tensor is missing, has another shape, or is not floating-point; or an expected network has a
+            tensor too many, which changes what the network computes.
     """
     missing = [name for name in expected if name not in checkpoint.tensors]
     if missing:

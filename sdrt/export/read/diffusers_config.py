@@ -1,5 +1,5 @@
-"""What the JSON files of a diffusers folder say that tensors do not. Every setting is used, known to change nothing, or
-refuses the folder.
+"""Reads from the JSON files of a diffusers folder what the tensors do not tell. Every setting is used, is known to
+change nothing, or makes sdrt refuse the folder.
 
 Names and defaults are those of diffusers' and transformers' configurations.
 """
@@ -24,7 +24,7 @@ UNET, VAE, TEXT, SCHEDULER = (
     "scheduler/scheduler_config.json",
 )
 
-# What sdrt's networks compute. A folder that says otherwise would build and give wrong pictures.
+# What sdrt's networks compute. A folder with other values would build and give wrong pictures.
 _FIXED: dict[str, dict[str, tuple[Any, ...]]] = {
     UNET: {
         "_class_name": ("UNet2DConditionModel",),
@@ -104,7 +104,7 @@ _USED = {
     TEXT: ("num_attention_heads", "num_hidden_layers"),
     SCHEDULER: ("prediction_type",),
 }
-# Precision, training, and what acts only together with a setting above that is not there.
+# Precision, training, and settings that only act together with a setting above, which must be absent.
 _HARMLESS = {
     UNET: (
         "dropout",
@@ -182,9 +182,11 @@ _HARMLESS = {
 
 @dataclass(frozen=True)
 class Settings:
-    """None where the files do not say. `sample_size` counts latents a side, `vae_scale` is `VaeSpec.scale`,
-    `text_layers` is how many layers of the text encoder are used. `configs` are the networks' config.json by file name,
-    whose sizes `check_sizes` compares, and the scheduler's; `notes` are for the user.
+    """The settings of a folder; None where the files do not say. `sample_size` counts latents a side. `vae_scale` is
+    `VaeSpec.scale`. `text_layers` is how many layers of the text encoder are used.
+
+    `configs` holds, by file name, the config.json of each network, whose sizes `check_sizes` compares, and the
+    scheduler's. `notes` are for the user.
     """
 
     prediction: str | None = None
@@ -196,10 +198,11 @@ class Settings:
 
 
 def read_settings(path: Path, configs: Mapping[str, Mapping[str, Any]], scheduler: Mapping[str, Any]) -> Settings:
-    """Settings from each component's config.json, by component, and the scheduler's.
+    """Settings from each component's config.json, by component, and from the scheduler's.
 
     Raises:
-        CheckpointError: a setting that sdrt's networks do not have, that it does not know, or of the wrong type.
+        CheckpointError: a setting that sdrt's networks do not have, that sdrt does not know, or that has the wrong
+            type.
     """
     named = {f"{component}/config.json": config for component, config in configs.items()}
     for name, document in (named | {SCHEDULER: scheduler}).items():
@@ -234,7 +237,7 @@ def _check_settings(path: Path, name: str, document: Mapping[str, Any]) -> None:
     }
     _check_fixed(path, name, document, _FIXED[name])
     for key, value in document.items():
-        # What starts with _ is the tool's own; null is not set.
+        # names with a leading _ are the tool's own; null means not set
         if key not in known and key not in _FIXED[name] and not key.startswith("_") and value is not None:
             raise _refused(path, name, key, value, "no such setting")
 
@@ -253,17 +256,17 @@ def _check_fixed(path: Path, name: str, document: Mapping[str, Any], fixed: Mapp
 
 
 def check_family(path: Path, configs: Mapping[str, Mapping[str, Any]], family: Family) -> None:
-    """Check the settings that differ between families, by file name, once it is known which family it is.
+    """Check the settings that differ between families, by file name, once the family is known.
 
     Raises:
-        CheckpointError: one is another family's.
+        CheckpointError: a setting belongs to another family.
     """
     for name, fixed in family.settings.items():
         _check_fixed(path, name, configs.get(name, {}), fixed)
     unet, text = configs.get(UNET, {}), configs.get(TEXT, {})
     key = (
         "num_attention_heads" if unet.get("num_attention_heads") is not None else "attention_head_dim"
-    )  # diffusers' old misnomer: the number of heads
+    )  # the old name in diffusers for the number of heads
     heads = unet.get(key, family.heads)
     if any(not _same(n, family.heads) for n in (heads if isinstance(heads, list) else [heads])):
         raise _refused(path, UNET, key, heads, f"{family.heads} heads")
@@ -279,9 +282,7 @@ def check_family(path: Path, configs: Mapping[str, Mapping[str, Any]], family: F
 
 
 def _sampling(scheduler: Mapping[str, Any]) -> list[str]:
-    """A remark where a folder was made to be sampled otherwise than its family's own folders: a bundle keeps no
-    sampler.
-    """
+    """Remarks where a folder was made for another sampling than is usual in its family. A bundle stores no sampler."""
     own = [name for family in FAMILIES for name in family.schedulers]
     chosen = [str(scheduler["_class_name"])] if scheduler.get("_class_name", own[0]) not in own else []
     if (spacing := scheduler.get("timestep_spacing", "leading")) != "leading":
@@ -302,11 +303,11 @@ def _sampling(scheduler: Mapping[str, Any]) -> list[str]:
 
 
 def check_sizes(path: Path, configs: Mapping[str, Mapping[str, Any]], arch: Architecture) -> None:
-    """Check that the sizes which config.json files state are those of the tensors, which diffusers would not load
+    """Check that the sizes in config.json files are those of the tensors. diffusers would not load the folder
     otherwise.
 
     Raises:
-        CheckpointError: one is not.
+        CheckpointError: a size differs.
     """
     for name, config in configs.items():
         for key, read in _SIZES.get(name, {}).items():
@@ -327,7 +328,7 @@ def _blocks(levels: Sequence[int], attention: str, plain: str) -> tuple[str, ...
     return tuple(attention if depth else plain for depth in levels)
 
 
-# What each setting of a size is, by the tensors: one value for each level where it may differ between levels.
+# The value of each size setting according to the tensors. It has one value per level if it may differ between levels.
 _SIZES: dict[str, dict[str, Callable[[Architecture], Sequence[Any]]]] = {
     UNET: {
         "in_channels": lambda arch: (arch.unet.in_channels,),

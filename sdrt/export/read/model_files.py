@@ -1,9 +1,9 @@
-"""The file or folder a model comes in: one file of tensors, or the folder diffusers saves, with a subfolder per
-network.
+"""The file or folder that a model comes in: one file of tensors, or the folder that diffusers saves, with a subfolder
+per network.
 
-Owns which files of a folder are read (docs/architecture.md says in which order they are preferred), what its JSON files
-say that tensors do not, and the hash that stands for all of them. Tensors are named as one file would name them:
-`unet.`, `vae.`, `text_encoder.` and the name within.
+This file decides which files of a folder are read (docs/architecture.md has the order of preference), reads the
+settings in its JSON files, and makes the hash that stands for all of them. Tensors have the names that one file would
+give them: `unet.`, `vae.` or `text_encoder.`, and the name within.
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ _UNUSED_COMPONENTS = (
     "image_encoder",
     "requires_safety_checker",
 )
-"""Of a pipeline: what sdrt has itself, and what changes no picture. An image encoder serves IP-Adapters only."""
+"""Other parts of a pipeline. sdrt brings these itself, or they change no picture. An image encoder serves IP-Adapters
+only.
+"""
 _PIPELINES = tuple(pipeline for family in FAMILIES for pipeline in family.pipelines)
 MAX_DOCUMENT_BYTES = 16 << 20
 _STEMS = {
@@ -56,7 +58,7 @@ class Stored:
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """A model's open files by name below `path`, and its JSON files; every tensor by the name the model gives it. No
+    """A model's open files by name below `path`, its JSON files, and every tensor by the name the model gives it. No
     tensor has been read.
     """
 
@@ -73,8 +75,8 @@ class ModelFiles:
         return self.path.name or self.path.absolute().name
 
     def sha256(self) -> str:
-        """SHA-256 of the file; of a folder, that of the lines `sha256sum` prints for the files that were read, sorted
-        by name.
+        """SHA-256 of the file. For a folder it is the SHA-256 of the lines that `sha256sum` prints for the files that
+        were read, sorted by name.
 
         Raises:
             InputFileError: a file was replaced or written to since it was opened.
@@ -107,7 +109,7 @@ class ModelFiles:
 
 
 def is_folder(path: Path) -> bool:
-    """Whether a path is a folder. False for names that no file can have, which `Path.is_dir` raises for."""
+    """Whether a path is a folder. False also for names that no file can have, for which `Path.is_dir` raises."""
     return os.path.isdir(path)  # noqa: PTH112
 
 
@@ -170,8 +172,8 @@ def open_model(path: Path) -> ModelFiles:
 
 
 def open_vae(path: Path) -> ModelFiles:
-    """Open what holds a VAE: one file, a diffusers VAE's folder, or a whole pipeline's folder, of which only `vae` is
-    read. Raises as `open_model`.
+    """Open a file or folder with a VAE: one file, a diffusers VAE's folder, or a whole pipeline's folder. Of the last
+    only `vae` is read. Raises as `open_model`.
     """
     if not is_folder(path):
         return open_model(path)
@@ -194,7 +196,7 @@ def open_vae(path: Path) -> ModelFiles:
 
 @dataclass
 class _Folder:
-    """A folder while its files are opened."""
+    """A folder whose files are being opened."""
 
     path: Path
     opened: ExitStack
@@ -208,7 +210,7 @@ class _Folder:
         return ModelFiles(self.path, self.files, self.documents, self.tensors, {}, settings, (*self.notes, *notes))
 
     def document(self, name: str, fix: str) -> dict[str, Any]:
-        """A JSON object, read once, to be hashed as it was read."""
+        """Read a JSON object once. The hash is taken of the same bytes."""
         path = self.path / name
         try:
             document = read_document(path, MAX_DOCUMENT_BYTES, fix)
@@ -224,7 +226,7 @@ class _Folder:
         return found
 
     def component(self, component: str, below: str) -> None:
-        """Open a network's weights: one file, or the shards that an index names."""
+        """Open a network's weights: one file, or the shards listed in an index."""
         folder = self.path / below
         try:
             present = {entry.name for entry in folder.iterdir()}
@@ -277,7 +279,7 @@ class _Folder:
 
 
 def _preferred(stem: str) -> tuple[str, ...]:
-    """Names of weight files, and of indices over shards, that diffusers and transformers save."""
+    """Names of weight files and of shard indices that diffusers and transformers save."""
     return tuple(
         f"{stem}{name}"
         for kind in ("safetensors", "bin")

@@ -1,7 +1,7 @@
-"""What a pickle may name, and the inert builder that stands in for each: the exact table behind `pickles.py`. Imports
-no torch.
+"""The exact table behind `pickles.py`: every name that a pickle may hold, and the inert builder that stands in for it.
+Imports no torch.
 
-A builder only notes what it is given. Adding a name here never makes Python look it up.
+A builder only notes its arguments. Python never looks up a name of this table.
 """
 
 from __future__ import annotations
@@ -54,15 +54,15 @@ _TYPES = {
 
 @dataclass(frozen=True, eq=False)
 class Name:
-    """A name of the table, as data: what it names is never looked up."""
+    """A name of the table, as data. It is never looked up."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class StorageReference:
-    """Bytes that tensors are views of, by the key under which the file holds them. `first_item` is where a legacy
-    file's view of it starts.
+    """Bytes that tensors are views of, with the key under which the file holds them. In a legacy file a storage may
+    itself be a view of these bytes; `first_item` is where it starts.
     """
 
     key: str
@@ -73,9 +73,7 @@ class StorageReference:
 
 @dataclass(frozen=True, eq=False)
 class TensorReference:
-    """A view of a storage, as the pickle has it, not yet checked against the storage: counts are of items
-    of `dtype`.
-    """
+    """A view of a storage, as in the pickle, not yet checked against the storage. Counts are in items of `dtype`."""
 
     storage: StorageReference
     dtype: str
@@ -86,7 +84,7 @@ class TensorReference:
 
 @dataclass(frozen=True, eq=False)
 class Baggage:
-    """Something a training script left, known to be none of the weights. Its content was dropped."""
+    """Something a training script left in the file. It is known to hold no weights, and its content was dropped."""
 
     name: str
 
@@ -97,11 +95,11 @@ class NumpyType:
 
 
 class MalformedPickle(ValueError):
-    """What a pickle holds does not fit together; `read_pickle` says where."""
+    """The parts of a pickle do not fit together. `read_pickle` adds where."""
 
 
 class Parameters(dict[Any, Any]):
-    """A torch ParameterDict, as the dictionary it is."""
+    """A ParameterDict of torch, as a plain dictionary."""
 
 
 def kind(value: object) -> str:
@@ -115,8 +113,8 @@ def kind(value: object) -> str:
 
 
 def shown(value: object) -> str:
-    """A value in a few characters. Never its repr: that of a huge number is refused by Python, that of shared lists may
-    be endless.
+    """A value in a few characters. Never its repr: Python refuses the repr of a huge number, and the repr of shared
+    lists may be endless.
     """
     if isinstance(value, tuple | list):
         return (
@@ -140,7 +138,7 @@ def pairs(items: list[Any]) -> dict[Any, Any]:
 
 
 def hashable(value: Any) -> Any:
-    # Only keys that hash in constant time: a tuple of tuples that share their parts takes exponential time.
+    # Only keys that hash in constant time: a tuple of tuples with shared parts takes exponential time.
     return value if value is None or isinstance(value, str | int | float | bytes | Name) else Baggage(kind(value))
 
 
@@ -312,6 +310,6 @@ NAMES: dict[str, Builder | None] = {
         for name in ("AnyNode", "IntegerNode", "FloatNode", "StringNode", "BooleanNode")
     },
 }
-"""Every name a pickle may hold, "module name" as one text, and what stands in for a call of it. None: it may be
-referred to, not called.
+"""Every name a pickle may hold, as one text "module name", and the stand-in for a call of it. None: the name may be
+mentioned but not called.
 """

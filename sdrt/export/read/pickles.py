@@ -1,7 +1,7 @@
-"""Reads a pickle as data: its opcodes are interpreted here, and what they name is looked up in an exact table of inert
+"""Reads a pickle as data. Its opcodes are interpreted here, and its names are looked up in an exact table of inert
 builders.
 
-Nothing is imported, called or instantiated on a pickle's behalf. A name outside the table refuses the file. Written
+Nothing is imported, called or instantiated for a pickle. A name outside the table makes sdrt refuse the file. Written
 from the opcode documentation of Python's `pickletools`, whose tokenizer it uses. Imports no torch.
 """
 
@@ -33,13 +33,13 @@ MAX_DEPTH = 200
 MAX_LINE_BYTES = 1 << 20
 MAX_KEY_LENGTH = 100
 MAX_COPIED = 100_000_000
-"""What builders may copy in all: characters, with a value counted as 100. A pickle can refer to one long list as often
-as it has opcodes.
+"""How many characters builders may copy in all, where a value counts as 100. A pickle can refer to one long list once
+per opcode.
 """
 
 
 class PickleBytes:
-    """A pickle's bytes within a stream, for `genops`: what it may read is bounded before it is read."""
+    """A pickle's bytes within a stream, for `genops`. Every read is bounded before it happens."""
 
     def __init__(self, stream: BinaryIO, end: int) -> None:
         self._stream = stream
@@ -68,21 +68,21 @@ class PickleBytes:
 
 
 def read_pickle(source: PickleBytes, where: str, storages: dict[str, StorageReference] | None = None) -> Any:
-    """The value that a pickle describes: plain Python values, `TensorReference`s, and `Baggage` and `Name`s where those
-    were stored.
+    """The value that a pickle describes: plain Python values and `TensorReference`s, and `Baggage` and `Name`s where
+    the pickle holds those.
 
-    `where` names the file in messages. The source is left behind the pickle's STOP. `storages` collects every storage
-    referred to, by its key.
+    `where` names the file in messages. The source is left just after the pickle's STOP. `storages` collects every
+    storage that is referred to, by its key.
 
     Raises:
-        InputFileError: it is malformed or passes a limit.
-        UnsafeError: it names something outside the table, or asks for code.
+        InputFileError: the pickle is malformed or passes a limit.
+        UnsafeError: the pickle names something outside the table, or asks for code.
     """
     try:
         return _Interpreter(where, {} if storages is None else storages).run(source)
     except (ValueError, IndexError, OverflowError, DeprecationWarning) as error:
-        # genops and the stack raise these for bytes that are no pickle (the warning, where warnings are errors, for a
-        # bad escape in a text).
+        # genops and the stack raise these for bytes that are no pickle. A bad escape in a text gives a warning, which
+        # may be an error.
         message = str(error) if not isinstance(error, IndexError) else "it takes more from its stack than is there"
         raise InputFileError(
             f"{where}: malformed pickle: {printable(message[:200])}", "Download the file again."
@@ -126,8 +126,8 @@ class _Interpreter:
         raise MalformedPickle("it does not end")
 
     def check_frame(self, name: str, argument: Any, position: int, source: PickleBytes) -> None:
-        """Frames hold whole opcodes, lie one behind the other, and the last ends with the pickle: readers differ on any
-        other.
+        """Frames must hold whole opcodes and follow each other, and the last must end with the pickle. Readers disagree
+        about any other frames.
         """
         end = source.tell()
         if position < self.frame_end < end:
@@ -203,7 +203,7 @@ class _Interpreter:
         self.name(f"{module} {attribute}" if both else None)
 
     def construct(self, target: Any, arguments: Any) -> None:
-        """Stand in for a call of `target`: only a name of the table can be built, by its own inert builder."""
+        """Stand in for a call of `target`. Only a name of the table can be built, by its own inert builder."""
         if not isinstance(target, Name):
             raise self._unsafe(f"a call of {kind(target)}, expected a name")
         if not isinstance(arguments, tuple):
@@ -243,8 +243,8 @@ class _Interpreter:
         self.construct(target, tuple(arguments))
 
     def build(self, _: object) -> None:
-        """Attributes set on what was built. State dicts carry `_metadata` there; of a ParameterDict they are the
-        parameters.
+        """Set attributes on a built value. State dicts carry `_metadata` there. The attributes of a ParameterDict are
+        its parameters.
         """
         state, target = self.stack.pop(), self.stack[-1]
         if isinstance(target, Parameters):
@@ -258,7 +258,9 @@ class _Interpreter:
             raise self._unsafe(f"a state given to {kind(target)}, which takes none")
 
     def persistent(self, _: object) -> None:
-        """Storages are the one thing torch keeps outside the pickle: ("storage", type, key, device, items[, view])."""
+        """Resolve a storage, the only kind of value that torch keeps outside the pickle: ("storage", type, key, device,
+        items[, view]).
+        """
         key = self.stack.pop()
         if not isinstance(key, tuple) or not key or key[0] != "storage":
             what = (

@@ -1,4 +1,4 @@
-"""What a file says of one tensor, whatever the file's format. Imports no torch."""
+"""What a file says about one tensor, in any format. Imports no torch."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """One tensor in a file: `dtype` is the safetensors code, `offset` counts bytes from the start of the file, or of
-    `storage` where it has one.
+    """One tensor in a file. `dtype` is the safetensors code. `offset` counts bytes from the start of the file, or of
+    `storage` if that is set.
 
-    `strides` count elements; empty where the tensor lies row-major without gaps.
+    `strides` count elements. They are empty where the tensor lies row-major without gaps.
     """
 
     name: str

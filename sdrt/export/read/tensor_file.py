@@ -1,8 +1,8 @@
-"""Opens a file of tensors, safetensors, what torch.save wrote, or a PNG that carries an embedding: names, types and
-shapes at once, data on demand. Never executes what it reads.
+"""Opens a file of tensors: safetensors, a file of torch.save, or a PNG that carries an embedding. Names, types and
+shapes come at once, data on demand. Nothing in the file is ever executed.
 
-A safetensors header is checked more strictly than the safetensors library does (format document: safetensors README):
-duplicate keys, holes and trailing bytes are refused, and every message names the file and the tensor. torch is imported
+A safetensors header is checked more strictly than the safetensors library does (format document: safetensors README).
+Duplicate keys, holes and trailing bytes are refused, and every message names the file and the tensor. torch is imported
 only when data is read.
 """
 
@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 MAX_HEADER_BYTES = 100_000_000
 _BLOCK_BYTES = 1 << 20
 MAX_SEPARATORS = 4_000_000
-"""Brackets, colons and commas in a header, those within metadata's text included: 100,000 tensors have 1.5 million.
-Bounds what parsing takes.
+"""Most brackets, colons and commas in a header, those in the text of its metadata included. 100,000 tensors have 1.5
+million. Bounds the work of parsing.
 """
 _PNG = b"\x89PNG\r\n\x1a\n"
 _PICTURES = {
@@ -47,13 +47,16 @@ _LEGACY_TEXT_START = b"L119547037146038801333356L"  # torch's magic number, as p
 
 
 class TensorFile:
-    """An open file of tensors. All reads go through one descriptor, so the file cannot be swapped between two of them.
+    """An open file of tensors. All reads go through one descriptor, so the file cannot be swapped between two reads.
     Thread-safe.
 
-    `entries` are its tensors by name. `tree` is the same as the file nests it: dictionaries, lists, text and numbers,
-    with entries as leaves; a safetensors file is one flat dictionary. Below a `state_dict`, both start there.
-    `metadata` is a safetensors file's own; `notes` are for the user. `decoded` holds the tensors' bytes where the file
-    spells them in another way, and the entries' offsets count from its start.
+    entries: the tensors by name.
+    tree: the same as the file nests them: dictionaries, lists, text and numbers, with entries as leaves. A safetensors
+        file is one flat dictionary. If there is a `state_dict`, both `entries` and `tree` start below it.
+    metadata: a safetensors file's own.
+    notes: remarks for the user.
+    decoded: the tensors' bytes, where the file spells them in another way. The offsets of entries then count from its
+        start.
     """
 
     def __init__(
@@ -73,7 +76,7 @@ class TensorFile:
         self.notes = notes
         self._stream = stream
         self._decoded = decoded
-        self._lock = Lock()  # from a seek to the end of the read that follows it
+        self._lock = Lock()  # held from a seek to the end of the read after it
         self._opened = _identity(os.fstat(stream.fileno()))
         self._sha256: str | None = None
         self._checked: set[Member] = set()
@@ -92,12 +95,12 @@ class TensorFile:
         self.close()
 
     def read_bytes(self, entry: TensorEntry) -> bytearray:
-        """The tensor's bytes, little-endian, row-major; from the first element to the last where the entry has strides.
-        `TensorEntry.rows` makes an entry of a part, of which no more is read.
+        """The tensor's bytes, little-endian, row-major. Where the entry has strides, all bytes from the first element
+        to the last. `TensorEntry.rows` makes an entry of a part; then only the part is read.
 
         Raises:
             InputFileError: the file is shorter than when it was opened, or damaged.
-            UnsafeError: the bytes are not those whose checksum the file states.
+            UnsafeError: the bytes do not have the checksum that the file states.
         """
         with self._lock:
             return self._read_bytes(entry)
@@ -131,8 +134,8 @@ class TensorFile:
         return data
 
     def read(self, name: str, rows: tuple[int, int] | None = None) -> torch.Tensor:
-        """The tensor as it is stored, row-major; or its rows from the first to before the second number, which is all
-        that is read then.
+        """The tensor as it is stored, row-major. With `rows` only the rows from the first number to before the second
+        are read.
 
         Raises:
             InputFileError: the tensor is not floating-point or integer data that torch can hold; or as `read_bytes`.
@@ -172,10 +175,10 @@ class TensorFile:
         return self._sha256
 
     def check_unchanged(self) -> None:
-        """Raise InputFileError if the file has changed: in size or time since it was opened, in content since `sha256`
-        was taken, or is another by now.
+        """Raise InputFileError if the file has changed: its size or time since it was opened, or its content since
+        `sha256` was taken. Another file under the same name counts as a change.
         """
-        if sys.platform != "win32":  # nobody replaces an open file there
+        if sys.platform != "win32":  # nobody can replace an open file on Windows
             try:
                 replaced = not os.path.samestat(self.path.stat(), os.fstat(self._stream.fileno()))
             except OSError:
@@ -211,8 +214,8 @@ class TensorFile:
 
 
 def open_tensor_file(path: Path) -> TensorFile:
-    """Open a safetensors file, or one that torch.save wrote, and check all but its tensors' values. Its content tells
-    which it is, not its name.
+    """Open a safetensors file or a file of torch.save, and check everything except the tensors' values. The content
+    decides which of the two it is, not the name.
 
     Raises:
         InputFileError: the file is missing, not a regular file, of another format, malformed, or past a limit; the
@@ -224,7 +227,7 @@ def open_tensor_file(path: Path) -> TensorFile:
     try:
         with _reading(path):
             status = os.fstat(stream.fileno())
-            size, start = status.st_size, stream.read(512) or b""  # None: a file of /proc that has nothing to read yet
+            size, start = status.st_size, stream.read(512) or b""  # None: a file of /proc without anything to read yet
         header_bytes = int.from_bytes(start[:8], "little")
         if start.startswith(_PNG):
             entries, tree, decoded = read_png_embedding(path, stream)
@@ -252,7 +255,7 @@ def open_tensor_file(path: Path) -> TensorFile:
 
 
 def check_present(path: Path) -> None:
-    """Check that a file of tensors is there and may be read, before work that takes its time.
+    """Check that a file of tensors exists and may be read, before work that takes long.
 
     Raises:
         InputFileError: it is missing, cannot be opened, or is no regular file.
@@ -281,8 +284,8 @@ def _opened(path: Path) -> BinaryIO:
 
 @contextmanager
 def _reading(path: Path) -> Iterator[None]:
-    """Turn a failed read of an input into an error that names it: inside a build, any other would be taken for one of
-    the output.
+    """Turn a failed read of an input into an error that names the input. Inside a build any other error would be taken
+    for one of the output.
     """
     try:
         yield
@@ -306,7 +309,7 @@ def _similar_file(path: Path) -> str:
 
 
 def _is_pickle(path: Path, start: bytes) -> bool:
-    """Whether a file that is no safetensors file starts as a pickle. Protocols 0 and 1 have no mark of their own: there
+    """Whether a file that is no safetensors file starts as a pickle. Protocols 0 and 1 have no mark of their own, so
     the name decides too.
     """
     marked = start[0:1] == b"\x80" and start[1:2] <= b"\x05" and len(start) > 8
@@ -321,7 +324,7 @@ def _is_pickle(path: Path, start: bytes) -> bool:
 
 
 def _refuse(path: Path, start: bytes, size: int, header_bytes: int) -> NoReturn:
-    """Say what a file is that is not safetensors, as far as its first bytes tell."""
+    """Refuse a file that is not safetensors, and say what it is, as far as its first bytes tell."""
     again = "Download the file again."
     text = start.removeprefix(b"\xef\xbb\xbf").lstrip()
     if size <= 8 or header_bytes == 0:
@@ -347,7 +350,7 @@ def _refuse(path: Path, start: bytes, size: int, header_bytes: int) -> NoReturn:
         raise InputFileError(f"{path}: a GGUF file, expected safetensors", "Get the .safetensors version of the model.")
     if (
         text[:1] in (b"<", b"{", b"[") and header_bytes > MAX_HEADER_BYTES
-    ):  # a true header's length may start with these bytes too
+    ):  # the length of a real header may start with these bytes too
         what = "an HTML page" if text[:1] == b"<" else "JSON text"
         shown = text[:40].decode("utf-8", "replace")
         raise InputFileError(
@@ -430,7 +433,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
             raise _DuplicateKey(key)
         for text in (key, value):
             if isinstance(text, str):
-                text.encode()  # half of a surrogate pair is a ValueError, as any JSON reader but Python's has it
+                text.encode()  # half of a surrogate pair raises ValueError, as in every JSON reader but Python's
         result[key] = value
     return result
 

@@ -1,9 +1,9 @@
-"""Reads what torch.save wrote: the zip form of today and the legacy form, into tensor entries and a tree of plain
+"""Reads files of torch.save, in today's zip form and in the legacy form, into tensor entries and a tree of plain
 values.
 
-Owns what is around the pickle: the members of the zip form, the storages of the legacy form, and the check that every
-tensor lies within its storage. Formats: torch/serialization.py (`_save`, `_legacy_save`). Reads no tensor data and
-imports no torch.
+This file handles everything around the pickle: the members of the zip form, the storages of the legacy form, and the
+check that every tensor lies within its storage. Formats: torch/serialization.py (`_save`, `_legacy_save`). Reads no
+tensor data and imports no torch.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _SOURCE = "Get the file from its source again, as .safetensors if there is one."
 
 @dataclass(frozen=True)
 class TorchArchive:
-    """What a file of torch.save holds: tensors by dotted name, the same as a tree of plain values with entries as
+    """The content of a file of torch.save: tensors by dotted name, the same as a tree of plain values with entries as
     leaves, and remarks for the user.
     """
 
@@ -145,7 +145,7 @@ def _integer(path: Path, stream: BinaryIO, at: int) -> int:
 
 
 def _folder(path: Path, found: list[Member]) -> tuple[str, dict[str, Member]]:
-    """The folder within the archive, and its members by their names below it."""
+    """The folder within the archive, and the folder's members by name."""
     pickles = [member.name for member in found if member.name.rpartition("/")[2] == "data.pkl"]
     names = {member.name for member in found}
     if any(name.endswith("/constants.pkl") or "/code/" in name for name in names):
@@ -332,7 +332,7 @@ def _is_size(value: object) -> bool:
 
 
 def _dense(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
-    """Whether a tensor lies row-major without gaps. The stride of a dimension of one, or of an empty tensor, says
+    """Whether a tensor lies row-major without gaps. The strides of an empty tensor, or of a dimension of size one, mean
     nothing.
     """
     step = 1

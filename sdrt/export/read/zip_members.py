@@ -1,7 +1,7 @@
-"""Finds the members of a zip archive and reads them, stricter than the zip format is.
+"""Finds the members of a zip archive and reads them, more strictly than the zip format demands.
 
-Owns the checks that two readers of one archive see the same: one directory at the very end, headers that agree with it,
-no overlap, no gap, no duplicate. Written from PKWARE's APPNOTE 6.3.10; standard library only.
+The checks here make sure that two readers of one archive see the same: one directory at the very end, headers that
+agree with it, no overlap, no gap, no duplicate. Written from PKWARE's APPNOTE 6.3.10; standard library only.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ MAX_MEMBERS = 65_535
 MAX_NAME_BYTES = 1024
 MIN_EXPANSION_BYTES = 1 << 20
 MAX_EXPANSION = 4
-"""What a file unpacks to may be this many times its size (or MIN_EXPANSION_BYTES, where that is more): weights hardly
+"""A file may unpack to this many times its size, or to MIN_EXPANSION_BYTES if that is more. Weights hardly shrink under
 deflate, bombs do.
 """
 
@@ -37,8 +37,8 @@ _SOURCE = "Get the file from its source again, as .safetensors if there is one."
 
 @dataclass(frozen=True)
 class Member:
-    """Bytes within a file: `size_bytes` of them, or `deflated_bytes` that inflate to as many; `crc32` of the unpacked
-    bytes, None where none was kept.
+    """Bytes within a file: `size_bytes` stored bytes, or `deflated_bytes` that inflate to `size_bytes`. `crc32` is of
+    the unpacked bytes, None where none was kept.
     """
 
     name: str
@@ -65,7 +65,7 @@ def expansion_limit(file_bytes: int) -> int:
 
 
 def members(path: Path, stream: BinaryIO, size: int) -> list[Member]:
-    """The members of the archive that `stream` is, `size` bytes long, in the order of its directory.
+    """The members of the archive in `stream`, `size` bytes long, in the order of the archive's directory.
 
     Raises:
         InputFileError: the archive is truncated or malformed, or would unpack to more than `expansion_limit`.
@@ -97,8 +97,8 @@ def read_member(path: Path, stream: BinaryIO, member: Member) -> bytearray:
     """A member's bytes, unpacked and checked.
 
     Raises:
-        InputFileError: it is damaged, or the file is shorter than when it was opened.
-        UnsafeError: its checksum is another than the archive states.
+        InputFileError: the member is damaged, or the file is shorter than when it was opened.
+        UnsafeError: the bytes do not have the checksum that the archive states.
     """
     where = f"{path}: {printable(member.name)}"
     if member.deflated_bytes is None:
@@ -117,8 +117,8 @@ def read_member(path: Path, stream: BinaryIO, member: Member) -> bytearray:
 
 
 def check_member(path: Path, stream: BinaryIO, member: Member) -> None:
-    """Compare a stored member's checksum, in constant memory, before a part of it is read. Raises as `read_member`
-    does.
+    """Compare the checksum of a stored member, in constant memory, before a part of the member is read. Raises as
+    `read_member` does.
     """
     assert member.deflated_bytes is None
     if member.crc32 is None:
@@ -166,7 +166,7 @@ def _exactly(path: Path, stream: BinaryIO, offset: int, size: int) -> bytes:
 
 
 def _directory(path: Path, stream: BinaryIO, size: int) -> tuple[int, int, int, int]:
-    """Start, size and member count of the directory, and where it must end."""
+    """Start, size and member count of the directory, and where the directory must end."""
     tail_start = max(0, size - 65_557)
     tail = _exactly(path, stream, tail_start, size - tail_start)
     at = tail.rfind(_END)
@@ -236,7 +236,7 @@ def _central_headers(path: Path, directory: bytes, count: int) -> list[_Header]:
 
 
 def _wide(where: str, extra: bytes, *values: int) -> list[int]:
-    """The values, with those that do not fit 32 bits taken from the zip64 field of `extra`."""
+    """The values. Those too large for 32 bits come from the zip64 field of `extra`."""
     fields, at = {}, 0
     while at + 4 <= len(extra):
         kind, size = struct.unpack("<2H", extra[at : at + 4])
@@ -317,7 +317,7 @@ def _member(path: Path, stream: BinaryIO, header: _Header, directory_start: int)
 def _check_gaps(
     path: Path, stream: BinaryIO, headers: Sequence[_Header], found: dict[bytes, Member], directory_start: int
 ) -> None:
-    """Members follow each other with nothing between them but the data descriptors that their flags announce."""
+    """Check that nothing lies between members but the data descriptors that their flags announce."""
     ordered = sorted(headers, key=lambda header: header.offset)
     starts = [header.offset for header in ordered] + [directory_start]
     if starts[0] != 0:

@@ -1,5 +1,5 @@
-"""Pictures as input: fitted to the size asked for, and masks brought to the latents. Owns no arithmetic of the
-denoising.
+"""Pictures as input: an init image is fitted to the size asked for, and a mask is brought to the latents. The
+arithmetic of the denoising is not here.
 
 Formulas: AUTOMATIC1111's modules/processing.py and modules/images.py, diffusers' image_processor.py, in our own words.
 """
@@ -23,21 +23,21 @@ if TYPE_CHECKING:
     from sdrt.runtime.request import ImageInput
 
 _STRIP = 1 << 20
-"""Pixels of a mask that are softened at a time."""
+"""How many pixels of a mask are softened at a time."""
 
 
 @dataclass(frozen=True)
 class Canvas:
-    """What a picture starts from, W x H pixels.
+    """The start of a picture of W x H pixels.
 
     pixels: uint8 `[H, W, 3]`.
-    keep: float32 `[1, h, w]`, where the latents stay the image's (1) and where they are repainted (0); all 0 without a
-        mask.
+    keep: float32 `[1, h, w]`: 1 where the latents stay the image's, 0 where they are repainted. All 0 without a mask.
     masked_pixels: uint8 `[H, W, 3]`, the image with grey where it is repainted, as inpainting models see it; None
         without a mask.
     overlay: float32 `[H, W, 1]`, how much of the image is laid over the finished picture, 0 to 1; None where the tool
-        lays nothing over it. sha256: of what `init_image` and `mask` were read from: the bytes of a file, the pixels of
-        what was in memory.
+        lays nothing over it.
+    sha256: hashes of the sources of `init_image` and `mask`: of the bytes of a file, or of the pixels of an image in
+        memory.
     """
 
     pixels: Pixels
@@ -48,7 +48,7 @@ class Canvas:
 
 
 def blank_canvas(size: tuple[int, int], factor: int) -> Canvas:
-    """Nothing to start from: grey, all of it repainted. Inpainting models see it when they draw from text."""
+    """A canvas with nothing on it: grey, all of it repainted. Inpainting models see it when they draw from text."""
     width, height = size
     grey = np.full((height, width, 3), 128, np.uint8)
     return Canvas(grey, np.zeros((1, height // factor, width // factor), np.float32), grey)
@@ -64,11 +64,11 @@ def canvas(
     compat: str,
     factor: int,
 ) -> Canvas:
-    """Bring an init image, and the mask that says what to repaint of it (white), to `size` and to the latents.
+    """Bring an init image and its mask to `size` and to the latents. White parts of the mask are repainted.
 
     Raises:
-        InputFileError: it cannot be read as a picture, or is larger than the limits.
-        UsageError: the mask is of another size than the image, or an array is no picture.
+        InputFileError: one of them cannot be read as a picture, or is larger than the limits.
+        UsageError: the mask has another size than the image, or an array is no picture.
     """
     sha256: dict[str, str] = {}
     given = open_picture("init_image", init)
@@ -93,8 +93,8 @@ def canvas(
 def _diffusers_mask(
     pixels: Pixels, mask: Image.Image, size: tuple[int, int], resize: str, blur: int, factor: int
 ) -> Canvas:
-    """Repainted where at least half white, at the resolution of pixels; the nearest pixel decides for a latent. Nothing
-    is laid over the result.
+    """Repaint where the mask is at least half white, at the resolution of pixels. The nearest pixel decides for a
+    latent. Nothing is laid over the result.
     """
     from PIL import ImageFilter
 
@@ -108,7 +108,7 @@ def _diffusers_mask(
 def _a1111_mask(
     pixels: Pixels, mask: Image.Image, size: tuple[int, int], resize: str, blur: int, factor: int
 ) -> Canvas:
-    """Blurred before it is fitted; a latent is repainted or kept whole, while the image is laid over the result along
+    """Blur the mask before it is fitted. A latent is repainted or kept whole. The image is laid over the result along
     the soft edge.
     """
     from PIL import Image
@@ -135,7 +135,7 @@ def _greyed(pixels: Pixels, repaint: NDArray[np.bool_]) -> Pixels:
 
 
 def laid_over(picture: Pixels, canvas: Canvas) -> Pixels:
-    """The finished picture `[H, W, 3]` under the parts of the image that were kept."""
+    """The finished picture `[H, W, 3]` with the kept parts of the image laid over it."""
     if canvas.overlay is None:
         return picture
     blended = canvas.pixels * canvas.overlay + picture * (1 - canvas.overlay)
@@ -143,8 +143,8 @@ def laid_over(picture: Pixels, canvas: Canvas) -> Pixels:
 
 
 def gaussian_blur(grey: NDArray[np.uint8], sigma: int) -> NDArray[np.uint8]:
-    """A mask `[H, W]` softened as AUTOMATIC1111 does: OpenCV's Gaussian of 2 int(2.5 sigma + 0.5) + 1 taps, rows and
-    then columns, edges reflected.
+    """A mask `[H, W]` softened as AUTOMATIC1111 does it: OpenCV's Gaussian of 2 int(2.5 sigma + 0.5) + 1 taps, rows and
+    then columns, with reflected edges.
     """
     reach = int(2.5 * sigma + 0.5)
     taps = np.exp(-(np.arange(-reach, reach + 1, dtype=np.float64) ** 2) / (2 * sigma**2))
@@ -156,8 +156,8 @@ def gaussian_blur(grey: NDArray[np.uint8], sigma: int) -> NDArray[np.uint8]:
 
 
 def _filtered_rows(rows: NDArray[np.uint8], taps: NDArray[np.float64]) -> NDArray[np.uint8]:
-    """Every row convolved with the taps, through Fourier transforms: the time does not grow with the radius, nor the
-    memory with the mask.
+    """Every row convolved with the taps, through Fourier transforms. The time does not grow with the radius, and the
+    memory does not grow with the mask.
     """
     reach, width = len(taps) // 2, rows.shape[1]
     if width == 1:
@@ -174,20 +174,20 @@ def _filtered_rows(rows: NDArray[np.uint8], taps: NDArray[np.float64]) -> NDArra
 
 
 def stretch(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """To the size, whatever its shape."""
+    """Resize to the size and ignore the proportions."""
     from PIL import Image
 
     return image.resize(size, Image.Resampling.LANCZOS)
 
 
 def crop(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """Cover the size, and cut off what stands out on both sides."""
+    """Cover the size, and cut off what sticks out on both sides."""
     from PIL import Image
 
     (width, height), (whole_width, whole_height) = size, _scaled_size(image, size, cover=True)
     if whole_width * whole_height <= MAX_PIXELS:
         return _centred(stretch(image, (whole_width, whole_height)), size)
-    # So thin that most of it is cut off: only what stays is scaled.
+    # The image is so thin that most of it would be cut off: only the part that stays is scaled.
     across, down = image.width / whole_width, image.height / whole_height
     left, top = -((width - whole_width) // 2), -((height - whole_height) // 2)
     box = (left * across, top * down, (left + width) * across, (top + height) * down)
@@ -195,7 +195,7 @@ def crop(image: Image.Image, size: tuple[int, int]) -> Image.Image:
 
 
 def fill(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """Fit within the size, and draw the outermost pixels out to its edges."""
+    """Fit within the size, and repeat the outermost pixels up to its edges."""
     scaled = stretch(image, _scaled_size(image, size, cover=False))
     result = _centred(scaled, size)
     (width, height), left, top = size, (size[0] - scaled.width) // 2, (size[1] - scaled.height) // 2
@@ -238,7 +238,7 @@ RESIZES: dict[str, Callable[[Image.Image, tuple[int, int]], Image.Image]] = {
 
 
 def _flattened(image: Image.Image) -> Image.Image:
-    """As RGB, what is transparent on white."""
+    """The image as RGB; transparent parts become white."""
     from PIL import Image
 
     if image.mode in ("RGBA", "LA", "PA") or (image.mode == "P" and "transparency" in image.info):

@@ -1,5 +1,5 @@
-"""The way from noise to picture in one image: the latents as they are above, the network's estimate of the finished
-picture below.
+"""The way from noise to picture in one image. The upper row has the latents as they are, the lower row the network's
+estimate of the finished picture.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _PAPER, _INK = (250, 250, 250), (40, 40, 40)
 
 @dataclass(frozen=True)
 class Frame:
-    """One moment: pixels uint8 `[H, W, 3]` of the latents and of the estimate, and what stands below them."""
+    """One moment: pixels uint8 `[H, W, 3]` of the latents and of the estimate, and the text below them."""
 
     noisy: Pixels
     denoised: Pixels
@@ -28,8 +28,8 @@ class Frame:
 
 
 def shown_calls(count: int) -> set[int]:
-    """Which of `count` model calls (from 1) a sheet shows: at most `COLUMNS`, evenly spaced, the first and last among
-    them.
+    """Which of `count` model calls (from 1) a sheet shows: at most `COLUMNS`, evenly spaced, with the first and the
+    last.
     """
     if count <= COLUMNS:
         return set(range(1, count + 1))
@@ -37,8 +37,8 @@ def shown_calls(count: int) -> set[int]:
 
 
 def contact_sheet(frames: Sequence[Frame], side: int = 160) -> Image.Image:
-    """One RGB image of all frames, left to right; pictures are drawn at most `side` pixels wide, small ones enlarged in
-    whole steps.
+    """One RGB image of all frames, left to right. Pictures are drawn at most `side` pixels wide; small ones are
+    enlarged by a whole factor.
     """
     from PIL import Image, ImageDraw, ImageFont
 

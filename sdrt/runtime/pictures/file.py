@@ -1,8 +1,8 @@
-"""A finished picture as a PNG, JPEG or WebP that says how it was made: AUTOMATIC1111's text, which other tools read,
-and all of it as JSON.
+"""A finished picture as a PNG, JPEG or WebP file that says how the picture was made.
 
-A PNG holds the text in its chunk `parameters` and the JSON in the chunk `sdrt`; the others hold them as EXIF, in
-UserComment and MakerNote. The JSON is what `picture_settings` reads back, so that a picture can be made again.
+The settings are in the file twice: as AUTOMATIC1111's text, which other tools read, and as JSON with all of them. A PNG
+holds the text in its chunk `parameters` and the JSON in the chunk `sdrt`. JPEG and WebP hold them as EXIF, in
+UserComment and MakerNote. `sdrt.runtime.pictures.settings` reads the JSON back, so that a picture can be made again.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ PICTURE_FORMATS = ("png", "jpeg", "webp")
 FORMAT_OF_ENDING = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
 JSON_CHUNK, TEXT_CHUNK = "sdrt", "parameters"
 CONTACT_SHEET = "contact sheet"
-"""What a contact sheet says in place of settings."""
+"""The text of a contact sheet, which has no settings."""
 QUALITY = 90
 _MAX_CHUNK = 1 << 20
 _EXIF, _USER_COMMENT, _MAKER_NOTE = 0x8769, 0x9286, 0x927C
 _UNICODE, _OURS = b"UNICODE\0", b"sdrt\0"
-"""What the two EXIF values begin with: EXIF's own code for UTF-16, and who wrote the note."""
+"""The first bytes of the two EXIF values: EXIF's own code for UTF-16, and the writer of the note."""
 
 
 def encode(image: Pixels, parameters: Mapping[str, Any], format: str = "png", *, quality: int = QUALITY) -> bytes:
@@ -41,7 +41,7 @@ def encode(image: Pixels, parameters: Mapping[str, Any], format: str = "png", *,
 
     Args:
         image: uint8 `[H, W, 3]`.
-        parameters: those of a result, with the picture's own `seed`, and its `engine`.
+        parameters: the parameters of a result, with the picture's own `seed` and its `engine`.
         format: png, jpeg or webp.
         quality: 1 to 100, for jpeg and webp; webp loses nothing at 100.
 
@@ -72,7 +72,7 @@ def encode(image: Pixels, parameters: Mapping[str, Any], format: str = "png", *,
         return stream.getvalue()
     try:
         picture.save(stream, "JPEG", quality=quality, exif=exif)
-    except ValueError as error:  # one segment holds all of it, 65,533 bytes
+    except ValueError as error:  # JPEG holds all of it in one segment of 65,533 bytes
         raise UsageError(
             "format 'jpeg': the prompt and settings are longer than a JPEG's EXIF holds", "Choose png or webp."
         ) from error
@@ -80,7 +80,7 @@ def encode(image: Pixels, parameters: Mapping[str, Any], format: str = "png", *,
 
 
 def save_picture(path: Path, data: bytes) -> None:
-    """Write the bytes of a picture to a file, whole or not at all; what is there is replaced.
+    """Write the bytes of a picture to a file, whole or not at all. An existing file is replaced.
 
     Raises:
         ResourceError: the disk is full.
@@ -91,8 +91,8 @@ def save_picture(path: Path, data: bytes) -> None:
 
 
 def save_new_picture(path: Path, data: bytes) -> Path:
-    """Write the bytes of a picture to a file of that name, or, where something has it, of the first that is free:
-    NAME-2, NAME-3 and so on.
+    """Write the bytes of a picture to a file of that name. If the name is taken, the first free one is used: NAME-2,
+    NAME-3 and so on.
 
     Raises:
         ResourceError: the disk is full.
@@ -113,14 +113,14 @@ def save_new_picture(path: Path, data: bytes) -> Path:
 
 @dataclass(frozen=True)
 class Said:
-    """What a picture says of how it was made: AUTOMATIC1111's text, and our JSON as text. None where it has none."""
+    """What a picture says about how it was made: AUTOMATIC1111's text, and our JSON as text. None where it has none."""
 
     text: str | None
     ours: str | None
 
 
 def read_said(path: Path) -> Said:
-    """What `encode`, or AUTOMATIC1111, wrote into a picture.
+    """Read what `encode`, or AUTOMATIC1111, wrote into a picture.
 
     Raises:
         InputFileError: there is no such file, or it is no PNG, JPEG or WebP.
@@ -141,7 +141,7 @@ def read_said(path: Path) -> Said:
             exif = image.getexif().get_ifd(_EXIF)
     except FileNotFoundError as error:
         raise InputFileError(f"{path}: no such file", fix) from error
-    except UnidentifiedImageError as error:  # its own text names the object we read from
+    except UnidentifiedImageError as error:  # Pillow's message names an object in memory, not the file
         raise InputFileError(f"{path}: cannot be read as a picture: it is none of {', '.join(names)}", fix) from error
     except (OSError, SyntaxError, ValueError, struct_error, Image.DecompressionBombError) as error:
         raise InputFileError(f"{path}: cannot be read as a picture: {printable(str(error))}", fix) from error
@@ -155,7 +155,7 @@ def read_said(path: Path) -> Said:
 
 
 def is_ours(path: Path) -> bool:
-    """Whether sdrt made the file that is there."""
+    """Whether sdrt made the file at `path`."""
     try:
         return read_said(path).ours is not None
     except InputFileError:
@@ -163,10 +163,10 @@ def is_ours(path: Path) -> bool:
 
 
 def parameters_of(path: Path, said: Said) -> dict[str, Any]:
-    """The parameters that `encode` wrote, as they were.
+    """The parameters that `encode` wrote, unchanged.
 
     Raises:
-        InputFileError: it is no picture that sdrt wrote.
+        InputFileError: sdrt did not write this picture.
     """
     fix = "Give a picture written by sdrt generate."
     if said.ours is None:

@@ -15,19 +15,19 @@ from sdrt.runtime.prompts.syntax import NETWORKS, network_name, network_tag, wit
 from sdrt.runtime.sampling.registry import SAMPLERS
 
 _SCHEDULES = {"sgm_uniform": "SGM Uniform", "ddim_uniform": "DDIM"}
-"""AUTOMATIC1111's labels where they are not the name with a capital."""
+"""AUTOMATIC1111's labels, where a label is not just the name with a capital."""
 _NEGATIVE = "Negative prompt:"
 _PAIR = re.compile(r'\s*(\w[\w \-/]{1,60}):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
 _FEWEST_PAIRS = 3
-"""A last line with fewer is one of the prompt."""
+"""A last line with fewer pairs belongs to the prompt."""
 
 
 def infotext(parameters: Mapping[str, Any]) -> str:
     """The settings as AUTOMATIC1111 writes them under its pictures: prompt, negative prompt, and a line of `Name:
     value` pairs.
 
-    What was fused is named as its prompts and pairs do: LoRAs and hypernetworks as tags after the prompt, with the
-    hashes of their files.
+    Fused adapters appear as AUTOMATIC1111 names them: LoRAs and hypernetworks as tags after the prompt, with the hashes
+    of their files among the pairs.
     """
     width, height = parameters["size"]
     sources = parameters.get("sources", [])
@@ -78,13 +78,13 @@ def infotext(parameters: Mapping[str, Any]) -> str:
 
 
 def _quoted(value: str) -> str:
-    """As AUTOMATIC1111 quotes a value that would end its pair."""
+    """Quote a value that would end its pair, as AUTOMATIC1111 does."""
     return json.dumps(value, ensure_ascii=False) if any(mark in value for mark in ",:\n") else value
 
 
 @dataclass(frozen=True)
 class Infotext:
-    """A text as it was read. `pairs` are the last line's, in their order."""
+    """A text after reading. `pairs` are those of the last line, in their order."""
 
     prompt: str
     negative: str
@@ -92,7 +92,7 @@ class Infotext:
 
 
 def parse_infotext(text: str) -> Infotext:
-    """Read such a text. Any text can be read: what has no such last line is a prompt alone."""
+    """Read such a text. Every text can be read: without such a last line it is only a prompt."""
     lines = text.strip().split("\n")
     pairs = {match[1]: _unquoted(match[2]) for match in _PAIR.finditer(lines[-1])}
     if len(pairs) >= _FEWEST_PAIRS:
@@ -105,8 +105,8 @@ def parse_infotext(text: str) -> Infotext:
 
 
 def settings_of_infotext(read: Infotext) -> tuple[dict[str, Any], dict[str, str]]:
-    """The fields of `Request` that a text gives, and the pairs that give none: of other settings, or with values that
-    cannot be read.
+    """The fields of `Request` that a text gives, and the unused pairs: those of other settings, and those with
+    unreadable values.
     """
     settings: dict[str, Any] = {"prompt": read.prompt, "negative": read.negative, "compat": "a1111"}
     rest: dict[str, str] = {}
@@ -120,7 +120,7 @@ def settings_of_infotext(read: Infotext) -> tuple[dict[str, Any], dict[str, str]
 
 
 def _unquoted(value: str) -> str:
-    """A value out of its quotes, where it has any."""
+    """A value without its quotes, if it has any."""
     if not value.startswith('"'):
         return value.strip()
     try:
@@ -151,4 +151,4 @@ _SETTINGS: dict[str, tuple[str, Callable[[str], Any]]] = {
     "RNG": ("noise", _noise),
     "Emphasis": ("emphasis", str.lower),
 }
-"""The setting of each pair, and how its value is read."""
+"""The setting of each pair, and how to read its value."""

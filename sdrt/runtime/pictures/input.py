@@ -1,7 +1,7 @@
-"""The one door for pictures that are given: paths, bytes, file objects, Pillow images and arrays come out alike,
-upright, within the limits, hashed.
+"""The only way in for pictures: paths, bytes, file objects, Pillow images and arrays all become the same thing,
+upright, within the limits and hashed.
 
-Owns which formats are read and how large they may be. What becomes of a picture is `images`' matter.
+This file says which formats are read and how large a picture may be. `canvas.py` decides what to do with a picture.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ _FIX = f"Give a {', '.join(FORMATS)} file."
 
 @dataclass(frozen=True)
 class Given:
-    """A picture that was given, upright. `sha256` is of the bytes of the file it was read from, or, of a Pillow image
-    or an array, of its pixels.
+    """A picture as it was given, upright. `sha256` is that of the bytes of its file. For a Pillow image or an array it
+    is that of the pixels.
     """
 
     image: Image.Image
@@ -43,12 +43,12 @@ class Given:
 
 
 def open_picture(setting: str, source: ImageInput) -> Given:
-    """Open the picture that a setting, such as `init_image`, was given as. A file object is read from where it stands,
-    to its end.
+    """Open the picture given for a setting such as `init_image`. A file object is read from its current position to its
+    end.
 
     Raises:
-        InputFileError: it cannot be read as a picture, is in a format that is not read, or is larger than the limits.
-        UsageError: it is nothing that can be a picture, or an array of another shape or type.
+        InputFileError: it cannot be read as a picture, has a format that is not read, or is larger than the limits.
+        UsageError: it cannot be a picture at all, or is an array of another shape or type.
     """
     from PIL import Image
 
@@ -71,7 +71,7 @@ def open_picture(setting: str, source: ImageInput) -> Given:
         _check_pixels(name, source.shape[1], source.shape[0])
         return _of_pixels(Image.fromarray(source))
     if isinstance(source, Image.Image):
-        if source.format not in (None, *FORMATS):  # not loaded yet, perhaps: then Pillow would read it only now
+        if source.format not in (None, *FORMATS):  # perhaps not loaded yet; Pillow would then read it only now
             raise InputFileError(
                 f"{name}: a Pillow image read from {printable(str(source.format))}",
                 f"{_FIX} If you trust it, give image.copy().",
@@ -96,7 +96,7 @@ def _bytes_of_file(name: str, path: Path) -> bytes:
 def _bytes_of_stream(name: str, stream: object) -> bytes:
     try:
         data = stream.read(MAX_FILE_BYTES + 1)  # type: ignore[attr-defined]
-    except (OSError, ValueError) as error:  # ValueError: it is closed
+    except (OSError, ValueError) as error:  # ValueError: the stream is closed
         raise InputFileError(
             f"{name}: cannot be read: {printable(str(error))}", "Give a file object that is open for reading."
         ) from error
@@ -119,7 +119,7 @@ def _read(where: str, data: bytes) -> Given:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(BytesIO(data), formats=FORMATS) as image:
                 return Given(_upright(where, image), hashlib.sha256(data).hexdigest())
-    except UnidentifiedImageError as error:  # its own text names the object we read from
+    except UnidentifiedImageError as error:  # Pillow's message names an object in memory, not the file
         raise InputFileError(
             f"{where}: cannot be read as a picture: it is none of {', '.join(FORMATS)}", _FIX
         ) from error
@@ -132,7 +132,7 @@ def _read(where: str, data: bytes) -> Given:
 
 
 def _upright(where: str, image: Image.Image) -> Image.Image:
-    """The picture turned as its EXIF data says, its pixels in memory. The one given stays as it is."""
+    """The picture turned as its EXIF data says, with its pixels in memory. The given picture is not changed."""
     from PIL import ImageOps
 
     _check_pixels(where, *image.size)

@@ -1,5 +1,5 @@
-"""Settings out of a picture: all of them, to make it again with its own bundle, or those that another
-bundle can use.
+"""Settings out of a picture. With its own bundle all of them are taken, to make the picture again. Another bundle takes
+the settings it can use.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _OF_IMAGES = ("strength", "mask", "mask_blur", "resize")
 
 @dataclass(frozen=True)
 class Reused:
-    """Fields of `Request` that a picture gives, and what it says that could not be used, a line each."""
+    """Fields of `Request` that a picture gives, and what could not be used, one line each."""
 
     settings: dict[str, Any]
     unused: tuple[str, ...]
@@ -37,16 +37,16 @@ class Reused:
 def settings_to_repeat(
     path: Path, parameters: Mapping[str, Any], manifest: Manifest, given: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The fields of `Request` that made a picture of ours, for this bundle; one that the picture lacks keeps its
+    """The fields of `Request` that made a picture of ours, for this bundle. A field that the picture lacks keeps its
     default.
 
-    `parameters` are what `parameters_of` found in it; `given` are the fields that somebody chose in their place. A
-    picture it was made from is looked for beside it, under its name alone, and must be as it was: what a picture says
-    is a stranger's word, and names no file elsewhere.
+    `parameters` are what `parameters_of` found in the picture. `given` are the fields that the user chose instead. If
+    the picture was made from an image, that image is looked for in the same folder, under its bare name, and must be
+    unchanged: a picture comes from a stranger, so it may not name a file anywhere else.
 
     Raises:
-        InputFileError: its settings are not of the expected form, or what it was made from is not beside it.
-        UsageError: another bundle made it, and the message says what differs; or what it was made from has changed.
+        InputFileError: the settings do not have the expected form, or the image it was made from is not in the folder.
+        UsageError: another bundle made the picture, and the message says what differs; or the image has changed.
     """
     if parameters.get("bundle_id") != bundle_id(manifest):
         raise UsageError(
@@ -77,11 +77,11 @@ def settings_to_repeat(
 
 
 def settings_to_reuse(path: Path, manifest: Manifest, given: Mapping[str, Any]) -> Reused:
-    """The settings of any picture, of another bundle or of AUTOMATIC1111, as far as this bundle can use them. `given`
-    take their places.
+    """The settings of any picture, of another bundle or of AUTOMATIC1111, as far as this bundle can use them. Fields in
+    `given` replace them.
 
     Raises:
-        InputFileError: it cannot be read as a picture, or says nothing of how it was made.
+        InputFileError: it cannot be read as a picture, or does not say how it was made.
     """
     said = read_said(path)
     if said.ours not in (None, CONTACT_SHEET):
@@ -112,7 +112,7 @@ def settings_to_reuse(path: Path, manifest: Manifest, given: Mapping[str, Any]) 
 
 
 def _usable(settings: dict[str, Any], manifest: Manifest, given: Mapping[str, Any], unused: list[str]) -> Reused:
-    """Take the settings one after the other; what the bundle refuses is left at its default."""
+    """Take the settings one after the other. A setting that the bundle refuses keeps its default."""
     taken = {"prompt": settings.get("prompt", "")} | dict(given)
     if taken.get("init_image", settings.get("init_image")) is None:
         unused += [
@@ -121,7 +121,7 @@ def _usable(settings: dict[str, Any], manifest: Manifest, given: Mapping[str, An
             if settings.get(name) is not None and name not in given
         ]
         settings = {name: value for name, value in settings.items() if name not in _OF_IMAGES}
-    # What others are read by comes first: the tool, and the image that a strength and a mask belong to.
+    # First come the settings that decide how others are read: the tool, and the image that strength and mask belong to.
     names = sorted(
         (name for name in settings if name not in taken),
         key=lambda name: (name != "compat", name != "init_image", _ORDER[name]),
@@ -156,7 +156,7 @@ def _typed(path: Path, parameters: Mapping[str, Any]) -> dict[str, Any]:
 
 def _beside(path: Path, name: str, sha256: object) -> tuple[Path | None, str]:
     """The file of that name in the picture's own folder, or what is wrong with it. Links are not followed."""
-    beside = path.parent / PureWindowsPath(name).name  # parts of either kind of path
+    beside = path.parent / PureWindowsPath(name).name  # `name` may be a Windows or a POSIX path
     try:
         if beside.is_symlink():
             return None, "which is a link"
@@ -167,7 +167,7 @@ def _beside(path: Path, name: str, sha256: object) -> tuple[Path | None, str]:
 
 
 def _other_sources(parameters: Mapping[str, Any], manifest: Manifest) -> list[str]:
-    """What went into the bundle that made a picture and not, or not at that strength, into this one."""
+    """What went into the picture's bundle but not into this one, or not at that strength."""
     listed = parameters.get("sources")
     if not isinstance(listed, list):
         other = parameters.get("bundle_id") != bundle_id(manifest)
@@ -188,7 +188,7 @@ def _other_sources(parameters: Mapping[str, Any], manifest: Manifest) -> list[st
 
 
 def _other_pairs(pairs: Mapping[str, str], manifest: Manifest) -> list[str]:
-    """What AUTOMATIC1111's text says and no setting of ours takes, but for what this bundle holds anyway."""
+    """The pairs of AUTOMATIC1111's text that no setting of ours takes, except those that this bundle fulfils anyway."""
     lines = []
     for name, value in pairs.items():
         kind = _HASHES.get(name)
@@ -224,7 +224,7 @@ def _names(sources: Iterable[Source], kind: str) -> set[str]:
 
 
 def _without_absent(prompt: str, sources: Iterable[Source], unused: list[str]) -> str:
-    """The prompt without the tags of adapters that the bundle does not hold at their strength; these are listed."""
+    """Remove the tags of adapters that the bundle does not hold at their strength, and list them in `unused`."""
 
     def keep(kind: str, tag: str) -> bool:
         if held := is_fused(tag, sources):

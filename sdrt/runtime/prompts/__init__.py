@@ -1,1 +1,1 @@
-"""From a prompt's text to what the network is given: syntax, chunks, tokens, contexts."""
+"""From the text of a prompt to the input of the network: syntax, chunks, tokens, contexts."""

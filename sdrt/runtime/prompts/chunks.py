@@ -1,5 +1,6 @@
-"""A prompt's segments as the rows the text encoder takes: chunks of 75 tokens between start and end, cut as
-AUTOMATIC1111 cuts them.
+"""Turn a prompt's segments into the rows that the text encoder takes.
+
+A row is a chunk of 75 tokens between a start and an end token. Chunks are cut where AUTOMATIC1111 cuts them.
 """
 
 from __future__ import annotations
@@ -13,29 +14,30 @@ from sdrt.runtime.prompts.syntax import BREAK, Segment
 from sdrt.runtime.prompts.tokenizer import Tokenizer
 
 COMMA_BACKTRACK = 20
-"""A full chunk ends at its last comma instead, if that is at most this many tokens back."""
+"""A full chunk ends at its last comma instead, if at most this many tokens follow that comma."""
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """77 token ids, start, end and padding included, and the emphasis of each."""
+    """77 token ids, with start, end and padding, and the emphasis of each token."""
 
     tokens: tuple[int, ...]
     weights: tuple[float, ...]
 
 
 def empty_chunk(text: Text) -> Chunk:
-    """The one chunk of an empty prompt; it also fills shorter prompts up."""
+    """The only chunk of an empty prompt. It also fills shorter prompts up."""
     return _framed([], [], text)
 
 
 def chunk_segments(tokenizer: Tokenizer, segments: Iterable[Segment], name: str = "prompt") -> list[Chunk]:
-    """Cut a prompt into chunks, 1 to `MAX_CHUNKS`. Each segment is tokenised alone. `name` begins what is raised.
+    """Cut a prompt into chunks, 1 to `MAX_CHUNKS`. Each segment is tokenised alone. Error messages begin with `name`.
 
-    A learned embedding takes as many places as it has vectors, all with its segment's emphasis, and lies in one chunk.
+    A learned embedding takes as many places as it has vectors. All of them get the emphasis of its segment, and they
+    never spread over two chunks.
 
     Raises:
-        UsageError: not valid Unicode, or too long.
+        UsageError: the prompt is not valid Unicode, or too long.
     """
     capacity = tokenizer.text.tokens - 2
     chunks: list[Chunk] = []
@@ -81,8 +83,8 @@ def chunk_segments(tokenizer: Tokenizer, segments: Iterable[Segment], name: str 
 
 
 def _framed(tokens: list[int], weights: list[float], text: Text) -> Chunk:
-    """With start, end and padding. Where padding is not the end token (OpenCLIP), it starts after the first end token,
-    as there.
+    """Add start, end and padding. Where the padding token is not the end token (OpenCLIP), padding starts after the
+    first end token, as OpenCLIP does it.
     """
     row = [text.bos, *tokens]
     row += [text.eos] * (text.tokens - len(row))

@@ -1,8 +1,10 @@
-"""From prompts to the contexts a picture is denoised under: which text holds at which step, its chunks, their emphasis,
-and a cache of encodings.
+"""Turn prompts into the contexts that a picture is denoised under.
 
-Emphasis is applied here, not in the text encoder's graph: AUTOMATIC1111 restores the mean over all texts that prompt
-editing makes of a prompt, and one encoding then serves every emphasis. docs/prompts.md has the rules.
+This covers which text holds at which step, its chunks, their emphasis, and a cache of encodings.
+
+The emphasis is applied here and not in the text encoder's graph, for two reasons. AUTOMATIC1111 restores the mean over
+all texts that prompt editing makes of a prompt. And one encoding then serves every emphasis. docs/prompts.md has the
+rules.
 """
 
 from __future__ import annotations
@@ -40,29 +42,29 @@ EMPHASES = ("original", "no norm", "none", "ignore")
 NETWORK_TAGS = ("refuse", "ignore")
 
 MAX_WEIGHT = 1000.0
-"""Largest emphasis, or weight of a part, either sign. Pictures fall apart beyond 2 or so."""
+"""Largest emphasis, or weight of a part, of either sign. Pictures fall apart beyond 2 or so."""
 MAX_CHARACTERS = 20_000
-"""Of one prompt: several times what its chunks can hold, and little enough that reading it takes no time that is felt.
+"""Most characters of one prompt. Its chunks hold several times fewer, and reading this many takes no noticeable time.
 """
 MAX_CHUNKS_IN_ALL = 4096
-"""Of a request: chunks of every branch, in every context that prompt editing makes over the steps. 1 GB of encodings
-for Stable Diffusion 1.5.
+"""Most chunks of a request: those of every branch, in every context that prompt editing makes over the steps. Their
+encodings take 1 GB for Stable Diffusion 1.5.
 """
 CACHED_CHUNKS = 128
-"""Encoded chunks a pipeline keeps: 30 MB for Stable Diffusion 1.5."""
+"""How many encoded chunks a pipeline keeps: 30 MB for Stable Diffusion 1.5."""
 MOST_ROWS = 16
-"""Chunks encoded in one call at most, to bound its memory."""
+"""Most chunks encoded in one call, which bounds the memory of the call."""
 
 
 @dataclass(frozen=True)
 class Conditioning:
     """What the prompts say at each step, S steps in all.
 
-    sets: the different contexts, each float32 `[G, T, C]`, read-only: the negative prompt first if guided, then one per
-        `AND` part.
-    set_of_step: index into `sets`, for each of the S steps.
-    weights: for each step the guidance weights of the G branches, which sum to 1 if guided: 1 - cfg * sum(w), then cfg
-        * w of each part.
+    sets: the different contexts, each float32 `[G, T, C]`, read-only. The negative prompt comes first if guided, then
+        one branch per `AND` part.
+    set_of_step: for each of the S steps an index into `sets`.
+    weights: for each step the guidance weights of the G branches. If guided they sum to 1: 1 - cfg * sum(w), then cfg *
+        w of each part.
     """
 
     sets: tuple[Float, ...]
@@ -72,8 +74,8 @@ class Conditioning:
 
 @dataclass(frozen=True)
 class _Part:
-    """One branch before encoding: (last step, text) as `schedule_edits` gives them, the chunks of each text, all
-    equally many.
+    """One branch before encoding: pairs of last step and text, as `schedule_edits` gives them, and the chunks of each
+    text. All texts have the same number of chunks.
     """
 
     schedule: tuple[tuple[int, str], ...]
@@ -84,16 +86,18 @@ class _Part:
         return len(next(iter(self.chunks.values())))
 
     def text_at(self, step: int) -> str:
-        """The text of a step, counted from 0. AUTOMATIC1111 compares that count with steps that it has counted from 1;
-        so do we.
+        """The text of a step, counted from 0. AUTOMATIC1111 compares this count with limits that count from 1, and so
+        do we.
         """
         return self.schedule[bisect_left(self.schedule, step, key=itemgetter(0))][1]
 
 
 @dataclass(frozen=True)
 class Prompts:
-    """A prompt and its negative as they were read: nothing of them has been encoded. `weights` are those of the
-    branches, the negative's first if `guided`; `contexts` is how many different ones the steps go through.
+    """A prompt and its negative prompt after reading. Nothing is encoded yet.
+
+    `weights` are the weights of the branches, the negative prompt's first if `guided`. `contexts` is how many different
+    contexts the steps go through.
     """
 
     parts: tuple[_Part, ...]
@@ -106,15 +110,15 @@ class Prompts:
 
     @property
     def chunks(self) -> int:
-        """Chunks of the longest part: all branches are filled up to it."""
+        """Chunks of the longest part. All branches are filled up to this length."""
         return max(part.length for part in self.parts)
 
 
 class TextConditioner:
-    """Prompts of one bundle to contexts. Thread-safe; keeps the chunks it encoded last."""
+    """Turns the prompts of one bundle into contexts. Thread-safe. Keeps the chunks encoded last."""
 
     def __init__(self, tokenizer: Tokenizer, sources: Sequence[Source] = ()) -> None:
-        """`sources` is the manifest's; messages about adapters in a prompt name them."""
+        """`sources` comes from the manifest. Messages about adapters in a prompt name them."""
         self._tokenizer = tokenizer
         self._sources = tuple(sources)
         self._empty = empty_chunk(tokenizer.text)
@@ -134,29 +138,27 @@ class TextConditioner:
         compat: str = "a1111",
         network_tags: str = "refuse",
     ) -> Prompts:
-        """Read a prompt and, if it is guided, a negative prompt.
+        """Read a prompt and, if guided, a negative prompt.
 
         Args:
             prompt: may be empty; of any length.
-            negative: the same; not read where the guidance weight of its branch is 0, as at `cfg` 1.
+            negative: the same. It is not read where the guidance weight of its branch is 0, as at `cfg` 1.
             steps: how many steps prompt editing counts. AUTOMATIC1111 counts model calls: twice the steps for samplers
                 of second order.
             cfg: guidance scale.
-            clip_skip: AUTOMATIC1111's count, 1 being the last layer; None takes the bundle's first one.
+            clip_skip: AUTOMATIC1111's count, where 1 is the last layer; None takes the bundle's first one.
             syntax: one of `SYNTAXES`; None is plain for diffusers, else a1111.
-            emphasis: one of `EMPHASES`: restore each chunk's mean, do not, take brackets as text, or read them but do
-                not weigh.
+            emphasis: one of `EMPHASES`: restore each chunk's mean; do not restore it; take brackets as text; or read
+                brackets but give them no weight.
             compat: one of `COMPATS`. diffusers has no second chunk: in its plain syntax a longer prompt is an error.
-            network_tags: one of `NETWORK_TAGS`: what becomes of `<lora:name:0.8>` that the bundle does not hold at that
-                strength. Refused, or
-                ignored as AUTOMATIC1111 ignores what it does not find: taken out of a prompt, and text in a negative
-                one.
+            network_tags: one of `NETWORK_TAGS`: what happens to a `<lora:name:0.8>` that the bundle does not hold at
+                that strength. It is refused; or it is ignored as AUTOMATIC1111 ignores an adapter it cannot find: taken
+                out of a prompt, left as text in a negative prompt.
 
         Raises:
             UsageError: an unknown name, a layer the bundle was built without, an adapter named in a prompt, a weight
-                beyond `MAX_WEIGHT`,
-                text that is not valid Unicode, longer than `compat` takes, or beyond a limit: `MAX_CHARACTERS`,
-                `MAX_CHUNKS` of a text, `MAX_BRANCHES`, `MAX_CHUNKS_IN_ALL`.
+                beyond `MAX_WEIGHT`, text that is not valid Unicode or longer than `compat` takes, or a limit passed:
+                `MAX_CHARACTERS`, `MAX_CHUNKS` of a text, `MAX_BRANCHES`, `MAX_CHUNKS_IN_ALL`.
         """
         skip = self._clip_skip(clip_skip)
         one_of("compat", compat, COMPATS)
@@ -188,9 +190,7 @@ class TextConditioner:
         return Prompts(tuple(parts), guidance, rest != 0, skip, emphasis, steps, contexts)
 
     def encode(self, engine: Engine, prompts: Prompts) -> Conditioning:
-        """Encode what was read; `encode_text` is all that is used of the engine. A chunk that is still cached costs no
-        call of it.
-        """
+        """Encode prompts that were read. Of the engine only `encode_text` is used. A cached chunk costs no call."""
         sets, set_of_step = self._sets(
             engine, prompts.parts, prompts.clip_skip, prompts.steps, prompts.emphasis, guided=prompts.guided
         )
@@ -239,10 +239,10 @@ class TextConditioner:
         return tuple(sets), tuple(set_of_step)
 
     def _stack(self, branches: list[Float], encoded: dict[tuple[int, ...], Float], guided: bool) -> Float:
-        """Branches `[t, C]` of different lengths to one `[G, T, C]`.
+        """Join branches `[t, C]` of different lengths into one `[G, T, C]`.
 
-        As in AUTOMATIC1111, a shorter `AND` part repeats its last vector, then the shorter side of the guidance is
-        filled up with encoded empty chunks (its option "Pad prompt/negative prompt").
+        This follows AUTOMATIC1111. First a shorter `AND` part repeats its last vector. Then the shorter side of the
+        guidance is filled up with encoded empty chunks (the option "Pad prompt/negative prompt").
         """
         negative, positive = (branches[:1], branches[1:]) if guided else ([], branches)
         length = max(map(len, positive))
@@ -261,10 +261,10 @@ class TextConditioner:
     def _encoded(
         self, engine: Engine, wanted: Iterable[tuple[int, ...]], skip: int, at_once: int
     ) -> dict[tuple[int, ...], Float]:
-        """Encodings `[77, C]` of rows of tokens without emphasis, from the cache or the engine.
+        """Encodings `[77, C]` of rows of tokens, without emphasis, from the cache or the engine.
 
-        No call takes more rows than the branches of one set have chunks: an engine that can denoise under that set can
-        encode it.
+        No call takes more rows than the branches of one set have chunks. So an engine that can denoise under that set
+        can also encode it.
         """
         found: dict[tuple[int, ...], Float] = {}
         missing: list[tuple[int, ...]] = []
@@ -310,8 +310,8 @@ class TextConditioner:
             raise UsageError(f"{name}: not valid Unicode text: {error}", "Remove the lone surrogates.") from error
 
     def _without_networks(self, prompt: str, syntax: str, network_tags: str) -> str:
-        """The prompt without tags of adapters: those that are simply true, and all if they are to be ignored. Plain
-        syntax takes other kinds for text.
+        """The prompt without tags of adapters. Tags that name what is built in go; all tags go if they are to be
+        ignored. Plain syntax takes other kinds of tags for text.
         """
 
         def keep(kind: str, tag: str) -> bool:
@@ -324,7 +324,7 @@ class TextConditioner:
         return without_networks(prompt, keep)
 
     def _check_negative_networks(self, negative: str, network_tags: str) -> None:
-        """There AUTOMATIC1111 takes tags for text, which is hardly meant."""
+        """In a negative prompt AUTOMATIC1111 takes tags for text, which is hardly what the user means."""
 
         def keep(kind: str, tag: str) -> bool:
             if kind in NETWORKS and network_tags == "refuse":
@@ -346,7 +346,9 @@ class TextConditioner:
 
 
 def is_fused(tag: str, sources: Iterable[Source]) -> bool:
-    """Whether a `<lora:...>` or `<hypernet:...>` names what is built in, at the strength it is built in with."""
+    """Whether a `<lora:...>` or `<hypernet:...>` names an adapter that is built in, at the strength it was built in
+    with.
+    """
     asked = parse_network_tag(tag)
     if asked is None:
         return False
@@ -359,16 +361,16 @@ def is_fused(tag: str, sources: Iterable[Source]) -> bool:
 
 
 def _same(written: float, scale: float) -> bool:
-    """Whether a strength in a prompt is the one that was built in; tags hold six digits of it."""
+    """Whether a strength in a prompt is the strength that was built in. Tags hold six digits."""
     return math.isclose(written, scale, rel_tol=1e-5)
 
 
 def _contexts(part: _Part, encoded: dict[tuple[int, ...], Float], emphasis: str) -> dict[str, Float]:
     """The context `[t, C]` of each text of a part: every token's vector times its emphasis, then the mean restored.
 
-    The mean is that of one chunk over all texts of the part's schedule, counted as often as they are in it
-    (modules/sd_emphasis.py over the batch of modules/prompt_parser.py in AUTOMATIC1111); without prompt editing it is
-    the chunk's own.
+    The mean is that of one chunk over all texts of the part's schedule; a text counts as often as the schedule holds it
+    (modules/sd_emphasis.py over the batch of modules/prompt_parser.py in AUTOMATIC1111). Without prompt editing it is
+    the chunk's own mean.
     """
     texts = list(part.chunks)
     counts = Counter(text for _, text in part.schedule)

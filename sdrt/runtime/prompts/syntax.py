@@ -1,8 +1,9 @@
-"""AUTOMATIC1111's prompt syntax: AND, prompt editing and alternation, emphasis and BREAK, in the order they are taken.
+"""AUTOMATIC1111's prompt syntax, in the order in which it is read: AND, prompt editing and alternation, emphasis and
+BREAK.
 
-Pure text to text: no tokens, no arrays. Nothing here raises on any text: as in AUTOMATIC1111, what does not parse is
-text. Every function takes time linear in the length of the prompt, and none recurses, so no prompt is too long or too
-deeply nested. docs/prompts.md describes the syntax. Standard library only.
+Pure text to text: no tokens, no arrays. No text makes these functions raise: as in AUTOMATIC1111, whatever does not
+parse is text. Every function takes time linear in the length of the prompt, and none recurses, so no prompt is too long
+or too deeply nested. docs/prompts.md describes the syntax. Standard library only.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from itertools import groupby
 from pathlib import PurePath
 
 HUGE = 1e30
-"""Weights saturate here, so that they stay finite; what encodes a prompt refuses far smaller ones."""
+"""Weights saturate here, so that they stay finite. `TextConditioner` refuses far smaller weights."""
 
 _AND = re.compile(r"\bAND\b")
 _BREAK = re.compile(r"\bBREAK\b")
@@ -28,26 +29,26 @@ _NETWORK = re.compile(r"<(\w+):(?=[^>])")
 _EXACT_DEPTH = 64
 
 NETWORKS = ("lora", "lyco", "hypernet")
-"""Kinds of `<kind:...>` that load an adapter in AUTOMATIC1111; it drops any other from a prompt."""
+"""Kinds of `<kind:...>` that load an adapter in AUTOMATIC1111. Tags of all other kinds are dropped from a prompt."""
 
 
 @dataclass(frozen=True)
 class Segment:
-    """Text of one emphasis, or `BREAK`."""
+    """Text with one emphasis, or `BREAK`."""
 
     text: str
     weight: float
 
 
 BREAK = Segment("BREAK", -1.0)
-"""Ends a chunk. Within brackets the marker's weight is multiplied like any other, so it is then the word BREAK:
-AUTOMATIC1111 does that too.
+"""Ends a chunk. Within brackets the marker's weight is multiplied like any other weight; then it is only the word
+BREAK. AUTOMATIC1111 does that too.
 """
 
 
 def split_and(prompt: str) -> tuple[Segment, ...]:
-    """The parts between `AND`s and their weights (`text :1.2`, 1 where none is given). A prompt without `AND` is one
-    part, weight and all.
+    """The parts between `AND`s and their weights: `text :1.2`, or 1 where no weight is given. A prompt without `AND` is
+    one part, its `:1.2` included.
     """
     return tuple(map(_part, _AND.split(prompt)))
 
@@ -62,8 +63,8 @@ def _part(text: str) -> Segment:
 
 
 def without_networks(prompt: str, keep: Callable[[str, str], bool]) -> str:
-    """The prompt without its `<kind:arguments>`, as AUTOMATIC1111 encodes it, but for those of which `keep(kind, whole
-    text)` is true.
+    """Remove every `<kind:arguments>` from a prompt, as AUTOMATIC1111 does before it encodes one. A tag stays if
+    `keep(kind, whole text)` is true.
     """
     kept, done = [], 0
     for kind, start, end in _networks(prompt):
@@ -74,21 +75,21 @@ def without_networks(prompt: str, keep: Callable[[str, str], bool]) -> str:
 
 
 def network_tag(kind: str, file: str, scale: float, te_scale: float | None) -> str:
-    """How a prompt of AUTOMATIC1111's loads the adapter in a file, a lora or hypernetwork; the text encoder's strength
-    comes first there.
+    """The tag with which a prompt of AUTOMATIC1111 loads an adapter file, a lora or hypernetwork. The text encoder's
+    strength comes first.
     """
     both = f"{scale:g}" if te_scale in (None, scale) else f"{te_scale:g}:{scale:g}"
     return f"<{'lora' if kind == 'lora' else 'hypernet'}:{network_name(file)}:{both}>"
 
 
 def network_name(file: str) -> str:
-    """What a tag calls the adapter in a file: the name without its ending, and without what would end the tag."""
+    """The name of an adapter file in a tag: without its ending, and without characters that would end the tag."""
     return "".join("_" if c in "<>:" or not c.isprintable() else c for c in PurePath(file).stem)
 
 
 @dataclass(frozen=True)
 class NetworkTag:
-    """What a `<lora:name:te:unet>` or `<hypernet:name:scale>` asks for: `scale` is the UNet's, or the
+    """The content of a `<lora:name:te:unet>` or `<hypernet:name:scale>`. `scale` is the strength for the UNet, or the
     hypernetwork's.
     """
 
@@ -99,10 +100,10 @@ class NetworkTag:
 
 
 def parse_network_tag(tag: str) -> NetworkTag | None:
-    """A tag of one of the kinds in `NETWORKS`; None if it is of no form that AUTOMATIC1111 reads.
+    """Read a tag of one of the kinds in `NETWORKS`. None if AUTOMATIC1111 cannot read its form.
 
-    Its numbers are the text encoder's strength, 1 if it is left out, then the UNet's, the text encoder's if left out;
-    or they are named, `te=0.5` and `unet=0.8`.
+    The first number is the text encoder's strength, 1 if left out. The second is the UNet's; left out, it equals the
+    first. Both may be named instead: `te=0.5` and `unet=0.8`.
     """
     kind, *items = tag[1:-1].split(":")
     if kind not in NETWORKS:
@@ -134,8 +135,8 @@ def _networks(prompt: str) -> Iterator[tuple[str, int, int]]:
 
 
 class _Bracket:
-    """An open bracket: what it multiplies by and when it closed, both known later. `closed` orders the
-    multiplications.
+    """A bracket. `factor` and `closed` are known only later: what it multiplies by, and when it closed. Multiplications
+    happen in the order of `closed`.
     """
 
     def __init__(self, outer: _Bracket | None, factor: float) -> None:
@@ -147,12 +148,12 @@ class _Bracket:
 
 
 def parse_attention(prompt: str) -> tuple[Segment, ...]:
-    r"""Text by weight: `(a)` is 1.1, `[a]` 1/1.1, `(a:1.3)` 1.3, nested ones multiply, `\(` is a bracket; `BREAK`
-    between them.
+    r"""Text by weight: `(a)` is 1.1, `[a]` 1/1.1, `(a:1.3)` 1.3, nested ones multiply, `\(` is a bracket. `BREAK` may
+    stand between them.
 
-    An unclosed bracket reaches to the end, a closing one without its partner is text, a backslash before anything else
-    vanishes. Neighbours of one weight are one segment. A weight that is no number, as in `(a:1.2.3)`, is text in a
-    plain bracket (AUTOMATIC1111 crashes there).
+    An unclosed bracket reaches to the end. A closing bracket without a partner is text. A backslash before anything
+    else vanishes. Neighbours of equal weight become one segment. A weight that is no number, as in `(a:1.2.3)`, is text
+    in a plain bracket (AUTOMATIC1111 crashes there).
     """
     pieces: list[tuple[Segment, _Bracket | None, _Bracket | None]] = []
     brackets: list[_Bracket] = []
@@ -199,10 +200,10 @@ def parse_attention(prompt: str) -> tuple[Segment, ...]:
 
 
 def _weight(weight: float, round_: _Bracket | None, square: _Bracket | None) -> float:
-    """`weight` times the brackets around it, in the order in which they close: whether neighbours merge can hang on the
-    last bit.
+    """`weight` times the brackets around it, in the order in which they close. The order matters: the last bit can
+    decide whether neighbours merge.
 
-    Where brackets are nested deeper than anyone writes, the outer ones come first, which needs no walk through all of
+    Brackets nested deeper than anyone writes are multiplied from the outside in, which needs no walk through all of
     them.
     """
     around = [bracket for bracket in (round_, square) if bracket is not None]
@@ -237,7 +238,7 @@ def _saturated(weight: float) -> float:
 
 @dataclass(frozen=True)
 class _Group:
-    """What stands in brackets that change nothing from step to step, brackets included."""
+    """The text of brackets that change nothing from step to step, brackets included."""
 
     items: list[_Item]
 
@@ -262,7 +263,7 @@ _Item = str | _Group | _Edit | _Alternation
 
 
 class _Open:
-    """A bracket whose end has not come: its parts and the separators between them. `start` is where its last part
+    """A bracket that has not ended yet: its parts and the separators between them. `start` is where its last part
     begins in the prompt.
     """
 
@@ -274,12 +275,11 @@ class _Open:
 
 
 def schedule_edits(prompt: str, steps: int) -> tuple[tuple[int, str], ...]:
-    """The texts a prompt goes through: (last step, text), steps counting from 1 to `steps`, as AUTOMATIC1111 writes
-    them.
+    """The texts a prompt goes through, as pairs (last step, text). Steps count from 1 to `steps`, as in AUTOMATIC1111.
 
     `[a:b:when]`, `[b:when]` and `[a::when]` change at a fraction of `steps` where `when` has a point, else at that
-    step; `[a|b]` changes with every step. They nest. Brackets of any other form are text, for `parse_attention` to
-    read. A `|` outside of square brackets, or a backslash with nothing to escape, leaves the whole prompt as text.
+    step. `[a|b]` changes with every step. These forms nest. Brackets of any other form are text that `parse_attention`
+    reads. A `|` outside of square brackets, or a backslash with nothing to escape, leaves the whole prompt as text.
     Neighbouring texts may be equal.
     """
     items = _parse_edits(prompt, steps)
@@ -293,8 +293,8 @@ def schedule_edits(prompt: str, steps: int) -> tuple[tuple[int, str], ...]:
 def _parse_edits(prompt: str, steps: int) -> list[_Item] | None:
     """Items at the top level, or None where AUTOMATIC1111's grammar has no reading.
 
-    A bracket is taken as such only if all brackets within it are; any other is text and so are those around it. So one
-    pass with a stack reads what the grammar does.
+    A bracket counts as one only if all brackets within it do. Any other bracket is text, and so are the brackets around
+    it. One pass with a stack therefore reads the same as the grammar.
     """
     top: list[_Item] = []
     stack: list[_Open] = []
@@ -325,7 +325,7 @@ def _parse_edits(prompt: str, steps: int) -> list[_Item] | None:
 
 
 def _closed(opened: _Open, token: str, last: str, steps: int) -> _Item | None:
-    """What a bracket is, now that it closes; None if it is only text. `last` is the raw text of its last part."""
+    """Decide what a bracket is when it closes; None if only text. `last` is the raw text of its last part."""
     parts, separators = opened.parts, opened.separators
     if opened.bracket == "(":
         if token != ")" or separators not in ("", ":"):
@@ -349,8 +349,8 @@ def _when(number: str, steps: int) -> int:
 
 
 def _flatten(stack: list[_Open], top: list[_Item]) -> bool:
-    """Turn brackets that are only text into text at the top level, where alone such text may stand. False if one holds
-    a `|`, which may not.
+    """Turn brackets that are only text into text at the top level, the only place for such text. False if such a
+    bracket holds a `|`, which is not allowed there.
     """
     for opened in stack:
         if "|" in opened.separators:

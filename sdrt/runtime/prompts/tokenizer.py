@@ -11,8 +11,8 @@ from sdrt.errors import BundleError, UsageError, printable
 
 
 class Tokenizer:
-    """Thread-safe: encoding changes nothing. `text` is the manifest's, with the special tokens and the learned
-    embeddings.
+    """Thread-safe: encoding changes nothing. `text` comes from the manifest and holds the special tokens and the
+    learned embeddings.
     """
 
     def __init__(self, file: Path, text: Text) -> None:
@@ -41,8 +41,8 @@ class Tokenizer:
             raise UsageError(f"prompt: not valid Unicode text: {error}", "Remove the lone surrogates.") from error
 
     def embedding_at(self, tokens: Sequence[int], position: int) -> tuple[tuple[int, ...], int] | None:
-        """The rows of the learned embedding whose trigger starts at `position`, the longest first, and how many tokens
-        the trigger has.
+        """Find the learned embedding whose trigger starts at `position`; the longest trigger wins. Returns its rows of
+        the token table and how many tokens the trigger has, or None.
         """
         for trigger, rows in self._triggers.get(tokens[position], ()):
             if tokens[position : position + len(trigger)] == trigger:

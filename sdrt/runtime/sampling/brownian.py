@@ -1,9 +1,9 @@
-"""A Brownian path over noise levels, point for point the one torchsde's `BrownianTree` gives, without torch.
+"""A Brownian path over noise levels. It equals torchsde's `BrownianTree` point for point, without torch.
 
-Stochastic samplers take their noise from one path per picture, so that it does not depend on where their steps lie
-(k-diffusion's `BrownianTreeNoiseSampler`). The path is a binary tree: each node halves an interval and draws the value
-between its ends by the Brownian bridge (Li et al. 2020, "Scalable Gradients for Stochastic Differential Equations",
-section 4), from a seed that its place in the tree gives.
+Stochastic samplers take their noise from one path per picture, so that the noise does not depend on where the steps lie
+(k-diffusion's `BrownianTreeNoiseSampler`). The path is a binary tree. Each node halves an interval and draws the value
+in the middle by the Brownian bridge (Li et al. 2020, "Scalable Gradients for Stochastic Differential Equations",
+section 4). Its place in the tree gives the seed.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from numpy.typing import NDArray
 Array = NDArray[np.float32]
 
 _DIGITS = 6
-"""Decimal places sigmas are rounded to: a tolerance of 1e-6."""
+"""Sigmas are rounded to this many decimal places: a tolerance of 1e-6."""
 _POOL_SIZE = 24
 
 
 _KEPT = 64
-"""Nodes remembered: a step ends where the next one begins, so their ways through the tree are nearly the same."""
+"""How many nodes are remembered. A step ends where the next one begins, so both walk nearly the same nodes."""
 
 
 @dataclass(frozen=True)
 class _Interval:
-    """A node of the tree: its place in it, and the path's increment W over [start, end]."""
+    """A node of the tree: its place in the tree, and the path's increment W over [start, end]."""
 
     start: float
     end: float
@@ -98,5 +98,5 @@ class BrownianPath:
 
 
 def _single(sigma: float) -> float:
-    """As the tools hold it."""
+    """Round to float32, as the tools store a sigma."""
     return float(np.float32(sigma))

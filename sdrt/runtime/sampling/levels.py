@@ -1,8 +1,7 @@
-"""What a sampler passes through in each tool: noise levels, the timesteps told to the network, and what is left of them
-from an image.
+"""The noise levels a sampler passes through in each tool, and the timestep the network is told at each.
 
-Owns the counting of AUTOMATIC1111 (`t_enc`) and of diffusers (`int(steps * strength)`), their roundings, and the levels
-at which they start and end.
+An image skips the first levels. This file counts them as AUTOMATIC1111 (`t_enc`) and as diffusers (`int(steps *
+strength)`) do. It also has their roundings, and the levels at which they start and end.
 """
 
 from __future__ import annotations
@@ -20,16 +19,16 @@ from sdrt.errors import UsageError
 from sdrt.runtime.sampling.schedule import SCHEDULES, SPACINGS, Sigmas, exponential, karras, spaced, timestep
 
 ALMOST_ONE = 0.999
-"""AUTOMATIC1111 caps strength here."""
+"""AUTOMATIC1111 limits strength to this."""
 
 LCM_STEPS = 50
-"""Levels that consistency models are distilled at (`original_inference_steps`)."""
+"""How many levels consistency models are distilled at (`original_inference_steps`)."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """What was asked for. `strength` is None from text; `fix_steps` makes `steps` the steps left of an image's schedule
-    (AUTOMATIC1111's option).
+    """What was asked for. `strength` is None for a picture from text. With `fix_steps`, `steps` counts only the steps
+    left of an image's schedule (AUTOMATIC1111's option).
     """
 
     schedule: str
@@ -41,13 +40,16 @@ class Request:
 
 @dataclass(frozen=True)
 class Levels:
-    """`sigmas` `[n + 1]`, the last being where the picture ends, and `timesteps` `[n]`, what the network is told at
-    each but the last.
+    """The levels of one picture of n steps.
 
-    From text the first latents are unit noise times `noise_scale`; from an image they are the image plus noise of level
-    `start`. `jumps` are the levels that each call of a timestep sampler goes from and to, where these are not its
-    neighbours in `sigmas`. `brownian` is the smallest and largest sigma of the whole schedule, `skipped` are those of
-    its levels that an image leaves out.
+    sigmas: `[n + 1]`; the picture ends at the last one.
+    timesteps: `[n]`; what the network is told at each level but the last.
+    noise_scale: from text, the first latents are unit noise times this.
+    start: from an image, the first latents are the image plus noise of this level.
+    jumps: per call of a timestep sampler, the levels the call goes from and to. Empty where these are neighbours in
+        `sigmas`.
+    brownian: the smallest and the largest sigma of the whole schedule, levels that an image skips included.
+    skipped: the levels of the schedule that an image skips.
     """
 
     sigmas: tuple[float, ...]
@@ -59,7 +61,7 @@ class Levels:
     skipped: tuple[float, ...] = ()
 
     def steps(self) -> list[tuple[float, float]]:
-        """The levels of each step, from and to."""
+        """For each step the level it goes from and the level it goes to."""
         return list(self.jumps or pairwise(self.sigmas))
 
 
@@ -69,10 +71,10 @@ def _levels(sigmas: list[float], timesteps: list[float], noise_scale: float) -> 
 
 
 def _without(levels: Levels, first: int) -> Levels:
-    """The levels without the first ones, for a picture that starts from an image.
+    """The levels without the first `first` ones, for a picture that starts from an image.
 
     Raises:
-        UsageError: none is left.
+        UsageError: no level is left.
     """
     if first >= len(levels.timesteps):
         raise UsageError(f"strength: leaves no step of {len(levels.timesteps)}", "Take more strength, or more steps.")
@@ -87,11 +89,11 @@ def _without(levels: Levels, first: int) -> Levels:
 
 
 def a1111_count(request: Request) -> tuple[int, int | None]:
-    """Steps of the whole schedule, and AUTOMATIC1111's t_enc: an image is left t_enc + 1 of them
-    (`setup_img2img_steps`). None from text.
+    """How many steps the whole schedule has, and AUTOMATIC1111's t_enc, None from text. An image goes through t_enc + 1
+    of the steps (`setup_img2img_steps`).
 
     Raises:
-        UsageError: the whole has more steps than the network has timesteps.
+        UsageError: the whole schedule has more steps than the network has timesteps.
     """
     if request.strength is None:
         return request.steps, None
@@ -109,15 +111,15 @@ def a1111_count(request: Request) -> tuple[int, int | None]:
 
 
 def a1111_levels(request: Request, *, discard: bool = False) -> Levels:
-    """Levels of k-diffusion's samplers: fractional timesteps. `discard` asks for one more and drops the last but one
-    before sigma 0.
+    """Levels of k-diffusion's samplers: fractional timesteps. `discard` asks for one level more and drops the one
+    before the last, which is sigma 0.
     """
     return _a1111(request, request.training, discard, lambda sigma: timestep(sigma, request.training))
 
 
 def a1111_lcm_levels(request: Request) -> Levels:
-    """Levels of AUTOMATIC1111's LCM: schedules over the 50 levels of distillation, the timestep being that of the
-    nearest one.
+    """Levels of AUTOMATIC1111's LCM: schedules over the 50 levels of distillation. The network is told the timestep of
+    the nearest of them.
     """
     k = max(1, len(request.training) // LCM_STEPS)
     trained = request.training[k - 1 :: k]
@@ -142,15 +144,17 @@ def _a1111(request: Request, table: Sigmas, discard: bool, told: Callable[[float
 
 
 def a1111_timesteps(steps: int, count: int) -> list[int]:
-    """AUTOMATIC1111's rising timesteps of DDIM, PLMS and UniPC; more than `steps` where count / steps is not whole."""
+    """AUTOMATIC1111's timesteps of DDIM, PLMS and UniPC, rising. There are more than `steps` where count / steps is not
+    whole.
+    """
     return [min(t + 1, count - 1) for t in range(0, count, count // steps)]
 
 
 def a1111_ddim_levels(request: Request, *, improved: bool = False) -> Levels:
-    """Levels of AUTOMATIC1111's DDIM and PLMS, which end at timestep 1, so that n timesteps make n - 1 steps.
+    """Levels of AUTOMATIC1111's DDIM and PLMS. They end at timestep 1, so n timesteps make n - 1 steps.
 
-    From an image the noise is that of timestep t_enc, but the first call is told the one below it. `improved` adds the
-    second call of PLMS's first step.
+    From an image, the noise is that of timestep t_enc, but the network is told the timestep below at the first call.
+    `improved` adds the second call of PLMS's first step.
 
     Raises:
         UsageError: no step is left.
@@ -185,7 +189,7 @@ def a1111_ddim_levels(request: Request, *, improved: bool = False) -> Levels:
 
 
 def a1111_unipc_levels(request: Request) -> Levels:
-    """Levels of AUTOMATIC1111's UniPC: fractional timesteps evenly spaced down to 0, log alpha interpolated between
+    """Levels of AUTOMATIC1111's UniPC: fractional timesteps evenly spaced down to 0. log alpha is interpolated between
     neighbours.
 
     Raises:
@@ -207,15 +211,15 @@ def a1111_unipc_levels(request: Request) -> Levels:
     return levels if t_enc is None else replace(levels, start=float(request.training[ts[t_enc]]))
 
 
-# diffusers. Its sampling starts at the level of the schedule's first timestep; `order` is the model calls a step takes,
-# which it counts in.
+# diffusers. Its sampling starts at the level of the schedule's first timestep. `order` is how many model calls a step
+# takes; diffusers counts in calls.
 
 
 def diffusers_first(request: Request, count: int) -> int:
-    """How many of `count` steps diffusers leaves away (`get_timesteps`).
+    """How many of `count` steps diffusers skips for an image (`get_timesteps`).
 
     Raises:
-        UsageError: it would leave none.
+        UsageError: all steps would be skipped.
     """
     if request.strength is None:
         return 0
@@ -242,7 +246,7 @@ def diffusers_levels(request: Request, *, rounded: bool = False) -> Levels:
         sigmas = _interpolated(t, training)
         timesteps = t.tolist()
     else:
-        # Both span the levels of the linspace spacing, which for one step is the smallest alone.
+        # Both span the levels of the linspace spacing. For one step that spacing holds the smallest level only.
         sigmas = {"karras": karras, "exponential": exponential}[request.schedule](
             steps, training if steps > 1 else training[:1]
         )[:-1]
@@ -254,11 +258,11 @@ def diffusers_levels(request: Request, *, rounded: bool = False) -> Levels:
 
 
 def diffusers_multistep_levels(request: Request) -> Levels:
-    """Levels of diffusers' multistep solvers: whole timesteps, spaced as for one step more, then sigma 0; the start is
+    """Levels of diffusers' multistep solvers: whole timesteps, spaced as for one step more, then sigma 0. The start is
     unit noise.
 
     Raises:
-        UsageError: so many steps that a timestep would repeat, where diffusers divides by zero.
+        UsageError: so many steps that a timestep would repeat; diffusers divides by zero there.
     """
     training, steps = request.training, request.steps
     if request.schedule in SPACINGS:
@@ -279,11 +283,11 @@ def diffusers_multistep_levels(request: Request) -> Levels:
 def diffusers_timestep_levels(
     request: Request, *, improved: bool = False, strided: bool = True, final: Literal["first", "zero"] = "first"
 ) -> Levels:
-    """Levels of diffusers' DDIM, PNDM and DDPM: whole timesteps; a `strided` step goes down count // steps of them,
-    wherever the next one is.
+    """Levels of diffusers' DDIM, PNDM and DDPM: whole timesteps. A `strided` step always goes down by count // steps
+    timesteps, wherever the next timestep is.
 
-    Below timestep 0 is the level of timestep 0 (`set_alpha_to_one=False`, as Stable Diffusion's own configuration has
-    it), or zero. `improved` adds the second call of PNDM's first step, and with it the step that it goes back.
+    `final` is the level below timestep 0: that of timestep 0 (`set_alpha_to_one=False`, as in Stable Diffusion's own
+    configuration), or zero. `improved` adds the second call of PNDM's first step, and the step back that belongs to it.
     """
     training, steps = request.training, request.steps
     whole = [int(t) for t in spaced(request.schedule, steps, len(training)).round()]
@@ -317,11 +321,11 @@ def diffusers_timestep_levels(
 
 
 def diffusers_distilled_levels(request: Request) -> Levels:
-    """Levels of diffusers' LCM and TCD: some of the 50 whole timesteps of distillation, ending at the level of timestep
-    0.
+    """Levels of diffusers' LCM and TCD: some of the 50 whole timesteps of distillation. They end at the level of
+    timestep 0.
 
     Raises:
-        UsageError: more steps than that.
+        UsageError: more steps than there are such timesteps.
     """
     training, steps = request.training, request.steps
     if steps > LCM_STEPS or len(training) < LCM_STEPS:

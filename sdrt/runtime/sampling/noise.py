@@ -1,7 +1,7 @@
-"""Seeded Gaussian noise, one stream per picture, so that a picture does not depend on the batch it came in.
+"""Seeded Gaussian noise, one stream per picture, so that a picture does not depend on its batch.
 
-Owns the streams (`cpu` as torch draws on a CPU, `nv` as AUTOMATIC1111 draws by default) and the order in which each
-tool draws from them.
+This file has the streams (`cpu` as torch draws on a CPU, `nv` as AUTOMATIC1111 draws by default) and the order in which
+each tool draws from them.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ _BLOCK = 16
 
 
 class CpuNoise:
-    """The stream `torch.Generator("cpu").manual_seed(seed)` gives `torch.randn`, without torch.
+    """The stream that `torch.Generator("cpu").manual_seed(seed)` gives `torch.randn`, without torch.
 
-    PyTorch fills 24-bit uniforms from MT19937 (its seed cut to 32 bits) and applies Box-Muller to blocks of 16
-    (aten/src/ATen/native/cpu/DistributionTemplates.h, `normal_fill`). Differences to torch are of float32 rounding,
+    PyTorch fills 24-bit uniforms from MT19937 (the seed cut to 32 bits) and applies Box-Muller to blocks of 16
+    (aten/src/ATen/native/cpu/DistributionTemplates.h, `normal_fill`). Values differ from torch's by float32 rounding,
     below 5e-7.
     """
 
@@ -79,11 +79,11 @@ def philox(counter: list[NDArray[np.uint64]], key: tuple[int, int]) -> list[NDAr
 
 
 class NvNoise:
-    """The stream AUTOMATIC1111 calls "NV", after CUDA's generator: every value has a Philox counter of its own.
+    """The stream AUTOMATIC1111 calls "NV", after CUDA's generator. Every value has a Philox counter of its own.
 
-    The key is the seed, the counter (draw, 0, index of the value, 0); of the four words the first two make one normal,
-    by Box-Muller's sine. A GPU's own torch.randn has these values only for tensors small enough for one pass of its
-    grid.
+    The key is the seed, the counter is (draw, 0, index of the value, 0). The first two of the four words make one
+    normal, by Box-Muller's sine. torch.randn on a GPU gives these values only for tensors that are small enough for one
+    pass of its grid.
     """
 
     def __init__(self, seed: int) -> None:
@@ -119,10 +119,11 @@ def noise_stream(source: str, seed: int) -> Stream:
 
 @dataclass(frozen=True)
 class Draws:
-    """All noise of one picture, float32 `[4, h, w]`: of the image's encoding, of the first latents, and of each of S
-    rows, zero where it takes none.
+    """All noise of one picture, float32 `[4, h, w]` each: for the image's encoding, for the first latents, and for each
+    of S rows (zero where a row takes none).
 
-    `encode` and `masked`, of the encoding of the image under a mask, are None unless they were asked for.
+    `encode` and `masked` are for the encodings of the image and of the image under a mask. They are None unless asked
+    for.
     """
 
     encode: Array | None

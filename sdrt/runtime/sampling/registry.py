@@ -27,9 +27,7 @@ COMPATS = ("a1111", "diffusers")
 
 @dataclass(frozen=True)
 class Recipe:
-    """How one tool runs a sampler: the levels it passes through, and the schedules it takes, the first one being its
-    default.
-    """
+    """How one tool runs a sampler: its levels and the schedules it takes. The first schedule is the default."""
 
     run: Callable[[Trace, Levels], None]
     levels: Callable[[Request], Levels]
@@ -38,8 +36,8 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Sampler:
-    """A sampler as users name it: `label` is AUTOMATIC1111's, `scheduler` the class of diffusers. `diffusers` is None
-    where that has no such class.
+    """A sampler as users name it. `label` is AUTOMATIC1111's name, `scheduler` the class of diffusers. `diffusers` is
+    None where diffusers has no such class.
     """
 
     label: str
@@ -50,7 +48,7 @@ class Sampler:
 
     @property
     def schedules(self) -> tuple[str, ...]:
-        """Those it takes as AUTOMATIC1111 runs it."""
+        """The schedules it takes as AUTOMATIC1111 runs it."""
         return self.a1111.schedules
 
 
@@ -201,11 +199,11 @@ def recipe(sampler: str, compat: str) -> Recipe:
 def parse_sampler(name: str, schedule: str | None = None, compat: str = "a1111") -> tuple[str, str]:
     """Sampler and schedule from their names.
 
-    AUTOMATIC1111's labels are understood, with a schedule after them or not ("DPM++ 2M Karras"), and the names of
-    diffusers' classes. No schedule, or "automatic", is the tool's own for the sampler.
+    AUTOMATIC1111's labels are understood, with or without a schedule after them ("DPM++ 2M Karras"), and so are the
+    names of diffusers' classes. No schedule, or "automatic", takes the tool's own for the sampler.
 
     Raises:
-        UsageError: either is unknown, the tool does not have the sampler, or the sampler cannot take the schedule.
+        UsageError: either name is unknown, the tool does not have the sampler, or the sampler cannot take the schedule.
     """
     names = {sampler.label.lower(): key for key, sampler in SAMPLERS.items()}
     names |= {
@@ -259,13 +257,12 @@ def plan_rows(
 
     Args:
         strength: None from text. From an image, how much of the schedule is left, more than 0 to 1, counted as the tool
-            counts; register 0 starts
-            as the image's latents, register 1 as unit noise, and row 0 mixes them.
-        masked: fill `Row.inpaint`. AUTOMATIC1111 blends the denoised estimate (k = 1), and the finished latents (the
-            last row: k, b, c = 0, 1, 0).
-            diffusers blends the latents with the image at their next noise level, and with strength 1 starts from noise
-            alone.
-        fix_steps: `steps` are those left of an image's schedule, not those of the whole (AUTOMATIC1111's option).
+            counts. Register 0 then starts as the image's latents and register 1 as unit noise; row 0 mixes them.
+        masked: fill `Row.inpaint`. AUTOMATIC1111 blends the denoised estimate (k = 1) and, in the last row, the
+            finished latents (k, b, c = 0, 1, 0). diffusers blends the latents with the image at their next noise level;
+            with strength 1 it starts from noise alone.
+        fix_steps: `steps` counts the steps left of an image's schedule instead of the whole schedule (AUTOMATIC1111's
+            option).
 
     Raises:
         UsageError: steps or strength are out of range, or leave no model call.
@@ -291,6 +288,6 @@ def plan_rows(
 
 
 def _inpaint(row: Row, last: bool, compat: str) -> tuple[float, float, float]:
-    if last:  # both tools put the image's latents themselves into the finished ones
+    if last:  # both tools put the image's own latents into the finished ones
         return (0.0, 1.0, 0.0)
     return (1.0, 0.0, 0.0) if compat == "a1111" else row.inpaint

@@ -1,9 +1,9 @@
-"""Noise schedules: which noise levels sigma a picture passes through, in float64.
+"""Noise schedules: the noise levels sigma that a picture passes through, in float64.
 
 sigma is the variance-exploding level of Karras et al. 2022, "Elucidating the Design Space of Diffusion-Based Generative
 Models": latents at timestep t are (image + sigma noise) / sqrt(1 + sigma^2). SCHEDULES are AUTOMATIC1111's, formulas
-over the levels of training; SPACINGS are diffusers', lists of timesteps. `levels.py` makes what a sampler passes
-through from them.
+over the levels of training. SPACINGS are diffusers', lists of timesteps. `levels.py` turns them into the levels of a
+sampler.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def exponential(steps: int, training: Sigmas) -> list[float]:
 
 
 def sgm_uniform(steps: int, training: Sigmas) -> list[float]:
-    """Timesteps evenly spaced as for one step more, whose last, timestep 0, gives way to sigma 0 (Stability's
+    """Timesteps evenly spaced as for one step more. The last of them, timestep 0, is replaced by sigma 0 (Stability's
     generative-models).
     """
     return [*_at(np.linspace(len(training) - 1, 0, steps + 1)[:-1], training), 0.0]
@@ -77,8 +77,8 @@ def simple(steps: int, training: Sigmas) -> list[float]:
 
 
 def ddim_uniform(steps: int, training: Sigmas) -> list[float]:
-    """Every (n // steps)-th training level from timestep 1 up, reversed, then 0. Where n / steps is not whole, there
-    are more than `steps`.
+    """Every (n // steps)-th training level from timestep 1 up, reversed, then 0. There are more than `steps` where n /
+    steps is not whole.
     """
     return [*training[1 :: max(len(training) // steps, 1)][::-1].tolist(), 0.0]
 
@@ -109,11 +109,11 @@ ALIASES = {
 
 
 def spaced(spacing: str, steps: int, count: int, *, extra: int = 0) -> NDArray[np.float64]:
-    """Falling timesteps `[steps]` of `count` as diffusers spaces them, not rounded. `steps_offset` is 1, as Stable
-    Diffusion's own configuration has it.
+    """Falling timesteps `[steps]` out of `count`, as diffusers spaces them, not rounded. `steps_offset` is 1, as in
+    Stable Diffusion's own configuration.
 
-    `extra` is 1 for the multistep solvers, which space as for one step more and leave the last away, 0 for all others;
-    "trailing" never does.
+    `extra` is 1 for the multistep solvers: they space as for one step more and drop the last timestep, except with
+    "trailing". It is 0 for all others.
 
     Raises:
         UsageError: so many steps that the offset leaves the training range.
@@ -124,7 +124,7 @@ def spaced(spacing: str, steps: int, count: int, *, extra: int = 0) -> NDArray[n
     elif spacing == "trailing":
         timesteps = np.asarray(
             np.arange(count, 0, -count / steps).round() - 1, np.float64
-        )  # of 61 steps and some more, one too many
+        )  # for 61 steps and some others, rounding makes one too many
     else:
         ratio = count // (steps + extra)
         timesteps = np.arange(steps + extra, dtype=np.float64)[::-1] * ratio + 1

@@ -1,7 +1,7 @@
-"""Samplers over noise levels, as k-diffusion has them: latents are image + sigma noise.
+"""Samplers over noise levels, as in k-diffusion: latents are image + sigma noise.
 
-Each is its paper's code over the algebra of `trace.py`, in the symbols of k-diffusion: x latents, d the derivative (x -
-denoised) / sigma, t = -log sigma, h a step in it.
+Each is the code of its paper over the algebra of `trace.py`, in the symbols of k-diffusion: x latents, d the derivative
+(x - denoised) / sigma, t = -log sigma, h a step in t.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from sdrt.runtime.sampling.trace import Latents, Noise, Trace
 
 
 def ancestral(sigma: float, sigma_next: float, eta: float = 1.0) -> tuple[float, float]:
-    """Split a step into a deterministic part down to the first level returned and fresh noise of the second
+    """Split a step into two levels: a deterministic part goes down to the first, fresh noise of the second is added
     (k-diffusion).
     """
     up = min(sigma_next, eta * math.sqrt(max(0.0, sigma_next**2 * (sigma**2 - sigma_next**2) / sigma**2)))
@@ -69,8 +69,8 @@ def lms(trace: Trace, levels: Levels, *, counts_skipped: bool = False) -> None:
     """Linear multistep of order four (Adams-Bashforth) in sigma: the polynomial through the last derivatives,
     integrated over the step (k-diffusion's `sample_lms`).
 
-    `counts_skipped` also counts the levels an image skips among its four nodes, though there are no derivatives there:
-    so does diffusers.
+    `counts_skipped` also counts the levels that an image skips among the four nodes, although they have no derivatives.
+    diffusers does that.
     """
     x = trace.start()
     ds: list[Latents] = []
@@ -86,8 +86,8 @@ def lms(trace: Trace, levels: Levels, *, counts_skipped: bool = False) -> None:
 
 
 def dpm2(trace: Trace, levels: Levels, *, noisy: bool = False) -> None:
-    """DPM-Solver-2's midpoint in log sigma on Karras et al.'s derivative; `noisy` with ancestral noise (k-diffusion's
-    `sample_dpm_2`, `_ancestral`).
+    """DPM-Solver-2's midpoint in log sigma on Karras et al.'s derivative. `noisy` adds ancestral noise (k-diffusion's
+    `sample_dpm_2`, `sample_dpm_2_ancestral`).
     """
     x = trace.start()
     for sigma, sigma_next in levels.steps():
@@ -126,7 +126,8 @@ def dpmpp_sde(trace: Trace, levels: Levels) -> None:
     """DPM-Solver++ as a stochastic equation, second order with the midpoint in log sigma (k-diffusion's
     `sample_dpmpp_sde`, r = 1/2, eta 1).
 
-    The noise of both calls is the picture's Brownian path from sigma: to the midpoint, then to the next level.
+    Both calls take their noise from the picture's Brownian path, starting at sigma: the first up to the midpoint, the
+    second up to the next level.
     """
     x = trace.start()
     for sigma, sigma_next in levels.steps():
@@ -166,7 +167,7 @@ def dpmpp_2m_sde(trace: Trace, levels: Levels, *, brownian: bool = True) -> None
     """DPM-Solver++ 2M as a stochastic equation, midpoint form, eta 1 (k-diffusion's `sample_dpmpp_2m_sde`; diffusers'
     "sde-dpmsolver++").
 
-    `brownian` takes the noise from the picture's Brownian path; otherwise it is drawn.
+    With `brownian` the noise comes from the picture's Brownian path, otherwise from the picture's stream.
     """
     x = trace.start()
     old: Latents | None = None
@@ -224,8 +225,8 @@ def lcm(trace: Trace, levels: Levels, *, scaled: bool = False) -> None:
     """Luo et al. 2023, "Latent Consistency Models", algorithm 3, with the boundary condition of its equation 9
     (sigma_data 1/2, timesteps times 10).
 
-    `scaled` holds the boundary condition on latents divided by sqrt(1 + sigma^2), as diffusers does; AUTOMATIC1111 does
-    not divide.
+    `scaled` applies the boundary condition to latents divided by sqrt(1 + sigma^2), as diffusers does. AUTOMATIC1111
+    does not divide.
     """
     x = trace.start()
     for i, (sigma, sigma_next) in enumerate(levels.steps(), 1):

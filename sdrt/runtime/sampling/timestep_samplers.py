@@ -45,8 +45,8 @@ def plms(trace: Trace, levels: Levels, *, raw: bool = False) -> None:
     """Liu et al. 2022, "Pseudo Numerical Methods for Diffusion Models", equations 9 and 12, started by an improved
     Euler step of two model calls.
 
-    The second call repeats the first step with the mean of both outputs. `raw` extrapolates what the network predicts,
-    as diffusers does, instead of eps, as AUTOMATIC1111 does; it matters for v prediction.
+    The second call repeats the first step with the mean of both outputs. `raw` extrapolates the network's prediction,
+    as diffusers does; otherwise eps is extrapolated, as in AUTOMATIC1111. The two differ for v prediction.
     """
     x = trace.start_scaled()
     history: list[Latents] = []
@@ -75,10 +75,10 @@ def plms(trace: Trace, levels: Levels, *, raw: bool = False) -> None:
 
 
 def unipc(trace: Trace, levels: Levels, *, order: int = 2, variant: str = "bh2") -> None:
-    """Zhao et al. 2023, "UniPC", algorithms 5 and 6: data prediction, multistep; `variant` is the choice of B(h).
+    """Zhao et al. 2023, "UniPC", algorithms 5 and 6: data prediction, multistep. `variant` is the choice of B(h).
 
-    The corrector needs the denoised estimate of the next call, so what it adds to that is carried along as one
-    register, `corrected`.
+    The corrector needs the denoised estimate of the next call. Everything else the corrector needs is carried along in
+    one register, `corrected`.
     """
     x = trace.start_scaled()
     sigmas = levels.sigmas
@@ -113,7 +113,7 @@ def unipc(trace: Trace, levels: Levels, *, order: int = 2, variant: str = "bh2")
 
 
 def _unipc_weights(r: list[float], h: float, B: float) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Weights of predictor and corrector (Zhao et al. 2023, equation 5, in h' = -h); order 1 and 2 have the paper's
+    """Weights of predictor and corrector (Zhao et al. 2023, equation 5, in h' = -h). Order 1 and 2 have the paper's
     constant 1/2.
     """
     hh = -h
@@ -131,8 +131,8 @@ def _unipc_weights(r: list[float], h: float, B: float) -> tuple[NDArray[np.float
 
 
 def tcd(trace: Trace, levels: Levels, gamma: float = 0.3) -> None:
-    """Zheng et al. 2024, "Trajectory Consistency Distillation", algorithm 4: down to a timestep below the next, then up
-    to it with fresh noise.
+    """Zheng et al. 2024, "Trajectory Consistency Distillation", algorithm 4: down to a timestep below the next one,
+    then up to the next one with fresh noise.
     """
     x = trace.start_scaled()
     timesteps = (*levels.timesteps, 0.0)

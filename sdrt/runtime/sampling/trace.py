@@ -1,9 +1,9 @@
-"""The algebra samplers are written in: latents as vectors of coefficients, and the rows of numbers that come out of it.
+"""The algebra that samplers are written in: latents are vectors of coefficients, and rows of numbers come out.
 
-A `Trace` stands in for the network: a sampler calls `denoise` with its latents and gets the denoised estimate back,
-combines them with ordinary arithmetic, and names with `end_row` the latents it wants to keep. What comes out is one row
-of numbers per model call (docs/architecture.md, the linear machine). Nothing here touches pixels; everything is float64
-on the host, once per picture.
+A `Trace` stands in for the network. A sampler calls `denoise` with its latents and gets the denoised estimate back. It
+combines both with ordinary arithmetic, and names the latents it wants to keep with `end_row`. The result is one row of
+numbers per model call (docs/architecture.md, the linear machine). Nothing here touches pixels. Everything is float64 on
+the host, once per picture.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ _DENOISED, _, _NOISE = range(REGISTERS, REGISTERS + 3)
 STATES = REGISTERS + 3
 
 Noise = Literal["draw"] | tuple[float, float] | None
-"""Fresh unit noise of a row: none, the next draw of the picture's stream, or its Brownian path's increment between two
-sigmas.
+"""Fresh unit noise of a row: none, the next draw of the picture's stream, or the increment of its Brownian path between
+two sigmas.
 """
 
 
 @dataclass(frozen=True)
 class Row:
-    """The numbers of one model call; the linear machine in docs/architecture.md names them.
+    """The numbers of one model call. The linear machine in docs/architecture.md names them.
 
-    a, u `[R]`, M `[R, R+3]`; `inpaint` is (k, b, c), all 0 without a mask; `step` counts the sampler's own steps from
-    0; `sigma` is the level of the call. `brownian` is the span (smallest, largest sigma) of the path that `noise` names
-    an interval of.
+    a, u `[R]`, M `[R, R+3]`. `inpaint` is (k, b, c), all 0 without a mask. `step` counts the sampler's own steps from
+    0. `sigma` is the level of the call. Where `noise` names an interval of a Brownian path, `brownian` holds the ends
+    of the whole path (smallest, largest sigma).
     """
 
     timestep: float
@@ -53,8 +53,8 @@ class Row:
 
 
 class Trace:
-    """Records rows while a sampler runs. `prediction` is one of the bundle's PREDICTIONS; `from_image` says the picture
-    starts from init latents, not noise alone.
+    """Records rows while a sampler runs. `prediction` is one of the bundle's PREDICTIONS. `from_image` says that the
+    picture starts from init latents, not from noise alone.
     """
 
     def __init__(self, levels: Levels, training: Sigmas, prediction: str, *, from_image: bool = False) -> None:
@@ -69,15 +69,15 @@ class Trace:
         self._step = 0
 
     def start(self) -> Latents:
-        """The first latents: init latents plus noise at the first level, or unit noise in the scale the
-        tool gives it.
+        """The first latents: init latents plus noise at the first level. From text, unit noise at the scale of the
+        tool.
         """
         if self._from_image:
             return _unit(0) + self._levels.start * _unit(1)
         return self._levels.noise_scale * _unit(1)
 
     def start_scaled(self) -> Latents:
-        """The same divided by sqrt(1 + sigma^2), as variance-preserving samplers keep it; from text it is
+        """The first latents divided by sqrt(1 + sigma^2), as variance-preserving samplers keep them. From text this is
         unit noise.
         """
         return self.start() / math.hypot(1, self._levels.start)
@@ -85,8 +85,8 @@ class Trace:
     def denoise(self, x: Latents, sigma: float, *, listed: bool = True) -> Latents:
         """The denoised estimate of latents `x` at level `sigma`: one model call.
 
-        A level that is not `listed` in the schedule, a midpoint, has the timestep between its neighbours', whatever the
-        tool rounds.
+        A level that the schedule does not list (a midpoint) is not `listed`. Its timestep lies between those of its
+        neighbours, whatever the tool rounds.
 
         eps: D = x - sigma eps(c_in x). v: D = c_in^2 x - sigma c_in v(c_in x), with c_in = 1 / sqrt(1 + sigma^2).
             sample: D is the output.
@@ -100,7 +100,7 @@ class Trace:
         return _unit(_DENOISED)
 
     def denoise_scaled(self, x: Latents, sigma: float) -> Latents:
-        """The same for latents already divided by sqrt(1 + sigma^2)."""
+        """The same for latents that are already divided by sqrt(1 + sigma^2)."""
         return self.denoise(x * math.hypot(1, sigma), sigma)
 
     def output(self, denoised: Latents) -> Latents:
@@ -110,7 +110,7 @@ class Trace:
         return (denoised - np.pad(u, (0, STATES - REGISTERS))) / q
 
     def eps(self, output: Latents, x: Latents, sigma: float) -> Latents:
-        """The noise in scaled latents `x` at level `sigma`, were `output` what the network predicted for them."""
+        """The noise in scaled latents `x` at level `sigma`, if the network predicted `output` for them."""
         alpha = 1 / math.hypot(1, sigma)
         match self._prediction:
             case "v":
@@ -122,11 +122,11 @@ class Trace:
     def end_row(
         self, *kept: Latents, to: float, scaled: bool = False, noise: Noise = "draw", end_step: bool = True
     ) -> tuple[Latents, ...]:
-        """Close the row of the last model call: `kept` are carried on, the first one being the picture if the next row
-        is the last.
+        """Close the row of the last model call. `kept` are carried on. If the next row is the last, the first of them
+        is the picture.
 
-        `to` is the level at which a mask of diffusers' kind puts the init latents into the first one, `scaled` whether
-        it is divided by sqrt(1 + to^2); `noise` says which noise, where the row holds any.
+        A mask of diffusers' kind puts the init latents at level `to` into the first one; `scaled` says that the first
+        one is divided by sqrt(1 + to^2). `noise` names the source of the noise, where the row holds any.
         """
         assert self._call is not None and len(kept) <= REGISTERS
         M = np.zeros((REGISTERS, STATES))
