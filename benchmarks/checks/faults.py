@@ -19,7 +19,7 @@ import tempfile
 import time
 from pathlib import Path
 
-TESTS = Path(__file__).parents[2] / "tests"
+SUPPORT = Path(__file__).parents[2] / "tests" / "support"
 KINDS = ("kill", "enospc", "eio", "short")
 SHOWN = 20
 MAKE = """
@@ -37,7 +37,8 @@ def main() -> int:
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")]),
+        "PYTHONPATH": os.pathsep.join([str(SUPPORT), str(SUPPORT.parents[1]), os.environ.get("PYTHONPATH", "")]),
+        "PYTHONDONTWRITEBYTECODE": "1",
         "OMP_NUM_THREADS": "1",
     }
     reports, problems = {}, 0
@@ -49,7 +50,7 @@ def main() -> int:
             folder.mkdir()
             command = [
                 sys.executable,
-                TESTS / "faulty_commands.py",
+                SUPPORT / "faulty_commands.py",
                 folder,
                 job,
                 checkpoint,

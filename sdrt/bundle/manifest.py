@@ -33,7 +33,7 @@ MAX_BRANCHES = 16
 """Most guidance branches of one picture: the negative prompt and 15 parts between `AND`s."""
 
 PRECISIONS = ("fp32", "fp16", "bf16")
-PREDICTIONS = ("epsilon", "v", "sample")
+PREDICTIONS = ("epsilon", "v")
 """What a network may predict: the noise, v of Salimans and Ho 2022 ("Progressive Distillation"), or the image."""
 SOURCE_KINDS = ("checkpoint", "vae", "lora", "lora-config", "embedding", "hypernetwork")
 MAX_TIMESTEPS = 10_000

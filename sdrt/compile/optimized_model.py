@@ -46,24 +46,24 @@ def save_model(graph: str, path: Path, folder: Path, reference: Path) -> dict[st
         saved = open_saved(ort, model.read_bytes(), model, None)
         found = outputs_of(ort, saved, graph, inputs)
     except Exception as error:
-        raise _reported(ort, graph, folder, error) from error
+        raise _reported(ort, f"{path}: {graph}", folder, error) from error
     worst = compare(expected, found, PRECISION)[0]
     if not worst.ok:
         raise MachineError(
-            f"{graph}: ONNX Runtime {ort.__version__} saved a model whose {worst.output} differs by {worst.error:.2e},"
-            f" expected at most {worst.limit:.0e}",
+            f"{path}: {graph}: ONNX Runtime {ort.__version__} saved a model whose {worst.output} differs by"
+            f" {worst.error:.2e}, expected at most {worst.limit:.0e}",
             "Leave it uncompiled: the bundle's own graphs run without it.",
         )
     return {"build_s": build_s, "exact": all(np.array_equal(array, found[name]) for name, array in expected.items())}
 
 
-def _reported(ort: Any, graph: str, folder: Path, error: Exception) -> SdrtError:
-    """Turn a failure into one of our errors. A file that could not be written, or not completely, means a full disk."""
+def _reported(ort: Any, where: str, folder: Path, error: Exception) -> SdrtError:
+    """A failure as one of ours: what could not be written, or was written short, means a full disk."""
     free = shutil.disk_usage(folder).free
     said = f"{error} {error.__cause__}"  # our own errors cut long messages
     if any(text in said for text in _NOT_WRITTEN) or free < 1 << 20:
         return ResourceError(
-            f"{graph}: ONNX Runtime cannot write the whole model, {free:,} bytes free there",
+            f"{where}: ONNX Runtime cannot write the whole model to {folder}, {free:,} bytes free there",
             "Free some space; --prune drops stale engines.",
         )
-    return error if isinstance(error, SdrtError) else explained(ort, graph, error)
+    return error if isinstance(error, SdrtError) else explained(ort, where, error)

@@ -67,7 +67,7 @@ class Demand:
 @dataclass(frozen=True)
 class Built:
     """A compiled graph: its plan, seconds, layers of the network, attention layers allowed to run without a fused
-    kernel, activation bytes if known, and the network's outputs in its own order.
+    kernel, and activation bytes if known.
     """
 
     plan: memoryview
@@ -76,7 +76,6 @@ class Built:
     layers: int
     unfused: tuple[str, ...]
     device_memory_bytes: int | None
-    outputs: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -153,7 +152,6 @@ def build_graph(
         if monitor.error is not None:
             raise monitor.error
         if plan is not None:
-            outputs = tuple(str(parsed.network.get_output(i).name) for i in range(parsed.network.num_outputs))
             return Built(
                 memoryview(plan),
                 parse_s,
@@ -161,7 +159,6 @@ def build_graph(
                 parsed.network.num_layers,
                 unfused,
                 _device_memory(compiler, log, plan),
-                outputs,
             )
         if stop.is_set():
             raise KeyboardInterrupt

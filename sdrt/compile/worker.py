@@ -2,11 +2,7 @@
 
 Native code that runs for minutes and takes gigabytes is better off alone: Ctrl-C ends it at once, its memory goes back
 to the system, a crash or the kernel's out-of-memory killer ends the worker instead of the caller, and what it prints is
-caught. It also makes TensorRT's builds
-repeatable: TensorRT orders a plan's outputs by their addresses, so equal plans take equal heaps. That is why a worker
-runs in the folder of its graphs and is told their names only: the length of a path would move everything after it. What
-is left to chance (TensorRT formats times and memory it measured) still swaps two outputs now and then; such a plan is
-built again, so that outputs come in the graph's own order.
+caught.
 
 The worker reads one request, a line of JSON, from its standard input, and answers in lines of JSON on its standard
 output; a plan follows its line as it is; ONNX Runtime writes its own files. It stops when its standard input ends, so
@@ -15,7 +11,6 @@ it never outlives its caller.
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import signal
@@ -43,10 +38,6 @@ _SAVE = "save"
 _STDERR_BYTES = 1 << 16
 _SIGKILL = getattr(signal, "SIGKILL", 9)
 
-_ATTEMPTS = 12  # about half of all heaps give the right order
-# Python's hashes and glibc's caches of freed memory per thread would make addresses differ from run to run.
-_EQUAL_HEAP = {"PYTHONHASHSEED": "0", "GLIBC_TUNABLES": "glibc.malloc.tcache_count=0"}
-
 
 @dataclass(frozen=True)
 class Answer:
@@ -67,22 +58,17 @@ def build(
         KeyboardInterrupt: interrupted; the worker is gone.
     """
     request = {
+        "target": compiler.target,
+        "device": compiler.device,
+        "gpu": compiler.gpu,
+        "sms": compiler.sms,
         "graph": graph,
-        "name": path.name,
+        "path": str(path.absolute()),
         "profiles": [profile.shapes for profile in profiles],
         "demand": asdict(demand),
     }
-    for attempt in range(_ATTEMPTS):
-        answer = _ask(
-            compiler,
-            request | {"attempt": attempt},
-            path.parent,
-            demand,
-            graph,
-            progress if attempt == 0 else lambda _, __: None,
-        )
-        if in_order(answer.data, answer.fields["outputs"]):
-            break
+    where = f"{path}: {graph}: {compiler}"
+    answer = _ask(request, lambda code, lines: _death(where, code, lines, demand), lambda done: progress(graph, done))
     fields = answer.fields
     return Built(
         memoryview(answer.data),
@@ -91,7 +77,6 @@ def build(
         fields["layers"],
         tuple(fields["unfused"]),
         fields["device_memory_bytes"],
-        tuple(fields["outputs"]),
     ), answer.peak_bytes
 
 
@@ -107,11 +92,11 @@ def save_model(
     request = {
         "task": _SAVE,
         "graph": graph,
-        "name": path.name,
+        "path": str(path.absolute()),
         "folder": str(folder.absolute()),
         "reference": str(reference.absolute()),
     }
-    where = f"{graph}: ONNX Runtime {version}"
+    where = f"{path}: {graph}: ONNX Runtime {version}"
 
     def death(code: int, lines: list[str]) -> SdrtError:
         if code == -_SIGKILL:
@@ -121,48 +106,22 @@ def save_model(
             )
         return MachineError(f"{where}: ended with exit code {code}: {' '.join(lines)[-300:]}", "Run: sdrt doctor")
 
-    answer = _run(request, path.parent, {}, death, lambda _: None)
+    answer = _ask(request, death, lambda _: None)
     return answer.fields, answer.peak_bytes
 
 
-def in_order(plan: bytes, outputs: Sequence[str]) -> bool:
-    """Whether a plan names its outputs first in this order."""
-    places = [plan.find(name.encode()) for name in outputs]
-    return places == sorted(places)
-
-
 def _ask(
-    compiler: Compiler, request: dict[str, Any], folder: Path, demand: Demand, graph: str, progress: Progress
+    request: Mapping[str, Any], death: Callable[[int, list[str]], SdrtError], report: Callable[[float], None]
 ) -> Answer:
-    request = request | {"target": compiler.target, "device": compiler.device, "gpu": compiler.gpu, "sms": compiler.sms}
-    where = f"{graph}: {compiler}"
-    return _run(
-        request,
-        folder,
-        _EQUAL_HEAP,
-        lambda code, lines: _death(where, code, lines, demand),
-        lambda done: progress(graph, done),
-    )
-
-
-def _run(
-    request: Mapping[str, Any],
-    folder: Path,
-    settings: Mapping[str, str],
-    death: Callable[[int, list[str]], SdrtError],
-    report: Callable[[float], None],
-) -> Answer:
-    """Have a worker answer a request, in a folder and with environment variables set; `death` says what it means that
-    it ended without an answer.
-    """
-    environment = (
-        os.environ | settings | {"PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))}
-    )  # where we found our modules
+    """Have a worker answer a request. `death` says what it means that the worker ended without an answer."""
+    modules = os.pathsep.join(map(os.path.abspath, sys.path))  # where we found ours
     command = [sys.executable, "-P", "-c", "from sdrt.compile.worker import serve; serve()"]
     pipe = subprocess.PIPE
     with (
         tempfile.TemporaryFile() as noise,
-        subprocess.Popen(command, cwd=folder, stdin=pipe, stdout=pipe, stderr=noise, env=environment) as worker,
+        subprocess.Popen(
+            command, stdin=pipe, stdout=pipe, stderr=noise, env=os.environ | {"PYTHONPATH": modules}
+        ) as worker,
     ):
         assert worker.stdin is not None and worker.stdout is not None
         try:
@@ -183,7 +142,7 @@ def _run(
             raise death(worker.returncode, lines)
         if "error" in answer.fields:
             kind = getattr(errors, answer.fields["error"]["kind"], MachineError)
-            raise kind(f"{folder}: {answer.fields['error']['message']}", answer.fields["error"]["fix"])
+            raise kind(answer.fields["error"]["message"], answer.fields["error"]["fix"])
         return answer
 
 
@@ -251,25 +210,12 @@ def serve() -> None:
     answers.flush()
 
 
-def _use_up_holes(count: int) -> None:
-    """Take what earlier work left free in the heap, so that what TensorRT makes lies in the order in which it is made.
-    Never given back.
-    """
-    if sys.platform == "linux":
-        libc = ctypes.CDLL(None)
-        libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, (ctypes.c_size_t,)
-        for size in range(16, 2048, 16):
-            for _ in range(count):
-                libc.malloc(size)
-
-
 def _answer(request: dict[str, Any], answers: BinaryIO, stop: Event) -> tuple[dict[str, Any], memoryview]:
     if request.get("task") == _SAVE:
         return save_model_here(
-            request["graph"], Path(request["name"]), Path(request["folder"]), Path(request["reference"])
+            request["graph"], Path(request["path"]), Path(request["folder"]), Path(request["reference"])
         ), memoryview(b"")
     compiler = import_compiler(request["target"], request["device"], request["gpu"], tuple(request["sms"]))
-    _use_up_holes(64 * (1 + request.get("attempt", 0)))
     profiles = [
         Profile({name: (tuple(low), tuple(optimal), tuple(high)) for name, (low, optimal, high) in shapes.items()})
         for shapes in request["profiles"]
@@ -277,14 +223,13 @@ def _answer(request: dict[str, Any], answers: BinaryIO, stop: Event) -> tuple[di
     built = build_graph(
         compiler,
         request["graph"],
-        Path(request["name"]),
+        Path(request["path"]),
         profiles,
         Demand(**request["demand"]),
         lambda _, done: _say(answers, {"progress": done}),
         stop,
     )
     fields: dict[str, Any] = {
-        "outputs": built.outputs,
         "parse_s": built.parse_s,
         "build_s": built.build_s,
         "layers": built.layers,

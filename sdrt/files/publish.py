@@ -1,9 +1,9 @@
 """The only writer. Everything that sdrt leaves on a disk is written into a stage beside the target, flushed, then
 renamed into place.
 
-A failed or killed write leaves the target as it was. The stage of a killed process is swept when the same target is
-written next. Every operation on the file system passes a numbered point of `sdrt.files.faults`. Serves every part of
-sdrt; standard library only.
+A failed or killed write leaves the target as it was; what a killed process left is swept when the same target is next
+written. Tests fail every operation on the file system in turn, through `at_point`. Serves every part of sdrt; standard
+library only.
 """
 
 from __future__ import annotations
@@ -24,11 +24,14 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from sdrt.errors import LockedError, ResourceError, UsageError
-from sdrt.files import faults
 
 if sys.platform != "win32":
     import fcntl
 
+at_point: Callable[[str, Path], bool] | None = None
+"""Called before each operation on the file system, with its name and path. Only tests set it: what it raises fails the
+operation, and true makes a write take half of its bytes. Nothing outside the process can.
+"""
 _RENAME_NOREPLACE, _RENAME_EXCHANGE = 1, 2
 _AT_FDCWD = -100
 _BUFFER_BYTES = 1 << 20
@@ -157,7 +160,7 @@ def new_file(path: Path, size_bytes: int = 0) -> Iterator[BinaryIO]:
     Nothing is flushed to disk yet. The stage does that for all its files before it is published.
     """
     _point("open", path)
-    raw = (io.FileIO if faults.armed is None else _FaultyFile)(path, "wb")
+    raw = (io.FileIO if at_point is None else _FaultyFile)(path, "wb")
     with io.BufferedWriter(raw, _BUFFER_BYTES) as stream:
         if size_bytes and sys.platform == "linux":
             with _unsupported_is_fine(f"{path.name} needs {size_bytes:,} bytes"):
@@ -241,7 +244,7 @@ def cache_folder() -> Path:
 
 
 class _FaultyFile(io.FileIO):
-    """A file in which every write is a numbered point."""
+    """A file whose every write is a point."""
 
     def write(self, data: Any) -> int:
         view = memoryview(data).cast("B")
@@ -251,7 +254,7 @@ class _FaultyFile(io.FileIO):
 
 
 def _point(operation: str, path: Path) -> bool:
-    return faults.armed is not None and faults.armed.point(operation, path)
+    return at_point is not None and at_point(operation, path)
 
 
 @contextmanager

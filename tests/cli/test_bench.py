@@ -363,9 +363,9 @@ def test_full_disks_are_named(
         f"resource.setrlimit(resource.RLIMIT_FSIZE, ({len(before) + 100},) * 2)\n"
         "try:\n    history.append(Path(sys.argv[1]), document(0, 1))\nexcept ResourceError as error:\n    print(error.message)\n    sys.exit(error.exit_code)"
     )
-    environment = {"PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests")))}
+    environment = {"PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests" / "support")))}
     done = subprocess.run(
-        [sys.executable, "-c", script, str(history)], env=environment, capture_output=True, text=True, timeout=60
+        [sys.executable, "-B", "-c", script, str(history)], env=environment, capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 6 and "history.jsonl: cannot add this run: File too large" in done.stdout, done.stderr
     assert (history / "history.jsonl").read_bytes() == before

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from typer.testing import CliRunner
+from write_faults import Fault
 
 from sdrt.bundle.folder import open_bundle
 from sdrt.bundle.graphs import GRAPHS
@@ -19,7 +20,7 @@ from sdrt.compile import openvino, worker
 from sdrt.compile.options import GraphReport
 from sdrt.engines.store import list_engines
 from sdrt.errors import ResourceError
-from sdrt.files import faults, publish
+from sdrt.files import publish
 from sdrt.runtime.backend import load_engine
 
 
@@ -104,19 +105,19 @@ def test_d1_two_folders_at_every_point_of_failure(
             (folder / name).mkdir(parents=True)
             (folder / name / "is").write_text("old")
         folder.mkdir(exist_ok=True)
-        monkeypatch.setattr(faults, "armed", armed := faults.Faults(number, "enospc"))
+        monkeypatch.setattr(publish, "at_point", (fault := Fault(number, "enospc")).point)
         error = None
         try:
             replace_two(folder)
         except ResourceError as caught:
             error = caught
-        monkeypatch.setattr(faults, "armed", None)
+        monkeypatch.setattr(publish, "at_point", None)
         found = {name: (folder / name / "is").read_text() if (folder / name).exists() else None for name in ("a", "b")}
         assert found in (before, {"a": "new", "b": "new"}), (number, found)
         left = {path.name for path in folder.iterdir()} - {name for name, what in found.items() if what}
-        assert not left or armed.passed[number - 1][0] == "remove"  # which a later sweep does
+        assert not left or fault.passed[number - 1][0] == "remove"  # which a later sweep does
         failed += error is not None and found == before
-        if len(armed.passed) < number:
+        if len(fault.passed) < number:
             break
     assert failed >= 6
 

@@ -17,11 +17,19 @@ from pathlib import Path
 import pytest
 from fault_runs import ENVIRONMENT, HERE, folder, run_python, small_disk
 from faulty_jobs import FILES, JOBS, content, names, old_bundle, state, write_bundle
+from write_faults import Fault
 
 from sdrt.errors import LockedError, ResourceError, UsageError
-from sdrt.files import faults, publish
-from sdrt.files.faults import Faults
+from sdrt.files import publish
 from sdrt.files.lock import locked
+
+
+@pytest.fixture
+def locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of locks."""
+    monkeypatch.setenv("SDRT_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("SDRT_LOCK_TIMEOUT", "0.2")
+    return tmp_path / "cache" / "locks"
 
 
 def after(folder: Path, job: str) -> tuple[str, str]:
@@ -35,10 +43,10 @@ def after(folder: Path, job: str) -> tuple[str, str]:
 
 
 @contextmanager
-def armed(monkeypatch: pytest.MonkeyPatch, number: int, kind: str) -> Iterator[Faults]:
+def armed(monkeypatch: pytest.MonkeyPatch, number: int, kind: str) -> Iterator[Fault]:
     with monkeypatch.context() as patch:
-        fault = Faults(number, kind)
-        patch.setattr(faults, "armed", fault)
+        fault = Fault(number, kind)
+        patch.setattr(publish, "at_point", fault.point)
         yield fault
 
 
@@ -138,24 +146,12 @@ def test_the_manifest_comes_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 # The switch
 
 
-@pytest.mark.parametrize("text", ["1", "kill", "x:kill", "1:nothing", "-1:eio", ":", "1:"])
-def test_bad_switch(text: str) -> None:
-    with pytest.raises(UsageError, match="expected N:KIND, KIND one of kill, short, enospc, eio"):
-        faults.parse(text)
-
-
-def test_the_switch_is_read_when_the_process_starts(tmp_path: Path) -> None:
+def test_only_code_arms_it(tmp_path: Path) -> None:
+    """No variable of the environment ends a process."""
+    assert publish.at_point is None
     code = "import sys, pathlib, faulty_jobs; faulty_jobs.write_new(pathlib.Path(sys.argv[1]))"
-    done = run_python("-c", code, tmp_path, environment={"SDRT_FAULT": "7:kill"})
-    assert done.returncode == -9
-    (stage,) = tmp_path.iterdir()
-    assert stage.name.startswith(".x.sdrt-")
-    assert run_python("-c", code, tmp_path, environment={"SDRT_FAULT": ""}).returncode == 0
+    assert run_python("-c", code, tmp_path, environment={"SDRT_FAULT": "7:kill"}).returncode == 0
     assert names(tmp_path) == ["x.sdrt"]
-
-
-def test_it_is_off_otherwise() -> None:
-    assert faults.armed is None
 
 
 # A full disk

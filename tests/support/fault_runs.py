@@ -18,6 +18,7 @@ HERE = Path(__file__).parent
 ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")} | {
     "PYTHONPATH": f"{ROOT}{os.pathsep}{HERE}",
     "OMP_NUM_THREADS": "1",
+    "PYTHONDONTWRITEBYTECODE": "1",  # under a limit on the size of files Python would leave cut-off bytecode behind
 }
 
 
@@ -39,14 +40,6 @@ def small_disk(folder: Path, size_bytes: int) -> Iterator[None]:
         yield
     finally:
         subprocess.run(["umount", folder], check=True)
-
-
-@pytest.fixture
-def locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder of locks."""
-    monkeypatch.setenv("SDRT_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setenv("SDRT_LOCK_TIMEOUT", "0.2")
-    return tmp_path / "cache" / "locks"
 
 
 def folder(locks: Path, name: str) -> None:

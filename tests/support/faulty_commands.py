@@ -23,8 +23,9 @@ from pathlib import Path
 from typing import Any
 
 from faulty_jobs import names, state
+from write_faults import arm
 
-from sdrt.files import faults
+from sdrt.files import publish
 
 Run = Callable[[Path], int]
 """A command on a folder that holds `x.sdrt`, in this process: its exit code."""
@@ -75,7 +76,7 @@ def command(arguments: Sequence[object]) -> int:
 
 def failing(number: int, kind: str, job: Job, folder: Path) -> Callable[[], int]:
     def work() -> int:
-        faults.armed = faults.Faults(number, kind)
+        arm(number, kind)
         return job.run(folder)
 
     return work
@@ -86,9 +87,9 @@ def operations(job: Job, folder: Path, told: Path) -> list[tuple[str, str]]:
     listed = told.with_suffix(".points")
 
     def work() -> int:
-        faults.armed = fault = faults.Faults(0, "kill")
+        fault = arm(0, "kill")
         code = job.run(folder)
-        faults.armed = None
+        publish.at_point = None
         listed.write_text(json.dumps([(operation, str(path)) for operation, path in fault.passed]))
         return code
 

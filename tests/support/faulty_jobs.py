@@ -16,7 +16,9 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from sdrt.files import faults, publish
+from write_faults import arm
+
+from sdrt.files import publish
 
 FILES = {
     "graphs/weights.safetensors": 3_000_000,
@@ -127,7 +129,7 @@ def in_child(job: Callable[[], None]) -> int:
 
 def killed(number: int, job: Callable[[], None]) -> Callable[[], None]:
     def run() -> None:
-        faults.armed = faults.Faults(number, "kill")
+        arm(number, "kill")
         job()
 
     return run

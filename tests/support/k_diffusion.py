@@ -66,7 +66,7 @@ def without_penultimate(schedule: str, n: int) -> list[float]:
 
 
 class Denoiser:
-    """k-diffusion's `DiscreteEpsDDPMDenoiser` and `DiscreteVDDPMDenoiser`, and one that predicts the image."""
+    """k-diffusion's `DiscreteEpsDDPMDenoiser` and `DiscreteVDDPMDenoiser`."""
 
     def __init__(self, network: Network, prediction: str) -> None:
         self.network, self.prediction = network, prediction
@@ -75,8 +75,6 @@ class Denoiser:
         out = self.network(x / math.sqrt(sigma**2 + 1), sigma_to_t(sigma))
         if self.prediction == "epsilon":
             return x - sigma * out
-        if self.prediction == "sample":
-            return out
         return x / (sigma**2 + 1) - out * sigma / math.sqrt(sigma**2 + 1)
 
     def eps(self, x: Array, t: float, alpha: float) -> Array:
@@ -84,8 +82,6 @@ class Denoiser:
         out = self.network(x, t)
         if self.prediction == "epsilon":
             return out
-        if self.prediction == "sample":
-            return (x - math.sqrt(alpha) * out) / math.sqrt(1 - alpha)
         return math.sqrt(alpha) * out + math.sqrt(1 - alpha) * x
 
 

@@ -27,15 +27,12 @@ LCM_STEPS = 50
 
 @dataclass(frozen=True)
 class Request:
-    """What was asked for. `strength` is None for a picture from text. With `fix_steps`, `steps` counts only the steps
-    left of an image's schedule (AUTOMATIC1111's option).
-    """
+    """What was asked for. `strength` is None from text."""
 
     schedule: str
     steps: int
     training: Sigmas
     strength: float | None = None
-    fix_steps: bool = False
 
 
 @dataclass(frozen=True)
@@ -88,26 +85,9 @@ def _without(levels: Levels, first: int) -> Levels:
     )
 
 
-def a1111_count(request: Request) -> tuple[int, int | None]:
-    """How many steps the whole schedule has, and AUTOMATIC1111's t_enc, None from text. An image goes through t_enc + 1
-    of the steps (`setup_img2img_steps`).
-
-    Raises:
-        UsageError: the whole schedule has more steps than the network has timesteps.
-    """
-    if request.strength is None:
-        return request.steps, None
-    strength = min(request.strength, ALMOST_ONE)
-    if request.fix_steps:
-        whole = int(request.steps / strength)
-        if whole > len(request.training):
-            raise UsageError(
-                f"steps {request.steps}, strength {request.strength}: are {whole} steps in all, at most"
-                f" {len(request.training)}",
-                "Take fewer steps, or more strength.",
-            )
-        return whole, request.steps - 1
-    return request.steps, int(strength * request.steps)
+def a1111_left(request: Request) -> int | None:
+    """AUTOMATIC1111's t_enc: an image is left t_enc + 1 of the steps (`setup_img2img_steps`). None from text."""
+    return None if request.strength is None else int(min(request.strength, ALMOST_ONE) * request.steps)
 
 
 def a1111_levels(request: Request, *, discard: bool = False) -> Levels:
@@ -129,7 +109,7 @@ def a1111_lcm_levels(request: Request) -> Levels:
 
 
 def _a1111(request: Request, table: Sigmas, discard: bool, told: Callable[[float], float]) -> Levels:
-    steps, t_enc = a1111_count(request)
+    steps, t_enc = request.steps, a1111_left(request)
     sigmas = SCHEDULES[request.schedule](steps + discard, table)
     if len(set(sigmas)) < len(sigmas):
         raise UsageError(
@@ -159,7 +139,7 @@ def a1111_ddim_levels(request: Request, *, improved: bool = False) -> Levels:
     Raises:
         UsageError: no step is left.
     """
-    steps, t_enc = a1111_count(request)
+    steps, t_enc = request.steps, a1111_left(request)
     ts = a1111_timesteps(steps, len(request.training))
     used = ts if t_enc is None else ts[:t_enc]
     if len(used) < 2:
@@ -195,7 +175,7 @@ def a1111_unipc_levels(request: Request) -> Levels:
     Raises:
         UsageError: no step is left.
     """
-    steps, t_enc = a1111_count(request)
+    steps, t_enc = request.steps, a1111_left(request)
     ts = a1111_timesteps(steps, len(request.training))
     if t_enc == 0:
         raise UsageError(

@@ -251,7 +251,6 @@ def plan_rows(
     compat: str = "a1111",
     strength: float | None = None,
     masked: bool = False,
-    fix_steps: bool = False,
 ) -> list[Row]:
     """The rows of a picture, one per model call. `sampler` and `schedule` are as `parse_sampler` gives them.
 
@@ -261,8 +260,6 @@ def plan_rows(
         masked: fill `Row.inpaint`. AUTOMATIC1111 blends the denoised estimate (k = 1) and, in the last row, the
             finished latents (k, b, c = 0, 1, 0). diffusers blends the latents with the image at their next noise level;
             with strength 1 it starts from noise alone.
-        fix_steps: `steps` counts the steps left of an image's schedule instead of the whole schedule (AUTOMATIC1111's
-            option).
 
     Raises:
         UsageError: steps or strength are out of range, or leave no model call.
@@ -277,7 +274,7 @@ def plan_rows(
         )
     training = training_sigmas(diffusion)
     how = recipe(sampler, compat)
-    levels = how.levels(Request(schedule, steps, training, strength, fix_steps))
+    levels = how.levels(Request(schedule, steps, training, strength))
     from_noise = strength is None or (masked and strength == 1 and compat == "diffusers")
     trace = Trace(levels, training, diffusion.prediction, from_image=not from_noise)
     how.run(trace, levels)

@@ -89,11 +89,10 @@ class Trace:
         neighbours, whatever the tool rounds.
 
         eps: D = x - sigma eps(c_in x). v: D = c_in^2 x - sigma c_in v(c_in x), with c_in = 1 / sqrt(1 + sigma^2).
-            sample: D is the output.
         """
         assert not x[REGISTERS:].any(), "a model call takes latents kept by end_row"
         c_in = 1 / math.hypot(1, sigma)
-        u, q = {"epsilon": (x, -sigma), "v": (x * c_in * c_in, -sigma * c_in), "sample": (0 * x, 1.0)}[self._prediction]
+        u, q = {"epsilon": (x, -sigma), "v": (x * c_in * c_in, -sigma * c_in)}[self._prediction]
         told = self._told.get(sigma) if listed else None
         t = timestep(sigma, self.training) if told is None else told
         self._call = (t, x[:REGISTERS] * c_in, u[:REGISTERS], q, sigma)
@@ -111,13 +110,10 @@ class Trace:
 
     def eps(self, output: Latents, x: Latents, sigma: float) -> Latents:
         """The noise in scaled latents `x` at level `sigma`, if the network predicted `output` for them."""
+        if self._prediction == "epsilon":
+            return output
         alpha = 1 / math.hypot(1, sigma)
-        match self._prediction:
-            case "v":
-                return alpha * output + sigma * alpha * x
-            case "sample":
-                return (x / alpha - output) / sigma
-        return output
+        return alpha * output + sigma * alpha * x
 
     def end_row(
         self, *kept: Latents, to: float, scaled: bool = False, noise: Noise = "draw", end_step: bool = True

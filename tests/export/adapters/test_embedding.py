@@ -259,7 +259,7 @@ def test_e6_picture_given_as_an_embedding(tmp_path: Path) -> None:
         png_text({"a": {"TORCHTENSOR": [[10**400]]}}),
     ],
 )
-def test_damaged_text_in_a_picture(tmp_path: Path, text: str) -> None:
+def test_e6_damaged_text_in_a_picture(tmp_path: Path, text: str) -> None:
     with pytest.raises(
         SdrtError, match=r"sd-ti-embedding|values are NaN|expected a textual|expected vectors"
     ) as caught:
@@ -267,7 +267,7 @@ def test_damaged_text_in_a_picture(tmp_path: Path, text: str) -> None:
     assert caught.value.exit_code == 3
 
 
-def test_a_picture_cut_short(tmp_path: Path) -> None:
+def test_e6_a_picture_cut_short(tmp_path: Path) -> None:
     whole = write(tmp_path / "whole.png", png_text(automatic1111(vectors(0, 2)))).read_bytes()
     for length in (8, 9, 20, 40, 60, len(whole) // 2):
         (tmp_path / "cut.png").write_bytes(whole[:length])

@@ -228,7 +228,9 @@ def test_a_default_size_that_cannot_be_read_is_a_note(tmp_path: Path) -> None:
         (CLIP + "text_model.encoder.layers.0.gate", "unknown in a text encoder"),
     ],
 )
-def test_a_tensor_that_changes_what_a_network_computes_refuses_the_file(tmp_path: Path, name: str, what: str) -> None:
+def test_c15_a_tensor_that_changes_what_a_network_computes_refuses_the_file(
+    tmp_path: Path, name: str, what: str
+) -> None:
     path = header_only(tmp_path / "x.safetensors", expected_shapes(TINY) | {name: (32, 32)})
     with pytest.raises(CheckpointError) as caught, closing(open_checkpoint(path)) as checkpoint:
         select(checkpoint, expected_shapes(TINY))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import itertools
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -31,16 +32,8 @@ ALPHAS = np.cumprod(1 - np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2)
 LIMIT = 1e-5
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")  # diffusers' schedulers, in numpy 2
-PREDICTIONS = {"epsilon": "epsilon", "v": "v_prediction", "sample": "sample"}
-NO_SAMPLE = ("euler_a", "dpm2", "dpm2_a", "dpmpp_sde", "plms")
-"""Their schedulers raise for networks that predict the image."""
-
-CASES = [
-    (key, schedule)
-    for key, sampler in SAMPLERS.items()
-    if sampler.diffusers
-    for schedule in sampler.diffusers.schedules
-]
+PREDICTIONS = {"epsilon": "epsilon", "v": "v_prediction"}
+SCHEDULES = {key: sampler.diffusers.schedules for key, sampler in SAMPLERS.items() if sampler.diffusers}
 
 
 @functools.cache  # some take long to make, and set_timesteps clears what they remember
@@ -97,31 +90,24 @@ def run_scheduler(scheduler: Any, timesteps: Any, x: Any, after: Any = None) -> 
     return np.asarray(x[0].numpy())
 
 
-def compared(rows: list[Row], expected: Array, unit: Array, **picture: Any) -> None:
-    assert relative(run_machine(rows, toy_network, unit, normals(2), **picture), expected) < LIMIT
-    assert (
-        relative(
-            run_machine(tables(rows, [[1.0]] * len(rows)), toy_network, unit, normals(2), rows=rows, **picture),
-            expected,
-        )
-        < LIMIT
-    )
+def compared(case: object, rows: list[Row], expected: Array, unit: Array, **picture: Any) -> None:
+    assert relative(run_machine(rows, toy_network, unit, normals(2), **picture), expected) < LIMIT, case
+    by_table = run_machine(tables(rows, [[1.0]] * len(rows)), toy_network, unit, normals(2), rows=rows, **picture)
+    assert relative(by_table, expected) < LIMIT, case
 
 
-@pytest.mark.parametrize(
-    ("sampler", "schedule", "prediction"),
-    [(*case, kind) for case in CASES for kind in PREDICTIONS if kind != "sample" or case[0] not in NO_SAMPLE],
-)
-def test_text(drawn: list[Iterator[Array]], sampler: str, schedule: str, prediction: str) -> None:
-    for steps in (1, 2, 3, 7, 20):
+@pytest.mark.parametrize("sampler", SCHEDULES)
+def test_text(drawn: list[Iterator[Array]], sampler: str) -> None:
+    for case in itertools.product(SCHEDULES[sampler], PREDICTIONS, (1, 2, 3, 7, 20)):
+        schedule, prediction, steps = case
         scheduler = scheduler_of(sampler, schedule, prediction)
         scheduler.set_timesteps(steps)
         rows = plan_rows(sampler, schedule, steps, Diffusion(prediction=prediction), compat="diffusers")
-        assert [row.timestep for row in rows] == pytest.approx([float(t) for t in scheduler.timesteps], abs=2e-3)
+        assert [row.timestep for row in rows] == pytest.approx([float(t) for t in scheduler.timesteps], abs=2e-3), case
         drawn[0] = normals(2)
         unit = next(normals(1))
         expected = run_scheduler(scheduler, scheduler.timesteps, batch(unit) * float(scheduler.init_noise_sigma))
-        compared(rows, expected, unit)
+        compared(case, rows, expected, unit)
 
 
 def start_from_image(sampler: str, schedule: str, steps: int, strength: float) -> tuple[Any, Any]:
@@ -136,32 +122,33 @@ def start_from_image(sampler: str, schedule: str, steps: int, strength: float) -
     return scheduler, timesteps
 
 
-IMAGE_CASES = [
-    (key, schedule)
-    for key, schedule in CASES
-    if schedule in (SAMPLERS[key].diffusers.schedules[0], "karras", "trailing")
-]  # type: ignore[union-attr]
+def image_schedules(sampler: str) -> list[str]:
+    """The first schedule of a sampler, and those that count an image's steps in another way."""
+    return [name for i, name in enumerate(SCHEDULES[sampler]) if i == 0 or name in ("karras", "trailing")]
 
 
-@pytest.mark.parametrize(("sampler", "schedule"), IMAGE_CASES)
-def test_image(drawn: list[Iterator[Array]], sampler: str, schedule: str) -> None:
-    for steps, strength in ((20, 0.75), (7, 0.5), (7, 0.3), (10, 0.95), (5, 1.0), (4, 0.26)):
+@pytest.mark.parametrize("sampler", SCHEDULES)
+def test_image(drawn: list[Iterator[Array]], sampler: str) -> None:
+    counts = ((20, 0.75), (7, 0.5), (7, 0.3), (10, 0.95), (5, 1.0), (4, 0.26))
+    for case in itertools.product(image_schedules(sampler), counts):
+        schedule, (steps, strength) = case
         scheduler, timesteps = start_from_image(sampler, schedule, steps, strength)
         rows = plan_rows(sampler, schedule, steps, Diffusion(), compat="diffusers", strength=strength)
-        assert len(rows) == len(timesteps)
+        assert len(rows) == len(timesteps), case
         drawn[0] = normals(2)
         unit, init = next(normals(1)), next(normals(3))
         noisy = scheduler.add_noise(batch(init), batch(unit), timesteps[:1]).double()
-        compared(rows, run_scheduler(scheduler, timesteps, noisy), unit, init=init)
+        compared(case, rows, run_scheduler(scheduler, timesteps, noisy), unit, init=init)
 
 
-@pytest.mark.parametrize(("sampler", "schedule"), IMAGE_CASES)
-def test_inpainting(drawn: list[Iterator[Array]], sampler: str, schedule: str) -> None:
+@pytest.mark.parametrize("sampler", SCHEDULES)
+def test_inpainting(drawn: list[Iterator[Array]], sampler: str) -> None:
     """The loop of StableDiffusionInpaintPipeline on a model of 4 channels: kept latents return at the next level,
     strength 1 starts from noise.
     """
     mask = np.array([1.0, 0, 1, 0, 0.25, 0])  # 1 keeps
-    for steps, strength in ((8, 0.75), (6, 1.0)):
+    for case in itertools.product(image_schedules(sampler), ((8, 0.75), (6, 1.0))):
+        schedule, (steps, strength) = case
         scheduler, timesteps = start_from_image(sampler, schedule, steps, strength)
         unit, init = next(normals(1)), next(normals(3))
         image, noise, keep = batch(init), batch(unit), batch(mask)
@@ -188,7 +175,7 @@ def test_inpainting(drawn: list[Iterator[Array]], sampler: str, schedule: str) -
         drawn[0] = normals(2)
         expected = run_scheduler(scheduler, timesteps, start, blend)
         rows = plan_rows(sampler, schedule, steps, Diffusion(), compat="diffusers", strength=strength, masked=True)
-        compared(rows, expected, unit, init=init, mask=mask)
+        compared(case, rows, expected, unit, init=init, mask=mask)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 19, 20, 33])

@@ -152,11 +152,6 @@ def test_strength_out_of_range(strength: float, compat: str) -> None:
         plan_rows("ddpm", "leading", 20, Diffusion(), strength=strength, compat=compat)
 
 
-def test_more_steps_than_timesteps_in_all() -> None:
-    with pytest.raises(UsageError, match=r"steps 600, strength 0\.5: are 1200 steps in all, at most 1000"):
-        plan_rows("ddim", "ddim_uniform", 600, Diffusion(), strength=0.5, fix_steps=True)
-
-
 def test_networks_of_few_timesteps() -> None:
     """Every sampler plans or refuses in words for any length of training."""
     for timesteps in (2, 30, 51, 100):

@@ -22,7 +22,7 @@ from sdrt.runtime.engine import Engine, tables
 from sdrt.runtime.sampling.registry import plan_rows
 
 EXACT = 1e-9
-PREDICTIONS = ["epsilon", "v", "sample"]
+PREDICTIONS = ["epsilon", "v"]
 STEPS = (2, 3, 4, 20, 30)
 """30 does not divide 1000."""
 
@@ -137,7 +137,7 @@ def diffusers_unipc(
     import torch
     from diffusers import UniPCMultistepScheduler
 
-    kind: Any = {"epsilon": "epsilon", "v": "v_prediction", "sample": "sample"}[prediction]
+    kind: Any = {"epsilon": "epsilon", "v": "v_prediction"}[prediction]
     scheduler: Any = UniPCMultistepScheduler(**TRAINING, solver_order=3, solver_type="bh1", prediction_type=kind)
     scheduler.set_timesteps(len(timesteps))
     scheduler.sigmas, scheduler.timesteps = (

@@ -1,9 +1,7 @@
-"""Numbered points at which a write can be made to fail, so that a test fails the first, the second, ... until the work
-succeeds.
+"""A write made to fail at a numbered point, so that a test fails the first, the second, ... until the work succeeds.
 
-Owns the counting only; `sdrt.files.publish` says where the points are. Off unless $SDRT_FAULT is N:KIND when the
-process starts, and then it costs one comparison per file operation. The method is SQLite's (its page on how it is
-tested). Standard library only.
+`sdrt.files.publish` says where the points are, and calls its `at_point` there. The method is SQLite's (its page on how
+it is tested).
 """
 
 from __future__ import annotations
@@ -14,15 +12,14 @@ import signal
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from sdrt.errors import UsageError
+from sdrt.files import publish
 
 _CODES = {"enospc": errno.ENOSPC, "eio": errno.EIO}
-KINDS = ("kill", "short", *_CODES)
 
 
 @dataclass
-class Faults:
-    """Fails the point with this `number`, counted from 1. `passed` lists the points so far, as (operation, path).
+class Fault:
+    """Fails the point `number`, counted from 1; 0 fails none. `passed` lists the points so far, as (operation, path).
 
     kill ends the process before the operation, as SIGKILL does. enospc and eio raise that OSError instead of the
     operation. short makes one write take only half of its bytes, which the system may do at any time; everything else
@@ -49,18 +46,8 @@ class Faults:
         return operation == "write"
 
 
-def parse(text: str) -> Faults:
-    """A fault from `N:KIND`.
-
-    Raises:
-        UsageError: it has another form.
-    """
-    number, _, kind = text.partition(":")
-    if not number.isdecimal() or kind not in KINDS:
-        raise UsageError(
-            f"SDRT_FAULT={text}: expected N:KIND, KIND one of {', '.join(KINDS)}", "Unset it; it is there for tests."
-        )
-    return Faults(int(number), kind)
-
-
-armed: Faults | None = parse(os.environ["SDRT_FAULT"]) if os.environ.get("SDRT_FAULT") else None
+def arm(number: int, kind: str) -> Fault:
+    """Have this process fail at a point, from now on."""
+    fault = Fault(number, kind)
+    publish.at_point = fault.point
+    return fault
