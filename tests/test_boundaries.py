@@ -37,10 +37,8 @@ def imported_by(*modules: str) -> set[str]:
 
 
 def modules_of(folder: str) -> list[str]:
-    return [
-        f"sdrt.{folder}",
-        *(f"sdrt.{folder}.{module.name}" for module in pkgutil.iter_modules([str(PACKAGE / folder)])),
-    ]
+    below_it = pkgutil.walk_packages([str(PACKAGE / folder)], f"sdrt.{folder}.")
+    return [f"sdrt.{folder}", *(module.name for module in below_it)]
 
 
 # Imports that happen

@@ -19,6 +19,7 @@ from reference import relative
 from safetensors.torch import save_file
 from torch import nn
 
+from sdrt.bundle import graphs
 from sdrt.errors import AdapterError, InputFileError, SdrtError, UsageError
 from sdrt.export import graph as graph_module
 from sdrt.export.adapters.hypernetwork import (
@@ -343,10 +344,9 @@ class Sizes:
     def _compile(self, folder: Path, chain: list[Hypernetwork], fold: bool) -> Compiled:
         shapes = {name: tuple(weight.shape) for name, weight in self.weights.items()}
         spec, made = attach(chain, WIDE, shapes, fold=fold)
-        inputs: dict[str, Any] = {name: (("n", *array.shape[1:]), torch.float32) for name, array in self.inputs.items()}
-        recipe = Recipe(
-            "step", spec, lambda: Attentions(spec), inputs, {f"y_{w}": ("n", 5, 64) for w in WIDTHS}, {"n": 2}
-        )
+        inputs = {name: graphs.Tensor(("n", *array.shape[1:])) for name, array in self.inputs.items()}
+        signature = graphs.Signature(inputs, {f"y_{w}": graphs.Tensor(("n", 5, 64)) for w in WIDTHS})
+        recipe = Recipe("step", spec, lambda: Attentions(spec), signature, {"n": 2})
         skeleton = trace(recipe)
         paths = {}
         with open_tensor_file(folder.parent / "base.safetensors") as base:
@@ -431,8 +431,9 @@ def test_every_activation_compiles(tmp_path: Path) -> None:
         "step",
         None,
         EveryActivation,
-        {"x": (("n", 5, 64), torch.float32)},
-        {f"y_{name}": ("n", 5, 64) for name in ACTIVATIONS},
+        graphs.Signature(
+            {"x": graphs.Tensor(("n", 5, 64))}, {f"y_{name}": graphs.Tensor(("n", 5, 64)) for name in ACTIVATIONS}
+        ),
         {"n": 3},
     )
     skeleton = trace(recipe)
