@@ -8,8 +8,8 @@ import platform
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -53,12 +53,12 @@ from sdrt.export.adapters.match import Lora, LoraOption, open_lora
 from sdrt.export.adapters.settings import FILE_NAME as CONFIG_NAME
 from sdrt.export.architecture import Architecture
 from sdrt.export.families.table import family_named
-from sdrt.export.read.checkpoint import Checkpoint, open_checkpoint, select
+from sdrt.export.read.checkpoint import Checkpoint, Tensor, open_checkpoint, select
 from sdrt.export.read.model_files import is_folder
 from sdrt.export.read.tensor_entry import ITEM_BYTES
 from sdrt.export.read.tensor_file import check_present, open_tensor_file
 from sdrt.export.tokenizer import write_tokenizer
-from sdrt.export.weights import CODES, Change, Made, write_weights
+from sdrt.export.weights import CODES, Change, Made, Written, write_weights
 from sdrt.files.lock import locked
 from sdrt.files.publish import check_space, folders_made, new_folder, staged_folder
 
@@ -112,6 +112,48 @@ _NO_MEMORY = re.compile("allocate memory|not enough memory|bad.?alloc|start new 
 Progress = Callable[[str, float | None], None]
 """Called with the stage's name and how much of it is done, 0 to 1, or None where that is not known."""
 
+Stage = Callable[..., AbstractContextManager[None]]
+"""Called with a stage's name and the bytes it needs on disk: what it does is timed, and reported as that stage's."""
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """The files, open and found to belong together, each list in the order given. `arch` is the checkpoint's own with
+    the options applied, `expected` the shapes of its weights, `unknown` tensors that no network has. `sources` are the
+    checkpoint's and the VAE's records, once their files are hashed.
+    """
+
+    checkpoint: Checkpoint
+    sources: Future[list[Source]]
+    arch: Architecture
+    expected: Mapping[str, tuple[int, ...]]
+    tensors: Mapping[str, Tensor]
+    unknown: Sequence[str]
+    loras: Sequence[Lora]
+    embeddings: Sequence[Embedding]
+    hypernetworks: Sequence[Hypernetwork]
+
+
+@dataclass(frozen=True)
+class _Model:
+    """What the bundle will hold: the architecture with all adapters in it, its graphs' recipes, tensors that are
+    computed in place of or beside the checkpoint's, and the size of all weights.
+    """
+
+    arch: Architecture
+    recipes: Mapping[str, Recipe]
+    computed: Mapping[str, Made]
+    weights_bytes: int
+
+
+@dataclass(frozen=True)
+class _Tokenizer:
+    """The numbers of the first and the last token, and remarks on the embeddings' triggers."""
+
+    bos: int
+    eos: int
+    notes: Sequence[str]
+
 
 def build(options: BuildOptions, progress: Progress = lambda stage, done: None) -> BuildReport:
     """Build a bundle. Nothing is left behind unless it succeeds, and an existing bundle is replaced only at the very
@@ -126,16 +168,36 @@ def build(options: BuildOptions, progress: Progress = lambda stage, done: None) 
     """
     output = (options.output or default_output(options)).absolute()
     _check_output(output, options)
-    given = [options.checkpoint, *([options.vae] if options.vae is not None else [])]
-    given += [
-        *(o.path for o in options.loras),
-        *(o.path for o in options.embeddings),
-        *(o.path for o in options.hypernetworks),
-    ]
-    for path in given:
-        if not is_folder(path):
-            check_present(path)
-    stages: dict[str, float] = {}
+    _check_inputs(options)
+    stages_s: dict[str, float] = {}
+    stage = _stages(output, progress, stages_s)
+    with ExitStack() as files:
+        files.enter_context(folders_made("--output", output.parent))
+        files.enter_context(locked(output, lambda: progress("waiting for another build of the same output", None)))
+        # Entered before any file is opened: files are closed first, which ends what it does.
+        hashing = files.enter_context(ThreadPoolExecutor(1))
+        _check_output(output, options)
+        with stage("read"):
+            inputs = _read(options, files, hashing)
+            model = _combine(inputs, options.precision)
+            inputs.sources.result()  # all of it before the first tensor is read: a change from then on shows at the end
+        with staged_folder(output, replace=options.force) as folder:
+            for part in ("graphs", "tokenizer", "reference"):
+                new_folder(folder / part)
+            tokenizer = _write_tokenizer(inputs, model, folder, stage)
+            weights = _fuse(inputs, model, folder, options.precision, stage, progress)
+            cached = _bind(model, weights, folder, options.precision, stage)
+            graphs = _check(model, folder, options.precision, stage)
+            with stage("write"):
+                _check_unchanged(inputs)
+                manifest = _manifest(output, folder, options.precision, inputs, model, tokenizer, weights, graphs)
+                write_manifest(folder, manifest)
+    notes = (*inputs.checkpoint.notes, *_notes(inputs, weights.changes), *tokenizer.notes, *_hypernetwork_notes(inputs))
+    return BuildReport(output, manifest, notes, stages_s, cached)
+
+
+def _stages(output: Path, progress: Progress, seconds: dict[str, float]) -> Stage:
+    """A function that opens a stage and adds the seconds it took to `seconds`."""
 
     @contextmanager
     def stage(name: str, needed_bytes: int = 0) -> Iterator[None]:
@@ -151,152 +213,162 @@ def build(options: BuildOptions, progress: Progress = lambda stage, done: None) 
             raise ResourceError(
                 f"{name}: out of memory", "Close other programs, or build on a machine with more memory."
             ) from error
-        stages[name] = stages.get(name, 0.0) + time.perf_counter() - started
+        seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - started
 
-    with ExitStack() as files:
-        files.enter_context(folders_made("--output", output.parent))
-        files.enter_context(locked(output, lambda: progress("waiting for another build of the same output", None)))
-        hashing = files.enter_context(
-            ThreadPoolExecutor(1)
-        )  # entered before any file is opened: files are closed first, which ends what it does
-        _check_output(output, options)
-        with stage("read"):
-            checkpoint = open_checkpoint(options.checkpoint, options.vae, ema=options.ema)
-            files.callback(checkpoint.close)
-            sources = hashing.submit(_sources, checkpoint)  # takes as long as importing torch
-            arch = _with_options(checkpoint.architecture, options)
-            from sdrt.export.graph import (
-                bind,
-                is_traced,
-                model_dimensions,
-                recipes,
-                skeleton,
-            )  # imports torch: only after the files are known to be good
-            from sdrt.export.selfcheck import check
+    return stage
 
-            expected = {
-                name: shape for recipe in recipes(arch).values() for name, shape in recipe.weight_shapes().items()
-            }
-            tensors, unknown = select(checkpoint, expected)
-            loras, embeddings, hypernetworks = list[Lora](), list[Embedding](), list[Hypernetwork]()
-            for option in options.loras:
-                loras.append(open_lora(option, expected, arch.unet, allow_unmatched=options.allow_unmatched))
-                files.callback(loras[-1].file.close)
-            embeddings += bundled_embeddings(loras, arch.clip)
-            for learned in options.embeddings:
-                embeddings.append(open_embedding(learned, arch.clip))
-                files.callback(embeddings[-1].file.close)
-            for chained in options.hypernetworks:
-                hypernetworks.append(open_hypernetwork(chained, arch.unet, allow_unmatched=options.allow_unmatched))
-                files.callback(hypernetworks[-1].file.close)
-            vocabulary, computed = arch.clip.vocabulary, dict[str, Made]()
-            if embeddings:
-                table = family_named(arch.family).token_table
-                computed[table] = extended_table(embeddings, arch.clip, table)
-                arch = replace(arch, clip=replace(arch.clip, vocabulary=computed[table].shape[0]))
-            if hypernetworks:
-                from sdrt.export.adapters.hypernetwork_weights import attach, check_values
 
-                check_values(hypernetworks)
-                unet, attached = attach(hypernetworks, arch.unet, expected)
-                arch, computed = replace(arch, unet=unet), computed | attached
-            made = recipes(arch)
-            sources.result()  # all of it before the first tensor is read: a change from then on shows at the end
-        with staged_folder(output, replace=options.force) as folder:
-            for part in ("graphs", "tokenizer", "reference"):
-                new_folder(folder / part)
-            shapes = {name: tensor.shape for name, tensor in tensors.items()} | {
-                name: value.shape for name, value in computed.items()
-            }
-            weight_bytes = sum(map(math.prod, shapes.values())) * ITEM_BYTES[CODES[options.precision]]
-            with stage("tokenizer", weight_bytes + _REST_BYTES):
-                bos, eos = write_tokenizer(folder / TOKENIZER, vocabulary)
-                notes = check_triggers(embeddings, read_bpe(folder / TOKENIZER).encode) if embeddings else []
-            with stage("fuse", weight_bytes):
-                weights_file = folder / WEIGHTS
-                written = write_weights(
-                    weights_file, tensors, loras, options.precision, lambda done: progress("fuse", done), computed
-                )
-                changes = written.changes
-            cached = []
-            # No bfloat16 graph yet: ONNX Runtime's CPU provider cannot run one, and a build ships nothing it has not
-            # checked.
-            computes = ("fp32", "fp16") if options.precision == "fp16" else ("fp32",)
-            for graph, recipe in made.items():
-                with stage(f"{'bind' if is_traced(recipe) else 'trace'} {graph}", _GRAPH_BYTES):
-                    for compute in computes:
-                        model, hit = skeleton(recipe)
-                        bind(
-                            model,
-                            weights_file,
-                            written.placed,
-                            options.precision,
-                            compute,
-                            folder / graph_path(graph, compute),
-                        )
-                        cached += [graph] if hit and compute == "fp32" else []
-            graphs = {}
-            with open_tensor_file(weights_file) as weights:
-                for graph, recipe in made.items():
-                    with stage(f"check {graph}", _REFERENCE_BYTES):
-                        paths = {compute: folder / graph_path(graph, compute) for compute in computes}
-                        errors = check(recipe, weights, paths, folder / reference_path(graph))
-                        graphs[graph] = {
-                            compute: _graph(recipe, _COMPONENTS[graph], compute, error)
-                            for compute, error in errors.items()
-                        }
-            with stage("write"):
-                checkpoint.check_unchanged()
-                for file in dict.fromkeys(
-                    [*(a.file for a in loras), *(a.file for a in embeddings), *(a.file for a in hypernetworks)]
-                ):
-                    file.check_unchanged()
-                for config in [lora.config for lora in loras if lora.config is not None]:
-                    config.check_unchanged()
-                sizes = model_dimensions(arch)
-                manifest = Manifest(
-                    format=FORMAT,
-                    sdrt=__version__,
-                    name=output.name.removesuffix(".sdrt"),
-                    family=arch.family,
-                    architecture={"unet": asdict(arch.unet), "vae": asdict(arch.vae), "clip": asdict(arch.clip)},
-                    diffusion=Diffusion(prediction=arch.prediction),
-                    text=(
-                        Text(
-                            arch.clip.width,
-                            arch.clip.tokens,
-                            bos,
-                            eos,
-                            eos,
-                            arch.clip.clip_skip,
-                            table_rows(embeddings, vocabulary),
-                        ),
-                    ),
-                    latents=Latents(sizes.channels, sizes.factor, arch.size, sizes.concat_channels),
-                    components=dict.fromkeys(_COMPONENTS.values(), Component(options.precision, computes[-1])),
-                    graphs=graphs,
-                    sources=(
-                        *sources.result(),
-                        *(
-                            source
-                            for lora, change in zip(loras, changes, strict=True)
-                            for source in _lora_sources(lora, change)
-                        ),
-                        *(_embedding_source(embedding) for embedding in embeddings),
-                        *(_hypernetwork_source(hypernetwork) for hypernetwork in hypernetworks),
-                    ),
-                    tools=_tools(),
-                    files={
-                        path.relative_to(folder).as_posix(): (
-                            written.record if path == weights_file else file_record(path)
-                        )
-                        for path in sorted(folder.rglob("*"))
-                        if path.is_file()
-                    },
-                )
-                write_manifest(folder, manifest)
-    remarks = (*checkpoint.notes, *_notes(unknown, loras, changes), *notes, *_hypernetwork_notes(hypernetworks))
-    return BuildReport(output, manifest, remarks, stages, tuple(cached))
+def _read(options: BuildOptions, files: ExitStack, hashing: ThreadPoolExecutor) -> _Inputs:
+    """Open every file and match it with the model. `files` closes them; `hashing` hashes the model's meanwhile."""
+    checkpoint = open_checkpoint(options.checkpoint, options.vae, ema=options.ema)
+    files.callback(checkpoint.close)
+    sources = hashing.submit(_sources, checkpoint)  # takes as long as importing torch
+    arch = _with_options(checkpoint.architecture, options)
+    from sdrt.export.graph import recipes  # imports torch: only after the files are known to be good
+
+    expected = {name: shape for recipe in recipes(arch).values() for name, shape in recipe.weight_shapes().items()}
+    tensors, unknown = select(checkpoint, expected)
+    loras, embeddings, hypernetworks = list[Lora](), list[Embedding](), list[Hypernetwork]()
+    for option in options.loras:
+        loras.append(open_lora(option, expected, arch.unet, allow_unmatched=options.allow_unmatched))
+        files.callback(loras[-1].file.close)
+    embeddings += bundled_embeddings(loras, arch.clip)
+    for learned in options.embeddings:
+        embeddings.append(open_embedding(learned, arch.clip))
+        files.callback(embeddings[-1].file.close)
+    for chained in options.hypernetworks:
+        hypernetworks.append(open_hypernetwork(chained, arch.unet, allow_unmatched=options.allow_unmatched))
+        files.callback(hypernetworks[-1].file.close)
+    return _Inputs(checkpoint, sources, arch, expected, tensors, unknown, loras, embeddings, hypernetworks)
+
+
+def _combine(inputs: _Inputs, precision: str) -> _Model:
+    """Put embeddings and hypernetworks into the model. LoRAs change no shape; they are fused as weights are written."""
+    from sdrt.export.graph import recipes
+
+    arch, computed = inputs.arch, dict[str, Made]()
+    if inputs.embeddings:
+        table = family_named(arch.family).token_table
+        computed[table] = extended_table(inputs.embeddings, arch.clip, table)
+        arch = replace(arch, clip=replace(arch.clip, vocabulary=computed[table].shape[0]))
+    if inputs.hypernetworks:
+        from sdrt.export.adapters.hypernetwork_weights import attach, check_values
+
+        check_values(inputs.hypernetworks)
+        unet, attached = attach(inputs.hypernetworks, arch.unet, inputs.expected)
+        arch, computed = replace(arch, unet=unet), computed | attached
+    shapes = {name: tensor.shape for name, tensor in inputs.tensors.items()} | {
+        name: value.shape for name, value in computed.items()
+    }
+    size_bytes = sum(map(math.prod, shapes.values())) * ITEM_BYTES[CODES[precision]]
+    return _Model(arch, recipes(arch), computed, size_bytes)
+
+
+def _write_tokenizer(inputs: _Inputs, model: _Model, folder: Path, stage: Stage) -> _Tokenizer:
+    with stage("tokenizer", model.weights_bytes + _REST_BYTES):
+        path = folder / TOKENIZER
+        bos, eos = write_tokenizer(path, inputs.arch.clip.vocabulary)
+        notes = check_triggers(inputs.embeddings, read_bpe(path).encode) if inputs.embeddings else []
+        return _Tokenizer(bos, eos, notes)
+
+
+def _fuse(inputs: _Inputs, model: _Model, folder: Path, precision: str, stage: Stage, progress: Progress) -> Written:
+    with stage("fuse", model.weights_bytes):
+        done = lambda part: progress("fuse", part)  # noqa: E731
+        return write_weights(folder / WEIGHTS, inputs.tensors, inputs.loras, precision, done, model.computed)
+
+
+def _computes(precision: str) -> tuple[str, ...]:
+    """Precisions that graphs compute in, for one that weights are stored in.
+
+    No bfloat16 graph yet: ONNX Runtime's CPU provider cannot run one, and a build ships nothing it has not checked.
+    """
+    return ("fp32", "fp16") if precision == "fp16" else ("fp32",)
+
+
+def _bind(model: _Model, weights: Written, folder: Path, precision: str, stage: Stage) -> tuple[str, ...]:
+    """Trace each network, or take its trace from the cache, and write its graphs onto the weights. Returns the graphs
+    that the cache had.
+    """
+    from sdrt.export.graph import bind, is_traced, skeleton
+
+    cached = list[str]()
+    for graph, recipe in model.recipes.items():
+        with stage(f"{'bind' if is_traced(recipe) else 'trace'} {graph}", _GRAPH_BYTES):
+            for compute in _computes(precision):
+                traced, hit = skeleton(recipe)
+                path = folder / graph_path(graph, compute)
+                bind(traced, folder / WEIGHTS, weights.placed, precision, compute, path)
+                cached += [graph] if hit and compute == "fp32" else []
+    return tuple(cached)
+
+
+def _check(model: _Model, folder: Path, precision: str, stage: Stage) -> dict[str, dict[str, Graph]]:
+    """Run each graph against its network, and keep what both were given and gave. Returns the manifest's graphs."""
+    from sdrt.export.selfcheck import check
+
+    graphs = {}
+    with open_tensor_file(folder / WEIGHTS) as weights:
+        for graph, recipe in model.recipes.items():
+            with stage(f"check {graph}", _REFERENCE_BYTES):
+                paths = {compute: folder / graph_path(graph, compute) for compute in _computes(precision)}
+                errors = check(recipe, weights, paths, folder / reference_path(graph))
+                component = _COMPONENTS[graph]
+                graphs[graph] = {name: _graph(recipe, component, name, error) for name, error in errors.items()}
+    return graphs
+
+
+def _check_unchanged(inputs: _Inputs) -> None:
+    """Refuse files that changed while they were read."""
+    inputs.checkpoint.check_unchanged()
+    files = (
+        *(lora.file for lora in inputs.loras),
+        *(embedding.file for embedding in inputs.embeddings),
+        *(hypernetwork.file for hypernetwork in inputs.hypernetworks),
+    )
+    for file in dict.fromkeys(files):
+        file.check_unchanged()
+    for lora in inputs.loras:
+        if lora.config is not None:
+            lora.config.check_unchanged()
+
+
+def _manifest(
+    output: Path,
+    folder: Path,
+    precision: str,
+    inputs: _Inputs,
+    model: _Model,
+    tokenizer: _Tokenizer,
+    weights: Written,
+    graphs: dict[str, dict[str, Graph]],
+) -> Manifest:
+    """The manifest of the stage `folder`, which holds everything else by now."""
+    from sdrt.export.graph import model_dimensions
+
+    arch, sizes = model.arch, model_dimensions(model.arch)
+    rows = table_rows(inputs.embeddings, inputs.arch.clip.vocabulary)
+    eos = tokenizer.eos
+    text = Text(arch.clip.width, arch.clip.tokens, tokenizer.bos, eos, eos, arch.clip.clip_skip, rows)
+    return Manifest(
+        format=FORMAT,
+        sdrt=__version__,
+        name=output.name.removesuffix(".sdrt"),
+        family=arch.family,
+        architecture={"unet": asdict(arch.unet), "vae": asdict(arch.vae), "clip": asdict(arch.clip)},
+        diffusion=Diffusion(prediction=arch.prediction),
+        text=(text,),
+        latents=Latents(sizes.channels, sizes.factor, arch.size, sizes.concat_channels),
+        components=dict.fromkeys(_COMPONENTS.values(), Component(precision, _computes(precision)[-1])),
+        graphs=graphs,
+        sources=_all_sources(inputs, weights.changes),
+        tools=_tools(),
+        files={
+            path.relative_to(folder).as_posix(): weights.record if path == folder / WEIGHTS else file_record(path)
+            for path in sorted(folder.rglob("*"))
+            if path.is_file()
+        },
+    )
 
 
 def default_output(options: BuildOptions) -> Path:
@@ -304,12 +376,19 @@ def default_output(options: BuildOptions) -> Path:
     checkpoint = (
         options.checkpoint.absolute().name if is_folder(options.checkpoint) else options.checkpoint.stem
     )  # a folder's name may hold a dot
-    adapters = [
-        *(o.path for o in options.loras),
-        *(o.path for o in options.embeddings),
-        *(o.path for o in options.hypernetworks),
-    ]
-    return Path("+".join([checkpoint, *(path.stem for path in adapters)]) + ".sdrt")
+    return Path("+".join([checkpoint, *(path.stem for path in _adapters(options))]) + ".sdrt")
+
+
+def _adapters(options: BuildOptions) -> list[Path]:
+    loras, embeddings = [o.path for o in options.loras], [o.path for o in options.embeddings]
+    return [*loras, *embeddings, *(o.path for o in options.hypernetworks)]
+
+
+def _check_inputs(options: BuildOptions) -> None:
+    """Refuse a file that is not there, before anything is opened."""
+    for path in [options.checkpoint, *([options.vae] if options.vae is not None else []), *_adapters(options)]:
+        if not is_folder(path):
+            check_present(path)
 
 
 def _check_output(output: Path, options: BuildOptions) -> None:
@@ -353,6 +432,15 @@ def _sources(checkpoint: Checkpoint) -> list[Source]:
     if checkpoint.vae is not None:
         sources.append(Source("vae", checkpoint.vae.name, checkpoint.vae.sha256()))
     return sources
+
+
+def _all_sources(inputs: _Inputs, changes: Sequence[Mapping[str, Change]]) -> tuple[Source, ...]:
+    return (
+        *inputs.sources.result(),
+        *(s for lora, change in zip(inputs.loras, changes, strict=True) for s in _lora_sources(lora, change)),
+        *(_embedding_source(embedding) for embedding in inputs.embeddings),
+        *(_hypernetwork_source(hypernetwork) for hypernetwork in inputs.hypernetworks),
+    )
 
 
 def _lora_sources(lora: Lora, changes: Mapping[str, Change]) -> Iterator[Source]:
@@ -406,7 +494,8 @@ def _tools() -> dict[str, str]:
     return tools
 
 
-def _notes(unknown: Sequence[str], loras: Sequence[Lora], changes: Sequence[Mapping[str, Change]]) -> Iterator[str]:
+def _notes(inputs: _Inputs, changes: Sequence[Mapping[str, Change]]) -> Iterator[str]:
+    loras, unknown = inputs.loras, inputs.unknown
     if unknown:
         yield f"{len(unknown)} tensors of the checkpoint are not used, such as {unknown[0]}"
     for lora, change in zip(loras, changes, strict=True):
@@ -422,8 +511,8 @@ def _notes(unknown: Sequence[str], loras: Sequence[Lora], changes: Sequence[Mapp
             )
 
 
-def _hypernetwork_notes(hypernetworks: Sequence[Hypernetwork]) -> Iterator[str]:
-    for hypernetwork in hypernetworks:
+def _hypernetwork_notes(inputs: _Inputs) -> Iterator[str]:
+    for hypernetwork in inputs.hypernetworks:
         name = hypernetwork.option.path.name
         if hypernetwork.option.scale == 0:
             yield f"{name}: scale 0, nothing changed"
