@@ -47,10 +47,10 @@ from sdrt.files.publish import cache_folder, staged_folder, write_file
 
 OPSET = 23
 _SOURCES = {
-    TEXT_ENCODER: ("export/clip.py", "export/attention.py"),
-    STEP: ("export/step.py", "export/unet.py", "export/attention.py"),
-    VAE_DECODER: ("export/vae.py", "export/attention.py"),
-    VAE_ENCODER: ("export/vae.py", "export/attention.py"),
+    TEXT_ENCODER: ("export/networks/clip.py", "export/networks/attention.py"),
+    STEP: ("export/networks/step.py", "export/networks/unet.py", "export/networks/attention.py"),
+    VAE_DECODER: ("export/networks/vae.py", "export/networks/attention.py"),
+    VAE_ENCODER: ("export/networks/vae.py", "export/networks/attention.py"),
 }
 _SOURCES_OF_ALL = ("export/graph.py", "bundle/graphs.py")
 """What shapes a trace besides its architecture. An edit to any of these files makes the graph be traced again."""
@@ -176,8 +176,9 @@ def skeleton(recipe: Recipe) -> tuple[ir.Model, bool]:
     """The skeleton of a graph, from the cache, or traced and then cached. The flag says whether it came from the
     cache.
     """
+    key = _cache_key(recipe)
     try:
-        folder = cache_folder() / "graphs" / _cache_key(recipe)
+        folder = cache_folder() / "graphs" / key
     except OSError as error:
         logging.getLogger("sdrt").info("no trace cache: %s", error)
         return trace(recipe), False
