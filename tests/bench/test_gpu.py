@@ -165,7 +165,7 @@ def test_arithmetic_is_that_of_the_onnx_graph(profiled: tuple[Any, Readings], co
     operators = layers_onnxruntime.profile_graph(open_bundle(compiled).graph(STEP, "fp32"), feeds[STEP], 1, tmp_path, 1)
     made = profile(pipe, readings.kept, {})["graphs"][STEP]
     assert made["matrix_flops"] == sum(one.matrix_flops for one in operators) > 1e8
-    chosen, fitting = layers_tensorrt.fitted_inputs(pipe._engine, STEP, readings.kept["shape"], feeds[STEP])
+    chosen, fitting = layers_tensorrt.fitted_inputs(pipe._engine.plans, STEP, readings.kept["shape"], feeds[STEP])
     assert chosen == 1 and fitting["noise"].shape[0] == 129 and "concat" not in fitting
     half = layers_tensorrt.arithmetic(pipe.bundle, STEP, fitting, "fp16", tmp_path)
     assert half is not None and half.flops == made["flops"] and half.bytes == made["bytes"] // 2

@@ -19,7 +19,8 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 @pytest.fixture(autouse=True)
 def _path(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(BENCHMARKS)
+    for folder in ("peers", "studies"):
+        monkeypatch.syspath_prepend(BENCHMARKS / folder)
 
 
 def figures(scale: float, text: float | None = 1.0) -> dict[str, Any]:
@@ -33,7 +34,7 @@ def figures(scale: float, text: float | None = 1.0) -> dict[str, Any]:
 
 
 def made_report() -> dict[str, Any]:
-    import peer_report
+    import report as peer_report
 
     drift = (1.0, 3.0, 0.5, 2.0)  # the machine's speed, the same for both rows of a round
     samples = {"ours": [figures(d) for d in drift], "theirs": [figures(2 * d, None) for d in drift], "gone": [None] * 4}
@@ -69,7 +70,7 @@ def test_ratios_are_of_processes_of_one_round() -> None:
 
 
 def test_the_table_says_what_is_missing() -> None:
-    import peer_report
+    import report as peer_report
 
     text = peer_report.markdown(made_report())
     assert "| theirs | 30.0 2.00x [2.00, 2.00] |" in text
@@ -79,7 +80,7 @@ def test_the_table_says_what_is_missing() -> None:
 
 
 def test_reading_files(tmp_path: Path) -> None:
-    from peers import read_files
+    from race import read_files
 
     (tmp_path / "model" / "deep").mkdir(parents=True)
     (tmp_path / "model" / "config.json").write_bytes(b"{}")
@@ -91,7 +92,7 @@ def test_reading_files(tmp_path: Path) -> None:
 
 def test_all_files_of_a_row_are_read_before_its_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And before its clock starts."""
-    import peers
+    import race as peers
 
     read: list[Path] = []
     now = [100.0]

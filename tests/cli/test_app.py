@@ -309,7 +309,7 @@ def test_a_full_disk_under_what_is_printed(
     command = [
         sys.executable,
         "-m",
-        "sdrt.cli",
+        "sdrt",
         "generate",
         str(small_bundle),
         "apple",

@@ -621,7 +621,7 @@ def test_reference_is_what_the_network_computes(
     for graph, recipe in made.items():
         with np.load(flat_bundle / "reference" / f"{graph}.npz", allow_pickle=False) as stored:
             inputs = {name[3:]: stored[name] for name in stored.files if name.startswith("in.")}
-            assert inputs.keys() == recipe.inputs.keys()
+            assert inputs.keys() == recipe.signature.inputs.keys()
             for name, array in selfcheck.module_outputs(recipe, weights, inputs).items():
                 assert np.allclose(stored[f"out.{name}"], array, rtol=1e-4, atol=1e-4), (graph, name)
 
@@ -633,7 +633,7 @@ def held_whole(recipe: Recipe, weights: TensorFile, inputs: dict[str, Any]) -> d
     with torch.inference_mode():
         outputs = module(**{name: torch.from_numpy(array) for name, array in inputs.items()})
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    return {name: output.numpy() for name, output in zip(recipe.outputs, outputs, strict=True)}
+    return {name: output.numpy() for name, output in zip(recipe.signature.outputs, outputs, strict=True)}
 
 
 @pytest.mark.parametrize("graph", GRAPHS)

@@ -138,7 +138,7 @@ def test_t7_closed_while_it_runs(flat_bundle: Path, expected: Any) -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_s1_s3_s4_a_short_soak(flat_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Pictures only: memory needs the long form, `benchmarks/checks/soak.py`."""
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    monkeypatch.syspath_prepend(ROOT / "benchmarks" / "checks")
     import soak
 
     report = soak.soak(flat_bundle, 30, 4, 0)
@@ -148,7 +148,7 @@ def test_s1_s3_s4_a_short_soak(flat_bundle: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_the_slope_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    monkeypatch.syspath_prepend(ROOT / "benchmarks" / "checks")
     import soak
 
     assert soak.slope([(i, 1000 + 50 * i) for i in range(100)]) == 50

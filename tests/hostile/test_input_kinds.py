@@ -178,7 +178,7 @@ def test_c19_every_input_and_everything_it_may_not_be(
 def test_c19_names_that_no_file_can_have(
     where: str, tmp_path: Path, small_checkpoint: Path, small_bundle: Path, good: Path, alarmed: None
 ) -> None:
-    for name in ("x" * 5000 + ".png", "a\0b.png", "", "no/such/folder/x.png"):
+    for name in ("x" * 5000 + ".png", "a\0b.png", ""):
         arguments = command(where, Path(name), small_checkpoint, small_bundle, good, tmp_path / "out.png")
         answer = CliRunner().invoke(app, [str(argument) for argument in arguments])
         assert answer.exit_code in ((1, 2, 3) if where != "bench run --prompts" else (2, 3)), (

@@ -138,9 +138,10 @@ def small_reference(small_bundle: Path) -> Iterator[Pipeline]:
 
 
 @pytest.mark.parametrize(
-    "arguments", [{"sampler": "euler"}, {"cfg": 1.0, "sampler": "euler_a"}, {"sampler": "heun", "steps": 4}]
+    "arguments", [{"sampler": "euler"}, {"cfg": 1.0, "sampler": "euler_a"}, {"sampler": "heun", "steps": 8}]
 )
 def test_pictures(pipe: Pipeline, reference: Pipeline, arguments: dict[str, Any]) -> None:
+    """Of Heun's sampler eight steps: four are so coarse that a bfloat16 rounding decides the picture."""
     found, expected = pipe("red apple", **APPLE | arguments), reference("red apple", **APPLE | arguments)
     compute = found.engine["compute"]
     assert found.engine["backend"] == "openvino" and compute == ("bf16" if HAS_BF16 else "fp32")
@@ -601,7 +602,7 @@ MISSING = [
 
 @pytest.mark.parametrize(("prompt", "settings", "wanted"), MISSING, ids=["size", "tokens", "branches"])
 def test_a_shape_without_an_engine(pipe: Pipeline, prompt: str, settings: dict[str, Any], wanted: str) -> None:
-    with pytest.raises(MissingEngineError, match=f"^no OpenVINO engine for {wanted}; there is: --size 64x64") as raised:
+    with pytest.raises(MissingEngineError, match=f"no OpenVINO engine for {wanted}; there is: --size 64x64") as raised:
         pipe(prompt, **APPLE | settings)
     assert f" --target openvino {wanted};" in raised.value.fix and "--backend onnxruntime" in raised.value.fix
     assert ".sdrt" not in raised.value.message and raised.value.path.endswith(
@@ -915,12 +916,12 @@ def test_a_warm_pipeline_has_loaded_all_it_needs(small: Path, monkeypatch: pytes
 
     for how in ("openvino", "onnxruntime"):
         with Pipeline.load(small, backend=how, threads=1) as loaded:
-            monkeypatch.setattr(loaded._engine, "_read" if how == "openvino" else "open", refuse)
+            monkeypatch.setattr(loaded._engine, "_read" if how == "openvino" else "session", refuse)
             with pytest.raises(AssertionError, match="a graph is loaded"):
                 loaded("apple", steps=2, init_image=photo)
             monkeypatch.undo()
             loaded.warm_up(init_image=photo)
-            monkeypatch.setattr(loaded._engine, "_read" if how == "openvino" else "open", refuse)
+            monkeypatch.setattr(loaded._engine, "_read" if how == "openvino" else "session", refuse)
             for cfg in (1.0, 7.0):
                 loaded("apple", steps=2, cfg=cfg, init_image=photo)
             monkeypatch.undo()
