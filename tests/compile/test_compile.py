@@ -222,7 +222,7 @@ def test_inspect_shows_a_damaged_engine(small_bundle: Path, tmp_path: Path, monk
     bundle = open_bundle(fresh(small_bundle, tmp_path / "flat.sdrt"))
     folder = compile_bundle(bundle, CompileOptions("tensorrt-rtx", size=((64, 64), (96, 128)), batch=(1, 4))).path
     words = run("inspect", bundle.path, "--all").stdout
-    assert "batch: 1, 4" in words and "stale: False" in words
+    assert "batch: [1, 4]" in words and "stale: False" in words
     (folder / "engine.json").write_text("{")
     (engine,) = json.loads(run("inspect", bundle.path, "--json").stdout)["engines"]
     assert engine["engine"] == folder.name and "not valid JSON" in engine["error"]

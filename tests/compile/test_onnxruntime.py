@@ -589,7 +589,7 @@ def test_a_worker_ends_with_its_caller(small_bundle: Path, tmp_path: Path) -> No
     request = {
         "task": "save",
         "graph": STEP,
-        "name": "step.fp32.onnx",
+        "path": str(tmp_path / "step.fp32.onnx"),
         "folder": str(tmp_path),
         "reference": "none",
     }

@@ -21,8 +21,6 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from sdrt.cli.app import app
-from sdrt.errors import InputFileError
-from sdrt.runtime.pictures import file as picture_file
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="pipes, devices and links as Unix has them")
 HANG_S = 20
@@ -250,11 +248,3 @@ def peft_lora(path: Path) -> None:
 
 
 MODULE = "text_model.encoder.layers.0.self_attn.q_proj"
-
-
-@pytest.mark.parametrize("kind", ["pipe", "link to an endless device", "folder", "dangling link"])
-def test_c19_a_picture_that_names_another_file(tmp_path: Path, alarmed: None, kind: str) -> None:
-    """`--from-png` reads again what a picture says it was made from: a stranger chose that name."""
-    KINDS[kind](tmp_path / "init")
-    with pytest.raises(InputFileError, match=r"made from .*init, which cannot be read"):
-        picture_file._check_unchanged(tmp_path / "x.png", str(tmp_path / "init"), "0" * 64)
