@@ -108,10 +108,10 @@ def test_h5_step_graph_is_diffusers_with_everything_applied(
     flat_bundle: Path, stacked: BuildReport, half: BuildReport, diffusers_pipeline: Any, h: int, w: int
 ) -> None:
     inputs = reference.identity_step(
-        2, h, w, 1, np.random.RandomState(1).standard_normal((2, 77, 64)).astype(np.float32)
+        2, h, w, 1, np.random.RandomState(1).standard_normal((2, 1, 77, 64)).astype(np.float32)
     )
-    inputs["registers"][0] = np.random.RandomState(2).standard_normal((2, 4, h, w))
-    latents, context = (torch.from_numpy(x) for x in (inputs["registers"][0], inputs["context"]))
+    inputs["registers"][:, 0] = np.random.RandomState(2).standard_normal((2, 4, h, w))
+    latents, context = (torch.from_numpy(x) for x in (inputs["registers"][:, 0], inputs["context"][:, 0]))
     expected = diffusers_pipeline.unet(latents, torch.tensor(500.0), encoder_hidden_states=context).sample.numpy()
     assert relative(Graphs(stacked.path).run("step", **inputs)["denoised"], expected) < 1e-5
     assert 0 < relative(Graphs(half.path).run("step", "fp16", **inputs)["denoised"], expected) < 1e-2
