@@ -1,1 +1,1 @@
-"""From a bundle's graphs to engines for one target. Imports no torch; empty until the first compiled target lands."""
+"""From a bundle's graphs to engines: a file a target, and what they share. Imports no torch."""

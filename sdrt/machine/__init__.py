@@ -1,1 +1,1 @@
-"""What this machine is and has: its installed packages. Imports nothing of sdrt but `errors`."""
+"""What this machine is and has: processor, memory, GPUs, installed packages, and the libraries of engines."""
