@@ -233,7 +233,7 @@ def test_joining_copies_one_slot(simulated: Any, gpu: Gpu, monkeypatch: pytest.M
     assert counts["launches"] == 1 and counts["h2d"] == len(copied) > 0
     assert counts.keys() <= {"launches", "h2d", "records", "events", "polls"}
     step = batch._memory._step
-    signature = simulated.signatures[STEP]
+    signature = simulated.plans.signatures[STEP]
     own = {
         name: (1 + slot * ROWS, 1 + (slot + 1) * ROWS) if name in signature.tables else (slot, slot + 1)
         for name in signature.inputs
