@@ -82,7 +82,7 @@ def _step(engine: Engine, bundle: Bundle, reference: Mapping[str, NDArray[Any]])
     start = np.tensordot(exact["a"], registers, 1).astype(np.float32)
     given = {name[3:]: array for name, array in reference.items() if name.startswith("in.")}
     tables = {name: np.zeros_like(given[name]) for name in ("v", "u", "M", "inpaint", "noise")} | {
-        name: given[name] for name in ("timestep", "w", "q")
+        name: given[name] for name in ("timestep", "w", "rescale", "q")
     }
     tables["a"] = np.eye(1, REGISTERS, dtype=np.float32)
     tables["M"][0, 0, REGISTERS] = 1  # the register keeps the estimate

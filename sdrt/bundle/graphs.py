@@ -31,6 +31,10 @@ IDLE_ROW = 0
 """The table row for a slot without a picture. It names itself as the next row and leaves the registers as they are."""
 
 Shape = tuple[int | str, ...]
+TOKENS = ("tokens", "tokens_2")
+"""Inputs of the text encoders' graph, one for each encoder of a model, in the manifest's order."""
+OF_TEXT = ("context", "vector")
+"""Step inputs that are made of a picture's prompts. They change when prompt editing changes a prompt."""
 _ITEM_BYTES = {"float32": 4, "int64": 8, "uint8": 1, "bool": 1}
 
 
@@ -74,7 +78,11 @@ class Dimensions:
     factor: pixels a side per latent.
     context_width: numbers per token.
     chunk: tokens per chunk.
-    clip_skip: layers of the text encoder that are outputs.
+    clip_skip: layers of the text encoders that are outputs.
+    encoders: text encoders.
+    pooled: numbers of the one vector that the text encoders give for a whole prompt; 0 if they give none.
+    vector: numbers that the UNet is told beside timestep and context: the pooled ones and those of sizes; 0 if none.
+    told_guidance: whether the UNet is told the guidance scale.
     """
 
     channels: int
@@ -83,6 +91,10 @@ class Dimensions:
     context_width: int
     chunk: int
     clip_skip: tuple[int, ...]
+    encoders: int = 1
+    pooled: int = 0
+    vector: int = 0
+    told_guidance: bool = False
 
 
 def dimensions(manifest: Manifest) -> Dimensions:
@@ -95,6 +107,10 @@ def dimensions(manifest: Manifest) -> Dimensions:
         manifest.context_width,
         manifest.chunk,
         manifest.clip_skip,
+        len(manifest.text),
+        manifest.vector.pooled,
+        manifest.vector.numbers,
+        manifest.diffusion.told_guidance,
     )
 
 
@@ -109,6 +125,9 @@ def signatures(model: Dimensions) -> dict[str, Signature]:
     tokens = ("n", model.chunk)
     pixels = Tensor(("N", f"{model.factor}*h", f"{model.factor}*w", 3), "uint8")
     registers = Tensor(("N", REGISTERS, *latents[1:]))
+    guidance = {"guidance": Tensor(("S",))} if model.told_guidance else {}
+    vector = {"vector": Tensor(("N", "G", model.vector))} if model.vector else {}
+    pooled = {"pooled": Tensor(("n", model.pooled))} if model.pooled else {}
     concat = {"concat": Tensor(("N", "G", model.concat_channels, "h", "w"))} if model.concat_channels else {}
     step = Signature(
         {
@@ -118,13 +137,16 @@ def signatures(model: Dimensions) -> dict[str, Signature]:
             "a": Tensor(("S", REGISTERS)),
             "w": Tensor(("S", "G")),
             "v": Tensor(("S", "G")),
+            "rescale": Tensor(("S", "G")),
             "u": Tensor(("S", REGISTERS)),
             "q": Tensor(("S",)),
             "M": Tensor(("S", REGISTERS, REGISTERS + 3)),
             "inpaint": Tensor(("S", 3)),
+            **guidance,
             "noise": Tensor(("S", *latents[1:])),
             "registers": registers,
             "context": Tensor(("N", "G", "T", model.context_width)),
+            **vector,
             "mask": Tensor(plane),
             "init": Tensor(latents),
             "init_noise": Tensor(latents),
@@ -134,8 +156,8 @@ def signatures(model: Dimensions) -> dict[str, Signature]:
     )
     return {
         TEXT_ENCODER: Signature(
-            {"tokens": Tensor(tokens, "int64")},
-            {context_output(layer): Tensor((*tokens, model.context_width)) for layer in model.clip_skip},
+            dict.fromkeys(TOKENS[: model.encoders], Tensor(tokens, "int64")),
+            {context_output(layer): Tensor((*tokens, model.context_width)) for layer in model.clip_skip} | pooled,
         ),
         STEP: step,
         VAE_DECODER: Signature(

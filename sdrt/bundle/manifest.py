@@ -33,10 +33,14 @@ MAX_BRANCHES = 16
 """Most guidance branches of one picture: the negative prompt and 15 parts between `AND`s."""
 
 PRECISIONS = ("fp32", "fp16", "bf16")
-PREDICTIONS = ("epsilon", "v")
-"""What a network may predict: the noise, v of Salimans and Ho 2022 ("Progressive Distillation"), or the image."""
+PREDICTIONS = ("epsilon", "v", "edm")
+"""What a network may predict: the noise, v of Salimans and Ho 2022 ("Progressive Distillation"), or F of Karras et al.
+2022 ("Elucidating the Design Space"), table 1.
+"""
 SOURCE_KINDS = ("checkpoint", "vae", "lora", "lora-config", "embedding", "hypernetwork")
 MAX_TIMESTEPS = 10_000
+MAX_SIGMA = 1e5
+MAX_VECTOR, MAX_SIZES = 1 << 14, 16
 
 
 def graph_path(graph: str, compute: str) -> str:
@@ -61,12 +65,22 @@ class FileRecord:
 class Diffusion:
     """What the network predicts, and the noise schedule of its training: `num_timesteps` betas, linear in their square
     roots.
+
+    zero_snr: the last timestep was trained with no signal left.
+    sigma_min, sigma_max: both are set for a network trained on every level between them (EDM, Karras et al. 2022). Its
+        timestep is ln(sigma) / 4, and `sigma_data` is the deviation of its data.
+    told_guidance: the network is told the guidance scale, which takes the place of guidance.
     """
 
     prediction: str = "epsilon"
     beta_start: float = 0.00085
     beta_end: float = 0.012
     num_timesteps: int = 1000
+    zero_snr: bool = False
+    sigma_min: float | None = None
+    sigma_max: float | None = None
+    sigma_data: float = 1.0
+    told_guidance: bool = False
 
 
 @dataclass(frozen=True)
@@ -77,6 +91,7 @@ class Text:
     tokens: tokens per chunk, with start and end.
     bos, eos, pad: the ids of the start, end and padding tokens.
     clip_skip: the layers that are outputs, counted from the last layer; the first entry is the default.
+    last_layer: the latest layer that contexts of this family come from. A request for a later one takes this one.
     embeddings: for the trigger of each learned embedding the rows of the token table that stand for it, in order.
     tokenizer: its file in the bundle.
     """
@@ -89,6 +104,25 @@ class Text:
     clip_skip: tuple[int, ...] = (1,)
     embeddings: dict[str, tuple[int, ...]] = field(default_factory=dict)
     tokenizer: str = TOKENIZER
+    last_layer: int = 1
+
+
+@dataclass(frozen=True)
+class Vector:
+    """What the network is told beside timestep and context, as one vector: `pooled` numbers of the last text encoder,
+    then `sizes` sizes in pixels of `size_width` numbers each. All 0 where it is told nothing.
+
+    SDXL has six sizes: original height and width, top and left of the crop, target height and width (Podell et al.
+    2023, section 2.2).
+    """
+
+    pooled: int = 0
+    sizes: int = 0
+    size_width: int = 0
+
+    @property
+    def numbers(self) -> int:
+        return self.pooled + self.sizes * self.size_width
 
 
 @dataclass(frozen=True)
@@ -96,13 +130,14 @@ class Latents:
     """`factor` is pixels a side per latent. `size` is the default picture as (width, height) in pixels.
 
     `concat_channels` counts the channels that the UNet sees beside the latents: 5 (mask and masked image) for
-    inpainting models, else 0.
+    inpainting models, 4 (the image to edit) for edit models, else 0. `concat_scale` multiplies the latents among them.
     """
 
     channels: int
     factor: int
     size: tuple[int, int]
     concat_channels: int = 0
+    concat_scale: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -167,6 +202,7 @@ class Manifest:
     graphs: dict[str, dict[str, Graph]]
     files: dict[str, FileRecord]
     diffusion: Diffusion = Diffusion()
+    vector: Vector = Vector()
     sources: tuple[Source, ...] = ()
     tools: dict[str, str] = field(default_factory=dict)
 
@@ -307,6 +343,19 @@ def _check_values(manifest: Manifest) -> None:
             " and 1"
         )
     _within("diffusion.num_timesteps", diffusion.num_timesteps, 2, MAX_TIMESTEPS)
+    if (diffusion.sigma_min is None) != (diffusion.sigma_max is None):
+        raise ValueError("diffusion: sigma_min and sigma_max: expected both or neither")
+    low, high = diffusion.sigma_min, diffusion.sigma_max
+    if low is not None and high is not None and not 0 < low < high <= MAX_SIGMA:
+        raise ValueError(f"diffusion: sigmas from {low} to {high}: expected them to rise between 0 and {MAX_SIGMA}")
+    if not 0 < diffusion.sigma_data <= MAX_SIGMA:
+        raise ValueError(f"diffusion.sigma_data: {diffusion.sigma_data}: expected more than 0 and at most {MAX_SIGMA}")
+    for name, count, most in (
+        ("pooled", manifest.vector.pooled, MAX_VECTOR),
+        ("sizes", manifest.vector.sizes, MAX_SIZES),
+        ("size_width", manifest.vector.size_width, MAX_VECTOR),
+    ):
+        _within(f"vector.{name}", count, 0, most)
 
     _equal("text.tokens", manifest.text[0].tokens, "clip.tokens", clip.get("tokens"))
     _equal("text.width", manifest.text[0].width, "clip.width", clip.get("width"))

@@ -48,6 +48,7 @@ def reference_inputs(recipe: Recipe) -> Arrays:
         # another one.
         inputs |= {"timestep": np.array([500.25], np.float32), "inpaint": np.array([[0.5, 0.7, 0.3]], np.float32)}
         inputs |= {"w": np.array([[-6.0, 7.0]], np.float32), "v": np.array([[-1.0, 1.0]], np.float32)}
+        inputs["rescale"] = np.array([[0.1, 0.6]], np.float32)
         inputs["mask"] = random.uniform(0, 1, inputs["mask"].shape).astype(np.float32)
         for name in ("a", "u", "M"):
             inputs[name] = inputs[name] * np.float32(0.5)

@@ -242,7 +242,7 @@ def tables(rows: Sequence[Row], guidance: Sequence[Sequence[float]]) -> dict[str
     """Rows as the graph takes them, all tables but `noise` and `next`.
 
     `guidance` weighs the branches of the guidance batch for each row; each sums to 1. No sampler keeps the second
-    combination: `v` is 0.
+    combination: `v` is 0. Guidance is not rescaled: `rescale` is 0.
     """
 
     def column(values: list[Any]) -> Float:
@@ -254,6 +254,7 @@ def tables(rows: Sequence[Row], guidance: Sequence[Sequence[float]]) -> dict[str
         "a": column([row.a for row in rows]),
         "w": w,
         "v": np.zeros_like(w),
+        "rescale": np.zeros_like(w),
         "u": column([row.u for row in rows]),
         "q": column([row.q for row in rows]),
         "M": column([row.M for row in rows]),

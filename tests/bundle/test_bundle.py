@@ -205,7 +205,12 @@ GOLDEN = """\
   "beta_end": 0.012,
   "beta_start": 0.00085,
   "num_timesteps": 1000,
-  "prediction": "epsilon"
+  "prediction": "epsilon",
+  "sigma_data": 1.0,
+  "sigma_max": null,
+  "sigma_min": null,
+  "told_guidance": false,
+  "zero_snr": false
  },
  "family": "sd1",
  "files": {
@@ -234,6 +239,7 @@ GOLDEN = """\
  "latents": {
   "channels": 4,
   "concat_channels": 0,
+  "concat_scale": 1.0,
   "factor": 8,
   "size": [
    512,
@@ -266,6 +272,7 @@ GOLDEN = """\
    ],
    "embeddings": {},
    "eos": 2,
+   "last_layer": 1,
    "pad": 3,
    "tokenizer": "tokenizer/tokenizer.json",
    "tokens": 77,
@@ -274,6 +281,11 @@ GOLDEN = """\
  ],
  "tools": {
   "python": "3.11"
+ },
+ "vector": {
+  "pooled": 0,
+  "size_width": 0,
+  "sizes": 0
  }
 }
 """

@@ -3,10 +3,14 @@
 Each picture n of a call has its own row of the tables and its own registers r. D is its denoised estimate, E a second
 combination of the branches' outputs:
 
-    input = sum_j a_j r_j                        out = sum_g w_g UNet(input, timestep, context_g)
+    input = sum_j a_j r_j                        out = f sum_g w_g UNet(input, timestep, context_g)
     D     = sum_j u_j r_j + q out                D  += k mask (init - D)
     E     = sum_g v_g UNet(input, timestep, context_g)
     r'    = M [r_0 .. r_(R-1), D, E, noise]      r'_0 += (1 - k) mask (b init + c init_noise - r'_0)
+
+f is 1 unless guidance is rescaled (Lin et al. 2023, "Common Diffusion Noise Schedules", equations 15 and 16): with
+`rescale` as the weights of the conditional output times phi, f = 1 - phi + std(sum_g rescale_g UNet_g) / std(sum_g w_g
+UNet_g).
 
 So sampler, schedule, guidance scale and seed are data. Pictures that differ in all of them share a call.
 docs/architecture.md derives the formulas.
@@ -34,6 +38,20 @@ def _mix(coefficients: Tensor, states: Tensor) -> Tensor:
     return (coefficients[:, :, :, None, None, None] * states[:, None]).sum(dim=2)
 
 
+def _deviation(states: Tensor) -> Tensor:
+    """Standard deviation of each picture `[N, C, h, w]`, as `[N, 1, 1, 1]`."""
+    centred = states - states.mean(dim=(1, 2, 3), keepdim=True)
+    return centred.square().mean(dim=(1, 2, 3), keepdim=True).sqrt()
+
+
+def _guided(w: Tensor, rescale: Tensor, outputs: Tensor) -> Tensor:
+    """The guided output of each picture, rescaled."""
+    out = _combine(w, outputs)
+    phi = rescale.sum(dim=1)[:, None, None, None]
+    ratio = _deviation(_combine(rescale, outputs)) / _deviation(out).clamp(min=1e-20)
+    return out * (1.0 - phi + ratio)
+
+
 class Step(nn.Module):
     """One model call of any linear sampler, with its guidance batch. Latents, tables and updates are float32."""
 
@@ -51,6 +69,7 @@ class Step(nn.Module):
         a: Tensor,
         w: Tensor,
         v: Tensor,
+        rescale: Tensor,
         u: Tensor,
         q: Tensor,
         M: Tensor,
@@ -69,8 +88,8 @@ class Step(nn.Module):
         for each row the row after it. `concat` is what inpainting models see beside the latents; unlike the latents it
         is not scaled. Returns the next registers, the next rows and the denoised estimates `[N, C, h, w]`.
         """
-        next, timestep, a, w, v, u, q, M, inpaint, noise = (
-            x.index_select(0, row) for x in (next, timestep, a, w, v, u, q, M, inpaint, noise)
+        next, timestep, a, w, v, rescale, u, q, M, inpaint, noise = (
+            x.index_select(0, row) for x in (next, timestep, a, w, v, rescale, u, q, M, inpaint, noise)
         )
         latents, unet, branches = _combine(a, registers), self.model.diffusion_model, w.shape[1]
         contexts = context.flatten(0, 1)
@@ -80,7 +99,7 @@ class Step(nn.Module):
             batch = torch.cat([latents[:, None].expand(-1, branches, -1, -1, -1), concat], dim=2)
             out = unet(batch.flatten(0, 1), timestep, contexts, self.hypernetworks, branches, shared=False)
         outputs = out.float().unflatten(0, (-1, branches))
-        denoised = _combine(u, registers) + q[:, None, None, None] * _combine(w, outputs)
+        denoised = _combine(u, registers) + q[:, None, None, None] * _guided(w, rescale, outputs)
         k, b, c = (inpaint[:, i, None, None, None] for i in range(3))
         denoised = denoised + k * mask * (init - denoised)
         fresh = torch.stack([denoised, _combine(v, outputs), noise], dim=1)

@@ -171,6 +171,7 @@ def job(rows: int, *, tokens: int = 77, branches: int = 2, width: int = 12) -> J
         "a": 0.3 * drawn(rows, 8),
         "w": drawn(rows, branches),
         "v": drawn(rows, branches),
+        "rescale": 0.3 * drawn(rows, branches),
         "u": 0.2 * drawn(rows, 8),
         "q": 0.3 * drawn(rows),
         "M": 0.2 * drawn(rows, 8, 11),
