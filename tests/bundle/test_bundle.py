@@ -34,6 +34,7 @@ from sdrt.bundle.manifest import (
     Manifest,
     Source,
     Text,
+    Vector,
     write_manifest,
 )
 from sdrt.cli.app import app
@@ -419,7 +420,7 @@ def values_of(value: Any) -> Iterator[Any]:
 def test_absent_fields_take_their_defaults_or_are_missed(folder: Path) -> None:
     """Field by field of every part of a manifest. A field added later has a default, so this holds for it too."""
     kinds = {type(value): value for value in values_of(open_bundle(folder).manifest)}
-    assert len(kinds) == 8
+    assert len(kinds) == 9
     whole = (folder / "manifest.json").read_text()
     for kind in kinds:
         for field in fields(kind):
@@ -433,6 +434,7 @@ def test_absent_fields_take_their_defaults_or_are_missed(folder: Path) -> None:
                 Text: document["text"],
                 Diffusion: [document["diffusion"]],
                 Latents: [document["latents"]],
+                Vector: [document["vector"]],
                 Source: document["sources"],
                 Component: list(document["components"].values()),
                 FileRecord: list(document["files"].values()),
