@@ -121,6 +121,13 @@ def context_output(clip_skip: int) -> str:
     return f"context_skip_{clip_skip}"
 
 
+def text_outputs(text_encoder: Signature, clip_skip: int) -> tuple[str, ...]:
+    """The outputs of the text encoder that a clip skip asks for: the context, and the pooled vector where there is
+    one.
+    """
+    return (context_output(clip_skip), *([POOLED] if POOLED in text_encoder.outputs else []))
+
+
 def signatures(model: Dimensions) -> dict[str, Signature]:
     """The signature of every graph of a model, by the graph's name."""
     latents, plane = ("N", model.channels, "h", "w"), ("N", 1, "h", "w")

@@ -131,6 +131,9 @@ class Vector:
         return self.pooled + self.sizes * self.size_width
 
 
+NO_VECTOR = Vector()
+
+
 @dataclass(frozen=True)
 class Latents:
     """`factor` is pixels a side per latent. `size` is the default picture as (width, height) in pixels.
@@ -213,7 +216,7 @@ class Manifest:
     graphs: dict[str, dict[str, Graph]]
     files: dict[str, FileRecord]
     diffusion: Diffusion = Diffusion()
-    vector: Vector = Vector()
+    vector: Vector = NO_VECTOR
     sources: tuple[Source, ...] = ()
     tools: dict[str, str] = field(default_factory=dict)
 
@@ -231,6 +234,13 @@ class Manifest:
     def context_width(self) -> int:
         """Numbers per token in the context. The outputs of several text encoders lie side by side."""
         return sum(text.width for text in self.text)
+
+    @property
+    def branches(self) -> int:
+        """Guidance branches of a picture that chooses nothing: a prompt and a negative one; for an edit model also the
+        negative one without the image; the prompt alone for a network that is told the guidance scale.
+        """
+        return 1 if self.diffusion.told_guidance else 3 if self.latents.edits else 2
 
     @property
     def clip_skip(self) -> tuple[int, ...]:
