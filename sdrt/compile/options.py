@@ -14,7 +14,8 @@ from sdrt.engines.record import EngineRecord
 class CompileOptions:
     """What to compile. Ranges are (smallest, largest).
 
-    `size` None takes the bundle's. `branches` None takes those of a picture with and without guidance. `tokens` None takes one chunk; for openvino it makes one engine for one chunk and
+    `size` None takes the bundle's. `branches` None takes those of a picture with and without guidance.
+    `tokens` None takes one chunk; for openvino it makes one engine for one chunk and
     another for two. onnxruntime takes none of these options.
 
     `precision` None takes the bundle's. For openvino it takes the fastest on this CPU, unless the bundle is stored in
