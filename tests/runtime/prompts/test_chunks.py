@@ -158,8 +158,8 @@ def test_any_prompt(tokenizer: Tokenizer, prompt: str) -> None:
     for segment in segments:
         ids = tokenizer.tokens(segment.text)
         while segment != BREAK and ids:
-            rows, length = tokenizer.embedding_at(ids, 0) or ((ids[0],), 1)
-            expected.append((rows, segment.weight))
+            places, length = tokenizer.embedding_at(ids, 0) or (((ids[0],),), 1)
+            expected.append((tuple(row for (row,) in places), segment.weight))
             ids = ids[length:]
         if segment == BREAK:
             expected.append(BREAK)
