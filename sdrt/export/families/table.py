@@ -20,7 +20,9 @@ TOKENS = {width: words for family in FAMILIES for width, words in family.tokens.
 """Whose token vectors are that wide."""
 TEXTS = {width: family.title for family in FAMILIES for width in family.tokens}
 """Whose text encoders are that wide."""
-ADAPTERS = {start: family.title for family in (*FAMILIES, *OTHERS) for start in family.adapters}
+ADAPTERS = {start: family.title for family in FAMILIES for start in family.adapters} | {
+    start: other.title for other in OTHERS for start in other.adapters
+}
 """How modules begin that only one family's LoRAs have."""
 TEXT_MODULES = (
     "lora_te",
