@@ -108,8 +108,8 @@ class BuildReport:
     cached: tuple[str, ...]
 
 
-PREDICTIONS = {"eps": "epsilon", "v": "v"}
-"""The words of `--prediction`, and the manifest's."""
+PREDICTIONS = ("eps", "v")
+"""The words of `--prediction`."""
 _VAE = "vae"
 _COMPONENTS = {TEXT_ENCODER: "text_encoder", STEP: UNET, VAE_DECODER: _VAE, VAE_ENCODER: _VAE}
 """The component whose weights each graph takes."""
@@ -221,7 +221,6 @@ def build(options: BuildOptions, progress: Progress = lambda stage, done: None) 
                 write_manifest(folder, manifest)
     notes = (
         *inputs.checkpoint.notes,
-        *_contradictions(inputs.checkpoint, options),
         *_notes(inputs, weights.changes),
         *tokenizer.notes,
         *_hypernetwork_notes(inputs),
@@ -253,14 +252,16 @@ def _stages(output: Path, progress: Progress, seconds: dict[str, float]) -> Stag
 
 def _read(options: BuildOptions, files: ExitStack, hashing: ThreadPoolExecutor) -> _Inputs:
     """Open every file and match it with the model. `files` closes them; `hashing` hashes the model's meanwhile."""
-    checkpoint = open_checkpoint(options.checkpoint, options.vae, ema=options.ema)
+    checkpoint = open_checkpoint(
+        options.checkpoint, options.vae, ema=options.ema, prediction=options.prediction, zero_snr=options.zero_snr
+    )
     files.callback(checkpoint.close)
     sources = hashing.submit(_sources, checkpoint)  # takes as long as importing torch
     arch = _with_options(checkpoint.architecture, options)
     from sdrt.export.graph import weight_shapes  # imports torch: only after the files are known to be good
 
     expected, known = weight_shapes(arch), weight_shapes(whole(arch))
-    tensors, unknown = select(checkpoint, expected, known.keys() - expected.keys())
+    tensors, unknown = select(checkpoint, expected)
     loras, embeddings, hypernetworks = list[Lora](), list[Embedding](), list[Hypernetwork]()
     for option in options.loras:
         # A LoRA also changes layers of the text encoders that no graph needs.
@@ -495,18 +496,7 @@ def _with_options(arch: Architecture, options: BuildOptions) -> Architecture:
         arch,
         size=(width, height),
         texts=texts,
-        prediction=PREDICTIONS[options.prediction] if options.prediction is not None else arch.prediction,
-        zero_snr=options.zero_snr if options.zero_snr is not None else arch.zero_snr,
     )
-
-
-def _contradictions(checkpoint: Checkpoint, options: BuildOptions) -> Iterator[str]:
-    """A warning for each option that says something else than the checkpoint does."""
-    arch = checkpoint.architecture
-    if options.prediction is not None and PREDICTIONS[options.prediction] != arch.prediction:
-        yield f"--prediction {options.prediction}: {checkpoint.model.name} says {arch.prediction}"
-    if options.zero_snr is not None and options.zero_snr != arch.zero_snr:
-        yield f"--zero-snr: {checkpoint.model.name} says otherwise"
 
 
 def _sources(checkpoint: Checkpoint) -> list[Source]:
