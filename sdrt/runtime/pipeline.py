@@ -289,15 +289,21 @@ class Pipeline:
         started = time.perf_counter()
         bundle = open_bundle(Path(path))
         check_files(bundle, [name for name in bundle.manifest.files if name != WEIGHTS])
+        stop = Event()
         with ThreadPoolExecutor(1) as pool:
             # Hashing the weights takes as long as reading them, so it runs beside loading. Unchecked data alone does no
             # harm: it is used only after the check.
-            checked: Future[None] = pool.submit(check_file, bundle, WEIGHTS)
+            checked: Future[None] = pool.submit(check_file, bundle, WEIGHTS, stop)
             try:
                 load = partial(load_engine, bundle, backend, threads, device, on_missing=on_missing, cores=cores)
                 engine = load() if observe is None else observe(load)
-            finally:
                 checked.result()
+            except Exception:
+                checked.result()  # changed weights explain any other error
+                raise
+            except BaseException:  # Ctrl-C waits for nothing
+                stop.set()
+                raise
         pipeline = cls(bundle, engine, Tokenizer(bundle.file("tokenizer/tokenizer.json"), bundle.manifest.text[0]))
         log.info("%s: loaded on %s in %.0f ms", bundle.path, engine.backend, _since(started))
         return pipeline
