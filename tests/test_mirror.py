@@ -40,7 +40,7 @@ COVERED: dict[str, tuple[str, ...]] = {
     "export/read/test_checkpoint.py": ("export/architecture.py", "export/read/tensor_entry.py"),
     "export/read/test_model_files.py": ("export/inspect.py", "export/read/diffusers_config.py"),
     "export/read/test_pickles.py": ("export/read/pickle_names.py",),
-    "export/test_build.py": ("export/graph.py", "export/selfcheck.py", "export/weights.py"),
+    "export/test_build.py": ("export/graph.py", "export/selfcheck.py", "export/weights.py", "files/cache.py"),
     "files/test_faults.py": ("files/lock.py",),
     "hostile/test_command_faults.py": ("compile/watch.py",),
     "hostile/test_input_kinds.py": ("files/read.py",),
