@@ -108,8 +108,8 @@ class BuildReport:
     cached: tuple[str, ...]
 
 
-PREDICTIONS = {"eps": "epsilon", "v": "v"}
-"""The words of `--prediction`, and the manifest's."""
+PREDICTIONS = ("eps", "v")
+"""The words of `--prediction`."""
 _VAE = "vae"
 _COMPONENTS = {TEXT_ENCODER: "text_encoder", STEP: UNET, VAE_DECODER: _VAE, VAE_ENCODER: _VAE}
 """The component whose weights each graph takes."""
@@ -221,7 +221,6 @@ def build(options: BuildOptions, progress: Progress = lambda stage, done: None) 
                 write_manifest(folder, manifest)
     notes = (
         *inputs.checkpoint.notes,
-        *_contradictions(inputs.checkpoint, options),
         *_notes(inputs, weights.changes),
         *tokenizer.notes,
         *_hypernetwork_notes(inputs),
@@ -253,7 +252,13 @@ def _stages(output: Path, progress: Progress, seconds: dict[str, float]) -> Stag
 
 def _read(options: BuildOptions, files: ExitStack, hashing: ThreadPoolExecutor) -> _Inputs:
     """Open every file and match it with the model. `files` closes them; `hashing` hashes the model's meanwhile."""
-    checkpoint = open_checkpoint(options.checkpoint, options.vae, ema=options.ema)
+    checkpoint = open_checkpoint(
+        options.checkpoint,
+        options.vae,
+        ema=options.ema,
+        prediction=options.prediction,
+        zero_snr=options.zero_snr,
+    )
     files.callback(checkpoint.close)
     sources = hashing.submit(_sources, checkpoint)  # takes as long as importing torch
     arch = _with_options(checkpoint.architecture, options)
@@ -491,22 +496,7 @@ def _with_options(arch: Architecture, options: BuildOptions) -> Architecture:
         )
     clip_skip = tuple(dict.fromkeys(max(layer, arch.last_layer) for layer in options.clip_skip))
     texts = tuple(replace(text, clip_skip=clip_skip) for text in arch.texts)
-    return replace(
-        arch,
-        size=(width, height),
-        texts=texts,
-        prediction=PREDICTIONS[options.prediction] if options.prediction is not None else arch.prediction,
-        zero_snr=options.zero_snr if options.zero_snr is not None else arch.zero_snr,
-    )
-
-
-def _contradictions(checkpoint: Checkpoint, options: BuildOptions) -> Iterator[str]:
-    """A warning for each option that says something else than the checkpoint does."""
-    arch = checkpoint.architecture
-    if options.prediction is not None and PREDICTIONS[options.prediction] != arch.prediction:
-        yield f"--prediction {options.prediction}: {checkpoint.model.name} says {arch.prediction}"
-    if options.zero_snr is not None and options.zero_snr != arch.zero_snr:
-        yield f"--zero-snr: {checkpoint.model.name} says otherwise"
+    return replace(arch, size=(width, height), texts=texts)
 
 
 def _sources(checkpoint: Checkpoint) -> list[Source]:

@@ -330,11 +330,13 @@ def select(
             raise CheckpointError(f"{path}: {name}: expected shape {list(shape)}, found {list(entry.shape)}")
         if entry.dtype not in FLOATS:
             raise CheckpointError(f"{path}: {name}: expected one of {', '.join(FLOATS)}, found {entry.dtype}")
-    known = {*expected, *unused}
     unknown = [
         name
         for name in checkpoint.tensors
-        if name not in known and not name.startswith(_IGNORED) and not name.endswith(_IGNORED_ENDS)
+        if name not in expected
+        and name not in unused
+        and not name.startswith(_IGNORED)
+        and not name.endswith(_IGNORED_ENDS)
     ]
     asked = [component for component in COMPONENTS if any(name.startswith(component.prefix) for name in expected)]
     for component in asked:

@@ -68,6 +68,8 @@ def with_diffusion(
     said = _said(arch, model, weights, family)
     chosen = PREDICTIONS[prediction] if prediction is not None else said.prediction
     notes = list(_notes(model, said, chosen, asked=prediction is not None))
+    if said.zero_snr and zero_snr is False:
+        notes.append(f"{model.name}: taken to have signal at its last step, against what it says")
     if said.sigmas is not None and chosen != said.prediction:
         raise UsageError(
             f"--prediction {prediction}: {model.name} was trained on continuous levels of noise, by {said.by}",
