@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -27,13 +28,19 @@ def generate(
     ctx: typer.Context,
     bundle: options.BundleFolder,
     prompt: options.Prompt = None,
-    negative: Annotated[str, typer.Option("--negative", metavar="TEXT", help="What to steer away from.")] = "",
+    negative: options.Negative = None,
+    prompt_2: options.Prompt2 = None,
+    negative_2: options.Negative2 = None,
     steps: Annotated[int, typer.Option("--steps", metavar="N", help="Steps of the sampler, 1 to 1000.")] = 20,
     cfg: Annotated[float, typer.Option("--cfg", metavar="X", help="Guidance scale; 1 turns guidance off.")] = 7.0,
+    image_cfg: options.ImageCfg = None,
     sampler: options.Sampler = "euler",
     schedule: options.Schedule = None,
     seed: options.Seed = None,
     size: options.Size = None,
+    original_size: options.OriginalSize = None,
+    crop_top_left: options.CropTopLeft = None,
+    target_size: options.TargetSize = None,
     batch: Annotated[int, typer.Option("--batch", metavar="N", help="Pictures per model call, 1 to 64.")] = 1,
     count: Annotated[int, typer.Option("--count", metavar="N", help="Pictures in total.")] = 1,
     init_image: options.InitImage = None,
@@ -129,6 +136,15 @@ def generate(
     _report(pictures, result, [*taken.notes, *notes], as_json)
 
 
+_PAIRS: dict[str, Callable[[str | None], tuple[int, int] | None]] = {
+    "size": options.parse_size,
+    "original_size": partial(options.parse_size, option="--original-size"),
+    "target_size": partial(options.parse_size, option="--target-size"),
+    "crop_top_left": options.parse_corner,
+}
+"""Settings that are written as one option and hold two numbers."""
+
+
 @dataclass(frozen=True)
 class _Taken:
     """The fields of a request, as given or out of a picture.
@@ -160,7 +176,7 @@ def _settings(ctx: typer.Context, manifest: Manifest) -> _Taken:
     for name in (f.name for f in fields(Request)):
         source = ctx.get_parameter_source(name)
         if (again is None and other is None) or (source is not None and source.name == "COMMANDLINE"):
-            given[name] = options.parse_size(ctx.params[name]) if name == "size" else ctx.params[name]
+            given[name] = _PAIRS[name](ctx.params[name]) if name in _PAIRS else ctx.params[name]
     if again is not None:
         parameters = parameters_of(again, read_said(again))
         return _Taken(settings_to_repeat(again, parameters, manifest, given), repeated=parameters)

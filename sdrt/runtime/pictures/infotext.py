@@ -40,6 +40,7 @@ def infotext(parameters: Mapping[str, Any]) -> str:
         "Sampler": SAMPLERS[parameters["sampler"]].label,
         "Schedule type": _SCHEDULES.get(parameters["schedule"], parameters["schedule"].capitalize()),
         "CFG scale": f"{parameters['cfg']:g}",
+        **({"Image CFG scale": f"{parameters['image_cfg']:g}"} if parameters.get("image_cfg") is not None else {}),
         "Seed": parameters["seed"],
         "Size": f"{width}x{height}",
     }
@@ -143,6 +144,7 @@ _SETTINGS: dict[str, tuple[str, Callable[[str], Any]]] = {
     "Sampler": ("sampler", str),
     "Schedule type": ("schedule", str),
     "CFG scale": ("cfg", float),
+    "Image CFG scale": ("image_cfg", float),
     "Seed": ("seed", int),
     "Size": ("size", _size),
     "Denoising strength": ("strength", float),

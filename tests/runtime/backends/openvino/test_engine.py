@@ -178,7 +178,7 @@ def job(rows: int, *, tokens: int = 77, branches: int = 2, width: int = 12) -> J
         "inpaint": np.zeros((rows, 3), np.float32),
         "noise": drawn(rows, 4, 8, width),
     }
-    sets = tuple(drawn(branches, tokens, 64) for _ in range(2))
+    sets = tuple({"context": drawn(branches, tokens, 64)} for _ in range(2))
     inputs = {
         "init": np.zeros((4, 8, width), np.float32),
         "init_noise": drawn(4, 8, width),
@@ -696,7 +696,7 @@ def test_each_part_of_a_batch_has_its_own_pictures_inputs(small: Path, small_ref
                 "init_noise": drawn(4, 8, 8),
                 "mask": rng.integers(0, 2, (1, 8, 8)).astype(np.float32),
             },
-            contexts=(drawn(2, 77, 64), drawn(2, 77, 64)),
+            contexts=({"context": drawn(2, 77, 64)}, {"context": drawn(2, 77, 64)}),
         )
         for _ in range(5)
     ]
