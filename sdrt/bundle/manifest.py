@@ -34,8 +34,8 @@ MAX_BRANCHES = 16
 
 PRECISIONS = ("fp32", "fp16", "bf16")
 PREDICTIONS = ("epsilon", "v", "edm", "x0")
-"""What a network may predict: the noise, v of Salimans and Ho 2022 ("Progressive Distillation"), F of Karras et al. 2022
-("Elucidating the Design Space"), table 1, or the image without noise.
+"""What a network may predict: the noise, v of Salimans and Ho 2022 ("Progressive Distillation"), F of Karras et al.
+2022 ("Elucidating the Design Space"), table 1, or the image without noise.
 """
 SOURCE_KINDS = ("checkpoint", "vae", "lora", "lora-config", "embedding", "hypernetwork")
 MAX_TIMESTEPS = 10_000

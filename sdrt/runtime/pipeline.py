@@ -31,7 +31,7 @@ from sdrt.runtime.pictures.canvas import Canvas, blank_canvas, canvas, laid_over
 from sdrt.runtime.pictures.file import QUALITY, encode
 from sdrt.runtime.prompts.conditioning import Conditioning, Prompts, TextConditioner
 from sdrt.runtime.prompts.tokenizer import Tokenizer
-from sdrt.runtime.request import Parameters, Request, Settings, request_of_settings, resolved
+from sdrt.runtime.request import Parameters, Request, Settings, branch_guidance, request_of_settings, resolved
 from sdrt.runtime.request_json import IMAGES, request_to_json
 from sdrt.runtime.request_memory import check_memory, with_own
 from sdrt.runtime.sampling.noise import Draws, draw_noise
@@ -418,6 +418,8 @@ class Pipeline:
             **settings,
             "sampler": "euler",
             "schedule": None,
+            "timesteps": None,
+            "sigmas": None,
             "steps": 3,
             "seed": 0,
         }  # three calls, since two buffers take turns
@@ -456,6 +458,8 @@ class Pipeline:
             compat=request.compat,
             strength=request.strength,
             masked=request.mask is not None,
+            timesteps=request.timesteps,
+            sigmas=request.sigmas,
         )
 
     def _canvas(self, request: Request) -> Canvas | None:
@@ -554,7 +558,7 @@ class Pipeline:
                 prompt,
                 negative,
                 steps=request.steps * calls_a_step,
-                cfg=request.cfg,
+                cfg=branch_guidance(request, self.bundle.manifest),
                 clip_skip=request.clip_skip,
                 syntax=request.prompt_syntax,
                 emphasis=request.emphasis,
@@ -589,7 +593,13 @@ class Pipeline:
         for i, (draw, each) in enumerate(zip(draws, said, strict=True)):
             # AUTOMATIC1111 counts a prompt's steps in model calls. The schedule of an image ends before the count does.
             of_row = [min(row, len(each.set_of_step) - 1) for row in range(len(plan.rows))]
-            numbers = {**tables(plan.rows, [each.weights[step] for step in of_row]), "noise": draw.steps}
+            numbers = tables(
+                plan.rows,
+                [each.weights[step] for step in of_row],
+                conditional=each.conditional,
+                rescale=plan.request.cfg_rescale,
+                told_guidance=plan.request.cfg if self.bundle.manifest.diffusion.told_guidance else None,
+            ) | {"noise": draw.steps}
             inputs = {"init": init[i], "init_noise": draw.unit, "mask": keep}
             if concat is not None:
                 inputs["concat"] = np.repeat(concat[i][None], len(each.weights[0]), axis=0)

@@ -65,11 +65,14 @@ class Conditioning:
     set_of_step: for each of the S steps an index into `sets`.
     weights: for each step the guidance weights of the G branches. If guided they sum to 1: 1 - cfg * sum(w), then cfg *
         w of each part.
+    conditional: the weights of the branches without guidance: 0 for the negative prompt, and w / sum(w) of each part.
+        All 0 if the parts cancel out.
     """
 
     sets: tuple[Float, ...]
     set_of_step: tuple[int, ...]
     weights: tuple[tuple[float, ...], ...]
+    conditional: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -112,6 +115,13 @@ class Prompts:
     def chunks(self) -> int:
         """Chunks of the longest part. All branches are filled up to this length."""
         return max(part.length for part in self.parts)
+
+    @property
+    def conditional(self) -> tuple[float, ...]:
+        """The weights of the branches without guidance."""
+        of_parts = self.weights[self.guided :]
+        total = sum(of_parts)
+        return (0.0,) * self.guided + tuple(weight / total if total != 0 else 0.0 for weight in of_parts)
 
 
 class TextConditioner:
@@ -194,7 +204,7 @@ class TextConditioner:
         sets, set_of_step = self._sets(
             engine, prompts.parts, prompts.clip_skip, prompts.steps, prompts.emphasis, guided=prompts.guided
         )
-        return Conditioning(sets, set_of_step, (prompts.weights,) * prompts.steps)
+        return Conditioning(sets, set_of_step, (prompts.weights,) * prompts.steps, prompts.conditional)
 
     def _part(self, name: str, text: str, steps: int, syntax: str, emphasis: str, limited: bool) -> _Part:
         schedule = schedule_edits(text, steps) if syntax == "a1111" else ((steps, text),)
