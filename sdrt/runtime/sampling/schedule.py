@@ -51,9 +51,9 @@ def training_sigmas(diffusion: Diffusion, terminal: float = 0.0) -> Sigmas:
         root = np.sqrt(alphas_cumprod)
         alphas_cumprod = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
         alphas_cumprod[-1] = max(terminal, LEAST_ALPHA_BAR)
-    with np.errstate(divide="ignore"):
+    with np.errstate(divide="ignore", over="ignore"):
         sigmas = np.sqrt((1.0 - alphas_cumprod) / alphas_cumprod)
-    if not (np.isfinite(sigmas[-1]) and (np.diff(sigmas) > 0).all()):
+    if not (np.isfinite(sigmas).all() and (np.diff(sigmas) > 0).all()):
         raise BundleError(
             f"diffusion: betas from {diffusion.beta_start} to {diffusion.beta_end} over {diffusion.num_timesteps}"
             " timesteps: their noise levels do not rise, or end in no signal at all",
