@@ -21,20 +21,21 @@ from sdrt.export.families.keys import diffusers_module
 from sdrt.export.families.sd1 import CLIP, UNET
 from sdrt.export.graph import recipes
 
+DOWN, UP = ((1, 1), (1, 1), (1, 1), (0, 0)), ((1, 1, 1), (1, 1, 1), (1, 1, 1), (0, 0, 0))
 SD15 = Architecture(
     "sd1",
     "epsilon",
     (512, 512),
-    ClipSpec(width=768, layers=12, heads=12, mlp_width=3072, vocabulary=49408, tokens=77),
-    UNetSpec(4, 4, (320, 640, 1280, 1280), (2, 2, 2, 2), (1, 1, 1, 0), 1, 768, False, 8, None),
+    (ClipSpec(width=768, layers=12, heads=12, mlp_width=3072, vocabulary=49408, tokens=77),),
+    UNetSpec(4, 4, (320, 640, 1280, 1280), DOWN, UP, 1, 768, False, 8, None),
     VaeSpec((128, 256, 512, 512), 2, 4, 0.18215),
 )
 TINY = Architecture(
     "sd1",
     "epsilon",
     (64, 64),
-    ClipSpec(width=64, layers=2, heads=1, mlp_width=256, vocabulary=49408, tokens=77),
-    UNetSpec(4, 4, (64, 96, 128, 128), (2, 2, 2, 2), (1, 1, 1, 0), 1, 64, False, 8, None),
+    (ClipSpec(width=64, layers=2, heads=1, mlp_width=256, vocabulary=49408, tokens=77),),
+    UNetSpec(4, 4, (64, 96, 128, 128), DOWN, UP, 1, 64, False, 8, None),
     VaeSpec((32, 32, 64, 64), 2, 4, 0.18215),
 )
 POSITION_IDS = CLIP + "text_model.embeddings.position_ids"

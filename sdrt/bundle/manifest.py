@@ -332,7 +332,10 @@ def _check_values(manifest: Manifest) -> None:
     otherwise. Nothing later checks again.
     """
     diffusion, latents = manifest.diffusion, manifest.latents
-    clip, unet, vae = (_part(manifest.architecture, name) for name in ("clip", "unet", "vae"))
+    unet, vae = (_part(f"architecture.{name}", manifest.architecture.get(name)) for name in ("unet", "vae"))
+    texts = manifest.architecture.get("texts")
+    if not isinstance(texts, list) or len(texts) != len(manifest.text):
+        raise ValueError(f"architecture.texts: expected one for each of the {len(manifest.text)} text encoders")
     for name, component in manifest.components.items():
         _known(f"components.{name}.storage", component.storage, PRECISIONS)
         _known(f"components.{name}.compute", component.compute, PRECISIONS)
@@ -357,10 +360,12 @@ def _check_values(manifest: Manifest) -> None:
     ):
         _within(f"vector.{name}", count, 0, most)
 
-    _equal("text.tokens", manifest.text[0].tokens, "clip.tokens", clip.get("tokens"))
-    _equal("text.width", manifest.text[0].width, "clip.width", clip.get("width"))
-    vocabulary, layers = _count("clip.vocabulary", clip.get("vocabulary")), _count("clip.layers", clip.get("layers"))
-    for text in manifest.text:
+    for i, (text, spec) in enumerate(zip(manifest.text, texts, strict=True)):
+        spec = _part(f"architecture.texts.{i}", spec)
+        _equal("text.tokens", text.tokens, f"texts.{i}.tokens", spec.get("tokens"))
+        _equal("text.width", text.width, f"texts.{i}.width", spec.get("width"))
+        vocabulary = _count(f"texts.{i}.vocabulary", spec.get("vocabulary"))
+        layers = _count(f"texts.{i}.layers", spec.get("layers"))
         _within("text.tokens", text.tokens, 3, 1 << 10)
         _within("text.width", text.width, 1, 1 << 16)
         rows = [("text.bos", text.bos), ("text.eos", text.eos), ("text.pad", text.pad)]
@@ -407,10 +412,9 @@ def _check_values(manifest: Manifest) -> None:
                 raise ValueError(f"{where}.error: {record.error}: expected 0 or more")
 
 
-def _part(architecture: dict[str, Any], name: str) -> dict[str, Any]:
-    part = architecture.get(name)
+def _part(where: str, part: object) -> dict[str, Any]:
     if not isinstance(part, dict):
-        raise ValueError(f"architecture.{name}: expected an object, found {part!r}")
+        raise ValueError(f"{where}: expected an object, found {part!r}")
     return part
 
 

@@ -232,9 +232,9 @@ def _read(options: BuildOptions, files: ExitStack, hashing: ThreadPoolExecutor) 
     for option in options.loras:
         loras.append(open_lora(option, expected, arch.unet, allow_unmatched=options.allow_unmatched))
         files.callback(loras[-1].file.close)
-    embeddings += bundled_embeddings(loras, arch.clip)
+    embeddings += bundled_embeddings(loras, arch.texts[0])
     for learned in options.embeddings:
-        embeddings.append(open_embedding(learned, arch.clip))
+        embeddings.append(open_embedding(learned, arch.texts[0]))
         files.callback(embeddings[-1].file.close)
     for chained in options.hypernetworks:
         hypernetworks.append(open_hypernetwork(chained, arch.unet, allow_unmatched=options.allow_unmatched))
@@ -249,8 +249,9 @@ def _combine(inputs: _Inputs, precision: str) -> _Model:
     arch, computed = inputs.arch, dict[str, Made]()
     if inputs.embeddings:
         table = family_named(arch.family).token_table
-        computed[table] = extended_table(inputs.embeddings, arch.clip, table)
-        arch = replace(arch, clip=replace(arch.clip, vocabulary=computed[table].shape[0]))
+        computed[table] = extended_table(inputs.embeddings, arch.texts[0], table)
+        text = replace(arch.texts[0], vocabulary=computed[table].shape[0])
+        arch = replace(arch, texts=(text, *arch.texts[1:]))
     if inputs.hypernetworks:
         from sdrt.export.adapters.hypernetwork_weights import attach, check_values
 
@@ -267,7 +268,7 @@ def _combine(inputs: _Inputs, precision: str) -> _Model:
 def _write_tokenizer(inputs: _Inputs, model: _Model, folder: Path, stage: Stage) -> _Tokenizer:
     with stage("tokenizer", model.weights_bytes + _REST_BYTES):
         path = folder / TOKENIZER
-        bos, eos = write_tokenizer(path, inputs.arch.clip.vocabulary)
+        bos, eos = write_tokenizer(path, inputs.arch.texts[0].vocabulary)
         notes = check_triggers(inputs.embeddings, read_bpe(path).encode) if inputs.embeddings else []
         return _Tokenizer(bos, eos, notes)
 
@@ -298,7 +299,7 @@ def _bind(model: _Model, weights: Written, folder: Path, precision: str, stage: 
             for compute in _computes(precision):
                 traced, hit = skeleton(recipe)
                 path = folder / graph_path(graph, compute)
-                bind(traced, folder / WEIGHTS, weights.placed, precision, compute, path)
+                bind(traced, folder / WEIGHTS, weights.placed, precision, compute, path, recipe.upcast)
                 cached += [graph] if hit and compute == "fp32" else []
     return tuple(cached)
 
@@ -347,18 +348,25 @@ def _manifest(
     from sdrt.export.graph import model_dimensions
 
     arch, sizes = model.arch, model_dimensions(model.arch)
-    rows = table_rows(inputs.embeddings, inputs.arch.clip.vocabulary)
-    eos = tokenizer.eos
-    text = Text(arch.clip.width, arch.clip.tokens, tokenizer.bos, eos, eos, arch.clip.clip_skip, rows)
+    rows, eos = table_rows(inputs.embeddings, inputs.arch.texts[0].vocabulary), tokenizer.eos
+    texts = tuple(
+        Text(text.width, text.tokens, tokenizer.bos, eos, text.pad, text.clip_skip, rows, last_layer=arch.last_layer)
+        for text in arch.texts
+    )
     return Manifest(
         format=FORMAT,
         sdrt=__version__,
         name=output.name.removesuffix(".sdrt"),
         family=arch.family,
-        architecture={"unet": asdict(arch.unet), "vae": asdict(arch.vae), "clip": asdict(arch.clip)},
-        diffusion=Diffusion(prediction=arch.prediction),
-        text=(text,),
-        latents=Latents(sizes.channels, sizes.factor, arch.size, sizes.concat_channels),
+        architecture={
+            "unet": asdict(arch.unet),
+            "vae": asdict(arch.vae),
+            "texts": [asdict(text) for text in arch.texts],
+        },
+        diffusion=_diffusion(arch),
+        text=texts,
+        vector=arch.vector,
+        latents=Latents(sizes.channels, sizes.factor, arch.size, sizes.concat_channels, arch.concat_scale),
         components=dict.fromkeys(_COMPONENTS.values(), Component(precision, _computes(precision)[-1])),
         graphs=graphs,
         sources=_all_sources(inputs, weights.changes),
@@ -368,6 +376,18 @@ def _manifest(
             for path in sorted(folder.rglob("*"))
             if path.is_file()
         },
+    )
+
+
+def _diffusion(arch: Architecture) -> Diffusion:
+    lowest, highest = arch.sigmas or (None, None)
+    return Diffusion(
+        prediction=arch.prediction,
+        zero_snr=arch.zero_snr,
+        sigma_min=lowest,
+        sigma_max=highest,
+        sigma_data=arch.sigma_data,
+        told_guidance=arch.unet.guidance_width > 0,
     )
 
 
@@ -413,18 +433,18 @@ def _with_options(arch: Architecture, options: BuildOptions) -> Architecture:
     for side in (width, height):
         if side % SIZE_STEP or not MIN_SIDE <= side <= MAX_SIDE:
             raise UsageError(f"size {width}x{height}: expected multiples of {SIZE_STEP} from {MIN_SIDE} to {MAX_SIDE}")
+    layers = min(text.layers for text in arch.texts)
     for layer in options.clip_skip:
-        if not 1 <= layer <= arch.clip.layers:
-            raise UsageError(
-                f"clip skip {layer}: this text encoder has {arch.clip.layers} layers",
-                f"Choose 1 to {arch.clip.layers}.",
-            )
+        if not 1 <= layer <= layers:
+            raise UsageError(f"clip skip {layer}: this text encoder has {layers} layers", f"Choose 1 to {layers}.")
     if not options.clip_skip or len(set(options.clip_skip)) != len(options.clip_skip):
         raise UsageError(
             f"clip skip {', '.join(map(str, options.clip_skip))}: expected each layer once",
             "Leave out the repeated one.",
         )
-    return replace(arch, size=(width, height), clip=replace(arch.clip, clip_skip=options.clip_skip))
+    clip_skip = tuple(dict.fromkeys(max(layer, arch.last_layer) for layer in options.clip_skip))
+    texts = tuple(replace(text, clip_skip=clip_skip) for text in arch.texts)
+    return replace(arch, size=(width, height), texts=texts)
 
 
 def _sources(checkpoint: Checkpoint) -> list[Source]:

@@ -42,7 +42,7 @@ def _touched(path: Path, kind: str, checkpoint_path: Path) -> dict[str, Any]:
     try:
         arch = checkpoint.architecture
         if kind == EMBEDDING:
-            embedding = embeddings.open_embedding(embeddings.EmbeddingOption(path, path.stem), arch.clip)
+            embedding = embeddings.open_embedding(embeddings.EmbeddingOption(path, path.stem), arch.texts[0])
             embedding.file.close()
             return {"touches": {"text_encoder": embedding.vectors}}
         if kind == HYPERNETWORK:
@@ -65,7 +65,7 @@ def _touched(path: Path, kind: str, checkpoint_path: Path) -> dict[str, Any]:
         touched = {component: components.count(component) for component in sorted(set(components))}
         bundled = {
             embedding.option.trigger: embedding.vectors
-            for embedding in embeddings.bundled_embeddings([lora], arch.clip)
+            for embedding in embeddings.bundled_embeddings([lora], arch.texts[0])
         }
         return {"touches": touched} | ({"embeddings": bundled} if bundled else {})
     finally:

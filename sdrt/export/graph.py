@@ -12,7 +12,7 @@ import hashlib
 import json
 import logging
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -58,8 +58,8 @@ _SOURCES_OF_ALL = ("export/graph.py", "bundle/graphs.py")
 
 @dataclass(frozen=True)
 class Recipe:
-    """How one graph is made. `sizes` gives each free axis a value to trace with. The values differ, so that no two axes
-    look alike by chance.
+    """How one graph is made. `spec` has the sizes of its network, or of each of its networks. `sizes` gives each free
+    axis a value to trace with. The values differ, so that no two axes look alike by chance.
     """
 
     graph: str
@@ -67,6 +67,8 @@ class Recipe:
     make: Callable[[], nn.Module]
     signature: Signature
     sizes: Mapping[str, int]
+    upcast: frozenset[str] = frozenset()
+    """Operators that run in float32 in a half-precision graph as well."""
 
     def module(self) -> nn.Module:
         """The network with its weights not yet allocated (on the meta device)."""
@@ -85,22 +87,30 @@ def model_dimensions(arch: Architecture) -> Dimensions:
         arch.unet.in_channels - channels,
         factor,
         arch.unet.context_width,
-        arch.clip.tokens,
-        arch.clip.clip_skip,
+        arch.texts[0].tokens,
+        arch.texts[0].clip_skip,
+        len(arch.texts),
+        arch.vector.pooled,
+        arch.vector.numbers,
+        arch.unet.guidance_width > 0,
     )
 
 
 def recipes(arch: Architecture) -> dict[str, Recipe]:
     """The four graphs of a Stable Diffusion model, by name."""
     known = signatures(model_dimensions(arch))
-    sizes = {"N": 3, "G": 2, "S": 5, "h": 16, "w": 24, "T": arch.clip.tokens, "n": 4}
+    sizes = {"N": 3, "G": 2, "S": 5, "h": 16, "w": 24, "T": arch.texts[0].tokens, "n": 4}
     networks: dict[str, tuple[Any, Callable[[], nn.Module]]] = {
-        TEXT_ENCODER: (arch.clip, lambda: TextEncoder(arch.clip)),
+        TEXT_ENCODER: (arch.texts, lambda: TextEncoder(arch.texts)),
         STEP: (arch.unet, lambda: Step(arch.unet)),
         VAE_DECODER: (arch.vae, lambda: VaeDecoder(arch.vae)),
         VAE_ENCODER: (arch.vae, lambda: VaeEncoder(arch.vae)),
     }
-    return {graph: Recipe(graph, spec, make, known[graph], sizes) for graph, (spec, make) in networks.items()}
+    upcast = {STEP: frozenset({"Attention"})} if arch.unet.upcast_attention else {}
+    return {
+        graph: Recipe(graph, spec, make, known[graph], sizes, upcast.get(graph, frozenset()))
+        for graph, (spec, make) in networks.items()
+    }
 
 
 def trace(recipe: Recipe) -> ir.Model:
@@ -219,13 +229,13 @@ def _parse(data: bytes) -> Any:
 
 def _cache_key(recipe: Recipe) -> str:
     package = Path(__file__).parents[1]
-    spec = asdict(recipe.spec)
-    spec.pop(
-        "vocabulary", None
-    )  # no trace depends on the number of rows of the token table; binding gives the table its shape
+    specs = [asdict(spec) for spec in (recipe.spec if isinstance(recipe.spec, tuple) else (recipe.spec,))]
+    for spec in specs:
+        # No trace depends on the number of rows of the token table: binding gives the table its shape.
+        spec.pop("vocabulary", None)
     parts = {
         "graph": recipe.graph,
-        "spec": spec,
+        "specs": specs,
         "opset": OPSET,
         "norm_groups": NORM_GROUPS,
         "tools": {name: version(name) for name in ("torch", "onnx", "onnxscript", "onnx_ir")},
@@ -238,20 +248,27 @@ def _cache_key(recipe: Recipe) -> str:
 
 
 def bind(
-    model: ir.Model, weights_file: Path, placed: Mapping[str, Placed], precision: str, compute: str, path: Path
+    model: ir.Model,
+    weights_file: Path,
+    placed: Mapping[str, Placed],
+    precision: str,
+    compute: str,
+    path: Path,
+    upcast: Set[str] = frozenset(),
 ) -> None:
     """Write the graph to `path`, with its weight inputs pointing into `weights_file` in the same folder. Changes
     `model`.
 
     `precision` is the type of the stored weights. `compute` is the type that the network runs in
-    (`sdrt.export.precision`): float32 or the stored type. Weights stored in a smaller type than the compute type are
-    cast where they enter; an engine folds these casts when it loads.
+    (`sdrt.export.precision`): float32 or the stored type. Operators of the kinds in `upcast` run in float32 in either.
+    Weights stored in a smaller type than the compute type are cast where they enter; an engine folds these casts when
+    it loads.
     """
     stored = {"fp32": ir.DataType.FLOAT, **HALF}[precision]
     graph = model.graph
     if compute != "fp32":
         assert compute == precision, "half-precision graphs run in the stored type"
-        to_half(model, set(placed), compute)
+        to_half(model, set(placed), compute, upcast)
     casts = []
     for value in [v for v in graph.inputs if v.name in placed]:
         assert value.name is not None

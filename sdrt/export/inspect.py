@@ -65,7 +65,7 @@ def inspect_file(path: Path) -> dict[str, Any]:
             arch = model_architecture(model, tensors)
         except SdrtError as error:
             return report | {"buildable": False, "why": error.message, "fix": error.fix}
-        sizes = {"unet": asdict(arch.unet), "vae": asdict(arch.vae), "clip": asdict(arch.clip)}
+        sizes = {"unet": asdict(arch.unet), "vae": asdict(arch.vae), "texts": [asdict(text) for text in arch.texts]}
         return report | {
             "buildable": True,
             "family": arch.family,

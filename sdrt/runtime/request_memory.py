@@ -122,9 +122,9 @@ def check_memory(demand: Demand, shape: JobShape, free_bytes: int | None) -> Non
 def _sizes(manifest: Manifest) -> _Sizes:
     try:
         unet, vae = manifest.architecture["unet"], manifest.architecture["vae"]
-        channels, depths = unet["channels"], unet["transformer_depth"]
+        channels, depths = unet["channels"], unet["down_depth"]
         heads = [unet["heads"] or width // unet["head_width"] for width in channels]
-        attention = tuple((2**level, heads[level]) for level, depth in enumerate(depths) if depth)
+        attention = tuple((2**level, heads[level]) for level, blocks in enumerate(depths) if any(blocks))
         found = _Sizes(channels[0], attention, (vae["channels"][0], vae["channels"][min(1, len(vae["channels"]) - 1)]))
         _all_counts([found.features, *found.vae, *(number for pair in attention for number in pair)])
     except (KeyError, TypeError, ValueError, IndexError, ZeroDivisionError) as error:

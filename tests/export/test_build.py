@@ -498,7 +498,7 @@ def test_the_same_model_in_another_form_gives_the_same_bundle(
         weights, spec = reference.stored_weights(small_bundle), reference.sizes(small_bundle)
         reference.unet(weights, spec["unet"]).save_pretrained(path / "unet")
         reference.vae(weights, spec["vae"]).save_pretrained(path / "vae")
-        reference.text_model(weights, spec["clip"]).save_pretrained(path / "text_encoder")
+        reference.text_model(weights, spec["texts"][0]).save_pretrained(path / "text_encoder")
         (path / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline"}))
     else:
         path = as_ckpt(small_checkpoint, tmp_path / "small.ckpt", which == "zip")

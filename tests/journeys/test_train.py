@@ -26,7 +26,9 @@ from sdrt.export.adapters.hypernetwork import HypernetworkOption, open_hypernetw
 from sdrt.export.adapters.match import LoraOption, open_lora
 from sdrt.export.read.checkpoint import open_checkpoint
 
-SMALL = replace(TINY, clip=replace(TINY.clip, vocabulary=49408), vae=replace(TINY.vae, channels=(32, 32, 32, 32)))
+SMALL = replace(
+    TINY, texts=(replace(TINY.texts[0], vocabulary=49408),), vae=replace(TINY.vae, channels=(32, 32, 32, 32))
+)
 METADATA = {"modelspec.resolution": "64x64"}
 KINDS = {
     "lora": "x.safetensors",
@@ -156,7 +158,7 @@ def check(kind: str, tiny: Path, path: Path) -> None:
         assert all(bool(lora.change(name, torch.zeros(lora.deltas[name].shape)).any()) for name in lora.deltas)
         lora.file.close()
     elif kind == "embedding":
-        found = open_embedding(EmbeddingOption(path, "x"), arch.clip)
+        found = open_embedding(EmbeddingOption(path, "x"), arch.texts[0])
         assert found.vectors == 2
         found.file.close()
     elif kind == "hypernetwork":

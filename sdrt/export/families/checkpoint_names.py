@@ -40,8 +40,8 @@ _NUMBER = r"([0-9]{1,4})"
 
 @dataclass(frozen=True)
 class _Levels:
-    res_blocks: tuple[int, ...]
-    transformer_depth: tuple[int, ...]
+    down_depth: tuple[tuple[int, ...], ...]
+    up_depth: tuple[tuple[int, ...], ...]
 
 
 def canonical_names(path: Path, shapes: Shapes) -> dict[str, str]:
@@ -97,16 +97,14 @@ def _ldm_unet(path: Path, shapes: Shapes) -> dict[str, str]:
     names = {name: name for name in shapes}
     if "conv_in.weight" not in shapes:
         return names
+
+    def depths(block: str) -> tuple[int, ...]:
+        blocks = range(block_count(path, shapes, f"{block}.resnets.{{}}."))
+        return tuple(block_count(path, shapes, f"{block}.attentions.{i}.transformer_blocks.{{}}.") for i in blocks)
+
     levels = range(block_count(path, shapes, "down_blocks.{}."))
-    table = diffusers_prefixes(
-        _Levels(
-            tuple(block_count(path, shapes, f"down_blocks.{level}.resnets.{{}}.") for level in levels),
-            tuple(
-                block_count(path, shapes, f"down_blocks.{level}.attentions.0.transformer_blocks.{{}}.")
-                for level in levels
-            ),
-        )
-    )
+    down = tuple(depths(f"down_blocks.{level}") for level in levels)
+    table = diffusers_prefixes(_Levels(down, tuple(depths(f"up_blocks.{level}") for level in reversed(levels))))
     modules = {diffusers + ".": ldm + "." for ldm, diffusers in OUTER.items()}
     for ldm, diffusers in table.items():
         modules[diffusers] = ldm

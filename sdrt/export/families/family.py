@@ -8,6 +8,27 @@ from typing import Any, Literal
 
 Shapes = Mapping[str, tuple[int, ...]]
 
+END_TOKEN = 49407
+"""CLIP's end of a text, the last token of its vocabulary."""
+
+
+@dataclass(frozen=True)
+class Text:
+    """What the shapes of a text encoder do not tell."""
+
+    activation: Literal["quick_gelu", "gelu"] = "quick_gelu"
+    """Of its MLPs."""
+    head_width: int = 64
+    """Channels of a head."""
+    pad: int = END_TOKEN
+    """Id of the token that fills a chunk after its end."""
+    final_norm: bool = True
+    """Whether contexts go through the norm after the last layer."""
+    pooled: bool = False
+    """Whether the UNet is told its projected vector of the whole prompt."""
+    unused_layers: int = 0
+    """Layers at its end that nothing of the family uses."""
+
 
 @dataclass(frozen=True)
 class Component:
@@ -39,6 +60,8 @@ class Component:
     """
     transposed: tuple[str, ...] = ()
     """Ends of the model's names whose matrices are stored transposed."""
+    text: Text = Text()
+    """Of a text encoder only."""
 
 
 @dataclass(frozen=True)
@@ -75,10 +98,8 @@ class Family:
     token_table: str
     context_width: int
     token_width: int
-    heads: int
-    """Of each attention of the UNet."""
-    text_head_width: int
-    """Channels of a head of the text encoder."""
+    heads: int | None
+    """Of each attention of the UNet, where their number is fixed."""
     latent_scale: float
     """Multiplies latents after encoding, where the file does not say."""
     size: tuple[int, int]
@@ -97,6 +118,18 @@ class Family:
     """
     schedulers: tuple[str, ...]
     """Classes of schedulers that the family's own folders name, with timesteps spaced "leading"."""
+    head_width: int | None = None
+    """Channels of each head of the UNet, where the number of heads is not fixed."""
+    upcast_attention: bool = False
+    """Whether scores of the UNet's attention overflow in half precision."""
+    vae_overflows: bool = False
+    """Whether the VAE overflows in float16."""
+    last_layer: int = 1
+    """The latest layer of the text encoders that contexts come from: 1 is the last, 2 the one before it."""
+    sizes: int = 0
+    """Sizes in pixels that the UNet is told in its vector."""
+    size_width: int = 0
+    """Numbers of the sinusoid of each of them."""
 
     def component(self, network: str) -> Component:
         return next(component for component in self.components if component.network == network)
@@ -112,6 +145,11 @@ class Family:
     @property
     def text_encoder(self) -> Component:
         return self.component("clip")
+
+    @property
+    def text_encoders(self) -> tuple[Component, ...]:
+        """All of them, in the order of their contexts."""
+        return tuple(component for component in self.components if component.network == "clip")
 
 
 @dataclass(frozen=True)

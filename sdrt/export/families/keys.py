@@ -19,14 +19,12 @@ OUTER = {
 
 
 class Levels(Protocol):
-    """As much of a `UNetSpec` as its blocks' names depend on: residual blocks and transformer depth of each level,
-    finest first.
-    """
+    """As much of a `UNetSpec` as its blocks' names depend on."""
 
     @property
-    def res_blocks(self) -> tuple[int, ...]: ...
+    def down_depth(self) -> tuple[tuple[int, ...], ...]: ...
     @property
-    def transformer_depth(self) -> tuple[int, ...]: ...
+    def up_depth(self) -> tuple[tuple[int, ...], ...]: ...
 
 
 def diffusers_prefixes(spec: Levels) -> dict[str, str]:
@@ -35,12 +33,12 @@ def diffusers_prefixes(spec: Levels) -> dict[str, str]:
     """
     table: dict[str, str] = {}
     index = 1
-    for level, blocks in enumerate(spec.res_blocks):
-        for i in range(blocks):
+    for level, blocks in enumerate(spec.down_depth):
+        for i in range(len(blocks)):
             table[f"input_blocks.{index}.0."] = f"down_blocks.{level}.resnets.{i}."
             table[f"input_blocks.{index}.1."] = f"down_blocks.{level}.attentions.{i}."
             index += 1
-        if level + 1 < len(spec.res_blocks):
+        if level + 1 < len(spec.down_depth):
             table[f"input_blocks.{index}.0.op."] = f"down_blocks.{level}.downsamplers.0.conv."
             index += 1
     table |= {
@@ -49,15 +47,13 @@ def diffusers_prefixes(spec: Levels) -> dict[str, str]:
         "middle_block.2.": "mid_block.resnets.1.",
     }
     index = 0
-    for up, level in enumerate(reversed(range(len(spec.res_blocks)))):
-        for i in range(spec.res_blocks[level] + 1):
+    for up, blocks in enumerate(reversed(spec.up_depth)):
+        for i, depth in enumerate(blocks):
             table[f"output_blocks.{index}.0."] = f"up_blocks.{up}.resnets.{i}."
-            if spec.transformer_depth[level]:
+            if depth:
                 table[f"output_blocks.{index}.1."] = f"up_blocks.{up}.attentions.{i}."
-            if level and i == spec.res_blocks[level]:
-                table[f"output_blocks.{index}.{2 if spec.transformer_depth[level] else 1}.conv."] = (
-                    f"up_blocks.{up}.upsamplers.0.conv."
-                )
+            if up + 1 < len(spec.up_depth) and i + 1 == len(blocks):
+                table[f"output_blocks.{index}.{2 if depth else 1}.conv."] = f"up_blocks.{up}.upsamplers.0.conv."
             index += 1
     return table
 

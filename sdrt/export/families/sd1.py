@@ -74,7 +74,6 @@ SD1 = Family(
     context_width=768,
     token_width=768,
     heads=8,
-    text_head_width=64,
     latent_scale=0.18215,
     size=(512, 512),
     prediction="epsilon",

@@ -153,10 +153,10 @@ def open_checkpoint(path: Path, vae: Path | None = None, *, ema: bool = False) -
         family = family_named(arch.family)
         if remark := default_size(model.metadata, family)[1]:
             notes.append(f"{model.name}: {remark}")
-        if model.settings.text_layers is not None and (layers := _layers_after(tensors, family, arch.clip.layers)):
+        used = arch.texts[0].layers
+        if model.settings.text_layers is not None and (layers := _layers_after(tensors, family, used)):
             notes.append(
-                f"{model.name}: its settings use {arch.clip.layers} layers of the text encoder, those after them were"
-                " left out"
+                f"{model.name}: its settings use {used} layers of the text encoder, those after them were left out"
             )
             tensors = {name: tensor for name, tensor in tensors.items() if name not in layers}
         if arch.prediction != "epsilon":
@@ -187,13 +187,13 @@ def model_architecture(model: ModelFiles, tensors: Mapping[str, Tensor], vae: Mo
     if stated.prediction is not None:
         arch = replace(arch, prediction=stated.prediction)
     if stated.text_layers is not None:
-        if stated.text_layers > arch.clip.layers:
+        if stated.text_layers > arch.texts[0].layers:
             raise CheckpointError(
                 f"{model.path}: text_encoder/config.json: num_hidden_layers: {stated.text_layers}, but the tensors say"
-                f" {arch.clip.layers}",
+                f" {arch.texts[0].layers}",
                 "The folder's files belong to different models; download it again.",
             )
-        arch = replace(arch, clip=replace(arch.clip, layers=stated.text_layers))
+        arch = replace(arch, texts=(replace(arch.texts[0], layers=stated.text_layers), *arch.texts[1:]))
     own = {name: config for name, config in stated.configs.items() if vae is None or name != VAE_CONFIG}
     for path, configs in [(model.path, own), *([(vae.path, vae.settings.configs)] if vae is not None else [])]:
         check_family(path, configs, family_named(arch.family))

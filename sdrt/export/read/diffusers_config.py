@@ -271,13 +271,14 @@ def check_family(path: Path, configs: Mapping[str, Mapping[str, Any]], family: F
     if any(not _same(n, family.heads) for n in (heads if isinstance(heads, list) else [heads])):
         raise _refused(path, UNET, key, heads, f"{family.heads} heads")
     width, text_heads = text.get("hidden_size"), text.get("num_attention_heads")
-    if isinstance(width, int) and isinstance(text_heads, int) and width != text_heads * family.text_head_width:
+    head_width = family.text_encoder.text.head_width
+    if isinstance(width, int) and isinstance(text_heads, int) and width != text_heads * head_width:
         raise _refused(
             path,
             TEXT,
             "num_attention_heads",
             text_heads,
-            f"{width // family.text_head_width}, of {family.text_head_width} channels each",
+            f"{width // head_width}, of {head_width} channels each",
         )
 
 
@@ -324,8 +325,8 @@ def check_sizes(path: Path, configs: Mapping[str, Mapping[str, Any]], arch: Arch
                 )
 
 
-def _blocks(levels: Sequence[int], attention: str, plain: str) -> tuple[str, ...]:
-    return tuple(attention if depth else plain for depth in levels)
+def _blocks(levels: Sequence[Sequence[int]], attention: str, plain: str) -> tuple[str, ...]:
+    return tuple(attention if any(depths) else plain for depths in levels)
 
 
 # The value of each size setting according to the tensors. It has one value per level if it may differ between levels.
@@ -336,12 +337,10 @@ _SIZES: dict[str, dict[str, Callable[[Architecture], Sequence[Any]]]] = {
         "block_out_channels": lambda arch: arch.unet.channels,
         "layers_per_block": lambda arch: arch.unet.res_blocks,
         "cross_attention_dim": lambda arch: (arch.unet.context_width,) * len(arch.unet.channels),
-        "transformer_layers_per_block": lambda arch: [
-            depth or arch.unet.middle_depth for depth in arch.unet.transformer_depth
-        ],
+        "transformer_layers_per_block": lambda arch: [depths[0] or arch.unet.middle for depths in arch.unet.down_depth],
         "use_linear_projection": lambda arch: (arch.unet.linear_projections,),
-        "down_block_types": lambda arch: _blocks(arch.unet.transformer_depth, "CrossAttnDownBlock2D", "DownBlock2D"),
-        "up_block_types": lambda arch: _blocks(arch.unet.transformer_depth[::-1], "CrossAttnUpBlock2D", "UpBlock2D"),
+        "down_block_types": lambda arch: _blocks(arch.unet.down_depth, "CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": lambda arch: _blocks(arch.unet.up_depth[::-1], "CrossAttnUpBlock2D", "UpBlock2D"),
     },
     VAE: {
         "in_channels": lambda arch: (3,),
@@ -353,10 +352,10 @@ _SIZES: dict[str, dict[str, Callable[[Architecture], Sequence[Any]]]] = {
         "up_block_types": lambda arch: ("UpDecoderBlock2D",) * len(arch.vae.channels),
     },
     TEXT: {
-        "hidden_size": lambda arch: (arch.clip.width,),
-        "intermediate_size": lambda arch: (arch.clip.mlp_width,),
-        "vocab_size": lambda arch: (arch.clip.vocabulary,),
-        "max_position_embeddings": lambda arch: (arch.clip.tokens,),
+        "hidden_size": lambda arch: (arch.texts[0].width,),
+        "intermediate_size": lambda arch: (arch.texts[0].mlp_width,),
+        "vocab_size": lambda arch: (arch.texts[0].vocabulary,),
+        "max_position_embeddings": lambda arch: (arch.texts[0].tokens,),
     },
 }
 

@@ -325,7 +325,7 @@ def learned_bundle(flat_bundle: Path, files: tuple[Path, Path], tmp_path_factory
 def test_manifest_names_triggers_and_rows(learned_bundle: Path, files: tuple[Path, Path]) -> None:
     manifest = open_bundle(learned_bundle).manifest
     assert manifest.text[0].embeddings == {"toy": (49408, 49409, 49410), "my style": (49411,)}
-    assert manifest.architecture["clip"]["vocabulary"] == 49412
+    assert manifest.architecture["texts"][0]["vocabulary"] == 49412
     found = [(s.kind, s.name, s.trigger, s.scale, s.applied) for s in manifest.sources[1:]]
     assert found == [
         ("embedding", "toy.pt", "toy", None, {"text_encoder": 3}),
@@ -337,7 +337,7 @@ def test_manifest_names_triggers_and_rows(learned_bundle: Path, files: tuple[Pat
 def test_text_encoder_is_transformers_with_the_rows_added(
     flat_bundle: Path, learned_bundle: Path, precision: str, limit: float
 ) -> None:
-    weights, clip = reference.stored_weights(flat_bundle), reference.sizes(flat_bundle)["clip"]
+    weights, clip = reference.stored_weights(flat_bundle), reference.sizes(flat_bundle)["texts"][0]
     weights[TABLE] = torch.cat([weights[TABLE], vectors(1, 3).half().float(), vectors(2, 1).half().float()])
     model = reference.text_model(weights, clip | {"vocabulary": 49412})
     tokens = np.full((2, 77), 49407, np.int64)
@@ -370,7 +370,7 @@ def test_trace_does_not_depend_on_the_vocabulary(flat_bundle: Path, learned_bund
     checkpoint.close()
     arch = checkpoint.architecture
     keys = {
-        graph_module._cache_key(recipes(replace(arch, clip=replace(arch.clip, vocabulary=n)))["text_encoder"])
+        graph_module._cache_key(recipes(replace(arch, texts=(replace(arch.texts[0], vocabulary=n),)))["text_encoder"])
         for n in (49408, 49409, 50000)
     }
     assert len(keys) == 1

@@ -136,7 +136,8 @@ def test_fused_weights_are_peft_s(
     found, spec = load_file(fused_file(LoraOption(LORA, unet_scale, text_scale))), reference.sizes(flat_bundle)
     assert largest_error(reference.unet(found, spec["unet"]).state_dict(), pipeline.unet.state_dict()) < 1e-5
     assert (
-        largest_error(reference.text_model(found, spec["clip"]).state_dict(), pipeline.text_encoder.state_dict()) < 1e-5
+        largest_error(reference.text_model(found, spec["texts"][0]).state_dict(), pipeline.text_encoder.state_dict())
+        < 1e-5
     )
     touched = changed(found, base)
     zero = {
@@ -220,7 +221,7 @@ def test_fused_weights_are_those_of_diffusers_loader(
         network.load_state_dict(state)
     found, spec = load_file(fused_file(LoraOption(tmp_path / "lora.safetensors"))), reference.sizes(flat_bundle)
     assert largest_error(reference.unet(found, spec["unet"]).state_dict(), fused_by_diffusers[0]) < 1e-5
-    assert largest_error(reference.text_model(found, spec["clip"]).state_dict(), fused_by_diffusers[1]) < 1e-5
+    assert largest_error(reference.text_model(found, spec["texts"][0]).state_dict(), fused_by_diffusers[1]) < 1e-5
     for prefix, count in ((UNET, 96), (TEXT, 8)):
         touched = [name for name in changed(found, base) if name.startswith(prefix)]
         assert (

@@ -246,7 +246,7 @@ def numbered() -> dict[str, list[str]]:
     the other.
     """
     weights = {name: tensor for name, tensor in load_file(CHECKPOINT).items() if "position_ids" not in name}
-    sizes = {name: asdict(part) for name, part in (("unet", architecture().unet), ("clip", architecture().clip))}
+    sizes = {name: asdict(part) for name, part in (("unet", architecture().unet), ("clip", architecture().texts[0]))}
     unet = [
         f"{name}.{part}.{layer}"
         for name, block in reference.unet(weights, sizes["unet"]).named_modules()
@@ -348,7 +348,7 @@ def test_bundled_embeddings_are_taken_and_counted(file: Path) -> None:
     adapter.file.close()
     assert adapter.unmatched == () and len(adapter.deltas) == 1
     assert adapter.bundled == {"<a>": "bundle_emb.<a>.clip_l", "my.style": "bundle_emb.my.style.string_to_param.*"}
-    clip = architecture().clip
+    clip = architecture().texts[0]
     found = bundled_embeddings([adapter, adapter], clip)  # the same file twice
     assert [(embedding.option.trigger, embedding.vectors) for embedding in found] == [("<a>", 2), ("my.style", 3)]
     assert inspect_file(file)["embeddings"] == {"<a>": [2, 64], "my.style": [3, 64]}

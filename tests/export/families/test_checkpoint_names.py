@@ -103,7 +103,7 @@ def diffusers_shapes(arch: Architecture) -> dict[str, Shapes]:
     networks = {
         "unet.": reference.unet(weights, asdict(arch.unet)),
         "vae.": reference.vae(weights, asdict(arch.vae)),
-        "text_encoder.": reference.text_model(weights, asdict(arch.clip)),
+        "text_encoder.": reference.text_model(weights, asdict(arch.texts[0])),
     }
     return {
         prefix: {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}

@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import CHECKPOINT, LORA
 from safetensors import safe_open
+from tiny_model import regular_unet
 
 from sdrt.export.architecture import UNetSpec
 from sdrt.export.families.keys import adapter_names, diffusers_module
@@ -16,13 +17,11 @@ from sdrt.export.families.sd1 import CLIP, UNET
 from sdrt.export.networks.unet import UNet
 
 SPECS = {
-    "emoji": UNetSpec(4, 4, (64, 96, 128, 128), (2, 2, 2, 2), (1, 1, 1, 0), 1, 64, False, 8, None),
-    "SD 1.5": UNetSpec(4, 4, (320, 640, 1280, 1280), (2, 2, 2, 2), (1, 1, 1, 0), 1, 768, False, 8, None),
-    "linear projections": UNetSpec(4, 4, (32, 64), (2, 2), (1, 1), 1, 64, True, 8, None),
-    "attention below only": UNetSpec(4, 4, (32, 64, 64), (3, 3, 3), (0, 1, 1), 1, 96, False, 8, None),
-    "many levels": UNetSpec(
-        4, 4, (32, 32, 32, 32, 32, 64), (1, 1, 1, 1, 1, 1), (1, 0, 1, 0, 1, 0), 1, 64, False, 8, None
-    ),
+    "emoji": regular_unet((64, 96, 128, 128), (2, 2, 2, 2), (1, 1, 1, 0), 1, 64, linear=False),
+    "SD 1.5": regular_unet((320, 640, 1280, 1280), (2, 2, 2, 2), (1, 1, 1, 0), 1, 768, linear=False),
+    "linear projections": regular_unet((32, 64), (2, 2), (1, 1), 1, 64, linear=True),
+    "attention below only": regular_unet((32, 64, 64), (3, 3, 3), (0, 1, 1), 1, 96, linear=False),
+    "many levels": regular_unet((32, 32, 32, 32, 32, 64), (1, 1, 1, 1, 1, 1), (1, 0, 1, 0, 1, 0), 1, 64, linear=False),
 }
 
 
@@ -35,8 +34,8 @@ def theirs(spec: UNetSpec) -> dict[str, tuple[int, ...]]:
     """Names and shapes of diffusers' own UNet of these sizes."""
     from diffusers import UNet2DConditionModel
 
-    down = ["CrossAttnDownBlock2D" if depth else "DownBlock2D" for depth in spec.transformer_depth]
-    up = ["CrossAttnUpBlock2D" if depth else "UpBlock2D" for depth in reversed(spec.transformer_depth)]
+    down = ["CrossAttnDownBlock2D" if any(depth) else "DownBlock2D" for depth in spec.down_depth]
+    up = ["CrossAttnUpBlock2D" if any(depth) else "UpBlock2D" for depth in reversed(spec.up_depth)]
     options: dict[str, Any] = {
         "attention_head_dim": spec.heads,
         "use_linear_projection": spec.linear_projections,

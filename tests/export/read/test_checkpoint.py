@@ -19,11 +19,11 @@ from conftest import CHECKPOINT, LORA, RawTensor, write_raw
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load, save_file
-from tiny_model import TINY, Shapes, expected_shapes, header_only, seeded
+from tiny_model import TINY, Shapes, expected_shapes, header_only, regular_unet, seeded
 
 from sdrt.bundle.manifest import FileRecord
 from sdrt.errors import CheckpointError, InputFileError
-from sdrt.export.architecture import Architecture, ClipSpec, UNetSpec, VaeSpec, architecture
+from sdrt.export.architecture import Architecture, ClipSpec, VaeSpec, architecture
 from sdrt.export.families.sd1 import CLIP, SD1, UNET, VAE
 from sdrt.export.inspect import inspect_file
 from sdrt.export.read.checkpoint import Tensor, as_parts, open_checkpoint, select
@@ -35,8 +35,8 @@ EMOJI_SPEC = Architecture(
     "sd1",
     "epsilon",
     (64, 64),
-    ClipSpec(64, 2, 1, 256, 49408, 77),
-    UNetSpec(4, 4, (64, 96, 128, 128), (2, 2, 2, 2), (1, 1, 1, 0), 1, 64, False, 8, None),
+    (ClipSpec(64, 2, 1, 256, 49408, 77),),
+    regular_unet((64, 96, 128, 128), (2, 2, 2, 2), (1, 1, 1, 0), 1, 64, linear=False),
     VaeSpec((32, 32, 64, 64), 2, 4, 0.18215),
 )
 

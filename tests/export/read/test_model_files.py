@@ -41,7 +41,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     networks = {
         "unet": reference.unet(weights, asdict(PLAIN.unet)),
         "vae": reference.vae(weights, asdict(PLAIN.vae)),
-        "text_encoder": reference.text_model(weights, asdict(PLAIN.clip)),
+        "text_encoder": reference.text_model(weights, asdict(PLAIN.texts[0])),
         "scheduler": DDIMScheduler(**reference.TRAINING, steps_offset=1, clip_sample=False),
     }
     for name, network in networks.items():
@@ -117,7 +117,7 @@ def test_a_pipeline_folder(folder: Path) -> None:
     assert (
         checkpoint.architecture.unet == PLAIN.unet
         and checkpoint.architecture.vae == PLAIN.vae
-        and checkpoint.architecture.clip == PLAIN.clip
+        and checkpoint.architecture.texts == PLAIN.texts
     )
     assert checkpoint.architecture.size == (16, 16)  # its sample_size is 8 latents, its VAE has two levels
     assert checkpoint.notes == ()
@@ -352,12 +352,15 @@ def test_fewer_layers_of_the_text_encoder_than_the_file_has(tmp_path: Path, save
     """How folders bake clip skip in. transformers then loads as many layers as the settings say."""
     from transformers import CLIPTextModel
 
-    folder, arch = Path(shutil.copytree(saved, tmp_path / "skip")), replace(PLAIN, clip=replace(PLAIN.clip, layers=3))
-    reference.text_model(seeded(arch), asdict(arch.clip)).save_pretrained(folder / "text_encoder")
+    folder, arch = (
+        Path(shutil.copytree(saved, tmp_path / "skip")),
+        replace(PLAIN, texts=(replace(PLAIN.texts[0], layers=3),)),
+    )
+    reference.text_model(seeded(arch), asdict(arch.texts[0])).save_pretrained(folder / "text_encoder")
     changed(folder / "text_encoder" / "config.json", num_hidden_layers=2)
     checkpoint = open_checkpoint(folder)
     with closing(checkpoint):
-        assert checkpoint.architecture.clip.layers == 2 and "2 layers of the text encoder" in checkpoint.notes[0]
+        assert checkpoint.architecture.texts[0].layers == 2 and "2 layers of the text encoder" in checkpoint.notes[0]
         chosen, unknown = select(checkpoint, expected_shapes(checkpoint.architecture))
         theirs = CLIPTextModel.from_pretrained(folder / "text_encoder").state_dict()
         ours = {name.partition("text_model.")[2]: tensor for name, tensor in chosen.items() if name.startswith(CLIP)}

@@ -413,7 +413,7 @@ def real(flat_bundle: Path) -> Any:
 
 @pytest.fixture(scope="module")
 def text_model(flat_bundle: Path) -> Any:
-    return reference.text_model(reference.stored_weights(flat_bundle), reference.sizes(flat_bundle)["clip"])
+    return reference.text_model(reference.stored_weights(flat_bundle), reference.sizes(flat_bundle)["texts"][0])
 
 
 @pytest.fixture(scope="module")
