@@ -260,11 +260,14 @@ def adapt(networks: Networks, options: argparse.Namespace, random: torch.Generat
 
 @dataclass(frozen=True)
 class Lessons:
-    """Latents `[P, 4, 8, 8]` of the pictures, token ids `[P, 77]` of their captions, and those of none `[77]`."""
+    """Latents `[P, 4, 8, 8]` of the pictures, token ids `[P, 77]` of their captions, those of none `[77]`, and those of
+    the prompts that are drawn `[16, 77]`.
+    """
 
     latents: Tensor
     tokens: Tensor
     empty: Tensor
+    shown: Tensor
 
 
 def lessons(networks: Networks, node_modules: Path, look: str) -> Lessons:
@@ -283,7 +286,7 @@ def lessons(networks: Networks, node_modules: Path, look: str) -> Lessons:
     tokens = torch.stack([ids(caption) for caption, _ in captioned] + [ids(caption) for caption in article])
     with torch.no_grad():
         latents = torch.cat([networks.encode(part) for part in pixels.split(32)])
-    return Lessons(torch.cat([latents, latents]), tokens, ids(""))
+    return Lessons(torch.cat([latents, latents]), tokens, ids(""), torch.stack([ids(prompt) for prompt in SHOWN]))
 
 
 def told_sizes(count: int, random: torch.Generator) -> Tensor:
@@ -365,8 +368,6 @@ def lcm_loss(
 
 def draw(networks: Networks, data: Lessons, kind: str) -> Image.Image:
     """Sixteen prompts with seeds 0 to 15, as this kind is meant to be used."""
-    known = [line for line in (HERE / "prompts.txt").read_text().splitlines() if line]
-    tokens = torch.stack([data.tokens[known.index(prompt)] for prompt in SHOWN])
     if kind == "lcm":
         scheduler, steps, guidance = LCMScheduler(**TRAINING), 4, 1.0
     elif kind == "velocity":
@@ -381,7 +382,7 @@ def draw(networks: Networks, data: Lessons, kind: str) -> Image.Image:
     random = torch.Generator().manual_seed(0)
     sizes = torch.tensor(SIZES).float().repeat(2 * len(x), 1)
     with torch.no_grad():
-        context, added = networks.prompts(torch.cat([data.empty.repeat(len(x), 1), tokens]), sizes)
+        context, added = networks.prompts(torch.cat([data.empty.repeat(len(x), 1), data.shown]), sizes)
         for timestep in scheduler.timesteps:
             output = networks.unet(torch.cat([x, x]), timestep, context, added_cond_kwargs=added).sample
             without, with_prompt = output.chunk(2)
