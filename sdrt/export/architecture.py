@@ -15,12 +15,10 @@ from typing import Literal
 from sdrt.bundle.manifest import MAX_SIDE, MIN_SIDE, SIZE_STEP, Vector
 from sdrt.errors import CheckpointError
 from sdrt.export.families.family import END_TOKEN, Component, Family, Shapes
-from sdrt.export.families.recognise import OPTION_OF_KIND, UNET_ALONE, VAE, describe
+from sdrt.export.families.recognise import OPTION_OF_KIND, VAE, WITHOUT
 from sdrt.export.families.table import BUILDS, FAMILIES, family_of
 
 NORM_GROUPS = 32
-PREDICTIONS = {"epsilon": "epsilon", "eps": "epsilon", "v": "v", "v_prediction": "v"}
-
 PROJECTION = "text_projection.weight"
 """Of a text encoder below its prefix, `[out, in]`."""
 MAX_BLOCKS = 100
@@ -83,13 +81,16 @@ class VaeSpec:
     """Sizes of a VAE. `channels` has one entry per level, finest first; one latent covers 2 ** (levels - 1) pixels a
     side.
 
-    `scale` multiplies latents after encoding and divides them before decoding .
+    `scale` multiplies latents after encoding and divides them before decoding. Where `mean` and `std` have a number for
+    each channel, latents are (x - mean) / std * scale of what the encoder gives.
     """
 
     channels: tuple[int, ...]
     res_blocks: int
     latent_channels: int
     scale: float
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -149,14 +150,14 @@ class Architecture:
         return Vector(self.texts[-1].projection, self.sizes, self.size_width) if self.unet.vector_width else Vector()
 
 
-def architecture(path: Path, shapes: Shapes, metadata: Mapping[str, str]) -> Architecture:
-    """Infer the architecture of a checkpoint from canonical tensor names and shapes.
+def architecture(path: Path, shapes: Shapes, metadata: Mapping[str, str], kind: str) -> Architecture:
+    """Infer the architecture of a checkpoint from canonical tensor names and shapes. `kind` is what `describe` calls
+    the file. The prediction is the family's: `sdrt.export.read.diffusion` knows the file's own.
 
     Raises:
         CheckpointError: the file is of a family or kind that is not built, a component is missing, or shapes contradict
             each other.
     """
-    kind = describe(shapes)
     family = family_of(kind)
     if family is None:
         raise _refused(path, kind)
@@ -174,8 +175,13 @@ def architecture(path: Path, shapes: Shapes, metadata: Mapping[str, str]) -> Arc
             f"{path}: the UNet attends to contexts {unet.context_width} wide, the {gives} {context_width}",
             "The components are of different models.",
         )
+    if len({text.tokens for text in texts}) > 1:
+        raise CheckpointError(
+            f"{path}: the text encoders take {' and '.join(str(text.tokens) for text in texts)} tokens",
+            "The components are of different models.",
+        )
     vector = texts[-1].projection + family.sizes * family.size_width
-    if unet.vector_width not in (0, vector):
+    if unet.vector_width != vector:
         raise CheckpointError(
             f"{path}: the UNet takes a vector of {unet.vector_width} numbers, the text encoder's and the sizes' are"
             f" {vector}",
@@ -186,20 +192,10 @@ def architecture(path: Path, shapes: Shapes, metadata: Mapping[str, str]) -> Arc
             f"{path}: the UNet gives {unet.out_channels} channels, the VAE takes {vae.latent_channels}",
             "The components are of different models.",
         )
-    if "ztsnr" in shapes:
-        raise CheckpointError(
-            f"{path}: ztsnr: trained to zero signal at the last step: not supported yet", "Use a checkpoint without it."
-        )
-    stated = metadata.get("modelspec.prediction_type", "v" if "v_pred" in shapes else family.prediction)
-    if stated not in PREDICTIONS:
-        raise CheckpointError(
-            f"{path}: modelspec.prediction_type: {stated!r}: not supported yet",
-            f"This version of sdrt knows {', '.join(PREDICTIONS)}.",
-        )
     return Architecture(
         family.name,
-        PREDICTIONS[stated],
-        default_size(metadata, family)[0],
+        family.prediction,
+        default_size(metadata, family.size)[0],
         texts,
         unet,
         vae,
@@ -214,8 +210,8 @@ def _refused(path: Path, kind: str) -> CheckpointError:
     if kind in OPTION_OF_KIND:
         of_it = "a whole checkpoint" if kind == VAE else "the checkpoint it was trained on"
         fix = f"Pass it with {OPTION_OF_KIND[kind]}, and {of_it} with --checkpoint."
-    elif kind == UNET_ALONE:
-        fix = "Give a whole checkpoint: no option supplies the text encoder."
+    elif WITHOUT in kind:
+        fix = "Give a whole checkpoint: no option supplies a text encoder."
     elif kind.startswith(("tensors", "an empty", "a CLIP")):
         fix = "Give a whole checkpoint in one .safetensors file."
     else:
@@ -328,7 +324,7 @@ def clip_spec(path: Path, shapes: Shapes, component: Component) -> ClipSpec:
     shapes = {name[len(prefix) :]: shape for name, shape in shapes.items() if name.startswith(prefix)}
     vocabulary, width = _shape(path, shapes, "embeddings.token_embedding.weight", 2)
     tokens = _shape(path, shapes, "embeddings.position_embedding.weight", 2)[0]
-    layers = block_count(path, shapes, "encoder.layers.{}.") - text.unused_layers
+    layers = min(block_count(path, shapes, "encoder.layers.{}."), text.used_layers or MAX_BLOCKS)
     mlp_width = _shape(path, shapes, "encoder.layers.0.mlp.fc1.weight", 2)[0]
     if width % text.head_width:
         raise CheckpointError(
@@ -348,22 +344,19 @@ def clip_spec(path: Path, shapes: Shapes, component: Component) -> ClipSpec:
     )
 
 
-def default_size(metadata: Mapping[str, str], family: Family) -> tuple[tuple[int, int], str]:
-    """The picture size that a file's metadata names as (width, height), else the family's; and a remark where it names
-    one that cannot be read.
+def default_size(metadata: Mapping[str, str], size: tuple[int, int]) -> tuple[tuple[int, int], str]:
+    """The picture size that a file's metadata names as (width, height), else `size`; and a remark where it names one
+    that cannot be read.
     """
     text = metadata.get("modelspec.resolution")
     if text is None:
-        return family.size, ""
+        return size, ""
     if match := re.fullmatch(r"(\d{1,5})x(\d{1,5})", text, re.ASCII):
-        size = int(match[1]), int(match[2])
-        if all(MIN_SIDE <= side <= MAX_SIDE and side % SIZE_STEP == 0 for side in size):
-            return size, ""
+        stated = int(match[1]), int(match[2])
+        if all(MIN_SIDE <= side <= MAX_SIDE and side % SIZE_STEP == 0 for side in stated):
+            return stated, ""
     limits = f"WIDTHxHEIGHT in multiples of {SIZE_STEP} from {MIN_SIDE} to {MAX_SIDE}"
     return (
-        family.size,
-        (
-            f"modelspec.resolution: expected {limits}, found {text[:80]!r}; the default size is"
-            f" {family.size[0]}x{family.size[1]}"
-        ),
+        size,
+        f"modelspec.resolution: expected {limits}, found {text[:80]!r}; the default size is {size[0]}x{size[1]}",
     )

@@ -23,9 +23,8 @@ from sdrt.export.adapters.spelling import (
     refused_kind,
     split,
 )
-from sdrt.export.architecture import default_size
-from sdrt.export.families.recognise import EMBEDDING, HYPERNETWORK, LORA, describe
-from sdrt.export.families.table import component_name, family_of
+from sdrt.export.families.recognise import EMBEDDING, HYPERNETWORK, LORA
+from sdrt.export.families.table import component_name
 from sdrt.export.read.checkpoint import canonical_tensors, model_architecture
 from sdrt.export.read.model_files import open_model
 
@@ -41,15 +40,14 @@ def inspect_file(path: Path) -> dict[str, Any]:
         shapes = {name: tensor.shape for name, tensor in tensors.items()}
         report: dict[str, Any] = {
             "path": str(path),
-            "kind": describe(shapes),
+            "kind": model.kind,
             "size_bytes": sum(file.size_bytes for file in model.files.values()),
             "tensors": len(shapes),
             "types": dict(Counter(tensor.entry.dtype for tensor in tensors.values()).most_common()),
             "metadata": {key: value[:200] for key, value in sorted(model.metadata.items())},
         }
-        built = family_of(report["kind"])
-        if notes := [*model.notes, *([remark] if built and (remark := default_size(model.metadata, built)[1]) else [])]:
-            report["notes"] = notes
+        if model.notes:
+            report["notes"] = list(model.notes)
         if report["kind"] == LORA:
             return report | _lora(shapes, bundled_keys(next(iter(model.files.values()))))
         if report["kind"] == EMBEDDING:
@@ -62,17 +60,22 @@ def inspect_file(path: Path) -> dict[str, Any]:
             for name, count in sorted(components.items())
         }
         try:
-            arch = model_architecture(model, tensors)
+            arch, remarks = model_architecture(model, tensors)
         except SdrtError as error:
             return report | {"buildable": False, "why": error.message, "fix": error.fix}
         sizes = {"unet": asdict(arch.unet), "vae": asdict(arch.vae), "texts": [asdict(text) for text in arch.texts]}
-        return report | {
-            "buildable": True,
-            "family": arch.family,
-            "prediction": arch.prediction,
-            "size": list(arch.size),
-            "architecture": sizes,
-        }
+        notes = {"notes": [*model.notes, *remarks]} if model.notes or remarks else {}
+        return (
+            report
+            | notes
+            | {
+                "buildable": True,
+                "family": arch.family,
+                "prediction": arch.prediction,
+                "size": list(arch.size),
+                "architecture": sizes,
+            }
+        )
 
 
 def _parameters(shapes: dict[str, tuple[int, ...]], wanted: str) -> int:
