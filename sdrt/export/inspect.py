@@ -42,8 +42,8 @@ def inspect_file(path: Path) -> dict[str, Any]:
             "path": str(path),
             "kind": model.kind,
             "size_bytes": sum(file.size_bytes for file in model.files.values()),
-            "tensors": len(shapes),
-            "types": dict(Counter(tensor.entry.dtype for tensor in tensors.values()).most_common()),
+            "tensors": len(model.tensors),
+            "types": dict(Counter(stored.entry.dtype for stored in model.tensors.values()).most_common()),
             "metadata": {key: value[:200] for key, value in sorted(model.metadata.items())},
         }
         if model.notes:
@@ -54,10 +54,13 @@ def inspect_file(path: Path) -> dict[str, Any]:
             return report | embeddings.summary(next(iter(model.files.values())))
         if report["kind"] == HYPERNETWORK:
             return report | hypernetworks.summary(next(iter(model.files.values())))
-        components = Counter(component_name(name) for name in shapes)
+        # One stored tensor may be several of the model's.
+        stored = {component_name(name): set[str]() for name in shapes}
+        for name, tensor in tensors.items():
+            stored[component_name(name)].add(tensor.entry.name)
         report["components"] = {
-            name: {"tensors": count, "parameters": _parameters(shapes, name)}
-            for name, count in sorted(components.items())
+            name: {"tensors": len(entries), "parameters": _parameters(shapes, name)}
+            for name, entries in sorted(stored.items())
         }
         try:
             arch, remarks = model_architecture(model, tensors)

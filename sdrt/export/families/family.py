@@ -60,8 +60,8 @@ class Component:
     """
     transposed: Mapping[str, str] = field(default_factory=dict)
     """Ends of the names of matrices that are stored transposed, to the ends of the model's names."""
-    text: Text | None = None
-    """Of a text encoder."""
+    text: Text = Text()
+    """Of a text encoder only."""
 
     def below(self, names: Iterable[str]) -> dict[str, str]:
         """The component's names among those of a file, to what follows the prefix. Bare names count only where none has

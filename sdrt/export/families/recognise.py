@@ -108,7 +108,7 @@ def _family(names: Shapes, unet: Shapes, activation: str) -> Family:
     if signed is not None:
         return signed
     for family in FAMILIES:
-        if [component.text.activation for component in family.text_encoders if component.text] == [activation]:
+        if [component.text.activation for component in family.text_encoders] == [activation]:
             return family
     widths = (shape[-1] for name, shape in unet.items() if name.endswith("attn2.to_k.weight") and shape)
     width = next(widths, 0)

@@ -1,5 +1,5 @@
-"""Stable Diffusion 2.x with its inpainting models, and SD-Turbo: the text encoder is OpenCLIP's ViT-H, heads of the UNet
-have 64 channels, and some models predict v.
+"""Stable Diffusion 2.x with its inpainting models, and SD-Turbo. The text encoder is OpenCLIP's ViT-H, heads of the
+UNet have 64 channels, and some models predict v.
 """
 
 from __future__ import annotations

@@ -25,10 +25,9 @@ TEXTS = {
     for width in family.text_widths
 }
 """Whose text encoders are that wide."""
+_OWN = [(family.title, family.adapters) for family in FAMILIES] + [(other.title, other.adapters) for other in OTHERS]
 ADAPTERS = {
-    start: tuple(other.title for other in (*FAMILIES, *OTHERS) if start in other.adapters)
-    for family in (*FAMILIES, *OTHERS)
-    for start in family.adapters
+    start: tuple(title for title, starts in _OWN if start in starts) for _, starts in _OWN for start in starts
 }
 """How modules begin that show a LoRA of some families, to these families' titles."""
 TEXT_MODULES = dict.fromkeys(

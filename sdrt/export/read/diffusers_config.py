@@ -64,9 +64,10 @@ _FIXED: dict[str, dict[str, tuple[Any, ...]]] = {
         "use_quant_conv": (True,),
         "use_post_quant_conv": (True,),
     },
-    **dict.fromkeys(
-        TEXTS, {"model_type": ("clip_text_model",), "layer_norm_eps": (1e-5,), "use_attention_mask": (False, None)}
-    ),
+    **{
+        name: {"model_type": ("clip_text_model",), "layer_norm_eps": (1e-5,), "use_attention_mask": (False, None)}
+        for name in TEXTS
+    },
     SCHEDULER: {
         "_class_name": (
             "DDIMScheduler",
@@ -333,7 +334,7 @@ def check_family(path: Path, configs: Mapping[str, Mapping[str, Any]], family: F
     for name, component in zip(TEXTS, family.text_encoders, strict=False):
         config = configs.get(name, {})
         width, heads = config.get("hidden_size"), config.get("num_attention_heads")
-        head_width = component.text.head_width if component.text is not None else 1
+        head_width = component.text.head_width
         if isinstance(width, int) and isinstance(heads, int) and width != heads * head_width:
             expected = f"{width // head_width}, of {head_width} channels each"
             raise _refused(path, name, "num_attention_heads", heads, expected)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -163,7 +164,9 @@ def _values(model: ModelFiles, key: str, count: int) -> NDArray[np.float64]:
     shape = stored.entry.shape
     if math.prod(shape) != count:
         raise CheckpointError(
-            f"{stored.file.path}: {printable(key)}: expected {count} number{'s' * (count > 1)}, found shape {list(shape)}"
+            f"{stored.file.path}: {printable(key)}: expected numbers for {count} channels, found shape {list(shape)}"
+            if count > 1
+            else f"{stored.file.path}: {printable(key)}: expected one number, found shape {list(shape)}"
         )
     values = _floats(stored)
     if not np.isfinite(values).all():
@@ -173,14 +176,15 @@ def _values(model: ModelFiles, key: str, count: int) -> NDArray[np.float64]:
 
 def _floats(stored: Stored) -> NDArray[np.float64]:
     """A small tensor's numbers, flat."""
-    entry, data = stored.entry, stored.file.read_bytes(stored.entry)
+    entry, path, data = stored.entry, stored.file.path, stored.file.read_bytes(stored.entry)
+    values: NDArray[np.floating[Any]]
     if entry.dtype == "BF16":
         values = (np.frombuffer(data, "<u2").astype(np.uint32) << 16).view(np.float32)
     elif entry.dtype in (kinds := {"F64": "<f8", "F32": "<f4", "F16": "<f2"}):
         values = np.frombuffer(data, kinds[entry.dtype])
     else:
         raise CheckpointError(
-            f"{stored.file.path}: {printable(entry.name)}: expected one of {', '.join(kinds)}, BF16, found {entry.dtype}"
+            f"{path}: {printable(entry.name)}: expected one of {', '.join(kinds)}, BF16, found {entry.dtype}"
         )
     if entry.strides:
         steps = [stride * values.itemsize for stride in entry.strides]
