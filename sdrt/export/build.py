@@ -44,7 +44,7 @@ from sdrt.export.adapters.embedding import (
     EmbeddingOption,
     bundled_embeddings,
     check_triggers,
-    extended_table,
+    extended_tables,
     open_embedding,
     table_rows,
 )
@@ -52,7 +52,6 @@ from sdrt.export.adapters.hypernetwork import Hypernetwork, HypernetworkOption, 
 from sdrt.export.adapters.match import Lora, LoraOption, open_lora
 from sdrt.export.adapters.settings import FILE_NAME as CONFIG_NAME
 from sdrt.export.architecture import Architecture
-from sdrt.export.families.table import family_named
 from sdrt.export.read.checkpoint import Checkpoint, Tensor, open_checkpoint, select
 from sdrt.export.read.model_files import is_folder
 from sdrt.export.read.tensor_entry import ITEM_BYTES
@@ -230,11 +229,11 @@ def _read(options: BuildOptions, files: ExitStack, hashing: ThreadPoolExecutor) 
     tensors, unknown = select(checkpoint, expected)
     loras, embeddings, hypernetworks = list[Lora](), list[Embedding](), list[Hypernetwork]()
     for option in options.loras:
-        loras.append(open_lora(option, expected, arch.unet, allow_unmatched=options.allow_unmatched))
+        loras.append(open_lora(option, expected, arch, allow_unmatched=options.allow_unmatched))
         files.callback(loras[-1].file.close)
-    embeddings += bundled_embeddings(loras, arch.texts[0])
+    embeddings += bundled_embeddings(loras, arch)
     for learned in options.embeddings:
-        embeddings.append(open_embedding(learned, arch.texts[0]))
+        embeddings.append(open_embedding(learned, arch))
         files.callback(embeddings[-1].file.close)
     for chained in options.hypernetworks:
         hypernetworks.append(open_hypernetwork(chained, arch.unet, allow_unmatched=options.allow_unmatched))
@@ -248,10 +247,7 @@ def _combine(inputs: _Inputs, precision: str) -> _Model:
 
     arch, computed = inputs.arch, dict[str, Made]()
     if inputs.embeddings:
-        table = family_named(arch.family).token_table
-        computed[table] = extended_table(inputs.embeddings, arch.texts[0], table)
-        text = replace(arch.texts[0], vocabulary=computed[table].shape[0])
-        arch = replace(arch, texts=(text, *arch.texts[1:]))
+        arch, computed = extended_tables(inputs.embeddings, arch)
     if inputs.hypernetworks:
         from sdrt.export.adapters.hypernetwork_weights import attach, check_values
 

@@ -97,7 +97,8 @@ def _lora(shapes: dict[str, tuple[int, ...]], bundled: Mapping[str, Mapping[str,
     }
     if bundled:
         report["embeddings"] = {
-            trigger: [list(shapes[key]) for key in keys.values()] for trigger, keys in sorted(bundled.items())
+            trigger: [shapes[next(iter(keys.values()))][0], sum(shapes[key][-1] for key in keys.values())]
+            for trigger, keys in sorted(bundled.items())
         }
     if families := made_for(shapes):
         report["made_for"] = " or ".join(families)

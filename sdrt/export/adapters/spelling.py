@@ -12,7 +12,7 @@ from collections.abc import Iterable
 
 from sdrt.errors import printable
 from sdrt.export.families.family import Shapes
-from sdrt.export.families.table import ADAPTERS, COMPONENTS, CONTEXTS, TEXT_MODULES, TEXTS
+from sdrt.export.families.table import ADAPTERS, COMPONENTS, CONTEXTS, TEXT_MODULES, TEXTS, VECTORS
 
 DOWN, UP, MID = "lora_down.weight", "lora_up.weight", "lora_mid.weight"
 MAGNITUDE = "lora_magnitude_vector"
@@ -70,7 +70,6 @@ _ADAPTER_NAME = re.compile(
 """peft's state dictionaries name the adapter ("default", "default_0", ...) within each key; its files do not."""
 _BASE_MODEL = re.compile(rf"((?:{'|'.join(component.name for component in COMPONENTS)})\.|)base_model\.model\.")
 _BUNDLED = re.compile(r"bundle_emb\.(.+?)\.(string_to_param\..+|[^.]+)", re.DOTALL)
-_VECTORS = ("emb_params", "clip_l", "clip_g", "clip_h")
 
 _REFUSED = {
     "IA3": (".on_input", ".ia3_l"),
@@ -116,7 +115,7 @@ def bundled_trigger(key: str) -> tuple[str, str] | None:
         return None
     if match[2].startswith("string_to_param."):
         return match[1], ""
-    return (match[1], match[2]) if match[2] in _VECTORS else None
+    return (match[1], match[2]) if match[2] in VECTORS else None
 
 
 def is_numbered(key: str) -> bool:
@@ -170,7 +169,7 @@ def made_for(shapes: Shapes) -> tuple[str, ...]:
     for endings, table in ((context, {width: (title,) for width, title in CONTEXTS.items()}), (text, TEXTS)):
         widths = (_inputs(parts) for module, parts in modules.items() if module.endswith(endings))
         wide = wide or next((table[width] for width in widths if width in table), ())
-    return tuple(title for title in named if title in wide) or named or wide
+    return tuple(title for title in named if title in wide) or wide or named
 
 
 def first_channels(shapes: Shapes) -> int:

@@ -62,6 +62,8 @@ class Component:
     """Ends of the names of matrices that are stored transposed, to the ends of the model's names."""
     text: Text = Text()
     """Of a text encoder only."""
+    vectors: str = ""
+    """What embeddings call a text encoder's vectors where a model has several."""
 
     def below(self, names: Iterable[str]) -> dict[str, str]:
         """The component's names among those of a file, to what follows the prefix. Bare names count only where none has

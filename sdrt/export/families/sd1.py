@@ -29,6 +29,7 @@ TEXT_ENCODER = Component(
     computes="text_model.",
     ignored=IGNORED_TEXT,
     text=Text("quick_gelu"),
+    vectors="clip_l",
 )
 
 SD1 = Family(

@@ -51,6 +51,7 @@ SD2 = Family(
             rows=OPEN_CLIP_ROWS,
             # The last of 24 layers is used by nothing, and files of transformers leave it out.
             text=Text("gelu", pad=0, used_layers=23),
+            vectors="clip_h",
         ),
     ),
     token_table=CLIP + TOKEN_TABLE,

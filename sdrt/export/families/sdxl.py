@@ -57,6 +57,7 @@ _TEXT_ENCODER_2 = Component(
     rows=OPEN_CLIP_ROWS,
     transposed=OPEN_CLIP_TRANSPOSED,
     text=Text("gelu", pad=0, final_norm=False, pooled=True),
+    vectors="clip_g",
 )
 
 SDXL = Family(

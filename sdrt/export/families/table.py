@@ -26,9 +26,7 @@ TEXTS = {
 }
 """Whose text encoders are that wide."""
 _OWN = [(family.title, family.adapters) for family in FAMILIES] + [(other.title, other.adapters) for other in OTHERS]
-ADAPTERS = {
-    start: tuple(title for title, starts in _OWN if start in starts) for _, starts in _OWN for start in starts
-}
+ADAPTERS = {start: tuple(title for title, starts in _OWN if start in starts) for _, starts in _OWN for start in starts}
 """How modules begin that show a LoRA of some families, to these families' titles."""
 TEXT_MODULES = dict.fromkeys(
     ("lora_te", "text_encoder", "lycoris_text", "lycoris_encoder_layers", "text_model.", "encoder.layers."),
@@ -42,6 +40,11 @@ TEXT_MODULES = dict.fromkeys(
 }
 """How the modules of text encoders begin in any family's LoRAs, to the component's name. The longest that fits counts.
 """
+VECTORS = (
+    "emb_params",
+    *dict.fromkeys(component.vectors for family in FAMILIES for component in family.text_encoders),
+)
+"""What tools call an embedding's vectors."""
 EMBEDDINGS = {name: family.title for family in FAMILIES for name in family.embeddings}
 """Tensors that only one family's embeddings hold."""
 
