@@ -110,6 +110,29 @@ StoragePrecision = Annotated[
         "the CPU has it and this is not fp32.",
     ),
 ]
+VaePrecision = Annotated[
+    str | None,
+    typer.Option(
+        "--vae-precision",
+        metavar="fp16|fp32",
+        help="What the VAE computes in on a GPU: fp32, or fp16 as the rest. If not given: fp32 for SDXL, whose VAE "
+        "overflows in float16, else as the rest. Give fp16 with a VAE that was made for it.",
+    ),
+]
+Prediction = Annotated[
+    str | None,
+    typer.Option(
+        "--prediction", metavar="eps|v", help="What the UNet predicts; what the checkpoint says if not given."
+    ),
+]
+ZeroSnr = Annotated[
+    bool | None,
+    typer.Option(
+        "--zero-snr/--no-zero-snr",
+        help="The UNet was trained with no signal left at its last timestep, or was not; what the checkpoint says if "
+        "not given.",
+    ),
+]
 DefaultSize = Annotated[
     str | None,
     typer.Option(

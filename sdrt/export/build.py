@@ -29,6 +29,7 @@ from sdrt.bundle.manifest import (
     WEIGHTS,
     Component,
     Diffusion,
+    FileRecord,
     Graph,
     Latents,
     Manifest,
@@ -38,7 +39,7 @@ from sdrt.bundle.manifest import (
     reference_path,
     write_manifest,
 )
-from sdrt.errors import ResourceError, SdrtError, UsageError
+from sdrt.errors import ResourceError, SdrtError, UsageError, nearest
 from sdrt.export.adapters.embedding import (
     Embedding,
     EmbeddingOption,
@@ -51,7 +52,8 @@ from sdrt.export.adapters.embedding import (
 from sdrt.export.adapters.hypernetwork import Hypernetwork, HypernetworkOption, open_hypernetwork
 from sdrt.export.adapters.match import Lora, LoraOption, open_lora
 from sdrt.export.adapters.settings import FILE_NAME as CONFIG_NAME
-from sdrt.export.architecture import Architecture
+from sdrt.export.architecture import Architecture, whole
+from sdrt.export.families.table import family_named
 from sdrt.export.read.checkpoint import Checkpoint, Tensor, open_checkpoint, select
 from sdrt.export.read.model_files import is_folder
 from sdrt.export.read.tensor_entry import ITEM_BYTES
@@ -69,6 +71,11 @@ if TYPE_CHECKING:
 class BuildOptions:
     """What to build. `size` is the default picture as (width, height); None takes the checkpoint's. `clip_skip` names
     the text-encoder layers to build, the first one being the default. `output` None names it after the inputs.
+
+    prediction, zero_snr: what the UNet predicts, and whether its last timestep has no signal left, in place of what the
+        checkpoint says. The prediction is "eps" or "v".
+    vae_precision: what the VAE computes in on a GPU: fp32 or `precision`. None takes fp32 where the family's VAE
+        overflows in float16, else `precision`.
     """
 
     checkpoint: Path
@@ -83,6 +90,9 @@ class BuildOptions:
     embeddings: tuple[EmbeddingOption, ...] = ()
     hypernetworks: tuple[HypernetworkOption, ...] = ()
     ema: bool = False
+    prediction: str | None = None
+    zero_snr: bool | None = None
+    vae_precision: str | None = None
 
 
 @dataclass(frozen=True)
@@ -98,7 +108,10 @@ class BuildReport:
     cached: tuple[str, ...]
 
 
-_COMPONENTS = {TEXT_ENCODER: "text_encoder", STEP: UNET, VAE_DECODER: "vae", VAE_ENCODER: "vae"}
+PREDICTIONS = ("eps", "v")
+"""The words of `--prediction`."""
+_VAE = "vae"
+_COMPONENTS = {TEXT_ENCODER: "text_encoder", STEP: UNET, VAE_DECODER: _VAE, VAE_ENCODER: _VAE}
 """The component whose weights each graph takes."""
 _GRAPH_BYTES, _REFERENCE_BYTES = 4 << 20, 4 << 20
 """Room to find before a graph in all its precisions, and its reference, is written: more than any of Stable Diffusion
@@ -118,8 +131,8 @@ Stage = Callable[..., AbstractContextManager[None]]
 @dataclass(frozen=True)
 class _Inputs:
     """The files, open and found to belong together, each list in the order given. `arch` is the checkpoint's own with
-    the options applied, `expected` the shapes of its weights, `unknown` tensors that no network has. `sources` are the
-    checkpoint's and the VAE's records, once their files are hashed.
+    the options applied, `expected` the shapes of its graphs' weights, `unknown` tensors that no network has. `sources`
+    are the checkpoint's and the VAE's records, once their files are hashed.
     """
 
     checkpoint: Checkpoint
@@ -135,14 +148,19 @@ class _Inputs:
 
 @dataclass(frozen=True)
 class _Model:
-    """What the bundle will hold: the architecture with all adapters in it, its graphs' recipes, tensors that are
-    computed in place of or beside the checkpoint's, and the size of all weights.
+    """What the bundle will hold: the architecture with all adapters in it, its graphs' recipes, the arithmetic of its
+    components, tensors that are computed in place of or beside the checkpoint's, and the size of all weights.
     """
 
     arch: Architecture
     recipes: Mapping[str, Recipe]
+    components: Mapping[str, Component]
     computed: Mapping[str, Made]
     weights_bytes: int
+
+    def computes(self, graph: str) -> tuple[str, ...]:
+        """The arithmetics in which a graph is written: float32, and what its component computes in on a GPU."""
+        return tuple(dict.fromkeys(("fp32", self.components[_COMPONENTS[graph]].compute)))
 
 
 @dataclass(frozen=True)
@@ -152,6 +170,16 @@ class _Tokenizer:
     bos: int
     eos: int
     notes: Sequence[str]
+
+
+@dataclass(frozen=True)
+class _Contents:
+    """What the stages have written into the folder of the bundle."""
+
+    folder: Path
+    tokenizer: _Tokenizer
+    weights: Written
+    graphs: Mapping[str, dict[str, Graph]]
 
 
 def build(options: BuildOptions, progress: Progress = lambda stage, done: None) -> BuildReport:
@@ -178,7 +206,7 @@ def build(options: BuildOptions, progress: Progress = lambda stage, done: None) 
         _check_output(output, options)
         with stage("read"):
             inputs = _read(options, files, hashing)
-            model = _combine(inputs, options.precision)
+            model = _combine(inputs, options)
             inputs.sources.result()  # all of it before the first tensor is read: a change from then on shows at the end
         with staged_folder(output, replace=options.force) as folder:
             for part in ("graphs", "tokenizer", "reference"):
@@ -186,12 +214,17 @@ def build(options: BuildOptions, progress: Progress = lambda stage, done: None) 
             tokenizer = _write_tokenizer(inputs, model, folder, stage)
             weights = _fuse(inputs, model, folder, options.precision, stage, progress)
             cached = _bind(model, weights, folder, options.precision, stage)
-            graphs = _check(model, folder, options.precision, stage)
+            contents = _Contents(folder, tokenizer, weights, _check(model, folder, stage))
             with stage("write"):
                 _check_unchanged(inputs)
-                manifest = _manifest(output, folder, options.precision, inputs, model, tokenizer, weights, graphs)
+                manifest = _manifest(output.name.removesuffix(".sdrt"), inputs, model, contents)
                 write_manifest(folder, manifest)
-    notes = (*inputs.checkpoint.notes, *_notes(inputs, weights.changes), *tokenizer.notes, *_hypernetwork_notes(inputs))
+    notes = (
+        *inputs.checkpoint.notes,
+        *_notes(inputs, weights.changes),
+        *tokenizer.notes,
+        *_hypernetwork_notes(inputs),
+    )
     return BuildReport(output, manifest, notes, stages_s, cached)
 
 
@@ -219,14 +252,20 @@ def _stages(output: Path, progress: Progress, seconds: dict[str, float]) -> Stag
 
 def _read(options: BuildOptions, files: ExitStack, hashing: ThreadPoolExecutor) -> _Inputs:
     """Open every file and match it with the model. `files` closes them; `hashing` hashes the model's meanwhile."""
-    checkpoint = open_checkpoint(options.checkpoint, options.vae, ema=options.ema)
+    checkpoint = open_checkpoint(
+        options.checkpoint,
+        options.vae,
+        ema=options.ema,
+        prediction=options.prediction,
+        zero_snr=options.zero_snr,
+    )
     files.callback(checkpoint.close)
     sources = hashing.submit(_sources, checkpoint)  # takes as long as importing torch
     arch = _with_options(checkpoint.architecture, options)
-    from sdrt.export.graph import recipes  # imports torch: only after the files are known to be good
+    from sdrt.export.graph import weight_shapes  # imports torch: only after the files are known to be good
 
-    expected = {name: shape for recipe in recipes(arch).values() for name, shape in recipe.weight_shapes().items()}
-    tensors, unknown = select(checkpoint, expected)
+    expected, known = weight_shapes(arch), weight_shapes(whole(arch))
+    tensors, unknown = select(checkpoint, expected, known.keys() - expected.keys())
     loras, embeddings, hypernetworks = list[Lora](), list[Embedding](), list[Hypernetwork]()
     for option in options.loras:
         loras.append(open_lora(option, expected, arch, allow_unmatched=options.allow_unmatched))
@@ -241,7 +280,7 @@ def _read(options: BuildOptions, files: ExitStack, hashing: ThreadPoolExecutor) 
     return _Inputs(checkpoint, sources, arch, expected, tensors, unknown, loras, embeddings, hypernetworks)
 
 
-def _combine(inputs: _Inputs, precision: str) -> _Model:
+def _combine(inputs: _Inputs, options: BuildOptions) -> _Model:
     """Put embeddings and hypernetworks into the model. LoRAs change no shape; they are fused as weights are written."""
     from sdrt.export.graph import recipes
 
@@ -257,8 +296,12 @@ def _combine(inputs: _Inputs, precision: str) -> _Model:
     shapes = {name: tensor.shape for name, tensor in inputs.tensors.items()} | {
         name: value.shape for name, value in computed.items()
     }
+    precision = options.precision
     size_bytes = sum(map(math.prod, shapes.values())) * ITEM_BYTES[CODES[precision]]
-    return _Model(arch, recipes(arch), computed, size_bytes)
+    components = dict.fromkeys(_COMPONENTS.values(), Component(precision, _compute(precision)))
+    if options.vae_precision == "fp32" or (options.vae_precision is None and family_named(arch.family).vae_overflows):
+        components[_VAE] = Component(precision, "fp32")
+    return _Model(arch, recipes(arch), components, computed, size_bytes)
 
 
 def _write_tokenizer(inputs: _Inputs, model: _Model, folder: Path, stage: Stage) -> _Tokenizer:
@@ -275,12 +318,12 @@ def _fuse(inputs: _Inputs, model: _Model, folder: Path, precision: str, stage: S
         return write_weights(folder / WEIGHTS, inputs.tensors, inputs.loras, precision, done, model.computed)
 
 
-def _computes(precision: str) -> tuple[str, ...]:
-    """Precisions that graphs compute in, for one that weights are stored in.
+def _compute(precision: str) -> str:
+    """What a component computes in on a GPU whose weights are stored in that type.
 
     No bfloat16 graph yet: ONNX Runtime's CPU provider cannot run one, and a build ships nothing it has not checked.
     """
-    return ("fp32", "fp16") if precision == "fp16" else ("fp32",)
+    return "fp16" if precision == "fp16" else "fp32"
 
 
 def _bind(model: _Model, weights: Written, folder: Path, precision: str, stage: Stage) -> tuple[str, ...]:
@@ -292,7 +335,7 @@ def _bind(model: _Model, weights: Written, folder: Path, precision: str, stage: 
     cached = list[str]()
     for graph, recipe in model.recipes.items():
         with stage(f"{'bind' if is_traced(recipe) else 'trace'} {graph}", _GRAPH_BYTES):
-            for compute in _computes(precision):
+            for compute in model.computes(graph):
                 traced, hit = skeleton(recipe)
                 path = folder / graph_path(graph, compute)
                 bind(traced, folder / WEIGHTS, weights.placed, precision, compute, path, recipe.upcast)
@@ -300,7 +343,7 @@ def _bind(model: _Model, weights: Written, folder: Path, precision: str, stage: 
     return tuple(cached)
 
 
-def _check(model: _Model, folder: Path, precision: str, stage: Stage) -> dict[str, dict[str, Graph]]:
+def _check(model: _Model, folder: Path, stage: Stage) -> dict[str, dict[str, Graph]]:
     """Run each graph against its network, and keep what both were given and gave. Returns the manifest's graphs."""
     from sdrt.export.selfcheck import check
 
@@ -308,7 +351,7 @@ def _check(model: _Model, folder: Path, precision: str, stage: Stage) -> dict[st
     with open_tensor_file(folder / WEIGHTS) as weights:
         for graph, recipe in model.recipes.items():
             with stage(f"check {graph}", _REFERENCE_BYTES):
-                paths = {compute: folder / graph_path(graph, compute) for compute in _computes(precision)}
+                paths = {compute: folder / graph_path(graph, compute) for compute in model.computes(graph)}
                 errors = check(recipe, weights, paths, folder / reference_path(graph))
                 component = _COMPONENTS[graph]
                 graphs[graph] = {name: _graph(recipe, component, name, error) for name, error in errors.items()}
@@ -330,29 +373,16 @@ def _check_unchanged(inputs: _Inputs) -> None:
             lora.config.check_unchanged()
 
 
-def _manifest(
-    output: Path,
-    folder: Path,
-    precision: str,
-    inputs: _Inputs,
-    model: _Model,
-    tokenizer: _Tokenizer,
-    weights: Written,
-    graphs: dict[str, dict[str, Graph]],
-) -> Manifest:
-    """The manifest of the stage `folder`, which holds everything else by now."""
+def _manifest(name: str, inputs: _Inputs, model: _Model, contents: _Contents) -> Manifest:
+    """The manifest of a bundle whose other files are all written."""
     from sdrt.export.graph import model_dimensions
 
-    arch, sizes = model.arch, model_dimensions(model.arch)
+    arch, sizes, tokenizer = model.arch, model_dimensions(model.arch), contents.tokenizer
     rows, eos = table_rows(inputs.embeddings, inputs.arch.texts[0].vocabulary), tokenizer.eos
-    texts = tuple(
-        Text(text.width, text.tokens, tokenizer.bos, eos, text.pad, text.clip_skip, rows, last_layer=arch.last_layer)
-        for text in arch.texts
-    )
     return Manifest(
         format=FORMAT,
         sdrt=__version__,
-        name=output.name.removesuffix(".sdrt"),
+        name=name,
         family=arch.family,
         architecture={
             "unet": asdict(arch.unet),
@@ -360,19 +390,29 @@ def _manifest(
             "texts": [asdict(text) for text in arch.texts],
         },
         diffusion=_diffusion(arch),
-        text=texts,
+        text=tuple(
+            Text(
+                text.width, text.tokens, tokenizer.bos, eos, text.pad, text.clip_skip, rows, last_layer=arch.last_layer
+            )
+            for text in arch.texts
+        ),
         vector=arch.vector,
         latents=Latents(sizes.channels, sizes.factor, arch.size, sizes.concat_channels, arch.concat_scale),
-        components=dict.fromkeys(_COMPONENTS.values(), Component(precision, _computes(precision)[-1])),
-        graphs=graphs,
-        sources=_all_sources(inputs, weights.changes),
+        components=dict(model.components),
+        graphs=dict(contents.graphs),
+        sources=_all_sources(inputs, contents.weights.changes),
         tools=_tools(),
-        files={
-            path.relative_to(folder).as_posix(): weights.record if path == folder / WEIGHTS else file_record(path)
-            for path in sorted(folder.rglob("*"))
-            if path.is_file()
-        },
+        files=_files(contents),
     )
+
+
+def _files(contents: _Contents) -> dict[str, FileRecord]:
+    folder = contents.folder
+    return {
+        path.relative_to(folder).as_posix(): contents.weights.record if path == folder / WEIGHTS else file_record(path)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 def _diffusion(arch: Architecture) -> Diffusion:
@@ -410,6 +450,16 @@ def _check_inputs(options: BuildOptions) -> None:
 def _check_output(output: Path, options: BuildOptions) -> None:
     if options.precision not in CODES:
         raise UsageError(f"precision {options.precision!r}: unknown", f"Choose one of: {', '.join(CODES)}.")
+    if options.prediction is not None and options.prediction not in PREDICTIONS:
+        raise UsageError(
+            f"prediction {options.prediction!r}: unknown{nearest(options.prediction, PREDICTIONS)}",
+            f"Choose one of: {', '.join(PREDICTIONS)}.",
+        )
+    if options.vae_precision not in (None, "fp32", options.precision):
+        raise UsageError(
+            f"VAE precision {options.vae_precision!r}: expected fp32, or {options.precision} as the weights are stored",
+            "Choose one of these, or another --precision.",
+        )
     if not output.name:
         raise UsageError(f"{output}: expected the name of a new folder", "Choose another --output.")
     check_outside_bundles("--output", output.parent)

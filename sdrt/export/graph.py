@@ -113,6 +113,11 @@ def recipes(arch: Architecture) -> dict[str, Recipe]:
     }
 
 
+def weight_shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
+    """Every weight of an architecture's graphs by its canonical name."""
+    return {name: shape for recipe in recipes(arch).values() for name, shape in recipe.weight_shapes().items()}
+
+
 def trace(recipe: Recipe) -> ir.Model:
     """Trace a network into a skeleton. Its weights are allocated but never written, so they take address space, but no
     memory.

@@ -4,7 +4,7 @@ tensors make. A tensor is read only when it is used.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -281,36 +281,34 @@ def as_parts(component: Component, tensors: Mapping[str, Tensor]) -> dict[str, T
     """
     found: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
+        ends = (*component.rows, *component.transposed) if name.startswith(component.prefix) else ()
+        end = next((end for end in ends if name.endswith(end)), None)
+        if end is None:
+            found[name] = tensor
+            continue
         where, shape = f"{tensor.file.path}: {printable(tensor.entry.name)}", list(tensor.entry.shape)
-        below = name.startswith(component.prefix)
-        end = next((end for end in component.rows if below and name.endswith(end)), None)
-        if end is not None:
+        below = name.removesuffix(end)
+        if end in component.rows:
             parts = component.rows[end]
             if not shape or shape[0] % len(parts):
                 raise CheckpointError(f"{where}: expected rows in {len(parts)} equal parts, found shape {shape}")
             count = shape[0] // len(parts)
-            made = {
-                name.removesuffix(end) + part: replace(tensor, rows=(i * count, (i + 1) * count))
-                for i, part in enumerate(parts)
-            }
-            if twice := made.keys() & tensors.keys():
-                raise CheckpointError(f"{where}: holds {printable(min(twice))}, which the file has beside it")
-            found |= made
-        elif (end := next((end for end in component.transposed if below and name.endswith(end)), None)) is not None:
+            made = {below + part: replace(tensor, rows=(i * count, (i + 1) * count)) for i, part in enumerate(parts)}
+        else:
             if len(shape) != 2:
                 raise CheckpointError(f"{where}: expected a matrix, found shape {shape}")
-            made_name = name.removesuffix(end) + component.transposed[end]
-            if made_name != name and made_name in tensors:
-                raise CheckpointError(f"{where}: holds {printable(made_name)}, which the file has beside it")
-            found[made_name] = replace(tensor, transposed=True)
-        else:
-            found[name] = tensor
+            made = {below + component.transposed[end]: replace(tensor, transposed=True)}
+        if twice := made.keys() & tensors.keys():
+            raise CheckpointError(f"{where}: holds {printable(min(twice))}, which the file has beside it")
+        found |= made
     return found
 
 
-def select(checkpoint: Checkpoint, expected: Mapping[str, tuple[int, ...]]) -> tuple[dict[str, Tensor], list[str]]:
+def select(
+    checkpoint: Checkpoint, expected: Mapping[str, tuple[int, ...]], unused: Collection[str] = ()
+) -> tuple[dict[str, Tensor], list[str]]:
     """The checkpoint's tensors for the expected names and shapes, and the names of left-over tensors that belong to no
-    network.
+    network. Those in `unused` belong to one, but no graph needs them.
 
     Raises:
         CheckpointError: a tensor is missing, has another shape, or is not floating-point; or an expected network has a
@@ -332,11 +330,13 @@ def select(checkpoint: Checkpoint, expected: Mapping[str, tuple[int, ...]]) -> t
             raise CheckpointError(f"{path}: {name}: expected shape {list(shape)}, found {list(entry.shape)}")
         if entry.dtype not in FLOATS:
             raise CheckpointError(f"{path}: {name}: expected one of {', '.join(FLOATS)}, found {entry.dtype}")
-    known = {*expected, *_unneeded(checkpoint.architecture, expected)}
     unknown = [
         name
         for name in checkpoint.tensors
-        if name not in known and not name.startswith(_IGNORED) and not name.endswith(_IGNORED_ENDS)
+        if name not in expected
+        and name not in unused
+        and not name.startswith(_IGNORED)
+        and not name.endswith(_IGNORED_ENDS)
     ]
     asked = [component for component in COMPONENTS if any(name.startswith(component.prefix) for name in expected)]
     for component in asked:
@@ -349,16 +349,6 @@ def select(checkpoint: Checkpoint, expected: Mapping[str, tuple[int, ...]]) -> t
                 " use another.",
             )
     return {name: checkpoint.tensors[name] for name in expected}, unknown
-
-
-def _unneeded(arch: Architecture, expected: Mapping[str, object]) -> Iterator[str]:
-    """Names of the text encoders' tensors that no output may need: those of its layers, and of the norm after them."""
-    for component, text in zip(family_named(arch.family).text_encoders, arch.texts, strict=True):
-        model = component.prefix + "text_model."
-        first = model + "encoder.layers.0."
-        leaves = [name.removeprefix(first) for name in expected if name.startswith(first)]
-        yield from (f"{model}encoder.layers.{layer}.{leaf}" for layer in range(text.layers) for leaf in leaves)
-        yield from (f"{model}final_layer_norm.{leaf}" for leaf in ("weight", "bias"))
 
 
 def _averaged(model: ModelFiles, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
