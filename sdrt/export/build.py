@@ -253,11 +253,7 @@ def _stages(output: Path, progress: Progress, seconds: dict[str, float]) -> Stag
 def _read(options: BuildOptions, files: ExitStack, hashing: ThreadPoolExecutor) -> _Inputs:
     """Open every file and match it with the model. `files` closes them; `hashing` hashes the model's meanwhile."""
     checkpoint = open_checkpoint(
-        options.checkpoint,
-        options.vae,
-        ema=options.ema,
-        prediction=options.prediction,
-        zero_snr=options.zero_snr,
+        options.checkpoint, options.vae, ema=options.ema, prediction=options.prediction, zero_snr=options.zero_snr
     )
     files.callback(checkpoint.close)
     sources = hashing.submit(_sources, checkpoint)  # takes as long as importing torch
@@ -265,7 +261,7 @@ def _read(options: BuildOptions, files: ExitStack, hashing: ThreadPoolExecutor) 
     from sdrt.export.graph import weight_shapes  # imports torch: only after the files are known to be good
 
     expected, known = weight_shapes(arch), weight_shapes(whole(arch))
-    tensors, unknown = select(checkpoint, expected, known.keys() - expected.keys())
+    tensors, unknown = select(checkpoint, expected)
     loras, embeddings, hypernetworks = list[Lora](), list[Embedding](), list[Hypernetwork]()
     for option in options.loras:
         loras.append(open_lora(option, expected, arch, allow_unmatched=options.allow_unmatched))
@@ -490,7 +486,11 @@ def _with_options(arch: Architecture, options: BuildOptions) -> Architecture:
         )
     clip_skip = tuple(dict.fromkeys(max(layer, arch.last_layer) for layer in options.clip_skip))
     texts = tuple(replace(text, clip_skip=clip_skip) for text in arch.texts)
-    return replace(arch, size=(width, height), texts=texts)
+    return replace(
+        arch,
+        size=(width, height),
+        texts=texts,
+    )
 
 
 def _sources(checkpoint: Checkpoint) -> list[Source]:

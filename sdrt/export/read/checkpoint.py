@@ -4,7 +4,7 @@ tensors make. A tensor is read only when it is used.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -304,11 +304,9 @@ def as_parts(component: Component, tensors: Mapping[str, Tensor]) -> dict[str, T
     return found
 
 
-def select(
-    checkpoint: Checkpoint, expected: Mapping[str, tuple[int, ...]], unused: Collection[str] = ()
-) -> tuple[dict[str, Tensor], list[str]]:
+def select(checkpoint: Checkpoint, expected: Mapping[str, tuple[int, ...]]) -> tuple[dict[str, Tensor], list[str]]:
     """The checkpoint's tensors for the expected names and shapes, and the names of left-over tensors that belong to no
-    network. Those in `unused` belong to one, but no graph needs them.
+    network.
 
     Raises:
         CheckpointError: a tensor is missing, has another shape, or is not floating-point; or an expected network has a
@@ -333,10 +331,7 @@ def select(
     unknown = [
         name
         for name in checkpoint.tensors
-        if name not in expected
-        and name not in unused
-        and not name.startswith(_IGNORED)
-        and not name.endswith(_IGNORED_ENDS)
+        if name not in known and not name.startswith(_IGNORED) and not name.endswith(_IGNORED_ENDS)
     ]
     asked = [component for component in COMPONENTS if any(name.startswith(component.prefix) for name in expected)]
     for component in asked:
