@@ -20,7 +20,7 @@ import math
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,10 +58,24 @@ TRAINING = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_l
 UNCAPTIONED = 0.1
 WARM_UP = 50
 TEACHER_STRIDE = 60
-SHOWN = (
-    "red apple,cat face,teddy bear,rocket,hamburger,octopus,robot,unicorn,rainbow,sunflower,fire,ghost,alien,pizza,"
-    "banana,red heart"
-).split(",")
+SHOWN = [
+    "red apple",
+    "cat face",
+    "teddy bear",
+    "rocket",
+    "hamburger",
+    "octopus",
+    "robot",
+    "unicorn",
+    "rainbow",
+    "sunflower",
+    "fire",
+    "ghost",
+    "alien",
+    "pizza",
+    "banana",
+    "red heart",
+]
 
 
 def zero_terminal(signal: Tensor) -> Tensor:
@@ -238,8 +252,10 @@ def adapt(networks: Networks, options: argparse.Namespace, random: torch.Generat
     sources = [("lora_unet_", networks.unet, networks.names)]
     if options.kind == "toy":
         for number, text in enumerate(networks.texts, 1):
-            own = {name: "text_model_" + name.removeprefix("text_model.").replace(".", "_") for name, _ in
-                   text.named_modules()}
+            own = {
+                name: "text_model_" + name.removeprefix("text_model.").replace(".", "_")
+                for name, _ in text.named_modules()
+            }
             sources.append((f"lora_te{number if networks.xl else ''}_", text, own))
     for prefix, network, names in sources:
         for name, module in network.named_modules():
@@ -401,8 +417,13 @@ def write(path: Path, data: bytes | memoryview) -> None:
 
 def save_adapter(networks: Networks, changes: Mapping[str, LowRank], options: argparse.Namespace, steps: int) -> None:
     """The trained changes in kohya's format, float16."""
-    modules = {id(change): module for network in (networks.unet, *networks.texts) for module in network.modules()
-               if parametrize.is_parametrized(module) for change in module.parametrizations.weight}
+    modules = {
+        id(change): module
+        for network in (networks.unet, *networks.texts)
+        for module in network.modules()
+        if parametrize.is_parametrized(module)
+        for change in module.parametrizations.weight
+    }
     tensors = {}
     for name, change in changes.items():
         weight = modules[id(change)].parametrizations.weight.original
@@ -457,7 +478,9 @@ def train(options: argparse.Namespace) -> None:
         torch.save({**kept, "optimizer": optimizer.state_dict()}, stream)
         write(state, stream.getbuffer())
 
-    autocast: Callable[[], torch.autocast] = lambda: torch.autocast("cpu", torch.bfloat16, enabled=options.bfloat16)
+    def autocast() -> torch.autocast:
+        return torch.autocast("cpu", torch.bfloat16, enabled=options.bfloat16)
+
     saved_s = time.monotonic()
     if options.kind == "lcm":
         for change in changes.values():

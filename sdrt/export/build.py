@@ -52,7 +52,7 @@ from sdrt.export.adapters.embedding import (
 from sdrt.export.adapters.hypernetwork import Hypernetwork, HypernetworkOption, open_hypernetwork
 from sdrt.export.adapters.match import Lora, LoraOption, open_lora
 from sdrt.export.adapters.settings import FILE_NAME as CONFIG_NAME
-from sdrt.export.architecture import Architecture, whole
+from sdrt.export.architecture import Architecture
 from sdrt.export.families.table import family_named
 from sdrt.export.read.checkpoint import Checkpoint, Tensor, open_checkpoint, select
 from sdrt.export.read.model_files import is_folder
@@ -260,12 +260,13 @@ def _read(options: BuildOptions, files: ExitStack, hashing: ThreadPoolExecutor) 
     arch = _with_options(checkpoint.architecture, options)
     from sdrt.export.graph import weight_shapes  # imports torch: only after the files are known to be good
 
-    expected, known = weight_shapes(arch), weight_shapes(whole(arch))
+    expected = weight_shapes(arch)
     tensors, unknown = select(checkpoint, expected)
     loras, embeddings, hypernetworks = list[Lora](), list[Embedding](), list[Hypernetwork]()
     for option in options.loras:
         loras.append(open_lora(option, expected, arch, allow_unmatched=options.allow_unmatched))
         files.callback(loras[-1].file.close)
+    arch = _as_told(arch, loras, options)
     embeddings += bundled_embeddings(loras, arch)
     for learned in options.embeddings:
         embeddings.append(open_embedding(learned, arch))
@@ -274,6 +275,15 @@ def _read(options: BuildOptions, files: ExitStack, hashing: ThreadPoolExecutor) 
         hypernetworks.append(open_hypernetwork(chained, arch.unet, allow_unmatched=options.allow_unmatched))
         files.callback(hypernetworks[-1].file.close)
     return _Inputs(checkpoint, sources, arch, expected, tensors, unknown, loras, embeddings, hypernetworks)
+
+
+def _as_told(arch: Architecture, loras: Sequence[Lora], options: BuildOptions) -> Architecture:
+    """The model with the prediction that a LoRA says it has after it. An option goes before what files say."""
+    if options.prediction is None and any(lora.predicts_v for lora in loras):
+        arch = replace(arch, prediction="v")
+    if options.zero_snr is None and arch.prediction == "v" and any(lora.zero_snr for lora in loras):
+        arch = replace(arch, zero_snr=True)
+    return arch
 
 
 def _combine(inputs: _Inputs, options: BuildOptions) -> _Model:

@@ -80,9 +80,7 @@ def architecture() -> Architecture:
 def model() -> tuple[dict[str, tuple[int, ...]], Architecture]:
     """Names and shapes of the emoji model's weights, and its architecture."""
     arch = architecture()
-    return {
-        name: shape for recipe in recipes(arch).values() for name, shape in recipe.weight_shapes().items()
-    }, arch
+    return {name: shape for recipe in recipes(arch).values() for name, shape in recipe.weight_shapes().items()}, arch
 
 
 def opened(path: Path, scale: float = 1.0, te_scale: float | None = None, *, allow_unmatched: bool = False) -> Lora:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -41,7 +41,7 @@ from sdrt.export.adapters.spelling import (
     split,
 )
 from sdrt.export.architecture import Architecture, UNetSpec
-from sdrt.export.families.keys import adapter_names, joined_modules
+from sdrt.export.families.keys import adapter_names, joined_modules, later_layers
 from sdrt.export.families.recognise import LORA, OPTION_OF_KIND, describe
 from sdrt.export.families.table import component_of, family_named, family_of
 from sdrt.export.read.tensor_file import TensorFile, open_tensor_file
@@ -204,10 +204,10 @@ def open_lora(
         _check_kind(file)
         _check_family(file, arch)
         family, spec = family_named(arch.family), arch.unet
-        known = [name.removesuffix(".weight") for name in shapes if name.endswith(".weight")]
+        known = _modules_of(shapes)
         joined = joined_modules(known, family)
         shapes = dict(shapes) | _joined_shapes(shapes, joined)
-        table = adapter_names([*known, *joined, *_unused_modules(known, arch)], spec, family)
+        table = adapter_names([*known, *joined, *_modules_of(later_layers(arch, shapes))], spec, family)
         spelled = numbered_list({name: entry.shape for name, entry in file.entries.items()})
         if numbered := {name.rpartition(":")[0] for name in spelled.values() or file.entries if is_numbered(name)}:
             numbers = numbered_modules(set(known), spec)
@@ -221,6 +221,8 @@ def open_lora(
         if unused := [name for name in modules if f"{name}.weight" not in shapes]:
             count = sum(len(modules.pop(name).keys) for name in unused)
             notes.append(f"{count} of its keys change layers of a text encoder that the model does not use")
+        if _PREDICTS_V in file.entries:
+            notes.append(f"{_PREDICTS_V}: says that the model predicts v after it")
         if config is None and any(module.below_base_model for module in modules.values()):
             config = config_beside(file.path)
             if config is None:
@@ -291,6 +293,11 @@ def _check_family(file: TensorFile, arch: Architecture) -> None:
         )
 
 
+def _modules_of(weights: Iterable[str]) -> list[str]:
+    """The modules that have a weight of these names."""
+    return [name.removesuffix(".weight") for name in weights if name.endswith(".weight")]
+
+
 def _joined_shapes(
     shapes: Mapping[str, tuple[int, ...]], joined: Mapping[str, Sequence[str]]
 ) -> dict[str, tuple[int, ...]]:
@@ -301,20 +308,6 @@ def _joined_shapes(
             if all(part + leaf in shapes for part in parts):
                 rows, *rest = shapes[parts[0] + leaf]
                 found[whole + leaf] = (rows * len(parts), *rest)
-    return found
-
-
-def _unused_modules(known: Sequence[str], arch: Architecture) -> list[str]:
-    """Modules of the text encoders that trainers change and this model does not use: layers after the last that is
-    used, and the norm after them.
-    """
-    found = list[str]()
-    for component, spec in zip(family_named(arch.family).text_encoders, arch.texts, strict=True):
-        layers = f"{component.prefix}text_model.encoder.layers."
-        first = [name.removeprefix(layers + "0.") for name in known if name.startswith(layers + "0.")]
-        last = spec.layers + (component.text.used_layers is not None)
-        found += [f"{layers}{layer}.{rest}" for layer in range(last) for rest in first]
-        found.append(f"{component.prefix}text_model.final_layer_norm")
     return found
 
 

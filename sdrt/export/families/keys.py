@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from typing import Protocol
 
-from sdrt.export.architecture import UNetSpec
+from sdrt.export.architecture import Architecture, UNetSpec
 from sdrt.export.families.family import Component, Family
+from sdrt.export.families.table import family_named
 
 RESNET = {
     "in_layers.0": "norm1", "in_layers.2": "conv1", "emb_layers.1": "time_emb_proj",
@@ -79,6 +80,20 @@ def diffusers_module(module: str, spec: UNetSpec) -> str:
             rest = module[len(ldm) :]
             return (diffusers + (RESNET.get(rest, rest) if ".resnets." in diffusers else rest)).rstrip(".")
     raise KeyError(module)
+
+
+def later_layers(arch: Architecture, expected: Iterable[str]) -> Iterator[str]:
+    """Names of the text encoders' tensors that no output of a model may need: those of all its layers, and of the norm
+    after them. `expected` are names of tensors that it needs.
+    """
+    names = list(expected)
+    for component, text in zip(family_named(arch.family).text_encoders, arch.texts, strict=True):
+        model = component.prefix + "text_model."
+        first = model + "encoder.layers.0."
+        leaves = [name.removeprefix(first) for name in names if name.startswith(first)]
+        layers = text.layers + (component.text.used_layers is not None)
+        yield from (f"{model}encoder.layers.{layer}.{leaf}" for layer in range(layers) for leaf in leaves)
+        yield from (f"{model}final_layer_norm.{leaf}" for leaf in ("weight", "bias"))
 
 
 def open_clip_module(module: str) -> str | None:

@@ -4,7 +4,7 @@ tensors make. A tensor is read only when it is used.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +20,7 @@ from sdrt.export.families.checkpoint_names import (
     is_vae_attention,
 )
 from sdrt.export.families.family import Component
+from sdrt.export.families.keys import later_layers
 from sdrt.export.families.table import COMPONENTS, FAMILIES, component_of, family_named
 from sdrt.export.read.diffusers_config import SCHEDULER, TEXTS, check_family, check_sizes, sampling_note
 from sdrt.export.read.diffusers_config import VAE as VAE_CONFIG
@@ -328,6 +329,7 @@ def select(checkpoint: Checkpoint, expected: Mapping[str, tuple[int, ...]]) -> t
             raise CheckpointError(f"{path}: {name}: expected shape {list(shape)}, found {list(entry.shape)}")
         if entry.dtype not in FLOATS:
             raise CheckpointError(f"{path}: {name}: expected one of {', '.join(FLOATS)}, found {entry.dtype}")
+    known = {*expected, *later_layers(checkpoint.architecture, expected)}
     unknown = [
         name
         for name in checkpoint.tensors

@@ -679,7 +679,9 @@ def open_for(path: Path, channels: int) -> Tensors:
     """The change of conv_in where the model has this many input channels."""
     shapes, arch = model()
     shape = (64, channels, 3, 3)
-    adapter = open_lora(LoraOption(path), shapes | {CONV_IN[0]: shape}, replace(arch, unet=replace(arch.unet, in_channels=channels)))
+    adapter = open_lora(
+        LoraOption(path), shapes | {CONV_IN[0]: shape}, replace(arch, unet=replace(arch.unet, in_channels=channels))
+    )
     with adapter.file:
         return {name: adapter.change(name, torch.ones(shape)) for name in adapter.deltas}
 
