@@ -281,30 +281,26 @@ def as_parts(component: Component, tensors: Mapping[str, Tensor]) -> dict[str, T
     """
     found: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
+        ends = (*component.rows, *component.transposed) if name.startswith(component.prefix) else ()
+        end = next((end for end in ends if name.endswith(end)), None)
+        if end is None:
+            found[name] = tensor
+            continue
         where, shape = f"{tensor.file.path}: {printable(tensor.entry.name)}", list(tensor.entry.shape)
-        below = name.startswith(component.prefix)
-        end = next((end for end in component.rows if below and name.endswith(end)), None)
-        if end is not None:
+        below = name.removesuffix(end)
+        if end in component.rows:
             parts = component.rows[end]
             if not shape or shape[0] % len(parts):
                 raise CheckpointError(f"{where}: expected rows in {len(parts)} equal parts, found shape {shape}")
             count = shape[0] // len(parts)
-            made = {
-                name.removesuffix(end) + part: replace(tensor, rows=(i * count, (i + 1) * count))
-                for i, part in enumerate(parts)
-            }
-            if twice := made.keys() & tensors.keys():
-                raise CheckpointError(f"{where}: holds {printable(min(twice))}, which the file has beside it")
-            found |= made
-        elif (end := next((end for end in component.transposed if below and name.endswith(end)), None)) is not None:
+            made = {below + part: replace(tensor, rows=(i * count, (i + 1) * count)) for i, part in enumerate(parts)}
+        else:
             if len(shape) != 2:
                 raise CheckpointError(f"{where}: expected a matrix, found shape {shape}")
-            made_name = name.removesuffix(end) + component.transposed[end]
-            if made_name != name and made_name in tensors:
-                raise CheckpointError(f"{where}: holds {printable(made_name)}, which the file has beside it")
-            found[made_name] = replace(tensor, transposed=True)
-        else:
-            found[name] = tensor
+            made = {below + component.transposed[end]: replace(tensor, transposed=True)}
+        if twice := made.keys() & tensors.keys():
+            raise CheckpointError(f"{where}: holds {printable(min(twice))}, which the file has beside it")
+        found |= made
     return found
 
 

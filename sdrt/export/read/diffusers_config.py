@@ -377,20 +377,26 @@ def check_sizes(path: Path, configs: Mapping[str, Mapping[str, Any]], arch: Arch
                 else all(_same(found, size) for size in expected)
             ):
                 raise _differs(path, name, key, found, expected)
-    unet = configs.get(UNET, {})
-    heads = next((key for key in ("num_attention_heads", "attention_head_dim") if unet.get(key) is not None), "")
-    for key, depths, expected in (
-        (heads, arch.unet.down_depth, [_heads(arch.unet, channels) for channels in arch.unet.channels]),
-        ("transformer_layers_per_block", arch.unet.down_depth, arch.unet.down_depth),
-        ("reverse_transformer_layers_per_block", arch.unet.up_depth[::-1], arch.unet.up_depth[::-1]),
+    if UNET in configs:
+        _check_levels(path, configs[UNET], arch.unet)
+
+
+def _check_levels(path: Path, unet: Mapping[str, Any], sizes: UNetSpec) -> None:
+    """Check heads, depths and the middle. What is said of a level without attention is not used."""
+    # The second is the old name in diffusers for the number of heads.
+    key = "num_attention_heads" if unet.get("num_attention_heads") is not None else "attention_head_dim"
+    heads = [_heads(sizes, channels) for channels in sizes.channels]
+    if unet.get(key) is not None and not _fits(unet[key], heads, [any(depths) for depths in sizes.down_depth]):
+        raise _refused(path, UNET, key, unet[key], f"{heads[0] if len(set(heads)) == 1 else heads} heads")
+    for key, depths in (
+        ("transformer_layers_per_block", sizes.down_depth),
+        ("reverse_transformer_layers_per_block", sizes.up_depth[::-1]),
     ):
-        found = unet.get(key)
-        # What is said of a level without attention is not used.
-        if found is not None and not _fits(found, expected, [any(blocks) for blocks in depths]):
-            raise _differs(path, UNET, key, found, expected)
-    middle = unet.get("mid_block_type", _MIDDLE[2]) if unet else None
-    if unet and middle != _MIDDLE[0 if arch.unet.middle is None else min(1 + arch.unet.middle, 2)]:
-        raise _differs(path, UNET, "mid_block_type", middle, [f"{arch.unet.middle} transformer blocks in the middle"])
+        if unet.get(key) is not None and not _fits(unet[key], depths, [any(blocks) for blocks in depths]):
+            raise _differs(path, UNET, key, unet[key], depths)
+    middle = unet.get("mid_block_type", _MIDDLE[2])
+    if middle != _MIDDLE[0 if sizes.middle is None else min(1 + sizes.middle, 2)]:
+        raise _differs(path, UNET, "mid_block_type", middle, [f"{sizes.middle} transformer blocks in the middle"])
 
 
 _MIDDLE = (None, "UNetMidBlock2D", "UNetMidBlock2DCrossAttn")

@@ -33,6 +33,10 @@ _SIGMA_MIN = 0.002
 """Of CosXL, where a file has no other."""
 
 
+_Latents = tuple[float, tuple[float, ...], tuple[float, ...]]
+"""Scale, mean and deviation, as `VaeSpec` has them."""
+
+
 @dataclass(frozen=True)
 class _Said:
     """What was found, and where: the name of a key, or words for another place. "" for the family's default."""
@@ -42,7 +46,7 @@ class _Said:
     sigmas: tuple[float, float] | None = None
     sigma_data: float = 1.0
     zero_snr: bool = False
-    latents: tuple[float, tuple[float, ...], tuple[float, ...]] | None = None
+    latents: _Latents | None = None
 
 
 def with_diffusion(
@@ -64,6 +68,8 @@ def with_diffusion(
     said = _said(arch, model, weights, family)
     chosen = PREDICTIONS[prediction] if prediction is not None else said.prediction
     notes = list(_notes(model, said, chosen, asked=prediction is not None))
+    if said.zero_snr and zero_snr is False:
+        notes.append(f"{model.name}: taken to have signal at its last step, against what it says")
     if said.sigmas is not None and chosen != said.prediction:
         raise UsageError(
             f"--prediction {prediction}: {model.name} was trained on continuous levels of noise, by {said.by}",
@@ -83,8 +89,8 @@ def with_diffusion(
             f"--zero-snr: {model.name} was trained on continuous levels of noise, by {said.by}",
             "Leave out --zero-snr.",
         )
-    if said.latents is not None:
-        scale, mean, std = said.latents
+    if (latents := said.latents or _stated_latents(arch, model)) is not None:
+        scale, mean, std = latents
         arch = replace(arch, vae=replace(arch.vae, scale=scale, mean=mean, std=std))
     if arch.unet.in_channels == 2 * arch.vae.latent_channels:
         # Edit models take the image's latents as the encoder gives them, those trained on continuous levels scaled.
@@ -100,16 +106,7 @@ def with_diffusion(
 def _said(arch: Architecture, model: ModelFiles, weights: Mapping[str, Stored], family: Family) -> _Said:
     stated, keys = model.settings, model.tensors
     if stated.prediction is not None:
-        latents = None
-        if stated.vae_mean or stated.vae_std:
-            if not len(stated.vae_mean) == len(stated.vae_std) == arch.vae.latent_channels:
-                raise CheckpointError(
-                    f"{model.path}: vae/config.json: latents_mean, latents_std: expected {arch.vae.latent_channels}"
-                    f" numbers each, found {len(stated.vae_mean)} and {len(stated.vae_std)}",
-                    "Download the folder again.",
-                )
-            latents = (stated.vae_scale or arch.vae.scale, stated.vae_mean, stated.vae_std)
-        return _Said(stated.prediction, SCHEDULER, stated.sigmas, stated.sigma_data, stated.zero_snr is True, latents)
+        return _Said(stated.prediction, SCHEDULER, stated.sigmas, stated.sigma_data, stated.zero_snr is True)
     if "edm_mean" in keys and "edm_std" in keys:
         channels = arch.vae.latent_channels
         mean, std = (tuple(_values(model, key, channels).tolist()) for key in ("edm_mean", "edm_std"))
@@ -145,6 +142,20 @@ def _said(arch: Architecture, model: ModelFiles, weights: Mapping[str, Stored], 
             found = f"the deviation of {below}, {spread:.3f}; models that predict v have more than {limit}"
             return _Said("v" if spread > limit else "epsilon", found, zero_snr=zero_snr)
     return _Said(family.prediction, "", zero_snr=zero_snr)
+
+
+def _stated_latents(arch: Architecture, model: ModelFiles) -> _Latents | None:
+    """What a folder says of the latents' mean and deviation."""
+    mean, std, channels = model.settings.vae_mean, model.settings.vae_std, arch.vae.latent_channels
+    if not mean and not std:
+        return None
+    if not len(mean) == len(std) == channels:
+        raise CheckpointError(
+            f"{model.path}: vae/config.json: latents_mean and latents_std: expected {channels} numbers each, found"
+            f" {len(mean)} and {len(std)}",
+            "Download the folder again.",
+        )
+    return (model.settings.vae_scale or arch.vae.scale, mean, std)
 
 
 def _notes(model: ModelFiles, said: _Said, chosen: str, *, asked: bool) -> list[str]:
