@@ -33,9 +33,9 @@ MAX_BRANCHES = 16
 """Most guidance branches of one picture: the negative prompt and 15 parts between `AND`s."""
 
 PRECISIONS = ("fp32", "fp16", "bf16")
-PREDICTIONS = ("epsilon", "v", "edm")
-"""What a network may predict: the noise, v of Salimans and Ho 2022 ("Progressive Distillation"), or F of Karras et al.
-2022 ("Elucidating the Design Space"), table 1.
+PREDICTIONS = ("epsilon", "v", "edm", "x0")
+"""What a network may predict: the noise, v of Salimans and Ho 2022 ("Progressive Distillation"), F of Karras et al.
+2022 ("Elucidating the Design Space"), table 1, or the image without noise.
 """
 SOURCE_KINDS = ("checkpoint", "vae", "lora", "lora-config", "embedding", "hypernetwork")
 MAX_TIMESTEPS = 10_000

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, fields
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -34,8 +33,11 @@ def generate(
     steps: Annotated[int, typer.Option("--steps", metavar="N", help="Steps of the sampler, 1 to 1000.")] = 20,
     cfg: Annotated[float, typer.Option("--cfg", metavar="X", help="Guidance scale; 1 turns guidance off.")] = 7.0,
     image_cfg: options.ImageCfg = None,
+    cfg_rescale: options.CfgRescale = 0.0,
     sampler: options.Sampler = "euler",
     schedule: options.Schedule = None,
+    timesteps: options.Timesteps = None,
+    sigmas: options.Sigmas = None,
     seed: options.Seed = None,
     size: options.Size = None,
     original_size: options.OriginalSize = None,
@@ -136,15 +138,6 @@ def generate(
     _report(pictures, result, [*taken.notes, *notes], as_json)
 
 
-_PAIRS: dict[str, Callable[[str | None], tuple[int, int] | None]] = {
-    "size": options.parse_size,
-    "original_size": partial(options.parse_size, option="--original-size"),
-    "target_size": partial(options.parse_size, option="--target-size"),
-    "crop_top_left": options.parse_corner,
-}
-"""Settings that are written as one option and hold two numbers."""
-
-
 @dataclass(frozen=True)
 class _Taken:
     """The fields of a request, as given or out of a picture.
@@ -176,7 +169,8 @@ def _settings(ctx: typer.Context, manifest: Manifest) -> _Taken:
     for name in (f.name for f in fields(Request)):
         source = ctx.get_parameter_source(name)
         if (again is None and other is None) or (source is not None and source.name == "COMMANDLINE"):
-            given[name] = _PAIRS[name](ctx.params[name]) if name in _PAIRS else ctx.params[name]
+            value = ctx.params[name]
+            given[name] = options.PARSERS[name](value) if name in options.PARSERS else value
     if again is not None:
         parameters = parameters_of(again, read_said(again))
         return _Taken(settings_to_repeat(again, parameters, manifest, given), repeated=parameters)

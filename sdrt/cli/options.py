@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import re
 import threading
+from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -222,6 +224,31 @@ Schedule = Annotated[
         "--schedule",
         metavar="NAME",
         help="Noise levels to pass through, such as karras or sgm_uniform; the sampler's own if not given.",
+    ),
+]
+CfgRescale = Annotated[
+    float,
+    typer.Option(
+        "--cfg-rescale",
+        metavar="X",
+        help="Bring the contrast that guidance adds back by this share, 0 to 1; 0.7 suits models with zero terminal "
+        "SNR.",
+    ),
+]
+Timesteps = Annotated[
+    str | None,
+    typer.Option(
+        "--timesteps",
+        metavar="N,N,N",
+        help="In place of --steps and --schedule, the timesteps to pass through, falling: 999,749,499,249.",
+    ),
+]
+Sigmas = Annotated[
+    str | None,
+    typer.Option(
+        "--sigmas",
+        metavar="X,X,0",
+        help="The same as noise levels, falling and ending in 0: 14.6,4.8,1.3,0.",
     ),
 ]
 Seed = Annotated[
@@ -774,6 +801,47 @@ def parse_numbers(option: str, text: str) -> tuple[int, ...]:
     if re.fullmatch(r"\d{1,4}(,\d{1,4})*", text) is None:
         raise UsageError(f"{option} {text}: expected numbers with commas between them")
     return tuple(int(part) for part in text.split(","))
+
+
+def parse_timesteps(text: str | None) -> tuple[int, ...] | None:
+    """The timesteps that `--timesteps` lists. Their range and order are the request's to check.
+
+    Raises:
+        UsageError: it is not a list of whole numbers.
+    """
+    if text is None:
+        return None
+    if re.fullmatch(r"-?\d{1,6}(,-?\d{1,6})*", text) is None:
+        raise UsageError(
+            f"--timesteps {text}: expected whole numbers with commas between them",
+            "Write it as --timesteps 999,749,499,249.",
+        )
+    return tuple(int(part) for part in text.split(","))
+
+
+def parse_sigmas(text: str | None) -> tuple[float, ...] | None:
+    """The noise levels that `--sigmas` lists. Their range and order are the request's to check.
+
+    Raises:
+        UsageError: it is not a list of numbers.
+    """
+    try:
+        return None if text is None else tuple(float(part) for part in text.split(","))
+    except ValueError as error:
+        raise UsageError(
+            f"--sigmas {text}: expected numbers with commas between them", "Write it as --sigmas 14.6,4.8,1.3,0."
+        ) from error
+
+
+PARSERS: dict[str, Callable[[str | None], object]] = {
+    "size": parse_size,
+    "original_size": partial(parse_size, option="--original-size"),
+    "target_size": partial(parse_size, option="--target-size"),
+    "crop_top_left": parse_corner,
+    "timesteps": parse_timesteps,
+    "sigmas": parse_sigmas,
+}
+"""How to read the values of options that name a setting of a request, where they are texts there and none in it."""
 
 
 def time_limit(seconds: float, bundle: Path) -> AbstractContextManager[None]:

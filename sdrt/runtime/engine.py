@@ -249,11 +249,23 @@ around it.
 """
 
 
-def tables(rows: Sequence[Row], guidance: Sequence[Sequence[float]]) -> dict[str, Float]:
+def tables(
+    rows: Sequence[Row],
+    guidance: Sequence[Sequence[float]],
+    *,
+    conditional: Sequence[float] = (),
+    rescale: float = 0.0,
+    told_guidance: float | None = None,
+) -> dict[str, Float]:
     """Rows as the graph takes them, all tables but `noise` and `next`.
 
-    `guidance` weighs the branches of the guidance batch for each row; each sums to 1. No sampler keeps the second
-    combination: `v` is 0. Guidance is not rescaled: `rescale` is 0.
+    guidance: for each row the weights of the branches of the guidance batch; each sums to 1.
+    conditional: the weights of the branches in what the prompt alone gives, without guidance; they sum to 1. Needed
+        where guidance is rescaled.
+    rescale: phi, how far the deviation of the guided output is brought back to that of the conditional one, 0 to 1.
+    told_guidance: the guidance scale, for a network that is told it; None for others.
+
+    No sampler keeps the second combination: `v` is 0.
     """
 
     def column(values: list[Any]) -> Float:
@@ -265,9 +277,9 @@ def tables(rows: Sequence[Row], guidance: Sequence[Sequence[float]]) -> dict[str
         "a": column([row.a for row in rows]),
         "w": w,
         "v": np.zeros_like(w),
-        "rescale": np.zeros_like(w),
+        "rescale": np.zeros_like(w) + column([rescale * weight for weight in conditional] or [0.0]),
         "u": column([row.u for row in rows]),
         "q": column([row.q for row in rows]),
         "M": column([row.M for row in rows]),
         "inpaint": column([row.inpaint for row in rows]),
-    }
+    } | ({} if told_guidance is None else {"guidance": column([told_guidance] * len(rows))})

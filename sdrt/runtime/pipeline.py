@@ -31,7 +31,7 @@ from sdrt.runtime.pictures.canvas import Canvas, blank_canvas, canvas, laid_over
 from sdrt.runtime.pictures.file import QUALITY, encode
 from sdrt.runtime.prompts.conditioning import Conditioning, Prompts, TextConditioner
 from sdrt.runtime.prompts.tokenizer import Tokenizer
-from sdrt.runtime.request import Parameters, Request, Settings, Texts, request_of_settings, resolved
+from sdrt.runtime.request import Parameters, Request, Settings, Texts, branch_guidance, request_of_settings, resolved
 from sdrt.runtime.request_json import IMAGES, request_to_json
 from sdrt.runtime.request_memory import check_memory, with_own
 from sdrt.runtime.sampling.noise import Draws, draw_noise
@@ -286,15 +286,21 @@ class Pipeline:
         started = time.perf_counter()
         bundle = open_bundle(Path(path))
         check_files(bundle, [name for name in bundle.manifest.files if name != WEIGHTS])
+        stop = Event()
         with ThreadPoolExecutor(1) as pool:
             # Hashing the weights takes as long as reading them, so it runs beside loading. Unchecked data alone does no
             # harm: it is used only after the check.
-            checked: Future[None] = pool.submit(check_file, bundle, WEIGHTS)
+            checked: Future[None] = pool.submit(check_file, bundle, WEIGHTS, stop)
             try:
                 load = partial(load_engine, bundle, backend, threads, device, on_missing=on_missing, cores=cores)
                 engine = load() if observe is None else observe(load)
-            finally:
                 checked.result()
+            except Exception:
+                checked.result()  # changed weights explain any other error
+                raise
+            except BaseException:  # Ctrl-C waits for nothing
+                stop.set()
+                raise
         pipeline = cls(bundle, engine, Tokenizer(bundle.file(bundle.manifest.text[0].tokenizer), bundle.manifest.text))
         log.info("%s: loaded on %s in %.0f ms", bundle.path, engine.backend, _since(started))
         return pipeline
@@ -416,6 +422,8 @@ class Pipeline:
             **settings,
             "sampler": "euler",
             "schedule": None,
+            "timesteps": None,
+            "sigmas": None,
             "steps": 3,
             "seed": 0,
         }  # three calls, since two buffers take turns
@@ -454,6 +462,8 @@ class Pipeline:
             compat=request.compat,
             strength=request.strength,
             masked=request.mask is not None,
+            timesteps=request.timesteps,
+            sigmas=request.sigmas,
         )
 
     @property
@@ -558,7 +568,7 @@ class Pipeline:
             return self._conditioner.read(
                 **texts._asdict(),
                 steps=request.steps * calls_a_step,
-                cfg=request.cfg,
+                cfg=branch_guidance(request, self.bundle.manifest),
                 image_cfg=request.image_cfg,
                 clip_skip=request.clip_skip,
                 syntax=request.prompt_syntax,
@@ -594,7 +604,13 @@ class Pipeline:
         for i, (draw, each) in enumerate(zip(draws, said, strict=True)):
             # AUTOMATIC1111 counts a prompt's steps in model calls. The schedule of an image ends before the count does.
             of_row = [min(row, len(each.set_of_step) - 1) for row in range(len(plan.rows))]
-            numbers = {**tables(plan.rows, [each.weights[step] for step in of_row]), "noise": draw.steps}
+            numbers = tables(
+                plan.rows,
+                [each.weights[step] for step in of_row],
+                conditional=each.conditional,
+                rescale=plan.request.cfg_rescale,
+                told_guidance=plan.request.cfg if self.bundle.manifest.diffusion.told_guidance else None,
+            ) | {"noise": draw.steps}
             inputs = {"init": init[i], "init_noise": draw.unit, "mask": keep}
             if concat is not None:
                 inputs["concat"] = np.stack([concat[i] if image else np.zeros_like(concat[i]) for image in each.images])

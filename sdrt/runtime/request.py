@@ -16,7 +16,7 @@ from sdrt.bundle.manifest import MAX_BATCH, MAX_SIDE, MIN_SIDE, SIZE_STEP, Manif
 from sdrt.errors import UsageError, nearest, one_of
 from sdrt.runtime.prompts.conditioning import EMPHASES, NETWORK_TAGS, SYNTAXES, chosen_layer
 from sdrt.runtime.sampling.noise import MAX_SEED, NOISES
-from sdrt.runtime.sampling.registry import COMPATS, parse_sampler
+from sdrt.runtime.sampling.registry import COMPATS, check_list, parse_sampler, steps_of
 from sdrt.runtime.sampling.schedule import MAX_STEPS
 
 if TYPE_CHECKING:
@@ -38,9 +38,12 @@ class Settings(TypedDict, total=False):
     steps: int
     cfg: float
     image_cfg: float | None
+    cfg_rescale: float
     seed: int | None
     sampler: str
     schedule: str | None
+    timesteps: Sequence[int] | None
+    sigmas: Sequence[float] | None
     size: tuple[int, int] | None
     original_size: tuple[int, int] | None
     crop_top_left: tuple[int, int] | None
@@ -77,9 +80,12 @@ class Parameters(TypedDict):
     steps: int
     cfg: float
     image_cfg: float | None
+    cfg_rescale: float
     seed: int
     sampler: str
     schedule: str
+    timesteps: list[int] | None
+    sigmas: list[float] | None
     size: list[int]
     original_size: list[int] | None
     crop_top_left: list[int] | None
@@ -125,12 +131,18 @@ class Request:
     prompt_2, negative_2: what the second text encoder reads, of models that have two; given like `prompt` and
         `negative`. None is `prompt` and `negative`. For compat diffusers and the plain syntax.
     steps: 1 to 1000. Samplers with two model calls a step (heun) make nearly twice as many calls.
-    cfg: guidance scale, usually 1 or more; 1 turns guidance off and halves the work.
+    cfg: guidance scale, usually 1 or more; 1 turns guidance off and halves the work. In diffusers, so does less than 1.
+        A model that is told the scale has no guidance beside that.
     image_cfg: of an edit model, how much the image to edit guides; None is 1.5.
+    cfg_rescale: how far the deviation of the guided output is brought back to that of the conditional one, 0 to 1
+        (diffusers' `guidance_rescale`). For models trained to zero terminal SNR, which guidance overexposes.
     seed: 0 to 2**64 - 1. None, or -1 as in AUTOMATIC1111, draws a seed, which the result names. Picture i of a call has
         seed + i and its own noise.
     sampler: a key or label of `sdrt.runtime.sampling.registry.SAMPLERS`, or diffusers' class name.
     schedule: the noise levels to pass through; None takes the sampler's own.
+    timesteps: in place of steps and schedule, the training timesteps to pass through: whole numbers, falling, such as
+        999, 749, 499, 249. An image takes the tail of them.
+    sigmas: the same as noise levels, falling and ending in 0.
     size: (width, height) in pixels, multiples of 8 from 64 to 8192; None takes the bundle's.
     original_size, target_size: (width, height) in pixels that a model like SDXL is told: of the picture before it was
         cropped and scaled, and after. None is the size of the picture.
@@ -164,9 +176,12 @@ class Request:
     steps: int = 20
     cfg: float = 7.0
     image_cfg: float | None = None
+    cfg_rescale: float = 0.0
     seed: int | None = None
     sampler: str = "euler"
     schedule: str | None = None
+    timesteps: Sequence[int] | None = None
+    sigmas: Sequence[float] | None = None
     size: tuple[int, int] | None = None
     original_size: tuple[int, int] | None = None
     crop_top_left: tuple[int, int] | None = None
@@ -228,8 +243,13 @@ def resolved(request: Request, manifest: Manifest) -> Request:
     """
     compat = one_of("compat", request.compat, COMPATS)
     diffusers = compat == "diffusers"
-    named = None if request.schedule is None else _text("schedule", request.schedule)
-    sampler, schedule = parse_sampler(_text("sampler", request.sampler), named, compat)
+    diffusion = manifest.diffusion
+    listed = request.timesteps is not None or request.sigmas is not None
+    named = None if request.schedule is None or listed else _text("schedule", request.schedule)
+    sampler, schedule = parse_sampler(_text("sampler", request.sampler), named, compat, diffusion)
+    timesteps, sigmas = check_list(
+        sampler, diffusion, compat=compat, timesteps=request.timesteps, sigmas=request.sigmas
+    )
     syntax = one_of("prompt syntax", request.prompt_syntax or ("plain" if diffusers else "a1111"), SYNTAXES)
     texts, count = _texts(request)
     if texts["negative"] is None and not (diffusers and any(text.zero_empty for text in manifest.text)):
@@ -249,11 +269,14 @@ def resolved(request: Request, manifest: Manifest) -> Request:
         **texts,
         image_cfg=image_cfg if edits else None,
         count=count,
-        steps=_range("steps", request.steps, 1, MAX_STEPS),
+        steps=_range("steps", steps_of(request.steps, timesteps, sigmas), 1, MAX_STEPS),
         cfg=_number("cfg", request.cfg, "1 to 30 usually"),
+        cfg_rescale=_share("cfg rescale", request.cfg_rescale),
         seed=_range("seed", draw_seed() if request.seed in (None, -1) else request.seed, 0, MAX_SEED - (count - 1)),
         sampler=sampler,
         schedule=schedule,
+        timesteps=timesteps,
+        sigmas=sigmas,
         size=_size(request.size, manifest),
         original_size=_told("original size", request.original_size, manifest, "(width, height)", 1),
         crop_top_left=_told("crop top left", request.crop_top_left, manifest, "(top, left)", 0),
@@ -268,6 +291,13 @@ def resolved(request: Request, manifest: Manifest) -> Request:
         mask_blur=_range("mask blur", blur, 0, MAX_BLUR),
         resize=one_of("resize", request.resize, RESIZES),
     )
+
+
+def branch_guidance(request: Request, manifest: Manifest) -> float:
+    """The guidance scale by which the branches of a picture are weighed; 1 is no guidance."""
+    if manifest.diffusion.told_guidance:
+        return 1
+    return max(request.cfg, 1) if request.compat == "diffusers" else request.cfg
 
 
 def draw_seed() -> int:
@@ -406,6 +436,13 @@ def _range(name: str, value: int, low: int, high: int) -> int:
     if not low <= value <= high:
         raise UsageError(f"{name} {value}: expected {low} to {high}")
     return int(value)
+
+
+def _share(name: str, value: float) -> float:
+    number = _number(name, value, "0 to 1")
+    if not 0 <= number <= 1:
+        raise UsageError(f"{name} {value}: expected 0 to 1", "0.7 suits most models with zero terminal SNR.")
+    return number
 
 
 def _number(name: str, value: float, usual: str) -> float:

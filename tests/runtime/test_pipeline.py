@@ -86,6 +86,9 @@ def diffusers_pictures(flat_bundle: Path, blindbox_bundle: Path, tmp_path_factor
         steps: int = 20,
         size: tuple[int, int] = (64, 64),
         negative: str = "",
+        cfg_rescale: float = 0.0,
+        timesteps: Sequence[int] | None = None,
+        sigmas: Sequence[float] | None = None,
     ) -> Pixels:
         if bundle not in made:
             made[bundle] = reference.diffusers_pipeline(bundles[bundle], tokenizer)
@@ -104,7 +107,10 @@ def diffusers_pictures(flat_bundle: Path, blindbox_bundle: Path, tmp_path_factor
                 negative_prompt=[negative] * len(prompts),
                 latents=latents,
                 guidance_scale=cfg,
+                guidance_rescale=cfg_rescale,
                 num_inference_steps=steps,
+                timesteps=timesteps,
+                sigmas=sigmas,
                 height=height,
                 width=width,
                 output_type="np",
@@ -157,6 +163,11 @@ def test_one_pipeline_takes_any_settings(
         {"sampler": "ddim", "cfg": 5.5, "steps": 7, "size": (128, 64)},
         {"sampler": "euler", "cfg": 1.0, "steps": 12, "size": (64, 192)},
         {"sampler": "ddim", "cfg": 2.0, "steps": 20, "size": (128, 128), "negative": "green apple"},
+        {"sampler": "euler", "cfg": 6.0, "cfg_rescale": 0.7, "steps": 10, "size": (64, 64)},
+        {"sampler": "ddim", "cfg": 3.0, "cfg_rescale": 1.0, "steps": 7, "size": (64, 64), "negative": "green"},
+        {"sampler": "euler", "cfg": 0.0, "steps": 8, "size": (64, 64), "negative": "green apple"},
+        {"sampler": "euler", "cfg": 3.0, "timesteps": [999, 749, 499, 249], "size": (64, 64)},
+        {"sampler": "euler", "cfg": 3.0, "sigmas": [14.6, 5.0, 1.7, 0.6, 0.1, 0.0], "size": (64, 64)},
         {"sampler": "euler", "cfg": 3.0, "steps": 10, "size": (64, 64)},
     ]
     with Pipeline.load(flat_bundle, threads=1) as pipeline:

@@ -78,12 +78,15 @@ class Conditioning:
     weights: for each step the guidance weights of the G branches. They sum to 1, if guided: 1 - cfg * sum(w), then cfg
         * w of each part. For an edit model, 1 - image_cfg and image_cfg - cfg * sum(w) come before the parts.
     images: whether each of the G branches sees the image to edit.
+    conditional: the weights of the branches without guidance: 0 for the negative prompt, and w / sum(w) of each part.
+        All 0 if the parts cancel out.
     """
 
     sets: tuple[Mapping[str, Float], ...]
     set_of_step: tuple[int, ...]
     weights: tuple[tuple[float, ...], ...]
     images: tuple[bool, ...]
+    conditional: tuple[float, ...] = ()
 
 
 class Encoding(NamedTuple):
@@ -139,6 +142,13 @@ class Prompts:
     def chunks(self) -> int:
         """Chunks of the longest part. All branches are filled up to this length."""
         return max(part.length for part in self.parts)
+
+    @property
+    def conditional(self) -> tuple[float, ...]:
+        """The weights of the branches without guidance."""
+        of_parts = self.weights[self.negatives :]
+        total = sum(of_parts)
+        return (0.0,) * self.negatives + tuple(weight / total if total != 0 else 0.0 for weight in of_parts)
 
 
 class TextConditioner:
@@ -277,7 +287,9 @@ class TextConditioner:
                 branches = [of_text[text] for of_text, text in zip(encodings, texts, strict=True)]
                 sets.append(self._set(branches, encoded, prompts.negatives, sizes))
             set_of_step.append(index_of[texts])
-        return Conditioning(tuple(sets), tuple(set_of_step), (prompts.weights,) * prompts.steps, prompts.images)
+        return Conditioning(
+            tuple(sets), tuple(set_of_step), (prompts.weights,) * prompts.steps, prompts.images, prompts.conditional
+        )
 
     def _part(
         self, name: str, text: str, second: str | None, steps: int, syntax: str, emphasis: str, limited: bool

@@ -386,6 +386,36 @@ def test_blobs_hold_no_weights(reports: list[CompileReport]) -> None:
     assert all(one[graph] == two[graph] for graph in GRAPHS if graph != STEP)  # compiled once for both
 
 
+COMPILE = """
+import hashlib, sys
+from pathlib import Path
+from sdrt.bundle.folder import open_bundle
+from sdrt.bundle.graphs import GRAPHS
+from sdrt.runtime.backends.openvino.model import StepShape, compile_graph, export_blob, import_openvino
+ov, bundle = import_openvino("tests"), open_bundle(Path(sys.argv[1]))
+core, shape = ov.Core(), StepShape(1, 8, 8, 77, 2, 16)
+for graph in GRAPHS:
+    compiled, _ = compile_graph(ov, core, bundle.graph(graph, "fp32"), shape.inputs(graph, bundle.manifest), "fp32", 1)
+    print(hashlib.sha256(export_blob(compiled)).hexdigest())
+"""
+
+
+def test_another_lora_compiles_nothing(
+    bundle: Path, blindbox_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blobs are equal to the last byte whatever the weights are, but for names that a process counts up; so they come
+    from the cache.
+    """
+    assert run_python(COMPILE, str(bundle)) == run_python(COMPILE, str(blindbox_bundle))
+    other = Path(shutil.copytree(blindbox_bundle, tmp_path / "other.sdrt"))
+    monkeypatch.setattr(compiling, "compile_graph", lambda *_: pytest.fail("compiled again"))
+    (found,) = compile_bundle(open_bundle(other), CompileOptions("openvino", branches=(2,), tokens=SHORT))
+    known = {record.branches: record for _, record in list_engines(open_bundle(bundle))}[(2,)]
+    assert not found.cached and found.record.plans == known.plans and found.record.key.weights != known.key.weights
+    with Pipeline.load(other, backend="openvino", threads=1) as loaded:
+        assert loaded("red apple", steps=1, seed=1).engine["engine"] == found.path.name
+
+
 def test_a_second_start_compiles_nothing(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(*_: Any) -> None:
         pytest.fail("compiled again")
