@@ -4,6 +4,7 @@ fake engine.
 
 from __future__ import annotations
 
+import json
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -36,6 +37,7 @@ from sdrt.errors import (
 from sdrt.runtime import Pipeline, Result, Step
 from sdrt.runtime.engine import BatchShape, Engine, Float, Pixels, RunningBatch
 from sdrt.runtime.prompts.tokenizer import Tokenizer
+from sdrt.runtime.request_json import settings_from_json
 from sdrt.runtime.request_memory import Demand
 
 LIKE_DIFFUSERS_DB = 55.0
@@ -424,6 +426,14 @@ def test_guidance_so_large_that_it_overflows(flat: Pipeline) -> None:
             {"init_image": np.zeros((64, 64, 3), np.uint8), "strength": float("nan")},
             "strength nan: expected a finite number, more than 0 and at most 1",
         ),
+        ({"cfg_rescale": 1.5}, "cfg rescale 1.5: expected 0 to 1"),
+        ({"cfg_rescale": -0.1}, "cfg rescale -0.1: expected 0 to 1"),
+        ({"cfg_rescale": None}, "cfg rescale None: expected a number"),
+        ({"timesteps": [249, 499]}, "timesteps: 249, 499: they rise"),
+        ({"timesteps": 999}, "timesteps: expected a list, found int"),
+        ({"sampler": "plms", "timesteps": [999, 499]}, "timesteps: sampler plms takes no list of them"),
+        ({"sigmas": [14.0, 1.0]}, "sigmas: the last is 1"),
+        ({"timesteps": [999], "sigmas": [14.0, 0.0]}, "timesteps: given beside sigmas"),
         ({"sampler": "eulr"}, "sampler 'eulr': unknown; did you mean 'euler'"),
         ({"schedule": "leading"}, "schedule 'leading': sampler euler cannot take it"),
         ({"prompt": "word " * 76, "compat": "diffusers"}, "76 tokens"),
@@ -697,6 +707,48 @@ def test_settings_that_a_model_does_not_take(of_two: Pipeline, settings: dict[st
 def test_settings_of_other_families(over_fake: Pipeline, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         over_fake("fox", **settings)
+
+
+def test_rescaled_guidance(fake: FakeEngine, over_fake: Pipeline) -> None:
+    """phi times the weights of the conditional output: the parts' weights in proportion, nothing of the negative."""
+    over_fake("fox", negative="sun", cfg=4, cfg_rescale=0.75, seed=1, steps=2)
+    over_fake("fox :3 AND sun :1", cfg=4, cfg_rescale=0.5, seed=1, steps=2)
+    over_fake("fox :1 AND sun :-1", cfg=4, cfg_rescale=0.5, seed=1, steps=2)  # no conditional output is left
+    over_fake("fox", cfg=4, seed=1, steps=2)
+    assert [job.tables["rescale"].tolist() for job in fake.jobs] == [
+        [[0, 0.75]] * 2,
+        [[0, 0.375, 0.125]] * 2,
+        [[0, 0, 0]] * 2,
+        [[0, 0]] * 2,
+    ]
+
+
+def test_networks_that_are_told_the_guidance_scale(fake: FakeEngine, flat_bundle: Path) -> None:
+    """The scale is in a table of its own. There is one branch, and the negative prompt is not even encoded."""
+    opened = open_bundle(flat_bundle)
+    manifest = replace(opened.manifest, diffusion=replace(opened.manifest.diffusion, told_guidance=True))
+    pipeline = Pipeline(
+        Bundle(opened.path, manifest), fake, Tokenizer(opened.file("tokenizer/tokenizer.json"), manifest.text[0])
+    )
+    result = pipeline("fox", negative="sun", cfg=8.5, seed=1, sampler="lcm", steps=4)
+    (job,) = fake.jobs
+    assert job.tables["guidance"].tolist() == [8.5] * 4 and job.tables["guidance"].dtype == np.float32
+    assert job.tables["w"].tolist() == [[1.0]] * 4 and result.parameters["cfg"] == 8.5
+    assert [tokens.tolist() for tokens, _ in fake.texts] == [[clip_ids("fox")]]
+
+
+def test_lists_replace_steps_and_schedule(fake: FakeEngine, over_fake: Pipeline) -> None:
+    """Numpy's numbers too. What a result says asks for the same again."""
+    timesteps = np.array([999, 749, 499, 249])
+    said = over_fake("fox", seed=1, steps=30, schedule="karras", timesteps=list(timesteps)).parameters
+    assert (said["steps"], said["timesteps"], said["sigmas"]) == (4, [999, 749, 499, 249], None)
+    again = settings_from_json(json.loads(json.dumps(said)))
+    for settings in ({}, {"timesteps": None, "sigmas": [14.6, 1.0, 0.0]}):
+        over_fake(**{name: value for name, value in again.items() if name != "prompt"} | settings, prompt="fox")
+    of_timesteps, repeated, of_sigmas = fake.jobs
+    assert of_timesteps.tables["timestep"].tolist() == [999, 749, 499, 249]
+    assert all(np.array_equal(of_timesteps.tables[name], repeated.tables[name]) for name in of_timesteps.tables)
+    assert of_sigmas.rows == 2
 
 
 def test_what_a_result_says(over_fake: Pipeline) -> None:
