@@ -564,12 +564,14 @@ class Pipeline:
         """The distinct prompts of all pictures, read once."""
         calls_a_step = 2 if len(rows) > len({row.step for row in rows}) else 1
 
+        cfg, image_cfg = branch_guidance(request, self.bundle.manifest)
+
         def read(texts: Texts) -> Prompts:
             return self._conditioner.read(
                 **texts._asdict(),
                 steps=request.steps * calls_a_step,
-                cfg=branch_guidance(request, self.bundle.manifest),
-                image_cfg=request.image_cfg,
+                cfg=cfg,
+                image_cfg=image_cfg,
                 clip_skip=request.clip_skip,
                 syntax=request.prompt_syntax,
                 emphasis=request.emphasis,
