@@ -148,9 +148,9 @@ def sdxl_pipeline(checkpoint: Path, spec: Mapping[str, Any], folder: Path) -> An
     ).eval()
     unet.load_state_dict(convert_ldm_unet_checkpoint(dict(weights), dict(unet.config)))
     first, second = "conditioner.embedders.0.transformer.", "conditioner.embedders.1.model."
-    layers = {name.split(".")[6] for name in weights if name.startswith(first + "text_model.encoder.layers.")}
+    layers = {name.split(".")[7] for name in weights if name.startswith(first + "text_model.encoder.layers.")}
     text_encoder = text_model(weights, {**clip, "layers": len(layers)}, first)
-    layers = {name.split(".")[5] for name in weights if name.startswith(second + "transformer.resblocks.")}
+    layers = {name.split(".")[6] for name in weights if name.startswith(second + "transformer.resblocks.")}
     text_encoder_2 = CLIPTextModelWithProjection(
         CLIPTextConfig(
             vocab_size=openclip["vocabulary"],
@@ -186,7 +186,7 @@ def widened(checkpoint: Path) -> Weights:
     return {
         name: tensor.float() * stored.get(name.removesuffix(".weight") + ".scale_weight", 1.0)
         for name, tensor in stored.items()
-        if not name.endswith(".scale_weight")
+        if not name.endswith((".scale_weight", ".position_ids"))
     }
 
 
