@@ -94,7 +94,7 @@ def save_for_diffusers(bundle: Path, folder: Path) -> None:
     vocabulary.mkdir()
     StableDiffusionPipeline(
         vae=reference.vae(weights, sizes["vae"]),
-        text_encoder=reference.text_model(weights, sizes["clip"]),
+        text_encoder=reference.text_model(weights, sizes["texts"][0]),
         tokenizer=reference.clip_tokenizer(vocabulary),
         unet=reference.unet(weights, sizes["unet"]),
         scheduler=EulerDiscreteScheduler(**reference.TRAINING, timestep_spacing="linspace"),

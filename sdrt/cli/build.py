@@ -27,6 +27,9 @@ def build(
     ema: options.Ema = False,
     target: options.PreparedTargets = None,
     precision: options.StoragePrecision = "fp16",
+    vae_precision: options.VaePrecision = None,
+    prediction: options.Prediction = None,
+    zero_snr: options.ZeroSnr = None,
     size: options.DefaultSize = None,
     clip_skip: options.BuiltClipSkips = None,
     allow_unmatched: options.AllowUnmatched = False,
@@ -62,6 +65,9 @@ def build(
         embeddings=tuple(parse_embedding_option(text) for text in embedding or []),
         hypernetworks=tuple(parse_hypernetwork_option(text) for text in hypernetwork or []),
         ema=ema,
+        prediction=prediction,
+        zero_snr=zero_snr,
+        vae_precision=vae_precision,
     )
     with StageProgress(BUILD_STAGES) as progress:
         report = run_build(asked, progress)

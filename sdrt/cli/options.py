@@ -10,6 +10,7 @@ import re
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -111,6 +112,29 @@ StoragePrecision = Annotated[
         "the CPU has it and this is not fp32.",
     ),
 ]
+VaePrecision = Annotated[
+    str | None,
+    typer.Option(
+        "--vae-precision",
+        metavar="fp16|fp32",
+        help="What the VAE computes in on a GPU: fp32, or fp16 as the rest. If not given: fp32 for SDXL, whose VAE "
+        "overflows in float16, else as the rest. Give fp16 with a VAE that was made for it.",
+    ),
+]
+Prediction = Annotated[
+    str | None,
+    typer.Option(
+        "--prediction", metavar="eps|v", help="What the UNet predicts; what the checkpoint says if not given."
+    ),
+]
+ZeroSnr = Annotated[
+    bool | None,
+    typer.Option(
+        "--zero-snr/--no-zero-snr",
+        help="The UNet was trained with no signal left at its last timestep, or was not; what the checkpoint says if "
+        "not given.",
+    ),
+]
 DefaultSize = Annotated[
     str | None,
     typer.Option(
@@ -156,6 +180,32 @@ Prompt = Annotated[
         help="What to show, in AUTOMATIC1111's syntax: (word:1.2), [day:dusk:0.5], AND, BREAK. Left out only with "
         "--from-png or --settings-from.",
         show_default=False,
+    ),
+]
+Negative = Annotated[
+    str | None,
+    typer.Option(
+        "--negative",
+        metavar="TEXT",
+        help='What to steer away from. For SDXL, --compat diffusers tells "" from none given, as diffusers does.',
+    ),
+]
+Prompt2 = Annotated[
+    str | None,
+    typer.Option(
+        "--prompt-2",
+        metavar="TEXT",
+        help="What the second text encoder reads, of a model that has two and with --compat diffusers; PROMPT if not "
+        "given.",
+    ),
+]
+Negative2 = Annotated[
+    str | None, typer.Option("--negative-2", metavar="TEXT", help="The same of --negative, which has to be given too.")
+]
+ImageCfg = Annotated[
+    float | None,
+    typer.Option(
+        "--image-cfg", metavar="X", help="How much the picture guides that an edit model edits; 1.5 if not given."
     ),
 ]
 Sampler = Annotated[
@@ -215,8 +265,39 @@ Size = Annotated[
         "--size", metavar="WxH", help="Picture size in pixels, multiples of 8; the bundle's own if not given."
     ),
 ]
+OriginalSize = Annotated[
+    str | None,
+    typer.Option(
+        "--original-size",
+        metavar="WxH",
+        help="Size that a model like SDXL is told the picture had before it was cropped; that of the picture if not "
+        "given. A small one makes it blurred.",
+    ),
+]
+CropTopLeft = Annotated[
+    str | None,
+    typer.Option(
+        "--crop-top-left",
+        metavar="T,L",
+        help="Where such a model is told the picture was cropped, in pixels from the top and the left; 0,0 if not "
+        "given.",
+    ),
+]
+TargetSize = Annotated[
+    str | None,
+    typer.Option(
+        "--target-size",
+        metavar="WxH",
+        help="Size that such a model is told the picture has; the picture's own if not given.",
+    ),
+]
 InitImage = Annotated[
-    Path | None, typer.Option("--init-image", metavar="F", help="Picture to start from instead of noise alone.")
+    Path | None,
+    typer.Option(
+        "--init-image",
+        metavar="F",
+        help="Picture to start from instead of noise alone, or, for an edit model, to edit.",
+    ),
 ]
 Strength = Annotated[
     float | None,
@@ -463,11 +544,12 @@ TokenRange = Annotated[
     ),
 ]
 Branches = Annotated[
-    str,
+    str | None,
     typer.Option(
         "--branches",
         metavar="1,2",
-        help="Numbers of guidance branches: 1 is guidance off, 2 a prompt and a negative one.",
+        help="Numbers of guidance branches: 1 is guidance off, 2 a prompt and a negative one, 3 what an edit model "
+        "takes. If not given 1 and what the model takes with guidance.",
     ),
 ]
 Arithmetic = Annotated[
@@ -646,8 +728,8 @@ FailBeyondFence = Annotated[
 # Values
 
 
-def parse_size(text: str | None) -> tuple[int, int] | None:
-    """The (width, height) in pixels that a `--size WxH` names.
+def parse_size(text: str | None, option: str = "--size") -> tuple[int, int] | None:
+    """The (width, height) in pixels that an option `WxH` names.
 
     Raises:
         UsageError: it is not two numbers with an x between them.
@@ -656,8 +738,22 @@ def parse_size(text: str | None) -> tuple[int, int] | None:
         return None
     size = _size(text)
     if size is None:
-        raise UsageError(f"--size {text}: expected WIDTHxHEIGHT in pixels", "Write it as --size 512x768.")
+        raise UsageError(f"{option} {text}: expected WIDTHxHEIGHT in pixels", f"Write it as {option} 512x768.")
     return size
+
+
+def parse_corner(text: str | None) -> tuple[int, int] | None:
+    """The (top, left) in pixels that a `--crop-top-left T,L` names.
+
+    Raises:
+        UsageError: it is not two numbers with a comma between them.
+    """
+    if text is None:
+        return None
+    match = re.fullmatch(r"(\d{1,6}),(\d{1,6})", text)
+    if match is None:
+        raise UsageError(f"--crop-top-left {text}: expected TOP,LEFT in pixels", "Write it as --crop-top-left 0,0.")
+    return int(match[1]), int(match[2])
 
 
 def parse_sizes(text: str | None) -> tuple[tuple[int, int], tuple[int, int]] | None:
@@ -739,6 +835,9 @@ def parse_sigmas(text: str | None) -> tuple[float, ...] | None:
 
 PARSERS: dict[str, Callable[[str | None], object]] = {
     "size": parse_size,
+    "original_size": partial(parse_size, option="--original-size"),
+    "target_size": partial(parse_size, option="--target-size"),
+    "crop_top_left": parse_corner,
     "timesteps": parse_timesteps,
     "sigmas": parse_sigmas,
 }

@@ -29,6 +29,7 @@ from sdrt.bundle.manifest import (
     WEIGHTS,
     Component,
     Diffusion,
+    FileRecord,
     Graph,
     Latents,
     Manifest,
@@ -38,13 +39,13 @@ from sdrt.bundle.manifest import (
     reference_path,
     write_manifest,
 )
-from sdrt.errors import ResourceError, SdrtError, UsageError
+from sdrt.errors import ResourceError, SdrtError, UsageError, nearest
 from sdrt.export.adapters.embedding import (
     Embedding,
     EmbeddingOption,
     bundled_embeddings,
     check_triggers,
-    extended_table,
+    extended_tables,
     open_embedding,
     table_rows,
 )
@@ -70,6 +71,11 @@ if TYPE_CHECKING:
 class BuildOptions:
     """What to build. `size` is the default picture as (width, height); None takes the checkpoint's. `clip_skip` names
     the text-encoder layers to build, the first one being the default. `output` None names it after the inputs.
+
+    prediction, zero_snr: what the UNet predicts, and whether its last timestep has no signal left, in place of what the
+        checkpoint says. The prediction is "eps" or "v".
+    vae_precision: what the VAE computes in on a GPU: fp32 or `precision`. None takes fp32 where the family's VAE
+        overflows in float16, else `precision`.
     """
 
     checkpoint: Path
@@ -84,6 +90,9 @@ class BuildOptions:
     embeddings: tuple[EmbeddingOption, ...] = ()
     hypernetworks: tuple[HypernetworkOption, ...] = ()
     ema: bool = False
+    prediction: str | None = None
+    zero_snr: bool | None = None
+    vae_precision: str | None = None
 
 
 @dataclass(frozen=True)
@@ -99,7 +108,10 @@ class BuildReport:
     cached: tuple[str, ...]
 
 
-_COMPONENTS = {TEXT_ENCODER: "text_encoder", STEP: UNET, VAE_DECODER: "vae", VAE_ENCODER: "vae"}
+PREDICTIONS = ("eps", "v")
+"""The words of `--prediction`."""
+_VAE = "vae"
+_COMPONENTS = {TEXT_ENCODER: "text_encoder", STEP: UNET, VAE_DECODER: _VAE, VAE_ENCODER: _VAE}
 """The component whose weights each graph takes."""
 _GRAPH_BYTES, _REFERENCE_BYTES = 4 << 20, 4 << 20
 """Room to find before a graph in all its precisions, and its reference, is written: more than any of Stable Diffusion
@@ -119,8 +131,8 @@ Stage = Callable[..., AbstractContextManager[None]]
 @dataclass(frozen=True)
 class _Inputs:
     """The files, open and found to belong together, each list in the order given. `arch` is the checkpoint's own with
-    the options applied, `expected` the shapes of its weights, `unknown` tensors that no network has. `sources` are the
-    checkpoint's and the VAE's records, once their files are hashed.
+    the options applied, `expected` the shapes of its graphs' weights, `unknown` tensors that no network has. `sources`
+    are the checkpoint's and the VAE's records, once their files are hashed.
     """
 
     checkpoint: Checkpoint
@@ -136,14 +148,19 @@ class _Inputs:
 
 @dataclass(frozen=True)
 class _Model:
-    """What the bundle will hold: the architecture with all adapters in it, its graphs' recipes, tensors that are
-    computed in place of or beside the checkpoint's, and the size of all weights.
+    """What the bundle will hold: the architecture with all adapters in it, its graphs' recipes, the arithmetic of its
+    components, tensors that are computed in place of or beside the checkpoint's, and the size of all weights.
     """
 
     arch: Architecture
     recipes: Mapping[str, Recipe]
+    components: Mapping[str, Component]
     computed: Mapping[str, Made]
     weights_bytes: int
+
+    def computes(self, graph: str) -> tuple[str, ...]:
+        """The arithmetics in which a graph is written: float32, and what its component computes in on a GPU."""
+        return tuple(dict.fromkeys(("fp32", self.components[_COMPONENTS[graph]].compute)))
 
 
 @dataclass(frozen=True)
@@ -153,6 +170,16 @@ class _Tokenizer:
     bos: int
     eos: int
     notes: Sequence[str]
+
+
+@dataclass(frozen=True)
+class _Contents:
+    """What the stages have written into the folder of the bundle."""
+
+    folder: Path
+    tokenizer: _Tokenizer
+    weights: Written
+    graphs: Mapping[str, dict[str, Graph]]
 
 
 def build(options: BuildOptions, progress: Progress = lambda stage, done: None) -> BuildReport:
@@ -179,7 +206,7 @@ def build(options: BuildOptions, progress: Progress = lambda stage, done: None) 
         _check_output(output, options)
         with stage("read"):
             inputs = _read(options, files, hashing)
-            model = _combine(inputs, options.precision)
+            model = _combine(inputs, options)
             inputs.sources.result()  # all of it before the first tensor is read: a change from then on shows at the end
         with staged_folder(output, replace=options.force) as folder:
             for part in ("graphs", "tokenizer", "reference"):
@@ -187,12 +214,17 @@ def build(options: BuildOptions, progress: Progress = lambda stage, done: None) 
             tokenizer = _write_tokenizer(inputs, model, folder, stage)
             weights = _fuse(inputs, model, folder, options.precision, stage, progress)
             cached = _bind(model, weights, folder, options.precision, stage)
-            graphs = _check(model, folder, options.precision, stage)
+            contents = _Contents(folder, tokenizer, weights, _check(model, folder, stage))
             with stage("write"):
                 _check_unchanged(inputs)
-                manifest = _manifest(output, folder, options.precision, inputs, model, tokenizer, weights, graphs)
+                manifest = _manifest(output.name.removesuffix(".sdrt"), inputs, model, contents)
                 write_manifest(folder, manifest)
-    notes = (*inputs.checkpoint.notes, *_notes(inputs, weights.changes), *tokenizer.notes, *_hypernetwork_notes(inputs))
+    notes = (
+        *inputs.checkpoint.notes,
+        *_notes(inputs, weights.changes),
+        *tokenizer.notes,
+        *_hypernetwork_notes(inputs),
+    )
     return BuildReport(output, manifest, notes, stages_s, cached)
 
 
@@ -220,21 +252,24 @@ def _stages(output: Path, progress: Progress, seconds: dict[str, float]) -> Stag
 
 def _read(options: BuildOptions, files: ExitStack, hashing: ThreadPoolExecutor) -> _Inputs:
     """Open every file and match it with the model. `files` closes them; `hashing` hashes the model's meanwhile."""
-    checkpoint = open_checkpoint(options.checkpoint, options.vae, ema=options.ema)
+    checkpoint = open_checkpoint(
+        options.checkpoint, options.vae, ema=options.ema, prediction=options.prediction, zero_snr=options.zero_snr
+    )
     files.callback(checkpoint.close)
     sources = hashing.submit(_sources, checkpoint)  # takes as long as importing torch
     arch = _with_options(checkpoint.architecture, options)
-    from sdrt.export.graph import recipes  # imports torch: only after the files are known to be good
+    from sdrt.export.graph import weight_shapes  # imports torch: only after the files are known to be good
 
-    expected = {name: shape for recipe in recipes(arch).values() for name, shape in recipe.weight_shapes().items()}
+    expected = weight_shapes(arch)
     tensors, unknown = select(checkpoint, expected)
     loras, embeddings, hypernetworks = list[Lora](), list[Embedding](), list[Hypernetwork]()
     for option in options.loras:
-        loras.append(open_lora(option, expected, arch.unet, allow_unmatched=options.allow_unmatched))
+        loras.append(open_lora(option, expected, arch, allow_unmatched=options.allow_unmatched))
         files.callback(loras[-1].file.close)
-    embeddings += bundled_embeddings(loras, arch.clip)
+    arch = _as_told(arch, loras, options)
+    embeddings += bundled_embeddings(loras, arch)
     for learned in options.embeddings:
-        embeddings.append(open_embedding(learned, arch.clip))
+        embeddings.append(open_embedding(learned, arch))
         files.callback(embeddings[-1].file.close)
     for chained in options.hypernetworks:
         hypernetworks.append(open_hypernetwork(chained, arch.unet, allow_unmatched=options.allow_unmatched))
@@ -242,15 +277,22 @@ def _read(options: BuildOptions, files: ExitStack, hashing: ThreadPoolExecutor) 
     return _Inputs(checkpoint, sources, arch, expected, tensors, unknown, loras, embeddings, hypernetworks)
 
 
-def _combine(inputs: _Inputs, precision: str) -> _Model:
+def _as_told(arch: Architecture, loras: Sequence[Lora], options: BuildOptions) -> Architecture:
+    """The model with the prediction that a LoRA says it has after it. An option goes before what files say."""
+    if options.prediction is None and any(lora.predicts_v for lora in loras):
+        arch = replace(arch, prediction="v")
+    if options.zero_snr is None and arch.prediction == "v" and any(lora.zero_snr for lora in loras):
+        arch = replace(arch, zero_snr=True)
+    return arch
+
+
+def _combine(inputs: _Inputs, options: BuildOptions) -> _Model:
     """Put embeddings and hypernetworks into the model. LoRAs change no shape; they are fused as weights are written."""
     from sdrt.export.graph import recipes
 
     arch, computed = inputs.arch, dict[str, Made]()
     if inputs.embeddings:
-        table = family_named(arch.family).token_table
-        computed[table] = extended_table(inputs.embeddings, arch.clip, table)
-        arch = replace(arch, clip=replace(arch.clip, vocabulary=computed[table].shape[0]))
+        arch, computed = extended_tables(inputs.embeddings, arch)
     if inputs.hypernetworks:
         from sdrt.export.adapters.hypernetwork_weights import attach, check_values
 
@@ -260,14 +302,18 @@ def _combine(inputs: _Inputs, precision: str) -> _Model:
     shapes = {name: tensor.shape for name, tensor in inputs.tensors.items()} | {
         name: value.shape for name, value in computed.items()
     }
+    precision = options.precision
     size_bytes = sum(map(math.prod, shapes.values())) * ITEM_BYTES[CODES[precision]]
-    return _Model(arch, recipes(arch), computed, size_bytes)
+    components = dict.fromkeys(_COMPONENTS.values(), Component(precision, _compute(precision)))
+    if options.vae_precision == "fp32" or (options.vae_precision is None and family_named(arch.family).vae_overflows):
+        components[_VAE] = Component(precision, "fp32")
+    return _Model(arch, recipes(arch), components, computed, size_bytes)
 
 
 def _write_tokenizer(inputs: _Inputs, model: _Model, folder: Path, stage: Stage) -> _Tokenizer:
     with stage("tokenizer", model.weights_bytes + _REST_BYTES):
         path = folder / TOKENIZER
-        bos, eos = write_tokenizer(path, inputs.arch.clip.vocabulary)
+        bos, eos = write_tokenizer(path, inputs.arch.texts[0].vocabulary)
         notes = check_triggers(inputs.embeddings, read_bpe(path).encode) if inputs.embeddings else []
         return _Tokenizer(bos, eos, notes)
 
@@ -278,12 +324,12 @@ def _fuse(inputs: _Inputs, model: _Model, folder: Path, precision: str, stage: S
         return write_weights(folder / WEIGHTS, inputs.tensors, inputs.loras, precision, done, model.computed)
 
 
-def _computes(precision: str) -> tuple[str, ...]:
-    """Precisions that graphs compute in, for one that weights are stored in.
+def _compute(precision: str) -> str:
+    """What a component computes in on a GPU whose weights are stored in that type.
 
     No bfloat16 graph yet: ONNX Runtime's CPU provider cannot run one, and a build ships nothing it has not checked.
     """
-    return ("fp32", "fp16") if precision == "fp16" else ("fp32",)
+    return "fp16" if precision == "fp16" else "fp32"
 
 
 def _bind(model: _Model, weights: Written, folder: Path, precision: str, stage: Stage) -> tuple[str, ...]:
@@ -295,15 +341,15 @@ def _bind(model: _Model, weights: Written, folder: Path, precision: str, stage: 
     cached = list[str]()
     for graph, recipe in model.recipes.items():
         with stage(f"{'bind' if is_traced(recipe) else 'trace'} {graph}", _GRAPH_BYTES):
-            for compute in _computes(precision):
+            for compute in model.computes(graph):
                 traced, hit = skeleton(recipe)
                 path = folder / graph_path(graph, compute)
-                bind(traced, folder / WEIGHTS, weights.placed, precision, compute, path)
+                bind(traced, folder / WEIGHTS, weights.placed, precision, compute, path, recipe.upcast)
                 cached += [graph] if hit and compute == "fp32" else []
     return tuple(cached)
 
 
-def _check(model: _Model, folder: Path, precision: str, stage: Stage) -> dict[str, dict[str, Graph]]:
+def _check(model: _Model, folder: Path, stage: Stage) -> dict[str, dict[str, Graph]]:
     """Run each graph against its network, and keep what both were given and gave. Returns the manifest's graphs."""
     from sdrt.export.selfcheck import check
 
@@ -311,7 +357,7 @@ def _check(model: _Model, folder: Path, precision: str, stage: Stage) -> dict[st
     with open_tensor_file(folder / WEIGHTS) as weights:
         for graph, recipe in model.recipes.items():
             with stage(f"check {graph}", _REFERENCE_BYTES):
-                paths = {compute: folder / graph_path(graph, compute) for compute in _computes(precision)}
+                paths = {compute: folder / graph_path(graph, compute) for compute in model.computes(graph)}
                 errors = check(recipe, weights, paths, folder / reference_path(graph))
                 component = _COMPONENTS[graph]
                 graphs[graph] = {name: _graph(recipe, component, name, error) for name, error in errors.items()}
@@ -333,41 +379,57 @@ def _check_unchanged(inputs: _Inputs) -> None:
             lora.config.check_unchanged()
 
 
-def _manifest(
-    output: Path,
-    folder: Path,
-    precision: str,
-    inputs: _Inputs,
-    model: _Model,
-    tokenizer: _Tokenizer,
-    weights: Written,
-    graphs: dict[str, dict[str, Graph]],
-) -> Manifest:
-    """The manifest of the stage `folder`, which holds everything else by now."""
+def _manifest(name: str, inputs: _Inputs, model: _Model, contents: _Contents) -> Manifest:
+    """The manifest of a bundle whose other files are all written."""
     from sdrt.export.graph import model_dimensions
 
-    arch, sizes = model.arch, model_dimensions(model.arch)
-    rows = table_rows(inputs.embeddings, inputs.arch.clip.vocabulary)
-    eos = tokenizer.eos
-    text = Text(arch.clip.width, arch.clip.tokens, tokenizer.bos, eos, eos, arch.clip.clip_skip, rows)
+    arch, sizes, tokenizer = model.arch, model_dimensions(model.arch), contents.tokenizer
+    rows, eos = table_rows(inputs.embeddings, inputs.arch.texts[0].vocabulary), tokenizer.eos
     return Manifest(
         format=FORMAT,
         sdrt=__version__,
-        name=output.name.removesuffix(".sdrt"),
+        name=name,
         family=arch.family,
-        architecture={"unet": asdict(arch.unet), "vae": asdict(arch.vae), "clip": asdict(arch.clip)},
-        diffusion=Diffusion(prediction=arch.prediction),
-        text=(text,),
-        latents=Latents(sizes.channels, sizes.factor, arch.size, sizes.concat_channels),
-        components=dict.fromkeys(_COMPONENTS.values(), Component(precision, _computes(precision)[-1])),
-        graphs=graphs,
-        sources=_all_sources(inputs, weights.changes),
-        tools=_tools(),
-        files={
-            path.relative_to(folder).as_posix(): weights.record if path == folder / WEIGHTS else file_record(path)
-            for path in sorted(folder.rglob("*"))
-            if path.is_file()
+        architecture={
+            "unet": asdict(arch.unet),
+            "vae": asdict(arch.vae),
+            "texts": [asdict(text) for text in arch.texts],
         },
+        diffusion=_diffusion(arch),
+        text=tuple(
+            Text(
+                text.width, text.tokens, tokenizer.bos, eos, text.pad, text.clip_skip, rows, last_layer=arch.last_layer
+            )
+            for text in arch.texts
+        ),
+        vector=arch.vector,
+        latents=Latents(sizes.channels, sizes.factor, arch.size, sizes.concat_channels, arch.concat_scale),
+        components=dict(model.components),
+        graphs=dict(contents.graphs),
+        sources=_all_sources(inputs, contents.weights.changes),
+        tools=_tools(),
+        files=_files(contents),
+    )
+
+
+def _files(contents: _Contents) -> dict[str, FileRecord]:
+    folder = contents.folder
+    return {
+        path.relative_to(folder).as_posix(): contents.weights.record if path == folder / WEIGHTS else file_record(path)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def _diffusion(arch: Architecture) -> Diffusion:
+    lowest, highest = arch.sigmas or (None, None)
+    return Diffusion(
+        prediction=arch.prediction,
+        zero_snr=arch.zero_snr,
+        sigma_min=lowest,
+        sigma_max=highest,
+        sigma_data=arch.sigma_data,
+        told_guidance=arch.unet.guidance_width > 0,
     )
 
 
@@ -394,6 +456,16 @@ def _check_inputs(options: BuildOptions) -> None:
 def _check_output(output: Path, options: BuildOptions) -> None:
     if options.precision not in CODES:
         raise UsageError(f"precision {options.precision!r}: unknown", f"Choose one of: {', '.join(CODES)}.")
+    if options.prediction is not None and options.prediction not in PREDICTIONS:
+        raise UsageError(
+            f"prediction {options.prediction!r}: unknown{nearest(options.prediction, PREDICTIONS)}",
+            f"Choose one of: {', '.join(PREDICTIONS)}.",
+        )
+    if options.vae_precision not in (None, "fp32", options.precision):
+        raise UsageError(
+            f"VAE precision {options.vae_precision!r}: expected fp32, or {options.precision} as the weights are stored",
+            "Choose one of these, or another --precision.",
+        )
     if not output.name:
         raise UsageError(f"{output}: expected the name of a new folder", "Choose another --output.")
     check_outside_bundles("--output", output.parent)
@@ -413,18 +485,22 @@ def _with_options(arch: Architecture, options: BuildOptions) -> Architecture:
     for side in (width, height):
         if side % SIZE_STEP or not MIN_SIDE <= side <= MAX_SIDE:
             raise UsageError(f"size {width}x{height}: expected multiples of {SIZE_STEP} from {MIN_SIDE} to {MAX_SIDE}")
+    layers = min(text.layers for text in arch.texts)
     for layer in options.clip_skip:
-        if not 1 <= layer <= arch.clip.layers:
-            raise UsageError(
-                f"clip skip {layer}: this text encoder has {arch.clip.layers} layers",
-                f"Choose 1 to {arch.clip.layers}.",
-            )
+        if not 1 <= layer <= layers:
+            raise UsageError(f"clip skip {layer}: this text encoder has {layers} layers", f"Choose 1 to {layers}.")
     if not options.clip_skip or len(set(options.clip_skip)) != len(options.clip_skip):
         raise UsageError(
             f"clip skip {', '.join(map(str, options.clip_skip))}: expected each layer once",
             "Leave out the repeated one.",
         )
-    return replace(arch, size=(width, height), clip=replace(arch.clip, clip_skip=options.clip_skip))
+    clip_skip = tuple(dict.fromkeys(max(layer, arch.last_layer) for layer in options.clip_skip))
+    texts = tuple(replace(text, clip_skip=clip_skip) for text in arch.texts)
+    return replace(
+        arch,
+        size=(width, height),
+        texts=texts,
+    )
 
 
 def _sources(checkpoint: Checkpoint) -> list[Source]:

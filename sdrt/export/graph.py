@@ -2,18 +2,16 @@
 is then bound to a weights file.
 
 A skeleton is an ONNX model in which every weight is an input with its canonical name. It is cached in the user's cache
-folder, under a key of everything that shapes it. Binding turns these inputs into external data inside the bundle's
-weights file.
+folder (`sdrt.files.cache`), under a key of everything that shapes it. Binding turns these inputs into external data
+inside the bundle's weights file.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import warnings
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Mapping, Set
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -35,15 +33,14 @@ from sdrt.bundle.graphs import (
     concrete,
     signatures,
 )
-from sdrt.errors import LockedError
 from sdrt.export.architecture import NORM_GROUPS, Architecture
 from sdrt.export.networks.clip import TextEncoder
 from sdrt.export.networks.step import Step
 from sdrt.export.networks.vae import VaeDecoder, VaeEncoder
 from sdrt.export.precision import HALF, to_half
 from sdrt.export.weights import Placed
-from sdrt.files.lock import locked
-from sdrt.files.publish import cache_folder, staged_folder, write_file
+from sdrt.files.cache import cache_key, cached, is_cached
+from sdrt.files.publish import write_file
 
 OPSET = 23
 _SOURCES = {
@@ -58,8 +55,8 @@ _SOURCES_OF_ALL = ("export/graph.py", "bundle/graphs.py")
 
 @dataclass(frozen=True)
 class Recipe:
-    """How one graph is made. `sizes` gives each free axis a value to trace with. The values differ, so that no two axes
-    look alike by chance.
+    """How one graph is made. `spec` has the sizes of its network, or of each of its networks. `sizes` gives each free
+    axis a value to trace with. The values differ, so that no two axes look alike by chance.
     """
 
     graph: str
@@ -67,6 +64,8 @@ class Recipe:
     make: Callable[[], nn.Module]
     signature: Signature
     sizes: Mapping[str, int]
+    upcast: frozenset[str] = frozenset()
+    """Operators that run in float32 in a half-precision graph as well."""
 
     def module(self) -> nn.Module:
         """The network with its weights not yet allocated (on the meta device)."""
@@ -85,22 +84,35 @@ def model_dimensions(arch: Architecture) -> Dimensions:
         arch.unet.in_channels - channels,
         factor,
         arch.unet.context_width,
-        arch.clip.tokens,
-        arch.clip.clip_skip,
+        arch.texts[0].tokens,
+        arch.texts[0].clip_skip,
+        len(arch.texts),
+        arch.vector.pooled,
+        arch.vector.numbers,
+        arch.unet.guidance_width > 0,
     )
 
 
 def recipes(arch: Architecture) -> dict[str, Recipe]:
     """The four graphs of a Stable Diffusion model, by name."""
     known = signatures(model_dimensions(arch))
-    sizes = {"N": 3, "G": 2, "S": 5, "h": 16, "w": 24, "T": arch.clip.tokens, "n": 4}
+    sizes = {"N": 3, "G": 2, "S": 5, "h": 16, "w": 24, "T": arch.texts[0].tokens, "n": 4}
     networks: dict[str, tuple[Any, Callable[[], nn.Module]]] = {
-        TEXT_ENCODER: (arch.clip, lambda: TextEncoder(arch.clip)),
+        TEXT_ENCODER: (arch.texts, lambda: TextEncoder(arch.texts)),
         STEP: (arch.unet, lambda: Step(arch.unet)),
         VAE_DECODER: (arch.vae, lambda: VaeDecoder(arch.vae)),
         VAE_ENCODER: (arch.vae, lambda: VaeEncoder(arch.vae)),
     }
-    return {graph: Recipe(graph, spec, make, known[graph], sizes) for graph, (spec, make) in networks.items()}
+    upcast = {STEP: frozenset({"Attention"})} if arch.unet.upcast_attention else {}
+    return {
+        graph: Recipe(graph, spec, make, known[graph], sizes, upcast.get(graph, frozenset()))
+        for graph, (spec, make) in networks.items()
+    }
+
+
+def weight_shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
+    """Every weight of an architecture's graphs by its canonical name."""
+    return {name: shape for recipe in recipes(arch).values() for name, shape in recipe.weight_shapes().items()}
 
 
 def trace(recipe: Recipe) -> ir.Model:
@@ -166,49 +178,17 @@ def _skeleton(model: ir.Model, recipe: Recipe, weights: set[str]) -> ir.Model:
 
 def is_traced(recipe: Recipe) -> bool:
     """Whether the skeleton of a graph is in the cache, so that `skeleton` need not trace it."""
-    try:
-        return _cached(cache_folder() / "graphs" / _cache_key(recipe)) is not None
-    except OSError:
-        return False
+    return is_cached("graphs", _cache_key(recipe))
 
 
 def skeleton(recipe: Recipe) -> tuple[ir.Model, bool]:
     """The skeleton of a graph, from the cache, or traced and then cached. The flag says whether it came from the
     cache.
     """
-    key = _cache_key(recipe)
-    try:
-        folder = cache_folder() / "graphs" / key
-    except OSError as error:
-        logging.getLogger("sdrt").info("no trace cache: %s", error)
-        return trace(recipe), False
-    if (data := _cached(folder)) is not None:
-        return ir.from_proto(_parse(data)), True
-    with ExitStack() as stack:
-        with suppress(LockedError):  # another process has been tracing it for very long: trace it here too
-            stack.enter_context(locked(folder))
-        if (data := _cached(folder)) is not None:
-            return ir.from_proto(_parse(data)), True
-        data = ir.to_proto(trace(recipe)).SerializeToString(deterministic=True)
-        try:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            with staged_folder(folder, replace=folder.exists()) as stage:
-                write_file(stage / "graph.onnx", data)
-                write_file(stage / "sha256", hashlib.sha256(data).hexdigest().encode() + b"\n")
-        except Exception as error:
-            # The cache only saves time. A full disk there, or another build that was faster, must not fail this build.
-            logging.getLogger("sdrt").info("trace cache not written: %s", error)
-    return ir.from_proto(_parse(data)), False
-
-
-def _cached(folder: Path) -> bytes | None:
-    """The graph of a cache entry. None if the entry is missing or damaged; then the graph is traced again."""
-    try:
-        data = (folder / "graph.onnx").read_bytes()
-        intact = hashlib.sha256(data).hexdigest() == (folder / "sha256").read_text().strip()
-    except (OSError, ValueError):
-        return None
-    return data if intact else None
+    data, hit = cached(
+        "graphs", _cache_key(recipe), lambda: ir.to_proto(trace(recipe)).SerializeToString(deterministic=True)
+    )
+    return ir.from_proto(_parse(data)), hit
 
 
 def _parse(data: bytes) -> Any:
@@ -219,13 +199,13 @@ def _parse(data: bytes) -> Any:
 
 def _cache_key(recipe: Recipe) -> str:
     package = Path(__file__).parents[1]
-    spec = asdict(recipe.spec)
-    spec.pop(
-        "vocabulary", None
-    )  # no trace depends on the number of rows of the token table; binding gives the table its shape
+    specs = [asdict(spec) for spec in (recipe.spec if isinstance(recipe.spec, tuple) else (recipe.spec,))]
+    for spec in specs:
+        # No trace depends on the number of rows of the token table: binding gives the table its shape.
+        spec.pop("vocabulary", None)
     parts = {
         "graph": recipe.graph,
-        "spec": spec,
+        "specs": specs,
         "opset": OPSET,
         "norm_groups": NORM_GROUPS,
         "tools": {name: version(name) for name in ("torch", "onnx", "onnxscript", "onnx_ir")},
@@ -234,24 +214,31 @@ def _cache_key(recipe: Recipe) -> str:
             for name in (*_SOURCES[recipe.graph], *_SOURCES_OF_ALL)
         },
     }
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+    return cache_key(parts)
 
 
 def bind(
-    model: ir.Model, weights_file: Path, placed: Mapping[str, Placed], precision: str, compute: str, path: Path
+    model: ir.Model,
+    weights_file: Path,
+    placed: Mapping[str, Placed],
+    precision: str,
+    compute: str,
+    path: Path,
+    upcast: Set[str] = frozenset(),
 ) -> None:
     """Write the graph to `path`, with its weight inputs pointing into `weights_file` in the same folder. Changes
     `model`.
 
     `precision` is the type of the stored weights. `compute` is the type that the network runs in
-    (`sdrt.export.precision`): float32 or the stored type. Weights stored in a smaller type than the compute type are
-    cast where they enter; an engine folds these casts when it loads.
+    (`sdrt.export.precision`): float32 or the stored type. Operators of the kinds in `upcast` run in float32 in either.
+    Weights stored in a smaller type than the compute type are cast where they enter; an engine folds these casts when
+    it loads.
     """
     stored = {"fp32": ir.DataType.FLOAT, **HALF}[precision]
     graph = model.graph
     if compute != "fp32":
         assert compute == precision, "half-precision graphs run in the stored type"
-        to_half(model, set(placed), compute)
+        to_half(model, set(placed), compute, upcast)
     casts = []
     for value in [v for v in graph.inputs if v.name in placed]:
         assert value.name is not None

@@ -15,17 +15,16 @@ from sdrt.export.adapters import hypernetwork as hypernetworks
 from sdrt.export.adapters.match import bundled_keys
 from sdrt.export.adapters.spelling import (
     below_base_model,
-    family,
-    is_text_encoder,
+    component_of_module,
     kinds,
+    made_for,
     numbered_list,
     ranks,
     refused_kind,
     split,
 )
-from sdrt.export.architecture import default_size
-from sdrt.export.families.recognise import EMBEDDING, HYPERNETWORK, LORA, describe
-from sdrt.export.families.table import component_name, family_of
+from sdrt.export.families.recognise import EMBEDDING, HYPERNETWORK, LORA
+from sdrt.export.families.table import component_name
 from sdrt.export.read.checkpoint import canonical_tensors, model_architecture
 from sdrt.export.read.model_files import open_model
 
@@ -41,58 +40,68 @@ def inspect_file(path: Path) -> dict[str, Any]:
         shapes = {name: tensor.shape for name, tensor in tensors.items()}
         report: dict[str, Any] = {
             "path": str(path),
-            "kind": describe(shapes),
+            "kind": model.kind,
             "size_bytes": sum(file.size_bytes for file in model.files.values()),
-            "tensors": len(shapes),
-            "types": dict(Counter(tensor.entry.dtype for tensor in tensors.values()).most_common()),
+            "tensors": len(model.tensors),
+            "types": dict(Counter(stored.entry.dtype for stored in model.tensors.values()).most_common()),
             "metadata": {key: value[:200] for key, value in sorted(model.metadata.items())},
         }
-        built = family_of(report["kind"])
-        if notes := [*model.notes, *([remark] if built and (remark := default_size(model.metadata, built)[1]) else [])]:
-            report["notes"] = notes
+        if model.notes:
+            report["notes"] = list(model.notes)
         if report["kind"] == LORA:
             return report | _lora(shapes, bundled_keys(next(iter(model.files.values()))))
         if report["kind"] == EMBEDDING:
             return report | embeddings.summary(next(iter(model.files.values())))
         if report["kind"] == HYPERNETWORK:
             return report | hypernetworks.summary(next(iter(model.files.values())))
-        components = Counter(component_name(name) for name in shapes)
+        # One stored tensor may be several of the model's.
+        stored = {component_name(name): set[str]() for name in shapes}
+        for name, tensor in tensors.items():
+            stored[component_name(name)].add(tensor.entry.name)
         report["components"] = {
-            name: {"tensors": count, "parameters": _parameters(shapes, name)}
-            for name, count in sorted(components.items())
+            name: {"tensors": len(entries), "parameters": _parameters(shapes, name)}
+            for name, entries in sorted(stored.items())
         }
         try:
-            arch = model_architecture(model, tensors)
+            arch, remarks = model_architecture(model, tensors)
         except SdrtError as error:
             return report | {"buildable": False, "why": error.message, "fix": error.fix}
-        sizes = {"unet": asdict(arch.unet), "vae": asdict(arch.vae), "clip": asdict(arch.clip)}
-        return report | {
-            "buildable": True,
-            "family": arch.family,
-            "prediction": arch.prediction,
-            "size": list(arch.size),
-            "architecture": sizes,
-        }
+        sizes = {"unet": asdict(arch.unet), "vae": asdict(arch.vae), "texts": [asdict(text) for text in arch.texts]}
+        notes = {"notes": [*model.notes, *remarks]} if model.notes or remarks else {}
+        return (
+            report
+            | notes
+            | {
+                "buildable": True,
+                "family": arch.family,
+                "prediction": arch.prediction,
+                "size": list(arch.size),
+                "architecture": sizes,
+            }
+        )
 
 
 def _parameters(shapes: dict[str, tuple[int, ...]], wanted: str) -> int:
     return sum(math.prod(shape) for name, shape in shapes.items() if component_name(name) == wanted)
 
 
-def _lora(shapes: dict[str, tuple[int, ...]], bundled: Mapping[str, str]) -> dict[str, Any]:
+def _lora(shapes: dict[str, tuple[int, ...]], bundled: Mapping[str, Mapping[str, str]]) -> dict[str, Any]:
     spelled = numbered_list(shapes)
     shapes = {spelled.get(key, key): shape for key, shape in shapes.items()}
     modules = {parsed[0] for name in shapes if (parsed := split(below_base_model(name)))}
-    components = Counter("text_encoder" if is_text_encoder(name) else "unet" for name in modules)
+    components = Counter(map(component_of_module, modules))
     report: dict[str, Any] = {
         "modules": {name: components[name] for name in sorted(components)},
         "kinds": kinds(shapes),
         "ranks": {str(rank): count for rank, count in ranks(shapes).items()},
     }
     if bundled:
-        report["embeddings"] = {trigger: list(shapes[key]) for trigger, key in sorted(bundled.items())}
-    if made_for := family(shapes):
-        report["made_for"] = made_for
+        report["embeddings"] = {
+            trigger: [shapes[next(iter(keys.values()))][0], sum(shapes[key][-1] for key in keys.values())]
+            for trigger, keys in sorted(bundled.items())
+        }
+    if families := made_for(shapes):
+        report["made_for"] = " or ".join(families)
     if refused := refused_kind(shapes):
         report |= {"buildable": False, "why": f"{refused[0]}: not supported"}
     return report

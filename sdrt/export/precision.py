@@ -6,6 +6,7 @@ the graph:
 - An operator with a weight among its operands runs in the weights' type. Its float32 activations are cast down.
 - Everything after the last such operator is float32: guidance and the sampler's update, pixel arithmetic, and every
 output.
+- An operator of a kind that overflows in a family, such as its attention, runs in float32 if it has no weight.
 - Any other operator runs in float32 if one of its operands is float32 (latents, tables, the timestep's sinusoid), else
 in half.
 
@@ -13,6 +14,8 @@ Norm statistics stay float32 inside half operators. Engines take that from attri
 """
 
 from __future__ import annotations
+
+from collections.abc import Set
 
 import numpy as np
 import onnx_ir as ir
@@ -25,9 +28,9 @@ _FIXED_OPERANDS = {"Resize": (1, 2, 3)}
 _STATISTICS = ("GroupNormalization", "LayerNormalization")
 
 
-def to_half(model: ir.Model, weights: set[str], precision: str) -> None:
+def to_half(model: ir.Model, weights: set[str], precision: str, upcast: Set[str] = frozenset()) -> None:
     """Turn a float32 skeleton into one whose weights and network run in `precision` (fp16 or bf16). Inputs and outputs
-    keep their types.
+    keep their types. `upcast` names the kinds of operators that overflow.
 
     Every value of `model` must carry its type. The rule is in the docstring of this module.
     """
@@ -65,7 +68,8 @@ def to_half(model: ir.Model, weights: set[str], precision: str) -> None:
             continue
         weighted = any(v in weighty for _, v in operands)
         dynamic = [v for _, v in operands if not v.is_initializer()]
-        runs_half = weighted or (node in inner and bool(dynamic) and all(v.dtype == half for v in dynamic))
+        plain = node in inner and node.op_type not in upcast
+        runs_half = weighted or (plain and bool(dynamic) and all(v.dtype == half for v in dynamic))
         wanted = half if runs_half else FLOAT
         for i, value in operands:
             if value.dtype != wanted:

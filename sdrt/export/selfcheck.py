@@ -16,10 +16,11 @@ import torch
 from numpy.typing import NDArray
 from torch.overrides import TorchFunctionMode
 
-from sdrt.bundle.graphs import STEP, TEXT_ENCODER, VAE_DECODER, concrete
+from sdrt.bundle.graphs import STEP, TEXT_ENCODER, TOKENS, VAE_DECODER, concrete
 from sdrt.bundle.manifest import MIN_SIDE, SIZE_STEP
 from sdrt.bundle.reference import compare
 from sdrt.errors import CheckFailed, NonFiniteError
+from sdrt.export.families.family import END_TOKEN
 from sdrt.export.graph import Recipe
 from sdrt.export.read.tensor_file import TensorFile
 from sdrt.files.publish import new_file
@@ -40,7 +41,7 @@ def reference_inputs(recipe: Recipe) -> Arrays:
         if tensor.dtype == "uint8":
             inputs[name] = random.randint(0, 256, dims).astype(np.uint8)
         elif tensor.dtype == "int64":
-            inputs[name] = random.randint(0, 40_000, dims) if name == "tokens" else np.zeros(dims, np.int64)
+            inputs[name] = random.randint(0, 40_000, dims) if name in TOKENS else np.zeros(dims, np.int64)
         else:
             inputs[name] = random.standard_normal(dims).astype(np.float32)
     if recipe.graph == STEP:
@@ -48,12 +49,16 @@ def reference_inputs(recipe: Recipe) -> Arrays:
         # another one.
         inputs |= {"timestep": np.array([500.25], np.float32), "inpaint": np.array([[0.5, 0.7, 0.3]], np.float32)}
         inputs |= {"w": np.array([[-6.0, 7.0]], np.float32), "v": np.array([[-1.0, 1.0]], np.float32)}
+        if "guidance" in inputs:
+            inputs["guidance"] = np.array([7.5], np.float32)
         inputs["rescale"] = np.array([[0.1, 0.6]], np.float32)
         inputs["mask"] = random.uniform(0, 1, inputs["mask"].shape).astype(np.float32)
         for name in ("a", "u", "M"):
             inputs[name] = inputs[name] * np.float32(0.5)
     elif recipe.graph == TEXT_ENCODER:
-        inputs["tokens"][:, -1] = recipe.spec.vocabulary - 1  # learned embeddings are the last rows of the token table
+        for tokens, spec in zip(TOKENS, recipe.spec, strict=False):
+            inputs[tokens][:, -1] = spec.vocabulary - 1  # learned embeddings are the last rows of the token table
+            inputs[tokens][:, -9:-5] = END_TOKEN
     elif recipe.graph == VAE_DECODER:
         inputs["rounding"] = np.array([0.5], np.float32)
     return inputs

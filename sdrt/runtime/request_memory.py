@@ -99,7 +99,8 @@ def with_own(
     calls, and finished `pictures`.
     """
     latents = manifest.latents.channels * _latent_pixels(manifest, shape) * _FLOAT * shape.batch
-    text = contexts * shape.branches * shape.batch * shape.tokens * manifest.context_width * _FLOAT
+    numbers = shape.tokens * manifest.context_width + manifest.vector.numbers
+    text = contexts * shape.branches * shape.batch * numbers * _FLOAT
     own = text + latents * (rows + 2 * REGISTERS) + 3 * shape.size[0] * shape.size[1] * pictures
     return Demand(demand.size_bytes + own, f"{demand.words}, prompts, noise and pictures {_gb(own)}")
 
@@ -122,9 +123,9 @@ def check_memory(demand: Demand, shape: JobShape, free_bytes: int | None) -> Non
 def _sizes(manifest: Manifest) -> _Sizes:
     try:
         unet, vae = manifest.architecture["unet"], manifest.architecture["vae"]
-        channels, depths = unet["channels"], unet["transformer_depth"]
+        channels, depths = unet["channels"], unet["down_depth"]
         heads = [unet["heads"] or width // unet["head_width"] for width in channels]
-        attention = tuple((2**level, heads[level]) for level, depth in enumerate(depths) if depth)
+        attention = tuple((2**level, heads[level]) for level, blocks in enumerate(depths) if any(blocks))
         found = _Sizes(channels[0], attention, (vae["channels"][0], vae["channels"][min(1, len(vae["channels"]) - 1)]))
         _all_counts([found.features, *found.vae, *(number for pair in attention for number in pair)])
     except (KeyError, TypeError, ValueError, IndexError, ZeroDivisionError) as error:

@@ -93,7 +93,7 @@ def small(folder: Path) -> Manifest:
         architecture={
             "unet": {"in_channels": 4},
             "vae": {"latent_channels": 4, "channels": [32, 32, 64, 64]},
-            "clip": {"tokens": 77, "width": 64, "vocabulary": 100, "layers": 2},
+            "texts": [{"tokens": 77, "width": 64, "vocabulary": 100, "layers": 2}],
         },
         diffusion=Diffusion(),
         text=(Text(64, 77, 1, 2, 3, (1, 2)),),
@@ -277,7 +277,8 @@ GOLDEN = """\
    "pad": 3,
    "tokenizer": "tokenizer/tokenizer.json",
    "tokens": 77,
-   "width": 64
+   "width": 64,
+   "zero_empty": false
   }
  ],
  "tools": {
@@ -479,6 +480,11 @@ def test_what_is_unknown_or_not_there(folder: Path, add: Callable[[dict[str, Any
     [
         (lambda document: document.update(text=[]), "no text encoder"),
         (lambda document: document["text"].append(document["text"][0] | {"tokens": 80}), "chunks of different lengths"),
+        (lambda document: document["text"].append(document["text"][0] | {"bos": 2}), "different tokenizers"),
+        (
+            lambda document: document["text"].append(document["text"][0] | {"embeddings": {"bear": [4]}}),
+            "different embeddings",
+        ),
         (
             lambda document: document["text"].append(document["text"][0] | {"tokenizer": "tokenizer/other.json"}),
             "tokenizer/other.json",
@@ -689,6 +695,7 @@ NUMBERS: list[tuple[str, Any]] = [
     ("text.0.tokens", 1),
     ("text.0.tokens", 76),
     ("text.0.tokens", MANY),
+    ("vector.sizes", 5),
     ("text.0.bos", 100),
     ("text.0.bos", MANY),
     ("text.0.eos", 100),
@@ -721,10 +728,12 @@ NUMBERS: list[tuple[str, Any]] = [
     ("sources.0.kind", "plugin"),
     ("sources.1.scale", float("-inf")),
     ("files.tokenizer/tokenizer~json.size_bytes", MANY),
-    ("architecture.clip", None),
-    ("architecture.clip.vocabulary", "100"),
-    ("architecture.clip.vocabulary", float("nan")),
-    ("architecture.clip.layers", True),
+    ("architecture.texts", None),
+    ("architecture.texts", []),
+    ("architecture.texts.0", 5),
+    ("architecture.texts.0.vocabulary", "100"),
+    ("architecture.texts.0.vocabulary", float("nan")),
+    ("architecture.texts.0.layers", True),
     ("architecture.vae.channels", []),
     ("architecture.vae.channels", 4),
     ("architecture.unet.in_channels", MANY),

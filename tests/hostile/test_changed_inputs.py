@@ -78,7 +78,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder, weights = tmp_path_factory.mktemp("inputs"), seeded(SMALL)
     model = folder / "model.tiny"
     reference.unet(weights, asdict(SMALL.unet)).save_pretrained(model / "unet")
-    reference.text_model(weights, asdict(SMALL.clip)).save_pretrained(model / "text_encoder")
+    reference.text_model(weights, asdict(SMALL.texts[0])).save_pretrained(model / "text_encoder")
     for place in (model / "vae", folder / "vae"):
         reference.vae(weights, asdict(SMALL.vae)).save_pretrained(place)
     (model / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline"}))

@@ -514,7 +514,7 @@ def fake() -> FakeEngine:
 @pytest.fixture
 def over_fake(fake: FakeEngine, flat_bundle: Path) -> Pipeline:
     bundle = open_bundle(flat_bundle)
-    return Pipeline(bundle, fake, Tokenizer(bundle.file("tokenizer/tokenizer.json"), bundle.manifest.text[0]))
+    return Pipeline(bundle, fake, Tokenizer(bundle.file("tokenizer/tokenizer.json"), bundle.manifest.text))
 
 
 def clip_ids(word: str) -> list[int]:
@@ -557,8 +557,8 @@ def test_jobs_with_guidance(fake: FakeEngine, over_fake: Pipeline) -> None:
     one, two = fake.jobs
     for job in (one, two):
         assert (
-            job.contexts[0][:, :, 0].tolist() == [sun, fox]
-            and job.contexts[0].shape == (2, 77, 64)
+            job.contexts[0]["context"][:, :, 0].tolist() == [sun, fox]
+            and job.contexts[0]["context"].shape == (2, 77, 64)
             and job.context_of_row == (0, 0, 0)
         )
         assert job.tables["w"].tolist() == [[-1.5, 2.5]] * 3 and job.tables["noise"].shape == (3, 4, 13, 9)
@@ -577,7 +577,9 @@ def test_jobs_without_guidance(fake: FakeEngine, over_fake: Pipeline) -> None:
     ((tokens, _),) = fake.texts  # encoded once for all batches
     assert tokens.tolist() == [clip_ids("fox")]
     assert [len(batch.jobs) for batch in fake.batches] == [2, 1]
-    assert all(job.contexts[0].shape == (1, 77, 64) and job.tables["w"].tolist() == [[1.0]] * 3 for job in fake.jobs)
+    assert all(
+        job.contexts[0]["context"].shape == (1, 77, 64) and job.tables["w"].tolist() == [[1.0]] * 3 for job in fake.jobs
+    )
 
 
 def test_rescaled_guidance(fake: FakeEngine, over_fake: Pipeline) -> None:
@@ -649,7 +651,7 @@ def test_what_a_result_says(over_fake: Pipeline) -> None:
 def test_default_size_is_the_bundle_s(fake: FakeEngine, flat_bundle: Path) -> None:
     opened = open_bundle(flat_bundle)
     bundle = Bundle(opened.path, replace(opened.manifest, latents=replace(opened.manifest.latents, size=(128, 72))))
-    pipeline = Pipeline(bundle, fake, Tokenizer(bundle.file("tokenizer/tokenizer.json"), bundle.manifest.text[0]))
+    pipeline = Pipeline(bundle, fake, Tokenizer(bundle.file("tokenizer/tokenizer.json"), bundle.manifest.text))
     assert pipeline("fox", steps=1).images.shape == (1, 72, 128, 3)
     assert pipeline("fox", steps=1, size=(64, 80)).images.shape == (1, 80, 64, 3)
 

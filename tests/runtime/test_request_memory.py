@@ -53,7 +53,12 @@ def test_the_estimate_is_close_below_what_was_measured(
 def test_the_size_of_stable_diffusion(emoji: Manifest) -> None:
     """512x512 with guidance on ONNX Runtime took 5.56 GB where 64x64 took 3.94, 1.62 GB more (docs/performance.md)."""
     sizes = {
-        "unet": {"channels": [320, 640, 1280, 1280], "transformer_depth": [1, 1, 1, 0], "heads": 8, "head_width": None},
+        "unet": {
+            "channels": [320, 640, 1280, 1280],
+            "down_depth": [[1, 1], [1, 1], [1, 1], [0, 0]],
+            "heads": 8,
+            "head_width": None,
+        },
         "vae": {"channels": [128, 256, 512, 512]},
     }
     large = replace(emoji, architecture=emoji.architecture | sizes)
@@ -95,7 +100,7 @@ def test_the_whole_request_counts(emoji: Manifest) -> None:
 
 @pytest.mark.parametrize(
     "sizes",
-    [{}, {"unet": 5}, {"unet": {"channels": [-1], "transformer_depth": [1], "heads": 8}, "vae": {"channels": [1]}}],
+    [{}, {"unet": 5}, {"unet": {"channels": [-1], "down_depth": [[1]], "heads": 8}, "vae": {"channels": [1]}}],
 )
 def test_a_bundle_that_says_nonsense(emoji: Manifest, sizes: dict[str, Any]) -> None:
     with pytest.raises(BundleError, match=r"manifest\.architecture"):

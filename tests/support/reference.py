@@ -30,7 +30,7 @@ TRAINING = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_l
 
 
 def sizes(bundle: Path) -> dict[str, Any]:
-    """The manifest's architecture: sizes of `unet`, `vae` and `clip`."""
+    """The manifest's architecture: sizes of `unet`, `vae` and `texts`."""
     architecture: dict[str, Any] = json.loads((bundle / "manifest.json").read_text())["architecture"]
     return architecture
 
@@ -72,14 +72,12 @@ def unet(weights: Weights, spec: Mapping[str, Any]) -> Any:
         in_channels=spec["in_channels"],
         out_channels=spec["out_channels"],
         block_out_channels=tuple(spec["channels"]),
-        layers_per_block=spec["res_blocks"][0],
+        layers_per_block=len(spec["down_depth"][0]),
         cross_attention_dim=spec["context_width"],
         attention_head_dim=spec["heads"],  # diffusers' old misnomer: the number of heads
-        down_block_types=tuple(
-            "CrossAttnDownBlock2D" if depth else "DownBlock2D" for depth in spec["transformer_depth"]
-        ),
+        down_block_types=tuple("CrossAttnDownBlock2D" if any(depth) else "DownBlock2D" for depth in spec["down_depth"]),
         up_block_types=tuple(
-            "CrossAttnUpBlock2D" if depth else "UpBlock2D" for depth in reversed(spec["transformer_depth"])
+            "CrossAttnUpBlock2D" if any(depth) else "UpBlock2D" for depth in reversed(spec["up_depth"])
         ),
     ).eval()
     model.load_state_dict(convert_ldm_unet_checkpoint(dict(weights), dict(model.config)))
@@ -110,7 +108,7 @@ def diffusers_pipeline(bundle: Path, tokenizer: Any) -> Any:
     weights, spec = stored_weights(bundle), sizes(bundle)
     pipeline = StableDiffusionPipeline(
         vae=vae(weights, spec["vae"]),
-        text_encoder=text_model(weights, spec["clip"]),
+        text_encoder=text_model(weights, spec["texts"][0]),
         tokenizer=tokenizer,
         unet=unet(weights, spec["unet"]),
         scheduler=DDIMScheduler(**TRAINING, steps_offset=1, clip_sample=False),

@@ -88,7 +88,7 @@ def run_engine(
     unit_noise = stream.draw(shape)
     tokens = np.full((4, 77), 49407, np.int64)
     tokens[:, :4] = np.random.RandomState(12).randint(300, 40_000, (4, 4))
-    context = engine.encode_text(tokens, 1)  # the negative of both pictures, then what both show
+    context, _ = engine.encode_text(tokens[None], 1)  # the negative of both pictures, then what both show
 
     def network(x: Array, t: float) -> Array:
         out = graphs.unet(np.concatenate([x, x]).astype(np.float32), t, context).astype(np.float64)
@@ -106,7 +106,9 @@ def run_engine(
     for i in range(shape[0]):
         inputs = {"init": zeros, "init_noise": unit_noise[i], "mask": zeros[:1]}
         slots.append(
-            batch.join(Job({**table, "noise": noise[:, i]}, inputs, (context[i :: shape[0]],), (0,) * len(rows)))
+            batch.join(
+                Job({**table, "noise": noise[:, i]}, inputs, ({"context": context[i :: shape[0]]},), (0,) * len(rows))
+            )
         )
     for _ in rows:
         batch.step()

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -16,12 +17,38 @@ from sdrt.export.graph import recipes
 
 Shapes = dict[str, tuple[int, ...]]
 
+
+def levels(res_blocks: Sequence[int], depth: Sequence[int]) -> dict[str, Any]:
+    """The depths of a UNet whose blocks of a level are all alike: residual blocks and transformer depth of each level,
+    finest first.
+    """
+    pairs = list(zip(depth, res_blocks, strict=True))
+    return {
+        "down_depth": tuple((depth,) * blocks for depth, blocks in pairs),
+        "up_depth": tuple((depth,) * (blocks + 1) for depth, blocks in pairs),
+    }
+
+
+def regular_unet(
+    channels: tuple[int, ...],
+    res_blocks: Sequence[int],
+    depth: Sequence[int],
+    middle: int,
+    context_width: int,
+    *,
+    linear: bool,
+) -> UNetSpec:
+    """Sizes of a UNet as Stable Diffusion 1.x has it: 4 channels, 8 heads."""
+    depths = levels(res_blocks, depth)
+    return UNetSpec(4, 4, channels, *depths.values(), middle, context_width, linear, 8, None)
+
+
 TINY = Architecture(
     "sd1",
     "epsilon",
     (512, 512),
-    ClipSpec(64, 1, 1, 96, 50, 77),
-    UNetSpec(4, 4, (32, 64), (1, 1), (1, 0), 1, 64, True, 8, None),
+    (ClipSpec(64, 1, 1, 96, 50, 77),),
+    regular_unet((32, 64), (1, 1), (1, 0), 1, 64, linear=True),
     VaeSpec((32, 64), 1, 4, 0.18215),
 )
 
@@ -29,8 +56,8 @@ SMALL = Architecture(
     "sd1",
     "epsilon",
     (64, 64),
-    ClipSpec(64, 1, 1, 256, 49408, 77),
-    UNetSpec(4, 4, (32, 64), (1, 1), (1, 0), 1, 64, False, 8, None),
+    (ClipSpec(64, 1, 1, 256, 49408, 77),),
+    regular_unet((32, 64), (1, 1), (1, 0), 1, 64, linear=False),
     VaeSpec((32, 32, 32, 32), 1, 4, 0.18215),
 )
 """With CLIP's whole vocabulary and a latent for every 8 pixels, so that it can be built: in half a second once it is

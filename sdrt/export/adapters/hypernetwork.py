@@ -113,8 +113,9 @@ def parse_hypernetwork_option(text: str) -> HypernetworkOption:
 def attention_widths(unet: UNetSpec) -> Counter[int]:
     """Input widths of the keys and values, with the number of attention layers of each width."""
     widths: Counter[int] = Counter()
-    levels = zip(unet.channels, unet.transformer_depth, unet.res_blocks, strict=True)
-    for channels, blocks in [*((c, d * (2 * n + 1)) for c, d, n in levels), (unet.channels[-1], unet.middle_depth)]:
+    levels = zip(unet.channels, unet.down_depth, unet.up_depth, strict=True)
+    depths = [(channels, sum(down) + sum(up)) for channels, down, up in levels]
+    for channels, blocks in [*depths, (unet.channels[-1], unet.middle or 0)]:
         if blocks:
             widths[channels] += blocks
             widths[unet.context_width] += blocks

@@ -8,15 +8,15 @@ diffusers'), and a few leaves (the VAE's attention has three spellings). Imports
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from sdrt.export.architecture import block_count
 from sdrt.export.families.family import Component, Shapes
-from sdrt.export.families.keys import OUTER, RESNET, diffusers_prefixes
-from sdrt.export.families.recognise import ADAPTERS, describe
-from sdrt.export.families.table import COMPONENTS, component_of
+from sdrt.export.families.keys import OPEN_CLIP, OPEN_CLIP_LAYER, OUTER, RESNET, diffusers_prefixes
+from sdrt.export.families.recognise import ADAPTERS
+from sdrt.export.families.table import COMPONENTS, component_of, family_of
 
 EMA = "model_ema."
 MIN_EMA_KEYS = 100
@@ -40,22 +40,28 @@ _NUMBER = r"([0-9]{1,4})"
 
 @dataclass(frozen=True)
 class _Levels:
-    res_blocks: tuple[int, ...]
-    transformer_depth: tuple[int, ...]
+    down_depth: tuple[tuple[int, ...], ...]
+    up_depth: tuple[tuple[int, ...], ...]
 
 
-def canonical_names(path: Path, shapes: Shapes) -> dict[str, str]:
+def components_of(kind: str) -> Sequence[Component]:
+    """The components of a file of that kind, as `describe` calls it: those of its family, or of any."""
+    family = family_of(kind)
+    return COMPONENTS if family is None else family.components
+
+
+def canonical_names(path: Path, shapes: Shapes, kind: str) -> dict[str, str]:
     """Each name of a file to its canonical name; names of no known component stay as they are, and so do those of
-    adapters.
+    adapters. `kind` is what `describe` calls the file.
 
     Raises:
         CheckpointError: a forged number of blocks.
     """
     names = {name: name for name in shapes}
-    if describe(shapes) in ADAPTERS:
+    if kind in ADAPTERS:
         return names
-    for component in COMPONENTS:
-        below = _below(shapes, component)
+    for component in components_of(kind):
+        below = component.below(shapes)
         spelled = _SPELLED[component.network](path, {rest: shapes[name] for name, rest in below.items()})
         names |= {name: component.prefix + spelled[rest] for name, rest in below.items()}
     return names
@@ -83,30 +89,18 @@ def is_vae_attention(name: str) -> bool:
     )
 
 
-def _below(shapes: Shapes, component: Component) -> dict[str, str]:
-    """Names of a component to what follows its prefix. Bare names count only where none has a prefix."""
-    below = {
-        name: name.removeprefix(prefix) for prefix in component.prefixes for name in shapes if name.startswith(prefix)
-    }
-    if below or not any(name in shapes for name in component.needed):
-        return below
-    return {name: name for name in shapes if name.startswith(component.bare)}
-
-
 def _ldm_unet(path: Path, shapes: Shapes) -> dict[str, str]:
     names = {name: name for name in shapes}
     if "conv_in.weight" not in shapes:
         return names
+
+    def depths(block: str) -> tuple[int, ...]:
+        blocks = range(block_count(path, shapes, f"{block}.resnets.{{}}."))
+        return tuple(block_count(path, shapes, f"{block}.attentions.{i}.transformer_blocks.{{}}.") for i in blocks)
+
     levels = range(block_count(path, shapes, "down_blocks.{}."))
-    table = diffusers_prefixes(
-        _Levels(
-            tuple(block_count(path, shapes, f"down_blocks.{level}.resnets.{{}}.") for level in levels),
-            tuple(
-                block_count(path, shapes, f"down_blocks.{level}.attentions.0.transformer_blocks.{{}}.")
-                for level in levels
-            ),
-        )
-    )
+    down = tuple(depths(f"down_blocks.{level}") for level in levels)
+    table = diffusers_prefixes(_Levels(down, tuple(depths(f"up_blocks.{level}") for level in reversed(levels))))
     modules = {diffusers + ".": ldm + "." for ldm, diffusers in OUTER.items()}
     for ldm, diffusers in table.items():
         modules[diffusers] = ldm
@@ -142,10 +136,25 @@ def _ldm_vae(path: Path, shapes: Shapes) -> dict[str, str]:
     return {name: ldm(name) for name in shapes}
 
 
+_OPEN_CLIP = (
+    (rf"^transformer\.resblocks\.{_NUMBER}\.", r"text_model.encoder.layers.\1."),
+    *((rf"^{theirs}\.", f"{ours}.") for ours, theirs in OPEN_CLIP.items()),
+    *((rf"\.{re.escape(theirs)}\.", f".{ours}.") for ours, theirs in OPEN_CLIP_LAYER.items()),
+    (r"^positional_embedding$", "text_model.embeddings.position_embedding.weight"),
+    (r"^text_projection\.weight\.weight$", "text_projection.weight"),  # in Playground 2
+)
+
+
 def _text_model(path: Path, shapes: Shapes) -> dict[str, str]:
-    """Files of 2022, and what transformers 5 saves, lack `text_model.`."""
+    """OpenCLIP's names to transformers'. Files of 2022, and what transformers 5 saves, lack `text_model.`."""
     old = ("embeddings.", "encoder.", "final_layer_norm.")
-    return {name: "text_model." + name if name.startswith(old) else name for name in shapes}
+
+    def transformers(name: str) -> str:
+        for pattern, new in _OPEN_CLIP:
+            name = re.sub(pattern, new, name)
+        return "text_model." + name if name.startswith(old) else name
+
+    return {name: transformers(name) for name in shapes}
 
 
 _SPELLED = {"unet": _ldm_unet, "vae": _ldm_vae, "clip": _text_model}

@@ -2,11 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Shapes = Mapping[str, tuple[int, ...]]
+
+END_TOKEN = 49407
+"""CLIP's end of a text, the last token of its vocabulary."""
+
+
+@dataclass(frozen=True)
+class Text:
+    """What the shapes of a text encoder do not tell."""
+
+    activation: Literal["quick_gelu", "gelu"] = "quick_gelu"
+    """Of its MLPs."""
+    head_width: int = 64
+    """Channels of a head."""
+    pad: int = END_TOKEN
+    """Id of the token that fills a chunk after its end."""
+    final_norm: bool = True
+    """Whether contexts go through the norm after the last layer."""
+    pooled: bool = False
+    """Whether the UNet is told its projected vector of the whole prompt."""
+    used_layers: int | None = None
+    """The most layers of it that the family uses; those after them change nothing. None for all."""
 
 
 @dataclass(frozen=True)
@@ -37,25 +58,55 @@ class Component:
     rows: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Ends of stored names to the ends of the model's names that stand for equal parts of the rows, first rows first.
     """
-    transposed: tuple[str, ...] = ()
-    """Ends of the model's names whose matrices are stored transposed."""
+    transposed: Mapping[str, str] = field(default_factory=dict)
+    """Ends of the names of matrices that are stored transposed, to the ends of the model's names."""
+    text: Text = Text()
+    """Of a text encoder only."""
+    vectors: str = ""
+    """What embeddings call a text encoder's vectors where a model has several."""
+
+    def below(self, names: Iterable[str]) -> dict[str, str]:
+        """The component's names among those of a file, to what follows the prefix. Bare names count only where none has
+        a prefix.
+        """
+        names = list(names)
+        longest = sorted(self.prefixes, key=len, reverse=True)
+        found = {
+            name: name[len(prefix) :]
+            for name in names
+            if name.startswith(self.prefixes)
+            for prefix in [next(prefix for prefix in longest if name.startswith(prefix))]
+        }
+        if found or not set(self.needed).intersection(names):
+            return found
+        return {name: name for name in names if name.startswith(self.bare)}
 
 
 @dataclass(frozen=True)
 class Sign:
-    """Shows of what kind a file is: a name that begins with one of `starts`, or the name `holds`, which has the shape
-    `shape` if one is given.
+    """Shows of what kind a file is. All that are given must hold.
+
+    starts: a name begins with one of them.
+    within: a name contains it.
+    beside: a name begins with it as well.
+    holds: a tensor has that name, and the shape `shape` or so many columns if these are given.
     """
 
     kind: str
     starts: tuple[str, ...] = ()
+    within: str = ""
+    beside: str = ""
     holds: str = ""
     shape: tuple[int, ...] | None = None
+    columns: int | None = None
 
     def __call__(self, names: Shapes) -> bool:
         if self.holds:
-            return self.holds in names and self.shape in (None, names[self.holds])
-        return any(name.startswith(self.starts) for name in names)
+            shape = names.get(self.holds)
+            return shape is not None and self.shape in (None, shape) and self.columns in (None, *shape[1:2])
+        return any(name.startswith(self.starts or "") and self.within in name for name in names) and (
+            not self.beside or any(name.startswith(self.beside) for name in names)
+        )
 
 
 @dataclass(frozen=True)
@@ -63,22 +114,24 @@ class Family:
     """A family that sdrt builds.
 
     `name` is what manifests say, `title` what messages say, `builds` names all of the family that is built. `kinds` are
-    the words for a whole checkpoint, by the number of the UNet's input channels. Contexts and token vectors of
-    `context_width` and `token_width` show that an adapter is for this family.
+    the words for a whole checkpoint, by the number of the UNet's input channels; `alone` those for a UNet without text
+    encoders. Contexts of `context_width` show that an adapter is for this family.
     """
 
     name: str
     title: str
     builds: str
     kinds: Mapping[int, str]
+    alone: str
     components: tuple[Component, ...]
     token_table: str
     context_width: int
-    token_width: int
-    heads: int
-    """Of each attention of the UNet."""
-    text_head_width: int
-    """Channels of a head of the text encoder."""
+    tokens: Mapping[int, str]
+    """Widths of token vectors that show the family, with the words for whose they are."""
+    text_widths: tuple[int, ...]
+    """Of its text encoders, also those that other families have."""
+    heads: int | None
+    """Of each attention of the UNet, where their number is fixed."""
     latent_scale: float
     """Multiplies latents after encoding, where the file does not say."""
     size: tuple[int, int]
@@ -97,6 +150,28 @@ class Family:
     """
     schedulers: tuple[str, ...]
     """Classes of schedulers that the family's own folders name, with timesteps spaced "leading"."""
+    signs: tuple[Sign, ...] = ()
+    """Any of them shows a checkpoint of the family, before its names are made canonical."""
+    adapters: tuple[str, ...] = ()
+    """How modules begin that show a LoRA of the family; several families may share them."""
+    embeddings: tuple[str, ...] = ()
+    """Names of tensors that only its embeddings hold."""
+    size_of_v: tuple[int, int] | None = None
+    """The default picture of models that predict v, where it is another."""
+    shows_v: tuple[str, float] | None = None
+    """A tensor below the UNet's prefix. A larger deviation of its values than that shows a model that predicts v."""
+    head_width: int | None = None
+    """Channels of each head of the UNet, where the number of heads is not fixed."""
+    upcast_attention: bool = False
+    """Whether scores of the UNet's attention overflow in half precision."""
+    vae_overflows: bool = False
+    """Whether the VAE overflows in float16."""
+    last_layer: int = 1
+    """The latest layer of the text encoders that contexts come from: 1 is the last, 2 the one before it."""
+    sizes: int = 0
+    """Sizes in pixels that the UNet is told in its vector."""
+    size_width: int = 0
+    """Numbers of the sinusoid of each of them."""
 
     def component(self, network: str) -> Component:
         return next(component for component in self.components if component.network == network)
@@ -113,21 +188,18 @@ class Family:
     def text_encoder(self) -> Component:
         return self.component("clip")
 
+    @property
+    def text_encoders(self) -> tuple[Component, ...]:
+        """All of them, in the order of their contexts."""
+        return tuple(component for component in self.components if component.network == "clip")
+
 
 @dataclass(frozen=True)
 class OtherFamily:
-    """A family that sdrt only knows by name, to say of what family a file is. Widths are those of contexts and of token
-    vectors, with words for each.
-    """
+    """A family that sdrt only knows by name, to say of what family a file is."""
 
     title: str
     signs: tuple[Sign, ...] = ()
     """Of checkpoints. The first that holds names the file."""
-    contexts: Mapping[int, str] = field(default_factory=dict)
-    """Widths of contexts, with the words for a UNet without its text encoders."""
-    tokens: Mapping[int, str] = field(default_factory=dict)
-    """Widths of token vectors, with the words for whose they are."""
     adapters: tuple[str, ...] = ()
     """How the modules of its LoRAs begin."""
-    embeddings: tuple[str, ...] = ()
-    """Names of tensors that only its embeddings hold."""

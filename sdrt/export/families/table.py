@@ -3,40 +3,50 @@
 from __future__ import annotations
 
 from sdrt.export.families.family import Component, Family
+from sdrt.export.families.ldm import UNET_COMPONENT
 from sdrt.export.families.others import OTHERS
 from sdrt.export.families.sd1 import SD1
+from sdrt.export.families.sd2 import SD2
+from sdrt.export.families.sdxl import SDXL
 
-FAMILIES: tuple[Family, ...] = (SD1,)
+FAMILIES: tuple[Family, ...] = (SD1, SD2, SDXL)
 BUILDS = f"This version of sdrt builds {', '.join(family.builds for family in FAMILIES)}."
-COMPONENTS: tuple[Component, ...] = tuple(component for family in FAMILIES for component in family.components)
-CONTEXTS = {family.context_width: family.title for family in FAMILIES} | {
-    width: other.title for other in OTHERS for width in other.contexts
-}
+COMPONENTS: tuple[Component, ...] = tuple(
+    {component.prefix: component for family in reversed(FAMILIES) for component in family.components[::-1]}.values()
+)[::-1]
+"""One for each prefix of canonical names. Families share the prefixes, so this is the first family's component."""
+CONTEXTS = {family.context_width: family.title for family in FAMILIES}
 """Whose text contexts are that wide."""
-TOKENS = {family.token_width: family.title for family in FAMILIES} | {
-    width: words for other in OTHERS for width, words in other.tokens.items()
-}
+TOKENS = {width: words for family in FAMILIES for width, words in family.tokens.items()}
 """Whose token vectors are that wide."""
-TEXTS = {family.token_width: family.title for family in FAMILIES} | {
-    width: other.title for other in OTHERS for width in other.tokens
+TEXTS = {
+    width: tuple(family.title for family in FAMILIES if width in family.text_widths)
+    for family in FAMILIES
+    for width in family.text_widths
 }
 """Whose text encoders are that wide."""
-ADAPTERS = {start: other.title for other in OTHERS for start in other.adapters}
-"""How the modules of other families' LoRAs begin."""
-TEXT_MODULES = (
-    "lora_te",
-    "lycoris_te",
-    "lycoris_text",
-    "lycoris_encoder_layers",
-    "text_encoder",
-    "text_model.",
-    "encoder.layers.",
-    "cond_stage_model.",
-    "conditioner.",
+_OWN = [(family.title, family.adapters) for family in FAMILIES] + [(other.title, other.adapters) for other in OTHERS]
+ADAPTERS = {start: tuple(title for title, starts in _OWN if start in starts) for _, starts in _OWN for start in starts}
+"""How modules begin that show a LoRA of some families, to these families' titles."""
+TEXT_MODULES = dict.fromkeys(
+    ("lora_te", "text_encoder", "lycoris_text", "lycoris_encoder_layers", "text_model.", "encoder.layers."),
+    SD1.text_encoder.name,
+) | {
+    prefix: component.name
+    for family in FAMILIES
+    for component in family.text_encoders
+    for prefix in (*component.adapters_flat, *component.adapters_dotted)
+    if prefix not in ("", *UNET_COMPONENT.adapters_flat)
+}
+"""How the modules of text encoders begin in any family's LoRAs, to the component's name. The longest that fits counts.
+"""
+VECTORS = (
+    "emb_params",
+    *dict.fromkeys(component.vectors for family in FAMILIES for component in family.text_encoders),
 )
-"""How the modules of text encoders begin in any family's LoRAs."""
-EMBEDDINGS = {name: other.title for other in OTHERS for name in other.embeddings}
-"""Tensors that only other families' embeddings hold."""
+"""What tools call an embedding's vectors."""
+EMBEDDINGS = {name: family.title for family in FAMILIES for name in family.embeddings}
+"""Tensors that only one family's embeddings hold."""
 
 
 def family_named(name: str) -> Family:

@@ -81,23 +81,32 @@ class Step(nn.Module):
         init: Tensor,
         init_noise: Tensor,
         concat: Tensor | None = None,
+        vector: Tensor | None = None,
+        guidance: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Run row `row[n]` of the tables once for each picture n.
 
         Shapes are in `sdrt.bundle.graphs`. `inpaint` holds (k, b, c). `mask` is 1 where the image is kept. `next` gives
-        for each row the row after it. `concat` is what inpainting models see beside the latents; unlike the latents it
-        is not scaled. Returns the next registers, the next rows and the denoised estimates `[N, C, h, w]`.
+        for each row the row after it. `concat` is what inpainting and edit models see beside the latents; unlike the
+        latents it is not scaled. `vector` and `guidance` are what a model is told beside timestep and context. Returns
+        the next registers, the next rows and the denoised estimates `[N, C, h, w]`.
         """
         next, timestep, a, w, v, rescale, u, q, M, inpaint, noise = (
             x.index_select(0, row) for x in (next, timestep, a, w, v, rescale, u, q, M, inpaint, noise)
         )
         latents, unet, branches = _combine(a, registers), self.model.diffusion_model, w.shape[1]
-        contexts = context.flatten(0, 1)
-        if concat is None:
-            out = unet(latents, timestep, contexts, self.hypernetworks, branches)
-        else:
-            batch = torch.cat([latents[:, None].expand(-1, branches, -1, -1, -1), concat], dim=2)
-            out = unet(batch.flatten(0, 1), timestep, contexts, self.hypernetworks, branches, shared=False)
+        if concat is not None:
+            latents = torch.cat([latents[:, None].expand(-1, branches, -1, -1, -1), concat], dim=2).flatten(0, 1)
+        out = unet(
+            latents,
+            timestep,
+            context.flatten(0, 1),
+            self.hypernetworks,
+            branches,
+            shared=concat is None,
+            vector=None if vector is None else vector.flatten(0, 1),
+            guidance=None if guidance is None else guidance.index_select(0, row),
+        )
         outputs = out.float().unflatten(0, (-1, branches))
         denoised = _combine(u, registers) + q[:, None, None, None] * _guided(w, rescale, outputs)
         k, b, c = (inpaint[:, i, None, None, None] for i in range(3))

@@ -1,4 +1,4 @@
-"""The denoising UNet of the Stable Diffusion 1.x / 2.x topology as a plain module. Its parameter names are the
+"""The denoising UNet of Stable Diffusion 1.x, 2.x and XL as a plain module. Its parameter names are the
 checkpoint's.
 
 This file has the network, its sizes, and the hypernetworks that change the input of its attention. Parameter names
@@ -29,6 +29,34 @@ def timestep_embedding(timestep: Tensor, width: int) -> Tensor:
     frequencies = torch.exp(torch.arange(half, dtype=torch.float32) * (-math.log(10000.0) / half))
     angles = timestep.float()[:, None] * frequencies[None, :]
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+def guidance_embedding(scale: Tensor, width: int) -> Tensor:
+    """Sinusoids of a guidance scale `[B]` as `[B, width]`, sines first, in float32 (Luo et al. 2023, "Latent
+    Consistency Models").
+    """
+    half = width // 2
+    frequencies = torch.exp(torch.arange(half, dtype=torch.float32) * (-math.log(10000.0) / (half - 1)))
+    angles = (scale.float() - 1.0)[:, None] * 1000.0 * frequencies[None, :]
+    return torch.cat([angles.sin(), angles.cos()], dim=-1)
+
+
+class TimeEmbedding(nn.ModuleDict):
+    """What every residual block is told of the timestep, and of the guidance scale where a model is told it."""
+
+    def __init__(self, base: int, guidance_width: int) -> None:
+        width = base * 4
+        super().__init__({"0": nn.Linear(base, width), "2": nn.Linear(width, width)})
+        self.base, self.guidance_width = base, guidance_width
+        if guidance_width:
+            self.cond_proj = nn.Linear(guidance_width, base, bias=False)
+
+    def forward(self, timestep: Tensor, guidance: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """Timesteps `[N]` and guidance scales `[N]`, both float32, to `[N, 4 * base]`."""
+        x = timestep_embedding(timestep, self.base).to(dtype)
+        if guidance is not None:
+            x = x + self.cond_proj(guidance_embedding(guidance, self.guidance_width).to(dtype))
+        return self["2"](F.silu(self["0"](x)))
 
 
 class Residual(nn.Module):
@@ -109,9 +137,10 @@ class Context:
     """What attention sees besides its own input. Keys and values of cross-attention are made from the tensors here,
     `[N*G, T, C]`. Those of self-attention are made from what `hypernetworks` makes of its input.
 
-    A picture's G guidance branches differ only in their context. So before the first cross-attention they all have the
-    same features. While `shared` is true, these features are computed once per picture, `[N, ...]`. From the first
-    cross-attention on they are computed per branch, `[N*G, ...]`.
+    A picture's G guidance branches differ only in their context and, if `told_apart`, in what residual blocks are told
+    beside the timestep. So before the first cross-attention, or before the first such embedding is added, they all have
+    the same features. While `shared` is true, these features are computed once per picture, `[N, ...]`. From then on
+    they are computed per branch, `[N*G, ...]`.
     """
 
     keys: Tensor
@@ -119,6 +148,7 @@ class Context:
     hypernetworks: Callable[[Tensor], tuple[Tensor, Tensor]]
     branches: int
     shared: bool
+    told_apart: bool
 
     def for_each_branch(self, x: Tensor) -> Tensor:
         """`x` `[N, ...]` as `[N*G, ...]`. Unchanged if it has its branches already."""
@@ -147,8 +177,10 @@ class ResBlock(nn.Module):
         self.skip_connection = nn.Identity() if channels == out_channels else nn.Conv2d(channels, out_channels, 1)
 
     def forward(self, x: Tensor, embedding: Tensor, context: Context) -> Tensor:
-        h = self.in_layers(x) + self.emb_layers(embedding)[:, :, None, None]
-        return self.skip_connection(x) + self.out_layers(h)
+        h, skipped = self.in_layers(x), self.skip_connection(x)
+        if context.told_apart:
+            h, skipped = context.for_each_branch(h), context.for_each_branch(skipped)
+        return skipped + self.out_layers(h + self.emb_layers(embedding)[:, :, None, None])
 
 
 class CrossAttention(nn.Module):
@@ -263,42 +295,44 @@ class UNet(nn.Module):
     def __init__(self, spec: UNetSpec) -> None:
         super().__init__()
         base = spec.channels[0]
-        self.base = base
         width = base * 4
 
         def transformer(channels: int, depth: int) -> SpatialTransformer:
-            heads = spec.heads if spec.heads is not None else channels // (spec.head_width or 64)
+            heads = spec.heads if spec.heads is not None else channels // (spec.head_width or channels)
             return SpatialTransformer(channels, spec.context_width, heads, depth, spec.linear_projections, spec.biased)
 
-        self.time_embed = nn.Sequential(nn.Linear(base, width), nn.SiLU(), nn.Linear(width, width))
+        self.time_embed = TimeEmbedding(base, spec.guidance_width)
+        if spec.vector_width:
+            # Nested as in checkpoints, where it is one of several kinds of label.
+            self.label_emb = nn.Sequential(
+                nn.Sequential(nn.Linear(spec.vector_width, width), nn.SiLU(), nn.Linear(width, width))
+            )
         self.input_blocks = nn.ModuleList([nn.ModuleList([InputConv(spec.in_channels, base, 3, padding=1)])])
         current, skips = base, [base]
         for level, channels in enumerate(spec.channels):
-            for _ in range(spec.res_blocks[level]):
+            for depth in spec.down_depth[level]:
                 layers: list[nn.Module] = [ResBlock(current, channels, width)]
-                if spec.transformer_depth[level]:
-                    layers.append(transformer(channels, spec.transformer_depth[level]))
+                if depth:
+                    layers.append(transformer(channels, depth))
                 self.input_blocks.append(nn.ModuleList(layers))
                 current = channels
                 skips.append(current)
             if level + 1 < len(spec.channels):
                 self.input_blocks.append(nn.ModuleList([Downsample(current)]))
                 skips.append(current)
-        self.middle_block = nn.ModuleList(
-            [
-                ResBlock(current, current, width),
-                transformer(current, spec.middle_depth),
-                ResBlock(current, current, width),
-            ]
-        )
+        self.middle_block = nn.ModuleList()
+        if spec.middle is not None:
+            self.middle_block.append(ResBlock(current, current, width))
+        if spec.middle:
+            self.middle_block.extend([transformer(current, spec.middle), ResBlock(current, current, width)])
         self.output_blocks = nn.ModuleList()
         for level in reversed(range(len(spec.channels))):
             channels = spec.channels[level]
-            for i in range(spec.res_blocks[level] + 1):
+            for i, depth in enumerate(spec.up_depth[level]):
                 layers = [ResBlock(current + skips.pop(), channels, width)]
-                if spec.transformer_depth[level]:
-                    layers.append(transformer(channels, spec.transformer_depth[level]))
-                if level and i == spec.res_blocks[level]:
+                if depth:
+                    layers.append(transformer(channels, depth))
+                if level and i + 1 == len(spec.up_depth[level]):
                     layers.append(Upsample(channels))
                 self.output_blocks.append(nn.ModuleList(layers))
                 current = channels
@@ -315,6 +349,8 @@ class UNet(nn.Module):
         branches: int = 1,
         *,
         shared: bool = True,
+        vector: Tensor | None = None,
+        guidance: Tensor | None = None,
     ) -> Tensor:
         """From scaled latents of N pictures, a timestep for each, float32 `[N]`, and contexts `[N*G, T,
         context_width]`, to `[N*G, C, h, w]`.
@@ -322,20 +358,24 @@ class UNet(nn.Module):
         `branches` is G. If the latents are `shared`, all guidance branches of a picture denoise the same ones, and they
         are `[N, C, h, w]`. Otherwise they are `[N*G, C, h, w]`, for models whose branches differ in more than the
         context. `hypernetworks` gives the inputs of keys and values, for the context and for each input of
-        self-attention.
+        self-attention. A model may also be told a `vector` `[N*G, vector_width]` and a `guidance` scale `[N]`.
         """
+        told_apart = vector is not None
         seen = Context(
-            *hypernetworks(context), hypernetworks, branches, shared
+            *hypernetworks(context), hypernetworks, branches, shared, told_apart
         )  # keys and values are the same for every layer, so made once
-        embedding = self.time_embed(timestep_embedding(timestep, self.base).to(x.dtype))
-        if not shared:
+        embedding = self.time_embed(timestep, guidance, x.dtype)
+        if told_apart or not shared:
             embedding = _repeated(embedding, branches)
+        if vector is not None:
+            embedding = embedding + self.label_emb(vector)
         skips: list[Tensor] = []
         for block in (*self.input_blocks, self.middle_block):
             for layer in block:
                 x = layer(x, embedding, seen)
-                if isinstance(layer, SpatialTransformer) and seen.shared:
-                    embedding, *skips = (seen.for_each_branch(each) for each in (embedding, *skips))
+                if seen.shared and isinstance(layer, ResBlock if told_apart else SpatialTransformer):
+                    embedding = embedding if told_apart else seen.for_each_branch(embedding)
+                    skips = [seen.for_each_branch(skip) for skip in skips]
                     seen = replace(seen, shared=False)
             skips.append(x)
         skips.pop()  # the output of the middle block goes straight up

@@ -144,12 +144,17 @@ class Encoder(nn.Module):
         return self.conv_out(F.silu(self.norm_out(self.mid(h))))
 
 
+def _by_channel(numbers: tuple[float, ...]) -> Tensor:
+    """Numbers for each latent channel, as `[1, C, 1, 1]`."""
+    return torch.tensor(numbers)[None, :, None, None]
+
+
 class VaeDecoder(nn.Module):
     """Latents to pixels, with scale and rounding inside."""
 
     def __init__(self, spec: VaeSpec) -> None:
         super().__init__()
-        self.scale = spec.scale
+        self.scale, self.mean, self.std = spec.scale, spec.mean, spec.std
         self.first_stage_model = nn.Module()
         self.first_stage_model.post_quant_conv = nn.Conv2d(spec.latent_channels, spec.latent_channels, 1)
         self.first_stage_model.decoder = Decoder(spec)
@@ -161,7 +166,10 @@ class VaeDecoder(nn.Module):
         AUTOMATIC1111 does. `finite` is taken before the clamp, since a clamp turns NaN into a black picture.
         """
         model = self.first_stage_model
-        image = model.decoder(model.post_quant_conv(latents / self.scale)).float()
+        latents = latents / self.scale
+        if self.std:
+            latents = latents * _by_channel(self.std) + _by_channel(self.mean)
+        image = model.decoder(model.post_quant_conv(latents)).float()
         finite = (image.abs() <= 3.0e38).flatten(1).all(dim=1)
         pixels = torch.floor((image * 0.5 + 0.5).clamp(0.0, 1.0) * 255.0 + rounding)
         return pixels.permute(0, 2, 3, 1).to(torch.uint8), finite
@@ -172,7 +180,7 @@ class VaeEncoder(nn.Module):
 
     def __init__(self, spec: VaeSpec) -> None:
         super().__init__()
-        self.scale = spec.scale
+        self.scale, self.mean, self.std = spec.scale, spec.mean, spec.std
         self.first_stage_model = nn.Module()
         self.first_stage_model.encoder = Encoder(spec)
         self.first_stage_model.quant_conv = nn.Conv2d(2 * spec.latent_channels, 2 * spec.latent_channels, 1)
@@ -183,4 +191,7 @@ class VaeEncoder(nn.Module):
         image = pixels.to(noise.dtype).permute(0, 3, 1, 2) / 127.5 - 1.0  # cast first: TensorRT cannot permute bytes
         moments = model.quant_conv(model.encoder(image))
         mean, log_variance = moments.chunk(2, dim=1)
-        return (mean + torch.exp(0.5 * log_variance.clamp(-30.0, 20.0)) * noise) * self.scale
+        latents = mean + torch.exp(0.5 * log_variance.clamp(-30.0, 20.0)) * noise
+        if self.std:
+            latents = (latents - _by_channel(self.mean)) / _by_channel(self.std)
+        return latents * self.scale

@@ -4,20 +4,27 @@ tensors make. A tensor is read only when it is used.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sdrt.errors import CheckpointError, nearest, printable
 from sdrt.export.architecture import Architecture, architecture, default_size
-from sdrt.export.families.checkpoint_names import EMA, canonical_names, ema_name, has_ema, is_vae_attention
-from sdrt.export.families.family import Component, Family
-from sdrt.export.families.recognise import describe
+from sdrt.export.families.checkpoint_names import (
+    EMA,
+    canonical_names,
+    components_of,
+    ema_name,
+    has_ema,
+    is_vae_attention,
+)
+from sdrt.export.families.family import Component
 from sdrt.export.families.table import COMPONENTS, FAMILIES, component_of, family_named
+from sdrt.export.read.diffusers_config import SCHEDULER, TEXTS, check_family, check_sizes, sampling_note
 from sdrt.export.read.diffusers_config import VAE as VAE_CONFIG
-from sdrt.export.read.diffusers_config import check_family, check_sizes
-from sdrt.export.read.model_files import ModelFiles, open_model, open_vae
+from sdrt.export.read.diffusion import STATED, with_diffusion
+from sdrt.export.read.model_files import ModelFiles, Stored, open_model, open_vae
 from sdrt.export.read.tensor_entry import FLOATS, TensorEntry
 from sdrt.export.read.tensor_file import TensorFile
 
@@ -35,10 +42,15 @@ _IGNORED = (
     "scale_factor",
     EMA,
     "scaled_fp8",
-    "v_pred",
     "global_step",
+    *STATED,
     *(start for family in FAMILIES for start in family.ignored),
-    *(component.prefix + start for component in COMPONENTS for start in component.ignored),
+    *(
+        component.prefix + start
+        for family in FAMILIES
+        for component in family.components
+        for start in component.ignored
+    ),
 )
 _IGNORED_ENDS = (".scale_input", ".input_scale", ".scaled_fp8", ".comfy_quant")
 _FP8_SCALES = (".scale_weight", ".weight_scale")
@@ -117,11 +129,19 @@ class Checkpoint:
                 files.close()
 
 
-def open_checkpoint(path: Path, vae: Path | None = None, *, ema: bool = False) -> Checkpoint:
+def open_checkpoint(
+    path: Path,
+    vae: Path | None = None,
+    *,
+    ema: bool = False,
+    prediction: str | None = None,
+    zero_snr: bool | None = None,
+) -> Checkpoint:
     """Read a checkpoint, one file or a diffusers folder, except for its tensors' values. `vae` is a file or folder
     whose VAE replaces the checkpoint's own.
 
-    `ema` takes the UNet's averaged weights, which some checkpoints hold beside the plain ones.
+    `ema` takes the UNet's averaged weights, which some checkpoints hold beside the plain ones. `prediction` and
+    `zero_snr` go before what the files say (`with_diffusion`).
 
     Raises:
         CheckpointError: the checkpoint is of another kind or family, a component is missing, or it has no averaged
@@ -149,18 +169,10 @@ def open_checkpoint(path: Path, vae: Path | None = None, *, ema: bool = False) -
             vae_model = open_vae(vae)
             notes += vae_model.notes
             tensors = {name: tensor for name, tensor in tensors.items() if not _is_vae(name)} | _vae_tensors(vae_model)
-        arch = model_architecture(model, tensors, vae_model)
-        family = family_named(arch.family)
-        if remark := default_size(model.metadata, family)[1]:
-            notes.append(f"{model.name}: {remark}")
-        if model.settings.text_layers is not None and (layers := _layers_after(tensors, family, arch.clip.layers)):
-            notes.append(
-                f"{model.name}: its settings use {arch.clip.layers} layers of the text encoder, those after them were"
-                " left out"
-            )
-            tensors = {name: tensor for name, tensor in tensors.items() if name not in layers}
-        if arch.prediction != "epsilon":
-            notes.append(f"{model.name}: says that it predicts {arch.prediction}")
+        arch, remarks = model_architecture(model, tensors, vae_model, prediction=prediction, zero_snr=zero_snr)
+        notes += remarks
+        tensors, remarks = _used_layers(model, tensors, arch)
+        notes += remarks
         return Checkpoint(model, vae_model, tensors, arch, tuple(notes))
     except BaseException:
         model.close()
@@ -169,39 +181,67 @@ def open_checkpoint(path: Path, vae: Path | None = None, *, ema: bool = False) -
         raise
 
 
-def _layers_after(tensors: Mapping[str, Tensor], family: Family, count: int) -> set[str]:
-    """Names of the text encoder's tensors in layers after the first `count`."""
-    start = family.text_encoder.prefix + "text_model.encoder.layers."
-    numbers = {name: name[len(start) :].partition(".")[0] for name in tensors if name.startswith(start)}
-    return {name for name, number in numbers.items() if number.isdecimal() and int(number) >= count}
+def _used_layers(
+    model: ModelFiles, tensors: dict[str, Tensor], arch: Architecture
+) -> tuple[dict[str, Tensor], list[str]]:
+    """The tensors without those of text encoders' layers after the last that is used, and what to tell about them."""
+    notes = []
+    for component, text in zip(family_named(arch.family).text_encoders, arch.texts, strict=True):
+        start = component.prefix + "text_model.encoder.layers."
+        numbers = {name: name[len(start) :].partition(".")[0] for name in tensors if name.startswith(start)}
+        after = {name for name, number in numbers.items() if number.isdecimal() and int(number) >= text.layers}
+        if after and component.name in model.settings.text_layers:
+            notes.append(
+                f"{model.name}: its settings use {text.layers} layers of the {component.title}, those after them were"
+                " left out"
+            )
+        tensors = {name: tensor for name, tensor in tensors.items() if name not in after}
+    return tensors, notes
 
 
-def model_architecture(model: ModelFiles, tensors: Mapping[str, Tensor], vae: ModelFiles | None = None) -> Architecture:
+def model_architecture(
+    model: ModelFiles,
+    tensors: Mapping[str, Tensor],
+    vae: ModelFiles | None = None,
+    *,
+    prediction: str | None = None,
+    zero_snr: bool | None = None,
+) -> tuple[Architecture, list[str]]:
     """The architecture that tensors by canonical name make, together with the settings stored with the model and the
-    VAE. Raises as `architecture` does.
+    VAE, and remarks for the user. Raises as `architecture` and `with_diffusion` do.
     """
-    arch = architecture(model.path, {name: tensor.shape for name, tensor in tensors.items()}, model.metadata)
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    arch = architecture(model.path, shapes, model.metadata, model.kind)
+    family = family_named(arch.family)
     stated, scale = model.settings, (vae or model).settings.vae_scale
     if scale is not None:
         arch = replace(arch, vae=replace(arch.vae, scale=scale))
-    if stated.prediction is not None:
-        arch = replace(arch, prediction=stated.prediction)
-    if stated.text_layers is not None:
-        if stated.text_layers > arch.clip.layers:
+    weights = {name: Stored(tensor.file, tensor.entry) for name, tensor in tensors.items()}
+    arch, notes = with_diffusion(arch, model, weights, family, prediction=prediction, zero_snr=zero_snr)
+    if remark := default_size(model.metadata, arch.size)[1]:
+        notes.append(f"{model.name}: {remark}")
+    if remark := sampling_note(stated.configs.get(SCHEDULER, {}), family):
+        notes.append(f"{model.path.absolute().name}: {remark}")
+    texts = list(arch.texts)
+    for i, component in enumerate(family.text_encoders):
+        layers = stated.text_layers.get(component.name)
+        if layers is None:
+            continue
+        if layers > texts[i].layers:
             raise CheckpointError(
-                f"{model.path}: text_encoder/config.json: num_hidden_layers: {stated.text_layers}, but the tensors say"
-                f" {arch.clip.layers}",
+                f"{model.path}: {TEXTS[i]}: num_hidden_layers: {layers}, but the tensors say {texts[i].layers}",
                 "The folder's files belong to different models; download it again.",
             )
-        arch = replace(arch, clip=replace(arch.clip, layers=stated.text_layers))
+        texts[i] = replace(texts[i], layers=layers)
+    arch = replace(arch, texts=tuple(texts))
     own = {name: config for name, config in stated.configs.items() if vae is None or name != VAE_CONFIG}
     for path, configs in [(model.path, own), *([(vae.path, vae.settings.configs)] if vae is not None else [])]:
-        check_family(path, configs, family_named(arch.family))
+        check_family(path, configs, family)
         check_sizes(path, configs, arch)
     if stated.sample_size is not None:
         side = stated.sample_size * 2 ** (len(arch.vae.channels) - 1)
         arch = replace(arch, size=(side, side))
-    return arch
+    return arch, notes
 
 
 def canonical_tensors(model: ModelFiles) -> dict[str, Tensor]:
@@ -210,7 +250,8 @@ def canonical_tensors(model: ModelFiles) -> dict[str, Tensor]:
     Raises:
         CheckpointError: two names in the files mean one tensor.
     """
-    names = canonical_names(model.path, {name: stored.entry.shape for name, stored in model.tensors.items()})
+    shapes = {name: stored.entry.shape for name, stored in model.tensors.items()}
+    names = canonical_names(model.path, shapes, model.kind)
     tensors: dict[str, Tensor] = {}
     for name, canonical in names.items():
         stored = model.tensors[name]
@@ -221,7 +262,7 @@ def canonical_tensors(model: ModelFiles) -> dict[str, Tensor]:
             )
         matrix = is_vae_attention(canonical) and len(stored.entry.shape) == 2
         tensors[canonical] = Tensor(stored.file, stored.entry, (*stored.entry.shape, 1, 1) if matrix else None)
-    for component in COMPONENTS:
+    for component in components_of(model.kind):
         tensors = as_parts(component, tensors)
     for name in [name for name in tensors if name.endswith(_FP8_SCALES)]:
         weight = name.rpartition(".")[0] + ".weight"
@@ -240,27 +281,26 @@ def as_parts(component: Component, tensors: Mapping[str, Tensor]) -> dict[str, T
     """
     found: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
+        ends = (*component.rows, *component.transposed) if name.startswith(component.prefix) else ()
+        end = next((end for end in ends if name.endswith(end)), None)
+        if end is None:
+            found[name] = tensor
+            continue
         where, shape = f"{tensor.file.path}: {printable(tensor.entry.name)}", list(tensor.entry.shape)
-        below = name.startswith(component.prefix)
-        end = next((end for end in component.rows if below and name.endswith(end)), None)
-        if end is not None:
+        below = name.removesuffix(end)
+        if end in component.rows:
             parts = component.rows[end]
             if not shape or shape[0] % len(parts):
                 raise CheckpointError(f"{where}: expected rows in {len(parts)} equal parts, found shape {shape}")
             count = shape[0] // len(parts)
-            made = {
-                name.removesuffix(end) + part: replace(tensor, rows=(i * count, (i + 1) * count))
-                for i, part in enumerate(parts)
-            }
-            if twice := made.keys() & tensors.keys():
-                raise CheckpointError(f"{where}: holds {printable(min(twice))}, which the file has beside it")
-            found |= made
-        elif below and name.endswith(component.transposed):
+            made = {below + part: replace(tensor, rows=(i * count, (i + 1) * count)) for i, part in enumerate(parts)}
+        else:
             if len(shape) != 2:
                 raise CheckpointError(f"{where}: expected a matrix, found shape {shape}")
-            found[name] = replace(tensor, transposed=True)
-        else:
-            found[name] = tensor
+            made = {below + component.transposed[end]: replace(tensor, transposed=True)}
+        if twice := made.keys() & tensors.keys():
+            raise CheckpointError(f"{where}: holds {printable(min(twice))}, which the file has beside it")
+        found |= made
     return found
 
 
@@ -288,10 +328,11 @@ def select(checkpoint: Checkpoint, expected: Mapping[str, tuple[int, ...]]) -> t
             raise CheckpointError(f"{path}: {name}: expected shape {list(shape)}, found {list(entry.shape)}")
         if entry.dtype not in FLOATS:
             raise CheckpointError(f"{path}: {name}: expected one of {', '.join(FLOATS)}, found {entry.dtype}")
+    known = {*expected, *_unneeded(checkpoint.architecture, expected)}
     unknown = [
         name
         for name in checkpoint.tensors
-        if name not in expected and not name.startswith(_IGNORED) and not name.endswith(_IGNORED_ENDS)
+        if name not in known and not name.startswith(_IGNORED) and not name.endswith(_IGNORED_ENDS)
     ]
     asked = [component for component in COMPONENTS if any(name.startswith(component.prefix) for name in expected)]
     for component in asked:
@@ -304,6 +345,16 @@ def select(checkpoint: Checkpoint, expected: Mapping[str, tuple[int, ...]]) -> t
                 " use another.",
             )
     return {name: checkpoint.tensors[name] for name in expected}, unknown
+
+
+def _unneeded(arch: Architecture, expected: Mapping[str, object]) -> Iterator[str]:
+    """Names of the text encoders' tensors that no output may need: those of its layers, and of the norm after them."""
+    for component, text in zip(family_named(arch.family).text_encoders, arch.texts, strict=True):
+        model = component.prefix + "text_model."
+        first = model + "encoder.layers.0."
+        leaves = [name.removeprefix(first) for name in expected if name.startswith(first)]
+        yield from (f"{model}encoder.layers.{layer}.{leaf}" for layer in range(text.layers) for leaf in leaves)
+        yield from (f"{model}final_layer_norm.{leaf}" for leaf in ("weight", "bias"))
 
 
 def _averaged(model: ModelFiles, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -328,9 +379,8 @@ def _averaged(model: ModelFiles, tensors: Mapping[str, Tensor]) -> dict[str, Ten
 def _vae_tensors(model: ModelFiles) -> dict[str, Tensor]:
     tensors = {name: tensor for name, tensor in canonical_tensors(model).items() if _is_vae(name)}
     if not any(name.endswith("decoder.conv_in.weight") for name in tensors):
-        found = describe({name: tensor.shape for name, tensor in canonical_tensors(model).items()})
         raise CheckpointError(
-            f"{model.path}: expected a VAE, found {found}",
+            f"{model.path}: expected a VAE, found {model.kind}",
             "Give a VAE in LDM's or diffusers' naming, or a checkpoint that holds one.",
         )
     return tensors

@@ -7,22 +7,21 @@ Names and defaults are those of diffusers' and transformers' configurations.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from sdrt.errors import CheckpointError, printable
-from sdrt.export.architecture import Architecture
+from sdrt.export.architecture import Architecture, UNetSpec
 from sdrt.export.families.family import Family
 from sdrt.export.families.table import BUILDS, FAMILIES
 
 PREDICTION_TYPES = {"epsilon": "epsilon", "v_prediction": "v"}
-UNET, VAE, TEXT, SCHEDULER = (
-    "unet/config.json",
-    "vae/config.json",
-    "text_encoder/config.json",
-    "scheduler/scheduler_config.json",
-)
+UNET, VAE, SCHEDULER = "unet/config.json", "vae/config.json", "scheduler/scheduler_config.json"
+TEXTS = ("text_encoder/config.json", "text_encoder_2/config.json")
+"""Of the text encoders, in the order of a model's."""
+EDM_SCHEDULERS = ("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler")
+"""Classes for networks trained on every level between two (Karras et al. 2022)."""
 
 # What sdrt's networks compute. A folder with other values would build and give wrong pictures.
 _FIXED: dict[str, dict[str, tuple[Any, ...]]] = {
@@ -33,10 +32,8 @@ _FIXED: dict[str, dict[str, tuple[Any, ...]]] = {
         "norm_eps": (1e-5,),
         "class_embed_type": (None,),
         "num_class_embeds": (None,),
-        "addition_embed_type": (None,),
         "encoder_hid_dim": (None,),
         "encoder_hid_dim_type": (None,),
-        "time_cond_proj_dim": (None,),
         "time_embedding_type": ("positional",),
         "time_embedding_dim": (None,),
         "time_embedding_act_fn": (None,),
@@ -46,7 +43,6 @@ _FIXED: dict[str, dict[str, tuple[Any, ...]]] = {
         "freq_shift": (0,),
         "downsample_padding": (1,),
         "mid_block_scale_factor": (1,),
-        "mid_block_type": ("UNetMidBlock2DCrossAttn",),
         "mid_block_only_cross_attention": (None, False),
         "resnet_time_scale_shift": ("default",),
         "resnet_skip_time_act": (False,),
@@ -58,20 +54,20 @@ _FIXED: dict[str, dict[str, tuple[Any, ...]]] = {
         "conv_out_kernel": (3,),
         "attention_type": ("default",),
         "class_embeddings_concat": (False,),
-        "reverse_transformer_layers_per_block": (None,),
     },
     VAE: {
         "_class_name": ("AutoencoderKL",),
         "act_fn": ("silu", "swish"),
         "norm_num_groups": (32,),
-        "latents_mean": (None,),
-        "latents_std": (None,),
         "shift_factor": (None, 0),
         "mid_block_add_attention": (True,),
         "use_quant_conv": (True,),
         "use_post_quant_conv": (True,),
     },
-    TEXT: {"model_type": ("clip_text_model",), "layer_norm_eps": (1e-5,), "use_attention_mask": (False, None)},
+    **{
+        name: {"model_type": ("clip_text_model",), "layer_norm_eps": (1e-5,), "use_attention_mask": (False, None)}
+        for name in TEXTS
+    },
     SCHEDULER: {
         "_class_name": (
             "DDIMScheduler",
@@ -90,19 +86,26 @@ _FIXED: dict[str, dict[str, tuple[Any, ...]]] = {
             "UniPCMultistepScheduler",
             "LCMScheduler",
             "TCDScheduler",
+            *EDM_SCHEDULERS,
         ),
         "trained_betas": (None,),
-        "rescale_betas_zero_snr": (False,),
         "thresholding": (False,),
         "use_flow_sigmas": (False,),
         "use_dynamic_shifting": (False,),
     },
 }
 _USED = {
-    UNET: ("attention_head_dim", "num_attention_heads", "sample_size"),
-    VAE: ("scaling_factor",),
-    TEXT: ("num_attention_heads", "num_hidden_layers"),
-    SCHEDULER: ("prediction_type",),
+    UNET: (
+        "attention_head_dim",
+        "num_attention_heads",
+        "sample_size",
+        "mid_block_type",
+        "transformer_layers_per_block",
+        "reverse_transformer_layers_per_block",
+    ),
+    VAE: ("scaling_factor", "latents_mean", "latents_std"),
+    **dict.fromkeys(TEXTS, ("num_attention_heads", "num_hidden_layers")),
+    SCHEDULER: ("prediction_type", "rescale_betas_zero_snr", "sigma_min", "sigma_max", "sigma_data"),
 }
 # Precision, training, and settings that only act together with a setting above, which must be absent.
 _HARMLESS = {
@@ -111,35 +114,37 @@ _HARMLESS = {
         "upcast_attention",
         "addition_time_embed_dim",
         "addition_embed_type_num_heads",
-        "projection_class_embeddings_input_dim",
     ),
     VAE: ("force_upcast", "sample_size"),
-    TEXT: (
-        "architectures",
-        "attention_dropout",
-        "dropout",
-        "bos_token_id",
-        "eos_token_id",
-        "pad_token_id",
-        "projection_dim",
-        "initializer_range",
-        "initializer_factor",
-        "torch_dtype",
-        "dtype",
-        "transformers_version",
-        "gradient_checkpointing",
-        "return_dict",
-        "output_attentions",
-        "output_hidden_states",
-        "torchscript",
-        "chunk_size_feed_forward",
-        "is_encoder_decoder",
-        "is_decoder",
-        "id2label",
-        "label2id",
-        "problem_type",
-        "tie_word_embeddings",
-        "use_cache",
+    **dict.fromkeys(
+        TEXTS,
+        (
+            "architectures",
+            "attention_dropout",
+            "dropout",
+            "bos_token_id",
+            "eos_token_id",
+            "pad_token_id",
+            "projection_dim",
+            "initializer_range",
+            "initializer_factor",
+            "torch_dtype",
+            "dtype",
+            "transformers_version",
+            "gradient_checkpointing",
+            "return_dict",
+            "output_attentions",
+            "output_hidden_states",
+            "torchscript",
+            "chunk_size_feed_forward",
+            "is_encoder_decoder",
+            "is_decoder",
+            "id2label",
+            "label2id",
+            "problem_type",
+            "tie_word_embeddings",
+            "use_cache",
+        ),
     ),
     # How a picture is sampled, which `sdrt generate` chooses for each picture.
     SCHEDULER: (
@@ -168,8 +173,8 @@ _HARMLESS = {
         "lambda_min_clipped",
         "interpolation_type",
         "timestep_type",
-        "sigma_min",
-        "sigma_max",
+        "sigma_schedule",
+        "rho",
         "noise_sampler_seed",
         "original_inference_steps",
         "timestep_scaling",
@@ -182,22 +187,41 @@ _HARMLESS = {
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings of a folder; None where the files do not say. `sample_size` counts latents a side. `vae_scale` is
-    `VaeSpec.scale`. `text_layers` is how many layers of the text encoder are used.
+    """The settings of a folder; None where the files do not say.
 
-    `configs` holds, by file name, the config.json of each network, whose sizes `check_sizes` compares, and the
-    scheduler's. `notes` are for the user.
+    prediction, zero_snr, sigmas, sigma_data: as `Architecture` has them.
+    vae_scale, vae_mean, vae_std: as `VaeSpec` has them.
+    sample_size: latents a side.
+    text_layers: how many layers of each text encoder are used, by the name of its component.
+    scaled_image: whether the image of an edit model is scaled as latents are.
+    configs: by file name the config.json of each network, whose sizes `check_sizes` compares, and the scheduler's.
     """
 
     prediction: str | None = None
+    zero_snr: bool | None = None
+    sigmas: tuple[float, float] | None = None
+    sigma_data: float = 1.0
     vae_scale: float | None = None
+    vae_mean: tuple[float, ...] = ()
+    vae_std: tuple[float, ...] = ()
     sample_size: int | None = None
-    text_layers: int | None = None
+    text_layers: Mapping[str, int] = field(default_factory=dict)
+    scaled_image: bool = False
     configs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
+
+    @property
+    def activation(self) -> str:
+        """Of the first text encoder, "" where no file says."""
+        return str(self.configs.get(TEXTS[0], {}).get("hidden_act") or "")
 
 
-def read_settings(path: Path, configs: Mapping[str, Mapping[str, Any]], scheduler: Mapping[str, Any]) -> Settings:
+def read_settings(
+    path: Path,
+    configs: Mapping[str, Mapping[str, Any]],
+    scheduler: Mapping[str, Any],
+    *,
+    scaled_image: bool = False,
+) -> Settings:
     """Settings from each component's config.json, by component, and from the scheduler's.
 
     Raises:
@@ -207,25 +231,69 @@ def read_settings(path: Path, configs: Mapping[str, Mapping[str, Any]], schedule
     named = {f"{component}/config.json": config for component, config in configs.items()}
     for name, document in (named | {SCHEDULER: scheduler}).items():
         _check_settings(path, name, document)
-    unet, text, vae = (named.get(name, {}) for name in (UNET, TEXT, VAE))
-    prediction = scheduler.get("prediction_type", "epsilon") if scheduler else None
-    if prediction is not None and not (isinstance(prediction, str) and prediction in PREDICTION_TYPES):
-        raise _refused(path, SCHEDULER, "prediction_type", prediction, " or ".join(PREDICTION_TYPES))
+    unet, vae = (named.get(name, {}) for name in (UNET, VAE))
     scale = vae.get("scaling_factor")
-    if scale is not None and (isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 < scale < 1e6):
+    if scale is not None and not _positive(scale):
         raise _refused(path, VAE, "scaling_factor", scale, "a positive number")
+    size = unet.get("sample_size")
+    settings = Settings(
+        vae_scale=float(scale) if scale is not None else None,
+        vae_mean=_numbers(path, vae, "latents_mean"),
+        vae_std=_numbers(path, vae, "latents_std"),
+        sample_size=size if isinstance(size, int) and not isinstance(size, bool) and 0 < size <= 1024 else None,
+        text_layers={
+            name.partition("/")[0]: layers
+            for name in TEXTS
+            if (layers := _layers(path, name, named.get(name, {}))) is not None
+        },
+        scaled_image=scaled_image,
+        configs=named | ({SCHEDULER: scheduler} if scheduler else {}),
+    )
+    return _with_schedule(path, settings, scheduler) if scheduler else settings
+
+
+def _with_schedule(path: Path, settings: Settings, scheduler: Mapping[str, Any]) -> Settings:
+    """What the network predicts and the levels it was trained on, by the scheduler's settings."""
+    prediction = scheduler.get("prediction_type", "epsilon")
+    if not (isinstance(prediction, str) and prediction in PREDICTION_TYPES):
+        raise _refused(path, SCHEDULER, "prediction_type", prediction, " or ".join(PREDICTION_TYPES))
+    zero_snr = scheduler.get("rescale_betas_zero_snr", False)
+    if not isinstance(zero_snr, bool):
+        raise _refused(path, SCHEDULER, "rescale_betas_zero_snr", zero_snr, "true or false")
+    if scheduler.get("_class_name") not in EDM_SCHEDULERS:
+        return replace(settings, prediction=PREDICTION_TYPES[prediction], zero_snr=zero_snr)
+    numbers = {"sigma_min": 0.002, "sigma_max": 80.0, "sigma_data": 0.5} | {
+        key: value for key, value in scheduler.items() if key.startswith("sigma_") and key != "sigma_schedule"
+    }
+    for key, number in numbers.items():
+        if not _positive(number):
+            raise _refused(path, SCHEDULER, key, number, "a positive number")
+    # Diffusers' "epsilon" is F of Karras et al. 2022 there.
+    said = "edm" if prediction == "epsilon" else PREDICTION_TYPES[prediction]
+    sigmas = float(numbers["sigma_min"]), float(numbers["sigma_max"])
+    return replace(settings, prediction=said, zero_snr=False, sigmas=sigmas, sigma_data=float(numbers["sigma_data"]))
+
+
+def _positive(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 1e6
+
+
+def _numbers(path: Path, vae: Mapping[str, Any], key: str) -> tuple[float, ...]:
+    """A number for each channel of latents; none where they are left as they are."""
+    found = vae.get(key)
+    if found is None:
+        return ()
+    numbers = isinstance(found, list) and all(isinstance(n, int | float) and abs(n) < 1e6 for n in found)
+    if not numbers or found == [] or (key == "latents_std" and not all(_positive(n) for n in found)):
+        raise _refused(path, VAE, key, found, "a number for each channel")
+    return tuple(float(n) for n in found)
+
+
+def _layers(path: Path, name: str, text: Mapping[str, Any]) -> int | None:
     layers = text.get("num_hidden_layers")
     if layers is not None and (isinstance(layers, bool) or not isinstance(layers, int) or layers < 1):
-        raise _refused(path, TEXT, "num_hidden_layers", layers, "a number of layers")
-    size = unet.get("sample_size")
-    return Settings(
-        PREDICTION_TYPES[prediction] if prediction is not None else None,
-        float(scale) if scale is not None else None,
-        size if isinstance(size, int) and not isinstance(size, bool) and 0 < size <= 1024 else None,
-        layers,
-        named | ({SCHEDULER: scheduler} if scheduler else {}),
-        tuple(_sampling(scheduler)),
-    )
+        raise _refused(path, name, "num_hidden_layers", layers, "a number of layers")
+    return layers
 
 
 def _check_settings(path: Path, name: str, document: Mapping[str, Any]) -> None:
@@ -263,27 +331,20 @@ def check_family(path: Path, configs: Mapping[str, Mapping[str, Any]], family: F
     """
     for name, fixed in family.settings.items():
         _check_fixed(path, name, configs.get(name, {}), fixed)
-    unet, text = configs.get(UNET, {}), configs.get(TEXT, {})
-    key = (
-        "num_attention_heads" if unet.get("num_attention_heads") is not None else "attention_head_dim"
-    )  # the old name in diffusers for the number of heads
-    heads = unet.get(key, family.heads)
-    if any(not _same(n, family.heads) for n in (heads if isinstance(heads, list) else [heads])):
-        raise _refused(path, UNET, key, heads, f"{family.heads} heads")
-    width, text_heads = text.get("hidden_size"), text.get("num_attention_heads")
-    if isinstance(width, int) and isinstance(text_heads, int) and width != text_heads * family.text_head_width:
-        raise _refused(
-            path,
-            TEXT,
-            "num_attention_heads",
-            text_heads,
-            f"{width // family.text_head_width}, of {family.text_head_width} channels each",
-        )
+    for name, component in zip(TEXTS, family.text_encoders, strict=False):
+        config = configs.get(name, {})
+        width, heads = config.get("hidden_size"), config.get("num_attention_heads")
+        head_width = component.text.head_width
+        if isinstance(width, int) and isinstance(heads, int) and width != heads * head_width:
+            expected = f"{width // head_width}, of {head_width} channels each"
+            raise _refused(path, name, "num_attention_heads", heads, expected)
 
 
-def _sampling(scheduler: Mapping[str, Any]) -> list[str]:
-    """Remarks where a folder was made for another sampling than is usual in its family. A bundle stores no sampler."""
-    own = [name for family in FAMILIES for name in family.schedulers]
+def sampling_note(scheduler: Mapping[str, Any], family: Family) -> str:
+    """A remark where a folder was made for another sampling than is usual in its family, else "". A bundle stores no
+    sampler.
+    """
+    own = family.schedulers
     chosen = [str(scheduler["_class_name"])] if scheduler.get("_class_name", own[0]) not in own else []
     if (spacing := scheduler.get("timestep_spacing", "leading")) != "leading":
         chosen.append(f"timestep_spacing {printable(str(spacing))[:40]}")
@@ -293,12 +354,10 @@ def _sampling(scheduler: Mapping[str, Any]) -> list[str]:
         if scheduler.get(key) is True
     ]
     return (
-        [
-            f"{SCHEDULER}: says {', '.join(chosen)}; a bundle keeps no sampler: choose with --sampler and --schedule of"
-            " sdrt generate"
-        ]
+        f"{SCHEDULER}: says {', '.join(chosen)}; a bundle keeps no sampler: choose with --sampler and --schedule of"
+        " sdrt generate"
         if chosen
-        else []
+        else ""
     )
 
 
@@ -317,15 +376,71 @@ def check_sizes(path: Path, configs: Mapping[str, Mapping[str, Any]], arch: Arch
                 if isinstance(found, list)
                 else all(_same(found, size) for size in expected)
             ):
-                shown = expected[0] if len(set(expected)) == 1 else list(expected)
-                raise CheckpointError(
-                    f"{path}: {name}: {key}: {printable(repr(found)[:80])}, but the tensors say {shown}",
-                    "The folder's files belong to different models; download it again.",
-                )
+                raise _differs(path, name, key, found, expected)
+    if UNET in configs:
+        _check_levels(path, configs[UNET], arch.unet)
 
 
-def _blocks(levels: Sequence[int], attention: str, plain: str) -> tuple[str, ...]:
-    return tuple(attention if depth else plain for depth in levels)
+def _check_levels(path: Path, unet: Mapping[str, Any], sizes: UNetSpec) -> None:
+    """Check heads, depths and the middle. What is said of a level without attention is not used."""
+    # The second is the old name in diffusers for the number of heads.
+    key = "num_attention_heads" if unet.get("num_attention_heads") is not None else "attention_head_dim"
+    heads = [_heads(sizes, channels) for channels in sizes.channels]
+    if unet.get(key) is not None and not _fits(unet[key], heads, [any(depths) for depths in sizes.down_depth]):
+        raise _refused(path, UNET, key, unet[key], f"{heads[0] if len(set(heads)) == 1 else heads} heads")
+    for key, depths in (
+        ("transformer_layers_per_block", sizes.down_depth),
+        ("reverse_transformer_layers_per_block", sizes.up_depth[::-1]),
+    ):
+        if unet.get(key) is not None and not _fits(unet[key], depths, [any(blocks) for blocks in depths]):
+            raise _differs(path, UNET, key, unet[key], depths)
+    middle = unet.get("mid_block_type", _MIDDLE[2])
+    if middle != _MIDDLE[0 if sizes.middle is None else min(1 + sizes.middle, 2)]:
+        raise _differs(path, UNET, "mid_block_type", middle, [f"{sizes.middle} transformer blocks in the middle"])
+
+
+_MIDDLE = (None, "UNetMidBlock2D", "UNetMidBlock2DCrossAttn")
+"""No middle, a residual block, and one with attention."""
+
+
+def _heads(unet: UNetSpec, channels: int) -> int:
+    """Heads of a level, which diffusers calls `attention_head_dim`."""
+    return unet.heads if unet.heads is not None else channels // (unet.head_width or channels)
+
+
+def _fits(found: object, levels: Sequence[int | Sequence[int]], used: Sequence[bool]) -> bool:
+    """Whether a setting, one value or one a level, each for all blocks of the level or one a block, is that of the
+    tensors.
+    """
+    said = found if isinstance(found, list) else [found] * len(levels)
+    if len(said) != len(levels):
+        return False
+    for one, expected, counts in zip(said, levels, used, strict=True):
+        blocks = (expected,) if isinstance(expected, int) else tuple(expected)
+        if counts and not (tuple(one) == blocks if isinstance(one, list) else all(_same(one, n) for n in blocks)):
+            return False
+    return True
+
+
+def _differs(path: Path, name: str, key: str, found: object, expected: Sequence[Any]) -> CheckpointError:
+    shown = expected[0] if len(set(expected)) == 1 else list(expected)
+    return CheckpointError(
+        f"{path}: {name}: {key}: {printable(repr(found)[:80])}, but the tensors say {shown}",
+        "The folder's files belong to different models; download it again.",
+    )
+
+
+def _blocks(levels: Sequence[Sequence[int]], attention: str, plain: str) -> tuple[str, ...]:
+    return tuple(attention if any(depths) else plain for depths in levels)
+
+
+def _text_sizes(index: int) -> dict[str, Callable[[Architecture], Sequence[Any]]]:
+    return {
+        "hidden_size": lambda arch: [text.width for text in arch.texts[index : index + 1]],
+        "intermediate_size": lambda arch: [text.mlp_width for text in arch.texts[index : index + 1]],
+        "vocab_size": lambda arch: [text.vocabulary for text in arch.texts[index : index + 1]],
+        "max_position_embeddings": lambda arch: [text.tokens for text in arch.texts[index : index + 1]],
+    }
 
 
 # The value of each size setting according to the tensors. It has one value per level if it may differ between levels.
@@ -336,12 +451,11 @@ _SIZES: dict[str, dict[str, Callable[[Architecture], Sequence[Any]]]] = {
         "block_out_channels": lambda arch: arch.unet.channels,
         "layers_per_block": lambda arch: arch.unet.res_blocks,
         "cross_attention_dim": lambda arch: (arch.unet.context_width,) * len(arch.unet.channels),
-        "transformer_layers_per_block": lambda arch: [
-            depth or arch.unet.middle_depth for depth in arch.unet.transformer_depth
-        ],
         "use_linear_projection": lambda arch: (arch.unet.linear_projections,),
-        "down_block_types": lambda arch: _blocks(arch.unet.transformer_depth, "CrossAttnDownBlock2D", "DownBlock2D"),
-        "up_block_types": lambda arch: _blocks(arch.unet.transformer_depth[::-1], "CrossAttnUpBlock2D", "UpBlock2D"),
+        "down_block_types": lambda arch: _blocks(arch.unet.down_depth, "CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": lambda arch: _blocks(arch.unet.up_depth[::-1], "CrossAttnUpBlock2D", "UpBlock2D"),
+        "time_cond_proj_dim": lambda arch: (arch.unet.guidance_width,),
+        "projection_class_embeddings_input_dim": lambda arch: (arch.unet.vector_width,),
     },
     VAE: {
         "in_channels": lambda arch: (3,),
@@ -352,12 +466,8 @@ _SIZES: dict[str, dict[str, Callable[[Architecture], Sequence[Any]]]] = {
         "down_block_types": lambda arch: ("DownEncoderBlock2D",) * len(arch.vae.channels),
         "up_block_types": lambda arch: ("UpDecoderBlock2D",) * len(arch.vae.channels),
     },
-    TEXT: {
-        "hidden_size": lambda arch: (arch.clip.width,),
-        "intermediate_size": lambda arch: (arch.clip.mlp_width,),
-        "vocab_size": lambda arch: (arch.clip.vocabulary,),
-        "max_position_embeddings": lambda arch: (arch.clip.tokens,),
-    },
+    TEXTS[0]: _text_sizes(0),
+    TEXTS[1]: _text_sizes(1),
 }
 
 

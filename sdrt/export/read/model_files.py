@@ -3,7 +3,7 @@ per network.
 
 This file decides which files of a folder are read (docs/architecture.md has the order of preference), reads the
 settings in its JSON files, and makes the hash that stands for all of them. Tensors have the names that one file would
-give them: `unet.`, `vae.` or `text_encoder.`, and the name within.
+give them: `unet.`, `vae.`, `text_encoder.` or `text_encoder_2.`, and the name within.
 """
 
 from __future__ import annotations
@@ -14,37 +14,40 @@ import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from sdrt.bundle.manifest import MANIFEST
 from sdrt.errors import CheckpointError, InputFileError, UnsafeError, nearest, printable
+from sdrt.export.families.recognise import describe
 from sdrt.export.families.table import BUILDS, FAMILIES
 from sdrt.export.families.table import COMPONENTS as ALL
 from sdrt.export.read.diffusers_config import Settings, read_settings
 from sdrt.export.read.tensor_entry import TensorEntry
 from sdrt.export.read.tensor_file import TensorFile, open_tensor_file
-from sdrt.files.read import Document, read_document
+from sdrt.files.read import Document, read_document, unique
 
 COMPONENTS = tuple(dict.fromkeys(component.name for component in ALL))
 _UNUSED_COMPONENTS = (
     "tokenizer",
+    "tokenizer_2",
     "scheduler",
     "safety_checker",
     "feature_extractor",
     "image_encoder",
     "requires_safety_checker",
+    "add_watermarker",
+    "force_zeros_for_empty_prompt",
+    "is_cosxl_edit",
 )
-"""Other parts of a pipeline. sdrt brings these itself, or they change no picture. An image encoder serves IP-Adapters
-only.
+"""Other parts and settings of a pipeline. sdrt brings these itself, or they change no picture. An image encoder serves
+IP-Adapters only.
 """
 _PIPELINES = tuple(pipeline for family in FAMILIES for pipeline in family.pipelines)
 MAX_DOCUMENT_BYTES = 16 << 20
-_STEMS = {
-    "unet": ("diffusion_pytorch_model",),
-    "vae": ("diffusion_pytorch_model",),
-    "text_encoder": ("model", "pytorch_model"),
-}
+_STEMS = {"clip": ("model", "pytorch_model")}
+"""How names of weight files begin, by network; those of all others as diffusers has them."""
 _AGAIN = "Download the folder again."
 
 
@@ -73,6 +76,11 @@ class ModelFiles:
     @property
     def name(self) -> str:
         return self.path.name or self.path.absolute().name
+
+    @cached_property
+    def kind(self) -> str:
+        """What the file or folder is, as `describe` says it."""
+        return describe({name: stored.entry.shape for name, stored in self.tensors.items()}, self.settings.activation)
 
     def sha256(self) -> str:
         """SHA-256 of the file. For a folder it is the SHA-256 of the lines that `sha256sum` prints for the files that
@@ -153,8 +161,11 @@ def open_model(path: Path) -> ModelFiles:
                     " supported yet",
                     BUILDS,
                 )
-        for component in COMPONENTS:
-            if component not in index and not (path / component).is_dir():
+        components = _components(path, index)
+        for component in components:
+            if index.get(component, component) in (None, [None, None]) or (
+                component not in index and not (path / component).is_dir()
+            ):
                 raise CheckpointError(
                     f"{path}: model_index.json: names no {component}, found {printable(kind)}",
                     "Give the folder of a whole pipeline.",
@@ -162,13 +173,28 @@ def open_model(path: Path) -> ModelFiles:
             folder.component(component, f"{component}/")
         if kind not in _PIPELINES and "_class_name" in index:
             raise CheckpointError(f"{path}: model_index.json: a {printable(kind)[:80]}: not supported yet", BUILDS)
-        configs = {component: folder.document(f"{component}/config.json", _AGAIN) for component in COMPONENTS}
+        configs = {component: folder.document(f"{component}/config.json", _AGAIN) for component in components}
         scheduler = folder.document("scheduler/scheduler_config.json", _AGAIN) if (path / "scheduler").is_dir() else {}
-        settings = read_settings(path, configs, scheduler)
-        folder.notes += [f"{path.absolute().name}: {note}" for note in settings.notes]
+        settings = read_settings(path, configs, scheduler, scaled_image=index.get("is_cosxl_edit") is True)
+        if index.get("force_zeros_for_empty_prompt") is False:
+            folder.notes.append(
+                f"{path.absolute().name}: model_index.json: force_zeros_for_empty_prompt is false: without a negative"
+                " prompt diffusers takes the encoded empty one here"
+            )
         model = folder.model(settings)
         opened.pop_all()
         return model
+
+
+def _components(path: Path, index: Mapping[str, Any]) -> tuple[str, ...]:
+    """The components that a pipeline must have: those of the first family with pipelines of its class. A second text
+    encoder shows which family that is where no class does.
+    """
+    present = [name for name in COMPONENTS if name in index or (path / name).is_dir()]
+    families = [family for family in FAMILIES if index.get("_class_name") in family.pipelines] or [
+        family for family in FAMILIES if {part.name for part in family.components} <= set(present)
+    ][-1:]
+    return tuple(component.name for component in (families or FAMILIES)[0].components)
 
 
 def open_vae(path: Path) -> ModelFiles:
@@ -217,7 +243,7 @@ class _Folder:
         except FileNotFoundError as error:
             raise InputFileError(f"{path}: cannot open: {error.strerror}", fix) from error
         try:
-            found = json.loads(document.data, object_pairs_hook=_unique)
+            found = json.loads(document.data, object_pairs_hook=unique)
         except (ValueError, RecursionError) as error:
             raise InputFileError(f"{path}: not valid JSON: {printable(str(error))[:200]}", _AGAIN) from error
         if not isinstance(found, dict):
@@ -234,7 +260,8 @@ class _Folder:
             raise InputFileError(
                 f"{folder}: cannot open: {error.strerror}", f"The pipeline has no {component}; {_AGAIN.lower()}"
             ) from error
-        choices = [name for stem in _STEMS[component] for name in _preferred(stem)]
+        network = next(known.network for known in ALL if known.name == component)
+        choices = [name for stem in _STEMS.get(network, ("diffusion_pytorch_model",)) for name in _preferred(stem)]
         choices.sort(key=lambda name: (".fp16." in name, ".bin" in name))
         name = next((name for name in choices if name in present), None)
         if name is None:
@@ -291,10 +318,3 @@ def _preferred(stem: str) -> tuple[str, ...]:
             f".fp16.{kind}.index.json",
         )
     )
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        raise ValueError("duplicate keys")
-    return result

@@ -40,6 +40,7 @@ def infotext(parameters: Mapping[str, Any]) -> str:
         "Sampler": SAMPLERS[parameters["sampler"]].label,
         **_levels(parameters),
         "CFG scale": f"{parameters['cfg']:g}",
+        **({"Image CFG scale": f"{parameters['image_cfg']:g}"} if parameters.get("image_cfg") is not None else {}),
         "Seed": parameters["seed"],
         "Size": f"{width}x{height}",
     }
@@ -163,6 +164,7 @@ _SETTINGS: dict[str, tuple[str, Callable[[str], Any]]] = {
     "Timesteps": ("timesteps", _whole_numbers),
     "Sigmas": ("sigmas", _numbers),
     "CFG scale": ("cfg", float),
+    "Image CFG scale": ("image_cfg", float),
     "CFG Rescale": ("cfg_rescale", float),
     "Seed": ("seed", int),
     "Size": ("size", _size),

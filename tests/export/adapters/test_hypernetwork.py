@@ -17,6 +17,7 @@ from hypernetwork_files import Settings
 from numpy.typing import NDArray
 from reference import relative
 from safetensors.torch import save_file
+from tiny_model import regular_unet
 from torch import nn
 
 from sdrt.bundle import graphs
@@ -40,8 +41,8 @@ from sdrt.export.read.tensor_file import open_tensor_file
 from sdrt.export.selfcheck import run_unoptimised
 from sdrt.export.weights import write_weights
 
-EMOJI = UNetSpec(4, 4, (64, 96, 128, 128), (2, 2, 2, 2), (1, 1, 1, 0), 1, 64, False, 8, None)
-SD1 = UNetSpec(4, 4, (320, 640, 1280, 1280), (2, 2, 2, 2), (1, 1, 1, 0), 1, 768, False, 8, None)
+EMOJI = regular_unet((64, 96, 128, 128), (2, 2, 2, 2), (1, 1, 1, 0), 1, 64, linear=False)
+SD1 = regular_unet((320, 640, 1280, 1280), (2, 2, 2, 2), (1, 1, 1, 0), 1, 768, linear=False)
 SD2 = replace(SD1, context_width=1024)
 
 
@@ -278,7 +279,7 @@ def test_h4_scale_zero_changes_nothing(tmp_path: Path) -> None:
         hypernetwork.file.close()
 
 
-WIDE = UNetSpec(4, 4, (320, 640, 1280, 1024, 64), (1, 1, 1, 1, 1), (1, 1, 1, 1, 1), 1, 768, False, 8, None)
+WIDE = regular_unet((320, 640, 1280, 1024, 64), (1, 1, 1, 1, 1), (1, 1, 1, 1, 1), 1, 768, linear=False)
 WIDTHS = (64, 320, 640, 768, 1024, 1280)
 
 

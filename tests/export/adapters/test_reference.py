@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from sdrt.export.adapters.match import LoraOption, open_lora
 from sdrt.export.build import BuildOptions, build
 from sdrt.export.families.keys import adapter_names
+from sdrt.export.families.sd1 import SD1
 from sdrt.export.graph import recipes
 from sdrt.export.read.checkpoint import open_checkpoint, select
 from sdrt.export.weights import Change, write_weights
@@ -45,7 +46,7 @@ def write_fused(path: Path, options: Sequence[LoraOption], precision: str = "fp3
     with ExitStack() as files:
         checkpoint = files.enter_context(closing(open_checkpoint(CHECKPOINT)))
         shapes = weight_shapes()
-        loras = [open_lora(option, shapes, checkpoint.architecture.unet) for option in options]
+        loras = [open_lora(option, shapes, checkpoint.architecture) for option in options]
         for lora in loras:
             files.callback(lora.file.close)
         return write_weights(path, select(checkpoint, shapes)[0], loras, precision, lambda done: None).changes
@@ -136,7 +137,8 @@ def test_fused_weights_are_peft_s(
     found, spec = load_file(fused_file(LoraOption(LORA, unet_scale, text_scale))), reference.sizes(flat_bundle)
     assert largest_error(reference.unet(found, spec["unet"]).state_dict(), pipeline.unet.state_dict()) < 1e-5
     assert (
-        largest_error(reference.text_model(found, spec["clip"]).state_dict(), pipeline.text_encoder.state_dict()) < 1e-5
+        largest_error(reference.text_model(found, spec["texts"][0]).state_dict(), pipeline.text_encoder.state_dict())
+        < 1e-5
     )
     touched = changed(found, base)
     zero = {
@@ -220,7 +222,7 @@ def test_fused_weights_are_those_of_diffusers_loader(
         network.load_state_dict(state)
     found, spec = load_file(fused_file(LoraOption(tmp_path / "lora.safetensors"))), reference.sizes(flat_bundle)
     assert largest_error(reference.unet(found, spec["unet"]).state_dict(), fused_by_diffusers[0]) < 1e-5
-    assert largest_error(reference.text_model(found, spec["clip"]).state_dict(), fused_by_diffusers[1]) < 1e-5
+    assert largest_error(reference.text_model(found, spec["texts"][0]).state_dict(), fused_by_diffusers[1]) < 1e-5
     for prefix, count in ((UNET, 96), (TEXT, 8)):
         touched = [name for name in changed(found, base) if name.startswith(prefix)]
         assert (
@@ -305,7 +307,7 @@ def test_names_of_every_module_are_diffusers_own(flat_bundle: Path) -> None:
     checkpoint.close()
     everything = [name for name in checkpoint.tensors if name.startswith((UNET, TEXT))]
     names = [name for name in everything if name.endswith(".weight")]
-    table = adapter_names([name.removesuffix(".weight") for name in names], checkpoint.architecture.unet)
+    table = adapter_names([name.removesuffix(".weight") for name in names], checkpoint.architecture.unet, SD1)
     # Conversion only moves values, so names converted in place of tensors say what becomes what.
     moved = convert_ldm_unet_checkpoint({name: name for name in everything}, {"layers_per_block": 2})
     moved = {name: ldm_name for name, ldm_name in moved.items() if name.endswith(".weight")}

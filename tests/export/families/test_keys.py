@@ -9,20 +9,19 @@ import pytest
 import torch
 from conftest import CHECKPOINT, LORA
 from safetensors import safe_open
+from tiny_model import regular_unet
 
 from sdrt.export.architecture import UNetSpec
 from sdrt.export.families.keys import adapter_names, diffusers_module
-from sdrt.export.families.sd1 import CLIP, UNET
+from sdrt.export.families.sd1 import CLIP, SD1, UNET
 from sdrt.export.networks.unet import UNet
 
 SPECS = {
-    "emoji": UNetSpec(4, 4, (64, 96, 128, 128), (2, 2, 2, 2), (1, 1, 1, 0), 1, 64, False, 8, None),
-    "SD 1.5": UNetSpec(4, 4, (320, 640, 1280, 1280), (2, 2, 2, 2), (1, 1, 1, 0), 1, 768, False, 8, None),
-    "linear projections": UNetSpec(4, 4, (32, 64), (2, 2), (1, 1), 1, 64, True, 8, None),
-    "attention below only": UNetSpec(4, 4, (32, 64, 64), (3, 3, 3), (0, 1, 1), 1, 96, False, 8, None),
-    "many levels": UNetSpec(
-        4, 4, (32, 32, 32, 32, 32, 64), (1, 1, 1, 1, 1, 1), (1, 0, 1, 0, 1, 0), 1, 64, False, 8, None
-    ),
+    "emoji": regular_unet((64, 96, 128, 128), (2, 2, 2, 2), (1, 1, 1, 0), 1, 64, linear=False),
+    "SD 1.5": regular_unet((320, 640, 1280, 1280), (2, 2, 2, 2), (1, 1, 1, 0), 1, 768, linear=False),
+    "linear projections": regular_unet((32, 64), (2, 2), (1, 1), 1, 64, linear=True),
+    "attention below only": regular_unet((32, 64, 64), (3, 3, 3), (0, 1, 1), 1, 96, linear=False),
+    "many levels": regular_unet((32, 32, 32, 32, 32, 64), (1, 1, 1, 1, 1, 1), (1, 0, 1, 0, 1, 0), 1, 64, linear=False),
 }
 
 
@@ -35,8 +34,8 @@ def theirs(spec: UNetSpec) -> dict[str, tuple[int, ...]]:
     """Names and shapes of diffusers' own UNet of these sizes."""
     from diffusers import UNet2DConditionModel
 
-    down = ["CrossAttnDownBlock2D" if depth else "DownBlock2D" for depth in spec.transformer_depth]
-    up = ["CrossAttnUpBlock2D" if depth else "UpBlock2D" for depth in reversed(spec.transformer_depth)]
+    down = ["CrossAttnDownBlock2D" if any(depth) else "DownBlock2D" for depth in spec.down_depth]
+    up = ["CrossAttnUpBlock2D" if any(depth) else "UpBlock2D" for depth in reversed(spec.up_depth)]
     options: dict[str, Any] = {
         "attention_head_dim": spec.heads,
         "use_linear_projection": spec.linear_projections,
@@ -100,7 +99,7 @@ def test_known_names(ldm: str, diffusers: str) -> None:
     assert diffusers_module(ldm, SPECS["SD 1.5"]) == diffusers
 
 
-@pytest.mark.parametrize("module", ["", "out.7", "input_blocks.99.0.in_layers.0", "input_blocks", "label_emb.0.0"])
+@pytest.mark.parametrize("module", ["", "out.7", "input_blocks.99.0.in_layers.0", "input_blocks", "label_emb.0.1"])
 def test_names_of_no_module(module: str) -> None:
     with pytest.raises(KeyError):
         diffusers_module(module, SPECS["emoji"])
@@ -112,7 +111,7 @@ def checkpoint_modules() -> list[str]:
 
 
 def test_adapter_names_cover_the_emoji_lora() -> None:
-    table = adapter_names(checkpoint_modules(), SPECS["emoji"])
+    table = adapter_names(checkpoint_modules(), SPECS["emoji"], SD1)
     with safe_open(LORA, "pt") as file:
         keys = list(file.keys())
     assert len(keys) == 744
@@ -129,7 +128,7 @@ def test_adapter_names_cover_the_emoji_lora() -> None:
 
 def test_every_module_has_its_names_in_each_spelling_and_none_is_ambiguous() -> None:
     modules = checkpoint_modules()
-    table = adapter_names(modules, SPECS["emoji"])
+    table = adapter_names(modules, SPECS["emoji"], SD1)
     prefixes = {
         UNET: ("lora_unet_", "lycoris_", "unet.", "diffusion_model."),
         CLIP: ("lora_te_", "lora_te1_", "text_encoder.", "lycoris_text_model_"),
@@ -142,7 +141,7 @@ def test_every_module_has_its_names_in_each_spelling_and_none_is_ambiguous() -> 
             assert named == {module for module in modules if module.startswith(network)}, spelling
     assert all(module.startswith((UNET, CLIP)) for module in table.values())
     # Every name is claimed by one module only: building the table backwards gives the same.
-    assert adapter_names(modules[::-1], SPECS["emoji"]) == table
+    assert adapter_names(modules[::-1], SPECS["emoji"], SD1) == table
 
 
 @pytest.mark.parametrize(
@@ -178,7 +177,7 @@ def test_every_module_has_its_names_in_each_spelling_and_none_is_ambiguous() -> 
     ],
 )
 def test_known_names_in_adapters(name: str, module: str) -> None:
-    assert adapter_names(checkpoint_modules(), SPECS["emoji"])[name] == UNET + module
+    assert adapter_names(checkpoint_modules(), SPECS["emoji"], SD1)[name] == UNET + module
 
 
 @pytest.mark.parametrize(
@@ -194,5 +193,5 @@ def test_known_names_in_adapters(name: str, module: str) -> None:
     ],
 )
 def test_known_names_of_the_text_encoder(name: str) -> None:
-    table = adapter_names(checkpoint_modules(), SPECS["emoji"])
+    table = adapter_names(checkpoint_modules(), SPECS["emoji"], SD1)
     assert table[name] == CLIP + "text_model.encoder.layers.1.self_attn.q_proj"

@@ -39,7 +39,7 @@ def weights(flat_bundle: Path) -> reference.Weights:
 
 @pytest.fixture(scope="module")
 def text_model(flat_bundle: Path, weights: reference.Weights) -> Any:
-    return reference.text_model(weights, reference.sizes(flat_bundle)["clip"])
+    return reference.text_model(weights, reference.sizes(flat_bundle)["texts"][0])
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +101,7 @@ def test_clip_skip(flat_bundle: Path, weights: reference.Weights, text_model: An
     from sdrt.export.architecture import ClipSpec
     from sdrt.export.networks.clip import TextEncoder
 
-    encoder = TextEncoder(ClipSpec(**reference.sizes(flat_bundle)["clip"] | {"clip_skip": (1, 2)})).eval()
+    encoder = TextEncoder((ClipSpec(**reference.sizes(flat_bundle)["texts"][0] | {"clip_skip": (1, 2)}),)).eval()
     encoder.load_state_dict({name: tensor for name, tensor in weights.items() if name.startswith(reference.TEXT)})
     tokens = torch.from_numpy(prompts(3, 3))
     hidden = text_model(tokens, output_hidden_states=True).hidden_states[-clip_skip]

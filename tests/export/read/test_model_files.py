@@ -24,10 +24,10 @@ from safetensors.torch import load_file, save_file
 from tiny_model import expected_shapes, seeded
 
 from sdrt.errors import CheckpointError, InputFileError, SdrtError, UnsafeError
-from sdrt.export.families.sd1 import CLIP, VAE
+from sdrt.export.families.sd1 import CLIP, SD1, VAE
 from sdrt.export.inspect import inspect_file
 from sdrt.export.read.checkpoint import open_checkpoint, select
-from sdrt.export.read.diffusers_config import read_settings
+from sdrt.export.read.diffusers_config import read_settings, sampling_note
 from sdrt.export.read.model_files import open_model, open_vae
 from sdrt.export.weights import write_weights
 
@@ -41,7 +41,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     networks = {
         "unet": reference.unet(weights, asdict(PLAIN.unet)),
         "vae": reference.vae(weights, asdict(PLAIN.vae)),
-        "text_encoder": reference.text_model(weights, asdict(PLAIN.clip)),
+        "text_encoder": reference.text_model(weights, asdict(PLAIN.texts[0])),
         "scheduler": DDIMScheduler(**reference.TRAINING, steps_offset=1, clip_sample=False),
     }
     for name, network in networks.items():
@@ -117,7 +117,7 @@ def test_a_pipeline_folder(folder: Path) -> None:
     assert (
         checkpoint.architecture.unet == PLAIN.unet
         and checkpoint.architecture.vae == PLAIN.vae
-        and checkpoint.architecture.clip == PLAIN.clip
+        and checkpoint.architecture.texts == PLAIN.texts
     )
     assert checkpoint.architecture.size == (16, 16)  # its sample_size is 8 latents, its VAE has two levels
     assert checkpoint.notes == ()
@@ -275,7 +275,9 @@ def test_settings_are_taken_over(folder: Path) -> None:
         0.5,
         (64, 64),
     )
-    assert checkpoint.notes == ("tiny.v1: says that it predicts v",)
+    assert checkpoint.notes == (
+        "tiny.v1: predicts v, by scheduler/scheduler_config.json; if that is wrong: --prediction eps",
+    )
 
 
 def test_settings_that_are_left_out_are_stable_diffusions(folder: Path) -> None:
@@ -294,12 +296,11 @@ def test_settings_that_are_left_out_are_stable_diffusions(folder: Path) -> None:
         ("scheduler/scheduler_config.json", "prediction_type", ["epsilon"]),
         ("scheduler/scheduler_config.json", "beta_schedule", "linear"),
         ("scheduler/scheduler_config.json", "beta_end", 0.02),
-        ("scheduler/scheduler_config.json", "rescale_betas_zero_snr", True),
+        ("scheduler/scheduler_config.json", "rescale_betas_zero_snr", 1),
         ("unet/config.json", "attention_head_dim", [5, 10, 20, 20]),
         ("unet/config.json", "attention_head_dim", 64),
         ("unet/config.json", "num_attention_heads", 4),
         ("unet/config.json", "addition_embed_type", "text_time"),
-        ("unet/config.json", "time_cond_proj_dim", 256),
         ("unet/config.json", "act_fn", "gelu"),
         ("unet/config.json", "flip_sin_to_cos", False),
         ("unet/config.json", "_class_name", "UNet3DConditionModel"),
@@ -319,8 +320,9 @@ def test_settings_that_are_left_out_are_stable_diffusions(folder: Path) -> None:
         ("vae/config.json", "scaling_factor", "0.18"),
         ("vae/config.json", "scaling_factor", 10**400),
         ("vae/config.json", "scaling_factor", float("nan")),
-        ("vae/config.json", "latents_mean", [0.1]),
-        ("text_encoder/config.json", "hidden_act", "gelu"),
+        ("vae/config.json", "latents_mean", 0.1),
+        ("vae/config.json", "latents_std", [1, 1, 1, 0]),
+        ("text_encoder/config.json", "hidden_act", "relu"),
         ("text_encoder/config.json", "num_attention_heads", 12),
     ],
 )
@@ -336,6 +338,11 @@ def test_settings_that_sdrt_does_not_compute(folder: Path, file: str, key: str, 
         ("text_encoder/config.json", "num_hidden_layers", 9),
         ("text_encoder/config.json", "vocab_size", 51),
         ("unet/config.json", "layers_per_block", 2),
+        ("unet/config.json", "time_cond_proj_dim", 256),
+        ("unet/config.json", "mid_block_type", "UNetMidBlock2D"),
+        ("unet/config.json", "mid_block_type", None),
+        ("unet/config.json", "transformer_layers_per_block", [2, 1]),
+        ("unet/config.json", "reverse_transformer_layers_per_block", [1, [1, 2]]),
         ("unet/config.json", "block_out_channels", [32, 32]),
         ("unet/config.json", "down_block_types", ["DownBlock2D", "DownBlock2D"]),
         ("unet/config.json", "use_linear_projection", not PLAIN.unet.linear_projections),
@@ -352,12 +359,15 @@ def test_fewer_layers_of_the_text_encoder_than_the_file_has(tmp_path: Path, save
     """How folders bake clip skip in. transformers then loads as many layers as the settings say."""
     from transformers import CLIPTextModel
 
-    folder, arch = Path(shutil.copytree(saved, tmp_path / "skip")), replace(PLAIN, clip=replace(PLAIN.clip, layers=3))
-    reference.text_model(seeded(arch), asdict(arch.clip)).save_pretrained(folder / "text_encoder")
+    folder, arch = (
+        Path(shutil.copytree(saved, tmp_path / "skip")),
+        replace(PLAIN, texts=(replace(PLAIN.texts[0], layers=3),)),
+    )
+    reference.text_model(seeded(arch), asdict(arch.texts[0])).save_pretrained(folder / "text_encoder")
     changed(folder / "text_encoder" / "config.json", num_hidden_layers=2)
     checkpoint = open_checkpoint(folder)
     with closing(checkpoint):
-        assert checkpoint.architecture.clip.layers == 2 and "2 layers of the text encoder" in checkpoint.notes[0]
+        assert checkpoint.architecture.texts[0].layers == 2 and "2 layers of the text encoder" in checkpoint.notes[0]
         chosen, unknown = select(checkpoint, expected_shapes(checkpoint.architecture))
         theirs = CLIPTextModel.from_pretrained(folder / "text_encoder").state_dict()
         ours = {name.partition("text_model.")[2]: tensor for name, tensor in chosen.items() if name.startswith(CLIP)}
@@ -374,30 +384,25 @@ def test_schedulers() -> None:
     import diffusers
     from diffusers.schedulers import KarrasDiffusionSchedulers
 
-    def notes(name: str, **more: Any) -> tuple[str, ...]:
+    def note(name: str, **more: Any) -> str:
         parameters = inspect.signature(getattr(diffusers, name).__init__).parameters.values()
         written = (
             {p.name: p.default for p in parameters if p.default is not p.empty}
             | reference.TRAINING
             | {"_class_name": name}
         )
-        return read_settings(Path("folder"), {}, written | more).notes
+        settings = read_settings(Path("folder"), {}, written | more)
+        return sampling_note(settings.configs["scheduler/scheduler_config.json"], SD1)
 
-    names = {kind.name for kind in KarrasDiffusionSchedulers} - {
-        "EDMEulerScheduler"
-    }  # which has another preconditioning
-    for name in (*names, "LCMScheduler", "TCDScheduler"):
-        assert (notes(name) == ()) == (name in ("DDIMScheduler", "PNDMScheduler")) and all(
-            name in note for note in notes(name)
-        ), name
-    assert notes("DDIMScheduler", timestep_spacing="trailing") == (
-        (
-            "scheduler/scheduler_config.json: says timestep_spacing trailing; a bundle keeps no sampler: choose with"
-            " --sampler and --schedule of sdrt generate"
-        ),
+    names = {kind.name for kind in KarrasDiffusionSchedulers}
+    for name in (*names, "LCMScheduler", "TCDScheduler", "EDMDPMSolverMultistepScheduler"):
+        assert (note(name) == "") == (name in ("DDIMScheduler", "PNDMScheduler")) and name in (note(name) or name)
+    assert note("DDIMScheduler", timestep_spacing="trailing") == (
+        "scheduler/scheduler_config.json: says timestep_spacing trailing; a bundle keeps no sampler: choose with"
+        " --sampler and --schedule of sdrt generate"
     )
     with pytest.raises(CheckpointError, match="_class_name: expected DDIMScheduler or"):
-        notes("EDMEulerScheduler")
+        note("FlowMatchHeunDiscreteScheduler")
 
 
 def test_folders_that_are_no_pipeline(folder: Path, small_bundle: Path) -> None:
@@ -411,7 +416,12 @@ def test_pipelines_of_other_families(folder: Path) -> None:
         _class_name="StableDiffusionXLPipeline",
         text_encoder_2=["transformers", "CLIPTextModelWithProjection"],
     )
-    refused(folder, "a StableDiffusionXLPipeline with a text_encoder_2: not supported yet", kind=CheckpointError)
+    refused(folder, "text_encoder_2: cannot open")
+    changed(folder / "model_index.json", requires_aesthetics_score=True)
+    refused(folder, "a StableDiffusionXLPipeline with a requires_aesthetics_score: not supported", kind=CheckpointError)
+    changed(folder / "model_index.json", requires_aesthetics_score=False, text_encoder=[None, None])
+    refused(folder, "names no text_encoder, found StableDiffusionXLPipeline", kind=CheckpointError)
+    changed(folder / "model_index.json", text_encoder=["transformers", "CLIPTextModel"])
     changed(
         folder / "model_index.json",
         _class_name="FluxPipeline",
