@@ -23,6 +23,7 @@ from fake_engine import FakeEngine
 from reference import TRAINING, psnr
 
 from sdrt.bundle.folder import Bundle, open_bundle
+from sdrt.bundle.manifest import Vector
 from sdrt.engines.shapes import JobShape
 from sdrt.errors import (
     BundleError,
@@ -418,7 +419,7 @@ def test_guidance_so_large_that_it_overflows(flat: Pipeline) -> None:
         ({"clip_skip": []}, r"clip skip \[\]: this bundle was built for 1"),
         ({"batch": "2"}, "batch '2': expected a whole number"),
         ({"cfg": "7"}, "cfg '7': expected a number"),
-        ({"guidance": 3}, "setting 'guidance': unknown\nChoose among: negative, steps"),
+        ({"guidance": 3}, "setting 'guidance': unknown\nChoose among: negative, prompt_2"),
         ({"sampler_name": "euler"}, "setting 'sampler_name': unknown; did you mean 'sampler'"),
         ({"init_image": 5}, "init image: expected a path, bytes, a file object, a Pillow image or an array, found int"),
         (
@@ -439,7 +440,7 @@ def test_guidance_so_large_that_it_overflows(flat: Pipeline) -> None:
         ({"negative": "word " * 76, "compat": "diffusers"}, "76 tokens"),
         ({"prompt": "a \ud83d b"}, "not valid Unicode"),
         ({"prompt": b"fox"}, "prompt: expected text, found bytes"),
-        ({"negative": None}, "negative prompt: expected text, found NoneType"),
+        ({"negative": 7}, "negative prompt: expected text, found int"),
         ({"compat": "a1112"}, "compat 'a1112': unknown; did you mean 'a1111'"),
         ({"noise": "gpu"}, "noise 'gpu': unknown"),
         ({"emphasis": "orignal"}, "emphasis 'orignal': unknown; did you mean 'original'"),
@@ -553,7 +554,7 @@ def test_jobs_with_guidance(fake: FakeEngine, over_fake: Pipeline) -> None:
     over_fake("fox", negative="sun", cfg=2.5, seed=1, steps=3, batch=2, count=2, size=(72, 104))
     ((tokens, clip_skip),) = fake.texts
     fox, sun = clip_ids("fox"), clip_ids("sun")
-    assert tokens.tolist() == [sun, fox] and tokens.dtype == np.int64 and clip_skip == 1
+    assert tokens.tolist() == [[sun, fox]] and tokens.dtype == np.int64 and clip_skip == 1
     one, two = fake.jobs
     for job in (one, two):
         assert (
@@ -575,11 +576,137 @@ def test_jobs_with_guidance(fake: FakeEngine, over_fake: Pipeline) -> None:
 def test_jobs_without_guidance(fake: FakeEngine, over_fake: Pipeline) -> None:
     over_fake("fox", negative="sun", cfg=1, seed=1, steps=3, batch=2, count=3)
     ((tokens, _),) = fake.texts  # encoded once for all batches
-    assert tokens.tolist() == [clip_ids("fox")]
+    assert tokens.tolist() == [[clip_ids("fox")]]
     assert [len(batch.jobs) for batch in fake.batches] == [2, 1]
     assert all(
         job.contexts[0]["context"].shape == (1, 77, 64) and job.tables["w"].tolist() == [[1.0]] * 3 for job in fake.jobs
     )
+
+
+def over(fake: FakeEngine, bundle: Path, **parts: Any) -> Pipeline:
+    """A pipeline over an engine that computes nothing, with parts of the manifest replaced."""
+    opened = open_bundle(bundle)
+    changed = Bundle(opened.path, replace(opened.manifest, **parts))
+    return Pipeline(changed, fake, Tokenizer(opened.file("tokenizer/tokenizer.json"), changed.manifest.text))
+
+
+@pytest.fixture
+def of_two(fake: FakeEngine, flat_bundle: Path) -> Pipeline:
+    """Two text encoders, three pooled numbers, and sizes of two numbers each: cosine and sine."""
+    text = replace(open_bundle(flat_bundle).manifest.text[0], zero_empty=True)
+    return over(fake, flat_bundle, text=(text, replace(text, pad=0)), vector=Vector(3, 6, 2))
+
+
+@pytest.mark.parametrize(
+    ("settings", "sizes"),
+    [
+        ({}, (104, 72, 0, 0, 104, 72)),
+        (
+            {"original_size": (640, 480), "crop_top_left": (16, 8), "target_size": (200, 100)},
+            (480, 640, 16, 8, 100, 200),
+        ),
+    ],
+)
+@pytest.mark.parametrize("compat", ["a1111", "diffusers"])
+def test_sizes_are_told(
+    fake: FakeEngine, of_two: Pipeline, compat: str, settings: dict[str, Any], sizes: tuple[int, ...]
+) -> None:
+    """Original height and width, top and left of the crop, target height and width; the same for all branches."""
+    result = of_two("fox", negative="sun", compat=compat, size=(72, 104), steps=2, seed=1, **settings)
+    expected = [number for size in sizes for number in (np.cos(size), np.sin(size))]
+    (job,) = fake.jobs
+    for told, word in zip(job.contexts[0]["vector"], ("sun", "fox"), strict=True):
+        np.testing.assert_allclose(told, [49406, clip_ids(word)[1], 49407, *expected], rtol=1e-6)
+    assert job.contexts[0]["context"].shape == (2, 77, 128)
+    assert result.parameters["original_size"] == ([640, 480] if settings else None)
+
+
+def test_prompts_of_the_second_encoder(fake: FakeEngine, of_two: Pipeline) -> None:
+    result = of_two(
+        ["fox", "sun"], negative="fox", prompt_2=["sun", "fox"], compat="diffusers", steps=1, seed=1, batch=2
+    )
+    fox, sun = clip_ids("fox")[1], clip_ids("sun")[1]
+    said = [job.contexts[0]["context"][:, 1, ::64].tolist() for job in fake.jobs]
+    assert said == [[[fox, fox], [fox, sun]], [[fox, fox], [sun, fox]]]
+    assert [result.picture(i)["prompt_2"] for i in range(2)] == ["sun", "fox"]
+    assert result.picture(1)["negative"] == "fox" and result.picture(1)["negative_2"] is None
+
+
+def test_no_negative_prompt(fake: FakeEngine, of_two: Pipeline, over_fake: Pipeline) -> None:
+    """diffusers tells none from an empty one, which it encodes; AUTOMATIC1111 does not."""
+    for settings, zeros, said in (
+        ({"compat": "diffusers"}, True, None),
+        ({"compat": "diffusers", "negative": ""}, False, ""),
+        ({}, True, ""),
+        ({"negative": ""}, True, ""),
+    ):
+        result = of_two("fox", steps=1, seed=1, **settings)  # type: ignore[arg-type]
+        assert (not fake.jobs[-1].contexts[0]["context"][0].any()) == zeros
+        assert result.parameters["negative"] == said
+    assert over_fake("fox", steps=1, seed=1, compat="diffusers").parameters["negative"] == ""
+    assert fake.jobs[-1].contexts[0]["context"][0].any()
+
+
+def test_an_edit_model(fake: FakeEngine, flat_bundle: Path) -> None:
+    """Its branches are the negative prompt without the image, the negative prompt, and the prompt. diffusers starts from
+    noise alone.
+    """
+    latents = replace(open_bundle(flat_bundle).manifest.latents, concat_channels=4, concat_scale=3.0)
+    pipeline = over(fake, flat_bundle, latents=latents)
+    picture = np.zeros((64, 64, 3), np.uint8)
+    result = pipeline("fox", negative="sun", init_image=picture, compat="diffusers", steps=2, seed=1)
+    ((_, noise),) = fake.images  # encoded once, to the mean of the posterior
+    assert not noise.any()
+    (job,) = fake.jobs
+    np.testing.assert_allclose(job.tables["w"], [[1 - 1.5, 1.5 - 7, 7]] * 2)
+    np.testing.assert_array_equal(job.inputs["concat"][:, 0, 0, 0], [0, 1.5, 1.5])
+    fox, sun = clip_ids("fox")[1], clip_ids("sun")[1]
+    assert job.contexts[0]["context"][:, 1, 0].tolist() == [sun, sun, fox]
+    assert not job.inputs["init"].any() and result.parameters["strength"] is None
+    assert result.parameters["image_cfg"] == 1.5
+    pipeline("fox", init_image=picture, steps=4, seed=1, image_cfg=1.0)
+    assert fake.jobs[-1].inputs["init"].any() and fake.jobs[-1].inputs["concat"].shape[0] == 2
+    assert pipeline.memory_bytes(branches=3) > 0
+    with pytest.raises(UsageError, match=r"^init image: missing; this model edits a picture") as caught:
+        pipeline("fox")
+    assert "--init-image" in caught.value.fix
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"image_cfg": 1.5}, "^image cfg: this model does not edit a picture"),
+        ({"prompt_2": "a"}, "^prompt 2: goes with compat diffusers and the plain prompt syntax, found a1111 and a1111"),
+        ({"negative_2": "a", "negative": "b"}, "^negative prompt 2: goes with compat diffusers"),
+        ({"negative_2": "a", "compat": "diffusers"}, "^negative prompt 2: given without a negative prompt"),
+        (
+            {"prompt_2": "a", "compat": "diffusers", "prompt_syntax": "a1111"},
+            "^prompt 2: goes with .* found diffusers and a1111",
+        ),
+        ({"prompt_2": ["a", "b"], "compat": "diffusers"}, "^prompt 2: a list of 2, with one prompt"),
+        ({"prompt_2": 7, "compat": "diffusers"}, "^prompt 2: expected text, found int"),
+        ({"original_size": (0, 64)}, "^original size 0: expected 1 to 8192"),
+        ({"target_size": 64}, r"^target size 64: expected \(width, height\) in pixels"),
+        ({"crop_top_left": (-1, 0)}, "^crop top left -1: expected 0 to 8192"),
+        ({"crop_top_left": (0.5, 0)}, "^crop top left 0.5: expected a whole number"),
+    ],
+)
+def test_settings_that_a_model_does_not_take(of_two: Pipeline, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message) as caught:
+        of_two("fox", **settings)
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"prompt_2": "a", "compat": "diffusers"}, "^prompt 2: this model has one text encoder"),
+        ({"original_size": (64, 64)}, "^original size: this model is not told sizes"),
+    ],
+)
+def test_settings_of_other_families(over_fake: Pipeline, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        over_fake("fox", **settings)
 
 
 def test_rescaled_guidance(fake: FakeEngine, over_fake: Pipeline) -> None:
