@@ -728,7 +728,7 @@ def test_networks_that_are_told_the_guidance_scale(fake: FakeEngine, flat_bundle
     opened = open_bundle(flat_bundle)
     manifest = replace(opened.manifest, diffusion=replace(opened.manifest.diffusion, told_guidance=True))
     pipeline = Pipeline(
-        Bundle(opened.path, manifest), fake, Tokenizer(opened.file("tokenizer/tokenizer.json"), manifest.text[0])
+        Bundle(opened.path, manifest), fake, Tokenizer(opened.file("tokenizer/tokenizer.json"), manifest.text)
     )
     result = pipeline("fox", negative="sun", cfg=8.5, seed=1, sampler="lcm", steps=4)
     (job,) = fake.jobs
