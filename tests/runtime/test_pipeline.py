@@ -734,7 +734,7 @@ def test_networks_that_are_told_the_guidance_scale(fake: FakeEngine, flat_bundle
     (job,) = fake.jobs
     assert job.tables["guidance"].tolist() == [8.5] * 4 and job.tables["guidance"].dtype == np.float32
     assert job.tables["w"].tolist() == [[1.0]] * 4 and result.parameters["cfg"] == 8.5
-    assert [tokens.tolist() for tokens, _ in fake.texts] == [[clip_ids("fox")]]
+    assert [tokens.tolist() for tokens, _ in fake.texts] == [[[clip_ids("fox")]]]
 
 
 def test_lists_replace_steps_and_schedule(fake: FakeEngine, over_fake: Pipeline) -> None:
