@@ -137,7 +137,7 @@ def _ldm_vae(path: Path, shapes: Shapes) -> dict[str, str]:
 
 
 _OPEN_CLIP = (
-    (rf"^transformer\.resblocks\.{_NUMBER}\.", r"text_model.encoder.layers.\1."),
+    (rf"^(?:transformer\.)?resblocks\.{_NUMBER}\.", r"text_model.encoder.layers.\1."),
     (r"^token_embedding\.", "text_model.embeddings.token_embedding."),
     (r"^positional_embedding$", "text_model.embeddings.position_embedding.weight"),
     (r"^ln_final\.", "text_model.final_layer_norm."),
