@@ -45,14 +45,14 @@ from sdrt.export.adapters.embedding import (
     EmbeddingOption,
     bundled_embeddings,
     check_triggers,
-    extended_table,
+    extended_tables,
     open_embedding,
     table_rows,
 )
 from sdrt.export.adapters.hypernetwork import Hypernetwork, HypernetworkOption, open_hypernetwork
 from sdrt.export.adapters.match import Lora, LoraOption, open_lora
 from sdrt.export.adapters.settings import FILE_NAME as CONFIG_NAME
-from sdrt.export.architecture import Architecture, whole
+from sdrt.export.architecture import Architecture
 from sdrt.export.families.table import family_named
 from sdrt.export.read.checkpoint import Checkpoint, Tensor, open_checkpoint, select
 from sdrt.export.read.model_files import is_folder
@@ -260,23 +260,30 @@ def _read(options: BuildOptions, files: ExitStack, hashing: ThreadPoolExecutor) 
     arch = _with_options(checkpoint.architecture, options)
     from sdrt.export.graph import weight_shapes  # imports torch: only after the files are known to be good
 
-    expected, known = weight_shapes(arch), weight_shapes(whole(arch))
+    expected = weight_shapes(arch)
     tensors, unknown = select(checkpoint, expected)
     loras, embeddings, hypernetworks = list[Lora](), list[Embedding](), list[Hypernetwork]()
     for option in options.loras:
-        # A LoRA also changes layers of the text encoders that no graph needs.
-        lora = open_lora(option, known, arch.unet, allow_unmatched=options.allow_unmatched)
-        files.callback(lora.file.close)
-        used = {name: delta for name, delta in lora.deltas.items() if name in expected}
-        loras.append(replace(lora, deltas=used))
-    embeddings += bundled_embeddings(loras, arch.texts[0])
+        loras.append(open_lora(option, expected, arch, allow_unmatched=options.allow_unmatched))
+        files.callback(loras[-1].file.close)
+    arch = _as_told(arch, loras, options)
+    embeddings += bundled_embeddings(loras, arch)
     for learned in options.embeddings:
-        embeddings.append(open_embedding(learned, arch.texts[0]))
+        embeddings.append(open_embedding(learned, arch))
         files.callback(embeddings[-1].file.close)
     for chained in options.hypernetworks:
         hypernetworks.append(open_hypernetwork(chained, arch.unet, allow_unmatched=options.allow_unmatched))
         files.callback(hypernetworks[-1].file.close)
     return _Inputs(checkpoint, sources, arch, expected, tensors, unknown, loras, embeddings, hypernetworks)
+
+
+def _as_told(arch: Architecture, loras: Sequence[Lora], options: BuildOptions) -> Architecture:
+    """The model with the prediction that a LoRA says it has after it. An option goes before what files say."""
+    if options.prediction is None and any(lora.predicts_v for lora in loras):
+        arch = replace(arch, prediction="v")
+    if options.zero_snr is None and arch.prediction == "v" and any(lora.zero_snr for lora in loras):
+        arch = replace(arch, zero_snr=True)
+    return arch
 
 
 def _combine(inputs: _Inputs, options: BuildOptions) -> _Model:
@@ -285,10 +292,7 @@ def _combine(inputs: _Inputs, options: BuildOptions) -> _Model:
 
     arch, computed = inputs.arch, dict[str, Made]()
     if inputs.embeddings:
-        table = family_named(arch.family).token_table
-        computed[table] = extended_table(inputs.embeddings, arch.texts[0], table)
-        text = replace(arch.texts[0], vocabulary=computed[table].shape[0])
-        arch = replace(arch, texts=(text, *arch.texts[1:]))
+        arch, computed = extended_tables(inputs.embeddings, arch)
     if inputs.hypernetworks:
         from sdrt.export.adapters.hypernetwork_weights import attach, check_values
 

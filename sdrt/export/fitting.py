@@ -42,7 +42,7 @@ def _touched(path: Path, kind: str, checkpoint_path: Path) -> dict[str, Any]:
     try:
         arch = checkpoint.architecture
         if kind == EMBEDDING:
-            embedding = embeddings.open_embedding(embeddings.EmbeddingOption(path, path.stem), arch.texts[0])
+            embedding = embeddings.open_embedding(embeddings.EmbeddingOption(path, path.stem), arch)
             embedding.file.close()
             return {"touches": {"text_encoder": embedding.vectors}}
         if kind == HYPERNETWORK:
@@ -58,14 +58,13 @@ def _touched(path: Path, kind: str, checkpoint_path: Path) -> dict[str, Any]:
             }
             return {"touches": {"vae": len(select(checkpoint, expected)[0])}}
         lora = open_lora(
-            LoraOption(path), {name: shape for graph in shapes.values() for name, shape in graph.items()}, arch.unet
+            LoraOption(path), {name: shape for graph in shapes.values() for name, shape in graph.items()}, arch
         )
         lora.file.close()
         components = [component_name(weight) for weight in lora.deltas]
         touched = {component: components.count(component) for component in sorted(set(components))}
         bundled = {
-            embedding.option.trigger: embedding.vectors
-            for embedding in embeddings.bundled_embeddings([lora], arch.texts[0])
+            embedding.option.trigger: embedding.vectors for embedding in embeddings.bundled_embeddings([lora], arch)
         }
         return {"touches": touched} | ({"embeddings": bundled} if bundled else {})
     finally:

@@ -15,9 +15,9 @@ from sdrt.export.adapters import hypernetwork as hypernetworks
 from sdrt.export.adapters.match import bundled_keys
 from sdrt.export.adapters.spelling import (
     below_base_model,
-    family,
-    is_text_encoder,
+    component_of_module,
     kinds,
+    made_for,
     numbered_list,
     ranks,
     refused_kind,
@@ -85,20 +85,23 @@ def _parameters(shapes: dict[str, tuple[int, ...]], wanted: str) -> int:
     return sum(math.prod(shape) for name, shape in shapes.items() if component_name(name) == wanted)
 
 
-def _lora(shapes: dict[str, tuple[int, ...]], bundled: Mapping[str, str]) -> dict[str, Any]:
+def _lora(shapes: dict[str, tuple[int, ...]], bundled: Mapping[str, Mapping[str, str]]) -> dict[str, Any]:
     spelled = numbered_list(shapes)
     shapes = {spelled.get(key, key): shape for key, shape in shapes.items()}
     modules = {parsed[0] for name in shapes if (parsed := split(below_base_model(name)))}
-    components = Counter("text_encoder" if is_text_encoder(name) else "unet" for name in modules)
+    components = Counter(map(component_of_module, modules))
     report: dict[str, Any] = {
         "modules": {name: components[name] for name in sorted(components)},
         "kinds": kinds(shapes),
         "ranks": {str(rank): count for rank, count in ranks(shapes).items()},
     }
     if bundled:
-        report["embeddings"] = {trigger: list(shapes[key]) for trigger, key in sorted(bundled.items())}
-    if made_for := family(shapes):
-        report["made_for"] = made_for
+        report["embeddings"] = {
+            trigger: [shapes[next(iter(keys.values()))][0], sum(shapes[key][-1] for key in keys.values())]
+            for trigger, keys in sorted(bundled.items())
+        }
+    if families := made_for(shapes):
+        report["made_for"] = " or ".join(families)
     if refused := refused_kind(shapes):
         report |= {"buildable": False, "why": f"{refused[0]}: not supported"}
     return report

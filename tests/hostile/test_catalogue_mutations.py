@@ -27,7 +27,7 @@ from tiny_model import SMALL
 from sdrt.bundle.folder import open_bundle
 from sdrt.errors import SdrtError
 from sdrt.export.adapters.match import LoraOption, open_lora
-from sdrt.export.architecture import UNetSpec
+from sdrt.export.architecture import Architecture
 from sdrt.export.graph import recipes
 from sdrt.export.read.checkpoint import open_checkpoint, select
 from sdrt.export.weights import write_weights
@@ -233,9 +233,9 @@ def test_l_lora_headers(tmp_path: Path, small_lora: Path) -> None:
     original, data, generator = content[8:start], content[start:], random.Random("values")
     checkpoint = open_checkpoint(CHECKPOINT)
     expected = {name: tensor.entry.shape for name, tensor in checkpoint.tensors.items()}
-    unet: UNetSpec = checkpoint.architecture.unet
+    arch: Architecture = checkpoint.architecture
     checkpoint.close()
-    whole = open_lora(LoraOption(small_lora), expected, unet, allow_unmatched=False)
+    whole = open_lora(LoraOption(small_lora), expected, arch, allow_unmatched=False)
     whole.file.close()
     expected = {
         name: shape for name, shape in expected.items() if name in whole.deltas
@@ -249,7 +249,7 @@ def test_l_lora_headers(tmp_path: Path, small_lora: Path) -> None:
                 (generator.randbytes(4), b"\0\0\x80\x7f", b"\0\0\xc0\xff", b"\xff\xff\x7f\x7f", bytes(4))
             )
         write(tmp_path / "x.safetensors", text, bytes(values), generator)
-        lora = open_lora(LoraOption(tmp_path / "x.safetensors"), expected, unet, allow_unmatched=False)
+        lora = open_lora(LoraOption(tmp_path / "x.safetensors"), expected, arch, allow_unmatched=False)
         with lora.file:
             for name in lora.deltas:
                 lora.change(name, torch.zeros(expected[name]))

@@ -151,14 +151,14 @@ def check(kind: str, tiny: Path, path: Path) -> None:
     }
     checkpoint.close()
     if kind == "lora":
-        lora = open_lora(LoraOption(path), shapes, arch.unet)
+        lora = open_lora(LoraOption(path), shapes, arch)
         assert (
             len(lora.deltas) == 4 * 12 and lora.file.metadata["ss_network_dim"] == "4"
         )  # 4 transformers of 12 projections
         assert all(bool(lora.change(name, torch.zeros(lora.deltas[name].shape)).any()) for name in lora.deltas)
         lora.file.close()
     elif kind == "embedding":
-        found = open_embedding(EmbeddingOption(path, "x"), arch.texts[0])
+        found = open_embedding(EmbeddingOption(path, "x"), arch)
         assert found.vectors == 2
         found.file.close()
     elif kind == "hypernetwork":

@@ -12,7 +12,7 @@ from conftest import CHECKPOINT
 from torch import nn
 
 from sdrt.export.adapters.match import Lora, LoraOption, open_lora
-from sdrt.export.architecture import Architecture, UNetSpec
+from sdrt.export.architecture import Architecture
 from sdrt.export.families.sd1 import CLIP, UNET
 from sdrt.export.graph import recipes
 from sdrt.export.read.checkpoint import open_checkpoint
@@ -77,19 +77,17 @@ def architecture() -> Architecture:
 
 
 @cache
-def model() -> tuple[dict[str, tuple[int, ...]], UNetSpec]:
-    """Names and shapes of the emoji model's weights, and its UNet's sizes."""
+def model() -> tuple[dict[str, tuple[int, ...]], Architecture]:
+    """Names and shapes of the emoji model's weights, and its architecture."""
     arch = architecture()
-    return {
-        name: shape for recipe in recipes(arch).values() for name, shape in recipe.weight_shapes().items()
-    }, arch.unet
+    return {name: shape for recipe in recipes(arch).values() for name, shape in recipe.weight_shapes().items()}, arch
 
 
 def opened(path: Path, scale: float = 1.0, te_scale: float | None = None, *, allow_unmatched: bool = False) -> Lora:
     """An adapter matched to the emoji model."""
-    shapes, spec = model()
+    shapes, arch = model()
     return open_lora(
-        LoraOption(path, scale, scale if te_scale is None else te_scale), shapes, spec, allow_unmatched=allow_unmatched
+        LoraOption(path, scale, scale if te_scale is None else te_scale), shapes, arch, allow_unmatched=allow_unmatched
     )
 
 

@@ -10,17 +10,19 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdrt.errors import AdapterError, UsageError, printable
 from sdrt.export.adapters.match import Lora, how_to_give
-from sdrt.export.architecture import ClipSpec
+from sdrt.export.architecture import Architecture, ClipSpec
+from sdrt.export.families.ldm import TOKEN_TABLE
 from sdrt.export.families.recognise import EMBEDDING as KIND
 from sdrt.export.families.recognise import describe
-from sdrt.export.families.table import EMBEDDINGS, TOKENS
+from sdrt.export.families.table import EMBEDDINGS, TOKENS, family_named
 from sdrt.export.read.tensor_entry import FLOATS, TensorEntry
 from sdrt.export.read.tensor_file import TensorFile, open_tensor_file
 from sdrt.export.weights import Made
@@ -41,14 +43,14 @@ class EmbeddingOption:
 
 @dataclass(frozen=True)
 class Embedding:
-    """An opened embedding that fits a model. `entry` holds as many vectors as `vectors` says; its shape is `[width]` or
-    `[vectors, width]`.
+    """An opened embedding that fits a model. `entries` has one tensor for each text encoder, in their order, of shape
+    `[width]` or `[vectors, width]`; each holds as many vectors as `vectors` says.
     """
 
     option: EmbeddingOption
     file: TensorFile
     sha256: str
-    entry: TensorEntry
+    entries: tuple[TensorEntry, ...]
     vectors: int
 
 
@@ -80,24 +82,23 @@ def vector_entries(file: TensorFile) -> list[TensorEntry]:
     return [entry for entry in entries if entry.name.startswith("string_to_param.")] or entries
 
 
-def open_embedding(option: EmbeddingOption, clip: ClipSpec) -> Embedding:
-    """Open an embedding and check that it fits a text encoder.
+def open_embedding(option: EmbeddingOption, arch: Architecture) -> Embedding:
+    """Open an embedding and check that it fits a model's text encoders.
 
     Raises:
-        AdapterError: the file is no embedding, holds several or too many vectors, or has the width of another model;
-            the message names that model's family.
+        AdapterError: the file is no embedding, holds several or too many vectors, lacks those for a text encoder, or
+            has the width of another model; the message names that model's family.
         InputFileError: the file is malformed.
     """
     file = open_tensor_file(option.path)
     try:
-        entry = _only_entry(file)
-        return Embedding(option, file, file.sha256(), entry, _vectors(file, entry, clip))
+        return _fitting(option, file, file.sha256(), _named_entries(file, arch), arch)
     except BaseException:
         file.close()
         raise
 
 
-def bundled_embeddings(loras: Sequence[Lora], clip: ClipSpec) -> list[Embedding]:
+def bundled_embeddings(loras: Sequence[Lora], arch: Architecture) -> list[Embedding]:
     """The embeddings inside LoRA files, under their own triggers. A LoRA that is given several times counts once. They
     share the LoRA's open file.
 
@@ -106,14 +107,49 @@ def bundled_embeddings(loras: Sequence[Lora], clip: ClipSpec) -> list[Embedding]
     """
     found: dict[tuple[str, str], Embedding] = {}
     for lora in loras:
-        for trigger, key in lora.bundled.items():
-            if (lora.sha256, key) not in found:
-                entry = lora.file.entries[key]
+        for trigger, keys in lora.bundled.items():
+            if (lora.sha256, trigger) not in found:
+                entries = {name: lora.file.entries[key] for name, key in keys.items()}
                 option = EmbeddingOption(lora.option.path, trigger)
-                found[lora.sha256, key] = Embedding(
-                    option, lora.file, lora.sha256, entry, _vectors(lora.file, entry, clip)
-                )
+                found[lora.sha256, trigger] = _fitting(option, lora.file, lora.sha256, entries, arch)
     return list(found.values())
+
+
+def _fitting(
+    option: EmbeddingOption, file: TensorFile, sha256: str, found: Mapping[str, TensorEntry], arch: Architecture
+) -> Embedding:
+    """An embedding of the tensors `found`, by the names that tell their text encoders. Raises if it does not fit."""
+    family = family_named(arch.family)
+    needed, shown = [component.vectors for component in family.text_encoders], ", ".join(map(printable, sorted(found)))
+    title = next((EMBEDDINGS[name] for name in found if name in EMBEDDINGS), family.title)
+    if title != family.title:
+        raise AdapterError(
+            f"{file.path}: {shown}: an embedding made for {title}",
+            "Use an embedding made for this checkpoint's family.",
+        )
+    if len(needed) == 1 and len(found) == 1:
+        found = dict.fromkeys(needed, *found.values())
+    if len(found) > len(needed):
+        raise AdapterError(
+            f"{file.path}: holds {len(found)} embeddings ({shown}), expected one", "Save each in a file of its own."
+        )
+    if missing := [name for name in needed if name not in found]:
+        widths = [entry.shape[-1] for name, entry in found.items() if name not in needed and entry.shape]
+        origin = next((f": it was made for {TOKENS[width]}" for width in widths if width in TOKENS), "")
+        raise AdapterError(
+            f"{file.path}: {missing[0]} is missing: expected vectors for each text encoder, {' and '.join(needed)},"
+            f" found {shown} alone{origin}",
+            "Use an embedding made for this checkpoint's family.",
+        )
+    entries = tuple(found[name] for name in needed)
+    counts = [_vectors(file, entry, clip) for entry, clip in zip(entries, arch.texts, strict=True)]
+    if len(set(counts)) > 1:
+        raise AdapterError(
+            f"{file.path}: {' and '.join(needed)} hold {' and '.join(map(str, counts))} vectors, expected as many for"
+            " each text encoder",
+            _RETRIEVE,
+        )
+    return Embedding(option, file, sha256, entries, counts[0])
 
 
 def _vectors(file: TensorFile, entry: TensorEntry, clip: ClipSpec) -> int:
@@ -139,65 +175,67 @@ def _vectors(file: TensorFile, entry: TensorEntry, clip: ClipSpec) -> int:
     return vectors
 
 
-def _only_entry(file: TensorFile) -> TensorEntry:
-    found = vector_entries(file)
-    names = {entry.name for entry in found}
+def _named_entries(file: TensorFile, arch: Architecture) -> dict[str, TensorEntry]:
+    """The tensors with vectors in an embedding file, by name."""
+    found = {entry.name: entry for entry in vector_entries(file)}
     if not found:
         kind = describe({name: entry.shape for name, entry in file.entries.items()})
         raise AdapterError(
             f"{file.path}: expected {KIND}, found {kind}",
             how_to_give(kind) or "--embedding takes a textual-inversion embedding.",
         )
-    if output := sorted(name for name in names if name.endswith("_out")):
+    if output := sorted(name for name in found if name.endswith("_out")):
         raise AdapterError(
             f"{file.path}: {printable(output[0])}: vectors for a text encoder's output, which sdrt does not replace",
             "Train or save the embedding without output vectors (OneTrainer: output embedding off).",
         )
-    if other := next((EMBEDDINGS[name] for name in names if name in EMBEDDINGS), ""):
-        raise AdapterError(
-            f"{file.path}: {', '.join(sorted(names))}: an embedding made for {other}",
-            "Use an embedding made for this checkpoint's family.",
-        )
-    if len(found) > 1:
-        shown = ", ".join(printable(name) for name in sorted(names)[:5])
-        raise AdapterError(
-            f"{file.path}: holds {len(found)} embeddings ({shown}), expected one", "Save each in a file of its own."
-        )
-    return found[0]
+    return found
 
 
-def read_vectors(embedding: Embedding) -> torch.Tensor:
-    """The vectors, float32 `[vectors, width]`.
+def read_vectors(embedding: Embedding, encoder: int = 0) -> torch.Tensor:
+    """The vectors for one of the text encoders, float32 `[vectors, width]`.
 
     Raises:
         AdapterError: a value is NaN or infinite.
     """
     import torch
 
-    values = embedding.file.read(embedding.entry.name).to(torch.float32).reshape(embedding.vectors, -1)
+    name = embedding.entries[encoder].name
+    values = embedding.file.read(name).to(torch.float32).reshape(embedding.vectors, -1)
     if bad := int((~torch.isfinite(values)).sum()):
         raise AdapterError(
-            f"{embedding.file.path}: {printable(embedding.entry.name)}: {bad} of {values.numel()} values are NaN or"
-            " infinite",
+            f"{embedding.file.path}: {printable(name)}: {bad} of {values.numel()} values are NaN or infinite",
             _RETRIEVE,
         )
     return values
 
 
-def extended_table(embeddings: Sequence[Embedding], clip: ClipSpec, table: str) -> Made:
-    """The token table with every embedding's vectors appended, in order. `table` is its name in the model.
+def extended_tables(embeddings: Sequence[Embedding], arch: Architecture) -> tuple[Architecture, dict[str, Made]]:
+    """The model with every embedding's vectors after its token tables, in order, and these tables by name.
 
     Raises:
-        AdapterError: a value is NaN or infinite.
+        AdapterError: a value is NaN or infinite, or the text encoders' tables differ in length.
     """
-    rows = [read_vectors(embedding) for embedding in embeddings]
+    tables, texts, path = dict[str, Made](), list[ClipSpec](), embeddings[-1].file.path
+    if len(lengths := {clip.vocabulary for clip in arch.texts}) > 1:
+        raise AdapterError(
+            f"{path}: the text encoders know {' and '.join(map(str, sorted(lengths)))} tokens: one row cannot hold an"
+            " embedding in both",
+            "Leave the embedding out.",
+        )
+    for i, (component, clip) in enumerate(zip(family_named(arch.family).text_encoders, arch.texts, strict=True)):
+        rows = [read_vectors(embedding, i) for embedding in embeddings]
+        count = clip.vocabulary + sum(map(len, rows))
+        name = component.prefix + TOKEN_TABLE
+        tables[name] = Made((count, clip.width), path, partial(_extended, name, rows))
+        texts.append(replace(clip, vocabulary=count))
+    return replace(arch, texts=tuple(texts)), tables
 
-    def make(fused: Callable[[str], torch.Tensor]) -> torch.Tensor:
-        import torch
 
-        return torch.cat([fused(table), *rows])
+def _extended(table: str, rows: Sequence[torch.Tensor], fused: Callable[[str], torch.Tensor]) -> torch.Tensor:
+    import torch
 
-    return Made((clip.vocabulary + sum(len(r) for r in rows), clip.width), embeddings[-1].file.path, make)
+    return torch.cat([fused(table), *rows])
 
 
 def table_rows(embeddings: Sequence[Embedding], vocabulary: int) -> dict[str, tuple[int, ...]]:

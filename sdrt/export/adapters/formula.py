@@ -29,13 +29,20 @@ class Delta:
 
     `shape` is the shape that the matrices make. It is the weight's, or that of the weight's first four input channels
     where an inpainting model has more. `norm_axis` is the axis of W along which DoRA's magnitudes run: 0 for one per
-    output, 1 for one per input, None without DoRA.
+    output, 1 for one per input, None without DoRA. `rows` are those of the made change that change this weight, from
+    the first to before the second, where one module of the file stands for several of the model; None for all.
     """
 
     keys: Mapping[str, str]
     shape: Shape
     factor: float = 1.0
     norm_axis: int | None = None
+    rows: tuple[int, int] | None = None
+
+    @property
+    def changes(self) -> Shape:
+        """The shape of the part that changes the weight."""
+        return self.shape if self.rows is None else (self.rows[1] - self.rows[0], *self.shape[1:])
 
 
 class MisfitError(Exception):
@@ -187,7 +194,7 @@ def norm_axis(parts: Mapping[str, Shape], shape: Shape) -> int | None:
 
 
 def additive(delta: Delta, read: Read) -> torch.Tensor:
-    """ΔW with its factor, float32 of `delta.shape`, without DoRA's rescaling.
+    """ΔW with its factor, float32 of `delta.changes`, without DoRA's rescaling.
 
     Raises:
         MisfitError: a sparse residual points outside the weight.
@@ -211,7 +218,7 @@ def additive(delta: Delta, read: Read) -> torch.Tensor:
     made = made.reshape(delta.shape)
     if "bias_indices" in keys:
         made = made + _sparse(read, delta.shape)
-    return made * delta.factor
+    return (made if delta.rows is None else made[slice(*delta.rows)]) * delta.factor
 
 
 def _product(keys: Mapping[str, str], read: Read, pair: str, core: str) -> torch.Tensor:

@@ -8,8 +8,8 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,17 +32,18 @@ from sdrt.export.adapters.spelling import (
     UP_BIAS,
     below_base_model,
     bundled_trigger,
-    family,
+    first_channels,
     grouped,
     is_numbered,
+    made_for,
     numbered_list,
     refused_kind,
     split,
 )
-from sdrt.export.architecture import UNetSpec
-from sdrt.export.families.keys import adapter_names
+from sdrt.export.architecture import Architecture, UNetSpec
+from sdrt.export.families.keys import adapter_names, joined_modules, later_layers
 from sdrt.export.families.recognise import LORA, OPTION_OF_KIND, describe
-from sdrt.export.families.table import CONTEXTS, component_of, family_of
+from sdrt.export.families.table import component_of, family_named, family_of
 from sdrt.export.read.tensor_file import TensorFile, open_tensor_file
 from sdrt.files.read import Document
 
@@ -52,6 +53,8 @@ if TYPE_CHECKING:
 _SHOWN_KEYS = 5
 _BIAS_PARTS = ("diff_b", UP_BIAS)
 _SAME_AS = {"w_norm": "diff", "b_norm": "diff_b"}
+_PREDICTS_V, _ZERO_SNR = "v_pred", "ztsnr"
+"""Keys without a module that say how the model predicts after the change, as in checkpoints."""
 _TAUGHT = "<embed>"
 """What the header of the first LoRA format says about a key with an embedding's vectors."""
 
@@ -70,8 +73,10 @@ class Lora:
     """An opened adapter of the LoRA family, matched to a model: its change of each weight, by canonical name.
     `unmatched` holds keys that fit nothing, where that was allowed.
 
+    `predicts_v` says that the model predicts v after the change, `zero_snr` that its last step is noise alone.
     `config` is the `adapter_config.json` whose alpha is used, if there is one. `notes` are remarks for the user.
-    `bundled` gives the keys of the embeddings inside the file, by trigger; they are not among the deltas.
+    `bundled` gives the keys of the embeddings inside the file, by trigger and by what the key says of the text encoder
+    (`spelling.bundled`); they are not among the deltas.
     """
 
     option: LoraOption
@@ -81,7 +86,9 @@ class Lora:
     unmatched: tuple[str, ...] = ()
     config: Document | None = None
     notes: tuple[str, ...] = ()
-    bundled: Mapping[str, str] = field(default_factory=dict)
+    bundled: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    predicts_v: bool = False
+    zero_snr: bool = False
 
     @property
     def config_sha256(self) -> str | None:
@@ -116,12 +123,14 @@ class Lora:
                 f"{self.file.path}: {printable(next(iter(delta.keys.values())))}: {error}: no part of a weight"
                 f" {list(delta.shape)}"
             ) from error
-        if delta.shape != tuple(current.shape):
+        if delta.changes != tuple(current.shape):
             padding = torch.zeros(current.shape)
             padding[:, : delta.shape[1]] = made
             made = padding
         if delta.norm_axis is not None:
             magnitude = next(self._read(key) for part, key in delta.keys.items() if part in ("dora_scale", MAGNITUDE))
+            if delta.rows is not None:
+                magnitude = magnitude.flatten()[slice(*delta.rows)]
             made = decomposed(current, made, magnitude, delta.norm_axis)
         return made * self.scale(weight)
 
@@ -178,10 +187,12 @@ def _is_number(text: str) -> bool:
 
 
 def open_lora(
-    option: LoraOption, shapes: Mapping[str, tuple[int, ...]], spec: UNetSpec, *, allow_unmatched: bool = False
+    option: LoraOption, shapes: Mapping[str, tuple[int, ...]], arch: Architecture, *, allow_unmatched: bool = False
 ) -> Lora:
     """Open an adapter of the LoRA family and match each of its keys to a weight of the model. `shapes` gives the
     weights by canonical name.
+
+    Keys of text encoder layers that the model does not use are left out, and `notes` say so.
 
     Raises:
         AdapterError: the file is no such adapter, is of a kind that cannot be fused, is for another family, or lacks
@@ -191,23 +202,42 @@ def open_lora(
     file = open_tensor_file(option.path)
     try:
         _check_kind(file)
-        table = adapter_names([name.removesuffix(".weight") for name in shapes if name.endswith(".weight")], spec)
+        _check_family(file, arch)
+        family, spec = family_named(arch.family), arch.unet
+        known = _modules_of(shapes)
+        joined = joined_modules(known, family)
+        shapes = dict(shapes) | _joined_shapes(shapes, joined)
+        table = adapter_names([*known, *joined, *_modules_of(later_layers(arch, shapes))], spec, family)
         spelled = numbered_list({name: entry.shape for name, entry in file.entries.items()})
         if numbered := {name.rpartition(":")[0] for name in spelled.values() or file.entries if is_numbered(name)}:
-            known = numbered_modules(set(table.values()), spec)
-            check_numbers(file.path, numbered, known, file.metadata.get(next(iter(numbered)).partition(":")[0], ""))
-            table |= known
+            numbers = numbered_modules(set(known), spec)
+            check_numbers(file.path, numbered, numbers, file.metadata.get(next(iter(numbered)).partition(":")[0], ""))
+            table |= numbers
         bundled = bundled_keys(file)
-        modules, unmatched = _modules(file, spelled, set(bundled.values()), table, spec, allow_unmatched)
+        apart = {key for keys in bundled.values() for key in keys.values()} | {_PREDICTS_V, _ZERO_SNR}
+        modules, unmatched = _modules(file, spelled, apart, table, allow_unmatched)
         config = config_in_header(file.path, file.metadata)
         notes = []
+        if unused := [name for name in modules if f"{name}.weight" not in shapes]:
+            count = sum(len(modules.pop(name).keys) for name in unused)
+            notes.append(f"{count} of its keys change layers of a text encoder that the model does not use")
+        if _PREDICTS_V in file.entries:
+            notes.append(f"{_PREDICTS_V}: says that the model predicts v after it")
         if config is None and any(module.below_base_model for module in modules.values()):
             config = config_beside(file.path)
             if config is None:
                 notes.append(f"{FILE_NAME} is not beside it, so alpha is taken to be the rank")
         deltas: dict[str, Delta] = {}
         for module in modules.values():
-            _add_deltas(file, module, shapes, spec, config, deltas, unmatched, allow_unmatched)
+            made = dict[str, Delta]()
+            _add_deltas(file, module, shapes, spec, config, made, unmatched, allow_unmatched)
+            for weight, delta in _apart(file, module, made, joined).items():
+                if weight in deltas:
+                    raise AdapterError(
+                        f"{file.path}: {printable(module.name)}: changes {weight}, which another key of the file"
+                        " changes too"
+                    )
+                deltas[weight] = delta
         sha256 = file.sha256()
         return Lora(
             option,
@@ -218,6 +248,8 @@ def open_lora(
             config.document if config is not None else None,
             tuple(notes),
             bundled,
+            _PREDICTS_V in file.entries,
+            _ZERO_SNR in file.entries,
         )
     except BaseException:
         file.close()
@@ -241,30 +273,90 @@ def _check_kind(file: TensorFile) -> None:
         )
 
 
+def _check_family(file: TensorFile, arch: Architecture) -> None:
+    """Refuse an adapter that its names and widths show to be another family's, or an inpainting or edit model's where
+    this is none.
+    """
+    shapes, family = {name: entry.shape for name, entry in file.entries.items()}, family_named(arch.family)
+    families, fix = made_for(shapes), "Use a LoRA made for this checkpoint's family."
+    if families and family.title not in families:
+        raise AdapterError(
+            f"{file.path}: a LoRA made for {' or '.join(families)}, expected one for {family.title}", fix
+        )
+    channels = first_channels(shapes)
+    if channels > arch.unet.in_channels:
+        kind = family.kinds.get(channels, f"a model of {channels} input channels")
+        raise AdapterError(
+            f"{file.path}: a LoRA made for {kind}: it changes a first layer of {channels} channels, this model's has"
+            f" {arch.unet.in_channels}",
+            "Use it with such a model, or a LoRA made for this one.",
+        )
+
+
+def _modules_of(weights: Iterable[str]) -> list[str]:
+    """The modules that have a weight of these names."""
+    return [name.removesuffix(".weight") for name in weights if name.endswith(".weight")]
+
+
+def _joined_shapes(
+    shapes: Mapping[str, tuple[int, ...]], joined: Mapping[str, Sequence[str]]
+) -> dict[str, tuple[int, ...]]:
+    """Shapes of the weights and biases of modules that files join into one."""
+    found = {}
+    for whole, parts in joined.items():
+        for leaf in (".weight", ".bias"):
+            if all(part + leaf in shapes for part in parts):
+                rows, *rest = shapes[parts[0] + leaf]
+                found[whole + leaf] = (rows * len(parts), *rest)
+    return found
+
+
+def _apart(
+    file: TensorFile, module: _Module, deltas: Mapping[str, Delta], joined: Mapping[str, Sequence[str]]
+) -> dict[str, Delta]:
+    """The changes that a module of the file makes, by weight of the model: several where it stands for several."""
+    if module.canonical not in joined:
+        return dict(deltas)
+    found, parts = dict[str, Delta](), joined[module.canonical]
+    for name, delta in deltas.items():
+        if delta.norm_axis == 1:
+            raise AdapterError(
+                f"{file.path}: {printable(module.name)}: DoRA with a magnitude for each input of a joined projection",
+                "Train it with a magnitude for each output (LyCORIS: wd_on_output).",
+            )
+        rows = delta.shape[0] // len(parts)
+        for i, part in enumerate(parts):
+            found[part + name.removeprefix(module.canonical)] = replace(delta, rows=(i * rows, (i + 1) * rows))
+    return found
+
+
 def how_to_give(kind: str) -> str:
     """Advice on how to give a build a file of that kind; empty for a kind that a build does not take."""
     option = OPTION_OF_KIND.get(kind, "--checkpoint" if family_of(kind) is not None else "")
     return f"Pass it with {option}." if option else ""
 
 
-def bundled_keys(file: TensorFile) -> dict[str, str]:
-    """The keys of the embeddings inside a LoRA file, by trigger.
+def bundled_keys(file: TensorFile) -> dict[str, dict[str, str]]:
+    """The keys of the embeddings inside a LoRA file, by trigger and by the name that an embedding file would give them:
+    `clip_l`, `clip_g`, or another where there is one text encoder.
 
     Raises:
         AdapterError: two keys hold one embedding, or a trigger has characters that no prompt can hold.
     """
-    found: dict[str, str] = {}
+    found: dict[str, dict[str, str]] = {}
     for key in file.entries:
-        trigger = key if file.metadata.get(key) == _TAUGHT else bundled_trigger(key)
-        if trigger is None:
+        bundled = (key, "") if file.metadata.get(key) == _TAUGHT else bundled_trigger(key)
+        if bundled is None:
             continue
-        if trigger in found or not trigger.strip() or not trigger.isprintable():
-            reason = f"is {printable(found[trigger])} too" if trigger in found else "is no word that a prompt can say"
+        trigger, name = bundled
+        known = found.setdefault(trigger, {})
+        if name in known or not trigger.strip() or not trigger.isprintable():
+            reason = f"is {printable(known[name])} too" if name in known else "is no word that a prompt can say"
             raise AdapterError(
                 f"{file.path}: {printable(key)}: the embedding of {printable(trigger)!r} {reason}",
                 "Get the adapter again.",
             )
-        found[trigger] = key
+        known[name] = key
     return found
 
 
@@ -283,18 +375,17 @@ class _Module:
 def _modules(
     file: TensorFile,
     spelled: Mapping[str, str],
-    bundled: Collection[str],
+    apart: Collection[str],
     table: Mapping[str, str],
-    spec: UNetSpec,
     allow_unmatched: bool,
 ) -> tuple[dict[str, _Module], list[str]]:
-    """The file's keys by canonical module, without those of embeddings; and the keys that belong to no module.
+    """The file's keys by canonical module, without those `apart` from modules; and the keys that belong to no module.
     `spelled` gives names to keys that have none of their own.
     """
     modules: dict[str, _Module] = {}
     unmatched = []
     for key in file.entries:
-        if key in bundled:
+        if key in apart:
             continue
         inner = below_base_model(spelled.get(key, key))
         parsed = split(inner)
@@ -309,7 +400,7 @@ def _modules(
             )
         module.keys[part] = key
     if unmatched and (not modules or not allow_unmatched):
-        _refuse_unmatched(file, unmatched, modules, table, spec)
+        _refuse_unmatched(file, unmatched, modules, table)
     if not modules:
         raise AdapterError(
             f"{file.path}: no key of this LoRA belongs to this model: 0 modules would change",
@@ -319,10 +410,10 @@ def _modules(
 
 
 def _refuse_unmatched(
-    file: TensorFile, unmatched: Sequence[str], modules: Mapping[str, object], table: Mapping[str, str], spec: UNetSpec
+    file: TensorFile, unmatched: Sequence[str], modules: Mapping[str, object], table: Mapping[str, str]
 ) -> None:
     base = file.metadata.get("ss_base_model_version", "")
-    made_for = _made_for(file, spec) or (f"; it was made for {printable(base)}" if base and not modules else "")
+    said = f"; it was made for {printable(base)}" if base and not modules else ""
     shown = ", ".join(printable(k) for k in unmatched[:_SHOWN_KEYS])
     counted = f"{file.path}: {len(unmatched)} of {len(file.entries)} keys"
     for key in unmatched:
@@ -332,16 +423,14 @@ def _refuse_unmatched(
             )
     if vectors := [key for key in unmatched if key.startswith("bundle_emb.")]:
         raise AdapterError(
-            f"{counted} belong to no module of this model{made_for}: {printable(vectors[0])} holds an embedding's"
+            f"{counted} belong to no module of this model{said}: {printable(vectors[0])} holds an embedding's"
             " vectors for another text encoder",
             "Use a LoRA made for this checkpoint's family, or pass --allow-unmatched to leave these out.",
         )
     inner = below_base_model(unmatched[0])
     name = parsed[0] if (parsed := split(inner)) else inner
     alike = [choice for choice in table if choice[:5] == name[:5]] or table
-    message = (
-        f"{counted} belong to no module of this model{made_for}: {shown}{nearest(name, alike)} ({grouped(unmatched)})"
-    )
+    message = f"{counted} belong to no module of this model{said}: {shown}{nearest(name, alike)} ({grouped(unmatched)})"
     fix = "Use a LoRA made for this checkpoint's family" + (
         ", or pass --allow-unmatched to fuse the rest." if modules else "."
     )
@@ -364,12 +453,6 @@ def _whole(inner: str, table: Mapping[str, str]) -> str:
     if ".modules_to_save" in module or module in table:
         return f"a whole {leaf}, as peft's modules_to_save and bias='all' keep it"
     return ""
-
-
-def _made_for(file: TensorFile, spec: UNetSpec) -> str:
-    """The family the adapter is for, if that is not the model's own."""
-    made_for = family({name: entry.shape for name, entry in file.entries.items()})
-    return f"; it was made for {made_for}" if made_for and made_for != CONTEXTS.get(spec.context_width) else ""
 
 
 def _add_deltas(
@@ -412,7 +495,7 @@ def _add_deltas(
                 raise MisfitError(f"DoRA for {shape[1]} input channels")
         except MisfitError as error:
             raise AdapterError(
-                f"{where}: {error} do not make a change of a weight of shape {list(weight)}{_made_for(file, spec)}",
+                f"{where}: {error} do not make a change of a weight of shape {list(weight)}",
                 "The LoRA was made for a model of other sizes; use one made for this checkpoint's family.",
             ) from error
         factor = _factor(file, module, rank_of(entries), config)
@@ -430,14 +513,12 @@ def _add_deltas(
             unmatched.append(key)
         elif bias is None:
             raise AdapterError(
-                f"{file.path}: {printable(key)}: changes a bias, and {module.canonical} has none in this"
-                f" model{_made_for(file, spec)}",
+                f"{file.path}: {printable(key)}: changes a bias, and {module.canonical} has none in this model",
                 "Use an adapter made for this checkpoint's family, or pass --allow-unmatched to leave such biases out.",
             )
         elif math.prod(found) != bias[0]:
             raise AdapterError(
-                f"{file.path}: {printable(key)}: expected a bias of shape {list(bias)}, found"
-                f" {list(found)}{_made_for(file, spec)}"
+                f"{file.path}: {printable(key)}: expected a bias of shape {list(bias)}, found {list(found)}"
             )
         else:
             deltas[f"{module.canonical}.bias"] = Delta(

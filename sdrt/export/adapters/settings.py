@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from sdrt.errors import AdapterError, printable
+from sdrt.export.families.table import COMPONENTS
 from sdrt.files.read import Document, read_document
 
 FILE_NAME = "adapter_config.json"
@@ -24,7 +25,7 @@ MAX_CONFIG_BYTES = 1 << 20
 
 _FUSED_TYPES = ("LORA", "LOHA", "LOKR")
 _CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-_COMPONENTS = ("unet.", "text_encoder.")
+_COMPONENTS = tuple(f"{component.name}." for component in COMPONENTS)
 
 
 @dataclass(frozen=True)

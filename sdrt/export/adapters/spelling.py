@@ -12,7 +12,7 @@ from collections.abc import Iterable
 
 from sdrt.errors import printable
 from sdrt.export.families.family import Shapes
-from sdrt.export.families.table import ADAPTERS, CONTEXTS, TEXT_MODULES, TEXTS
+from sdrt.export.families.table import ADAPTERS, COMPONENTS, CONTEXTS, TEXT_MODULES, TEXTS, VECTORS
 
 DOWN, UP, MID = "lora_down.weight", "lora_up.weight", "lora_mid.weight"
 MAGNITUDE = "lora_magnitude_vector"
@@ -68,9 +68,8 @@ _ADAPTER_NAME = re.compile(
     r"(\.lora_(?:A|B|magnitude_vector|embedding_A|embedding_B))\.(?!(?:weight|bias)$)[^.]+(\.weight|\.bias|)", re.DOTALL
 )
 """peft's state dictionaries name the adapter ("default", "default_0", ...) within each key; its files do not."""
-_BASE_MODEL = re.compile(r"(unet\.|text_encoder\.|)base_model\.model\.")
+_BASE_MODEL = re.compile(rf"((?:{'|'.join(component.name for component in COMPONENTS)})\.|)base_model\.model\.")
 _BUNDLED = re.compile(r"bundle_emb\.(.+?)\.(string_to_param\..+|[^.]+)", re.DOTALL)
-_VECTORS = ("emb_params", "clip_l")
 
 _REFUSED = {
     "IA3": (".on_input", ".ia3_l"),
@@ -104,13 +103,19 @@ def below_base_model(key: str) -> str:
     return match[1] + key[match.end() :] if match else key
 
 
-def bundled_trigger(key: str) -> str | None:
-    """The trigger of an embedding inside a LoRA file, if the key holds that embedding's vectors.
+def bundled_trigger(key: str) -> tuple[str, str] | None:
+    """The trigger of an embedding inside a LoRA file, if the key holds that embedding's vectors, and the vectors' name,
+    which says of which text encoder they are: "" where there is one.
 
-    AUTOMATIC1111 writes `bundle_emb.NAME.string_to_param.*`, OneTrainer `bundle_emb.NAME.clip_l`.
+    AUTOMATIC1111 writes `bundle_emb.NAME.string_to_param.*`, OneTrainer `bundle_emb.NAME.clip_l` and, for SDXL,
+    `bundle_emb.NAME.clip_g` beside it.
     """
     match = _BUNDLED.fullmatch(key)
-    return match[1] if match and (match[2] in _VECTORS or match[2].startswith("string_to_param.")) else None
+    if match is None:
+        return None
+    if match[2].startswith("string_to_param."):
+        return match[1], ""
+    return (match[1], match[2]) if match[2] in VECTORS else None
 
 
 def is_numbered(key: str) -> bool:
@@ -150,36 +155,44 @@ def refused_kind(shapes: Shapes) -> tuple[str, str] | None:
     return None
 
 
-def family(shapes: Shapes) -> str:
-    """The model family that an adapter was made for, told by its names or by the widths it attends to. Empty if they do
-    not tell.
+def made_for(shapes: Shapes) -> tuple[str, ...]:
+    """The families that an adapter may have been made for, told by its names and by the widths of contexts and text
+    encoders. Empty if they do not tell.
     """
-    modules: dict[str, dict[str, tuple[int, ...]]] = {}
-    for key, shape in shapes.items():
-        if parsed := split(below_base_model(key)):
-            modules.setdefault(parsed[0], {})[parsed[1]] = shape
-    for prefix, name in ADAPTERS.items():
-        if any(module.startswith(prefix) for module in modules):
-            return name
+    modules = _parts(shapes)
+    named = next((titles for start, titles in ADAPTERS.items() if any(name.startswith(start) for name in modules)), ())
     context, text = (
         ("attn2_to_k", "attn2.to_k", "attn2.processor.to_k"),
         ("self_attn_q_proj", "self_attn.q_proj", "self_attn.to_q"),
     )
-    found = ""
-    for endings, table in ((context, CONTEXTS), (text, TEXTS)):
+    wide: tuple[str, ...] = ()
+    for endings, table in ((context, {width: (title,) for width, title in CONTEXTS.items()}), (text, TEXTS)):
         widths = (_inputs(parts) for module, parts in modules.items() if module.endswith(endings))
-        found = found or next((table[width] for width in widths if width in table), "")
-    nine = any(
-        _inputs(parts) == 9
-        for module, parts in modules.items()
-        if module.endswith(("conv_in", "input_blocks_0_0", "input_blocks.0.0"))
-    )
-    return f"{found or 'a model'} for inpainting" if nine else found
+        wide = wide or next((table[width] for width in widths if width in table), ())
+    return tuple(title for title in named if title in wide) or wide or named
 
 
-def is_text_encoder(module: str) -> bool:
-    """Whether a module's name, in the file's spelling, belongs to a text encoder."""
-    return module.startswith(TEXT_MODULES)
+def first_channels(shapes: Shapes) -> int:
+    """How many channels the UNet's first layer takes in the model that an adapter was made for; 0 if it does not change
+    that layer.
+    """
+    ends = ("conv_in", "input_blocks_0_0", "input_blocks.0.0")
+    return next((_inputs(parts) for module, parts in _parts(shapes).items() if module.endswith(ends)), 0)
+
+
+def _parts(shapes: Shapes) -> dict[str, dict[str, tuple[int, ...]]]:
+    """The shapes of an adapter by module, in the file's spelling, and part."""
+    modules: dict[str, dict[str, tuple[int, ...]]] = {}
+    for key, shape in shapes.items():
+        if parsed := split(below_base_model(key)):
+            modules.setdefault(parsed[0], {})[parsed[1]] = shape
+    return modules
+
+
+def component_of_module(module: str) -> str:
+    """The name of the component that a module belongs to, given in the file's spelling."""
+    fitting = [start for start in TEXT_MODULES if module.startswith(start)]
+    return TEXT_MODULES[max(fitting, key=len)] if fitting else "unet"
 
 
 def _inputs(parts: Shapes) -> int:

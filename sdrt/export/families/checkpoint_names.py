@@ -14,7 +14,7 @@ from pathlib import Path
 
 from sdrt.export.architecture import block_count
 from sdrt.export.families.family import Component, Shapes
-from sdrt.export.families.keys import OUTER, RESNET, diffusers_prefixes
+from sdrt.export.families.keys import OPEN_CLIP, OPEN_CLIP_LAYER, OUTER, RESNET, diffusers_prefixes
 from sdrt.export.families.recognise import ADAPTERS
 from sdrt.export.families.table import COMPONENTS, component_of, family_of
 
@@ -138,13 +138,9 @@ def _ldm_vae(path: Path, shapes: Shapes) -> dict[str, str]:
 
 _OPEN_CLIP = (
     (rf"^(?:transformer\.)?resblocks\.{_NUMBER}\.", r"text_model.encoder.layers.\1."),
-    (r"^token_embedding\.", "text_model.embeddings.token_embedding."),
+    *((rf"^{theirs}\.", f"{ours}.") for ours, theirs in OPEN_CLIP.items()),
+    *((rf"\.{re.escape(theirs)}\.", f".{ours}.") for ours, theirs in OPEN_CLIP_LAYER.items()),
     (r"^positional_embedding$", "text_model.embeddings.position_embedding.weight"),
-    (r"^ln_final\.", "text_model.final_layer_norm."),
-    (r"\.ln_([12])\.", r".layer_norm\1."),
-    (r"\.mlp\.c_fc\.", ".mlp.fc1."),
-    (r"\.mlp\.c_proj\.", ".mlp.fc2."),
-    (r"\.attn\.(out_proj\.|in_proj_)", r".self_attn.\1"),
     (r"^text_projection\.weight\.weight$", "text_projection.weight"),  # in Playground 2
 )
 

@@ -62,6 +62,8 @@ class Component:
     """Ends of the names of matrices that are stored transposed, to the ends of the model's names."""
     text: Text = Text()
     """Of a text encoder only."""
+    vectors: str = ""
+    """What embeddings call a text encoder's vectors where a model has several."""
 
     def below(self, names: Iterable[str]) -> dict[str, str]:
         """The component's names among those of a file, to what follows the prefix. Bare names count only where none has
@@ -126,6 +128,8 @@ class Family:
     context_width: int
     tokens: Mapping[int, str]
     """Widths of token vectors that show the family, with the words for whose they are."""
+    text_widths: tuple[int, ...]
+    """Of its text encoders, also those that other families have."""
     heads: int | None
     """Of each attention of the UNet, where their number is fixed."""
     latent_scale: float
@@ -149,7 +153,7 @@ class Family:
     signs: tuple[Sign, ...] = ()
     """Any of them shows a checkpoint of the family, before its names are made canonical."""
     adapters: tuple[str, ...] = ()
-    """How modules begin that only the family's LoRAs have."""
+    """How modules begin that show a LoRA of the family; several families may share them."""
     embeddings: tuple[str, ...] = ()
     """Names of tensors that only its embeddings hold."""
     size_of_v: tuple[int, int] | None = None

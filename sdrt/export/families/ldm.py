@@ -39,7 +39,7 @@ UNET_COMPONENT = Component(
         "time_embedding.",
         "add_embedding.",
     ),
-    adapters_flat=("lora_unet_", "lycoris_", "lycoris_unet_"),
+    adapters_flat=("lora_unet_", "lycoris_", "lycoris_unet_", "diffusion_model_"),
     adapters_dotted=("", "unet.", "diffusion_model.", UNET),
 )
 VAE_COMPONENT = Component(

@@ -10,7 +10,7 @@ from sdrt.export.adapters.spelling import is_adapter
 from sdrt.export.families.family import Family, Shapes, Sign
 from sdrt.export.families.ldm import UNET_COMPONENT, VAE_COMPONENT
 from sdrt.export.families.others import CHANNELS, OTHERS
-from sdrt.export.families.table import COMPONENTS, FAMILIES
+from sdrt.export.families.table import COMPONENTS, FAMILIES, VECTORS
 
 LORA, VAE, EMBEDDING, HYPERNETWORK = "a LoRA", "a VAE", "a textual-inversion embedding", "a hypernetwork"
 ADAPTERS = (LORA, HYPERNETWORK, EMBEDDING)
@@ -64,7 +64,7 @@ def _are_embeddings(names: Shapes) -> bool:
     """AUTOMATIC1111's and SDXL's names, or a few tensors of vectors under names that are no layer's: tokens, as
     diffusers saves them.
     """
-    if any(name.startswith("string_to_param.") for name in names) or names.keys() <= {"emb_params", "clip_l", "clip_g"}:
+    if any(name.startswith("string_to_param.") for name in names) or names.keys() <= set(VECTORS):
         return True
     return len(names) <= _MAX_TOKENS and all(
         len(s) in (1, 2) and s[-1] >= _NARROWEST and not n.endswith((".weight", ".bias")) for n, s in names.items()

@@ -29,6 +29,7 @@ TEXT_ENCODER = Component(
     computes="text_model.",
     ignored=IGNORED_TEXT,
     text=Text("quick_gelu"),
+    vectors="clip_l",
 )
 
 SD1 = Family(
@@ -45,6 +46,8 @@ SD1 = Family(
     token_table=CLIP + TOKEN_TABLE,
     context_width=768,
     tokens={768: "Stable Diffusion 1.x"},
+    text_widths=(768,),
+    adapters=("lora_te_",),
     heads=8,
     latent_scale=0.18215,
     size=(512, 512),

@@ -26,7 +26,14 @@ _SECOND = ("conditioner.embedders.1.", "text_encoders.clip_g.", "text_encoder_2.
 _TEXT_ENCODER = replace(
     TEXT_ENCODER,
     title="first text encoder",
-    adapters_flat=("lora_te1_", "lycoris_", "lycoris_te1_", "lycoris_text_encoder_"),
+    # A name without a component would fit both encoders.
+    adapters_flat=("lora_te1_", "lycoris_te1_", "lycoris_text_encoder_", "0_transformer_"),
+    adapters_dotted=(
+        "text_encoder.",
+        "text_encoders.clip_l.transformer.",
+        CLIP,
+        "conditioner.embedders.0.transformer.",
+    ),
     text=Text("quick_gelu", final_norm=False),
 )
 _TEXT_ENCODER_2 = Component(
@@ -43,13 +50,14 @@ _TEXT_ENCODER_2 = Component(
     ),
     needed=(),
     bare=(),
-    adapters_flat=("lora_te2_", "lycoris_te2_", "lycoris_text_encoder_2_"),
-    adapters_dotted=("text_encoder_2.", "text_encoders.clip_g.transformer.", CLIP_2),
+    adapters_flat=("lora_te2_", "lycoris_te2_", "lycoris_text_encoder_2_", "1_model_"),
+    adapters_dotted=("text_encoder_2.", "text_encoders.clip_g.transformer.", CLIP_2, "conditioner.embedders.1.model."),
     computes="text_",
     ignored=("text_model.embeddings.position_ids", "logit_scale"),
     rows=OPEN_CLIP_ROWS,
     transposed=OPEN_CLIP_TRANSPOSED,
     text=Text("gelu", pad=0, final_norm=False, pooled=True),
+    vectors="clip_g",
 )
 
 SDXL = Family(
@@ -63,6 +71,7 @@ SDXL = Family(
     token_table=CLIP + TOKEN_TABLE,
     context_width=2048,
     tokens={1280: "SDXL's second text encoder"},
+    text_widths=(768, 1280),
     heads=None,
     head_width=64,
     vae_overflows=True,
@@ -90,6 +99,6 @@ SDXL = Family(
         "scheduler/scheduler_config.json": SCHEDULER,
     },
     schedulers=("EulerDiscreteScheduler",),
-    adapters=("lora_te2_", "text_encoder_2.", "conditioner.embedders.1."),
+    adapters=(*_TEXT_ENCODER_2.adapters_flat, *_TEXT_ENCODER_2.adapters_dotted),
     embeddings=("clip_g",),
 )

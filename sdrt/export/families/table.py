@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from sdrt.export.families.family import Component, Family
+from sdrt.export.families.ldm import UNET_COMPONENT
 from sdrt.export.families.others import OTHERS
 from sdrt.export.families.sd1 import SD1
 from sdrt.export.families.sd2 import SD2
@@ -18,24 +19,32 @@ CONTEXTS = {family.context_width: family.title for family in FAMILIES}
 """Whose text contexts are that wide."""
 TOKENS = {width: words for family in FAMILIES for width, words in family.tokens.items()}
 """Whose token vectors are that wide."""
-TEXTS = {width: family.title for family in FAMILIES for width in family.tokens}
-"""Whose text encoders are that wide."""
-ADAPTERS = {start: family.title for family in FAMILIES for start in family.adapters} | {
-    start: other.title for other in OTHERS for start in other.adapters
+TEXTS = {
+    width: tuple(family.title for family in FAMILIES if width in family.text_widths)
+    for family in FAMILIES
+    for width in family.text_widths
 }
-"""How modules begin that only one family's LoRAs have."""
-TEXT_MODULES = (
-    "lora_te",
-    "lycoris_te",
-    "lycoris_text",
-    "lycoris_encoder_layers",
-    "text_encoder",
-    "text_model.",
-    "encoder.layers.",
-    "cond_stage_model.",
-    "conditioner.",
+"""Whose text encoders are that wide."""
+_OWN = [(family.title, family.adapters) for family in FAMILIES] + [(other.title, other.adapters) for other in OTHERS]
+ADAPTERS = {start: tuple(title for title, starts in _OWN if start in starts) for _, starts in _OWN for start in starts}
+"""How modules begin that show a LoRA of some families, to these families' titles."""
+TEXT_MODULES = dict.fromkeys(
+    ("lora_te", "text_encoder", "lycoris_text", "lycoris_encoder_layers", "text_model.", "encoder.layers."),
+    SD1.text_encoder.name,
+) | {
+    prefix: component.name
+    for family in FAMILIES
+    for component in family.text_encoders
+    for prefix in (*component.adapters_flat, *component.adapters_dotted)
+    if prefix not in ("", *UNET_COMPONENT.adapters_flat)
+}
+"""How the modules of text encoders begin in any family's LoRAs, to the component's name. The longest that fits counts.
+"""
+VECTORS = (
+    "emb_params",
+    *dict.fromkeys(component.vectors for family in FAMILIES for component in family.text_encoders),
 )
-"""How the modules of text encoders begin in any family's LoRAs."""
+"""What tools call an embedding's vectors."""
 EMBEDDINGS = {name: family.title for family in FAMILIES for name in family.embeddings}
 """Tensors that only one family's embeddings hold."""
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from reference import Graphs, relative
 from safetensors.torch import save_file
+from tiny_model import SMALL
 
 from sdrt.bundle.folder import open_bundle
 from sdrt.errors import AdapterError, InputFileError, SdrtError, UsageError
@@ -30,13 +32,13 @@ from sdrt.export.adapters.embedding import (
     read_vectors,
     table_rows,
 )
-from sdrt.export.architecture import ClipSpec
+from sdrt.export.architecture import Architecture, ClipSpec
 from sdrt.export.build import BuildOptions, build, default_output
 from sdrt.export.graph import Recipe, recipes
 from sdrt.export.inspect import inspect_file
 
-EMOJI = ClipSpec(64, 2, 1, 256, 49408, 77)
-SD1 = ClipSpec(768, 12, 12, 3072, 49408, 77)
+EMOJI = replace(SMALL, texts=(ClipSpec(64, 2, 1, 256, 49408, 77),))
+REAL = replace(SMALL, texts=(ClipSpec(768, 12, 12, 3072, 49408, 77),))
 TABLE = reference.TEXT + "text_model.embeddings.token_embedding.weight"
 
 
@@ -98,9 +100,9 @@ def embedding_file(path: Path, values: torch.Tensor) -> Path:
     return write(path, automatic1111(values) if path.suffix == ".pt" else {"emb_params": values})
 
 
-def refused(path: Path, *fragments: str, clip: ClipSpec = EMOJI, kind: type[SdrtError] = AdapterError) -> SdrtError:
+def refused(path: Path, *fragments: str, arch: Architecture = EMOJI, kind: type[SdrtError] = AdapterError) -> SdrtError:
     with pytest.raises(SdrtError) as caught:
-        embedding = open_embedding(EmbeddingOption(path, "x"), clip)
+        embedding = open_embedding(EmbeddingOption(path, "x"), arch)
         with embedding.file:
             read_vectors(embedding)
     assert type(caught.value) is kind
@@ -191,7 +193,7 @@ def test_e2_width_of_another_family(tmp_path: Path, width: int, family: str) -> 
             "expected vectors 768 wide, as Stable Diffusion 1.x has",
             f"found {width}",
             f"made for {family}",
-            clip=SD1,
+            arch=REAL,
         )
 
 
@@ -200,7 +202,7 @@ def test_e2_embedding_for_sdxl(tmp_path: Path) -> None:
         write(tmp_path / "x.safetensors", {"clip_l": vectors(0, 2, 768), "clip_g": vectors(0, 2, 1280)}),
         "clip_g, clip_l",
         "SDXL",
-        clip=SD1,
+        arch=REAL,
     )
 
 

@@ -313,7 +313,7 @@ def test_l4_shapes_that_do_not_fit_together(file: Path, up: tuple[int, ...], dow
     [
         ({"emb_params": (4, 768)}, "a textual-inversion embedding", "--embedding"),
         ({"first_stage_model.decoder.conv_in.weight": (8, 4, 3, 3)}, "a VAE", "--vae"),
-        ({"conditioner.embedders.1.model.ln_final.weight": (1280,)}, "an SDXL model", "LyCORIS"),
+        ({"conditioner.embedders.1.model.ln_final.weight": (1280,)}, "a CLIP text encoder", "LyCORIS"),
         ({"some.weight": (2, 2)}, "tensors of no kind", "LyCORIS"),
         ({}, "an empty file", "LyCORIS"),
     ],
@@ -469,9 +469,9 @@ def fused(
     folder: Path, loras: Sequence[LoraOption], precision: str = "fp32", base: Mapping[str, torch.Tensor] = BASE
 ) -> tuple[dict[str, torch.Tensor], bytes, Sequence[Mapping[str, Change]]]:
     """The weights file of a few base tensors and these LoRAs: as tensors and bytes, and the changes it reports."""
-    shapes, spec = model()
+    shapes, arch = model()
     save_file(dict(base), folder / "base.safetensors")
-    adapters = [open_lora(option, shapes, spec) for option in loras]
+    adapters = [open_lora(option, shapes, arch) for option in loras]
     try:
         with open_tensor_file(folder / "base.safetensors") as file:
             tensors = {name: Tensor(file, entry) for name, entry in file.entries.items()}

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from sdrt.export.adapters.match import LoraOption, open_lora
 from sdrt.export.build import BuildOptions, build
 from sdrt.export.families.keys import adapter_names
+from sdrt.export.families.sd1 import SD1
 from sdrt.export.graph import recipes
 from sdrt.export.read.checkpoint import open_checkpoint, select
 from sdrt.export.weights import Change, write_weights
@@ -45,7 +46,7 @@ def write_fused(path: Path, options: Sequence[LoraOption], precision: str = "fp3
     with ExitStack() as files:
         checkpoint = files.enter_context(closing(open_checkpoint(CHECKPOINT)))
         shapes = weight_shapes()
-        loras = [open_lora(option, shapes, checkpoint.architecture.unet) for option in options]
+        loras = [open_lora(option, shapes, checkpoint.architecture) for option in options]
         for lora in loras:
             files.callback(lora.file.close)
         return write_weights(path, select(checkpoint, shapes)[0], loras, precision, lambda done: None).changes
@@ -306,7 +307,7 @@ def test_names_of_every_module_are_diffusers_own(flat_bundle: Path) -> None:
     checkpoint.close()
     everything = [name for name in checkpoint.tensors if name.startswith((UNET, TEXT))]
     names = [name for name in everything if name.endswith(".weight")]
-    table = adapter_names([name.removesuffix(".weight") for name in names], checkpoint.architecture.unet)
+    table = adapter_names([name.removesuffix(".weight") for name in names], checkpoint.architecture.unet, SD1)
     # Conversion only moves values, so names converted in place of tensors say what becomes what.
     moved = convert_ldm_unet_checkpoint({name: name for name in everything}, {"layers_per_block": 2})
     moved = {name: ldm_name for name, ldm_name in moved.items() if name.endswith(".weight")}

@@ -13,7 +13,7 @@ from tiny_model import regular_unet
 
 from sdrt.export.architecture import UNetSpec
 from sdrt.export.families.keys import adapter_names, diffusers_module
-from sdrt.export.families.sd1 import CLIP, UNET
+from sdrt.export.families.sd1 import CLIP, SD1, UNET
 from sdrt.export.networks.unet import UNet
 
 SPECS = {
@@ -111,7 +111,7 @@ def checkpoint_modules() -> list[str]:
 
 
 def test_adapter_names_cover_the_emoji_lora() -> None:
-    table = adapter_names(checkpoint_modules(), SPECS["emoji"])
+    table = adapter_names(checkpoint_modules(), SPECS["emoji"], SD1)
     with safe_open(LORA, "pt") as file:
         keys = list(file.keys())
     assert len(keys) == 744
@@ -128,7 +128,7 @@ def test_adapter_names_cover_the_emoji_lora() -> None:
 
 def test_every_module_has_its_names_in_each_spelling_and_none_is_ambiguous() -> None:
     modules = checkpoint_modules()
-    table = adapter_names(modules, SPECS["emoji"])
+    table = adapter_names(modules, SPECS["emoji"], SD1)
     prefixes = {
         UNET: ("lora_unet_", "lycoris_", "unet.", "diffusion_model."),
         CLIP: ("lora_te_", "lora_te1_", "text_encoder.", "lycoris_text_model_"),
@@ -141,7 +141,7 @@ def test_every_module_has_its_names_in_each_spelling_and_none_is_ambiguous() -> 
             assert named == {module for module in modules if module.startswith(network)}, spelling
     assert all(module.startswith((UNET, CLIP)) for module in table.values())
     # Every name is claimed by one module only: building the table backwards gives the same.
-    assert adapter_names(modules[::-1], SPECS["emoji"]) == table
+    assert adapter_names(modules[::-1], SPECS["emoji"], SD1) == table
 
 
 @pytest.mark.parametrize(
@@ -177,7 +177,7 @@ def test_every_module_has_its_names_in_each_spelling_and_none_is_ambiguous() -> 
     ],
 )
 def test_known_names_in_adapters(name: str, module: str) -> None:
-    assert adapter_names(checkpoint_modules(), SPECS["emoji"])[name] == UNET + module
+    assert adapter_names(checkpoint_modules(), SPECS["emoji"], SD1)[name] == UNET + module
 
 
 @pytest.mark.parametrize(
@@ -193,5 +193,5 @@ def test_known_names_in_adapters(name: str, module: str) -> None:
     ],
 )
 def test_known_names_of_the_text_encoder(name: str) -> None:
-    table = adapter_names(checkpoint_modules(), SPECS["emoji"])
+    table = adapter_names(checkpoint_modules(), SPECS["emoji"], SD1)
     assert table[name] == CLIP + "text_model.encoder.layers.1.self_attn.q_proj"
