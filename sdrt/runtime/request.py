@@ -293,16 +293,6 @@ def resolved(request: Request, manifest: Manifest) -> Request:
     )
 
 
-def branch_guidance(request: Request, manifest: Manifest) -> tuple[float, float | None]:
-    """The guidance scales by which the branches of a picture are weighed: of the prompt; and of the image that an edit
-    model edits, None for other models. 1 is no guidance. diffusers guides only beyond 1, and by both or by neither.
-    """
-    cfg, image_cfg = 1 if manifest.diffusion.told_guidance else request.cfg, request.image_cfg
-    if request.compat == "diffusers" and (cfg <= 1 or (image_cfg is not None and image_cfg < 1)):
-        return 1, None if image_cfg is None else 1
-    return cfg, image_cfg
-
-
 def draw_seed() -> int:
     """A random seed, 0 to 2**32 - 1."""
     return secrets.randbelow(2**32)
