@@ -12,13 +12,13 @@ import torch
 from family_files import TINY_SD2, TINY_XL, open_clip, sgm
 from safetensors import safe_open
 from safetensors.torch import save_file
-from tiny_model import lively
+from tiny_model import lively, whole
 
 from sdrt.bundle.folder import open_bundle
 from sdrt.bundle.manifest import WEIGHTS, Component, Latents, Vector
 from sdrt.errors import UsageError
 from sdrt.export.adapters.match import LoraOption
-from sdrt.export.architecture import Architecture, VaeSpec, whole
+from sdrt.export.architecture import Architecture, VaeSpec
 from sdrt.export.build import BuildOptions, BuildReport, build
 from sdrt.export.families.sd1 import CLIP
 
@@ -90,18 +90,27 @@ def test_options_of_a_family(xl: BuildReport, xl_checkpoint: Path, tmp_path: Pat
 
 def test_a_lora_of_layers_that_contexts_skip(xl: BuildReport, xl_checkpoint: Path, tmp_path: Path) -> None:
     """kohya's SDXL LoRAs change every layer of both encoders. Those that no graph needs are known, and left out."""
-    tensors = {}
-    for module in (
-        "lora_te1_text_model_encoder_layers_0_self_attn_q_proj",
-        "lora_te1_text_model_encoder_layers_1_self_attn_q_proj",
-        "lora_te2_text_model_encoder_layers_2_self_attn_q_proj",
-    ):
-        tensors |= {f"{module}.lora_down.weight": torch.ones(2, 64), f"{module}.lora_up.weight": torch.ones(64, 2)}
-    path = tmp_path / "lora.safetensors"
-    save_file(tensors, path)
-    report = build(BuildOptions(xl_checkpoint, (LoraOption(path),), output=tmp_path / "x.sdrt"))
-    (source,) = (source for source in report.manifest.sources if source.kind == "lora")
-    assert sum(source.applied.values()) == 2
+
+    def lora(name: str, *modules: str) -> LoraOption:
+        tensors = {}
+        for module in modules:
+            module = f"lora_{module}_self_attn_q_proj"
+            tensors |= {f"{module}.lora_down.weight": torch.ones(2, 64), f"{module}.lora_up.weight": torch.ones(64, 2)}
+        save_file(tensors, tmp_path / name)
+        return LoraOption(tmp_path / name)
+
+    layers = "text_model_encoder_layers"
+    some = lora("some.safetensors", f"te1_{layers}_0", f"te1_{layers}_1", f"te2_{layers}_2")
+    none = lora("none.safetensors", f"te1_{layers}_1")
+    report = build(BuildOptions(xl_checkpoint, (some, none), output=tmp_path / "x.sdrt"))
+    applied = [sum(source.applied.values()) for source in report.manifest.sources if source.kind == "lora"]
+    assert applied == [2, 0]
+    unused = "2 of its keys change layers of a text encoder that the model does not use"
+    assert report.notes == (
+        f"some.safetensors: {unused}",
+        "none.safetensors: changes only layers that no output of the text encoders needs, nothing changed",
+        f"none.safetensors: {unused}",
+    )
 
 
 def test_sd2_attends_in_float32(tmp_path: Path) -> None:
