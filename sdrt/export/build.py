@@ -406,7 +406,7 @@ def _manifest(name: str, inputs: _Inputs, model: _Model, contents: _Contents) ->
                 text.clip_skip,
                 rows,
                 last_layer=arch.last_layer,
-                zero_empty=family_named(arch.family).zero_empty,
+                zero_empty=arch.zero_empty,
             )
             for text in arch.texts
         ),
