@@ -50,7 +50,7 @@ def saved(path: Path, **keys: Any) -> Path:
             {"prediction": "v", "zero_snr": True},
             "predicts v with no signal at the last step, by v_pred",
         ),
-        ({"ztsnr": []}, {"prediction": "epsilon", "zero_snr": False}, "ztsnr changes nothing"),
+        ({"ztsnr": []}, {"prediction": "epsilon", "zero_snr": False}, "zero SNR changes nothing"),
         (
             {"edm_vpred__sigma_max": 120.0, "edm_vpred__sigma_min": 0.002},
             {"prediction": "v", "sigmas": (pytest.approx(0.002), 120.0), "sigma_data": 1.0},
