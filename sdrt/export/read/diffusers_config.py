@@ -16,7 +16,7 @@ from sdrt.export.architecture import Architecture, UNetSpec
 from sdrt.export.families.family import Family
 from sdrt.export.families.table import BUILDS, FAMILIES
 
-PREDICTION_TYPES = {"epsilon": "epsilon", "v_prediction": "v"}
+PREDICTION_TYPES = {"epsilon": "epsilon", "v_prediction": "v", "sample": "x0"}
 UNET, VAE, SCHEDULER = "unet/config.json", "vae/config.json", "scheduler/scheduler_config.json"
 TEXTS = ("text_encoder/config.json", "text_encoder_2/config.json")
 """Of the text encoders, in the order of a model's."""

@@ -22,7 +22,7 @@ from sdrt.export.families.table import BUILDS
 from sdrt.export.read.diffusers_config import SCHEDULER
 from sdrt.export.read.model_files import ModelFiles, Stored
 
-PREDICTIONS = {"epsilon": "epsilon", "eps": "epsilon", "v": "v", "v_prediction": "v"}
+PREDICTIONS = {"epsilon": "epsilon", "eps": "epsilon", "v": "v", "v_prediction": "v", "x0": "x0", "sample": "x0"}
 STATED = ("v_pred", "ztsnr", "edm_mean", "edm_std", "edm_vpred.")
 """How the keys begin that say it in a file of tensors."""
 _MAX_VALUES = 1 << 16
