@@ -1,9 +1,9 @@
-"""Make a random-weight checkpoint in the exact layout and size of Stable Diffusion 1.5, and a LoRA for it.
+"""Make a random-weight checkpoint in the exact layout and size of a published model, and a LoRA for it.
 
-Latency and memory do not depend on the values, so this stands in for a real model where none may be shipped: 2.1 GB of
-float16, written in a stream, the same bytes for the same seed. `--tiny` makes the same topology small enough for CI: 30
-MB, 64x64 pixels.
-Usage: python benchmarks/make_checkpoint.py OUTPUT.safetensors [--tiny] [--seed N] [--lora FILE --rank R]
+Latency and memory do not depend on the values, so this stands in for a real model where none may be shipped: float16,
+written in a stream, the same bytes for the same seed. `--family` is sd15 (2.1 GB), sd2 (2.6 GB), sdxl (6.9 GB) or tiny:
+Stable Diffusion 1.5's topology small enough for CI, 30 MB, 64x64 pixels.
+Usage: python benchmarks/make_checkpoint.py OUTPUT.safetensors [--family F] [--seed N] [--lora FILE --rank R]
 """
 
 from __future__ import annotations
@@ -11,12 +11,14 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from sdrt.export.architecture import Architecture, ClipSpec, UNetSpec, VaeSpec
+from sdrt.export.architecture import Architecture, ClipSpec, UNetSpec, VaeSpec, whole
 from sdrt.export.families.keys import diffusers_module
 from sdrt.export.families.sd1 import CLIP, UNET
 from sdrt.export.graph import recipes
@@ -38,12 +40,85 @@ TINY = Architecture(
     UNetSpec(4, 4, (64, 96, 128, 128), DOWN, UP, 1, 64, False, 8, None),
     VaeSpec((32, 32, 64, 64), 2, 4, 0.18215),
 )
-POSITION_IDS = CLIP + "text_model.embeddings.position_ids"
+SD2 = Architecture(
+    "sd2",
+    "v",
+    (768, 768),
+    (ClipSpec(1024, 23, 16, 4096, 49408, 77, activation="gelu", pad=0),),
+    UNetSpec(4, 4, (320, 640, 1280, 1280), DOWN, UP, 1, 1024, True, None, 64, upcast_attention=True),
+    VaeSpec((128, 256, 512, 512), 2, 4, 0.18215),
+)
+SDXL = Architecture(
+    "sdxl",
+    "epsilon",
+    (1024, 1024),
+    (
+        ClipSpec(768, 12, 12, 3072, 49408, 77, (2,), final_norm=False),
+        ClipSpec(1280, 32, 20, 5120, 49408, 77, (2,), activation="gelu", final_norm=False, projection=1280, pad=0),
+    ),
+    UNetSpec(
+        *(4, 4, (320, 640, 1280), ((0, 0), (2, 2), (10, 10)), ((0, 0, 0), (2, 2, 2), (10, 10, 10)), 10, 2048, True),
+        *(None, 64),
+        vector_width=2816,
+    ),
+    VaeSpec((128, 256, 512, 512), 2, 4, 0.13025),
+    last_layer=2,
+    sizes=6,
+    size_width=256,
+)
+ARCHITECTURES = {"sd15": SD15, "sd2": SD2, "sdxl": SDXL, "tiny": TINY}
+POSITION_IDS = "position_ids"
+CLIP_2 = "conditioner.embedders.1.transformer."
+
+_OPEN_CLIP = {
+    "text_model.embeddings.token_embedding.": "token_embedding.",
+    "text_model.embeddings.position_embedding.weight": "positional_embedding",
+    "text_model.encoder.layers.": "transformer.resblocks.",
+    ".layer_norm1.": ".ln_1.",
+    ".layer_norm2.": ".ln_2.",
+    ".mlp.fc1.": ".mlp.c_fc.",
+    ".mlp.fc2.": ".mlp.c_proj.",
+    ".self_attn.out_proj.": ".attn.out_proj.",
+    "text_model.final_layer_norm.": "ln_final.",
+    "text_projection.weight": "text_projection",
+}
+"""Parts of Hugging Face's names of a text encoder, and OpenCLIP's."""
 
 
-def weight_shapes(architecture: Architecture = SD15) -> dict[str, tuple[int, ...]]:
-    """Every weight of an architecture by its checkpoint name."""
-    return {name: shape for recipe in recipes(architecture).values() for name, shape in recipe.weight_shapes().items()}
+def weight_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
+    """Every weight that a bundle of an architecture may need, by its canonical name."""
+    every = recipes(whole(architecture)).values()
+    return {name: shape for recipe in every for name, shape in recipe.weight_shapes().items()}
+
+
+def stored_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
+    """Every tensor of a published file by its stored name. Text encoders of OpenCLIP have its names, queries, keys and
+    values in one tensor, and Stable Diffusion 2's the layer that nobody uses.
+    """
+    family, (first, *_) = architecture.family, architecture.texts
+    if family == "sd1":
+        return {CLIP + "text_model.embeddings.position_ids": (1, 77), **weight_shapes(architecture)}
+    if family == "sd2":
+        architecture = replace(architecture, texts=(replace(first, layers=first.layers + 1),))
+    prefixes = {CLIP: "cond_stage_model.model."}
+    if family == "sdxl":
+        prefixes = {CLIP: "conditioner.embedders.0.transformer.", CLIP_2: "conditioner.embedders.1.model."}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, shape in weight_shapes(architecture).items():
+        prefix = next((prefix for prefix in prefixes if name.startswith(prefix)), "")
+        stored = name.replace(prefix, prefixes[prefix], 1) if prefix else name
+        if prefix and ".model." in prefixes[prefix]:
+            for theirs, ours in _OPEN_CLIP.items():
+                stored = stored.replace(theirs, ours, 1)
+            if joined := re.fullmatch(r"(.*)\.self_attn\.([qkv])_proj\.(weight|bias)", stored):
+                if joined[2] == "q":
+                    shapes[f"{joined[1]}.attn.in_proj_{joined[3]}"] = (3 * shape[0], *shape[1:])
+                continue
+        shapes[stored] = shape
+    if family == "sdxl":
+        shapes["conditioner.embedders.0.transformer.text_model.embeddings.position_ids"] = (1, 77)
+        shapes["conditioner.embedders.1.model.logit_scale"] = ()
+    return shapes
 
 
 def random_weight(name: str, shape: tuple[int, ...], generator: np.random.Generator) -> np.ndarray:
@@ -63,7 +138,7 @@ def write_stream(
     header: dict[str, object] = {"__metadata__": dict(metadata)}
     offset = 0
     for name, shape in shapes.items():
-        code, item = ("I64", 8) if name == POSITION_IDS else ("F16", 2)
+        code, item = ("I64", 8) if name.endswith(POSITION_IDS) else ("F16", 2)
         header[name] = {
             "dtype": code,
             "shape": list(shape),
@@ -77,34 +152,38 @@ def write_stream(
 
 
 def write_checkpoint(path: Path, seed: int = 0, architecture: Architecture = SD15) -> None:
-    """A checkpoint in the layout of v1-5-pruned-emaonly.safetensors."""
-    shapes = {POSITION_IDS: (1, 77), **weight_shapes(architecture)}
+    """A checkpoint in the layout of v1-5-pruned-emaonly, v2-1_768-ema-pruned or sd_xl_base_1.0."""
+    shapes = stored_shapes(architecture)
     generator = np.random.default_rng(seed)
 
     def tensors() -> Iterator[np.ndarray]:
         for name, shape in shapes.items():
-            yield np.arange(77, dtype=np.int64)[None] if name == POSITION_IDS else random_weight(name, shape, generator)
+            ids = name.endswith(POSITION_IDS)
+            yield np.arange(77, dtype=np.int64)[None] if ids else random_weight(name, shape, generator)
 
-    resolution = "{}x{}".format(*architecture.size)
-    write_stream(
-        path,
-        shapes,
-        tensors(),
-        {"modelspec.resolution": resolution, "modelspec.title": "random weights, SD 1.5 layout"},
-    )
+    metadata = {
+        "modelspec.resolution": "{}x{}".format(*architecture.size),
+        "modelspec.title": f"random weights, {architecture.family} layout",
+    }
+    if architecture.prediction == "v":
+        metadata["modelspec.prediction_type"] = "v"
+    write_stream(path, shapes, tensors(), metadata)
 
 
 def write_lora(path: Path, rank: int = 32, seed: int = 1, architecture: Architecture = SD15) -> None:
-    """A kohya LoRA over every attention and feed-forward layer of the UNet and the text encoder, as trainers make by
+    """A kohya LoRA over every attention and feed-forward layer of the UNet and the text encoders, as trainers make by
     default.
     """
+    texts = {CLIP: "lora_te1_", CLIP_2: "lora_te2_"} if len(architecture.texts) > 1 else {CLIP: "lora_te_"}
+    base = {"sd1": "sd_v1", "sd2": "sd_v2_768_v", "sdxl": "sdxl_base_v1-0"}[architecture.family]
     shapes: dict[str, tuple[int, ...]] = {}
     for name, shape in weight_shapes(architecture).items():
         module = name.removesuffix(".weight")
         if len(shape) == 2 and name.startswith(UNET) and "transformer_blocks" in name:
             key = "lora_unet_" + diffusers_module(module[len(UNET) :], architecture.unet).replace(".", "_")
-        elif len(shape) == 2 and name.startswith(CLIP) and "encoder.layers" in name:
-            key = "lora_te_" + module[len(CLIP) :].replace(".", "_")
+        elif len(shape) == 2 and name.startswith(tuple(texts)) and "encoder.layers" in name:
+            prefix = next(prefix for prefix in texts if name.startswith(prefix))
+            key = texts[prefix] + module[len(prefix) :].replace(".", "_")
         else:
             continue
         shapes |= {
@@ -126,19 +205,19 @@ def write_lora(path: Path, rank: int = 32, seed: int = 1, architecture: Architec
         path,
         shapes,
         tensors(),
-        {"ss_network_module": "networks.lora", "ss_network_dim": str(rank), "ss_base_model_version": "sd_v1"},
+        {"ss_network_module": "networks.lora", "ss_network_dim": str(rank), "ss_base_model_version": base},
     )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path)
-    parser.add_argument("--tiny", action="store_true", help="the topology of SD 1.5 at a hundredth of its size")
+    parser.add_argument("--family", choices=tuple(ARCHITECTURES), default="sd15")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--lora", type=Path, help="also write a LoRA here")
     parser.add_argument("--rank", type=int, default=32)
     arguments = parser.parse_args()
-    architecture = TINY if arguments.tiny else SD15
+    architecture = ARCHITECTURES[arguments.family]
     write_checkpoint(arguments.output, arguments.seed, architecture)
     print(f"{arguments.output}: {arguments.output.stat().st_size:,} bytes")
     if arguments.lora:

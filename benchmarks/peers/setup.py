@@ -180,7 +180,7 @@ class Models:
 
     def _diffusers(self, target: Path) -> None:
         """diffusers' folder in float16, as the bundle stores the weights and as models are published."""
-        sys.path.insert(0, str(ROOT / "tests"))
+        sys.path.insert(0, str(ROOT / "tests" / "support"))
         import reference
         import torch
         from diffusers import EulerDiscreteScheduler

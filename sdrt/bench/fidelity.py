@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sdrt.bundle.folder import Bundle
-from sdrt.bundle.graphs import REGISTERS, STEP, TEXT_ENCODER, VAE_DECODER, context_output, dimensions, signatures
+from sdrt.bundle.graphs import OF_TEXT, REGISTERS, STEP, TEXT_ENCODER, VAE_DECODER, dimensions, signatures, text_outputs
 from sdrt.bundle.manifest import reference_path
 from sdrt.bundle.reference import Parity, compare
 from sdrt.errors import SdrtError
@@ -55,10 +55,12 @@ def check_references(engine: Engine, bundle: Bundle) -> tuple[list[dict[str, Any
 
 
 def _text_encoder(engine: Engine, bundle: Bundle, reference: Mapping[str, NDArray[Any]]) -> list[Parity]:
-    layer = bundle.manifest.clip_skip[0]
-    name = context_output(layer)
-    context = engine.encode_text(reference["in.tokens"], layer)
-    return compare({name: reference[f"out.{name}"]}, {name: context}, _compute(engine))
+    layer, signature = bundle.manifest.clip_skip[0], signatures(dimensions(bundle.manifest))[TEXT_ENCODER]
+    outputs = text_outputs(signature, layer)
+    found = engine.encode_text(np.stack([reference[f"in.{name}"] for name in signature.inputs]), layer)
+    return compare(
+        {name: reference[f"out.{name}"] for name in outputs}, dict(zip(outputs, found, strict=False)), _compute(engine)
+    )
 
 
 def _decoder(engine: Engine, bundle: Bundle, reference: Mapping[str, NDArray[Any]]) -> list[Parity]:
@@ -81,18 +83,20 @@ def _step(engine: Engine, bundle: Bundle, reference: Mapping[str, NDArray[Any]])
     expected = estimate - np.tensordot(exact["u"], registers, 1)
     start = np.tensordot(exact["a"], registers, 1).astype(np.float32)
     given = {name[3:]: array for name, array in reference.items() if name.startswith("in.")}
-    tables = {name: np.zeros_like(given[name]) for name in ("v", "u", "M", "inpaint", "noise")} | {
-        name: given[name] for name in ("timestep", "w", "rescale", "q")
+    signature = signatures(dimensions(bundle.manifest))[STEP]
+    apart = ("v", "u", "M", "inpaint", "noise", "mask", "init_noise")  # what is not of the network
+    tables = {
+        name: np.zeros_like(given[name]) if name in apart else given[name]
+        for name in signature.tables
+        if name != "next"
     }
     tables["a"] = np.eye(1, REGISTERS, dtype=np.float32)
     tables["M"][0, 0, REGISTERS] = 1  # the register keeps the estimate
-    signature = signatures(dimensions(bundle.manifest))[STEP]
-    inputs = {name: np.zeros_like(given[name][0]) for name in signature.of_picture if name != "context"} | {
-        "init": start
+    of_picture = {
+        name: np.zeros_like(given[name][0]) if name in apart else given[name][0] for name in signature.of_picture
     }
-    if "concat" in inputs:
-        inputs["concat"] = given["concat"][0]
-    job = Job(tables, inputs, (given["context"][0],), (0,))
+    said = {name: of_picture.pop(name) for name in OF_TEXT if name in of_picture}
+    job = Job(tables, of_picture | {"init": start}, (said,), (0,))
     batch = engine.open(job.shape, 1)
     try:
         slot = batch.join(job)

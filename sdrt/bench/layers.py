@@ -58,7 +58,7 @@ def _on_cpu(pipe: Any, kept: Mapping[str, Any], wall_ms: Mapping[str, float]) ->
         # Static shapes: a run of the text encoder takes one row of tokens, of the decoder one picture, of the step as
         # many as it was made for.
         steps = -(-len(kept["jobs"]) // made_for[STEP]["init"][0])
-        runs = {TEXT_ENCODER: len(kept["text"][0]), VAE_DECODER: len(kept["latents"]), STEP: steps}
+        runs = {TEXT_ENCODER: kept["text"][0].shape[1], VAE_DECODER: len(kept["latents"]), STEP: steps}
         wall_ms = {graph: ms / runs.get(graph, 1) for graph, ms in wall_ms.items()}
     peak = {name: max(found[name] for found in peaks) for name in peaks[0]}
     graphs = {graph: analyse(found, total(found), wall_ms.get(graph), peak) for graph, found in operators.items()}
@@ -99,7 +99,7 @@ def _on_gpu(pipe: Any, kept: Mapping[str, Any], wall_ms: Mapping[str, float]) ->
             if counted is None and layers_tensorrt.NO_ARITHMETIC not in notes:
                 notes.append(layers_tensorrt.NO_ARITHMETIC)
             runs = (
-                -(-len(kept["text"][0]) // len(fitting["tokens"])) if graph == TEXT_ENCODER else 1
+                -(-kept["text"][0].shape[1] // len(next(iter(fitting.values())))) if graph == TEXT_ENCODER else 1
             )  # as many rows of tokens a run as the profile takes
             graphs[graph] = analyse(found, counted, wall_ms[graph] / runs if graph in wall_ms else None, peak)
     return {
@@ -122,13 +122,14 @@ def check_backend(backend: str) -> None:
 def _feeds(bundle: Bundle, kept: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Inputs of each graph. Those of the step are as before the first call of the pictures' jobs."""
     jobs, shape = kept["jobs"], kept["shape"]
-    signature, rows = signatures(dimensions(bundle.manifest))[STEP], jobs[0].rows
+    known, rows = signatures(dimensions(bundle.manifest)), jobs[0].rows
+    signature = known[STEP]
     memory: Any = HostMemory(signature, step_sizes(shape, len(jobs), rows))  # joined, never called
     batch = Slots(memory, signature, shape, len(jobs), rows)
     for job in jobs:
         batch.join(job)
     return {
-        TEXT_ENCODER: {"tokens": kept["text"][0]},
+        TEXT_ENCODER: dict(zip(known[TEXT_ENCODER].inputs, kept["text"][0], strict=True)),
         STEP: memory.bound(0)[0],
         VAE_DECODER: {"latents": np.asarray(kept["latents"], np.float32), "rounding": np.array([0.5], np.float32)},
     }

@@ -9,8 +9,10 @@ import json
 import os
 import stat
 from collections.abc import Collection, Iterable, Mapping
+from concurrent.futures import CancelledError
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from threading import Event
 
 from sdrt.bundle.graph_check import check_graph
 from sdrt.bundle.graphs import dimensions, signatures
@@ -50,9 +52,18 @@ def bundle_id(manifest: Manifest) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def file_record(path: Path) -> FileRecord:
-    with path.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256")
+def file_record(path: Path, stop: Event | None = None) -> FileRecord:
+    """Size and hash of a file.
+
+    Raises:
+        CancelledError: `stop` was set before the end.
+    """
+    digest, block = hashlib.sha256(), bytearray(1 << 20)
+    with path.open("rb", buffering=0) as stream:
+        while count := stream.readinto(block):
+            if stop is not None and stop.is_set():
+                raise CancelledError
+            digest.update(memoryview(block)[:count])
         return FileRecord(stream.tell(), digest.hexdigest())
 
 
@@ -116,16 +127,17 @@ def open_bundle(path: Path) -> Bundle:
     return Bundle(path, manifest)
 
 
-def check_files(bundle: Bundle, names: Iterable[str] | None = None) -> None:
+def check_files(bundle: Bundle, names: Iterable[str] | None = None, stop: Event | None = None) -> None:
     """Compare the SHA-256 of the named files (all by default) with the manifest. An equal hash means unchanged, not
     trustworthy.
 
     Raises:
         BundleError: a file differs or cannot be read; the message names the file.
+        CancelledError: `stop` was set before the end.
     """
     for name in bundle.manifest.files if names is None else names:
         try:
-            expected, found = bundle.manifest.files[name], file_record(bundle.file(name))
+            expected, found = bundle.manifest.files[name], file_record(bundle.file(name), stop)
         except OSError as error:
             raise BundleError(
                 f"{bundle.path}: {name}: cannot be read: {error.strerror}",

@@ -33,7 +33,9 @@ IDLE_ROW = 0
 Shape = tuple[int | str, ...]
 TOKENS = ("tokens", "tokens_2")
 """Inputs of the text encoders' graph, one for each encoder of a model, in the manifest's order."""
-OF_TEXT = ("context", "vector")
+POOLED = "pooled"
+"""The text encoders' output of one vector for a whole prompt, where a model has it."""
+OF_TEXT = (CONTEXT, VECTOR) = ("context", "vector")
 """Step inputs that are made of a picture's prompts. They change when prompt editing changes a prompt."""
 _ITEM_BYTES = {"float32": 4, "int64": 8, "uint8": 1, "bool": 1}
 
@@ -119,6 +121,13 @@ def context_output(clip_skip: int) -> str:
     return f"context_skip_{clip_skip}"
 
 
+def text_outputs(text_encoder: Signature, clip_skip: int) -> tuple[str, ...]:
+    """The outputs of the text encoder that a clip skip asks for: the context, and the pooled vector where there is
+    one.
+    """
+    return (context_output(clip_skip), *([POOLED] if POOLED in text_encoder.outputs else []))
+
+
 def signatures(model: Dimensions) -> dict[str, Signature]:
     """The signature of every graph of a model, by the graph's name."""
     latents, plane = ("N", model.channels, "h", "w"), ("N", 1, "h", "w")
@@ -126,8 +135,8 @@ def signatures(model: Dimensions) -> dict[str, Signature]:
     pixels = Tensor(("N", f"{model.factor}*h", f"{model.factor}*w", 3), "uint8")
     registers = Tensor(("N", REGISTERS, *latents[1:]))
     guidance = {"guidance": Tensor(("S",))} if model.told_guidance else {}
-    vector = {"vector": Tensor(("N", "G", model.vector))} if model.vector else {}
-    pooled = {"pooled": Tensor(("n", model.pooled))} if model.pooled else {}
+    vector = {VECTOR: Tensor(("N", "G", model.vector))} if model.vector else {}
+    pooled = {POOLED: Tensor(("n", model.pooled))} if model.pooled else {}
     concat = {"concat": Tensor(("N", "G", model.concat_channels, "h", "w"))} if model.concat_channels else {}
     step = Signature(
         {
@@ -145,7 +154,7 @@ def signatures(model: Dimensions) -> dict[str, Signature]:
             **guidance,
             "noise": Tensor(("S", *latents[1:])),
             "registers": registers,
-            "context": Tensor(("N", "G", "T", model.context_width)),
+            CONTEXT: Tensor(("N", "G", "T", model.context_width)),
             **vector,
             "mask": Tensor(plane),
             "init": Tensor(latents),

@@ -33,14 +33,18 @@ MAX_BRANCHES = 16
 """Most guidance branches of one picture: the negative prompt and 15 parts between `AND`s."""
 
 PRECISIONS = ("fp32", "fp16", "bf16")
-PREDICTIONS = ("epsilon", "v", "edm")
-"""What a network may predict: the noise, v of Salimans and Ho 2022 ("Progressive Distillation"), or F of Karras et al.
-2022 ("Elucidating the Design Space"), table 1.
+PREDICTIONS = ("epsilon", "v", "edm", "x0")
+"""What a network may predict: the noise, v of Salimans and Ho 2022 ("Progressive Distillation"), F of Karras et al.
+2022 ("Elucidating the Design Space"), table 1, or the image without noise.
 """
 SOURCE_KINDS = ("checkpoint", "vae", "lora", "lora-config", "embedding", "hypernetwork")
 MAX_TIMESTEPS = 10_000
 MAX_SIGMA = 1e5
-MAX_VECTOR, MAX_SIZES = 1 << 14, 16
+MAX_VECTOR = 1 << 14
+SIZES = 6
+"""How many sizes a network is told, if any: original height and width, top and left of the crop, target height and
+width.
+"""
 
 
 def graph_path(graph: str, compute: str) -> str:
@@ -94,6 +98,8 @@ class Text:
     last_layer: the latest layer that contexts of this family come from. A request for a later one takes this one.
     embeddings: for the trigger of each learned embedding the rows of the token table that stand for it, in order.
     tokenizer: its file in the bundle.
+    zero_empty: an empty negative prompt is zeros, not what the encoder makes of it. docs/compatibility.md says what
+        counts as empty.
     """
 
     width: int
@@ -105,6 +111,7 @@ class Text:
     embeddings: dict[str, tuple[int, ...]] = field(default_factory=dict)
     tokenizer: str = TOKENIZER
     last_layer: int = 1
+    zero_empty: bool = False
 
 
 @dataclass(frozen=True)
@@ -112,8 +119,7 @@ class Vector:
     """What the network is told beside timestep and context, as one vector: `pooled` numbers of the last text encoder,
     then `sizes` sizes in pixels of `size_width` numbers each. All 0 where it is told nothing.
 
-    SDXL has six sizes: original height and width, top and left of the crop, target height and width (Podell et al.
-    2023, section 2.2).
+    The sizes are those of `SIZES`, in that order (Podell et al. 2023, section 2.2).
     """
 
     pooled: int = 0
@@ -123,6 +129,9 @@ class Vector:
     @property
     def numbers(self) -> int:
         return self.pooled + self.sizes * self.size_width
+
+
+NO_VECTOR = Vector()
 
 
 @dataclass(frozen=True)
@@ -138,6 +147,11 @@ class Latents:
     size: tuple[int, int]
     concat_channels: int = 0
     concat_scale: float = 1.0
+
+    @property
+    def edits(self) -> bool:
+        """Whether the UNet sees the image to edit beside the latents."""
+        return self.concat_channels == self.channels
 
 
 @dataclass(frozen=True)
@@ -202,7 +216,7 @@ class Manifest:
     graphs: dict[str, dict[str, Graph]]
     files: dict[str, FileRecord]
     diffusion: Diffusion = Diffusion()
-    vector: Vector = Vector()
+    vector: Vector = NO_VECTOR
     sources: tuple[Source, ...] = ()
     tools: dict[str, str] = field(default_factory=dict)
 
@@ -220,6 +234,13 @@ class Manifest:
     def context_width(self) -> int:
         """Numbers per token in the context. The outputs of several text encoders lie side by side."""
         return sum(text.width for text in self.text)
+
+    @property
+    def branches(self) -> int:
+        """Guidance branches of a picture that chooses nothing: a prompt and a negative one; for an edit model also the
+        negative one without the image; the prompt alone for a network that is told the guidance scale.
+        """
+        return 1 if self.diffusion.told_guidance else 3 if self.latents.edits else 2
 
     @property
     def clip_skip(self) -> tuple[int, ...]:
@@ -279,7 +300,7 @@ def _manifest(document: dict[str, Any]) -> Manifest:
             raise ValueError(f"{name}: expected a sha256, found {file.sha256!r}")
     if not manifest.text:
         raise ValueError("text: no text encoder")
-    if len({(text.tokens, text.clip_skip) for text in manifest.text}) > 1:
+    if len({(text.tokens, text.clip_skip, text.last_layer) for text in manifest.text}) > 1:
         raise ValueError("text: encoders of chunks of different lengths, or of different layers")
     if UNET not in manifest.components:
         raise ValueError(f"components: no {UNET}")
@@ -294,7 +315,16 @@ def _manifest(document: dict[str, Any]) -> Manifest:
     }
     if missing := needed - manifest.files.keys():
         raise ValueError(f"{sorted(missing)} not listed under files")
+    if len({(text.bos, text.eos, text.tokenizer) for text in manifest.text}) > 1:
+        raise ValueError("text: encoders with different tokenizers")
+    if any(_vectors(text) != _vectors(manifest.text[0]) for text in manifest.text):
+        raise ValueError("text: encoders with different embeddings")
     return manifest
+
+
+def _vectors(text: Text) -> dict[str, int]:
+    """How many vectors each learned embedding of an encoder has, by trigger."""
+    return {trigger: len(rows) for trigger, rows in text.embeddings.items()}
 
 
 def _read(kind: Any, value: Any, where: str) -> Any:
@@ -353,12 +383,10 @@ def _check_values(manifest: Manifest) -> None:
         raise ValueError(f"diffusion: sigmas from {low} to {high}: expected them to rise between 0 and {MAX_SIGMA}")
     if not 0 < diffusion.sigma_data <= MAX_SIGMA:
         raise ValueError(f"diffusion.sigma_data: {diffusion.sigma_data}: expected more than 0 and at most {MAX_SIGMA}")
-    for name, count, most in (
-        ("pooled", manifest.vector.pooled, MAX_VECTOR),
-        ("sizes", manifest.vector.sizes, MAX_SIZES),
-        ("size_width", manifest.vector.size_width, MAX_VECTOR),
-    ):
-        _within(f"vector.{name}", count, 0, most)
+    for name, count in (("pooled", manifest.vector.pooled), ("size_width", manifest.vector.size_width)):
+        _within(f"vector.{name}", count, 0, MAX_VECTOR)
+    if manifest.vector.sizes not in (0, SIZES):
+        raise ValueError(f"vector.sizes: {manifest.vector.sizes}: expected 0 or {SIZES}")
 
     for i, (text, spec) in enumerate(zip(manifest.text, texts, strict=True)):
         spec = _part(f"architecture.texts.{i}", spec)

@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from threading import Event
 
 from sdrt.bundle.folder import Bundle, check_files
 from sdrt.errors import SdrtError
@@ -44,13 +45,14 @@ have no ctime.
 """
 
 
-def check_file(bundle: Bundle, name: str) -> None:
+def check_file(bundle: Bundle, name: str, stop: Event | None = None) -> None:
     """Compare a file's SHA-256 with the manifest, unless the file passed before and has not changed since.
 
     Raises:
         BundleError: the file differs.
+        CancelledError: `stop` was set before the end.
     """
-    check_once(bundle.file(name), bundle.manifest.files[name].sha256, lambda: check_files(bundle, [name]))
+    check_once(bundle.file(name), bundle.manifest.files[name].sha256, lambda: check_files(bundle, [name], stop))
 
 
 def check_once(path: Path, sha256: str, check: Callable[[], None]) -> None:

@@ -27,13 +27,22 @@ def generate(
     ctx: typer.Context,
     bundle: options.BundleFolder,
     prompt: options.Prompt = None,
-    negative: Annotated[str, typer.Option("--negative", metavar="TEXT", help="What to steer away from.")] = "",
+    negative: options.Negative = None,
+    prompt_2: options.Prompt2 = None,
+    negative_2: options.Negative2 = None,
     steps: Annotated[int, typer.Option("--steps", metavar="N", help="Steps of the sampler, 1 to 1000.")] = 20,
     cfg: Annotated[float, typer.Option("--cfg", metavar="X", help="Guidance scale; 1 turns guidance off.")] = 7.0,
+    image_cfg: options.ImageCfg = None,
+    cfg_rescale: options.CfgRescale = 0.0,
     sampler: options.Sampler = "euler",
     schedule: options.Schedule = None,
+    timesteps: options.Timesteps = None,
+    sigmas: options.Sigmas = None,
     seed: options.Seed = None,
     size: options.Size = None,
+    original_size: options.OriginalSize = None,
+    crop_top_left: options.CropTopLeft = None,
+    target_size: options.TargetSize = None,
     batch: Annotated[int, typer.Option("--batch", metavar="N", help="Pictures per model call, 1 to 64.")] = 1,
     count: Annotated[int, typer.Option("--count", metavar="N", help="Pictures in total.")] = 1,
     init_image: options.InitImage = None,
@@ -160,7 +169,8 @@ def _settings(ctx: typer.Context, manifest: Manifest) -> _Taken:
     for name in (f.name for f in fields(Request)):
         source = ctx.get_parameter_source(name)
         if (again is None and other is None) or (source is not None and source.name == "COMMANDLINE"):
-            given[name] = options.parse_size(ctx.params[name]) if name == "size" else ctx.params[name]
+            value = ctx.params[name]
+            given[name] = options.PARSERS[name](value) if name in options.PARSERS else value
     if again is not None:
         parameters = parameters_of(again, read_said(again))
         return _Taken(settings_to_repeat(again, parameters, manifest, given), repeated=parameters)

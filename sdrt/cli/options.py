@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import re
 import threading
+from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -180,6 +182,32 @@ Prompt = Annotated[
         show_default=False,
     ),
 ]
+Negative = Annotated[
+    str | None,
+    typer.Option(
+        "--negative",
+        metavar="TEXT",
+        help='What to steer away from. For SDXL, --compat diffusers tells "" from none given, as diffusers does.',
+    ),
+]
+Prompt2 = Annotated[
+    str | None,
+    typer.Option(
+        "--prompt-2",
+        metavar="TEXT",
+        help="What the second text encoder reads, of a model that has two and with --compat diffusers; PROMPT if not "
+        "given.",
+    ),
+]
+Negative2 = Annotated[
+    str | None, typer.Option("--negative-2", metavar="TEXT", help="The same of --negative, which has to be given too.")
+]
+ImageCfg = Annotated[
+    float | None,
+    typer.Option(
+        "--image-cfg", metavar="X", help="How much the picture guides that an edit model edits; 1.5 if not given."
+    ),
+]
 Sampler = Annotated[
     str,
     typer.Option(
@@ -198,6 +226,31 @@ Schedule = Annotated[
         help="Noise levels to pass through, such as karras or sgm_uniform; the sampler's own if not given.",
     ),
 ]
+CfgRescale = Annotated[
+    float,
+    typer.Option(
+        "--cfg-rescale",
+        metavar="X",
+        help="Bring the contrast that guidance adds back by this share, 0 to 1; 0.7 suits models with zero terminal "
+        "SNR.",
+    ),
+]
+Timesteps = Annotated[
+    str | None,
+    typer.Option(
+        "--timesteps",
+        metavar="N,N,N",
+        help="In place of --steps and --schedule, the timesteps to pass through, falling: 999,749,499,249.",
+    ),
+]
+Sigmas = Annotated[
+    str | None,
+    typer.Option(
+        "--sigmas",
+        metavar="X,X,0",
+        help="The same as noise levels, falling and ending in 0: 14.6,4.8,1.3,0.",
+    ),
+]
 Seed = Annotated[
     int | None,
     typer.Option(
@@ -212,8 +265,39 @@ Size = Annotated[
         "--size", metavar="WxH", help="Picture size in pixels, multiples of 8; the bundle's own if not given."
     ),
 ]
+OriginalSize = Annotated[
+    str | None,
+    typer.Option(
+        "--original-size",
+        metavar="WxH",
+        help="Size that a model like SDXL is told the picture had before it was cropped; that of the picture if not "
+        "given. A small one makes it blurred.",
+    ),
+]
+CropTopLeft = Annotated[
+    str | None,
+    typer.Option(
+        "--crop-top-left",
+        metavar="T,L",
+        help="Where such a model is told the picture was cropped, in pixels from the top and the left; 0,0 if not "
+        "given.",
+    ),
+]
+TargetSize = Annotated[
+    str | None,
+    typer.Option(
+        "--target-size",
+        metavar="WxH",
+        help="Size that such a model is told the picture has; the picture's own if not given.",
+    ),
+]
 InitImage = Annotated[
-    Path | None, typer.Option("--init-image", metavar="F", help="Picture to start from instead of noise alone.")
+    Path | None,
+    typer.Option(
+        "--init-image",
+        metavar="F",
+        help="Picture to start from instead of noise alone, or, for an edit model, to edit.",
+    ),
 ]
 Strength = Annotated[
     float | None,
@@ -460,11 +544,12 @@ TokenRange = Annotated[
     ),
 ]
 Branches = Annotated[
-    str,
+    str | None,
     typer.Option(
         "--branches",
         metavar="1,2",
-        help="Numbers of guidance branches: 1 is guidance off, 2 a prompt and a negative one.",
+        help="Numbers of guidance branches: 1 is guidance off, 2 a prompt and a negative one, 3 what an edit model "
+        "takes. If not given 1 and what the model takes with guidance.",
     ),
 ]
 Arithmetic = Annotated[
@@ -643,8 +728,8 @@ FailBeyondFence = Annotated[
 # Values
 
 
-def parse_size(text: str | None) -> tuple[int, int] | None:
-    """The (width, height) in pixels that a `--size WxH` names.
+def parse_size(text: str | None, option: str = "--size") -> tuple[int, int] | None:
+    """The (width, height) in pixels that an option `WxH` names.
 
     Raises:
         UsageError: it is not two numbers with an x between them.
@@ -653,8 +738,22 @@ def parse_size(text: str | None) -> tuple[int, int] | None:
         return None
     size = _size(text)
     if size is None:
-        raise UsageError(f"--size {text}: expected WIDTHxHEIGHT in pixels", "Write it as --size 512x768.")
+        raise UsageError(f"{option} {text}: expected WIDTHxHEIGHT in pixels", f"Write it as {option} 512x768.")
     return size
+
+
+def parse_corner(text: str | None) -> tuple[int, int] | None:
+    """The (top, left) in pixels that a `--crop-top-left T,L` names.
+
+    Raises:
+        UsageError: it is not two numbers with a comma between them.
+    """
+    if text is None:
+        return None
+    match = re.fullmatch(r"(\d{1,6}),(\d{1,6})", text)
+    if match is None:
+        raise UsageError(f"--crop-top-left {text}: expected TOP,LEFT in pixels", "Write it as --crop-top-left 0,0.")
+    return int(match[1]), int(match[2])
 
 
 def parse_sizes(text: str | None) -> tuple[tuple[int, int], tuple[int, int]] | None:
@@ -702,6 +801,47 @@ def parse_numbers(option: str, text: str) -> tuple[int, ...]:
     if re.fullmatch(r"\d{1,4}(,\d{1,4})*", text) is None:
         raise UsageError(f"{option} {text}: expected numbers with commas between them")
     return tuple(int(part) for part in text.split(","))
+
+
+def parse_timesteps(text: str | None) -> tuple[int, ...] | None:
+    """The timesteps that `--timesteps` lists. Their range and order are the request's to check.
+
+    Raises:
+        UsageError: it is not a list of whole numbers.
+    """
+    if text is None:
+        return None
+    if re.fullmatch(r"-?\d{1,6}(,-?\d{1,6})*", text) is None:
+        raise UsageError(
+            f"--timesteps {text}: expected whole numbers with commas between them",
+            "Write it as --timesteps 999,749,499,249.",
+        )
+    return tuple(int(part) for part in text.split(","))
+
+
+def parse_sigmas(text: str | None) -> tuple[float, ...] | None:
+    """The noise levels that `--sigmas` lists. Their range and order are the request's to check.
+
+    Raises:
+        UsageError: it is not a list of numbers.
+    """
+    try:
+        return None if text is None else tuple(float(part) for part in text.split(","))
+    except ValueError as error:
+        raise UsageError(
+            f"--sigmas {text}: expected numbers with commas between them", "Write it as --sigmas 14.6,4.8,1.3,0."
+        ) from error
+
+
+PARSERS: dict[str, Callable[[str | None], object]] = {
+    "size": parse_size,
+    "original_size": partial(parse_size, option="--original-size"),
+    "target_size": partial(parse_size, option="--target-size"),
+    "crop_top_left": parse_corner,
+    "timesteps": parse_timesteps,
+    "sigmas": parse_sigmas,
+}
+"""How to read the values of options that name a setting of a request, where they are texts there and none in it."""
 
 
 def time_limit(seconds: float, bundle: Path) -> AbstractContextManager[None]:

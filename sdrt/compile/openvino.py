@@ -8,10 +8,11 @@ bundle's own weights file. Compilation runs in this process and takes seconds.
 from __future__ import annotations
 
 import hashlib
+import json
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from sdrt.bundle.folder import Bundle, check_files
@@ -25,6 +26,7 @@ from sdrt.engines.record import FORMAT, EngineKey, EngineRecord, Plan, Profile
 from sdrt.engines.store import NewEngine, engine_folder, read_intact, state_bytes, write_engine
 from sdrt.engines.targets import OPENVINO
 from sdrt.errors import BundleError, MachineError, UsageError
+from sdrt.files.cache import cache_key, cached
 from sdrt.machine.cpu import cpu_identity, platform_name
 from sdrt.machine.interruptible import interruptible
 from sdrt.runtime.backends.openvino.model import (
@@ -95,7 +97,7 @@ def compile_bundle(
                 known = (graph, tuple(sorted(inputs[graph].items())))
                 if known not in made:
                     progress(f"compile {graph}", None)
-                    made[known] = _compile(ov, core, bundle, graph, inputs[graph], precision)
+                    made[known] = _blob(ov, core, bundle, graph, inputs[graph], key, fresh=options.force)
                 blobs[graph] = made[known]
             progress("write", None)
             record = _record(bundle, shape, key, blobs)
@@ -175,6 +177,35 @@ def _compile(
     return _Blob(
         data, GraphReport(0.0, build_s, layer_count(compiled), len(data), unfused_attention(compiled, attention), None)
     )
+
+
+def _blob(
+    ov: Any,
+    core: Any,
+    bundle: Bundle,
+    graph: str,
+    shapes: Mapping[str, tuple[int, ...]],
+    key: EngineKey,
+    *,
+    fresh: bool,
+) -> _Blob:
+    """A graph's blob from the user's cache; or compiled, and then cached. `fresh` compiles it in any case.
+
+    A blob depends on no weight, only on where each one lies in the weights file, which the graph says. So all
+    checkpoints of an architecture, and all adapters fused into them, share their blobs.
+    """
+    if fresh:
+        return _compile(ov, core, bundle, graph, shapes, key.precision)
+
+    def make() -> bytes:
+        blob = _compile(ov, core, bundle, graph, shapes, key.precision)
+        return json.dumps(asdict(blob.report)).encode() + b"\n" + blob.data
+
+    parts = asdict(replace(key, weights="", graphs={graph: key.graphs[graph]}, profiles={graph: key.profiles[graph]}))
+    data, hit = cached("blobs", cache_key(parts), make)
+    head, _, blob = data.partition(b"\n")
+    report = GraphReport(**json.loads(head))
+    return _Blob(blob, replace(report, unfused=tuple(report.unfused), build_s=0.0 if hit else report.build_s))
 
 
 def _record(bundle: Bundle, shape: StepShape, key: EngineKey, blobs: Mapping[str, _Blob]) -> EngineRecord:

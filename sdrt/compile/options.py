@@ -14,7 +14,8 @@ from sdrt.engines.record import EngineRecord
 class CompileOptions:
     """What to compile. Ranges are (smallest, largest).
 
-    `size` None takes the bundle's. `tokens` None takes one chunk; for openvino it makes one engine for one chunk and
+    `size` None takes the bundle's. `branches` None takes those of a picture with and without guidance.
+    `tokens` None takes one chunk; for openvino it makes one engine for one chunk and
     another for two. onnxruntime takes none of these options.
 
     `precision` None takes the bundle's. For openvino it takes the fastest on this CPU, unless the bundle is stored in
@@ -27,7 +28,7 @@ class CompileOptions:
     size: tuple[Size, Size] | None = None
     batch: tuple[int, int] = (1, 1)
     tokens: tuple[int, int] | None = None
-    branches: tuple[int, ...] = (1, 2)
+    branches: tuple[int, ...] | None = None
     rows: int = 128
     precision: str | None = None
     device: int = 0

@@ -39,16 +39,17 @@ def resolve_shapes(
     size: tuple[Size, Size] | None = None,
     batch: tuple[int, int] = (1, 1),
     tokens: tuple[int, int] | None = None,
-    branches: tuple[int, ...] = (1, 2),
+    branches: tuple[int, ...] | None = None,
     rows: int = 128,
 ) -> Shapes:
     """Check the shapes that the user asked for. `size` is the smallest and largest (width, height). None takes the
-    bundle's size, or one chunk for `tokens`.
+    bundle's size, one chunk for `tokens`, and for `branches` those of a picture with and without guidance.
 
     Raises:
         UsageError: a value is out of range, or a range runs backwards.
     """
     chunk, own = manifest.chunk, manifest.latents.size
+    branches = tuple(sorted({1, manifest.branches})) if branches is None else branches
     (low_width, low_height), (high_width, high_height) = size or (own, own)
     for side in (low_width, low_height, high_width, high_height):
         if side % SIZE_STEP or not MIN_SIDE <= side <= MAX_SIDE:
@@ -140,7 +141,7 @@ def largest_demand(shapes: Shapes, manifest: Manifest) -> tuple[str, str]:
         "--size": (width * height / own, f"the picture of {width}x{height} pixels"),
         "--batch": (shapes.batch[2], f"the batch of {shapes.batch[2]}"),
         "--tokens": (shapes.tokens[2] / manifest.chunk, f"the prompt of {shapes.tokens[2]} tokens"),
-        "--branches": (max(shapes.branches) / 2, f"{max(shapes.branches)} guidance branches"),
+        "--branches": (max(shapes.branches) / manifest.branches, f"{max(shapes.branches)} guidance branches"),
     }
     flag = max(demands, key=lambda name: demands[name][0])
     return demands[flag][1], flag

@@ -21,7 +21,7 @@ from sdrt.compile.tensorrt_network import Compiler, Demand, build_flags, import_
 from sdrt.compile.together import engines_together
 from sdrt.compile.watch import Progress
 from sdrt.engines.record import FORMAT, EngineKey, EngineRecord, Plan
-from sdrt.engines.store import NewEngine, engine_folder, read_intact, state_bytes, write_engine
+from sdrt.engines.store import NewEngine, arithmetic, engine_folder, read_intact, state_bytes, write_engine
 from sdrt.engines.targets import TARGETS, TENSORRT
 from sdrt.errors import BundleError, MachineError, UsageError
 from sdrt.machine.cpu import platform_name
@@ -60,8 +60,9 @@ def compile_bundle(
     )
     compiler = open_compiler(options.target, options.sms, options.device)
     precision = _precision(bundle, options.precision)
-    paths = {graph: bundle.graph(graph, precision) for graph in GRAPHS}
-    files = {graph: manifest.graphs[graph][precision].path for graph in GRAPHS}
+    made_from = arithmetic(manifest, options.target, precision)
+    paths = {graph: bundle.graph(graph, made_from[graph]) for graph in GRAPHS}
+    files = {graph: manifest.graphs[graph][made_from[graph]].path for graph in GRAPHS}
     progress("read", None)
     check_files(bundle, [WEIGHTS, *files.values()])
     profiles = {graph: profiles_of(graph, shapes, manifest) for graph in GRAPHS}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any
 
-from sdrt.bundle.graphs import STEP, TEXT_ENCODER, Dimensions, signatures, table_rows
+from sdrt.bundle.graphs import STEP, TEXT_ENCODER, TOKENS, Dimensions, signatures, table_rows
 from sdrt.bundle.manifest import MAX_BATCH, MAX_BRANCHES, MAX_CHUNKS, MAX_SIDE, MIN_SIDE, PRECISIONS, SIZE_STEP
 from sdrt.engines.targets import TARGETS
 
@@ -181,7 +181,7 @@ def _check_shapes(record: EngineRecord) -> None:
     for graph, profiles in record.key.profiles.items():
         if len(profiles) != (expected := len(record.branches) if graph == STEP else 1):
             raise ValueError(f"profiles of {graph}: expected {expected}, found {len(profiles)}")
-    _largest(record.key.profiles, TEXT_ENCODER, 0, "tokens", 2)
+    _largest(record.key.profiles, TEXT_ENCODER, 0, TOKENS[0], 2)
     for i, count in enumerate(record.branches):
         expected_rows = table_rows(record.batch, record.rows)
         for table in _TABLES:

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from sdrt.bundle.folder import Bundle, check_files, check_nothing_else
 from sdrt.bundle.graphs import STEP, VAE_DECODER, dimensions, signatures, table_rows
-from sdrt.bundle.manifest import ENGINES, MANIFEST, WEIGHTS, Manifest
+from sdrt.bundle.manifest import ENGINES, MANIFEST, UNET, WEIGHTS, Manifest
 from sdrt.engines.record import FORMAT, RECORD, EngineKey, EngineRecord, record_from
 from sdrt.engines.shapes import fills_up
 from sdrt.engines.targets import TARGETS
@@ -65,6 +65,24 @@ def state_bytes(manifest: Manifest, *, size: tuple[int, int], batch: int, tokens
     known = signatures(dimensions(manifest))
     kept = [*known[STEP].inputs.values(), *known[STEP].outputs.values(), known[VAE_DECODER].outputs["pixels"]]
     return sum(-(-tensor.size_bytes(sizes) // ALIGNMENT) * ALIGNMENT for tensor in kept)
+
+
+def arithmetic(manifest: Manifest, target: str, precision: str) -> dict[str, str]:
+    """The arithmetic of the graphs that an engine of a precision is made from, by graph.
+
+    Where an engine computes in what its graphs say, and the precision is the UNet's own in the manifest, each component
+    has its own: a VAE may need float32 beside a UNet in float16. Another precision holds for all components.
+    """
+    made_with, components = TARGETS.get(target), manifest.components
+    if made_with is not None and made_with.source is not None:
+        return dict.fromkeys(manifest.graphs, made_with.source)
+    if precision != components[UNET].compute:
+        return dict.fromkeys(manifest.graphs, precision)
+    records = {graph: next(iter(by_precision.values()), None) for graph, by_precision in manifest.graphs.items()}
+    return {
+        graph: precision if record is None else components[record.component].compute
+        for graph, record in records.items()
+    }
 
 
 def engine_folder(bundle: Bundle, key: EngineKey) -> Path:
@@ -308,9 +326,8 @@ def mismatch(
     key, manifest, reasons = record.key, bundle.manifest, []
     if target is not None and key.target != target:
         reasons.append(f"built for {key.target}, not {target}")
-    made_with = TARGETS.get(key.target)
-    source = key.precision if made_with is None else made_with.source_of(key.precision)
-    found = {graph: by_precision.get(source) for graph, by_precision in manifest.graphs.items()}
+    made_with, made_from = TARGETS.get(key.target), arithmetic(manifest, key.target, key.precision)
+    found = {graph: by_precision.get(made_from[graph]) for graph, by_precision in manifest.graphs.items()}
     digests = {graph: manifest.files[made.path].sha256 for graph, made in found.items() if made is not None}
     if any(digests.get(graph) != digest for graph, digest in key.graphs.items()):
         reasons.append("built for graphs that have changed")
@@ -339,7 +356,7 @@ def serves_default(record: EngineRecord, manifest: Manifest) -> bool:
     width, height = manifest.latents.size
     own = (width, height, 1, manifest.chunk)
     most = (*record.size, record.batch, record.tokens)
-    if 2 not in record.branches:
+    if manifest.branches not in record.branches:
         return False
     if fills_up(record):
         return own == (*most[:2], 1, most[3])

@@ -2,18 +2,16 @@
 is then bound to a weights file.
 
 A skeleton is an ONNX model in which every weight is an input with its canonical name. It is cached in the user's cache
-folder, under a key of everything that shapes it. Binding turns these inputs into external data inside the bundle's
-weights file.
+folder (`sdrt.files.cache`), under a key of everything that shapes it. Binding turns these inputs into external data
+inside the bundle's weights file.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import warnings
 from collections.abc import Callable, Mapping, Set
-from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -35,15 +33,14 @@ from sdrt.bundle.graphs import (
     concrete,
     signatures,
 )
-from sdrt.errors import LockedError
 from sdrt.export.architecture import NORM_GROUPS, Architecture
 from sdrt.export.networks.clip import TextEncoder
 from sdrt.export.networks.step import Step
 from sdrt.export.networks.vae import VaeDecoder, VaeEncoder
 from sdrt.export.precision import HALF, to_half
 from sdrt.export.weights import Placed
-from sdrt.files.lock import locked
-from sdrt.files.publish import cache_folder, staged_folder, write_file
+from sdrt.files.cache import cache_key, cached, is_cached
+from sdrt.files.publish import write_file
 
 OPSET = 23
 _SOURCES = {
@@ -181,49 +178,17 @@ def _skeleton(model: ir.Model, recipe: Recipe, weights: set[str]) -> ir.Model:
 
 def is_traced(recipe: Recipe) -> bool:
     """Whether the skeleton of a graph is in the cache, so that `skeleton` need not trace it."""
-    try:
-        return _cached(cache_folder() / "graphs" / _cache_key(recipe)) is not None
-    except OSError:
-        return False
+    return is_cached("graphs", _cache_key(recipe))
 
 
 def skeleton(recipe: Recipe) -> tuple[ir.Model, bool]:
     """The skeleton of a graph, from the cache, or traced and then cached. The flag says whether it came from the
     cache.
     """
-    key = _cache_key(recipe)
-    try:
-        folder = cache_folder() / "graphs" / key
-    except OSError as error:
-        logging.getLogger("sdrt").info("no trace cache: %s", error)
-        return trace(recipe), False
-    if (data := _cached(folder)) is not None:
-        return ir.from_proto(_parse(data)), True
-    with ExitStack() as stack:
-        with suppress(LockedError):  # another process has been tracing it for very long: trace it here too
-            stack.enter_context(locked(folder))
-        if (data := _cached(folder)) is not None:
-            return ir.from_proto(_parse(data)), True
-        data = ir.to_proto(trace(recipe)).SerializeToString(deterministic=True)
-        try:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            with staged_folder(folder, replace=folder.exists()) as stage:
-                write_file(stage / "graph.onnx", data)
-                write_file(stage / "sha256", hashlib.sha256(data).hexdigest().encode() + b"\n")
-        except Exception as error:
-            # The cache only saves time. A full disk there, or another build that was faster, must not fail this build.
-            logging.getLogger("sdrt").info("trace cache not written: %s", error)
-    return ir.from_proto(_parse(data)), False
-
-
-def _cached(folder: Path) -> bytes | None:
-    """The graph of a cache entry. None if the entry is missing or damaged; then the graph is traced again."""
-    try:
-        data = (folder / "graph.onnx").read_bytes()
-        intact = hashlib.sha256(data).hexdigest() == (folder / "sha256").read_text().strip()
-    except (OSError, ValueError):
-        return None
-    return data if intact else None
+    data, hit = cached(
+        "graphs", _cache_key(recipe), lambda: ir.to_proto(trace(recipe)).SerializeToString(deterministic=True)
+    )
+    return ir.from_proto(_parse(data)), hit
 
 
 def _parse(data: bytes) -> Any:
@@ -249,7 +214,7 @@ def _cache_key(recipe: Recipe) -> str:
             for name in (*_SOURCES[recipe.graph], *_SOURCES_OF_ALL)
         },
     }
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+    return cache_key(parts)
 
 
 def bind(

@@ -102,13 +102,28 @@ def strict_json(data: bytes) -> Any:
     Raises:
         ValueError, RecursionError: the text is something else.
     """
-    return json.loads(data, object_pairs_hook=_unique, parse_int=_whole, parse_float=_finite, parse_constant=_finite)
+    return json.loads(data, object_pairs_hook=unique, parse_int=_whole, parse_float=_finite, parse_constant=_finite)
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        raise ValueError("duplicate keys")
+class DuplicateKeyError(ValueError):
+    """A name that stands twice in one JSON object. `name` is the name."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"duplicate keys: {name}")
+        self.name = name
+
+
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object of these pairs, for `object_pairs_hook`.
+
+    Raises:
+        DuplicateKeyError: a name stands there twice.
+    """
+    result: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in result:
+            raise DuplicateKeyError(name)
+        result[name] = value
     return result
 
 

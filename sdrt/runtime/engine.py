@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from sdrt.bundle.graphs import CONTEXT
 from sdrt.engines.shapes import EngineShapes, JobShape
 from sdrt.runtime.request_memory import Demand
 from sdrt.runtime.sampling.registry import Row
@@ -36,12 +37,14 @@ class Job:
         fill in.
     inputs: what belongs to the picture: `mask` `[1, h, w]`, 1 keeps; `init` and `init_noise` `[C, h, w]`, registers 0
         and 1 at the start; `concat` `[G, C, h, w]` for models that see it beside the latents.
-    contexts: sets of `[G, T, W]`, all of one shape. context_of_row: which of them each of the S rows takes.
+    contexts: sets of the inputs that prompts make (`OF_TEXT`), by name: `context` `[G, T, W]`, and `vector` `[G, V]`
+        where the model has one. All sets have the same shapes.
+    context_of_row: which of the sets each of the S rows takes.
     """
 
     tables: Mapping[str, Float]
     inputs: Mapping[str, Float]
-    contexts: tuple[Float, ...]
+    contexts: tuple[Mapping[str, Float], ...]
     context_of_row: tuple[int, ...]
 
     @property
@@ -52,7 +55,7 @@ class Job:
     @property
     def shape(self) -> BatchShape:
         height, width = self.inputs["init"].shape[1:]
-        branches, tokens, _ = self.contexts[0].shape
+        branches, tokens, _ = self.contexts[0][CONTEXT].shape
         return BatchShape(height, width, tokens, branches)
 
 
@@ -148,6 +151,12 @@ class InParts:
         return sum(here == part for here, _ in self._places.values())
 
 
+def context_and_pooled(outputs: Sequence[Float]) -> tuple[Float, Float]:
+    """What `encode_text` gives, of the outputs of a text encoder that may give no pooled vector."""
+    context, *pooled = outputs
+    return context, pooled[0] if pooled else np.zeros((len(context), 0), np.float32)
+
+
 def job_shape(shape: BatchShape, capacity: int, factor: int) -> JobShape:
     """What a running batch asks of an engine; `factor` pixels a side per latent."""
     return JobShape((shape.width * factor, shape.height * factor), capacity, shape.tokens, shape.branches)
@@ -178,8 +187,10 @@ class Engine(Protocol):
         harm.
         """
 
-    def encode_text(self, tokens: NDArray[np.int64], clip_skip: int) -> Float:
-        """Token ids `[n, 77]` to context `[n, 77, C]`."""
+    def encode_text(self, tokens: NDArray[np.int64], clip_skip: int) -> tuple[Float, Float]:
+        """Token ids `[E, n, 77]` of the E text encoders to the context `[n, 77, C]`, their outputs side by side, and to
+        the pooled vectors `[n, P]`; P is 0 for models that have none.
+        """
 
     def encode_image(self, pixels: Pixels, noise: Float) -> Float:
         """Pixels `[N, H, W, 3]` and unit noise `[N, 4, h, w]` (zeros for the posterior's mean) to latents `[N, 4, h,
@@ -238,11 +249,23 @@ around it.
 """
 
 
-def tables(rows: Sequence[Row], guidance: Sequence[Sequence[float]]) -> dict[str, Float]:
+def tables(
+    rows: Sequence[Row],
+    guidance: Sequence[Sequence[float]],
+    *,
+    conditional: Sequence[float] = (),
+    rescale: float = 0.0,
+    told_guidance: float | None = None,
+) -> dict[str, Float]:
     """Rows as the graph takes them, all tables but `noise` and `next`.
 
-    `guidance` weighs the branches of the guidance batch for each row; each sums to 1. No sampler keeps the second
-    combination: `v` is 0. Guidance is not rescaled: `rescale` is 0.
+    guidance: for each row the weights of the branches of the guidance batch; each sums to 1.
+    conditional: the weights of the branches in what the prompt alone gives, without guidance; they sum to 1. Needed
+        where guidance is rescaled.
+    rescale: phi, how far the deviation of the guided output is brought back to that of the conditional one, 0 to 1.
+    told_guidance: the guidance scale, for a network that is told it; None for others.
+
+    No sampler keeps the second combination: `v` is 0.
     """
 
     def column(values: list[Any]) -> Float:
@@ -254,9 +277,9 @@ def tables(rows: Sequence[Row], guidance: Sequence[Sequence[float]]) -> dict[str
         "a": column([row.a for row in rows]),
         "w": w,
         "v": np.zeros_like(w),
-        "rescale": np.zeros_like(w),
+        "rescale": np.zeros_like(w) + column([rescale * weight for weight in conditional] or [0.0]),
         "u": column([row.u for row in rows]),
         "q": column([row.q for row in rows]),
         "M": column([row.M for row in rows]),
         "inpaint": column([row.inpaint for row in rows]),
-    }
+    } | ({} if told_guidance is None else {"guidance": column([told_guidance] * len(rows))})

@@ -31,7 +31,7 @@ from sdrt.runtime.pictures.canvas import Canvas, blank_canvas, canvas, laid_over
 from sdrt.runtime.pictures.file import QUALITY, encode
 from sdrt.runtime.prompts.conditioning import Conditioning, Prompts, TextConditioner
 from sdrt.runtime.prompts.tokenizer import Tokenizer
-from sdrt.runtime.request import Parameters, Request, Settings, request_of_settings, resolved
+from sdrt.runtime.request import Parameters, Request, Settings, Texts, branch_guidance, request_of_settings, resolved
 from sdrt.runtime.request_json import IMAGES, request_to_json
 from sdrt.runtime.request_memory import check_memory, with_own
 from sdrt.runtime.sampling.noise import Draws, draw_noise
@@ -81,11 +81,8 @@ class Result:
         """What a file of one picture says, as JSON: `parameters` with the seed and the prompts of picture `index`, and
         the engine.
         """
-        prompt, negative = self.parameters["prompt"], self.parameters["negative"]
-        own = {
-            name: text if isinstance(text, str) else text[index]
-            for name, text in (("prompt", prompt), ("negative", negative))
-        }
+        said: Mapping[str, Any] = self.parameters
+        own = {name: text[index] for name in Texts._fields if isinstance(text := said[name], list)}
         return {**self.parameters, **own, "seed": self.seeds[index], "engine": self.engine}
 
     def encode(self, format: str = "png", index: int = 0, *, quality: int = QUALITY) -> bytes:
@@ -234,7 +231,7 @@ class _Plan:
 
     request: Request
     rows: list[Row]
-    prompts: Mapping[tuple[str, str], Prompts]
+    prompts: Mapping[Texts, Prompts]
     tokenise_ms: float
     start: Canvas | None
 
@@ -245,7 +242,7 @@ class Pipeline:
     def __init__(self, bundle: Bundle, engine: Engine, tokenizer: Tokenizer) -> None:
         self.bundle = bundle
         self._engine: Engine | None = engine
-        self._conditioner = TextConditioner(tokenizer, bundle.manifest.sources)
+        self._conditioner = TextConditioner(tokenizer, bundle.manifest.sources, bundle.manifest.vector)
 
     @classmethod
     def load(
@@ -289,16 +286,22 @@ class Pipeline:
         started = time.perf_counter()
         bundle = open_bundle(Path(path))
         check_files(bundle, [name for name in bundle.manifest.files if name != WEIGHTS])
+        stop = Event()
         with ThreadPoolExecutor(1) as pool:
             # Hashing the weights takes as long as reading them, so it runs beside loading. Unchecked data alone does no
             # harm: it is used only after the check.
-            checked: Future[None] = pool.submit(check_file, bundle, WEIGHTS)
+            checked: Future[None] = pool.submit(check_file, bundle, WEIGHTS, stop)
             try:
                 load = partial(load_engine, bundle, backend, threads, device, on_missing=on_missing, cores=cores)
                 engine = load() if observe is None else observe(load)
-            finally:
                 checked.result()
-        pipeline = cls(bundle, engine, Tokenizer(bundle.file("tokenizer/tokenizer.json"), bundle.manifest.text[0]))
+            except Exception:
+                checked.result()  # changed weights explain any other error
+                raise
+            except BaseException:  # Ctrl-C waits for nothing
+                stop.set()
+                raise
+        pipeline = cls(bundle, engine, Tokenizer(bundle.file(bundle.manifest.text[0].tokenizer), bundle.manifest.text))
         log.info("%s: loaded on %s in %.0f ms", bundle.path, engine.backend, _since(started))
         return pipeline
 
@@ -322,7 +325,8 @@ class Pipeline:
             UsageError: a value is out of range, or the pipeline is closed.
         """
         manifest = self.bundle.manifest
-        request = resolved(Request("", size=size, batch=batch), manifest)
+        # An edit model asks for a picture, which is not looked at.
+        request = resolved(Request("", size=size, batch=batch, init_image=b""), manifest)
         assert request.size is not None
         chunk = manifest.chunk
         shape = JobShape(request.size, batch, chunk if tokens is None else tokens, branches)
@@ -418,6 +422,8 @@ class Pipeline:
             **settings,
             "sampler": "euler",
             "schedule": None,
+            "timesteps": None,
+            "sigmas": None,
             "steps": 3,
             "seed": 0,
         }  # three calls, since two buffers take turns
@@ -456,13 +462,21 @@ class Pipeline:
             compat=request.compat,
             strength=request.strength,
             masked=request.mask is not None,
+            timesteps=request.timesteps,
+            sigmas=request.sigmas,
         )
+
+    @property
+    def _inpaints(self) -> bool:
+        """Whether the model sees a mask and a masked image beside the latents."""
+        latents = self.bundle.manifest.latents
+        return bool(latents.concat_channels) and not latents.edits
 
     def _canvas(self, request: Request) -> Canvas | None:
         factor = self.bundle.manifest.latents.factor
         assert request.size is not None and request.mask_blur is not None
         if request.init_image is None:
-            return blank_canvas(request.size, factor) if self.bundle.manifest.latents.concat_channels else None
+            return blank_canvas(request.size, factor) if self._inpaints else None
         return canvas(
             request.init_image,
             request.mask,
@@ -487,18 +501,19 @@ class Pipeline:
         }
         rounding = ROUNDING[request.compat]
         images: list[Pixels] = []
-        said: dict[tuple[str, str], Conditioning] = {}
+        said: dict[Texts, Conditioning] = {}
+        sizes = request.sizes if self.bundle.manifest.vector.sizes else ()
         all_seeds, all_texts = request.seeds, request.texts
         for pictures in _batches(plan):
             course.check(f"after {pictures.start} of {request.count} pictures")
             seeds, texts = all_seeds[pictures], all_texts[pictures]
             encoding = time.perf_counter()
             said = {
-                pair: said[pair] if pair in said else self._conditioner.encode(engine, plan.prompts[pair])
-                for pair in texts
+                each: said[each] if each in said else self._conditioner.encode(engine, plan.prompts[each], sizes)
+                for each in texts
             }
             timings["text_encoder"] += _since(encoding)
-            jobs = self._jobs(engine, plan, seeds, [said[pair] for pair in texts], timings)
+            jobs = self._jobs(engine, plan, seeds, [said[each] for each in texts], timings)
             batch = engine.open(jobs[0].shape, len(jobs))
             try:
                 slots = tuple(batch.join(job) for job in jobs)
@@ -545,16 +560,16 @@ class Pipeline:
                 course.place += 1
                 batch.close()
 
-    def _read_prompts(self, request: Request, rows: Sequence[Row]) -> dict[tuple[str, str], Prompts]:
-        """Every distinct pair of prompt and negative prompt, read once."""
+    def _read_prompts(self, request: Request, rows: Sequence[Row]) -> dict[Texts, Prompts]:
+        """The distinct prompts of all pictures, read once."""
         calls_a_step = 2 if len(rows) > len({row.step for row in rows}) else 1
 
-        def read(prompt: str, negative: str) -> Prompts:
+        def read(texts: Texts) -> Prompts:
             return self._conditioner.read(
-                prompt,
-                negative,
+                **texts._asdict(),
                 steps=request.steps * calls_a_step,
-                cfg=request.cfg,
+                cfg=branch_guidance(request, self.bundle.manifest),
+                image_cfg=request.image_cfg,
                 clip_skip=request.clip_skip,
                 syntax=request.prompt_syntax,
                 emphasis=request.emphasis,
@@ -562,7 +577,7 @@ class Pipeline:
                 network_tags=request.network_tags,
             )
 
-        return {pair: read(*pair) for pair in dict.fromkeys(request.texts)}
+        return {texts: read(texts) for texts in dict.fromkeys(request.texts)}
 
     def _parameters(self, plan: _Plan) -> Parameters:
         manifest, sha256 = self.bundle.manifest, {} if plan.start is None else plan.start.sha256
@@ -583,26 +598,35 @@ class Pipeline:
         timings["image_encoder"] += _since(started) if plan.start is not None else 0.0
         keep = np.zeros_like(init[0, :1])
         # diffusers blends nothing into an inpainting model: such a model gets the kept parts through its own inputs.
-        if plan.start is not None and not (concat is not None and plan.request.compat == "diffusers"):
+        if plan.start is not None and not (self._inpaints and plan.request.compat == "diffusers"):
             keep = plan.start.keep
         jobs = []
         for i, (draw, each) in enumerate(zip(draws, said, strict=True)):
             # AUTOMATIC1111 counts a prompt's steps in model calls. The schedule of an image ends before the count does.
             of_row = [min(row, len(each.set_of_step) - 1) for row in range(len(plan.rows))]
-            numbers = {**tables(plan.rows, [each.weights[step] for step in of_row]), "noise": draw.steps}
+            numbers = tables(
+                plan.rows,
+                [each.weights[step] for step in of_row],
+                conditional=each.conditional,
+                rescale=plan.request.cfg_rescale,
+                told_guidance=plan.request.cfg if self.bundle.manifest.diffusion.told_guidance else None,
+            ) | {"noise": draw.steps}
             inputs = {"init": init[i], "init_noise": draw.unit, "mask": keep}
             if concat is not None:
-                inputs["concat"] = np.repeat(concat[i][None], len(each.weights[0]), axis=0)
+                inputs["concat"] = np.stack([concat[i] if image else np.zeros_like(concat[i]) for image in each.images])
             jobs.append(Job(numbers, inputs, each.sets, tuple(each.set_of_step[step] for step in of_row)))
         return jobs
 
     def _concat(self, engine: Engine, plan: _Plan, draws: Sequence[Draws]) -> Float:
-        """What an inpainting model sees beside the latents, `[N, 5, h, w]`: the mask (1 repaints), and the image with
-        grey under the mask.
+        """What the model sees beside the latents. An edit model sees the image to edit, `[N, C, h, w]`. An inpainting
+        model sees the mask (1 repaints), and the image with grey under the mask, `[N, 1 + C, h, w]`.
         """
         assert plan.start is not None
-        start = plan.start
-        masked = _encoded(
+        start, scale = plan.start, np.float32(self.bundle.manifest.latents.concat_scale)
+        if not self._inpaints:
+            image = scale * _encoded(engine, start.pixels, [np.zeros_like(draws[0].unit)])
+            return np.repeat(image, len(draws), axis=0)
+        masked = scale * _encoded(
             engine,
             start.pixels if start.masked_pixels is None else start.masked_pixels,
             [draw.masked for draw in draws],
@@ -614,12 +638,11 @@ class Pipeline:
         request, latents = plan.request, self.bundle.manifest.latents
         assert request.size is not None and request.noise is not None
         shape = (latents.channels, request.size[1] // latents.factor, request.size[0] // latents.factor)
-        # With an inpainting model, diffusers encodes the image itself only if it starts from the image or blends with
-        # it.
-        encode = request.init_image is not None and (
-            request.mask is None or not latents.concat_channels or request.strength != 1
-        )
-        masked = request.mask is not None or bool(latents.concat_channels)
+        # The image itself is encoded if the picture starts from it or is blended with it. With an inpainting model,
+        # diffusers blends nothing.
+        starts = request.strength is not None and (not self._inpaints or request.mask is None or request.strength != 1)
+        encode = starts or (request.mask is not None and not self._inpaints)
+        masked = request.mask is not None or self._inpaints
         return [
             draw_noise(seed, request.noise, shape, plan.rows, compat=request.compat, encode=encode, masked=masked)
             for seed in seeds

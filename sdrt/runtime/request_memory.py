@@ -99,7 +99,8 @@ def with_own(
     calls, and finished `pictures`.
     """
     latents = manifest.latents.channels * _latent_pixels(manifest, shape) * _FLOAT * shape.batch
-    text = contexts * shape.branches * shape.batch * shape.tokens * manifest.context_width * _FLOAT
+    numbers = shape.tokens * manifest.context_width + manifest.vector.numbers
+    text = contexts * shape.branches * shape.batch * numbers * _FLOAT
     own = text + latents * (rows + 2 * REGISTERS) + 3 * shape.size[0] * shape.size[1] * pictures
     return Demand(demand.size_bytes + own, f"{demand.words}, prompts, noise and pictures {_gb(own)}")
 

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from sdrt.bundle.graphs import FED_BACK, IDLE_ROW, Signature, concrete, table_rows
+from sdrt.bundle.graphs import FED_BACK, IDLE_ROW, OF_TEXT, Signature, concrete, table_rows
 from sdrt.errors import UsageError
 from sdrt.runtime.engine import BatchShape, Float, Job, Pixels
 
@@ -50,8 +50,8 @@ class StepMemory(Protocol):
     def ready(self) -> None:
         """Wait until parts may be written into again."""
 
-    def hold_contexts(self, slot: int, contexts: Sequence[Float]) -> None:
-        """Keep the context sets of a slot, `[G, T, W]` each, for `change_context`."""
+    def hold_contexts(self, slot: int, contexts: Sequence[Mapping[str, Float]]) -> None:
+        """Keep the context sets of a slot, as in `Job.contexts`, for `change_context`."""
 
     def change_context(self, slot: int, index: int) -> None:
         """Give a slot another one of its context sets, from the next call on."""
@@ -110,17 +110,14 @@ class Slots:
         self._check(job)
         slot = self._pictures.index(None)
         self._memory.ready()
+        first = job.contexts[job.context_of_row[0]]
         for name in self._signature.of_picture:
-            value = job.contexts[job.context_of_row[0]] if name == "context" else job.inputs[name]
-            self._write(
-                name,
-                slot,
-                _with_branches(value, len(self._memory.host(name)[slot])) if self._has_branches(name) else value,
-            )
+            value = first[name] if name in OF_TEXT else job.inputs[name]
+            self._write(name, slot, _with_branches(value, self._shape.branches) if self._has_branches(name) else value)
         if len(set(job.context_of_row)) > 1:
-            self._memory.hold_contexts(
-                slot, [_with_branches(context, self._shape.branches) for context in job.contexts]
-            )
+            branches = self._shape.branches
+            sets = [{name: _with_branches(value, branches) for name, value in one.items()} for one in job.contexts]
+            self._memory.hold_contexts(slot, sets)
         registers = self._memory.host("registers")[slot]
         registers[...] = 0  # without this, 0 times a stale NaN would be NaN
         registers[0], registers[1] = job.inputs["init"], job.inputs["init_noise"]
@@ -204,15 +201,15 @@ class Slots:
     def _check(self, job: Job) -> None:
         given: dict[str, Any] = {
             **job.tables,
-            **{f"context {i}": context for i, context in enumerate(job.contexts)},
+            **{f"{name} {i}": value for i, one in enumerate(job.contexts) for name, value in one.items()},
             **job.inputs,
         }
         sizes = step_sizes(self._shape, 1, 1) | {"S": job.rows, "G": min(job.shape.branches, self._shape.branches)}
         expected: dict[str, tuple[int, ...]] = {}
         for name in (*self._signature.tables, *self._signature.of_picture):
             shape = concrete(self._signature.inputs[name].shape, sizes)
-            if name == "context":
-                expected |= {f"context {i}": shape[1:] for i in range(len(job.contexts))}
+            if name in OF_TEXT:
+                expected |= {f"{name} {i}": shape[1:] for i in range(len(job.contexts))}
             elif name != "next":
                 expected[name] = shape if name in self._signature.tables else shape[1:]
         for name in expected.keys() | given.keys():
@@ -238,7 +235,7 @@ class HostMemory:
         self.fed_back = [{name: zeros(name) for name in FED_BACK} for _ in range(2)]
         self.outputs = {name: zeros(name) for name in signature.outputs if name not in FED_BACK.values()}
         self.calls = 0
-        self._contexts: dict[int, Sequence[Float]] = {}
+        self._contexts: dict[int, Sequence[Mapping[str, Float]]] = {}
 
     def bound(self, side: int) -> tuple[dict[str, NDArray[Any]], dict[str, NDArray[Any]]]:
         """The inputs and outputs of a call, by name, if the call reads the fed-back inputs of `side`, 0 or 1."""
@@ -254,11 +251,12 @@ class HostMemory:
     def ready(self) -> None:
         """Always ready: a call has ended when it returns."""
 
-    def hold_contexts(self, slot: int, contexts: Sequence[Float]) -> None:
+    def hold_contexts(self, slot: int, contexts: Sequence[Mapping[str, Float]]) -> None:
         self._contexts[slot] = contexts
 
     def change_context(self, slot: int, index: int) -> None:
-        self.inputs["context"][slot] = self._contexts[slot][index]
+        for name, value in self._contexts[slot][index].items():
+            self.inputs[name][slot] = value
 
     def latents(self, slots: Sequence[int]) -> Float:
         return self.host("registers")[list(slots), 0]

@@ -141,8 +141,8 @@ class Wrong:
         return getattr(self.engine, name)
 
     def encode_text(self, *arguments: Any) -> Any:
-        found = self.engine.encode_text(*arguments)
-        return found * np.float32(1.001) if self.what == "text_encoder" else found
+        context, pooled = self.engine.encode_text(*arguments)
+        return context * np.float32(1.001) if self.what == "text_encoder" else context, pooled
 
     def open(self, *arguments: Any) -> Any:
         batch = self.engine.open(*arguments)

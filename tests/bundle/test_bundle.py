@@ -277,7 +277,8 @@ GOLDEN = """\
    "pad": 3,
    "tokenizer": "tokenizer/tokenizer.json",
    "tokens": 77,
-   "width": 64
+   "width": 64,
+   "zero_empty": false
   }
  ],
  "tools": {
@@ -479,6 +480,11 @@ def test_what_is_unknown_or_not_there(folder: Path, add: Callable[[dict[str, Any
     [
         (lambda document: document.update(text=[]), "no text encoder"),
         (lambda document: document["text"].append(document["text"][0] | {"tokens": 80}), "chunks of different lengths"),
+        (lambda document: document["text"].append(document["text"][0] | {"bos": 2}), "different tokenizers"),
+        (
+            lambda document: document["text"].append(document["text"][0] | {"embeddings": {"bear": [4]}}),
+            "different embeddings",
+        ),
         (
             lambda document: document["text"].append(document["text"][0] | {"tokenizer": "tokenizer/other.json"}),
             "tokenizer/other.json",
@@ -689,6 +695,7 @@ NUMBERS: list[tuple[str, Any]] = [
     ("text.0.tokens", 1),
     ("text.0.tokens", 76),
     ("text.0.tokens", MANY),
+    ("vector.sizes", 5),
     ("text.0.bos", 100),
     ("text.0.bos", MANY),
     ("text.0.eos", 100),

@@ -7,6 +7,7 @@ import shutil
 import tempfile
 import time
 from pathlib import Path
+from threading import Event
 
 import pytest
 
@@ -17,6 +18,8 @@ from sdrt.bundle.remembered import check_file
 from sdrt.errors import BundleError
 from sdrt.files.lock import locked
 from sdrt.files.publish import cache_folder
+from sdrt.runtime import Pipeline, pipeline
+from sdrt.runtime.engine import Engine
 
 
 @pytest.fixture
@@ -24,9 +27,9 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the files that were read whole."""
     names: list[str] = []
 
-    def counted(bundle: Bundle, wanted: list[str]) -> None:
+    def counted(bundle: Bundle, wanted: list[str], stop: Event | None) -> None:
         names.extend(wanted)
-        check_files(bundle, wanted)
+        check_files(bundle, wanted, stop)
 
     monkeypatch.setattr(checked, "check_files", counted)
     return names
@@ -176,3 +179,18 @@ def test_a_damaged_or_unwritable_memory_only_costs_time(
     monkeypatch.setenv("SDRT_CACHE_DIR", str(tmp_path / "file"))
     check_file(bundle, WEIGHTS)
     assert reads == [WEIGHTS] * 3
+
+
+def test_an_interrupted_start_does_not_hash_on(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C while the engine loads. The weights are a file of 1 TB, most of it a hole, that takes half an hour to
+    hash.
+    """
+    os.truncate(bundle.file(WEIGHTS), 1 << 40)
+
+    def interrupted(*arguments: object, **options: object) -> Engine:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline, "open_bundle", lambda path: bundle)  # opened before the file grew
+    monkeypatch.setattr(pipeline, "load_engine", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        Pipeline.load(bundle.path)

@@ -208,21 +208,21 @@ def test_cache_is_filled_once(cache: Cache) -> None:
 
 
 def flip_a_byte(entry: Path) -> None:
-    data = bytearray((entry / "graph.onnx").read_bytes())
+    data = bytearray((entry / "data").read_bytes())
     data[len(data) // 2] ^= 1
-    (entry / "graph.onnx").write_bytes(data)
+    (entry / "data").write_bytes(data)
 
 
 DAMAGE: dict[str, Callable[[Path], Any]] = {
     "flipped byte": flip_a_byte,
-    "truncated": lambda entry: os.truncate(entry / "graph.onnx", 100),
-    "empty graph": lambda entry: (entry / "graph.onnx").write_bytes(b""),
-    "no graph": lambda entry: (entry / "graph.onnx").unlink(),
+    "truncated": lambda entry: os.truncate(entry / "data", 100),
+    "empty graph": lambda entry: (entry / "data").write_bytes(b""),
+    "no graph": lambda entry: (entry / "data").unlink(),
     "no hash": lambda entry: (entry / "sha256").unlink(),
     "empty hash": lambda entry: (entry / "sha256").write_text(""),
     "binary hash": lambda entry: (entry / "sha256").write_bytes(b"\xff\xfe"),
     "other hash": lambda entry: (entry / "sha256").write_text("0" * 64),
-    "folder": lambda entry: [(entry / "graph.onnx").unlink(), (entry / "graph.onnx").mkdir()],
+    "folder": lambda entry: [(entry / "data").unlink(), (entry / "data").mkdir()],
     "empty": lambda entry: [path.unlink() for path in entry.iterdir()],
 }
 

@@ -99,9 +99,9 @@ class Networks:
     def picture(self, prompt: str, sampler: str, steps: int, seed: int, cfg: float = 3.0) -> tuple[Array, Array]:
         """Latents and pixels; the loop is written out here."""
         manifest = self._bundle.manifest
-        tokenizer = Tokenizer(self._bundle.file(TOKENIZER), manifest.text[0])
+        tokenizer = Tokenizer(self._bundle.file(TOKENIZER), manifest.text)
         tokens = np.array(
-            [chunk.tokens for text in ("", prompt) for chunk in chunk_segments(tokenizer, [Segment(text, 1.0)])]
+            [chunk.tokens[0] for text in ("", prompt) for chunk in chunk_segments(tokenizer, [Segment(text, 1.0)])]
         )
         context = self.run(TEXT_ENCODER, tokens=tokens)["context_skip_1"]
         rows = plan_rows(sampler, "normal", steps, manifest.diffusion)

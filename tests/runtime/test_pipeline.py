@@ -85,6 +85,9 @@ def diffusers_pictures(flat_bundle: Path, blindbox_bundle: Path, tmp_path_factor
         steps: int = 20,
         size: tuple[int, int] = (64, 64),
         negative: str = "",
+        cfg_rescale: float = 0.0,
+        timesteps: Sequence[int] | None = None,
+        sigmas: Sequence[float] | None = None,
     ) -> Pixels:
         if bundle not in made:
             made[bundle] = reference.diffusers_pipeline(bundles[bundle], tokenizer)
@@ -103,7 +106,10 @@ def diffusers_pictures(flat_bundle: Path, blindbox_bundle: Path, tmp_path_factor
                 negative_prompt=[negative] * len(prompts),
                 latents=latents,
                 guidance_scale=cfg,
+                guidance_rescale=cfg_rescale,
                 num_inference_steps=steps,
+                timesteps=timesteps,
+                sigmas=sigmas,
                 height=height,
                 width=width,
                 output_type="np",
@@ -156,6 +162,11 @@ def test_one_pipeline_takes_any_settings(
         {"sampler": "ddim", "cfg": 5.5, "steps": 7, "size": (128, 64)},
         {"sampler": "euler", "cfg": 1.0, "steps": 12, "size": (64, 192)},
         {"sampler": "ddim", "cfg": 2.0, "steps": 20, "size": (128, 128), "negative": "green apple"},
+        {"sampler": "euler", "cfg": 6.0, "cfg_rescale": 0.7, "steps": 10, "size": (64, 64)},
+        {"sampler": "ddim", "cfg": 3.0, "cfg_rescale": 1.0, "steps": 7, "size": (64, 64), "negative": "green"},
+        {"sampler": "euler", "cfg": 0.0, "steps": 8, "size": (64, 64), "negative": "green apple"},
+        {"sampler": "euler", "cfg": 3.0, "timesteps": [999, 749, 499, 249], "size": (64, 64)},
+        {"sampler": "euler", "cfg": 3.0, "sigmas": [14.6, 5.0, 1.7, 0.6, 0.1, 0.0], "size": (64, 64)},
         {"sampler": "euler", "cfg": 3.0, "steps": 10, "size": (64, 64)},
     ]
     with Pipeline.load(flat_bundle, threads=1) as pipeline:
@@ -493,7 +504,7 @@ def fake() -> FakeEngine:
 @pytest.fixture
 def over_fake(fake: FakeEngine, flat_bundle: Path) -> Pipeline:
     bundle = open_bundle(flat_bundle)
-    return Pipeline(bundle, fake, Tokenizer(bundle.file("tokenizer/tokenizer.json"), bundle.manifest.text[0]))
+    return Pipeline(bundle, fake, Tokenizer(bundle.file("tokenizer/tokenizer.json"), bundle.manifest.text))
 
 
 def clip_ids(word: str) -> list[int]:
@@ -536,8 +547,8 @@ def test_jobs_with_guidance(fake: FakeEngine, over_fake: Pipeline) -> None:
     one, two = fake.jobs
     for job in (one, two):
         assert (
-            job.contexts[0][:, :, 0].tolist() == [sun, fox]
-            and job.contexts[0].shape == (2, 77, 64)
+            job.contexts[0]["context"][:, :, 0].tolist() == [sun, fox]
+            and job.contexts[0]["context"].shape == (2, 77, 64)
             and job.context_of_row == (0, 0, 0)
         )
         assert job.tables["w"].tolist() == [[-1.5, 2.5]] * 3 and job.tables["noise"].shape == (3, 4, 13, 9)
@@ -556,7 +567,9 @@ def test_jobs_without_guidance(fake: FakeEngine, over_fake: Pipeline) -> None:
     ((tokens, _),) = fake.texts  # encoded once for all batches
     assert tokens.tolist() == [clip_ids("fox")]
     assert [len(batch.jobs) for batch in fake.batches] == [2, 1]
-    assert all(job.contexts[0].shape == (1, 77, 64) and job.tables["w"].tolist() == [[1.0]] * 3 for job in fake.jobs)
+    assert all(
+        job.contexts[0]["context"].shape == (1, 77, 64) and job.tables["w"].tolist() == [[1.0]] * 3 for job in fake.jobs
+    )
 
 
 def test_what_a_result_says(over_fake: Pipeline) -> None:
@@ -586,7 +599,7 @@ def test_what_a_result_says(over_fake: Pipeline) -> None:
 def test_default_size_is_the_bundle_s(fake: FakeEngine, flat_bundle: Path) -> None:
     opened = open_bundle(flat_bundle)
     bundle = Bundle(opened.path, replace(opened.manifest, latents=replace(opened.manifest.latents, size=(128, 72))))
-    pipeline = Pipeline(bundle, fake, Tokenizer(bundle.file("tokenizer/tokenizer.json"), bundle.manifest.text[0]))
+    pipeline = Pipeline(bundle, fake, Tokenizer(bundle.file("tokenizer/tokenizer.json"), bundle.manifest.text))
     assert pipeline("fox", steps=1).images.shape == (1, 72, 128, 3)
     assert pipeline("fox", steps=1, size=(64, 80)).images.shape == (1, 80, 64, 3)
 

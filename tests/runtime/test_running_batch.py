@@ -113,7 +113,7 @@ def job_of(picture: Picture) -> Job:
 
     init = noise(*SHAPE) if picture.strength is not None else np.zeros(SHAPE, np.float32)
     mask = np.float32(noise(1, *SHAPE[1:]) > 0) if picture.masked else np.zeros((1, *SHAPE[1:]), np.float32)
-    contexts = tuple(noise(len(weights), 77, 64) for _ in range(2))
+    contexts = tuple({"context": noise(len(weights), 77, 64)} for _ in range(2))
     changes = tuple(int(picture.edited and row >= len(rows) / 2) for row in range(len(rows)))
     return Job(
         {**tables(rows, [weights] * len(rows)), "noise": draws.steps},

@@ -71,7 +71,7 @@ def gate() -> Gate:
 @pytest.fixture
 def gated(gate: Gate, small_bundle: Path) -> Pipeline:
     bundle = open_bundle(small_bundle)
-    return Pipeline(bundle, gate, Tokenizer(bundle.file("tokenizer/tokenizer.json"), bundle.manifest.text[0]))
+    return Pipeline(bundle, gate, Tokenizer(bundle.file("tokenizer/tokenizer.json"), bundle.manifest.text))
 
 
 class Running(threading.Thread):
@@ -222,7 +222,7 @@ def test_prompts_of_one_form_share_a_batch(gate: Gate, gated: Pipeline) -> None:
     assert [len(batch.jobs) for batch in gate.batches] == [2, 1, 2, 1]
     assert [step.picture for step in steps[::3]] == [0, 2, 3, 5]
     fox, sun = 3240, 2176
-    assert [job.contexts[0][:, 1, 0].tolist() for job in gate.batches[0].jobs] == [
+    assert [job.contexts[0]["context"][:, 1, 0].tolist() for job in gate.batches[0].jobs] == [
         [fox, fox],
         [fox, sun],
     ]  # each its negative, then its prompt

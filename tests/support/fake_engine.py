@@ -54,7 +54,9 @@ class FakeBatch:
 
 
 class FakeEngine:
-    """Records what it is asked. Its contexts hold the token ids, its pictures are black."""
+    """Records what it is asked. Its contexts hold the token ids, 64 numbers of each encoder; its pooled vectors the
+    first three ids of the last encoder; its pictures are black.
+    """
 
     backend = "fake"
 
@@ -77,9 +79,10 @@ class FakeEngine:
     def jobs(self) -> list[Job]:
         return [job for batch in self.batches for job in batch.jobs]
 
-    def encode_text(self, tokens: NDArray[np.int64], clip_skip: int) -> Float:
+    def encode_text(self, tokens: NDArray[np.int64], clip_skip: int) -> tuple[Float, Float]:
         self.texts.append((tokens, clip_skip))
-        return np.repeat(tokens[:, :, None], 64, axis=2).astype(np.float32)
+        context = np.concatenate([np.repeat(each[:, :, None], 64, axis=2) for each in tokens], axis=2)
+        return context.astype(np.float32), tokens[-1, :, :3].astype(np.float32)
 
     def encode_image(self, pixels: Pixels, noise: Float) -> Float:
         self.images.append((pixels, noise))

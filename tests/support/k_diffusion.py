@@ -24,15 +24,26 @@ SIGMAS = np.sqrt((1 - ALPHAS) / ALPHAS)
 LOG_SIGMAS = np.log(SIGMAS)
 
 
-def t_to_sigma(t: float) -> float:
+def rescaled(terminal: float) -> Array:
+    """The levels after AUTOMATIC1111's `rescale_zero_terminal_snr_abar`, with a cumulative alpha of the last one."""
+    root = np.sqrt(ALPHAS)
+    root = (root - root[-1]) * (root[0] / (root[0] - root[-1]))
+    alphas = root**2
+    alphas[-1] = terminal
+    return np.asarray(np.sqrt((1 - alphas) / alphas))
+
+
+def t_to_sigma(t: float, sigmas: Array = SIGMAS) -> float:
+    logs = np.log(sigmas)
     low, high, w = math.floor(t), math.ceil(t), t - math.floor(t)
-    return math.exp((1 - w) * LOG_SIGMAS[low] + w * LOG_SIGMAS[high])
+    return math.exp((1 - w) * logs[low] + w * logs[high])
 
 
-def sigma_to_t(sigma: float) -> float:
+def sigma_to_t(sigma: float, sigmas: Array = SIGMAS) -> float:
     """k-diffusion's `DiscreteSchedule.sigma_to_t` without quantising."""
-    low = min(int(np.argmax(np.cumsum(math.log(sigma) - LOG_SIGMAS >= 0))), len(LOG_SIGMAS) - 2)
-    w = (LOG_SIGMAS[low] - math.log(sigma)) / (LOG_SIGMAS[low] - LOG_SIGMAS[low + 1])
+    logs = np.log(sigmas)
+    low = min(int(np.argmax(np.cumsum(math.log(sigma) - logs >= 0))), len(logs) - 2)
+    w = (logs[low] - math.log(sigma)) / (logs[low] - logs[low + 1])
     w = min(max(w, 0.0), 1.0)
     return (1 - w) * low + w * (low + 1)
 
@@ -42,37 +53,41 @@ def ramp(n: int, low: float, high: float) -> list[float]:
     return [high + (i / (n - 1) if n > 1 else 0.0) * (low - high) for i in range(n)]
 
 
-def reference_sigmas(schedule: str, n: int) -> list[float]:
-    """The formulas of k-diffusion and of AUTOMATIC1111's sd_schedulers."""
+def reference_sigmas(schedule: str, n: int, table: Array = SIGMAS) -> list[float]:
+    """The formulas of k-diffusion and of AUTOMATIC1111's sd_schedulers, over the levels of training."""
     match schedule:
         case "normal":
-            return [*(t_to_sigma(t) for t in ramp(n, 0.0, 999.0)), 0.0]
+            return [*(t_to_sigma(t, table) for t in ramp(n, 0.0, 999.0)), 0.0]
         case "karras":
-            return [*(root**7 for root in ramp(n, SIGMAS[0] ** (1 / 7), SIGMAS[-1] ** (1 / 7))), 0.0]
+            return [*(root**7 for root in ramp(n, table[0] ** (1 / 7), table[-1] ** (1 / 7))), 0.0]
         case "exponential":
-            return [*(math.exp(log) for log in ramp(n, LOG_SIGMAS[0], LOG_SIGMAS[-1])), 0.0]
+            return [*(math.exp(log) for log in ramp(n, math.log(table[0]), math.log(table[-1]))), 0.0]
         case "sgm_uniform":
-            return [*(t_to_sigma(t) for t in ramp(n + 1, 0.0, 999.0)[:-1]), 0.0]
+            return [*(t_to_sigma(t, table) for t in ramp(n + 1, 0.0, 999.0)[:-1]), 0.0]
         case "simple":
-            return [*(SIGMAS[999 - int(i * 1000 / n)] for i in range(n)), 0.0]
+            return [*(table[999 - int(i * 1000 / n)] for i in range(n)), 0.0]
         case "ddim_uniform":
-            return [*(SIGMAS[t] for t in reversed(range(1, 1000, max(1000 // n, 1)))), 0.0]
+            return [*(table[t] for t in reversed(range(1, 1000, max(1000 // n, 1)))), 0.0]
     raise ValueError(schedule)
 
 
-def without_penultimate(schedule: str, n: int) -> list[float]:
-    sigmas = reference_sigmas(schedule, n + 1)
+def without_penultimate(schedule: str, n: int, table: Array = SIGMAS) -> list[float]:
+    sigmas = reference_sigmas(schedule, n + 1, table)
     return [*sigmas[:-2], sigmas[-1]]
+
+
+Model = Callable[[Array, float], Array]
+"""Latents and their level to the denoised estimate."""
 
 
 class Denoiser:
     """k-diffusion's `DiscreteEpsDDPMDenoiser` and `DiscreteVDDPMDenoiser`."""
 
-    def __init__(self, network: Network, prediction: str) -> None:
-        self.network, self.prediction = network, prediction
+    def __init__(self, network: Network, prediction: str, table: Array = SIGMAS) -> None:
+        self.network, self.prediction, self.table = network, prediction, table
 
     def __call__(self, x: Array, sigma: float) -> Array:
-        out = self.network(x / math.sqrt(sigma**2 + 1), sigma_to_t(sigma))
+        out = self.network(x / math.sqrt(sigma**2 + 1), sigma_to_t(sigma, self.table))
         if self.prediction == "epsilon":
             return x - sigma * out
         return x / (sigma**2 + 1) - out * sigma / math.sqrt(sigma**2 + 1)
@@ -85,19 +100,33 @@ class Denoiser:
         return math.sqrt(alpha) * out + math.sqrt(1 - alpha) * x
 
 
+class EdmDenoiser:
+    """Preconditioning of Karras et al. 2022, table 1, for networks trained on every level: k-diffusion's `Denoiser`,
+    and with "v" `VDenoiser`, whose output has the other sign.
+    """
+
+    def __init__(self, network: Network, prediction: str, sigma_data: float) -> None:
+        self.network, self.sign, self.sigma_data = network, {"edm": 1, "v": -1}[prediction], sigma_data
+
+    def __call__(self, x: Array, sigma: float) -> Array:
+        variance = sigma**2 + self.sigma_data**2
+        out = self.network(x / math.sqrt(variance), math.log(sigma) / 4)
+        return self.sigma_data**2 / variance * x + self.sign * sigma * self.sigma_data / math.sqrt(variance) * out
+
+
 def get_ancestral_step(sigma: float, sigma_next: float) -> tuple[float, float]:
     up = min(sigma_next, math.sqrt(sigma_next**2 * (sigma**2 - sigma_next**2) / sigma**2))
     return math.sqrt(sigma_next**2 - up**2), up
 
 
-def sample_euler(model: Denoiser, x: Array, sigmas: list[float], noise: Noise) -> Array:
+def sample_euler(model: Model, x: Array, sigmas: list[float], noise: Noise) -> Array:
     for i in range(len(sigmas) - 1):
         d = (x - model(x, sigmas[i])) / sigmas[i]
         x = x + d * (sigmas[i + 1] - sigmas[i])
     return x
 
 
-def sample_euler_ancestral(model: Denoiser, x: Array, sigmas: list[float], noise: Noise) -> Array:
+def sample_euler_ancestral(model: Model, x: Array, sigmas: list[float], noise: Noise) -> Array:
     for i in range(len(sigmas) - 1):
         denoised = model(x, sigmas[i])
         down, up = get_ancestral_step(sigmas[i], sigmas[i + 1])
@@ -107,7 +136,7 @@ def sample_euler_ancestral(model: Denoiser, x: Array, sigmas: list[float], noise
     return x
 
 
-def sample_heun(model: Denoiser, x: Array, sigmas: list[float], noise: Noise) -> Array:
+def sample_heun(model: Model, x: Array, sigmas: list[float], noise: Noise) -> Array:
     for i in range(len(sigmas) - 1):
         d = (x - model(x, sigmas[i])) / sigmas[i]
         dt = sigmas[i + 1] - sigmas[i]
@@ -120,7 +149,7 @@ def sample_heun(model: Denoiser, x: Array, sigmas: list[float], noise: Noise) ->
     return x
 
 
-def sample_lms(model: Denoiser, x: Array, sigmas: list[float], noise: Noise, order: int = 4) -> Array:
+def sample_lms(model: Model, x: Array, sigmas: list[float], noise: Noise, order: int = 4) -> Array:
     from scipy import integrate
 
     ds: list[Array] = []
@@ -136,7 +165,7 @@ def sample_lms(model: Denoiser, x: Array, sigmas: list[float], noise: Noise, ord
     return x
 
 
-def sample_dpm_2(model: Denoiser, x: Array, sigmas: list[float], noise: Noise, ancestral: bool = False) -> Array:
+def sample_dpm_2(model: Model, x: Array, sigmas: list[float], noise: Noise, ancestral: bool = False) -> Array:
     for i in range(len(sigmas) - 1):
         d = (x - model(x, sigmas[i])) / sigmas[i]
         down, up = get_ancestral_step(sigmas[i], sigmas[i + 1]) if ancestral else (sigmas[i + 1], 0.0)
@@ -151,11 +180,11 @@ def sample_dpm_2(model: Denoiser, x: Array, sigmas: list[float], noise: Noise, a
     return x
 
 
-def sample_dpm_2_ancestral(model: Denoiser, x: Array, sigmas: list[float], noise: Noise) -> Array:
+def sample_dpm_2_ancestral(model: Model, x: Array, sigmas: list[float], noise: Noise) -> Array:
     return sample_dpm_2(model, x, sigmas, noise, ancestral=True)
 
 
-def sample_dpmpp_2s_ancestral(model: Denoiser, x: Array, sigmas: list[float], noise: Noise) -> Array:
+def sample_dpmpp_2s_ancestral(model: Model, x: Array, sigmas: list[float], noise: Noise) -> Array:
     for i in range(len(sigmas) - 1):
         denoised = model(x, sigmas[i])
         down, up = get_ancestral_step(sigmas[i], sigmas[i + 1])
@@ -172,7 +201,7 @@ def sample_dpmpp_2s_ancestral(model: Denoiser, x: Array, sigmas: list[float], no
     return x
 
 
-def sample_dpmpp_sde(model: Denoiser, x: Array, sigmas: list[float], noise: Noise) -> Array:
+def sample_dpmpp_sde(model: Model, x: Array, sigmas: list[float], noise: Noise) -> Array:
     r = 1 / 2
     for i in range(len(sigmas) - 1):
         denoised = model(x, sigmas[i])
@@ -201,7 +230,7 @@ def sample_dpmpp_sde(model: Denoiser, x: Array, sigmas: list[float], noise: Nois
     return x
 
 
-def sample_dpmpp_2m(model: Denoiser, x: Array, sigmas: list[float], noise: Noise) -> Array:
+def sample_dpmpp_2m(model: Model, x: Array, sigmas: list[float], noise: Noise) -> Array:
     old: Array | None = None
     for i in range(len(sigmas) - 1):
         denoised = model(x, sigmas[i])
@@ -219,7 +248,7 @@ def sample_dpmpp_2m(model: Denoiser, x: Array, sigmas: list[float], noise: Noise
     return x
 
 
-def sample_dpmpp_2m_sde(model: Denoiser, x: Array, sigmas: list[float], noise: Noise, eta: float = 1.0) -> Array:
+def sample_dpmpp_2m_sde(model: Model, x: Array, sigmas: list[float], noise: Noise, eta: float = 1.0) -> Array:
     old: Array | None = None
     h_last = 0.0
     for i in range(len(sigmas) - 1):
@@ -237,7 +266,7 @@ def sample_dpmpp_2m_sde(model: Denoiser, x: Array, sigmas: list[float], noise: N
     return x
 
 
-def sample_dpmpp_3m_sde(model: Denoiser, x: Array, sigmas: list[float], noise: Noise, eta: float = 1.0) -> Array:
+def sample_dpmpp_3m_sde(model: Model, x: Array, sigmas: list[float], noise: Noise, eta: float = 1.0) -> Array:
     denoised_1: Any = None
     denoised_2: Any = None
     h_1 = h_2 = 0.0
@@ -280,8 +309,8 @@ BROWNIAN = ("dpmpp_sde", "dpmpp_2m_sde", "dpmpp_3m_sde")
 DISCARDING = ("dpm2", "dpm2_a", "dpmpp_3m_sde")
 
 
-def sigmas_of(sampler: str, schedule: str, n: int) -> list[float]:
-    return (without_penultimate if sampler in DISCARDING else reference_sigmas)(schedule, n)
+def sigmas_of(sampler: str, schedule: str, n: int, table: Array = SIGMAS) -> list[float]:
+    return (without_penultimate if sampler in DISCARDING else reference_sigmas)(schedule, n, table)
 
 
 def noise_of(sampler: str, seed: int, shape: tuple[int, ...] = (6,)) -> Noise:

@@ -195,6 +195,7 @@ def identity_step(n: int, h: int, w: int, branches: int, context: NDArray[np.flo
         "a": np.eye(1, 8, dtype=f32),
         "w": np.ones((1, branches), f32),
         "v": np.zeros((1, branches), f32),
+        "rescale": np.zeros((1, branches), f32),
         "u": np.zeros((1, 8), f32),
         "q": np.ones(1, f32),
         "M": np.zeros((1, 8, 11), f32),

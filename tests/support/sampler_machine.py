@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,9 +47,10 @@ def run_machine(
     init: Array | None = None,
     mask: Array | None = None,
     rows: Sequence[Row] | None = None,
+    kind: type[np.floating[Any]] = np.float64,
 ) -> Array:
     """Register 0 after the last row. Rows that draw take from `fresh`, rows that name an interval from
-    `interval_noise`; `rows` say which, for tables.
+    `interval_noise`; `rows` say which, for tables. `kind` is the type of all numbers, float32 as on an engine.
     """
     if isinstance(table, Mapping):
         assert rows is not None
@@ -56,20 +58,21 @@ def run_machine(
     else:
         rows = table
         columns = [(row.timestep, row.a, row.u, row.q, row.M, row.inpaint) for row in table]
-    zero = np.zeros_like(unit_noise)
+    zero = np.zeros_like(unit_noise, kind)
     path = interval_noise(unit_noise.shape)
-    kept = zero if init is None else init
-    mask = zero if mask is None else mask
-    r = np.stack([kept, unit_noise, *[zero] * 6])
-    for (t, a, u, q, M, (k, b, c)), row in zip(columns, rows, strict=True):
-        denoised = np.tensordot(u.astype(np.float64), r, 1) + float(q) * network(
-            np.tensordot(a.astype(np.float64), r, 1), float(t)
-        )
+    kept = zero if init is None else init.astype(kind)
+    mask = zero if mask is None else mask.astype(kind)
+    r = np.stack([kept, unit_noise.astype(kind), *[zero] * 6])
+    for (t, a, u, q, M, inpaint), row in zip(columns, rows, strict=True):
+        out = network(np.tensordot(a.astype(kind), r, 1), float(t)).astype(kind)
+        denoised = np.tensordot(u.astype(kind), r, 1) + kind(q) * out
+        k, b, c = map(kind, inpaint)
         denoised = denoised + k * mask * (kept - denoised)
         noise = zero if row.noise is None else next(fresh) if row.noise == "draw" else path(*row.noise)
-        r = np.tensordot(M.astype(np.float64), np.stack([*r, denoised, zero, noise]), 1)
-        r[0] += (1 - k) * mask * (b * kept + c * unit_noise - r[0])
-    return np.asarray(r[0])
+        r = np.tensordot(M.astype(kind), np.stack([*r, denoised, zero, noise.astype(kind)]), 1)
+        r[0] += (1 - k) * mask * (b * kept + c * unit_noise.astype(kind) - r[0])
+    assert r.dtype == kind
+    return r[0].astype(np.float64)
 
 
 def run_engine(
@@ -85,7 +88,7 @@ def run_engine(
     unit_noise = stream.draw(shape)
     tokens = np.full((4, 77), 49407, np.int64)
     tokens[:, :4] = np.random.RandomState(12).randint(300, 40_000, (4, 4))
-    context = engine.encode_text(tokens, 1)  # the negative of both pictures, then what both show
+    context, _ = engine.encode_text(tokens[None], 1)  # the negative of both pictures, then what both show
 
     def network(x: Array, t: float) -> Array:
         out = graphs.unet(np.concatenate([x, x]).astype(np.float32), t, context).astype(np.float64)
@@ -103,7 +106,9 @@ def run_engine(
     for i in range(shape[0]):
         inputs = {"init": zeros, "init_noise": unit_noise[i], "mask": zeros[:1]}
         slots.append(
-            batch.join(Job({**table, "noise": noise[:, i]}, inputs, (context[i :: shape[0]],), (0,) * len(rows)))
+            batch.join(
+                Job({**table, "noise": noise[:, i]}, inputs, ({"context": context[i :: shape[0]]},), (0,) * len(rows))
+            )
         )
     for _ in rows:
         batch.step()

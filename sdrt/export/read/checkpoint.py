@@ -4,7 +4,7 @@ tensors make. A tensor is read only when it is used.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,7 +20,6 @@ from sdrt.export.families.checkpoint_names import (
     is_vae_attention,
 )
 from sdrt.export.families.family import Component
-from sdrt.export.families.keys import later_layers
 from sdrt.export.families.table import COMPONENTS, FAMILIES, component_of, family_named
 from sdrt.export.read.diffusers_config import SCHEDULER, TEXTS, check_family, check_sizes, sampling_note
 from sdrt.export.read.diffusers_config import VAE as VAE_CONFIG
@@ -329,7 +328,7 @@ def select(checkpoint: Checkpoint, expected: Mapping[str, tuple[int, ...]]) -> t
             raise CheckpointError(f"{path}: {name}: expected shape {list(shape)}, found {list(entry.shape)}")
         if entry.dtype not in FLOATS:
             raise CheckpointError(f"{path}: {name}: expected one of {', '.join(FLOATS)}, found {entry.dtype}")
-    known = {*expected, *later_layers(checkpoint.architecture, expected)}
+    known = {*expected, *_unneeded(checkpoint.architecture, expected)}
     unknown = [
         name
         for name in checkpoint.tensors
@@ -346,6 +345,16 @@ def select(checkpoint: Checkpoint, expected: Mapping[str, tuple[int, ...]]) -> t
                 " use another.",
             )
     return {name: checkpoint.tensors[name] for name in expected}, unknown
+
+
+def _unneeded(arch: Architecture, expected: Mapping[str, object]) -> Iterator[str]:
+    """Names of the text encoders' tensors that no output may need: those of its layers, and of the norm after them."""
+    for component, text in zip(family_named(arch.family).text_encoders, arch.texts, strict=True):
+        model = component.prefix + "text_model."
+        first = model + "encoder.layers.0."
+        leaves = [name.removeprefix(first) for name in expected if name.startswith(first)]
+        yield from (f"{model}encoder.layers.{layer}.{leaf}" for layer in range(text.layers) for leaf in leaves)
+        yield from (f"{model}final_layer_norm.{leaf}" for leaf in ("weight", "bias"))
 
 
 def _averaged(model: ModelFiles, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

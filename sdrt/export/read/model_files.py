@@ -26,7 +26,7 @@ from sdrt.export.families.table import COMPONENTS as ALL
 from sdrt.export.read.diffusers_config import Settings, read_settings
 from sdrt.export.read.tensor_entry import TensorEntry
 from sdrt.export.read.tensor_file import TensorFile, open_tensor_file
-from sdrt.files.read import Document, read_document
+from sdrt.files.read import Document, read_document, unique
 
 COMPONENTS = tuple(dict.fromkeys(component.name for component in ALL))
 _UNUSED_COMPONENTS = (
@@ -243,7 +243,7 @@ class _Folder:
         except FileNotFoundError as error:
             raise InputFileError(f"{path}: cannot open: {error.strerror}", fix) from error
         try:
-            found = json.loads(document.data, object_pairs_hook=_unique)
+            found = json.loads(document.data, object_pairs_hook=unique)
         except (ValueError, RecursionError) as error:
             raise InputFileError(f"{path}: not valid JSON: {printable(str(error))[:200]}", _AGAIN) from error
         if not isinstance(found, dict):
@@ -318,10 +318,3 @@ def _preferred(stem: str) -> tuple[str, ...]:
             f".fp16.{kind}.index.json",
         )
     )
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        raise ValueError("duplicate keys")
-    return result

@@ -26,6 +26,7 @@ from sdrt.export.adapters.png_embedding import read_png_embedding
 from sdrt.export.read.tensor_entry import ITEM_BYTES, MAX_RANK, MAX_TENSORS, TensorEntry
 from sdrt.export.read.torch_archive import read_legacy_archive, read_zip_archive
 from sdrt.export.read.zip_members import Member, check_member, read_member
+from sdrt.files.read import DuplicateKeyError, unique
 
 if TYPE_CHECKING:
     import torch
@@ -380,10 +381,10 @@ def _parse_header(path: Path, header: bytes, start: int, size: int) -> tuple[dic
         )
         raise InputFileError(message, "Save the file without its metadata.")
     try:
-        document = json.loads(header.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
-    except _DuplicateKey as error:
+        document = json.loads(header.decode("utf-8"), object_pairs_hook=_unicode, parse_constant=_no_constant)
+    except DuplicateKeyError as error:
         raise InputFileError(
-            f"{path}: {printable(error.args[0])}: the header holds this name twice",
+            f"{path}: {printable(error.name)}: the header holds this name twice",
             "Save the file again; two tensors cannot share a name.",
         ) from error
     except (ValueError, RecursionError) as error:
@@ -422,20 +423,10 @@ def _parse_header(path: Path, header: bytes, start: int, size: int) -> tuple[dic
     return entries, metadata
 
 
-class _DuplicateKey(ValueError):
-    pass
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in result:
-            raise _DuplicateKey(key)
-        for text in (key, value):
-            if isinstance(text, str):
-                text.encode()  # half of a surrogate pair raises ValueError, as in every JSON reader but Python's
-        result[key] = value
-    return result
+def _unicode(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    for text in (text for pair in pairs for text in pair if isinstance(text, str)):
+        text.encode()  # half of a surrogate pair raises ValueError, as in every JSON reader but Python's
+    return unique(pairs)
 
 
 def _no_constant(name: str) -> None:

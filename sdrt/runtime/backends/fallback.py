@@ -46,7 +46,7 @@ class FallbackEngine:
     def free_bytes(self, shape: JobShape) -> int | None:
         return self._of(shape).free_bytes(shape)
 
-    def encode_text(self, tokens: NDArray[np.int64], clip_skip: int) -> Float:
+    def encode_text(self, tokens: NDArray[np.int64], clip_skip: int) -> tuple[Float, Float]:
         try:
             return self._first.encode_text(tokens, clip_skip)
         except MissingEngineError:

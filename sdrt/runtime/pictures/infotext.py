@@ -38,8 +38,9 @@ def infotext(parameters: Mapping[str, Any]) -> str:
     pairs: dict[str, Any] = {
         "Steps": parameters["steps"],
         "Sampler": SAMPLERS[parameters["sampler"]].label,
-        "Schedule type": _SCHEDULES.get(parameters["schedule"], parameters["schedule"].capitalize()),
+        **_levels(parameters),
         "CFG scale": f"{parameters['cfg']:g}",
+        **({"Image CFG scale": f"{parameters['image_cfg']:g}"} if parameters.get("image_cfg") is not None else {}),
         "Seed": parameters["seed"],
         "Size": f"{width}x{height}",
     }
@@ -49,6 +50,8 @@ def infotext(parameters: Mapping[str, Any]) -> str:
         pairs |= {"VAE hash": source["sha256"][:10], "VAE": source["name"]}
     if parameters["strength"] is not None:
         pairs["Denoising strength"] = f"{parameters['strength']:g}"
+    if parameters.get("cfg_rescale"):
+        pairs["CFG Rescale"] = f"{parameters['cfg_rescale']:g}"
     if parameters["clip_skip"] != 1:
         pairs["Clip skip"] = parameters["clip_skip"]
     if (parameters["mask"] is not None or parameters.get("mask_sha256") is not None) and parameters["mask_blur"]:
@@ -75,6 +78,14 @@ def infotext(parameters: Mapping[str, Any]) -> str:
     if parameters["negative"]:
         lines.append(f"{_NEGATIVE} {parameters['negative']}")
     return "\n".join([*lines, ", ".join(f"{name}: {_quoted(str(value))}" for name, value in pairs.items())])
+
+
+def _levels(parameters: Mapping[str, Any]) -> dict[str, str]:
+    """The schedule, or the list that took its place."""
+    for field, name in (("timesteps", "Timesteps"), ("sigmas", "Sigmas")):
+        if (numbers := parameters.get(field)) is not None:
+            return {name: ", ".join(map(repr, numbers))}
+    return {"Schedule type": _SCHEDULES.get(parameters["schedule"], parameters["schedule"].capitalize())}
 
 
 def _quoted(value: str) -> str:
@@ -134,6 +145,14 @@ def _size(text: str) -> tuple[int, int]:
     return int(width), int(height)
 
 
+def _whole_numbers(text: str) -> tuple[int, ...]:
+    return tuple(map(int, text.split(",")))
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    return tuple(map(float, text.split(",")))
+
+
 def _noise(text: str) -> str:
     return {"CPU": "cpu", "NV": "nv", "GPU": "nv"}[text]
 
@@ -142,7 +161,11 @@ _SETTINGS: dict[str, tuple[str, Callable[[str], Any]]] = {
     "Steps": ("steps", int),
     "Sampler": ("sampler", str),
     "Schedule type": ("schedule", str),
+    "Timesteps": ("timesteps", _whole_numbers),
+    "Sigmas": ("sigmas", _numbers),
     "CFG scale": ("cfg", float),
+    "Image CFG scale": ("image_cfg", float),
+    "CFG Rescale": ("cfg_rescale", float),
     "Seed": ("seed", int),
     "Size": ("size", _size),
     "Denoising strength": ("strength", float),

@@ -121,10 +121,11 @@ def _usable(settings: dict[str, Any], manifest: Manifest, given: Mapping[str, An
             if settings.get(name) is not None and name not in given
         ]
         settings = {name: value for name, value in settings.items() if name not in _OF_IMAGES}
-    # First come the settings that decide how others are read: the tool, and the image that strength and mask belong to.
+    # First come the settings that decide how others are read: the image, without which an edit model takes nothing and
+    # to which strength and mask belong, and the tool.
     names = sorted(
         (name for name in settings if name not in taken),
-        key=lambda name: (name != "compat", name != "init_image", _ORDER[name]),
+        key=lambda name: (name != "init_image", name != "compat", _ORDER[name]),
     )
     for name in names:
         candidate = taken | {name: settings[name]}

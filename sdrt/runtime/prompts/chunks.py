@@ -1,17 +1,18 @@
-"""Turn a prompt's segments into the rows that the text encoder takes.
+"""Turn a prompt's segments into the rows that the text encoders take.
 
-A row is a chunk of 75 tokens between a start and an end token. Chunks are cut where AUTOMATIC1111 cuts them.
+A row is a chunk of 75 tokens between a start and an end token. Chunks are cut where AUTOMATIC1111 cuts them. All
+encoders of a model get the same chunks, each with its own padding and its own rows for learned embeddings.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from sdrt.bundle.manifest import MAX_CHUNKS, Text
 from sdrt.errors import UsageError
 from sdrt.runtime.prompts.syntax import BREAK, Segment
-from sdrt.runtime.prompts.tokenizer import Tokenizer
+from sdrt.runtime.prompts.tokenizer import Place, Tokenizer
 
 COMMA_BACKTRACK = 20
 """A full chunk ends at its last comma instead, if at most this many tokens follow that comma."""
@@ -19,15 +20,15 @@ COMMA_BACKTRACK = 20
 
 @dataclass(frozen=True)
 class Chunk:
-    """77 token ids, with start, end and padding, and the emphasis of each token."""
+    """77 token ids for each encoder, with start, end and padding, and the emphasis of each token."""
 
-    tokens: tuple[int, ...]
+    tokens: tuple[tuple[int, ...], ...]
     weights: tuple[float, ...]
 
 
-def empty_chunk(text: Text) -> Chunk:
+def empty_chunk(texts: Sequence[Text]) -> Chunk:
     """The only chunk of an empty prompt. It also fills shorter prompts up."""
-    return _framed([], [], text)
+    return _framed([], [], texts)
 
 
 def chunk_segments(tokenizer: Tokenizer, segments: Iterable[Segment], name: str = "prompt") -> list[Chunk]:
@@ -41,7 +42,7 @@ def chunk_segments(tokenizer: Tokenizer, segments: Iterable[Segment], name: str 
     """
     capacity = tokenizer.text.tokens - 2
     chunks: list[Chunk] = []
-    tokens: list[int] = []
+    tokens: list[Place] = []
     weights: list[float] = []
     comma: int | None = None  # where the last comma of the open chunk is
 
@@ -52,7 +53,7 @@ def chunk_segments(tokenizer: Tokenizer, segments: Iterable[Segment], name: str 
                 f"{name}: more than {MAX_CHUNKS} chunks of {capacity} tokens",
                 "Shorten it, or leave out BREAKs: each ends a chunk, however short.",
             )
-        chunks.append(_framed(tokens, weights, tokenizer.text))
+        chunks.append(_framed(tokens, weights, tokenizer.texts))
         tokens, weights, comma = [], [], None
 
     for segment in segments:
@@ -63,7 +64,7 @@ def chunk_segments(tokenizer: Tokenizer, segments: Iterable[Segment], name: str 
         position = 0
         while position < len(ids):
             found = tokenizer.embedding_at(ids, position)
-            rows, length = found if found is not None else (ids[position : position + 1], 1)
+            places, length = found if found is not None else (((ids[position],) * len(tokenizer.texts),), 1)
             if found is None and ids[position] == tokenizer.comma:
                 comma = len(tokens)
             elif len(tokens) == capacity and comma is not None and capacity - comma <= COMMA_BACKTRACK:
@@ -72,23 +73,26 @@ def chunk_segments(tokenizer: Tokenizer, segments: Iterable[Segment], name: str 
                 del tokens[cut:], weights[cut:]
                 close()
                 tokens, weights = moved
-            if len(tokens) == capacity or len(tokens) + len(rows) > capacity:
+            if len(tokens) == capacity or len(tokens) + len(places) > capacity:
                 close()
-            tokens += rows
-            weights += [segment.weight] * len(rows)
+            tokens += places
+            weights += [segment.weight] * len(places)
             position += length
     if tokens or not chunks:
         close()
     return chunks
 
 
-def _framed(tokens: list[int], weights: list[float], text: Text) -> Chunk:
+def _framed(places: list[Place], weights: list[float], texts: Sequence[Text]) -> Chunk:
     """Add start, end and padding. Where the padding token is not the end token (OpenCLIP), padding starts after the
     first end token, as OpenCLIP does it.
     """
-    row = [text.bos, *tokens]
-    row += [text.eos] * (text.tokens - len(row))
-    if text.pad != text.eos:
-        first = row.index(text.eos) + 1
-        row[first:] = [text.pad] * (len(row) - first)
-    return Chunk(tuple(row), (1.0, *weights, *[1.0] * (text.tokens - 1 - len(weights))))
+    rows = []
+    for i, text in enumerate(texts):
+        row = [text.bos, *(place[i] for place in places)]
+        row += [text.eos] * (text.tokens - len(row))
+        if text.pad != text.eos:
+            first = row.index(text.eos) + 1
+            row[first:] = [text.pad] * (len(row) - first)
+        rows.append(tuple(row))
+    return Chunk(tuple(rows), (1.0, *weights, *[1.0] * (texts[0].tokens - 1 - len(weights))))

@@ -1,4 +1,4 @@
-"""Turn prompts into the contexts that a picture is denoised under.
+"""Turn prompts into what a picture is denoised under: contexts, and for some models a vector beside each.
 
 This covers which text holds at which step, its chunks, their emphasis, and a cache of encodings.
 
@@ -13,13 +13,18 @@ import math
 import threading
 from bisect import bisect_left
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise, starmap, zip_longest
+from numbers import Integral
 from operator import itemgetter
+from typing import NamedTuple, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
-from sdrt.bundle.manifest import MAX_BRANCHES, Source
+from sdrt.bundle.graphs import CONTEXT, VECTOR
+from sdrt.bundle.manifest import MAX_BRANCHES, NO_VECTOR, Source, Text, Vector
 from sdrt.errors import UsageError, one_of, printable
 from sdrt.runtime.engine import Engine, Float
 from sdrt.runtime.prompts.chunks import Chunk, chunk_segments, empty_chunk
@@ -35,6 +40,7 @@ from sdrt.runtime.prompts.syntax import (
     without_networks,
 )
 from sdrt.runtime.prompts.tokenizer import Tokenizer
+from sdrt.runtime.prompts.vector import size_numbers
 from sdrt.runtime.sampling.registry import COMPATS
 
 SYNTAXES = ("a1111", "plain")
@@ -56,30 +62,52 @@ MOST_ROWS = 16
 """Most chunks encoded in one call, which bounds the memory of the call."""
 
 
+_T = TypeVar("_T")
+_Rows = tuple[tuple[int, ...], ...]
+"""A chunk's tokens, for each encoder."""
+
+
 @dataclass(frozen=True)
 class Conditioning:
     """What the prompts say at each step, S steps in all.
 
-    sets: the different contexts, each float32 `[G, T, C]`, read-only. The negative prompt comes first if guided, then
-        one branch per `AND` part.
+    sets: the different values of the step's inputs that prompts make (`sdrt.bundle.graphs.OF_TEXT`), by name, float32
+        and read-only: `context` `[G, T, C]`, and `vector` `[G, V]` where the model has one. The negative prompt comes
+        first if guided, then one branch per `AND` part. An edit model may have the negative prompt twice.
     set_of_step: for each of the S steps an index into `sets`.
-    weights: for each step the guidance weights of the G branches. If guided they sum to 1: 1 - cfg * sum(w), then cfg *
-        w of each part.
+    weights: for each step the guidance weights of the G branches. They sum to 1, if guided: 1 - cfg * sum(w), then cfg
+        * w of each part. For an edit model, 1 - image_cfg and image_cfg - cfg * sum(w) come before the parts.
+    images: whether each of the G branches sees the image to edit.
+    conditional: the weights of the branches without guidance: 0 for the negative prompt, and w / sum(w) of each part.
+        All 0 if the parts cancel out.
     """
 
-    sets: tuple[Float, ...]
+    sets: tuple[Mapping[str, Float], ...]
     set_of_step: tuple[int, ...]
     weights: tuple[tuple[float, ...], ...]
+    images: tuple[bool, ...]
+    conditional: tuple[float, ...] = ()
+
+
+class Encoding(NamedTuple):
+    """What the text encoders make of a chunk, float32: its context `[77, C]`, and the pooled vector `[P]`. P is 0 for
+    models that have none.
+    """
+
+    context: Float
+    pooled: Float
 
 
 @dataclass(frozen=True)
 class _Part:
     """One branch before encoding: pairs of last step and text, as `schedule_edits` gives them, and the chunks of each
-    text. All texts have the same number of chunks.
+    text. All texts have the same number of chunks. `zero` says that zeros take the place of what encoders with
+    `zero_empty` make of it.
     """
 
     schedule: tuple[tuple[int, str], ...]
     chunks: dict[str, list[Chunk]]
+    zero: bool = False
 
     @property
     def length(self) -> int:
@@ -96,13 +124,15 @@ class _Part:
 class Prompts:
     """A prompt and its negative prompt after reading. Nothing is encoded yet.
 
-    `weights` are the weights of the branches, the negative prompt's first if `guided`. `contexts` is how many different
-    contexts the steps go through.
+    `parts` and `weights` are those of the branches, and `images` says which of them see the image to edit. The first
+    `negatives` branches are of the negative prompt: none, one, or for an edit model up to two. `contexts` is how many
+    different contexts the steps go through.
     """
 
     parts: tuple[_Part, ...]
     weights: tuple[float, ...]
-    guided: bool
+    images: tuple[bool, ...]
+    negatives: int
     clip_skip: int
     emphasis: str
     steps: int
@@ -113,25 +143,36 @@ class Prompts:
         """Chunks of the longest part. All branches are filled up to this length."""
         return max(part.length for part in self.parts)
 
+    @property
+    def conditional(self) -> tuple[float, ...]:
+        """The weights of the branches without guidance."""
+        of_parts = self.weights[self.negatives :]
+        total = sum(of_parts)
+        return (0.0,) * self.negatives + tuple(weight / total if total != 0 else 0.0 for weight in of_parts)
+
 
 class TextConditioner:
-    """Turns the prompts of one bundle into contexts. Thread-safe. Keeps the chunks encoded last."""
+    """Turns the prompts of one bundle into contexts and vectors. Thread-safe. Keeps the chunks encoded last."""
 
-    def __init__(self, tokenizer: Tokenizer, sources: Sequence[Source] = ()) -> None:
-        """`sources` comes from the manifest. Messages about adapters in a prompt name them."""
+    def __init__(self, tokenizer: Tokenizer, sources: Sequence[Source] = (), vector: Vector = NO_VECTOR) -> None:
+        """`sources` and `vector` come from the manifest. Messages about adapters in a prompt name the sources."""
         self._tokenizer = tokenizer
         self._sources = tuple(sources)
-        self._empty = empty_chunk(tokenizer.text)
+        self._vector = vector
+        self._empty = empty_chunk(tokenizer.texts)
         self._lock = threading.Lock()
-        self._cache: OrderedDict[tuple[int, tuple[int, ...]], Float] = OrderedDict()
+        self._cache: OrderedDict[tuple[int, _Rows], Encoding] = OrderedDict()
 
     def read(
         self,
         prompt: str,
-        negative: str = "",
+        negative: str | None = "",
         *,
         steps: int,
         cfg: float,
+        prompt_2: str | None = None,
+        negative_2: str | None = None,
+        image_cfg: float | None = None,
         clip_skip: int | None = None,
         syntax: str | None = None,
         emphasis: str = "original",
@@ -142,10 +183,14 @@ class TextConditioner:
 
         Args:
             prompt: may be empty; of any length.
-            negative: the same. It is not read where the guidance weight of its branch is 0, as at `cfg` 1.
+            negative: the same. It is not read where the guidance weight of its branch is 0, as at `cfg` 1. None is
+                diffusers' None: zeros for models with `zero_empty`, else an empty prompt.
             steps: how many steps prompt editing counts. AUTOMATIC1111 counts model calls: twice the steps for samplers
                 of second order.
-            cfg: guidance scale.
+            cfg: guidance scale. diffusers guides only beyond 1.
+            prompt_2, negative_2: what all text encoders but the first read; None is `prompt` and `negative`. For the
+                plain syntax.
+            image_cfg: of an edit model, how much the image guides; None for other models.
             clip_skip: AUTOMATIC1111's count, where 1 is the last layer; None takes the bundle's first one.
             syntax: one of `SYNTAXES`; None is plain for diffusers, else a1111.
             emphasis: one of `EMPHASES`: restore each chunk's mean; do not restore it; take brackets as text; or read
@@ -160,7 +205,7 @@ class TextConditioner:
                 beyond `MAX_WEIGHT`, text that is not valid Unicode or longer than `compat` takes, or a limit passed:
                 `MAX_CHARACTERS`, `MAX_CHUNKS` of a text, `MAX_BRANCHES`, `MAX_CHUNKS_IN_ALL`.
         """
-        skip = self._clip_skip(clip_skip)
+        skip = chosen_layer(self._tokenizer.text, clip_skip)
         one_of("compat", compat, COMPATS)
         one_of("emphasis", emphasis, EMPHASES)
         syntax = one_of(
@@ -170,33 +215,86 @@ class TextConditioner:
         one_of("network tags", network_tags, NETWORK_TAGS)
         self._check_text("prompt", prompt)
         prompt = self._without_networks(prompt, syntax, network_tags)
+        if prompt_2 is not None:
+            self._check_text("prompt 2", prompt_2)
+            prompt_2 = self._without_networks(prompt_2, syntax, network_tags)
         positive = split_and(prompt) if syntax == "a1111" else (Segment(prompt, 1.0),)
-        if len(positive) >= MAX_BRANCHES:
+        most = MAX_BRANCHES - (1 if image_cfg is None else 2)
+        if len(positive) > most:
             raise UsageError(
-                f"prompt: {len(positive)} parts between ANDs: expected at most {MAX_BRANCHES - 1}", "Join some of them."
+                f"prompt: {len(positive)} parts between ANDs: expected at most {most}", "Join some of them."
             )
         for part in positive:
             _check_weight("prompt", part)
+        if compat == "diffusers" and (cfg <= 1 or (image_cfg is not None and image_cfg < 1)):
+            cfg, image_cfg = 1.0, None if image_cfg is None else 1.0
         guidance = tuple(cfg * part.weight for part in positive)
-        parts = [self._part("prompt", part.text, steps, syntax, emphasis, limited) for part in positive]
-        rest = 1 - sum(guidance)
-        if rest != 0:
-            self._check_text("negative prompt", negative)
-            self._check_negative_networks(negative, network_tags)
-            parts.insert(0, self._part("negative prompt", negative, steps, syntax, emphasis, limited))
-            guidance = (rest, *guidance)
+
+        def read(name: str, text: str, second: str | None) -> _Part:
+            return self._part(name, text, second, steps, syntax, emphasis, limited)
+
+        parts = [read("prompt", part.text, prompt_2) for part in positive]
+        rest = [(1 - sum(guidance), True)]  # of each branch of the negative prompt: weight, whether it sees the image
+        if image_cfg is not None:
+            rest = [(1 - image_cfg, False), (image_cfg - sum(guidance), True)]
+        rest = [(weight, image) for weight, image in rest if weight != 0]
+        if rest:
+            negatives = [
+                (name, text)
+                for name, text in (("negative prompt", negative), ("negative prompt 2", negative_2))
+                if text is not None
+            ]
+            for name, text in negatives:
+                self._check_text(name, text)
+                self._check_negative_networks(name, text, network_tags)
+            negated = read("negative prompt", negative or "", negative_2)
+            if negative is None or (compat == "a1111" and not any(negated.chunks)):
+                negated = replace(negated, zero=True)
+            parts[:0] = [negated] * len(rest)
         contexts = len({tuple(part.text_at(step) for part in parts) for step in range(steps)})
         _check_in_all("prompts", contexts * len(parts) * max(part.length for part in parts))
-        return Prompts(tuple(parts), guidance, rest != 0, skip, emphasis, steps, contexts)
-
-    def encode(self, engine: Engine, prompts: Prompts) -> Conditioning:
-        """Encode prompts that were read. Of the engine only `encode_text` is used. A cached chunk costs no call."""
-        sets, set_of_step = self._sets(
-            engine, prompts.parts, prompts.clip_skip, prompts.steps, prompts.emphasis, guided=prompts.guided
+        return Prompts(
+            parts=tuple(parts),
+            weights=(*(weight for weight, _ in rest), *guidance),
+            images=(*(image for _, image in rest), *[True] * len(guidance)),
+            negatives=len(rest),
+            clip_skip=skip,
+            emphasis=emphasis,
+            steps=steps,
+            contexts=contexts,
         )
-        return Conditioning(sets, set_of_step, (prompts.weights,) * prompts.steps)
 
-    def _part(self, name: str, text: str, steps: int, syntax: str, emphasis: str, limited: bool) -> _Part:
+    def encode(self, engine: Engine, prompts: Prompts, sizes: Sequence[int] = ()) -> Conditioning:
+        """Encode prompts that were read. Of the engine only `encode_text` is used. A cached chunk costs no call.
+
+        `sizes` are those that the model is told, in pixels and in the order of `sdrt.bundle.manifest.SIZES`; the same
+        for all branches.
+        """
+        parts, longest = prompts.parts, prompts.chunks
+        wanted = [chunk.tokens for part in parts for own in part.chunks.values() for chunk in own]
+        sides = {max((part.length for part in side), default=longest) for side in _sides(prompts.negatives, parts)}
+        if len(sides) > 1:
+            wanted.append(self._empty.tokens)
+        encoded = self._encoded(engine, wanted, prompts.clip_skip, at_once=min(len(parts) * longest, MOST_ROWS))
+        encodings = [_encodings(part, encoded, prompts.emphasis, self._tokenizer.texts) for part in parts]
+        sets: list[Mapping[str, Float]] = []
+        index_of: dict[tuple[str, ...], int] = {}
+        set_of_step = []
+        for step in range(prompts.steps):
+            texts = tuple(part.text_at(step) for part in parts)
+            if texts not in index_of:
+                index_of[texts] = len(sets)
+                branches = [of_text[text] for of_text, text in zip(encodings, texts, strict=True)]
+                sets.append(self._set(branches, encoded, prompts.negatives, sizes))
+            set_of_step.append(index_of[texts])
+        return Conditioning(
+            tuple(sets), tuple(set_of_step), (prompts.weights,) * prompts.steps, prompts.images, prompts.conditional
+        )
+
+    def _part(
+        self, name: str, text: str, second: str | None, steps: int, syntax: str, emphasis: str, limited: bool
+    ) -> _Part:
+        """A branch of a text. All encoders but the first read `second` in its place, unless it is None."""
         schedule = schedule_edits(text, steps) if syntax == "a1111" else ((steps, text),)
         chunks: dict[str, list[Chunk]] = {}
         in_all = 0
@@ -208,66 +306,69 @@ class TextConditioner:
                 chunks[each] = chunk_segments(self._tokenizer, segments, name)
                 in_all += len(chunks[each])
                 _check_in_all(name, in_all)
+        if second is not None:
+            others = chunk_segments(self._tokenizer, (Segment(second, 1.0),), f"{name} 2")
+            self._check_length(f"{name} 2", second, others, limited)
+            chunks = {each: self._joined(own, others) for each, own in chunks.items()}
         longest = max(map(len, chunks.values()))
-        if limited and longest > 1:
+        for own in chunks.values():
+            self._check_length(name, text, own, limited)
+        return _Part(schedule, {each: [*own, *[self._empty] * (longest - len(own))] for each, own in chunks.items()})
+
+    def _check_length(self, name: str, text: str, chunks: Sequence[Chunk], limited: bool) -> None:
+        if limited and len(chunks) > 1:
             limit = self._tokenizer.text.tokens - 2
             raise UsageError(
                 f"{name}: {len(self._tokenizer.tokens(text)):,} tokens; diffusers drops all after the first {limit}",
                 "Shorten it, or choose the a1111 prompt syntax, which encodes any length.",
             )
-        return _Part(schedule, {each: [*own, *[self._empty] * (longest - len(own))] for each, own in chunks.items()})
 
-    def _sets(
-        self, engine: Engine, parts: Sequence[_Part], skip: int, steps: int, emphasis: str, *, guided: bool
-    ) -> tuple[tuple[Float, ...], tuple[int, ...]]:
-        longest = max(part.length for part in parts)
-        wanted = [chunk.tokens for part in parts for own in part.chunks.values() for chunk in own]
-        if guided and max(part.length for part in parts[1:]) != parts[0].length:
-            wanted.append(self._empty.tokens)
-        encoded = self._encoded(engine, wanted, skip, at_once=min(len(parts) * longest, MOST_ROWS))
-        contexts = [_contexts(part, encoded, emphasis) for part in parts]
-        sets: list[Float] = []
-        index_of: dict[tuple[str, ...], int] = {}
-        set_of_step = []
-        for step in range(steps):
-            texts = tuple(part.text_at(step) for part in parts)
-            if texts not in index_of:
-                index_of[texts] = len(sets)
-                branches = [of_text[text] for of_text, text in zip(contexts, texts, strict=True)]
-                sets.append(self._stack(branches, encoded, guided))
-            set_of_step.append(index_of[texts])
-        return tuple(sets), tuple(set_of_step)
+    def _joined(self, firsts: Sequence[Chunk], others: Sequence[Chunk]) -> list[Chunk]:
+        """Chunks of which the first encoder reads `firsts` and the rest `others`. Plain text has no emphasis."""
+        return [
+            Chunk((first.tokens[0], *other.tokens[1:]), first.weights)
+            for first, other in zip_longest(firsts, others, fillvalue=self._empty)
+        ]
 
-    def _stack(self, branches: list[Float], encoded: dict[tuple[int, ...], Float], guided: bool) -> Float:
-        """Join branches `[t, C]` of different lengths into one `[G, T, C]`.
+    def _set(
+        self, branches: list[Encoding], encoded: Mapping[_Rows, Encoding], negatives: int, sizes: Sequence[int]
+    ) -> Mapping[str, Float]:
+        """The step's inputs for branches whose contexts may have different lengths."""
+        made = {CONTEXT: self._stack([branch.context for branch in branches], encoded, negatives)}
+        if self._vector.numbers:
+            told = size_numbers(sizes, self._vector.size_width)
+            made[VECTOR] = np.stack([np.concatenate([branch.pooled, told]) for branch in branches])
+        for array in made.values():
+            array.flags.writeable = False
+        return made
+
+    def _stack(self, contexts: list[Float], encoded: Mapping[_Rows, Encoding], negatives: int) -> Float:
+        """Join contexts `[t, C]` of different lengths into one `[G, T, C]`.
 
         This follows AUTOMATIC1111. First a shorter `AND` part repeats its last vector. Then the shorter side of the
         guidance is filled up with encoded empty chunks (the option "Pad prompt/negative prompt").
         """
-        negative, positive = (branches[:1], branches[1:]) if guided else ([], branches)
+        negative, positive = _sides(negatives, contexts)
         length = max(map(len, positive))
         positive = [np.concatenate([z, np.repeat(z[-1:], length - len(z), axis=0)]) for z in positive]
         sides = [*negative, *positive]
         longest = max(map(len, sides))
         missing = [(longest - len(z)) // self._tokenizer.text.tokens for z in sides]
-        filled = [
-            np.concatenate([z, *[encoded[self._empty.tokens]] * count]) if count else z
-            for z, count in zip(sides, missing, strict=True)
-        ]
-        stacked: Float = np.stack(filled)
-        stacked.flags.writeable = False
-        return stacked
+        return np.stack(
+            [
+                np.concatenate([z, *[encoded[self._empty.tokens].context] * count]) if count else z
+                for z, count in zip(sides, missing, strict=True)
+            ]
+        )
 
-    def _encoded(
-        self, engine: Engine, wanted: Iterable[tuple[int, ...]], skip: int, at_once: int
-    ) -> dict[tuple[int, ...], Float]:
-        """Encodings `[77, C]` of rows of tokens, without emphasis, from the cache or the engine.
+    def _encoded(self, engine: Engine, wanted: Iterable[_Rows], skip: int, at_once: int) -> dict[_Rows, Encoding]:
+        """Encodings of chunks, without emphasis, from the cache or the engine.
 
         No call takes more rows than the branches of one set have chunks. So an engine that can denoise under that set
         can also encode it.
         """
-        found: dict[tuple[int, ...], Float] = {}
-        missing: list[tuple[int, ...]] = []
+        found: dict[_Rows, Encoding] = {}
+        missing: list[_Rows] = []
         with self._lock:
             for row in dict.fromkeys(wanted):
                 if (skip, row) in self._cache:
@@ -277,27 +378,15 @@ class TextConditioner:
                     missing.append(row)
         for first in range(0, len(missing), at_once):
             rows = missing[first : first + at_once]
-            tokens = np.array(rows, np.int64)
-            contexts = engine.encode_text(tokens, skip)
-            found.update(
-                (row, context.copy()) for row, context in zip(rows, contexts, strict=True)
-            )  # a view would keep the whole batch
+            tokens = np.array(rows, np.int64).swapaxes(0, 1)
+            contexts, pooled = engine.encode_text(tokens, skip)
+            for i, row in enumerate(rows):
+                found[row] = Encoding(contexts[i].copy(), pooled[i].copy())  # a view would keep the whole batch
         with self._lock:
             self._cache.update(((skip, row), found[row]) for row in missing)
             while len(self._cache) > CACHED_CHUNKS:
                 self._cache.popitem(last=False)
         return found
-
-    def _clip_skip(self, clip_skip: int | None) -> int:
-        built = self._tokenizer.text.clip_skip
-        if clip_skip is None:
-            return built[0]
-        if isinstance(clip_skip, bool) or clip_skip not in built:
-            raise UsageError(
-                f"clip skip {clip_skip!r}: the bundle was built with {', '.join(map(str, built))}",
-                f"Choose one of these, or build the bundle with --clip-skip {clip_skip}.",
-            )
-        return clip_skip
 
     def _check_text(self, name: str, text: str) -> None:
         if not isinstance(text, str):
@@ -323,12 +412,12 @@ class TextConditioner:
 
         return without_networks(prompt, keep)
 
-    def _check_negative_networks(self, negative: str, network_tags: str) -> None:
+    def _check_negative_networks(self, name: str, negative: str, network_tags: str) -> None:
         """In a negative prompt AUTOMATIC1111 takes tags for text, which is hardly what the user means."""
 
         def keep(kind: str, tag: str) -> bool:
             if kind in NETWORKS and network_tags == "refuse":
-                raise self._refused("negative prompt", tag)
+                raise self._refused(name, tag)
             return True
 
         without_networks(negative, keep)
@@ -365,26 +454,66 @@ def _same(written: float, scale: float) -> bool:
     return math.isclose(written, scale, rel_tol=1e-5)
 
 
-def _contexts(part: _Part, encoded: dict[tuple[int, ...], Float], emphasis: str) -> dict[str, Float]:
-    """The context `[t, C]` of each text of a part: every token's vector times its emphasis, then the mean restored.
+def chosen_layer(text: Text, clip_skip: int | None) -> int:
+    """The text-encoder layer that a clip skip asks for: the bundle's first one for None, and never a later one than the
+    family's contexts come from.
 
-    The mean is that of one chunk over all texts of the part's schedule; a text counts as often as the schedule holds it
-    (modules/sd_emphasis.py over the batch of modules/prompt_parser.py in AUTOMATIC1111). Without prompt editing it is
-    the chunk's own mean.
+    Raises:
+        UsageError: the bundle was built without that layer.
     """
-    texts = list(part.chunks)
+    asked = text.clip_skip[0] if clip_skip is None else clip_skip
+    if isinstance(asked, Integral) and not isinstance(asked, bool):
+        layer = max(int(asked), text.last_layer) if asked >= 1 else int(asked)
+        if layer in text.clip_skip:
+            return layer
+    raise UsageError(
+        f"clip skip {asked!r}: this bundle was built for {', '.join(map(str, text.clip_skip))}",
+        f"Choose one of them, or build again with --clip-skip {asked}.",
+    )
+
+
+def _sides(negatives: int, branches: Sequence[_T]) -> tuple[Sequence[_T], Sequence[_T]]:
+    """The branches of the negative prompt, and those of the prompt."""
+    return branches[:negatives], branches[negatives:]
+
+
+def _encodings(
+    part: _Part, encoded: Mapping[_Rows, Encoding], emphasis: str, texts: Sequence[Text]
+) -> dict[str, Encoding]:
+    """What the encoders make of each text of a part: contexts `[t, C]` of all its chunks with emphasis, and the pooled
+    vector of the first chunk, which emphasis does not touch.
+    """
     counts = Counter(text for _, text in part.schedule)
-    times = np.array([counts[text] for text in texts], np.float64)
-    columns = []
+    times = np.array([counts[text] for text in part.chunks], np.float64)
+    ends = list(accumulate((text.width for text in texts), initial=0))
+    columns = list(starmap(slice, pairwise(ends)))
+    of_chunks = []
     for chunks in zip(*part.chunks.values(), strict=True):
-        z = np.stack([encoded[chunk.tokens] for chunk in chunks])
+        z = np.stack([encoded[chunk.tokens].context for chunk in chunks])
         weights = np.array([chunk.weights for chunk in chunks])
         if emphasis in ("original", "no norm") and (weights != 1).any():
-            weighted = z * weights[:, :, None]
-            old, new = (times @ x.mean(axis=(1, 2), dtype=np.float64) for x in (z, weighted))
-            z = (weighted * (old / new) if emphasis == "original" and new != 0 else weighted).astype(np.float32)
-        columns.append(z)
-    return dict(zip(texts, np.concatenate(columns, axis=1), strict=True))
+            z = np.concatenate([_weighted(z[:, :, own], weights, times, emphasis) for own in columns], axis=2)
+        of_chunks.append(z)
+    contexts = np.concatenate(of_chunks, axis=1)
+    pooled = [encoded[own[0].tokens].pooled for own in part.chunks.values()]
+    if part.zero:
+        for own, text in zip(columns, texts, strict=True):
+            contexts[:, :, own] *= not text.zero_empty
+        pooled = [np.zeros_like(one) if texts[-1].zero_empty else one for one in pooled]
+    return {text: Encoding(z, one) for text, z, one in zip(part.chunks, contexts, pooled, strict=True)}
+
+
+def _weighted(z: Float, weights: NDArray[np.float64], times: NDArray[np.float64], emphasis: str) -> Float:
+    """One chunk of every text of a part, one encoder's vectors `[texts, 77, C]` of it: each token's times its emphasis
+    `[texts, 77]`, then the mean restored.
+
+    The mean is that of the chunk over all texts of the part's schedule; a text counts as often as the schedule holds
+    it, `times` `[texts]` (modules/sd_emphasis.py over the batch of modules/prompt_parser.py in AUTOMATIC1111). Without
+    prompt editing it is the chunk's own mean.
+    """
+    weighted = z * weights[:, :, None]
+    old, new = (times @ x.mean(axis=(1, 2), dtype=np.float64) for x in (z, weighted))
+    return (weighted * (old / new) if emphasis == "original" and new != 0 else weighted).astype(np.float32)
 
 
 def _check_in_all(name: str, chunks: int) -> None:

@@ -8,15 +8,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from sdrt.bundle.manifest import Diffusion
 from sdrt.errors import UsageError
-from sdrt.runtime.sampling.schedule import SCHEDULES, SPACINGS, Sigmas, exponential, karras, spaced, timestep
+from sdrt.runtime.sampling.schedule import (
+    SCHEDULES,
+    SPACINGS,
+    Sigmas,
+    exponential,
+    karras,
+    sigmas_at,
+    spaced,
+    timestep,
+    told_timestep,
+)
 
 ALMOST_ONE = 0.999
 """AUTOMATIC1111 limits strength to this."""
@@ -27,12 +38,23 @@ LCM_STEPS = 50
 
 @dataclass(frozen=True)
 class Request:
-    """What was asked for. `strength` is None from text."""
+    """What was asked for. `strength` is None from text.
+
+    At most one of two lists takes the place of the schedule, `steps` being its number of steps: `timesteps` `[steps]`,
+    falling; or `sigmas` `[steps + 1]`, falling to 0. A sampler gets only a list that its recipe takes.
+    """
 
     schedule: str
     steps: int
     training: Sigmas
     strength: float | None = None
+    timesteps: tuple[int, ...] | None = None
+    sigmas: tuple[float, ...] | None = None
+    diffusion: Diffusion = field(default_factory=Diffusion)
+
+    def told(self, sigma: float) -> float:
+        """The timestep that the network is told at a level of no list."""
+        return told_timestep(sigma, self.training, self.diffusion)
 
 
 @dataclass(frozen=True)
@@ -92,14 +114,14 @@ def a1111_left(request: Request) -> int | None:
 
 def a1111_levels(request: Request, *, discard: bool = False) -> Levels:
     """Levels of k-diffusion's samplers: fractional timesteps. `discard` asks for one level more and drops the one
-    before the last, which is sigma 0.
+    before the last, which is sigma 0. It does not touch a list.
     """
-    return _a1111(request, request.training, discard, lambda sigma: timestep(sigma, request.training))
+    return _a1111(request, request.training, discard, request.told)
 
 
 def a1111_lcm_levels(request: Request) -> Levels:
     """Levels of AUTOMATIC1111's LCM: schedules over the 50 levels of distillation. The network is told the timestep of
-    the nearest of them.
+    the nearest of them, or that of the list.
     """
     k = max(1, len(request.training) // LCM_STEPS)
     trained = request.training[k - 1 :: k]
@@ -110,16 +132,24 @@ def a1111_lcm_levels(request: Request) -> Levels:
 
 def _a1111(request: Request, table: Sigmas, discard: bool, told: Callable[[float], float]) -> Levels:
     steps, t_enc = request.steps, a1111_left(request)
-    sigmas = SCHEDULES[request.schedule](steps + discard, table)
+    if request.sigmas is not None:
+        sigmas = list(request.sigmas)
+    elif request.timesteps is not None:
+        sigmas = [*sigmas_at(np.array(request.timesteps, np.float64), request.training), 0.0]
+    else:
+        sigmas = SCHEDULES[request.schedule](steps + discard, table)
     if len(set(sigmas)) < len(sigmas):
         raise UsageError(
             f"steps {request.steps}: schedule {request.schedule} has only {len(set(sigmas)) - 1} levels for this"
             " sampler",
             "Take fewer steps.",
         )
-    if discard:
+    if discard and request.sigmas is None and request.timesteps is None:
         del sigmas[-2]
-    levels = _levels(sigmas, [told(sigma) for sigma in sigmas[:-1]], sigmas[0])
+    timesteps = (
+        [told(sigma) for sigma in sigmas[:-1]] if request.timesteps is None else [*map(float, request.timesteps)]
+    )
+    levels = _levels(sigmas, timesteps, sigmas[0])
     return levels if t_enc is None else _without(levels, steps - t_enc - 1)
 
 
@@ -211,6 +241,11 @@ def diffusers_first(request: Request, count: int) -> int:
     return count - left
 
 
+def _listed(request: Request) -> NDArray[np.float64]:
+    """The timesteps asked for, `[steps]`."""
+    return np.array(request.timesteps, np.float64)
+
+
 def _interpolated(timesteps: NDArray[np.float64], training: Sigmas) -> list[float]:
     return [float(sigma) for sigma in np.interp(timesteps, np.arange(len(training)), training)]
 
@@ -221,8 +256,11 @@ def diffusers_levels(request: Request, *, rounded: bool = False) -> Levels:
     `rounded` rounds the timesteps of the karras schedule, as KDPM2 does.
     """
     training, steps = request.training, request.steps
-    if request.schedule in SPACINGS:
-        t = spaced(request.schedule, steps, len(training))
+    if request.sigmas is not None:
+        sigmas = list(request.sigmas[:-1])
+        timesteps = [timestep(sigma, training) for sigma in sigmas]
+    elif request.timesteps is not None or request.schedule in SPACINGS:
+        t = _listed(request) if request.timesteps is not None else spaced(request.schedule, steps, len(training))
         sigmas = _interpolated(t, training)
         timesteps = t.tolist()
     else:
@@ -233,8 +271,24 @@ def diffusers_levels(request: Request, *, rounded: bool = False) -> Levels:
         timesteps = [timestep(sigma, training) for sigma in sigmas]
         if rounded and request.schedule == "karras":
             timesteps = [float(round(t)) for t in timesteps]
-    scale = math.hypot(1, max(sigmas)) if request.schedule == "leading" else max(sigmas)
+    leading = request.schedule == "leading" and request.timesteps is None and request.sigmas is None
+    scale = math.hypot(1, max(sigmas)) if leading else max(sigmas)
     return _without(_levels([*sigmas, 0.0], timesteps, scale), diffusers_first(request, steps))
+
+
+def diffusers_edm_levels(request: Request) -> Levels:
+    """Levels of diffusers' EDM schedulers, for a network trained on every level between two sigmas, then 0. From text
+    the first latents have the deviation that an image of unit variance has at the largest level.
+    """
+    training, steps = request.training, request.steps
+    if request.sigmas is not None:
+        sigmas = list(request.sigmas[:-1])
+    elif request.schedule == "karras":
+        sigmas = karras(steps, training)[:-1]
+    else:  # its exponential schedule of one step has the smallest level only
+        sigmas = exponential(steps, training if steps > 1 else training[:1])[:-1]
+    levels = _levels([*sigmas, 0.0], [request.told(sigma) for sigma in sigmas], math.hypot(1, training[-1]))
+    return _without(levels, diffusers_first(request, steps))
 
 
 def diffusers_multistep_levels(request: Request) -> Levels:
@@ -245,8 +299,12 @@ def diffusers_multistep_levels(request: Request) -> Levels:
         UsageError: so many steps that a timestep would repeat; diffusers divides by zero there.
     """
     training, steps = request.training, request.steps
-    if request.schedule in SPACINGS:
-        t = spaced(request.schedule, steps, len(training), extra=request.schedule != "trailing").round()
+    if request.timesteps is not None or request.schedule in SPACINGS:
+        t = (
+            _listed(request)
+            if request.timesteps is not None
+            else spaced(request.schedule, steps, len(training), extra=request.schedule != "trailing").round()
+        )
         sigmas = _interpolated(t, training)
         if len(set(sigmas)) < steps:
             raise UsageError(
@@ -270,7 +328,10 @@ def diffusers_timestep_levels(
     configuration), or zero. `improved` adds the second call of PNDM's first step, and the step back that belongs to it.
     """
     training, steps = request.training, request.steps
-    whole = [int(t) for t in spaced(request.schedule, steps, len(training)).round()]
+    if request.timesteps is not None:
+        whole = list(request.timesteps)
+    else:
+        whole = [int(t) for t in spaced(request.schedule, steps, len(training)).round()]
     ratio = len(training) // steps
     if improved and steps > 1:
         whole.insert(1, whole[1])
@@ -301,22 +362,25 @@ def diffusers_timestep_levels(
 
 
 def diffusers_distilled_levels(request: Request) -> Levels:
-    """Levels of diffusers' LCM and TCD: some of the 50 whole timesteps of distillation. They end at the level of
-    timestep 0.
+    """Levels of diffusers' LCM and TCD: some of the 50 whole timesteps of distillation, or those of the list. They end
+    at the level of timestep 0.
 
     Raises:
         UsageError: more steps than there are such timesteps.
     """
     training, steps = request.training, request.steps
-    if steps > LCM_STEPS or len(training) < LCM_STEPS:
+    if request.timesteps is None and (steps > LCM_STEPS or len(training) < LCM_STEPS):
         raise UsageError(
             f"steps {steps}: a distilled model's sampler takes at most {LCM_STEPS}, and {LCM_STEPS} timesteps or more"
             " to train",
             "4 to 8 suit most.",
         )
-    k = len(training) // LCM_STEPS
-    trained = (np.arange(1, LCM_STEPS + 1) * k - 1)[::-1]
-    t = trained[np.floor(np.linspace(0, LCM_STEPS, steps, endpoint=False)).astype(int)]
+    if request.timesteps is not None:
+        t = np.array(request.timesteps)
+    else:
+        k = len(training) // LCM_STEPS
+        trained = (np.arange(1, LCM_STEPS + 1) * k - 1)[::-1]
+        t = trained[np.floor(np.linspace(0, LCM_STEPS, steps, endpoint=False)).astype(int)]
     levels = _levels(
         [*training[t].tolist(), float(training[0])], t.astype(float).tolist(), math.hypot(1, training[t[0]])
     )

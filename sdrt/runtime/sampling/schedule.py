@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sdrt.bundle.manifest import Diffusion
-from sdrt.errors import UsageError
+from sdrt.errors import BundleError, UsageError
 
 MAX_STEPS = 1000
 
@@ -23,13 +23,50 @@ Sigmas = NDArray[np.float64]
 """Noise levels of training by timestep, `[num_timesteps]`, rising."""
 
 
-def training_sigmas(diffusion: Diffusion) -> Sigmas:
-    """sigma at every training timestep. The betas are linear in their square roots (LDM's "scaled linear")."""
+LEAST_ALPHA_BAR = 1e-16
+"""Stands for a cumulative alpha of 0, so that sigma stays finite: 1e8. What it leaves of the image is far below what
+float32 can tell apart.
+"""
+
+
+def training_sigmas(diffusion: Diffusion, terminal: float = 0.0) -> Sigmas:
+    """sigma at every training timestep. The betas are linear in their square roots (LDM's "scaled linear").
+
+    For zero terminal SNR they are rescaled so that the last timestep has no signal (Lin et al. 2023, "Common Diffusion
+    Noise Schedules", algorithm 1). `terminal` is the cumulative alpha that a tool puts in the place of that 0.
+
+    A network trained on every level has none of its own: its levels are evenly spaced in log sigma, as ComfyUI takes
+    them.
+
+    Raises:
+        BundleError: the levels do not rise, or are infinite.
+    """
+    if diffusion.sigma_min is not None and diffusion.sigma_max is not None:
+        return np.geomspace(diffusion.sigma_min, diffusion.sigma_max, diffusion.num_timesteps)
     betas = (
         np.linspace(diffusion.beta_start**0.5, diffusion.beta_end**0.5, diffusion.num_timesteps, dtype=np.float64) ** 2
     )
     alphas_cumprod = np.cumprod(1.0 - betas)
-    return np.sqrt((1.0 - alphas_cumprod) / alphas_cumprod)
+    if diffusion.zero_snr:
+        root = np.sqrt(alphas_cumprod)
+        alphas_cumprod = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
+        alphas_cumprod[-1] = max(terminal, LEAST_ALPHA_BAR)
+    with np.errstate(divide="ignore", over="ignore"):
+        sigmas = np.sqrt((1.0 - alphas_cumprod) / alphas_cumprod)
+    if not (np.isfinite(sigmas).all() and (np.diff(sigmas) > 0).all()):
+        raise BundleError(
+            f"diffusion: betas from {diffusion.beta_start} to {diffusion.beta_end} over {diffusion.num_timesteps}"
+            " timesteps: their noise levels do not rise, or end in no signal at all",
+            "Build the bundle again.",
+        )
+    return sigmas
+
+
+def told_timestep(sigma: float, training: Sigmas, diffusion: Diffusion) -> float:
+    """The timestep that the network is told at a noise level: fractional, or ln(sigma) / 4 for a network trained on
+    every level (Karras et al. 2022, table 1).
+    """
+    return timestep(sigma, training) if diffusion.sigma_max is None else math.log(sigma) / 4
 
 
 def timestep(sigma: float, training: Sigmas) -> float:
@@ -39,7 +76,8 @@ def timestep(sigma: float, training: Sigmas) -> float:
     return float(np.interp(np.log(sigma), np.log(training), np.arange(len(training))))
 
 
-def _at(t: NDArray[np.float64], training: Sigmas) -> list[float]:
+def sigmas_at(t: NDArray[np.float64], training: Sigmas) -> list[float]:
+    """The noise levels of fractional timesteps: the reverse of `timestep`."""
     return [float(sigma) for sigma in np.exp(np.interp(t, np.arange(len(training)), np.log(training)))]
 
 
@@ -47,7 +85,7 @@ def normal(steps: int, training: Sigmas) -> list[float]:
     """Timesteps evenly spaced from the last to 0, log sigma interpolated between neighbours, then 0 (k-diffusion's
     `get_sigmas`).
     """
-    return [*_at(np.linspace(len(training) - 1, 0, steps), training), 0.0]
+    return [*sigmas_at(np.linspace(len(training) - 1, 0, steps), training), 0.0]
 
 
 def karras(steps: int, training: Sigmas, rho: float = 7.0) -> list[float]:
@@ -67,7 +105,7 @@ def sgm_uniform(steps: int, training: Sigmas) -> list[float]:
     """Timesteps evenly spaced as for one step more. The last of them, timestep 0, is replaced by sigma 0 (Stability's
     generative-models).
     """
-    return [*_at(np.linspace(len(training) - 1, 0, steps + 1)[:-1], training), 0.0]
+    return [*sigmas_at(np.linspace(len(training) - 1, 0, steps + 1)[:-1], training), 0.0]
 
 
 def simple(steps: int, training: Sigmas) -> list[float]:

@@ -139,7 +139,8 @@ def tcd(trace: Trace, levels: Levels, gamma: float = 0.3) -> None:
     for i, (sigma, sigma_next) in enumerate(levels.steps(), 1):
         denoised = trace.denoise_scaled(x, sigma)
         eps = (x / _alpha(sigma) - denoised) / sigma
-        below = float(trace.training[math.floor((1 - gamma) * timesteps[i])])
+        # In float32, as diffusers rounds it: of timestep 730 that makes 511, of float64 510.
+        below = float(trace.training[math.floor(np.float32(1 - gamma) * np.float32(timesteps[i]))])
         fresh = math.sqrt(sigma_next**2 - below**2)
         (x,) = trace.end_row(
             _alpha(sigma_next) * (denoised + below * eps + fresh * trace.noise), to=sigma_next, scaled=True

@@ -16,8 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sdrt.bundle.graphs import REGISTERS
+from sdrt.bundle.manifest import Diffusion
 from sdrt.runtime.sampling.levels import Levels
-from sdrt.runtime.sampling.schedule import Sigmas, timestep
+from sdrt.runtime.sampling.schedule import Sigmas, told_timestep
 
 Latents = NDArray[np.float64]
 """Coefficients `[STATES]` over the registers, the denoised estimate D, the second combination E, and fresh noise."""
@@ -53,17 +54,17 @@ class Row:
 
 
 class Trace:
-    """Records rows while a sampler runs. `prediction` is one of the bundle's PREDICTIONS. `from_image` says that the
-    picture starts from init latents, not from noise alone.
+    """Records rows while a sampler runs. `diffusion` says what the network predicts. `from_image` says that the picture
+    starts from init latents, not from noise alone.
     """
 
-    def __init__(self, levels: Levels, training: Sigmas, prediction: str, *, from_image: bool = False) -> None:
+    def __init__(self, levels: Levels, training: Sigmas, diffusion: Diffusion, *, from_image: bool = False) -> None:
         self.rows: list[Row] = []
         self.noise = _unit(_NOISE)
         self.training = training
         self._levels = levels
         self._told = dict(zip(levels.sigmas, levels.timesteps, strict=False))
-        self._prediction = prediction
+        self._diffusion = diffusion
         self._from_image = from_image
         self._call: tuple[float, Latents, Latents, float, float] | None = None
         self._step = 0
@@ -88,15 +89,29 @@ class Trace:
         A level that the schedule does not list (a midpoint) is not `listed`. Its timestep lies between those of its
         neighbours, whatever the tool rounds.
 
-        eps: D = x - sigma eps(c_in x). v: D = c_in^2 x - sigma c_in v(c_in x), with c_in = 1 / sqrt(1 + sigma^2).
+        With s = sigma_data (1 but for EDM models) and c_in = 1 / sqrt(s^2 + sigma^2), the network's output being F:
+
+            epsilon: D = x - sigma F(c_in x)                  v: D = (s c_in)^2 x - sigma s c_in F(c_in x)
+            x0:      D = F(c_in x)                            edm: D = (s c_in)^2 x + sigma s c_in F(c_in x)
         """
         assert not x[REGISTERS:].any(), "a model call takes latents kept by end_row"
-        c_in = 1 / math.hypot(1, sigma)
-        u, q = {"epsilon": (x, -sigma), "v": (x * c_in * c_in, -sigma * c_in)}[self._prediction]
+        u, q = self._form(x, sigma)
         told = self._told.get(sigma) if listed else None
-        t = timestep(sigma, self.training) if told is None else told
-        self._call = (t, x[:REGISTERS] * c_in, u[:REGISTERS], q, sigma)
+        t = told_timestep(sigma, self.training, self._diffusion) if told is None else told
+        self._call = (t, x[:REGISTERS] * self._c_in(sigma), u[:REGISTERS], q, sigma)
         return _unit(_DENOISED)
+
+    def _c_in(self, sigma: float) -> float:
+        return 1 / math.hypot(self._diffusion.sigma_data, sigma)
+
+    def _form(self, x: Latents, sigma: float) -> tuple[Latents, float]:
+        """u and q of D = u + q F."""
+        skip = self._diffusion.sigma_data * self._c_in(sigma)
+        if self._diffusion.prediction == "epsilon":
+            return x, -sigma
+        if self._diffusion.prediction == "x0":
+            return 0 * x, 1.0
+        return x * skip * skip, sigma * skip if self._diffusion.prediction == "edm" else -sigma * skip
 
     def denoise_scaled(self, x: Latents, sigma: float) -> Latents:
         """The same for latents that are already divided by sqrt(1 + sigma^2)."""
@@ -110,10 +125,9 @@ class Trace:
 
     def eps(self, output: Latents, x: Latents, sigma: float) -> Latents:
         """The noise in scaled latents `x` at level `sigma`, if the network predicted `output` for them."""
-        if self._prediction == "epsilon":
-            return output
-        alpha = 1 / math.hypot(1, sigma)
-        return alpha * output + sigma * alpha * x
+        x = x * math.hypot(1, sigma)
+        u, q = self._form(x, sigma)
+        return (x - u - q * output) / sigma
 
     def end_row(
         self, *kept: Latents, to: float, scaled: bool = False, noise: Noise = "draw", end_step: bool = True

@@ -13,7 +13,7 @@ import pytest
 from tiny_model import Shapes, expected_shapes, header_only
 
 from sdrt.errors import CheckpointError
-from sdrt.export.architecture import Architecture, whole
+from sdrt.export.architecture import Architecture
 from sdrt.export.families.ldm import UNET
 from sdrt.export.inspect import inspect_file
 from sdrt.export.read.checkpoint import open_checkpoint, select
@@ -23,8 +23,7 @@ def opened(path: Path) -> tuple[Architecture, tuple[str, ...]]:
     """The architecture and the notes of a file whose every tensor sdrt's networks take, or need not take."""
     with closing(open_checkpoint(path)) as checkpoint:
         expected = expected_shapes(checkpoint.architecture)
-        known = expected_shapes(whole(checkpoint.architecture))
-        chosen, unknown = select(checkpoint, expected, known.keys() - expected.keys())
+        chosen, unknown = select(checkpoint, expected)
         assert not unknown and {name: tensor.shape for name, tensor in chosen.items()} == expected
         return checkpoint.architecture, checkpoint.notes
 

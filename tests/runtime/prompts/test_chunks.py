@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sdrt.bundle.folder import open_bundle
-from sdrt.bundle.manifest import Text
 from sdrt.runtime.prompts.chunks import Chunk, chunk_segments, empty_chunk
 from sdrt.runtime.prompts.syntax import BREAK, Segment, parse_attention
 from sdrt.runtime.prompts.tokenizer import Tokenizer
@@ -27,14 +26,15 @@ def tokenizer(flat_bundle: Path) -> Tokenizer:
     text = replace(
         bundle.manifest.text[0], embeddings={"ten": TEN, "ten cat": (50100,), "many": MANY, ", odd": (50200, 50201)}
     )
-    return Tokenizer(bundle.file("tokenizer/tokenizer.json"), text)
+    return Tokenizer(bundle.file("tokenizer/tokenizer.json"), [text])
 
 
 def content(chunk: Chunk) -> list[int]:
     """A chunk's tokens without start and padding, after checking the frame."""
-    assert len(chunk.tokens) == len(chunk.weights) == 77
-    assert chunk.tokens[0] == BOS and chunk.tokens[-1] == EOS and chunk.weights[0] == chunk.weights[-1] == 1.0
-    tokens = list(chunk.tokens[1:])
+    (row,) = chunk.tokens
+    assert len(row) == len(chunk.weights) == 77
+    assert row[0] == BOS and row[-1] == EOS and chunk.weights[0] == chunk.weights[-1] == 1.0
+    tokens = list(row[1:])
     while tokens and tokens[-1] == EOS:
         tokens.pop()
     assert set(chunk.weights[len(tokens) + 1 :]) <= {1.0}
@@ -51,7 +51,7 @@ def lengths(tokenizer: Tokenizer, prompt: str) -> list[int]:
 
 def test_short_prompts(tokenizer: Tokenizer) -> None:
     assert cut(tokenizer, "") == [[]] and cut(tokenizer, "cat") == [[CAT]]
-    assert empty_chunk(tokenizer.text) == chunk_segments(tokenizer, [])[0]
+    assert empty_chunk(tokenizer.texts) == chunk_segments(tokenizer, [])[0]
     assert lengths(tokenizer, "cat " * 75) == [75]
     assert lengths(tokenizer, "cat " * 76) == [75, 1]
     assert lengths(tokenizer, "cat " * 150) == [75, 75]
@@ -115,20 +115,19 @@ def test_embeddings_are_never_split(tokenizer: Tokenizer) -> None:
     )
 
 
-def test_padding_of_openclip() -> None:
-    """Zeros after the first end token."""
-
-    class Words(Tokenizer):
-        def __init__(self) -> None:
-            self.text = Text(4, 77, BOS, EOS, 0, (1,))
-            self.comma = None
-            self._triggers = {}
-
-        def tokens(self, text: str) -> list[int]:
-            return [int(word) for word in text.split()]
-
-    assert chunk_segments(Words(), [Segment("5 6", 1.0)])[0].tokens == (BOS, 5, 6, EOS, *[0] * 73)
-    assert empty_chunk(Words().text).tokens == (BOS, EOS, *[0] * 75)
+def test_each_encoder_has_its_own_padding_and_embeddings(flat_bundle: Path) -> None:
+    """Zeros after the first end token for OpenCLIP; the same places for the words of both."""
+    bundle = open_bundle(flat_bundle)
+    clip = replace(bundle.manifest.text[0], embeddings={"ten": (50000, 50001)})
+    openclip = replace(clip, pad=0, embeddings={"ten": (60003, 60004)})
+    both = Tokenizer(bundle.file("tokenizer/tokenizer.json"), [clip, openclip])
+    (chunk,) = chunk_segments(both, [Segment("cat ten", 1.5)])
+    assert chunk.tokens == (
+        (BOS, CAT, 50000, 50001, *[EOS] * 73),
+        (BOS, CAT, 60003, 60004, EOS, *[0] * 72),
+    )
+    assert chunk.weights == (1.0, *[1.5] * 3, *[1.0] * 73)
+    assert empty_chunk(both.texts).tokens == ((BOS, *[EOS] * 76), (BOS, EOS, *[0] * 75))
 
 
 PIECES = st.sampled_from(
@@ -159,8 +158,8 @@ def test_any_prompt(tokenizer: Tokenizer, prompt: str) -> None:
     for segment in segments:
         ids = tokenizer.tokens(segment.text)
         while segment != BREAK and ids:
-            rows, length = tokenizer.embedding_at(ids, 0) or ((ids[0],), 1)
-            expected.append((rows, segment.weight))
+            places, length = tokenizer.embedding_at(ids, 0) or (((ids[0],),), 1)
+            expected.append((tuple(row for (row,) in places), segment.weight))
             ids = ids[length:]
         if segment == BREAK:
             expected.append(BREAK)

@@ -122,7 +122,7 @@ STRINGS = [
 @pytest.fixture(scope="module")
 def ours(flat_bundle: Path) -> Tokenizer:
     bundle = open_bundle(flat_bundle)
-    return Tokenizer(bundle.file("tokenizer/tokenizer.json"), bundle.manifest.text[0])
+    return Tokenizer(bundle.file("tokenizer/tokenizer.json"), bundle.manifest.text)
 
 
 @pytest.fixture(scope="module")
@@ -170,7 +170,7 @@ class PlainBpe:
 def row(tokenizer: Tokenizer, text: str) -> list[int]:
     """The only chunk of a short prompt."""
     (chunk,) = chunk_segments(tokenizer, [Segment(text, 1.0)])
-    return list(chunk.tokens)
+    return list(chunk.tokens[0])
 
 
 def reference_row(clip: Any, text: str) -> list[int]:
@@ -344,14 +344,15 @@ def test_ten_thousand_strings(ours: Tokenizer, clip: Any) -> None:
 
 def with_embeddings(bundle: Path, embeddings: dict[str, tuple[int, ...]]) -> Tokenizer:
     opened = open_bundle(bundle)
-    return Tokenizer(opened.file("tokenizer/tokenizer.json"), replace(opened.manifest.text[0], embeddings=embeddings))
+    return Tokenizer(opened.file("tokenizer/tokenizer.json"), [replace(opened.manifest.text[0], embeddings=embeddings)])
 
 
 def test_triggers(flat_bundle: Path) -> None:
     tokenizer = with_embeddings(flat_bundle, {"cat": (7,), "Cat Dog": (8, 9), "日本": (10,), "bad-hand_v4": (11, 12)})
 
     def found(text: str, position: int = 0) -> Any:
-        return tokenizer.embedding_at(tokenizer.tokens(text), position)
+        found = tokenizer.embedding_at(tokenizer.tokens(text), position)
+        return None if found is None else (tuple(row for (row,) in found[0]), found[1])
 
     assert found("cat") == ((7,), 1) and found("CAT dog") == (
         (8, 9),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import inspect
 import itertools
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -33,19 +34,32 @@ LIMIT = 1e-5
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")  # diffusers' schedulers, in numpy 2
 PREDICTIONS = {"epsilon": "epsilon", "v": "v_prediction"}
+EDM_PREDICTIONS = {"edm": "epsilon", "v": "v_prediction"}
+"""diffusers calls EDM's F "epsilon"."""
 SCHEDULES = {key: sampler.diffusers.schedules for key, sampler in SAMPLERS.items() if sampler.diffusers}
 
 
+def class_of(sampler: str) -> Any:
+    import diffusers
+
+    name = SAMPLERS[sampler].scheduler
+    assert name is not None
+    return getattr(diffusers, name.split()[0])
+
+
 @functools.cache  # some take long to make, and set_timesteps clears what they remember
-def scheduler_of(sampler: str, schedule: str, prediction: str = "epsilon") -> Any:
+def scheduler_of(sampler: str, schedule: str | None, prediction: str = "epsilon", *, zero_snr: bool = False) -> Any:
     """As Stable Diffusion's own configuration has it: steps_offset 1, set_alpha_to_one and clip_sample off, every other
     value the class's.
     """
-    import diffusers
-
-    settings: dict[str, Any] = {**TRAINING, "steps_offset": 1, "prediction_type": PREDICTIONS[prediction]}
-    name = SAMPLERS[sampler].scheduler
-    assert name is not None
+    kind = class_of(sampler)
+    settings: dict[str, Any] = {
+        **TRAINING,
+        "steps_offset": 1,
+        "prediction_type": {**PREDICTIONS, "x0": "sample"}[prediction],
+    }
+    if zero_snr:
+        settings["rescale_betas_zero_snr"] = True
     if sampler == "dpmpp_2m_sde":
         settings["algorithm_type"] = "sde-dpmsolver++"
     if sampler in ("ddim", "ddpm"):
@@ -56,10 +70,15 @@ def scheduler_of(sampler: str, schedule: str, prediction: str = "epsilon") -> An
         settings["skip_prk_steps"] = True
     if schedule in ("karras", "exponential"):
         settings[f"use_{schedule}_sigmas"] = True
-    elif sampler not in ("lcm", "tcd"):
+    elif sampler not in ("lcm", "tcd") and schedule is not None:
         settings["timestep_spacing"] = schedule
-    scheduler = getattr(diffusers, name.split()[0])(**settings)
-    scheduler.alphas_cumprod = torch.from_numpy(ALPHAS)
+    scheduler = kind(**settings)
+    alphas = ALPHAS
+    if zero_snr:
+        root = np.sqrt(ALPHAS)
+        alphas = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
+        alphas[-1] = float(scheduler.alphas_cumprod[-1])
+    scheduler.alphas_cumprod = torch.from_numpy(alphas)
     scheduler.final_alpha_cumprod = scheduler.alphas_cumprod[0]
     return scheduler
 
@@ -68,7 +87,8 @@ def scheduler_of(sampler: str, schedule: str, prediction: str = "epsilon") -> An
 def drawn(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Iterator[Array]]]:
     """The stream that every scheduler's `randn_tensor` draws from, in a list so that a test can renew it."""
     stream = [normals(2)]
-    for name in ("ddpm", "euler_ancestral_discrete", "k_dpm_2_ancestral_discrete", "dpmsolver_multistep", "lcm", "tcd"):
+    drawing = ("ddpm", "euler_ancestral_discrete", "k_dpm_2_ancestral_discrete", "dpmsolver_multistep", "lcm", "tcd")
+    for name in (*drawing, "edm_dpmsolver_multistep"):
         module = importlib.import_module(f"diffusers.schedulers.scheduling_{name}")
         monkeypatch.setattr(module, "randn_tensor", lambda shape, **_: torch.from_numpy(next(stream[0]))[None])
     yield stream
@@ -90,15 +110,15 @@ def run_scheduler(scheduler: Any, timesteps: Any, x: Any, after: Any = None) -> 
     return np.asarray(x[0].numpy())
 
 
-def compared(case: object, rows: list[Row], expected: Array, unit: Array, **picture: Any) -> None:
-    assert relative(run_machine(rows, toy_network, unit, normals(2), **picture), expected) < LIMIT, case
+def compared(case: object, rows: list[Row], expected: Array, unit: Array, limit: float = LIMIT, **picture: Any) -> None:
+    assert relative(run_machine(rows, toy_network, unit, normals(2), **picture), expected) < limit, case
     by_table = run_machine(tables(rows, [[1.0]] * len(rows)), toy_network, unit, normals(2), rows=rows, **picture)
-    assert relative(by_table, expected) < LIMIT, case
+    assert relative(by_table, expected) < limit, case
 
 
 @pytest.mark.parametrize("sampler", SCHEDULES)
 def test_text(drawn: list[Iterator[Array]], sampler: str) -> None:
-    for case in itertools.product(SCHEDULES[sampler], PREDICTIONS, (1, 2, 3, 7, 20)):
+    for case in itertools.product(SCHEDULES[sampler], PREDICTIONS, (1, 2, 3, 4, 7, 20)):
         schedule, prediction, steps = case
         if (sampler, steps) == ("dpm2_a", 2):
             # The level between the two steps is sqrt(a - b) of two float32 numbers that agree in all but their last
@@ -220,3 +240,117 @@ def test_spacings(spacing: str) -> None:
 def test_distilled_models_take_few_steps(sampler: str) -> None:
     with pytest.raises(UsageError, match="steps 51: a distilled model's sampler takes at most 50"):
         plan_rows(sampler, "leading", 51, Diffusion(), compat="diffusers")
+
+
+def text_to_image(scheduler: Any, drawn: list[Iterator[Array]]) -> tuple[Array, Array]:
+    """A picture by a scheduler whose timesteps are set: the unit noise it started from, and its latents."""
+    drawn[0] = normals(2)
+    unit = next(normals(1))
+    return unit, run_scheduler(scheduler, scheduler.timesteps, batch(unit) * float(scheduler.init_noise_sigma))
+
+
+@pytest.mark.parametrize("sampler", SCHEDULES)
+def test_zero_terminal_snr(drawn: list[Iterator[Array]], sampler: str) -> None:
+    """Every scheduler that rescales its betas, with the cumulative alpha that it puts at the end. Those that cannot are
+    refused, and so is noise prediction where the end is 0.
+    """
+    diffusion = Diffusion(prediction="v", zero_snr=True)
+    if "rescale_betas_zero_snr" not in inspect.signature(class_of(sampler)).parameters:
+        with pytest.raises(UsageError, match=f"sampler {sampler}: cannot sample a model trained on zero terminal SNR"):
+            plan_rows(sampler, SCHEDULES[sampler][0], 4, diffusion, compat="diffusers")
+        return
+    for schedule, steps in itertools.product(SCHEDULES[sampler], (1, 2, 7, 20)):
+        scheduler = scheduler_of(sampler, schedule, "v", zero_snr=True)
+        scheduler.set_timesteps(steps)
+        rows = plan_rows(sampler, schedule, steps, diffusion, compat="diffusers")
+        # Euler's latents are kept in float32 at sigma 4096, which is off by 2e-4 there; the others' are of variance 1.
+        limit = 1e-3 if sampler.startswith("euler") else LIMIT
+        compared((schedule, steps), rows, *reversed(text_to_image(scheduler, drawn)), limit=limit)
+    blind = Diffusion(zero_snr=True)
+    if float(scheduler.alphas_cumprod[-1]) == 0:
+        with pytest.raises(UsageError, match="zero terminal SNR to predict the noise"):
+            plan_rows(sampler, SCHEDULES[sampler][0], 4, blind, compat="diffusers")
+
+
+@pytest.mark.parametrize("sampler", [key for key, sampler in SAMPLERS.items() if sampler.edm])
+@pytest.mark.parametrize("prediction", EDM_PREDICTIONS)
+def test_networks_of_every_level(drawn: list[Iterator[Array]], sampler: str, prediction: str) -> None:
+    """CosXL's and Playground's kind of model, from noise and from an image."""
+    import diffusers
+
+    kinds = {
+        "euler": (diffusers.EDMEulerScheduler, {}),
+        "dpmpp_2m": (diffusers.EDMDPMSolverMultistepScheduler, {}),
+        "dpmpp_2m_sde": (diffusers.EDMDPMSolverMultistepScheduler, {"algorithm_type": "sde-dpmsolver++"}),
+    }
+    kind, settings = kinds[sampler]
+    edm = SAMPLERS[sampler].edm
+    assert edm is not None
+    for schedule, steps, (high, data) in itertools.product(edm.schedules, (1, 2, 7, 20), ((120.0, 1.0), (80.0, 0.5))):
+        limits = {"sigma_min": 0.002, "sigma_max": high, "sigma_data": data}
+        scheduler = kind(prediction_type=EDM_PREDICTIONS[prediction], sigma_schedule=schedule, **limits, **settings)
+        scheduler.set_timesteps(steps)
+        diffusion = Diffusion(prediction=prediction, **limits)
+        rows = plan_rows(sampler, schedule, steps, diffusion, compat="diffusers")
+        assert [row.timestep for row in rows] == pytest.approx(scheduler.timesteps.tolist(), abs=1e-5)
+        compared((schedule, steps), rows, *reversed(text_to_image(scheduler, drawn)))
+        if steps < 7:
+            continue
+        scheduler.set_timesteps(steps)
+        scheduler.set_begin_index(steps - int(steps * 0.6))
+        left = scheduler.timesteps[steps - int(steps * 0.6) :]
+        rows = plan_rows(sampler, schedule, steps, diffusion, compat="diffusers", strength=0.6)
+        drawn[0] = normals(2)
+        unit, init = next(normals(1)), next(normals(3))
+        noisy = scheduler.add_noise(batch(init), batch(unit), left[:1]).double()
+        compared((schedule, steps), rows, run_scheduler(scheduler, left, noisy), unit, init=init)
+
+
+LISTS = {
+    "timesteps": ((999, 749, 499, 249), (999, 845, 730, 587, 443, 310, 193, 116, 53, 13), (399,), (500, 3, 0)),
+    "sigmas": ((14.615, 6.475, 3.861, 2.697, 1.886, 1.396, 0.963, 0.652, 0.399, 0.152, 0.029, 0.0), (7.0, 0.0)),
+}
+
+
+@pytest.mark.parametrize("name", LISTS)
+@pytest.mark.parametrize("sampler", SCHEDULES)
+def test_lists(drawn: list[Iterator[Array]], sampler: str, name: str) -> None:
+    """Timesteps and sigmas in place of a schedule, wherever diffusers' own schedulers take them."""
+    if name not in inspect.signature(class_of(sampler).set_timesteps).parameters or sampler == "unipc":
+        return  # UniPC's are for flows
+    for numbers in LISTS[name]:
+        scheduler = scheduler_of(sampler, None, "v")
+        scheduler.set_timesteps(**{name: list(numbers)})
+        diffusion = Diffusion(prediction="v")
+        asked: dict[str, Any] = {"compat": "diffusers", name: numbers}
+        rows = plan_rows(sampler, SCHEDULES[sampler][0], 20, diffusion, **asked)
+        assert [row.timestep for row in rows] == pytest.approx([float(t) for t in scheduler.timesteps], abs=2e-3)
+        compared(numbers, rows, *reversed(text_to_image(scheduler, drawn)))
+        calls = scheduler.timesteps[diffusers_skips(scheduler, len(rows), name, numbers) :]
+        if len(calls) == 0:
+            continue
+        scheduler.set_timesteps(**{name: list(numbers)})
+        rows = plan_rows(sampler, SCHEDULES[sampler][0], 20, diffusion, strength=0.6, **asked)
+        assert len(rows) == len(calls)
+        drawn[0] = normals(2)
+        unit, init = next(normals(1)), next(normals(3))
+        if sampler != "ddpm":  # it keeps no place in its list
+            scheduler.set_begin_index(len(scheduler.timesteps) - len(calls))
+        noisy = scheduler.add_noise(batch(init), batch(unit), calls[:1]).double()
+        compared(numbers, rows, run_scheduler(scheduler, calls, noisy), unit, init=init)
+
+
+def diffusers_skips(scheduler: Any, rows: int, name: str, numbers: tuple[float, ...]) -> int:
+    """How many model calls `StableDiffusionImg2ImgPipeline.get_timesteps` skips at strength 0.6."""
+    steps = len(numbers) - (name == "sigmas")
+    return (steps - int(steps * 0.6)) * int(scheduler.order)
+
+
+@pytest.mark.parametrize("sampler", ["euler", "ddim", "dpmpp_2m", "lcm", "tcd"])
+def test_networks_that_predict_the_image(drawn: list[Iterator[Array]], sampler: str) -> None:
+    """Lightning's model of one step is one."""
+    for schedule, steps in itertools.product(SCHEDULES[sampler][:1] + SCHEDULES[sampler][2:3], (1, 4)):
+        scheduler = scheduler_of(sampler, schedule, "x0")
+        scheduler.set_timesteps(steps)
+        rows = plan_rows(sampler, schedule, steps, Diffusion(prediction="x0"), compat="diffusers")
+        compared((schedule, steps), rows, *reversed(text_to_image(scheduler, drawn)))

@@ -20,9 +20,9 @@ from sdrt.bundle.graphs import (
     VAE_DECODER,
     VAE_ENCODER,
     Signature,
-    context_output,
     dimensions,
     signatures,
+    text_outputs,
 )
 from sdrt.engines.shapes import EngineShapes, JobShape, any_shapes
 from sdrt.machine.interruptible import interruptible
@@ -39,7 +39,7 @@ from sdrt.runtime.backends.onnxruntime.model import (
     open_graph,
     run_session,
 )
-from sdrt.runtime.engine import BatchShape, Float, Pixels, job_shape
+from sdrt.runtime.engine import BatchShape, Float, Pixels, context_and_pooled, job_shape
 from sdrt.runtime.request_memory import Demand, onnxruntime_demand
 from sdrt.runtime.running_batch import HostMemory, Slots, step_sizes
 
@@ -70,6 +70,7 @@ class OnnxRuntimeEngine:
         """`shared` says that others keep the cores busy too."""
         self._ort = import_onnxruntime("backend onnxruntime")
         self._bundle, self._threads, self._shared = bundle, threads, shared
+        self._signatures = signatures(dimensions(bundle.manifest))
         self._lock = Lock()
         self._saved = find_saved(bundle, self._ort.__version__)
         self._sessions = interruptible(lambda: self._load(_RUN_GRAPHS))
@@ -88,9 +89,10 @@ class OnnxRuntimeEngine:
         available = available_bytes()
         return None if available is None else available + min(_kept.size_bytes, rss_bytes() or 0)
 
-    def encode_text(self, tokens: NDArray[np.int64], clip_skip: int) -> Float:
-        context: Float = self._run(TEXT_ENCODER, [context_output(clip_skip)], {"tokens": tokens})[0]
-        return context
+    def encode_text(self, tokens: NDArray[np.int64], clip_skip: int) -> tuple[Float, Float]:
+        signature = self._signatures[TEXT_ENCODER]
+        inputs = dict(zip(signature.inputs, tokens, strict=True))
+        return context_and_pooled(self._run(TEXT_ENCODER, [*text_outputs(signature, clip_skip)], inputs))
 
     def encode_image(self, pixels: Pixels, noise: Float) -> Float:
         with self._lock:  # most pictures start from text: the encoder is loaded when the first image comes
@@ -100,7 +102,7 @@ class OnnxRuntimeEngine:
         return latents
 
     def open(self, shape: BatchShape, capacity: int) -> Slots:
-        signature = signatures(dimensions(self._bundle.manifest))[STEP]
+        signature = self._signatures[STEP]
         try:
             memory = _StepMemory(self, self._ort, self._sessions[STEP], signature, shape, capacity)
         except RuntimeError as error:  # the graph takes other inputs

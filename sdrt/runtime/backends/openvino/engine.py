@@ -31,9 +31,9 @@ from sdrt.bundle.graphs import (
     VAE_DECODER,
     VAE_ENCODER,
     Signature,
-    context_output,
     dimensions,
     signatures,
+    text_outputs,
 )
 from sdrt.bundle.manifest import WEIGHTS
 from sdrt.engines.record import EngineRecord
@@ -53,7 +53,7 @@ from sdrt.runtime.backends.openvino.model import (
     import_openvino,
     openvino_version,
 )
-from sdrt.runtime.engine import BatchShape, Float, InParts, Pixels, RunningBatch, job_shape
+from sdrt.runtime.engine import BatchShape, Float, InParts, Pixels, RunningBatch, context_and_pooled, job_shape
 from sdrt.runtime.request_memory import Demand, openvino_demand
 from sdrt.runtime.running_batch import HostMemory, Slots, step_sizes
 
@@ -95,6 +95,7 @@ class OpenVinoEngine:
             compile_missing,
             shared,
         )
+        self._signatures = signatures(dimensions(bundle.manifest))
         self._core = self._ov.Core()
         self._engines = _usable(bundle, self._core)
         self._lock = Lock()
@@ -140,10 +141,12 @@ class OpenVinoEngine:
     def free_bytes(self, shape: JobShape) -> int | None:
         return available_bytes()
 
-    def encode_text(self, tokens: NDArray[np.int64], clip_skip: int) -> Float:
-        wanted = (context_output(clip_skip),)
-        inputs: list[Arrays] = [{"tokens": tokens[i : i + 1]} for i in range(len(tokens))]
-        return np.concatenate([self._call(self._default, TEXT_ENCODER, one, wanted)[0] for one in inputs])
+    def encode_text(self, tokens: NDArray[np.int64], clip_skip: int) -> tuple[Float, Float]:
+        signature = self._signatures[TEXT_ENCODER]
+        wanted = text_outputs(signature, clip_skip)
+        chunks = [dict(zip(signature.inputs, tokens[:, i : i + 1], strict=True)) for i in range(tokens.shape[1])]
+        outputs = zip(*(self._call(self._default, TEXT_ENCODER, chunk, wanted) for chunk in chunks), strict=True)
+        return context_and_pooled([np.concatenate(parts) for parts in outputs])
 
     def encode_image(self, pixels: Pixels, noise: Float) -> Float:
         engine = self._of_size(*noise.shape[2:])
@@ -160,7 +163,7 @@ class OpenVinoEngine:
     def _start(self, shape: BatchShape, capacity: int) -> Slots:
         engine = self._of_batch(shape, capacity)
         made = engine.shape
-        signature = signatures(dimensions(self._bundle.manifest))[STEP]
+        signature = self._signatures[STEP]
         memory = _StepMemory(
             self, self._load(engine, STEP).compiled, engine, signature, step_sizes(shape, made.batch, made.rows)
         )
@@ -510,6 +513,6 @@ def _unlikeness(shape: StepShape, bundle: Bundle) -> tuple[int, ...]:
     """How far an engine is from what is most often asked for, to find the one to load first: the bundle's own size, one
     picture, a short prompt, guidance.
     """
-    latents = bundle.manifest.latents
+    manifest, latents = bundle.manifest, bundle.manifest.latents
     own_size = latents.size[1] // latents.factor, latents.size[0] // latents.factor
-    return shape.size != own_size, shape.batch, shape.tokens, shape.branches != 2
+    return shape.size != own_size, shape.batch, shape.tokens, shape.branches != manifest.branches

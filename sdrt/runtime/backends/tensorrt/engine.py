@@ -18,12 +18,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sdrt.bundle.folder import Bundle
-from sdrt.bundle.graphs import STEP, TEXT_ENCODER, VAE_DECODER, VAE_ENCODER, context_output
+from sdrt.bundle.graphs import STEP, TEXT_ENCODER, VAE_DECODER, VAE_ENCODER, text_outputs
 from sdrt.engines.shapes import EngineShapes, JobShape
 from sdrt.engines.store import state_bytes
 from sdrt.runtime.backends.tensorrt.plans import Plans
 from sdrt.runtime.backends.tensorrt.step import TensorRtMemory, take_step
-from sdrt.runtime.engine import BatchShape, Float, Pixels
+from sdrt.runtime.engine import BatchShape, Float, Pixels, context_and_pooled
 from sdrt.runtime.request_memory import Demand
 from sdrt.runtime.running_batch import Slots
 
@@ -61,18 +61,19 @@ class TensorRtEngine:
     def free_bytes(self, shape: JobShape) -> int | None:
         return None  # a job that finds no room raises ResourceError, and no system ends the process
 
-    def encode_text(self, tokens: NDArray[np.int64], clip_skip: int) -> Float:
-        most = self.plans.record.key.profiles[TEXT_ENCODER][0].shapes["tokens"][2][0]
-        groups = [slice(first, first + most) for first in range(0, len(tokens), most)]
-        return np.concatenate([self._encode_group(tokens[group], clip_skip) for group in groups])
+    def encode_text(self, tokens: NDArray[np.int64], clip_skip: int) -> tuple[Float, Float]:
+        first_input = next(iter(self.plans.signatures[TEXT_ENCODER].inputs))
+        most, count = self.plans.record.key.profiles[TEXT_ENCODER][0].shapes[first_input][2][0], tokens.shape[1]
+        groups = [tokens[:, first : first + most] for first in range(0, count, most)]
+        outputs = zip(*(self._encode_group(group, clip_skip) for group in groups), strict=True)
+        return context_and_pooled([np.concatenate(parts) for parts in outputs])
 
-    def _encode_group(self, tokens: NDArray[np.int64], clip_skip: int) -> Float:
-        wanted = context_output(clip_skip)
+    def _encode_group(self, tokens: NDArray[np.int64], clip_skip: int) -> list[Float]:
+        signature = self.plans.signatures[TEXT_ENCODER]
+        inputs, wanted = dict(zip(signature.inputs, tokens, strict=True)), text_outputs(signature, clip_skip)
         with self.plans.guarded(TEXT_ENCODER):
-            result: Float = (
-                self.plans.run(TEXT_ENCODER, {"tokens": tokens}, {"n": len(tokens)}, wanted).host(wanted).copy()
-            )
-            return result
+            block = self.plans.run(TEXT_ENCODER, inputs, {"n": tokens.shape[1]}, *wanted)
+            return [block.host(name).copy() for name in wanted]
 
     def encode_image(self, pixels: Pixels, noise: Float) -> Float:
         count, _, height, width = noise.shape

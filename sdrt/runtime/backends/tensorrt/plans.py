@@ -119,8 +119,8 @@ class Plans:
             self._engines[graph] = self._deserialize(graph)
             self._contexts[graph] = self.context(graph)
 
-    def run(self, graph: str, inputs: dict[str, NDArray[Any]], sizes: Mapping[str, int], output: str) -> Block:
-        """Run one graph on host arrays and wait for `output`, which the block then holds. `sizes` says what the free
+    def run(self, graph: str, inputs: dict[str, NDArray[Any]], sizes: Mapping[str, int], *outputs: str) -> Block:
+        """Run one graph on host arrays and wait for `outputs`, which the block then holds. `sizes` says what the free
         axes are.
         """
         block = self.kept(graph, sizes)
@@ -128,7 +128,8 @@ class Plans:
             block.host(name)[...] = array
         block.upload(self.stream, *_ends(self.signatures[graph].inputs))
         self._enqueue_on(block, graph)
-        block.download(self.stream, output, output)
+        for output in outputs:
+            block.download(self.stream, output, output)
         self.stream.sync()
         return block
 

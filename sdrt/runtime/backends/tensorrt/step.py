@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sdrt.bundle.graphs import FED_BACK, STEP, VAE_DECODER, Signature, concrete
+from sdrt.bundle.graphs import CONTEXT, FED_BACK, STEP, VAE_DECODER, Signature, concrete
 from sdrt.errors import ResourceError, UsageError
 from sdrt.runtime.backends.tensorrt.blocks import Block
 from sdrt.runtime.backends.tensorrt.plans import Plans, out_of_memory
@@ -81,30 +81,31 @@ class CapturedStep:
         """The block that holds a step input for a call."""
         return self.outputs if name in FED_BACK and call % 2 else self.inputs
 
-    def hold_contexts(self, plans: Plans, slot: int, sets: Sequence[Float]) -> None:
+    def hold_contexts(self, plans: Plans, slot: int, sets: Sequence[Mapping[str, Float]]) -> None:
         """Put a picture's context sets on the device, in memory that stays with the slot: the next such picture
         allocates nothing.
         """
         held = self.context_sets[slot]
-        if held is None or held.layout.sections["sets"].shape[0] < len(sets):
+        if held is None or held.layout.sections[CONTEXT].shape[0] < len(sets):
             if held is not None:
                 held.close(plans.stream)
                 self.context_sets[slot] = None
-            held = self.context_sets[slot] = plans.block([("sets", (len(sets), *sets[0].shape), np.float32)])
-        for i, context in enumerate(sets):
-            held.host("sets")[i] = context
-        held.upload_parts(plans.stream, [("sets", 0, len(sets))])
+            fields = [(name, (len(sets), *value.shape), value.dtype) for name, value in sets[0].items()]
+            held = self.context_sets[slot] = plans.block(fields)
+        for i, one in enumerate(sets):
+            for name, value in one.items():
+                held.host(name)[i] = value
+        held.upload_parts(plans.stream, [(name, 0, len(sets)) for name in sets[0]])
 
     def change_context(self, plans: Plans, slot: int, index: int) -> None:
-        """Start the one copy that gives the next rows another context set. The rows before have read theirs: one
-        stream, one order.
+        """Start the copies, one for each input made of prompts, that give the next rows another context set. The rows
+        before have read theirs: one stream, one order.
         """
         held = self.context_sets[slot]
         assert held is not None
-        size_bytes = held.offset("sets", 1) - held.offset("sets", 0)
-        self.inputs.copy(
-            plans.stream, self.inputs.offset("context", slot), held, held.offset("sets", index), size_bytes
-        )
+        for name in held.layout.sections:
+            size_bytes = held.offset(name, 1) - held.offset(name, 0)
+            self.inputs.copy(plans.stream, self.inputs.offset(name, slot), held, held.offset(name, index), size_bytes)
 
     def close(self, stream: Any) -> None:
         for graph in self.graphs or []:
@@ -248,7 +249,7 @@ class TensorRtMemory:
         self._open()
         self._wait_for(self._copied)
 
-    def hold_contexts(self, slot: int, contexts: Sequence[Float]) -> None:
+    def hold_contexts(self, slot: int, contexts: Sequence[Mapping[str, Float]]) -> None:
         step = self._open()
         with self._plans.guarded(STEP):
             step.hold_contexts(self._plans, slot, contexts)

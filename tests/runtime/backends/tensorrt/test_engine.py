@@ -384,7 +384,7 @@ def jobs_of_contexts(bundle: Bundle, sets: tuple[int, ...], pictures: int = 1) -
         Job(
             {**table, "noise": draw(len(rows), 4, 8, 8)},
             {"init": zeros, "init_noise": draw(4, 8, 8), "mask": zeros[:1]},
-            tuple(draw(2, 77, 64) for _ in range(3)),
+            tuple({"context": draw(2, 77, 64)} for _ in range(3)),
             sets,
         )
         for _ in range(pictures)
@@ -516,10 +516,11 @@ def test_prompt_editing(pipe: Pipeline, expected: Expected, gpu: Gpu) -> None:
 
 def test_more_chunks_than_the_text_engine_takes(pipe: Pipeline, small_bundle: Path) -> None:
     """They are encoded in groups."""
-    tokens = np.random.RandomState(3).randint(0, 40_000, (7, 77))
+    tokens = np.random.RandomState(3).randint(0, 40_000, (1, 7, 77))
     with Pipeline.load(small_bundle, backend="onnxruntime", threads=1) as cpu:
-        reference = np.concatenate([engine_of(cpu).encode_text(tokens[i : i + 2], 1) for i in range(0, 7, 2)])
-    assert np.array_equal(engine_of(pipe).encode_text(tokens, 1), reference)
+        reference = np.concatenate([engine_of(cpu).encode_text(tokens[:, i : i + 2], 1)[0] for i in range(0, 7, 2)])
+    context, pooled = engine_of(pipe).encode_text(tokens, 1)
+    assert np.array_equal(context, reference) and pooled.shape == (7, 0)
 
 
 # State left behind
@@ -564,7 +565,7 @@ def test_buffers_taken_over_while_their_copies_are_queued(pipe: Pipeline) -> Non
         job,
         tables={**job.tables, "noise": np.zeros((3, 4, 8, 8), np.float32)},
         inputs=inputs,
-        contexts=(np.zeros((2, 77, 64), np.float32),),
+        contexts=({"context": np.zeros((2, 77, 64), np.float32)},),
     )
     latents = []
     for first in (good, job):
@@ -612,7 +613,7 @@ def test_job_that_does_not_fit(pipe: Pipeline, expected: Expected) -> None:
     for name, wrong in (
         ("mask", replace(job, inputs={**job.inputs, "mask": np.zeros((1, 3, 3), np.float32)})),
         ("noise", replace(job, tables={**job.tables, "noise": np.zeros((2, 4, 8, 8), np.float32)})),
-        ("context 0", replace(job, contexts=(np.zeros((3, 77, 64), np.float32),))),
+        ("context 0", replace(job, contexts=({"context": np.zeros((3, 77, 64), np.float32)},))),
         ("concat", replace(job, inputs={**job.inputs, "concat": np.zeros((2, 5, 8, 8), np.float32)})),
     ):
         with pytest.raises(UsageError, match=f"step: {name}: shape .*, this batch takes"):
