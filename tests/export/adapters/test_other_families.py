@@ -5,12 +5,14 @@ and peft write, embeddings for two text encoders, and files of one family given 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import EMOJI
 from safetensors.torch import save_file
 from tiny_model import expected_shapes, header_only, levels, seeded
 
@@ -18,7 +20,10 @@ from sdrt.errors import AdapterError
 from sdrt.export.adapters.embedding import EmbeddingOption, bundled_embeddings, extended_tables, open_embedding
 from sdrt.export.adapters.match import Lora, LoraOption, open_lora
 from sdrt.export.architecture import Architecture, ClipSpec, UNetSpec, VaeSpec
+from sdrt.export.families.table import component_name
+from sdrt.export.graph import weight_shapes
 from sdrt.export.inspect import inspect_file
+from sdrt.export.read.checkpoint import open_checkpoint
 
 Tensors = dict[str, torch.Tensor]
 UNET, CLIP, CLIP_2 = "model.diffusion_model.", "cond_stage_model.transformer.", "conditioner.embedders.1.transformer."
@@ -538,3 +543,23 @@ def test_embedding_for_sd2(file: Path, name: str) -> None:
     embedding = open_embedding(EmbeddingOption(file, "x"), SD2)
     embedding.file.close()
     assert embedding.vectors == 3 and inspect_file(file)["kind"] == "a textual-inversion embedding"
+
+
+# The emoji model's LoRA, of the UNet and both text encoders
+
+
+def test_every_key_of_the_emoji_lora_has_its_place() -> None:
+    checkpoint = open_checkpoint(EMOJI / "emoji-xl.safetensors")
+    checkpoint.close()
+    arch = checkpoint.architecture
+    adapter = open_lora(LoraOption(EMOJI / "toy-xl.safetensors"), weight_shapes(arch), arch)
+    adapter.file.close()
+    assert adapter.unmatched == () and len(adapter.file.entries) == 3 * 289
+    counts = Counter(component_name(weight) for weight in adapter.deltas)
+    assert counts == {"unet": 253, "text_encoder": 18, "text_encoder_2": 18}
+    texts = tuple(replace(text, clip_skip=(arch.last_layer,)) for text in arch.texts)
+    built = replace(arch, texts=texts)  # as a build has it
+    adapter = open_lora(LoraOption(EMOJI / "toy-xl.safetensors"), weight_shapes(built), built)
+    adapter.file.close()
+    assert len(adapter.deltas) == 289 - 6
+    assert adapter.notes == ("18 of its keys change layers of a text encoder that the model does not use",)
