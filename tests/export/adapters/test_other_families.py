@@ -5,6 +5,7 @@ and peft write, embeddings for two text encoders, and files of one family given 
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -29,6 +30,7 @@ Tensors = dict[str, torch.Tensor]
 UNET, CLIP, CLIP_2 = "model.diffusion_model.", "cond_stage_model.transformer.", "conditioner.embedders.1.transformer."
 BLOCK = "transformer_blocks.1.attn2.to_k"
 LAYER, LAYER_2 = CLIP + "text_model.encoder.layers.0.", CLIP_2 + "text_model.encoder.layers.1."
+MLP = ("mlp.fc1", "mlp.fc2")
 
 CLIP_L = ClipSpec(64, 3, 1, 96, 50, 77, clip_skip=(2,), final_norm=False)
 SDXL = Architecture(
@@ -563,3 +565,38 @@ def test_every_key_of_the_emoji_lora_has_its_place() -> None:
     adapter.file.close()
     assert len(adapter.deltas) == 289 - 6
     assert adapter.notes == ("18 of its keys change layers of a text encoder that the model does not use",)
+
+
+def test_every_module_that_kohya_trains_in_sdxl_has_its_place(file: Path) -> None:
+    """At the published sizes: 70 transformer blocks of 10 projections, 11 attentions of 2, and 12 and 32 layers of 6."""
+    clip_l = ClipSpec(768, 12, 12, 3072, 49408, 77, (2,), final_norm=False)
+    clip_g = ClipSpec(1280, 32, 20, 5120, 49408, 77, (2,), "gelu", final_norm=False, projection=1280, pad=0)
+    depths = levels((2, 2, 2), (0, 2, 10)).values()
+    unet = UNetSpec(4, 4, (320, 640, 1280), *depths, 10, 2048, True, None, 64, vector_width=2816)
+    arch = replace(SDXL, texts=(clip_l, clip_g), unet=unet)
+    shapes = dict(expected_shapes(arch))
+    spelled = {
+        name: "lora_unet_" + name.removeprefix(UNET).removesuffix(".weight").replace(".", "_")
+        for name, shape in shapes.items()
+        if re.search(r"\.1\.(proj_|transformer_blocks)", name) and name.startswith(UNET) and len(shape) == 2
+    }
+    for number, prefix, layers, width in ((1, CLIP, 12, 768), (2, CLIP_2, 32, 1280)):
+        for layer in range(layers):
+            for module in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj", *MLP):
+                path = f"text_model.encoder.layers.{layer}.{module}"
+                spelled[f"{prefix}{path}.weight"] = f"lora_te{number}_{path.replace('.', '_')}"
+                shapes.setdefault(f"{prefix}{path}.weight", (width, width))
+    keys = dict[str, tuple[int, ...]]()
+    for weight, module in spelled.items():
+        outputs, inputs = shapes[weight]
+        keys |= {
+            f"{module}.lora_down.weight": (8, inputs),
+            f"{module}.lora_up.weight": (outputs, 8),
+            f"{module}.alpha": (),
+        }
+    assert len(spelled) == 722 + 72 + 192
+    adapter = open_lora(LoraOption(header_only(file, keys)), expected_shapes(arch), arch)
+    adapter.file.close()
+    assert adapter.unmatched == () and adapter.deltas.keys() == spelled.keys() - {
+        name for name in spelled if name.startswith(CLIP + "text_model.encoder.layers.11.")
+    }
