@@ -13,9 +13,9 @@ each, and before each process its environment, model and caches are read once: r
 find them in memory, and the others wait for the disk. Every sample is a file under --folder: a run that was stopped
 goes on where it was, and more --runs add to it. Pairs share a moment on the machine only where all rows ran together:
 take a new --folder for figures to quote, not one that rows were added to.
-Usage: python benchmarks/peers/race.py --folder DIR [--venvs DIR] [--size emoji|sd15] [--runs N] [--steps N] [--peer
+Usage: python benchmarks/peers/race.py --folder DIR [--venvs DIR] [--size emoji|sd15|sdxl] [--runs N] [--steps N] [--peer
 NAME]... [--threads N] Writes DIR/peers.json and DIR/peers.md. sd15 is Stable Diffusion 1.5's layout with random weights
-at 512x512: 20 GB of disk, 12 GB of memory, hours. It needs an installation for development (see CONTRIBUTING.md) and a
+at 512x512: 20 GB of disk, 12 GB of memory, hours. sdxl is SDXL's at 1024x1024: 50 GB of disk, 20 GB of memory. It needs an installation for development (see CONTRIBUTING.md) and a
 package index.
 """
 
@@ -53,7 +53,11 @@ class Size:
     runs: int
 
 
-SIZES = {"emoji": Size((64, 64), 3.0, 10, 7), "sd15": Size((512, 512), 7.5, 4, 7)}
+SIZES = {
+    "emoji": Size((64, 64), 3.0, 10, 7),
+    "sd15": Size((512, 512), 7.5, 4, 7),
+    "sdxl": Size((1024, 1024), 7.5, 2, 3),
+}
 
 
 @dataclass(frozen=True)

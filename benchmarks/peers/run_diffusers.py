@@ -15,11 +15,11 @@ from timed_picture import Draw, Settings, drawn_by_diffusers, main
 def load(settings: Settings) -> Draw:
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = settings.cache
     import torch
-    from diffusers import StableDiffusionPipeline
+    from diffusers import DiffusionPipeline
 
     torch.set_num_threads(settings.threads)
     dtype = getattr(torch, settings.options["dtype"])
-    pipe = StableDiffusionPipeline.from_pretrained(settings.model, torch_dtype=dtype, local_files_only=True)
+    pipe = DiffusionPipeline.from_pretrained(settings.model, torch_dtype=dtype, local_files_only=True)
     pipe.unet.to(memory_format=torch.channels_last)
     pipe.vae.to(memory_format=torch.channels_last)
     if settings.options["compile"]:

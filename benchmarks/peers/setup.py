@@ -109,7 +109,7 @@ def once(target: Path, make: Callable[[Path], None]) -> Path:
 
 
 class Models:
-    """The same weights for every peer, each form made when it is first asked for. `size` is emoji or sd15."""
+    """The same weights for every peer, each form made when it is first asked for. `size` is emoji, sd15 or sdxl."""
 
     def __init__(self, folder: Path, environments: Path, size: str, picture: tuple[int, int]) -> None:
         self._folder, self._environments, self._size, self._picture = folder, environments, size, picture
@@ -140,9 +140,9 @@ class Models:
             shutil.copyfile(CHECKPOINT, target)
         else:
             sys.path.insert(0, str(Path(__file__).parents[1]))
-            from make_checkpoint import write_checkpoint
+            from make_checkpoint import ARCHITECTURES, write_checkpoint
 
-            write_checkpoint(target)
+            write_checkpoint(target, architecture=ARCHITECTURES[self._size])
 
     def _bundle(self, target: Path) -> None:
         words = [
@@ -180,6 +180,9 @@ class Models:
 
     def _diffusers(self, target: Path) -> None:
         """diffusers' folder in float16, as the bundle stores the weights and as models are published."""
+        if self._size == "sdxl":
+            self._diffusers_xl(target)
+            return
         sys.path.insert(0, str(ROOT / "tests" / "support"))
         import reference
         import torch
@@ -202,6 +205,80 @@ class Models:
             weights,
             {"format": "pt"},
         )
+
+    def _diffusers_xl(self, target: Path) -> None:
+        """The same for SDXL, from the checkpoint's own tensors: in float32 they would take 14 GB twice."""
+        sys.path.insert(0, str(ROOT / "tests" / "support"))
+        import reference
+        import torch
+        from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+        from diffusers.loaders import single_file_utils as convert
+        from safetensors.torch import load_file
+        from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+        vocabulary = self._folder / "vocabulary"
+        vocabulary.mkdir(exist_ok=True)
+        tokenizer = reference.clip_tokenizer(vocabulary)
+        tensors = load_file(self.path("checkpoint"))
+        narrow = {"vocab_size": 49408, "eos_token_id": 49407, "pad_token_id": 49407, "projection_dim": 768}
+        wide = {"vocab_size": 49408, "eos_token_id": 49407, "pad_token_id": 0, "projection_dim": 1280}
+        with torch.device("meta"):
+            unet = UNet2DConditionModel(
+                sample_size=128,
+                block_out_channels=(320, 640, 1280),
+                down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+                up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+                transformer_layers_per_block=(1, 2, 10),
+                attention_head_dim=(5, 10, 20),
+                cross_attention_dim=2048,
+                use_linear_projection=True,
+                addition_embed_type="text_time",
+                addition_time_embed_dim=256,
+                projection_class_embeddings_input_dim=2816,
+            )
+            vae = AutoencoderKL(
+                block_out_channels=(128, 256, 512, 512),
+                layers_per_block=2,
+                down_block_types=("DownEncoderBlock2D",) * 4,
+                up_block_types=("UpDecoderBlock2D",) * 4,
+                sample_size=1024,
+                scaling_factor=0.13025,
+            )
+            text = CLIPTextModel(
+                CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_attention_heads=12, **narrow)
+            )
+            text_2 = CLIPTextModelWithProjection(
+                CLIPTextConfig(
+                    hidden_size=1280,
+                    intermediate_size=5120,
+                    num_hidden_layers=32,
+                    num_attention_heads=20,
+                    hidden_act="gelu",
+                    **wide,
+                )
+            )
+        own = {name for name, _ in text.named_parameters()}
+        prefix = "conditioner.embedders.0.transformer."
+        prefix += "" if any(name.startswith("text_model.") for name in own) else "text_model."
+        first = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+        states = (
+            (unet, convert.convert_ldm_unet_checkpoint(dict(tensors), dict(unet.config))),
+            (vae, convert.convert_ldm_vae_checkpoint(dict(tensors), dict(vae.config))),
+            (text, {name: tensor for name, tensor in first.items() if name in own}),
+            (text_2, convert.convert_open_clip_checkpoint(text_2, dict(tensors), "conditioner.embedders.1.model.")),
+        )
+        for model, state in states:
+            missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
+            if odd := [name for name in (*missing, *unexpected) if not name.endswith("position_ids")]:
+                raise PeerFailed(f"{type(model).__name__}: {odd[0]}: missing or unknown")
+            for module in model.modules():  # position ids are no weights: they are still without values
+                if (ids := getattr(module, "position_ids", None)) is not None:
+                    module.position_ids = torch.arange(ids.shape[-1])[None]
+        scheduler = EulerDiscreteScheduler(**reference.TRAINING, timestep_spacing="linspace")
+        StableDiffusionXLPipeline(vae, text, text_2, tokenizer, tokenizer, unet, scheduler).save_pretrained(target)
+        for file in vocabulary.iterdir():
+            for folder in ("tokenizer", "tokenizer_2"):
+                shutil.copy(file, target / folder)
 
     def _openvino_genai(self, target: Path) -> None:
         self._exported(

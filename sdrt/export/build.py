@@ -398,7 +398,15 @@ def _manifest(name: str, inputs: _Inputs, model: _Model, contents: _Contents) ->
         diffusion=_diffusion(arch),
         text=tuple(
             Text(
-                text.width, text.tokens, tokenizer.bos, eos, text.pad, text.clip_skip, rows, last_layer=arch.last_layer
+                text.width,
+                text.tokens,
+                tokenizer.bos,
+                eos,
+                text.pad,
+                text.clip_skip,
+                rows,
+                last_layer=arch.last_layer,
+                zero_empty=family_named(arch.family).zero_empty,
             )
             for text in arch.texts
         ),

@@ -31,7 +31,7 @@ from sdrt.runtime.pictures.canvas import Canvas, blank_canvas, canvas, laid_over
 from sdrt.runtime.pictures.file import QUALITY, encode
 from sdrt.runtime.prompts.conditioning import Conditioning, Prompts, TextConditioner
 from sdrt.runtime.prompts.tokenizer import Tokenizer
-from sdrt.runtime.request import Parameters, Request, Settings, Texts, branch_guidance, request_of_settings, resolved
+from sdrt.runtime.request import Parameters, Request, Settings, Texts, request_of_settings, resolved
 from sdrt.runtime.request_json import IMAGES, request_to_json
 from sdrt.runtime.request_memory import check_memory, with_own
 from sdrt.runtime.sampling.noise import Draws, draw_noise
@@ -568,7 +568,7 @@ class Pipeline:
             return self._conditioner.read(
                 **texts._asdict(),
                 steps=request.steps * calls_a_step,
-                cfg=branch_guidance(request, self.bundle.manifest),
+                cfg=1 if self.bundle.manifest.diffusion.told_guidance else request.cfg,
                 image_cfg=request.image_cfg,
                 clip_skip=request.clip_skip,
                 syntax=request.prompt_syntax,

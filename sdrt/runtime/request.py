@@ -293,13 +293,6 @@ def resolved(request: Request, manifest: Manifest) -> Request:
     )
 
 
-def branch_guidance(request: Request, manifest: Manifest) -> float:
-    """The guidance scale by which the branches of a picture are weighed; 1 is no guidance."""
-    if manifest.diffusion.told_guidance:
-        return 1
-    return max(request.cfg, 1) if request.compat == "diffusers" else request.cfg
-
-
 def draw_seed() -> int:
     """A random seed, 0 to 2**32 - 1."""
     return secrets.randbelow(2**32)

@@ -39,6 +39,17 @@ def test_numbers() -> None:
             options.parse_numbers("--sm", text)
 
 
+def test_lists() -> None:
+    assert options.parse_timesteps(None) is None and options.parse_sigmas(None) is None
+    assert options.parse_timesteps("999,0") == (999, 0) and options.parse_sigmas("14.6,1e-1,0") == (14.6, 0.1, 0.0)
+    for text in ("", "999,", "9 9", "1.5"):
+        with pytest.raises(UsageError, match=f"--timesteps {text}: expected whole numbers"):
+            options.parse_timesteps(text)
+    for text in ("", "14,", "a"):
+        with pytest.raises(UsageError, match=f"--sigmas {text}: expected numbers"):
+            options.parse_sigmas(text)
+
+
 def test_only_commands_take_many_parameters() -> None:
     """Typer makes a parameter of every option of a command. No other function here has more than six that a caller may give by place."""
     groups = [typer.main.get_group(sdrt.cli.app)]

@@ -4,6 +4,7 @@ fake engine.
 
 from __future__ import annotations
 
+import json
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -11,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from fake_engine import FakeEngine
 from reference import TRAINING, psnr
 
 from sdrt.bundle.folder import Bundle, open_bundle
+from sdrt.bundle.manifest import Vector
 from sdrt.engines.shapes import JobShape
 from sdrt.errors import (
     BundleError,
@@ -35,12 +37,19 @@ from sdrt.errors import (
 from sdrt.runtime import Pipeline, Result, Step
 from sdrt.runtime.engine import BatchShape, Engine, Float, Pixels, RunningBatch
 from sdrt.runtime.prompts.tokenizer import Tokenizer
+from sdrt.runtime.request_json import settings_from_json
 from sdrt.runtime.request_memory import Demand
 
 LIKE_DIFFUSERS_DB = 55.0
 """One value in five off by one level; truncation instead of rounding would be 51 dB."""
 PROMPTS = ("red apple", "cat face", "robot")
 QUICK: dict[str, Any] = {"steps": 4, "cfg": 3.0}
+ZERO_SNR: dict[str, Any] = {
+    **TRAINING,
+    "timestep_spacing": "trailing",
+    "prediction_type": "v_prediction",
+    "rescale_betas_zero_snr": True,
+}
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +82,8 @@ def diffusers_pictures(flat_bundle: Path, blindbox_bundle: Path, tmp_path_factor
         "ddim": DDIMScheduler(
             **TRAINING, timestep_spacing="leading", steps_offset=1, set_alpha_to_one=False, clip_sample=False
         ),
+        "euler, zero SNR": EulerDiscreteScheduler(**ZERO_SNR),
+        "ddim, zero SNR": DDIMScheduler(**ZERO_SNR, set_alpha_to_one=False, clip_sample=False),
     }
 
     def draw(
@@ -176,6 +187,25 @@ def test_one_pipeline_takes_any_settings(
     for result, kwargs in zip(results, settings, strict=True):
         assert result.images.shape == (1, kwargs["size"][1], kwargs["size"][0], 3)
         assert psnr(result.images, diffusers_pictures("flat", ["red apple"], seeds=[5], **kwargs)) >= LIKE_DIFFUSERS_DB
+
+
+@pytest.mark.parametrize("sampler", ["euler", "ddim"])
+def test_zero_terminal_snr(flat: Pipeline, diffusers_pictures: Draw, sampler: str) -> None:
+    """From noise of sigma 4096 (Euler) and from noise alone (DDIM), on the engine in float32. That the model was not
+    trained so changes the picture, not the formulas.
+    """
+    manifest = flat.bundle.manifest
+    diffusion = replace(manifest.diffusion, prediction="v", zero_snr=True)
+    changed = Bundle(flat.bundle.path, replace(manifest, diffusion=diffusion))
+    pipeline = Pipeline(
+        changed,
+        cast(Engine, flat._engine),
+        Tokenizer(changed.file("tokenizer/tokenizer.json"), manifest.text),
+    )
+    settings: dict[str, Any] = {"cfg": 4.0, "cfg_rescale": 0.7, "steps": 8}
+    found = pipeline("red apple", seed=5, sampler=sampler, schedule="trailing", compat="diffusers", **settings).images
+    expected = diffusers_pictures("flat", ["red apple"], seeds=[5], sampler=f"{sampler}, zero SNR", **settings)
+    assert found.std() > 20 and psnr(found, expected) >= LIKE_DIFFUSERS_DB
 
 
 def test_every_sampler_draws_the_same_subject(flat: Pipeline) -> None:
@@ -416,20 +446,28 @@ def test_guidance_so_large_that_it_overflows(flat: Pipeline) -> None:
         ({"clip_skip": []}, r"clip skip \[\]: this bundle was built for 1"),
         ({"batch": "2"}, "batch '2': expected a whole number"),
         ({"cfg": "7"}, "cfg '7': expected a number"),
-        ({"guidance": 3}, "setting 'guidance': unknown\nChoose among: negative, steps"),
+        ({"guidance": 3}, "setting 'guidance': unknown\nChoose among: negative, prompt_2"),
         ({"sampler_name": "euler"}, "setting 'sampler_name': unknown; did you mean 'sampler'"),
         ({"init_image": 5}, "init image: expected a path, bytes, a file object, a Pillow image or an array, found int"),
         (
             {"init_image": np.zeros((64, 64, 3), np.uint8), "strength": float("nan")},
             "strength nan: expected a finite number, more than 0 and at most 1",
         ),
+        ({"cfg_rescale": 1.5}, "cfg rescale 1.5: expected 0 to 1"),
+        ({"cfg_rescale": -0.1}, "cfg rescale -0.1: expected 0 to 1"),
+        ({"cfg_rescale": None}, "cfg rescale None: expected a number"),
+        ({"timesteps": [249, 499]}, "timesteps: 249, 499: they rise"),
+        ({"timesteps": 999}, "timesteps: expected a list, found int"),
+        ({"sampler": "plms", "timesteps": [999, 499]}, "timesteps: sampler plms takes no list of them"),
+        ({"sigmas": [14.0, 1.0]}, "sigmas: the last is 1"),
+        ({"timesteps": [999], "sigmas": [14.0, 0.0]}, "timesteps: given beside sigmas"),
         ({"sampler": "eulr"}, "sampler 'eulr': unknown; did you mean 'euler'"),
         ({"schedule": "leading"}, "schedule 'leading': sampler euler cannot take it"),
         ({"prompt": "word " * 76, "compat": "diffusers"}, "76 tokens"),
         ({"negative": "word " * 76, "compat": "diffusers"}, "76 tokens"),
         ({"prompt": "a \ud83d b"}, "not valid Unicode"),
         ({"prompt": b"fox"}, "prompt: expected text, found bytes"),
-        ({"negative": None}, "negative prompt: expected text, found NoneType"),
+        ({"negative": 7}, "negative prompt: expected text, found int"),
         ({"compat": "a1112"}, "compat 'a1112': unknown; did you mean 'a1111'"),
         ({"noise": "gpu"}, "noise 'gpu': unknown"),
         ({"emphasis": "orignal"}, "emphasis 'orignal': unknown; did you mean 'original'"),
@@ -543,7 +581,7 @@ def test_jobs_with_guidance(fake: FakeEngine, over_fake: Pipeline) -> None:
     over_fake("fox", negative="sun", cfg=2.5, seed=1, steps=3, batch=2, count=2, size=(72, 104))
     ((tokens, clip_skip),) = fake.texts
     fox, sun = clip_ids("fox"), clip_ids("sun")
-    assert tokens.tolist() == [sun, fox] and tokens.dtype == np.int64 and clip_skip == 1
+    assert tokens.tolist() == [[sun, fox]] and tokens.dtype == np.int64 and clip_skip == 1
     one, two = fake.jobs
     for job in (one, two):
         assert (
@@ -565,11 +603,179 @@ def test_jobs_with_guidance(fake: FakeEngine, over_fake: Pipeline) -> None:
 def test_jobs_without_guidance(fake: FakeEngine, over_fake: Pipeline) -> None:
     over_fake("fox", negative="sun", cfg=1, seed=1, steps=3, batch=2, count=3)
     ((tokens, _),) = fake.texts  # encoded once for all batches
-    assert tokens.tolist() == [clip_ids("fox")]
+    assert tokens.tolist() == [[clip_ids("fox")]]
     assert [len(batch.jobs) for batch in fake.batches] == [2, 1]
     assert all(
         job.contexts[0]["context"].shape == (1, 77, 64) and job.tables["w"].tolist() == [[1.0]] * 3 for job in fake.jobs
     )
+
+
+def over(fake: FakeEngine, bundle: Path, **parts: Any) -> Pipeline:
+    """A pipeline over an engine that computes nothing, with parts of the manifest replaced."""
+    opened = open_bundle(bundle)
+    changed = Bundle(opened.path, replace(opened.manifest, **parts))
+    return Pipeline(changed, fake, Tokenizer(opened.file("tokenizer/tokenizer.json"), changed.manifest.text))
+
+
+@pytest.fixture
+def of_two(fake: FakeEngine, flat_bundle: Path) -> Pipeline:
+    """Two text encoders, three pooled numbers, and sizes of two numbers each: cosine and sine."""
+    text = replace(open_bundle(flat_bundle).manifest.text[0], zero_empty=True)
+    return over(fake, flat_bundle, text=(text, replace(text, pad=0)), vector=Vector(3, 6, 2))
+
+
+@pytest.mark.parametrize(
+    ("settings", "sizes"),
+    [
+        ({}, (104, 72, 0, 0, 104, 72)),
+        (
+            {"original_size": (640, 480), "crop_top_left": (16, 8), "target_size": (200, 100)},
+            (480, 640, 16, 8, 100, 200),
+        ),
+    ],
+)
+@pytest.mark.parametrize("compat", ["a1111", "diffusers"])
+def test_sizes_are_told(
+    fake: FakeEngine, of_two: Pipeline, compat: str, settings: dict[str, Any], sizes: tuple[int, ...]
+) -> None:
+    """Original height and width, top and left of the crop, target height and width; the same for all branches."""
+    result = of_two("fox", negative="sun", compat=compat, size=(72, 104), steps=2, seed=1, **settings)
+    expected = [number for size in sizes for number in (np.cos(size), np.sin(size))]
+    (job,) = fake.jobs
+    for told, word in zip(job.contexts[0]["vector"], ("sun", "fox"), strict=True):
+        np.testing.assert_allclose(told, [49406, clip_ids(word)[1], 49407, *expected], rtol=1e-6)
+    assert job.contexts[0]["context"].shape == (2, 77, 128)
+    assert result.parameters["original_size"] == ([640, 480] if settings else None)
+
+
+def test_prompts_of_the_second_encoder(fake: FakeEngine, of_two: Pipeline) -> None:
+    result = of_two(
+        ["fox", "sun"], negative="fox", prompt_2=["sun", "fox"], compat="diffusers", steps=1, seed=1, batch=2
+    )
+    fox, sun = clip_ids("fox")[1], clip_ids("sun")[1]
+    said = [job.contexts[0]["context"][:, 1, ::64].tolist() for job in fake.jobs]
+    assert said == [[[fox, fox], [fox, sun]], [[fox, fox], [sun, fox]]]
+    assert [result.picture(i)["prompt_2"] for i in range(2)] == ["sun", "fox"]
+    assert result.picture(1)["negative"] == "fox" and result.picture(1)["negative_2"] is None
+
+
+def test_no_negative_prompt(fake: FakeEngine, of_two: Pipeline, over_fake: Pipeline) -> None:
+    """diffusers tells none from an empty one, which it encodes; AUTOMATIC1111 does not."""
+    for settings, zeros, said in (
+        ({"compat": "diffusers"}, True, None),
+        ({"compat": "diffusers", "negative": ""}, False, ""),
+        ({}, True, ""),
+        ({"negative": ""}, True, ""),
+    ):
+        result = of_two("fox", steps=1, seed=1, **settings)  # type: ignore[arg-type]
+        assert (not fake.jobs[-1].contexts[0]["context"][0].any()) == zeros
+        assert result.parameters["negative"] == said
+    assert over_fake("fox", steps=1, seed=1, compat="diffusers").parameters["negative"] == ""
+    assert fake.jobs[-1].contexts[0]["context"][0].any()
+
+
+def test_an_edit_model(fake: FakeEngine, flat_bundle: Path) -> None:
+    """Its branches are the negative prompt without the image, the negative prompt, and the prompt. diffusers starts from
+    noise alone.
+    """
+    latents = replace(open_bundle(flat_bundle).manifest.latents, concat_channels=4, concat_scale=3.0)
+    pipeline = over(fake, flat_bundle, latents=latents)
+    picture = np.zeros((64, 64, 3), np.uint8)
+    result = pipeline("fox", negative="sun", init_image=picture, compat="diffusers", steps=2, seed=1)
+    ((_, noise),) = fake.images  # encoded once, to the mean of the posterior
+    assert not noise.any()
+    (job,) = fake.jobs
+    np.testing.assert_allclose(job.tables["w"], [[1 - 1.5, 1.5 - 7, 7]] * 2)
+    np.testing.assert_array_equal(job.inputs["concat"][:, 0, 0, 0], [0, 1.5, 1.5])
+    fox, sun = clip_ids("fox")[1], clip_ids("sun")[1]
+    assert job.contexts[0]["context"][:, 1, 0].tolist() == [sun, sun, fox]
+    assert not job.inputs["init"].any() and result.parameters["strength"] is None
+    assert result.parameters["image_cfg"] == 1.5
+    pipeline("fox", init_image=picture, steps=4, seed=1, image_cfg=1.0)
+    assert fake.jobs[-1].inputs["init"].any() and fake.jobs[-1].inputs["concat"].shape[0] == 2
+    assert pipeline.memory_bytes(branches=3) > 0
+    with pytest.raises(UsageError, match=r"^init image: missing; this model edits a picture") as caught:
+        pipeline("fox")
+    assert "--init-image" in caught.value.fix
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"image_cfg": 1.5}, "^image cfg: this model does not edit a picture"),
+        ({"prompt_2": "a"}, "^prompt 2: goes with compat diffusers and the plain prompt syntax, found a1111 and a1111"),
+        ({"negative_2": "a", "negative": "b"}, "^negative prompt 2: goes with compat diffusers"),
+        ({"negative_2": "a", "compat": "diffusers"}, "^negative prompt 2: given without a negative prompt"),
+        (
+            {"prompt_2": "a", "compat": "diffusers", "prompt_syntax": "a1111"},
+            "^prompt 2: goes with .* found diffusers and a1111",
+        ),
+        ({"prompt_2": ["a", "b"], "compat": "diffusers"}, "^prompt 2: a list of 2, with one prompt"),
+        ({"prompt_2": 7, "compat": "diffusers"}, "^prompt 2: expected text, found int"),
+        ({"original_size": (0, 64)}, "^original size 0: expected 1 to 8192"),
+        ({"target_size": 64}, r"^target size 64: expected \(width, height\) in pixels"),
+        ({"crop_top_left": (-1, 0)}, "^crop top left -1: expected 0 to 8192"),
+        ({"crop_top_left": (0.5, 0)}, "^crop top left 0.5: expected a whole number"),
+    ],
+)
+def test_settings_that_a_model_does_not_take(of_two: Pipeline, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message) as caught:
+        of_two("fox", **settings)
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"prompt_2": "a", "compat": "diffusers"}, "^prompt 2: this model has one text encoder"),
+        ({"original_size": (64, 64)}, "^original size: this model is not told sizes"),
+    ],
+)
+def test_settings_of_other_families(over_fake: Pipeline, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        over_fake("fox", **settings)
+
+
+def test_rescaled_guidance(fake: FakeEngine, over_fake: Pipeline) -> None:
+    """phi times the weights of the conditional output: the parts' weights in proportion, nothing of the negative."""
+    over_fake("fox", negative="sun", cfg=4, cfg_rescale=0.75, seed=1, steps=2)
+    over_fake("fox :3 AND sun :1", cfg=4, cfg_rescale=0.5, seed=1, steps=2)
+    over_fake("fox :1 AND sun :-1", cfg=4, cfg_rescale=0.5, seed=1, steps=2)  # no conditional output is left
+    over_fake("fox", cfg=4, seed=1, steps=2)
+    assert [job.tables["rescale"].tolist() for job in fake.jobs] == [
+        [[0, 0.75]] * 2,
+        [[0, 0.375, 0.125]] * 2,
+        [[0, 0, 0]] * 2,
+        [[0, 0]] * 2,
+    ]
+
+
+def test_networks_that_are_told_the_guidance_scale(fake: FakeEngine, flat_bundle: Path) -> None:
+    """The scale is in a table of its own. There is one branch, and the negative prompt is not even encoded."""
+    opened = open_bundle(flat_bundle)
+    manifest = replace(opened.manifest, diffusion=replace(opened.manifest.diffusion, told_guidance=True))
+    pipeline = Pipeline(
+        Bundle(opened.path, manifest), fake, Tokenizer(opened.file("tokenizer/tokenizer.json"), manifest.text)
+    )
+    result = pipeline("fox", negative="sun", cfg=8.5, seed=1, sampler="lcm", steps=4)
+    (job,) = fake.jobs
+    assert job.tables["guidance"].tolist() == [8.5] * 4 and job.tables["guidance"].dtype == np.float32
+    assert job.tables["w"].tolist() == [[1.0]] * 4 and result.parameters["cfg"] == 8.5
+    assert [tokens.tolist() for tokens, _ in fake.texts] == [[[clip_ids("fox")]]]
+
+
+def test_lists_replace_steps_and_schedule(fake: FakeEngine, over_fake: Pipeline) -> None:
+    """Numpy's numbers too. What a result says asks for the same again."""
+    timesteps = np.array([999, 749, 499, 249])
+    said = over_fake("fox", seed=1, steps=30, schedule="karras", timesteps=list(timesteps)).parameters
+    assert (said["steps"], said["timesteps"], said["sigmas"]) == (4, [999, 749, 499, 249], None)
+    again = settings_from_json(json.loads(json.dumps(said)))
+    for settings in ({}, {"timesteps": None, "sigmas": [14.6, 1.0, 0.0]}):
+        over_fake(**{name: value for name, value in again.items() if name != "prompt"} | settings, prompt="fox")
+    of_timesteps, repeated, of_sigmas = fake.jobs
+    assert of_timesteps.tables["timestep"].tolist() == [999, 749, 499, 249]
+    assert all(np.array_equal(of_timesteps.tables[name], repeated.tables[name]) for name in of_timesteps.tables)
+    assert of_sigmas.rows == 2
 
 
 def test_what_a_result_says(over_fake: Pipeline) -> None:

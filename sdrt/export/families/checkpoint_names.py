@@ -137,7 +137,7 @@ def _ldm_vae(path: Path, shapes: Shapes) -> dict[str, str]:
 
 
 _OPEN_CLIP = (
-    (rf"^transformer\.resblocks\.{_NUMBER}\.", r"text_model.encoder.layers.\1."),
+    (rf"^(?:transformer\.)?resblocks\.{_NUMBER}\.", r"text_model.encoder.layers.\1."),
     *((rf"^{theirs}\.", f"{ours}.") for ours, theirs in OPEN_CLIP.items()),
     *((rf"\.{re.escape(theirs)}\.", f".{ours}.") for ours, theirs in OPEN_CLIP_LAYER.items()),
     (r"^positional_embedding$", "text_model.embeddings.position_embedding.weight"),

@@ -166,6 +166,8 @@ class Family:
     """Whether the VAE overflows in float16."""
     last_layer: int = 1
     """The latest layer of the text encoders that contexts come from: 1 is the last, 2 the one before it."""
+    zero_empty: bool = False
+    """Whether an empty negative prompt is zeros, not what the text encoders make of it."""
     sizes: int = 0
     """Sizes in pixels that the UNet is told in its vector."""
     size_width: int = 0

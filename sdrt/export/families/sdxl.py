@@ -76,6 +76,7 @@ SDXL = Family(
     head_width=64,
     vae_overflows=True,
     last_layer=2,
+    zero_empty=True,
     sizes=6,
     size_width=256,
     latent_scale=0.13025,

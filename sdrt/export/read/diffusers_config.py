@@ -271,6 +271,8 @@ def _with_schedule(path: Path, settings: Settings, scheduler: Mapping[str, Any])
     # Diffusers' "epsilon" is F of Karras et al. 2022 there.
     said = "edm" if prediction == "epsilon" else PREDICTION_TYPES[prediction]
     sigmas = float(numbers["sigma_min"]), float(numbers["sigma_max"])
+    if sigmas[0] >= sigmas[1]:
+        raise _refused(path, SCHEDULER, "sigma_min", sigmas[0], f"less than sigma_max, {sigmas[1]:g}")
     return replace(settings, prediction=said, zero_snr=False, sigmas=sigmas, sigma_data=float(numbers["sigma_data"]))
 
 

@@ -73,7 +73,7 @@ def settings_to_repeat(
                 f"Put it beside the picture, or name it with {option}.",
             )
         settings[name] = beside
-    return settings | {"count": 1, "batch": 1} | dict(given)
+    return _without_list(settings, given) | {"count": 1, "batch": 1} | dict(given)
 
 
 def settings_to_reuse(path: Path, manifest: Manifest, given: Mapping[str, Any]) -> Reused:
@@ -108,7 +108,18 @@ def settings_to_reuse(path: Path, manifest: Manifest, given: Mapping[str, Any]) 
         )
     if "prompt" not in given and given.get("network_tags", settings.get("network_tags")) != "ignore":
         settings["prompt"] = _without_absent(settings.get("prompt", ""), manifest.sources, unused)
-    return _usable(settings, manifest, given, unused)
+    return _usable(_without_list(settings, given), manifest, given, unused)
+
+
+_LISTS = ("timesteps", "sigmas")
+"""Settings that take the place of steps and schedule."""
+
+
+def _without_list(settings: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a picture, without its list of levels where steps, a schedule or another list are given."""
+    if given.keys().isdisjoint(("steps", "schedule", *_LISTS)):
+        return settings
+    return {name: value for name, value in settings.items() if name not in _LISTS}
 
 
 def _usable(settings: dict[str, Any], manifest: Manifest, given: Mapping[str, Any], unused: list[str]) -> Reused:

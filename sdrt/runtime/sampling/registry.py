@@ -288,6 +288,8 @@ def check_list(
         raise UsageError("timesteps: given beside sigmas", "Give one of the two.")
     name = "sigmas" if timesteps is None else "timesteps"
     how = recipe(sampler, compat, diffusion)
+    if timesteps is not None and diffusion.sigma_max is not None:
+        raise UsageError("timesteps: a model trained on every level has no list of them", "Give it sigmas.")
     if name not in how.lists:
         others = [key for key in SAMPLERS if (it := _recipe(key, compat, diffusion)) and name in it.lists]
         raise UsageError(

@@ -16,6 +16,7 @@ import pytest
 import torch
 from checkpoint_files import SD15, VARIANTS
 from conftest import CHECKPOINT, LORA, RawTensor, write_raw
+from family_files import TINY_XL, sgm
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load, save_file
@@ -23,7 +24,7 @@ from tiny_model import TINY, Shapes, expected_shapes, header_only, regular_unet,
 
 from sdrt.bundle.manifest import FileRecord
 from sdrt.errors import CheckpointError, InputFileError
-from sdrt.export.architecture import Architecture, ClipSpec, VaeSpec, architecture
+from sdrt.export.architecture import Architecture, ClipSpec, VaeSpec, architecture, whole
 from sdrt.export.families.recognise import describe
 from sdrt.export.families.sd1 import CLIP, SD1, UNET, VAE
 from sdrt.export.inspect import inspect_file
@@ -710,32 +711,44 @@ def test_components_of_different_models(tmp_path: Path) -> None:
 
 # Random damage
 
-_NAMES = sorted(expected_shapes(TINY))
-_SIZES = st.sampled_from([0, 1, 4, 8, 32, 63, 64, 77, 96, 128, 256])
-_DAMAGE = st.lists(
-    st.one_of(
-        st.tuples(st.just("drop"), st.sampled_from(_NAMES)),
-        st.tuples(st.just("reshape"), st.sampled_from(_NAMES), st.lists(_SIZES, max_size=4)),
-        st.tuples(st.just("renumber"), st.sampled_from(_NAMES), st.integers(0, 12)),
-        st.tuples(st.just("downsample"), st.integers(1, 6)),
-        st.tuples(st.just("drop below"), st.sampled_from(_NAMES), st.integers(1, 4)),
-    ),
-    min_size=1,
-    max_size=4,
-)
+_WHOLE: dict[str, Shapes] = {
+    "SD 1.x": dict(expected_shapes(TINY)),
+    "SDXL": {name: tuple(tensor.shape) for name, tensor in sgm(seeded(whole(TINY_XL))).items()},
+}
+"""Files to damage."""
 
 
-@given(damage=_DAMAGE)
-@settings(max_examples=150, deadline=None, derandomize=True, database=None)
-def test_damaged_headers_are_refused_or_complete(tmp_path_factory: pytest.TempPathFactory, damage: list[Any]) -> None:
-    shapes: Shapes = dict(expected_shapes(TINY))
-    for kind, *rest in damage:
+def _damage(shapes: Shapes) -> st.SearchStrategy[list[Any]]:
+    names = st.sampled_from(sorted(shapes))
+    sizes = st.sampled_from([0, 1, 4, 8, 32, 63, 64, 77, 96, 128, 256])
+    return st.lists(
+        st.one_of(
+            st.tuples(st.just("drop"), names),
+            st.tuples(st.just("reshape"), names, st.lists(sizes, max_size=4)),
+            st.tuples(st.just("renumber"), names, st.integers(0, 12)),
+            st.tuples(st.just("downsample"), st.integers(1, 6)),
+            st.tuples(st.just("drop below"), names, st.integers(1, 4)),
+        ),
+        min_size=1,
+        max_size=4,
+    )
+
+
+@pytest.mark.parametrize("family", _WHOLE)
+@given(data=st.data())
+@settings(max_examples=100, deadline=None, derandomize=True, database=None)
+def test_damaged_headers_are_refused_or_complete(
+    tmp_path_factory: pytest.TempPathFactory, family: str, data: st.DataObject
+) -> None:
+    undamaged = _WHOLE[family]
+    shapes = dict(undamaged)
+    for kind, *rest in data.draw(_damage(undamaged)):
         if kind == "drop":
             shapes.pop(rest[0], None)
         elif kind == "reshape":
             shapes[rest[0]] = tuple(rest[1])
         elif kind == "renumber":
-            shapes[re.sub(r"\d+", str(rest[1]), rest[0], count=1)] = expected_shapes(TINY)[rest[0]]
+            shapes[re.sub(r"\d+", str(rest[1]), rest[0], count=1)] = undamaged[rest[0]]
         elif kind == "downsample":
             shapes[f"{UNET}input_blocks.{rest[0]}.0.op.weight"] = (64, 64, 3, 3)
         else:
@@ -754,7 +767,7 @@ def test_damaged_headers_are_refused_or_complete(tmp_path_factory: pytest.TempPa
         except CheckpointError as error:
             assert str(path) in error.message
             return
-        assert {name: tensor.entry.shape for name, tensor in chosen.items()} == expected
+        assert {name: tensor.shape for name, tensor in chosen.items()} == expected
 
 
 def test_sizes_are_inferred_without_a_file() -> None:

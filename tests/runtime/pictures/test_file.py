@@ -23,7 +23,7 @@ from sdrt.bundle.folder import bundle_id
 from sdrt.errors import InputFileError, UsageError
 from sdrt.runtime import Pipeline
 from sdrt.runtime.pictures.file import encode, parameters_of, read_said, save_picture
-from sdrt.runtime.pictures.infotext import infotext
+from sdrt.runtime.pictures.infotext import infotext, parse_infotext, settings_of_infotext
 from sdrt.runtime.pictures.settings import settings_to_repeat
 
 
@@ -102,6 +102,7 @@ def test_what_the_text_says_of_images_and_options(loaded: Pipeline) -> None:
         "noise": "cpu",
         "emphasis": "no norm",
         "schedule": "sgm_uniform",
+        "cfg_rescale": 0.7,
     }
     line = infotext(parameters).splitlines()[-1]
     for part in (
@@ -111,9 +112,21 @@ def test_what_the_text_says_of_images_and_options(loaded: Pipeline) -> None:
         "RNG: CPU",
         "Emphasis: No norm",
         "Schedule type: SGM Uniform",
+        "CFG Rescale: 0.7",
         "Version: sdrt ",
     ):
         assert part in line.split(", ") or part in line
+
+
+def test_the_text_has_a_list_in_place_of_the_schedule(loaded: Pipeline) -> None:
+    """And what reads it again asks for the same."""
+    parameters = loaded("sun", steps=1, seed=1).parameters
+    for name, numbers in (("timesteps", [999, 749, 499]), ("sigmas", [14.615, 0.1, 0.0])):
+        text = infotext(parameters | {name: numbers, "cfg_rescale": 0.5})
+        assert f'{name.capitalize()}: "{str(numbers)[1:-1]}"' in text and "Schedule type" not in text
+        settings, unused = settings_of_infotext(parse_infotext(text))
+        assert settings[name] == tuple(numbers) and settings["cfg_rescale"] == 0.5 and "schedule" not in settings
+        assert not unused.keys() - {"Model", "Model hash", "Version"}
 
 
 def test_what_was_fused_is_named(loaded: Pipeline) -> None:

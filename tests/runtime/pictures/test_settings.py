@@ -225,6 +225,28 @@ def test_a_setting_that_a_picture_lacks_keeps_its_default(tmp_path: Path, manife
     assert request == Request("sun", steps=7, seed=5)
 
 
+@pytest.mark.parametrize(
+    ("given", "left"),
+    [
+        ({"seed": 6}, {"timesteps": (999, 499)}),
+        ({"timesteps": (999, 9)}, {"timesteps": (999, 9)}),
+        ({"sigmas": (1.0, 0.0)}, {"sigmas": (1.0, 0.0)}),
+        ({"steps": 30}, {"steps": 30}),
+        ({"schedule": "karras"}, {"schedule": "karras"}),
+    ],
+)
+def test_what_is_given_beside_a_picture_of_a_list(
+    tmp_path: Path, manifest: Manifest, given: dict[str, Any], left: dict[str, Any]
+) -> None:
+    """Steps, a schedule or a list take the place of the picture's list, whichever of them it was."""
+    path = saved(tmp_path / "x.png", ours(manifest, steps=2, schedule="normal", timesteps=[999, 499], sigmas=None))
+    for settings in (repeated(path, manifest, **given), settings_to_reuse(path, manifest, given).settings):
+        lists = {name: settings[name] for name in ("timesteps", "sigmas") if settings.get(name) is not None}
+        assert lists == {name: numbers for name, numbers in left.items() if name in ("timesteps", "sigmas")}
+        assert left.items() <= settings.items()
+        resolved(Request(**settings), manifest)
+
+
 # What a picture was made from
 
 

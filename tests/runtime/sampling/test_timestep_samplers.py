@@ -5,12 +5,13 @@ diffusers' on the same levels.
 from __future__ import annotations
 
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from k_diffusion import ALPHAS, LOG_SIGMAS, SIGMAS, Array, Denoiser, Network, ramp, reference_sigmas
+from k_diffusion import ALPHAS, LOG_SIGMAS, SIGMAS, Array, Denoiser, Network, ramp, reference_sigmas, rescaled
 from reference import TRAINING, Graphs, relative
 from sampler_machine import normals, run_engine, run_machine, toy_network
 
@@ -19,7 +20,7 @@ from sdrt.bundle.manifest import Diffusion
 from sdrt.errors import UsageError
 from sdrt.runtime.backend import load_engine
 from sdrt.runtime.engine import Engine, tables
-from sdrt.runtime.sampling.registry import plan_rows
+from sdrt.runtime.sampling.registry import SAMPLERS, plan_rows
 
 EXACT = 1e-9
 PREDICTIONS = ["epsilon", "v"]
@@ -164,6 +165,22 @@ def test_unipc(prediction: str) -> None:
         rows = plan_rows("unipc", "normal", steps, Diffusion(prediction=prediction))
         assert [row.timestep for row in rows] == pytest.approx(ts)
         assert relative(run_machine(rows, toy_network, unit, normals(2)), expected) < 1e-8
+
+
+@pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")
+@pytest.mark.parametrize("sampler", ["ddim", "plms", "unipc"])
+def test_zero_terminal_snr(monkeypatch: pytest.MonkeyPatch, sampler: str) -> None:
+    """The same loops over AUTOMATIC1111's rescaled alphas. Three steps of DDIM and PLMS begin at the last of them."""
+    table = rescaled(4.8973451890853435e-08)
+    monkeypatch.setattr(sys.modules[__name__], "ALPHAS", 1 / (1 + table**2))
+    for steps in (2, 3, 20):
+        rows = plan_rows(sampler, SAMPLERS[sampler].schedules[0], steps, Diffusion(prediction="v", zero_snr=True))
+        x, ts = next(normals(1)), timesteps_of(steps)
+        if sampler == "unipc":
+            expected = diffusers_unipc(x, *unipc_levels(999.0, len(ts)), "v")
+        else:
+            expected = {"ddim": ddim, "plms": plms}[sampler](Denoiser(toy_network, "v", table), x, ts)
+        assert relative(run_machine(rows, toy_network, x, normals(2)), expected) < 1e-8, steps
 
 
 @pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")
