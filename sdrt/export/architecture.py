@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -148,14 +148,6 @@ class Architecture:
     def vector(self) -> Vector:
         """The parts of the vector that the UNet is told."""
         return Vector(self.texts[-1].projection, self.sizes, self.size_width) if self.unet.vector_width else Vector()
-
-
-def whole(arch: Architecture) -> Architecture:
-    """The same model with every layer that its files hold, also those that no output of `arch` needs: later layers of a
-    text encoder than its contexts come from, and the norm after them.
-    """
-    texts = tuple(replace(text, clip_skip=(1,), final_norm=True) for text in arch.texts)
-    return replace(arch, texts=texts)
 
 
 def architecture(path: Path, shapes: Shapes, metadata: Mapping[str, str], kind: str) -> Architecture:

@@ -584,7 +584,8 @@ def _notes(inputs: _Inputs, changes: Sequence[Mapping[str, Change]]) -> Iterator
         yield f"{len(unknown)} tensors of the checkpoint are not used, such as {unknown[0]}"
     for lora, change in zip(loras, changes, strict=True):
         if not change:
-            yield f"{lora.option.path.name}: scale 0, nothing changed"
+            reason = "scale 0" if lora.deltas else "changes only layers that no output of the text encoders needs"
+            yield f"{lora.option.path.name}: {reason}, nothing changed"
         if lora.sha256 in [other.sha256 for other in loras if other is not lora]:
             yield f"{lora.option.path.name}: given more than once; its changes add up"
         yield from (f"{lora.option.path.name}: {note}" for note in lora.notes)

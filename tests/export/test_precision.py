@@ -380,6 +380,26 @@ def test_rule(precision: str, kind: ir.DataType) -> None:
     assert [value.dtype for value in model.graph.inputs] == [ir.DataType.FLOAT, ir.DataType.FLOAT, kind]
 
 
+def test_kinds_of_operators_that_overflow_run_in_float32() -> None:
+    """The products of queries and keys in a family whose scores overflow: float32 between two casts."""
+    nodes = [
+        ("MatMul", ["x", "w"], "a"),
+        ("Attention", ["a", "a", "a"], "b"),
+        ("Neg", ["b"], "c"),
+        ("MatMul", ["c", "w"], "after"),
+    ]
+    types = {}
+    for upcast in (frozenset[str](), frozenset({"Attention", "MatMul"})):
+        model = small(nodes, ["after"], {})
+        for node in model.graph:
+            node.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)  # onnx infers none of Attention's
+        to_half(model, {"w"}, "fp16", upcast)
+        (node,) = (node for node in model.graph if node.op_type == "Attention")
+        types[bool(upcast)] = {value.dtype for value in (*node.inputs, *node.outputs) if value is not None}
+        assert [node.inputs[1].dtype for node in model.graph if node.op_type == "MatMul"] == [ir.DataType.FLOAT16] * 2
+    assert types == {False: {ir.DataType.FLOAT16}, True: {ir.DataType.FLOAT}}
+
+
 def test_values_are_cast_once() -> None:
     model = small(
         [("MatMul", ["x", "w"], "a"), ("MatMul", ["x", "w"], "b"), ("Add", ["a", "b"], "after")], ["after"], {}

@@ -6,6 +6,7 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,13 @@ SMALL = Architecture(
 """With CLIP's whole vocabulary and a latent for every 8 pixels, so that it can be built: in half a second once it is
 traced.
 """
+
+
+def whole(arch: Architecture) -> Architecture:
+    """The same model with every layer that its files hold, also those that no output of `arch` needs: later layers of a
+    text encoder than its contexts come from, and the norm after them.
+    """
+    return replace(arch, texts=tuple(replace(text, clip_skip=(1,), final_norm=True) for text in arch.texts))
 
 
 @cache

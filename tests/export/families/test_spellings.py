@@ -16,10 +16,10 @@ import torch
 from conftest import ROOT
 from family_files import TINY_SD2, TINY_XL, Tensors, open_clip, renamed, sgm
 from safetensors.torch import save_file
-from tiny_model import expected_shapes, seeded
+from tiny_model import expected_shapes, seeded, whole
 
 from sdrt.errors import CheckpointError
-from sdrt.export.architecture import Architecture, whole
+from sdrt.export.architecture import Architecture
 from sdrt.export.families.sd1 import CLIP
 from sdrt.export.families.sdxl import CLIP_2
 from sdrt.export.inspect import inspect_file

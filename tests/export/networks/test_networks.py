@@ -160,6 +160,7 @@ def test_step_machine(graphs: Graphs, unet: Any) -> None:
         "a": (rows, 8),
         "w": (rows, 2),
         "v": (rows, 2),
+        "rescale": (rows, 2),
         "u": (rows, 8),
         "q": (rows,),
         "M": (rows, 8, 11),
@@ -184,7 +185,9 @@ def test_step_machine(graphs: Graphs, unet: Any) -> None:
         raw = diffusers_unet(
             unet, np.stack([latents] * branches), float(inputs["timestep"][row]), inputs["context"][i]
         ).astype(np.float64)
-        D = np.tensordot(u, r, 1) + q * np.tensordot(exact["w"][row], raw, 1)
+        guided, rescale = np.tensordot(exact["w"][row], raw, 1), exact["rescale"][row]
+        guided *= 1 - rescale.sum() + np.tensordot(rescale, raw, 1).std() / guided.std()
+        D = np.tensordot(u, r, 1) + q * guided
         D = D + k * mask * (init - D)
         E = np.tensordot(exact["v"][row], raw, 1)
         following = np.tensordot(M, np.stack([*r, D, E, exact["noise"][row]]), 1)

@@ -12,10 +12,10 @@ import pytest
 import torch
 from family_files import TINY_XL, sgm
 from safetensors.torch import save_file
-from tiny_model import TINY, Shapes, expected_shapes, header_only, seeded
+from tiny_model import TINY, Shapes, expected_shapes, header_only, seeded, whole
 
 from sdrt.errors import CheckpointError, SdrtError, UsageError
-from sdrt.export.architecture import Architecture, whole
+from sdrt.export.architecture import Architecture
 from sdrt.export.families.ldm import UNET
 from sdrt.export.inspect import inspect_file
 from sdrt.export.read.checkpoint import open_checkpoint, select
