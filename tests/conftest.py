@@ -16,6 +16,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 EMOJI = ROOT / "examples" / "emoji"
 CHECKPOINT = EMOJI / "emoji.safetensors"
+EMOJI_XL = EMOJI / "emoji-xl.safetensors"
 LORA = EMOJI / "blindbox.safetensors"
 
 # Traces are kept between runs, as a user's are, but never shared with the user's own.

@@ -212,7 +212,7 @@ class Slots:
                 expected |= {f"{name} {i}": shape[1:] for i in range(len(job.contexts))}
             elif name != "next":
                 expected[name] = shape if name in self._signature.tables else shape[1:]
-        for name in expected.keys() | given.keys():
+        for name in dict.fromkeys((*expected, *given)):  # in an order, so that the message is always the same
             found = given[name].shape if name in given else None
             if found != expected.get(name):
                 raise UsageError(f"step: {name}: shape {found}, this batch takes {expected.get(name)}")

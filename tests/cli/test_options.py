@@ -23,6 +23,12 @@ def test_sizes() -> None:
         for parse in (options.parse_size, options.parse_sizes):
             with pytest.raises(UsageError, match=f"--size {text}: expected WIDTHxHEIGHT"):
                 parse(text)
+    with pytest.raises(UsageError, match="--original-size 8: expected WIDTHxHEIGHT"):
+        options.parse_size("8", option="--original-size")
+    assert options.parse_corner(None) is None and options.parse_corner("16,8") == (16, 8)
+    for text in ("", "1", "1,", "1,2,3", "-1,0", "1x2"):
+        with pytest.raises(UsageError, match=f"--crop-top-left {text}: expected TOP,LEFT"):
+            options.parse_corner(text)
     for text in ("8x8:", ":8x8", "8x8:8x8:8x8", "8x8:8"):
         with pytest.raises(UsageError, match="or a smallest and a largest"):
             options.parse_sizes(text)

@@ -240,6 +240,14 @@ def test_shapes_by_default_are_the_bundles_own(flat_bundle: Path) -> None:
     assert (shapes.width, shapes.height, shapes.batch, shapes.tokens) == ((64,) * 3, (64,) * 3, (1,) * 3, (77,) * 3)
 
 
+def test_an_edit_model_takes_three_branches(flat_bundle: Path) -> None:
+    manifest = open_bundle(flat_bundle).manifest
+    edits = replace(manifest, latents=replace(manifest.latents, concat_channels=4))
+    told = replace(manifest, diffusion=replace(manifest.diffusion, told_guidance=True))
+    assert [resolve_shapes(one).branches for one in (manifest, edits, told)] == [(1, 2), (1, 3), (1,)]
+    assert resolve_shapes(edits, branches=(2,)).branches == (2,)
+
+
 def test_the_best_shape_is_the_bundles_own_where_the_range_holds_it(flat_bundle: Path) -> None:
     shapes = resolved(flat_bundle, size=((64, 128), (256, 512)), batch=(2, 4), tokens=(77, 231), branches=(2, 1))
     assert (shapes.width, shapes.height) == ((64, 64, 256), (128, 128, 512))

@@ -22,6 +22,7 @@ from sdrt.engines import record as engine_record
 from sdrt.engines import store as engine_cache
 from sdrt.engines.record import EngineKey, EngineRecord, Plan, Profile
 from sdrt.engines.store import (
+    arithmetic,
     check_all,
     engine_folders,
     folder_name,
@@ -512,6 +513,20 @@ def test_another_graph(bundle: Bundle, graph: str) -> None:
         mismatch(replace(record, key=replace(record.key, graphs=record.key.graphs | {graph: "0" * 64})), bundle)
         == "built for graphs that have changed"
     )
+
+
+def test_each_component_has_its_own_arithmetic(bundle: Bundle) -> None:
+    """A float32 VAE beside a float16 UNet, unless another precision is asked for. Engines of float32 graphs stay."""
+    components = bundle.manifest.components
+    manifest = replace(bundle.manifest, components=components | {"vae": replace(components["vae"], compute="fp32")})
+    changed = Bundle(bundle.path, manifest)
+    own = {"text_encoder": "fp16", "step": "fp16", "vae_decoder": "fp32", "vae_encoder": "fp32"}
+    assert arithmetic(manifest, "tensorrt-rtx", "fp16") == own
+    assert set(arithmetic(manifest, "tensorrt-rtx", "fp32").values()) == {"fp32"}
+    assert set(arithmetic(manifest, "openvino", "bf16").values()) == {"fp32"}
+    graphs = {graph: manifest.files[manifest.graphs[graph][compute].path].sha256 for graph, compute in own.items()}
+    assert mismatch(record_for(changed, graphs=graphs), changed) == ""
+    assert mismatch(record_for(changed), changed) == "built for graphs that have changed"
 
 
 def test_state_bytes(bundle: Bundle) -> None:

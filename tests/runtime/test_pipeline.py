@@ -691,6 +691,9 @@ def test_an_edit_model(fake: FakeEngine, flat_bundle: Path) -> None:
     assert job.contexts[0]["context"][:, 1, 0].tolist() == [sun, sun, fox]
     assert not job.inputs["init"].any() and result.parameters["strength"] is None
     assert result.parameters["image_cfg"] == 1.5
+    for scales in ({"cfg": 1}, {"image_cfg": 0.5}):  # diffusers then guides with neither
+        pipeline("fox", init_image=picture, compat="diffusers", steps=1, seed=1, **scales)  # type: ignore[arg-type]
+        assert fake.jobs[-1].tables["w"].tolist() == [[1]] and fake.jobs[-1].inputs["concat"][0].all()
     pipeline("fox", init_image=picture, steps=4, seed=1, image_cfg=1.0)
     assert fake.jobs[-1].inputs["init"].any() and fake.jobs[-1].inputs["concat"].shape[0] == 2
     assert pipeline.memory_bytes(branches=3) > 0

@@ -40,7 +40,8 @@ def stored_weights(bundle: Path) -> Weights:
     return {name: tensor.float() for name, tensor in load_file(bundle / "graphs" / "weights.safetensors").items()}
 
 
-def text_model(weights: Weights, clip: Mapping[str, Any]) -> Any:
+def text_model(weights: Weights, clip: Mapping[str, Any], start: str = TEXT) -> Any:
+    """CLIP's first text encoder, whose names begin with `start`."""
     from transformers import CLIPTextConfig, CLIPTextModel
 
     config = CLIPTextConfig(
@@ -56,7 +57,7 @@ def text_model(weights: Weights, clip: Mapping[str, Any]) -> Any:
     )
     model = CLIPTextModel(config).eval()
     # transformers 5 drops the outer `text_model.`
-    prefix = TEXT if any(name.startswith("text_model.") for name in model.state_dict()) else TEXT + "text_model."
+    prefix = start if any(name.startswith("text_model.") for name in model.state_dict()) else start + "text_model."
     model.load_state_dict(
         {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
     )
@@ -118,6 +119,75 @@ def diffusers_pipeline(bundle: Path, tokenizer: Any) -> Any:
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def sdxl_pipeline(checkpoint: Path, spec: Mapping[str, Any], folder: Path) -> Any:
+    """diffusers' StableDiffusionXLPipeline over a single file whose second text encoder has OpenCLIP's names; `spec` is
+    the manifest's architecture. Set its `scheduler` before use.
+    """
+    from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+    from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint, convert_open_clip_checkpoint
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+    weights = widened(checkpoint)
+    unet_spec, clip, openclip = spec["unet"], *spec["texts"]
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        in_channels=unet_spec["in_channels"],
+        block_out_channels=tuple(unet_spec["channels"]),
+        layers_per_block=2,
+        cross_attention_dim=clip["width"] + openclip["width"],
+        attention_head_dim=tuple(width // 64 for width in unet_spec["channels"]),  # the number of heads
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=[max(1, *depths) for depths in unet_spec["down_depth"]],
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=256,
+        projection_class_embeddings_input_dim=openclip["projection"] + 6 * 256,
+    ).eval()
+    unet.load_state_dict(convert_ldm_unet_checkpoint(dict(weights), dict(unet.config)))
+    first, second = "conditioner.embedders.0.transformer.", "conditioner.embedders.1.model."
+    layers = {name.split(".")[7] for name in weights if name.startswith(first + "text_model.encoder.layers.")}
+    text_encoder = text_model(weights, {**clip, "layers": len(layers)}, first)
+    layers = {name.split(".")[6] for name in weights if name.startswith(second + "transformer.resblocks.")}
+    text_encoder_2 = CLIPTextModelWithProjection(
+        CLIPTextConfig(
+            vocab_size=openclip["vocabulary"],
+            hidden_size=openclip["width"],
+            intermediate_size=openclip["mlp_width"],
+            num_hidden_layers=len(layers),
+            num_attention_heads=openclip["heads"],
+            projection_dim=openclip["projection"],
+            hidden_act="gelu",
+            eos_token_id=49407,
+            pad_token_id=0,
+        )
+    ).eval()
+    text_encoder_2.load_state_dict(convert_open_clip_checkpoint(text_encoder_2, weights, second))
+    tokenizer = clip_tokenizer(folder)
+    tokenizer_2 = clip_tokenizer(folder)
+    tokenizer_2.pad_token = "!"  # id 0
+    return StableDiffusionXLPipeline(
+        vae=vae(weights, spec["vae"]),
+        text_encoder=text_encoder,
+        text_encoder_2=text_encoder_2,
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer_2,
+        unet=unet,
+        scheduler=EulerDiscreteScheduler(**TRAINING),
+        add_watermarker=False,
+    )
+
+
+def widened(checkpoint: Path) -> Weights:
+    """A checkpoint's tensors in float32, those of 8 bits times their scale."""
+    stored = load_file(checkpoint)
+    return {
+        name: tensor.float() * stored.get(name.removesuffix(".weight") + ".scale_weight", 1.0)
+        for name, tensor in stored.items()
+        if not name.endswith((".scale_weight", ".position_ids"))
+    }
 
 
 def automatic1111_upsample(

@@ -187,7 +187,7 @@ class TextConditioner:
                 diffusers' None: zeros for models with `zero_empty`, else an empty prompt.
             steps: how many steps prompt editing counts. AUTOMATIC1111 counts model calls: twice the steps for samplers
                 of second order.
-            cfg: guidance scale. diffusers guides only beyond 1.
+            cfg: guidance scale. diffusers guides only beyond 1, by prompt and image or by neither.
             prompt_2, negative_2: what all text encoders but the first read; None is `prompt` and `negative`. For the
                 plain syntax.
             image_cfg: of an edit model, how much the image guides; None for other models.

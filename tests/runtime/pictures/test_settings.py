@@ -143,6 +143,18 @@ def test_an_independent_parser_agrees(tmp_path: Path) -> None:
     }
 
 
+def test_settings_for_an_edit_model(tmp_path: Path, manifest: Manifest) -> None:
+    """It takes nothing without a picture; with one, AUTOMATIC1111's second guidance scale."""
+    edits = replace(manifest, latents=replace(manifest.latents, concat_channels=4))
+    text = "sun\nSteps: 5, Sampler: Euler, CFG scale: 6, Image CFG scale: 1.25, Denoising strength: 0.9"
+    picture = saved(tmp_path / "x.png", text=text)
+    reused = settings_to_reuse(picture, edits, {"init_image": "i.png"})
+    assert not reused.unused
+    request = resolved(Request(**reused.settings), edits)
+    assert (request.image_cfg, request.cfg, request.steps, request.strength) == (1.25, 6, 5, 0.9)
+    assert "image cfg: this model does not edit a picture" in "".join(settings_to_reuse(picture, manifest, {}).unused)
+
+
 @pytest.mark.parametrize(
     ("pairs", "unused"),
     [
