@@ -6,14 +6,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import EMOJI
+from conftest import CHECKPOINT, EMOJI, EMOJI_XL, LORA
 from safetensors.torch import save_file
 from tiny_model import expected_shapes, header_only, levels, seeded
 
@@ -21,10 +20,8 @@ from sdrt.errors import AdapterError
 from sdrt.export.adapters.embedding import EmbeddingOption, bundled_embeddings, extended_tables, open_embedding
 from sdrt.export.adapters.match import Lora, LoraOption, open_lora
 from sdrt.export.architecture import Architecture, ClipSpec, UNetSpec, VaeSpec
-from sdrt.export.families.table import component_name
-from sdrt.export.graph import weight_shapes
+from sdrt.export.fitting import fit
 from sdrt.export.inspect import inspect_file
-from sdrt.export.read.checkpoint import open_checkpoint
 
 Tensors = dict[str, torch.Tensor]
 UNET, CLIP, CLIP_2 = "model.diffusion_model.", "cond_stage_model.transformer.", "conditioner.embedders.1.transformer."
@@ -551,20 +548,12 @@ def test_embedding_for_sd2(file: Path, name: str) -> None:
 
 
 def test_every_key_of_the_emoji_lora_has_its_place() -> None:
-    checkpoint = open_checkpoint(EMOJI / "emoji-xl.safetensors")
-    checkpoint.close()
-    arch = checkpoint.architecture
-    adapter = open_lora(LoraOption(EMOJI / "toy-xl.safetensors"), weight_shapes(arch), arch)
-    adapter.file.close()
-    assert adapter.unmatched == () and len(adapter.file.entries) == 3 * 289
-    counts = Counter(component_name(weight) for weight in adapter.deltas)
-    assert counts == {"unet": 253, "text_encoder": 18, "text_encoder_2": 18}
-    texts = tuple(replace(text, clip_skip=(arch.last_layer,)) for text in arch.texts)
-    built = replace(arch, texts=texts)  # as a build has it
-    adapter = open_lora(LoraOption(EMOJI / "toy-xl.safetensors"), weight_shapes(built), built)
-    adapter.file.close()
-    assert len(adapter.deltas) == 289 - 6
-    assert adapter.notes == ("18 of its keys change layers of a text encoder that the model does not use",)
+    """One of three layers of the first text encoder is not used: six modules change nothing."""
+    path = EMOJI / "toy-xl.safetensors"
+    assert fit(path, "a LoRA", EMOJI_XL)["touches"] == {"unet": 253, "text_encoder": 12, "text_encoder_2": 18}
+    assert inspect_file(path)["modules"] == {"unet": 253, "text_encoder": 18, "text_encoder_2": 18}
+    for lora, checkpoint in ((path, CHECKPOINT), (LORA, EMOJI_XL)):
+        assert "a LoRA made for" in fit(lora, "a LoRA", checkpoint)["why"]
 
 
 def test_every_module_that_kohya_trains_in_sdxl_has_its_place(file: Path) -> None:
