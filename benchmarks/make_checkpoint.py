@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sdrt.export.architecture import Architecture, ClipSpec, UNetSpec, VaeSpec, whole
+from sdrt.export.architecture import Architecture, ClipSpec, UNetSpec, VaeSpec
 from sdrt.export.families.keys import diffusers_module
 from sdrt.export.families.sd1 import CLIP, UNET
 from sdrt.export.graph import recipes
@@ -86,8 +86,9 @@ _OPEN_CLIP = {
 
 
 def weight_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
-    """Every weight that a bundle of an architecture may need, by its canonical name."""
-    every = recipes(whole(architecture)).values()
+    """Every weight of an architecture by its canonical name, also of layers that contexts skip."""
+    texts = tuple(replace(text, clip_skip=(1,), final_norm=True) for text in architecture.texts)
+    every = recipes(replace(architecture, texts=texts)).values()
     return {name: shape for recipe in every for name, shape in recipe.weight_shapes().items()}
 
 

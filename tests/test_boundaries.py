@@ -297,6 +297,7 @@ def test_families_are_named_in_their_own_folder_only() -> None:
             n.value
             for n in nodes
             if isinstance(n, ast.Constant) and isinstance(n.value, str) and id(n) not in documented
+            if file != "cli/options.py"  # help
         ]
         offenders += [f"{file}: {text}" for text in said if word.search(text)]
         offenders += [

@@ -60,6 +60,7 @@ COVERED: dict[str, tuple[str, ...]] = {
     ),
     "runtime/pictures/test_settings.py": ("runtime/pictures/infotext.py", "runtime/request_json.py"),
     "runtime/prompts/test_tokenizer.py": ("export/tokenizer.py",),
+    "runtime/prompts/test_conditioning.py": ("runtime/prompts/vector.py",),
     "runtime/sampling/test_diffusers.py": ("runtime/sampling/levels.py",),
     "runtime/sampling/test_sigma_samplers.py": ("runtime/sampling/trace.py",),
     "runtime/test_pipeline.py": ("runtime/request.py",),

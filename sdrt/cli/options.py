@@ -124,7 +124,10 @@ VaePrecision = Annotated[
 Prediction = Annotated[
     str | None,
     typer.Option(
-        "--prediction", metavar="eps|v", help="What the UNet predicts; what the checkpoint says if not given."
+        "--prediction",
+        metavar="eps|v|x0",
+        help="What the UNet predicts: the noise, v, or the picture (x0, one-step models); what the checkpoint says if "
+        "not given.",
     ),
 ]
 ZeroSnr = Annotated[

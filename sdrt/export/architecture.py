@@ -128,6 +128,7 @@ class Architecture:
     sizes, size_width: sizes in pixels that the UNet's vector holds after the pooled numbers, and the width of each.
     zero_snr, sigmas, sigma_data: as the manifest's Diffusion has them; `sigmas` is (lowest, highest).
     concat_scale: multiplies the latents among the channels beside the noisy latents.
+    zero_empty: whether an empty negative prompt is zeros, not what the text encoders make of it.
     """
 
     family: str
@@ -143,6 +144,7 @@ class Architecture:
     sigmas: tuple[float, float] | None = None
     sigma_data: float = 1.0
     concat_scale: float = 1.0
+    zero_empty: bool = False
 
     @property
     def vector(self) -> Vector:
@@ -202,6 +204,7 @@ def architecture(path: Path, shapes: Shapes, metadata: Mapping[str, str], kind: 
         last_layer=family.last_layer,
         sizes=family.sizes,
         size_width=family.size_width,
+        zero_empty=family.zero_empty,
     )
 
 

@@ -73,7 +73,7 @@ class BuildOptions:
     the text-encoder layers to build, the first one being the default. `output` None names it after the inputs.
 
     prediction, zero_snr: what the UNet predicts, and whether its last timestep has no signal left, in place of what the
-        checkpoint says. The prediction is "eps" or "v".
+        checkpoint says. The prediction is "eps", "v" or "x0".
     vae_precision: what the VAE computes in on a GPU: fp32 or `precision`. None takes fp32 where the family's VAE
         overflows in float16, else `precision`.
     """
@@ -108,7 +108,7 @@ class BuildReport:
     cached: tuple[str, ...]
 
 
-PREDICTIONS = ("eps", "v")
+PREDICTIONS = ("eps", "v", "x0")
 """The words of `--prediction`."""
 _VAE = "vae"
 _COMPONENTS = {TEXT_ENCODER: "text_encoder", STEP: UNET, VAE_DECODER: _VAE, VAE_ENCODER: _VAE}
@@ -406,7 +406,7 @@ def _manifest(name: str, inputs: _Inputs, model: _Model, contents: _Contents) ->
                 text.clip_skip,
                 rows,
                 last_layer=arch.last_layer,
-                zero_empty=family_named(arch.family).zero_empty,
+                zero_empty=arch.zero_empty,
             )
             for text in arch.texts
         ),

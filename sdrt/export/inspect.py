@@ -75,6 +75,8 @@ def inspect_file(path: Path) -> dict[str, Any]:
                 "buildable": True,
                 "family": arch.family,
                 "prediction": arch.prediction,
+                **({"zero_snr": True} if arch.zero_snr else {}),
+                **({"sigmas": list(arch.sigmas)} if arch.sigmas is not None else {}),
                 "size": list(arch.size),
                 "architecture": sizes,
             }

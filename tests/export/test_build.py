@@ -36,6 +36,7 @@ from sdrt.export.graph import Recipe, recipes, skeleton
 from sdrt.export.read.checkpoint import Tensor, open_checkpoint
 from sdrt.export.read.tensor_file import TensorFile, open_tensor_file
 from sdrt.export.weights import Written, layout
+from sdrt.files.publish import cache_folder
 
 
 @pytest.fixture
@@ -193,7 +194,7 @@ class Cache:
 
     @property
     def entry(self) -> Path:
-        (entry,) = (graph_module.cache_folder() / "graphs").iterdir()
+        (entry,) = (cache_folder() / "graphs").iterdir()
         return entry
 
 
@@ -251,7 +252,7 @@ def test_i4_entry_is_not_used_for_another_shape_or_version(cache: Cache, monkeyp
     cache.get()
     monkeypatch.setattr(graph_module, "version", lambda package: "0.0")
     assert not cache.get()
-    assert len(list((graph_module.cache_folder() / "graphs").iterdir())) == 2
+    assert len(list((cache_folder() / "graphs").iterdir())) == 2
 
 
 # All or nothing

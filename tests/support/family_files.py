@@ -35,6 +35,7 @@ TINY_XL = Architecture(
     last_layer=2,
     sizes=6,
     size_width=256,
+    zero_empty=True,
 )
 
 _OPEN_CLIP = {

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 from sdrt.errors import AdapterError, UsageError, printable
 from sdrt.export.adapters.match import Lora, how_to_give
 from sdrt.export.architecture import Architecture, ClipSpec
-from sdrt.export.families.ldm import TOKEN_TABLE
 from sdrt.export.families.recognise import EMBEDDING as KIND
 from sdrt.export.families.recognise import describe
 from sdrt.export.families.table import EMBEDDINGS, TOKENS, family_named
@@ -226,7 +225,7 @@ def extended_tables(embeddings: Sequence[Embedding], arch: Architecture) -> tupl
     for i, (component, clip) in enumerate(zip(family_named(arch.family).text_encoders, arch.texts, strict=True)):
         rows = [read_vectors(embedding, i) for embedding in embeddings]
         count = clip.vocabulary + sum(map(len, rows))
-        name = component.prefix + TOKEN_TABLE
+        name = component.token_table
         tables[name] = Made((count, clip.width), path, partial(_extended, name, rows))
         texts.append(replace(clip, vocabulary=count))
     return replace(arch, texts=tuple(texts)), tables

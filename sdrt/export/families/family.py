@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 Shapes = Mapping[str, tuple[int, ...]]
 
+TOKEN_TABLE = "text_model.embeddings.token_embedding.weight"
+"""Of a text encoder below its prefix."""
 END_TOKEN = 49407
 """CLIP's end of a text, the last token of its vocabulary."""
 
@@ -64,6 +66,11 @@ class Component:
     """Of a text encoder only."""
     vectors: str = ""
     """What embeddings call a text encoder's vectors where a model has several."""
+
+    @property
+    def token_table(self) -> str:
+        """Name of a text encoder's table of token vectors."""
+        return self.prefix + TOKEN_TABLE
 
     def below(self, names: Iterable[str]) -> dict[str, str]:
         """The component's names among those of a file, to what follows the prefix. Bare names count only where none has
@@ -124,7 +131,6 @@ class Family:
     kinds: Mapping[int, str]
     alone: str
     components: tuple[Component, ...]
-    token_table: str
     context_width: int
     tokens: Mapping[int, str]
     """Widths of token vectors that show the family, with the words for whose they are."""

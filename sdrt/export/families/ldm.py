@@ -7,8 +7,6 @@ from __future__ import annotations
 from sdrt.export.families.family import Component, Sign
 
 UNET, VAE, CLIP = "model.diffusion_model.", "first_stage_model.", "cond_stage_model.transformer."
-TOKEN_TABLE = "text_model.embeddings.token_embedding.weight"
-"""Of a text encoder below its prefix."""
 OPEN_CLIP_ROWS = {
     f".in_proj_{leaf}": tuple(f".{part}_proj.{leaf}" for part in ("q", "k", "v")) for leaf in ("weight", "bias")
 }

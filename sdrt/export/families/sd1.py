@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from sdrt.export.families.family import Component, Family, Text
+from sdrt.export.families.family import TOKEN_TABLE, Component, Family, Text
 from sdrt.export.families.ldm import (
     CLIP,
     IGNORED_TEXT,
     SCHEDULER,
-    TOKEN_TABLE,
     UNET,
     UNET_COMPONENT,
     VAE,
@@ -43,7 +42,6 @@ SD1 = Family(
     },
     alone="a Stable Diffusion UNet without its text encoder",
     components=(UNET_COMPONENT, VAE_COMPONENT, TEXT_ENCODER),
-    token_table=CLIP + TOKEN_TABLE,
     context_width=768,
     tokens={768: "Stable Diffusion 1.x"},
     text_widths=(768,),

@@ -12,7 +12,6 @@ from sdrt.export.families.ldm import (
     IGNORED_TEXT,
     OPEN_CLIP_ROWS,
     SCHEDULER,
-    TOKEN_TABLE,
     UNET_COMPONENT,
     VAE_COMPONENT,
 )
@@ -54,7 +53,6 @@ SD2 = Family(
             vectors="clip_h",
         ),
     ),
-    token_table=CLIP + TOKEN_TABLE,
     context_width=1024,
     tokens={1024: "Stable Diffusion 2.x"},
     text_widths=(1024,),

@@ -222,6 +222,8 @@ def model_architecture(
         notes.append(f"{model.name}: {remark}")
     if remark := sampling_note(stated.configs.get(SCHEDULER, {}), family):
         notes.append(f"{model.path.absolute().name}: {remark}")
+    if stated.zero_empty is not None:
+        arch = replace(arch, zero_empty=stated.zero_empty)
     texts = list(arch.texts)
     for i, component in enumerate(family.text_encoders):
         layers = stated.text_layers.get(component.name)

@@ -16,7 +16,7 @@ from sdrt.export.architecture import Architecture, UNetSpec
 from sdrt.export.families.family import Family
 from sdrt.export.families.table import BUILDS, FAMILIES
 
-PREDICTION_TYPES = {"epsilon": "epsilon", "v_prediction": "v"}
+PREDICTION_TYPES = {"epsilon": "epsilon", "v_prediction": "v", "sample": "x0"}
 UNET, VAE, SCHEDULER = "unet/config.json", "vae/config.json", "scheduler/scheduler_config.json"
 TEXTS = ("text_encoder/config.json", "text_encoder_2/config.json")
 """Of the text encoders, in the order of a model's."""
@@ -194,6 +194,7 @@ class Settings:
     sample_size: latents a side.
     text_layers: how many layers of each text encoder are used, by the name of its component.
     scaled_image: whether the image of an edit model is scaled as latents are.
+    zero_empty: as `Architecture` has it.
     configs: by file name the config.json of each network, whose sizes `check_sizes` compares, and the scheduler's.
     """
 
@@ -207,6 +208,7 @@ class Settings:
     sample_size: int | None = None
     text_layers: Mapping[str, int] = field(default_factory=dict)
     scaled_image: bool = False
+    zero_empty: bool | None = None
     configs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     @property
@@ -219,10 +221,9 @@ def read_settings(
     path: Path,
     configs: Mapping[str, Mapping[str, Any]],
     scheduler: Mapping[str, Any],
-    *,
-    scaled_image: bool = False,
+    index: Mapping[str, Any] | None = None,
 ) -> Settings:
-    """Settings from each component's config.json, by component, and from the scheduler's.
+    """Settings from each component's config.json, by component, from the scheduler's, and from model_index.json.
 
     Raises:
         CheckpointError: a setting that sdrt's networks do not have, that sdrt does not know, or that has the wrong
@@ -246,7 +247,8 @@ def read_settings(
             for name in TEXTS
             if (layers := _layers(path, name, named.get(name, {}))) is not None
         },
-        scaled_image=scaled_image,
+        scaled_image=(index or {}).get("is_cosxl_edit") is True,
+        zero_empty=_zero_empty(path, index or {}),
         configs=named | ({SCHEDULER: scheduler} if scheduler else {}),
     )
     return _with_schedule(path, settings, scheduler) if scheduler else settings
@@ -274,6 +276,13 @@ def _with_schedule(path: Path, settings: Settings, scheduler: Mapping[str, Any])
     if sigmas[0] >= sigmas[1]:
         raise _refused(path, SCHEDULER, "sigma_min", sigmas[0], f"less than sigma_max, {sigmas[1]:g}")
     return replace(settings, prediction=said, zero_snr=False, sigmas=sigmas, sigma_data=float(numbers["sigma_data"]))
+
+
+def _zero_empty(path: Path, index: Mapping[str, Any]) -> bool | None:
+    said = index.get("force_zeros_for_empty_prompt")
+    if said is not None and not isinstance(said, bool):
+        raise _refused(path, "model_index.json", "force_zeros_for_empty_prompt", said, "true or false")
+    return said
 
 
 def _positive(value: object) -> bool:

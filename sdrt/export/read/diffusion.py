@@ -22,17 +22,15 @@ from sdrt.export.families.table import BUILDS
 from sdrt.export.read.diffusers_config import SCHEDULER
 from sdrt.export.read.model_files import ModelFiles, Stored
 
-PREDICTIONS = {"epsilon": "epsilon", "eps": "epsilon", "v": "v", "v_prediction": "v"}
+PREDICTIONS = {"epsilon": "epsilon", "eps": "epsilon", "v": "v", "v_prediction": "v", "x0": "x0", "sample": "x0"}
 STATED = ("v_pred", "ztsnr", "edm_mean", "edm_std", "edm_vpred.")
 """How the keys begin that say it in a file of tensors."""
 _MAX_VALUES = 1 << 16
-"""More than any tensor has that this file reads."""
+"""More than any weight has that is read."""
 _EDM_SCALE, _EDM_SIGMAS, _EDM_DATA = 0.5, (0.002, 80.0), 0.5
-"""Playground v2.5's, the only model of its kind, which stores the mean and deviation of its latents alone."""
+"""Of Playground v2.5, the only model of its kind. It stores its latents' mean and deviation and nothing else."""
 _SIGMA_MIN = 0.002
 """Of CosXL, where a file has no other."""
-
-
 _Latents = tuple[float, tuple[float, ...], tuple[float, ...]]
 """Scale, mean and deviation, as `VaeSpec` has them."""
 
@@ -82,7 +80,7 @@ def with_diffusion(
                 f"--zero-snr: {model.name} predicts {chosen}, which says nothing of a picture where no signal is left",
                 "Leave it out, or add --prediction v if the model was trained so.",
             )
-        notes.append(f"{model.name}: ztsnr changes nothing in a model that predicts {chosen}")
+        notes.append(f"{model.name}: zero SNR changes nothing in a model that predicts {chosen}")
         last_is_noise = False
     if last_is_noise and said.sigmas is not None:
         raise UsageError(

@@ -41,8 +41,8 @@ _UNUSED_COMPONENTS = (
     "force_zeros_for_empty_prompt",
     "is_cosxl_edit",
 )
-"""Other parts and settings of a pipeline. sdrt brings these itself, or they change no picture. An image encoder serves
-IP-Adapters only.
+"""Other parts and settings of a pipeline. sdrt brings these itself, `read_settings` knows them, or they change no
+picture. An image encoder serves IP-Adapters only.
 """
 _PIPELINES = tuple(pipeline for family in FAMILIES for pipeline in family.pipelines)
 MAX_DOCUMENT_BYTES = 16 << 20
@@ -175,12 +175,7 @@ def open_model(path: Path) -> ModelFiles:
             raise CheckpointError(f"{path}: model_index.json: a {printable(kind)[:80]}: not supported yet", BUILDS)
         configs = {component: folder.document(f"{component}/config.json", _AGAIN) for component in components}
         scheduler = folder.document("scheduler/scheduler_config.json", _AGAIN) if (path / "scheduler").is_dir() else {}
-        settings = read_settings(path, configs, scheduler, scaled_image=index.get("is_cosxl_edit") is True)
-        if index.get("force_zeros_for_empty_prompt") is False:
-            folder.notes.append(
-                f"{path.absolute().name}: model_index.json: force_zeros_for_empty_prompt is false: without a negative"
-                " prompt diffusers takes the encoded empty one here"
-            )
+        settings = read_settings(path, configs, scheduler, index)
         model = folder.model(settings)
         opened.pop_all()
         return model

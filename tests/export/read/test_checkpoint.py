@@ -20,11 +20,11 @@ from family_files import TINY_XL, sgm
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load, save_file
-from tiny_model import TINY, Shapes, expected_shapes, header_only, regular_unet, seeded
+from tiny_model import TINY, Shapes, expected_shapes, header_only, regular_unet, seeded, whole
 
 from sdrt.bundle.manifest import FileRecord
 from sdrt.errors import CheckpointError, InputFileError
-from sdrt.export.architecture import Architecture, ClipSpec, VaeSpec, architecture, whole
+from sdrt.export.architecture import Architecture, ClipSpec, VaeSpec, architecture
 from sdrt.export.families.recognise import describe
 from sdrt.export.families.sd1 import CLIP, SD1, UNET, VAE
 from sdrt.export.inspect import inspect_file

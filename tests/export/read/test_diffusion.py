@@ -50,7 +50,7 @@ def saved(path: Path, **keys: Any) -> Path:
             {"prediction": "v", "zero_snr": True},
             "predicts v with no signal at the last step, by v_pred",
         ),
-        ({"ztsnr": []}, {"prediction": "epsilon", "zero_snr": False}, "ztsnr changes nothing"),
+        ({"ztsnr": []}, {"prediction": "epsilon", "zero_snr": False}, "zero SNR changes nothing"),
         (
             {"edm_vpred__sigma_max": 120.0, "edm_vpred__sigma_min": 0.002},
             {"prediction": "v", "sigmas": (pytest.approx(0.002), 120.0), "sigma_data": 1.0},
@@ -103,7 +103,9 @@ def test_values_of_every_type_of_file(tmp_path: Path, kind: torch.dtype) -> None
     assert opened(tmp_path / "x.ckpt")[0].vae.mean == (1.5, -0.25, 3.0, 4.0)
 
 
-@pytest.mark.parametrize(("text", "prediction"), [("epsilon", "epsilon"), ("v", "v"), ("v_prediction", "v")])
+@pytest.mark.parametrize(
+    ("text", "prediction"), [("epsilon", "epsilon"), ("v", "v"), ("v_prediction", "v"), ("x0", "x0")]
+)
 def test_prediction_from_the_metadata(tmp_path: Path, text: str, prediction: str) -> None:
     metadata = {"modelspec.prediction_type": text}
     path = header_only(tmp_path / "x.safetensors", expected_shapes(TINY), metadata=metadata)
@@ -208,6 +210,7 @@ def test_latents_of_the_image_that_cosxl_edits(tmp_path: Path) -> None:
 
 SCHEDULERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "epsilon": ({"_class_name": "EulerDiscreteScheduler"}, {"prediction": "epsilon", "zero_snr": False}),
+    "one step": ({"_class_name": "EulerDiscreteScheduler", "prediction_type": "sample"}, {"prediction": "x0"}),
     "zero SNR": (
         {"_class_name": "EulerDiscreteScheduler", "prediction_type": "v_prediction", "rescale_betas_zero_snr": True},
         {"prediction": "v", "zero_snr": True, "sigmas": None},

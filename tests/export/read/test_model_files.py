@@ -292,7 +292,7 @@ def test_settings_that_are_left_out_are_stable_diffusions(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("file", "key", "value"),
     [
-        ("scheduler/scheduler_config.json", "prediction_type", "sample"),
+        ("scheduler/scheduler_config.json", "prediction_type", "flow_prediction"),
         ("scheduler/scheduler_config.json", "prediction_type", ["epsilon"]),
         ("scheduler/scheduler_config.json", "beta_schedule", "linear"),
         ("scheduler/scheduler_config.json", "beta_end", 0.02),
