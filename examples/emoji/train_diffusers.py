@@ -58,6 +58,8 @@ TRAINING = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_l
 UNCAPTIONED = 0.1
 WARM_UP = 50
 TEACHER_STRIDE = 60
+PATHS_TOGETHER = 32
+"""Paths of the guided model that are followed in one batch."""
 SHOWN = [
     "red apple",
     "cat face",
@@ -286,8 +288,7 @@ class Lessons:
     shown: Tensor
 
 
-def lessons(networks: Networks, node_modules: Path, look: str) -> Lessons:
-    known = [line for line in (HERE / "prompts.txt").read_text().splitlines() if line]
+def lessons(networks: Networks, captioned: pictures.Captioned) -> Lessons:
     with tempfile.TemporaryDirectory() as folder:
         write_tokenizer(Path(folder) / "tokenizer.json", VOCABULARY)
         tokenize = read_bpe(Path(folder) / "tokenizer.json").encode
@@ -296,7 +297,6 @@ def lessons(networks: Networks, node_modules: Path, look: str) -> Lessons:
         found = [START, *tokenize(caption), END]
         return torch.tensor(found + [END] * (77 - len(found)))
 
-    captioned = pictures.from_packages(node_modules, known, look)
     pixels = torch.from_numpy(np.stack([picture for _, picture in captioned]))
     article = [f"{'an' if caption[0] in 'aeiou' else 'a'} {caption}" for caption, _ in captioned]
     tokens = torch.stack([ids(caption) for caption, _ in captioned] + [ids(caption) for caption in article])
@@ -458,7 +458,13 @@ def train(options: argparse.Namespace) -> None:
     random = torch.Generator().manual_seed(options.seed)
     networks = load(options.checkpoint)
     changes = adapt(networks, options, random)
-    data = lessons(networks, options.node_modules, "toy" if options.kind == "toy" else "flat")
+    look, known = "toy" if options.kind == "toy" else "flat", (HERE / "prompts.txt").read_text().split("\n")
+    data = lessons(
+        networks,
+        pictures.from_folder(options.pictures, look)
+        if options.pictures
+        else pictures.from_packages(options.node_modules, [line for line in known if line], look),
+    )
     parameters = [value for change in changes.values() for value in change.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=options.rate, betas=(0.9, 0.99), weight_decay=0.0)
     state = options.output.with_name(options.output.name + ".training")
@@ -487,7 +493,7 @@ def train(options: argparse.Namespace) -> None:
             change.strength = 0.0
         while len(paths) < options.paths:
             random.manual_seed(options.seed * 7_000_003 + len(paths))
-            captions = torch.randint(0, len(data.tokens), (32,), generator=random)
+            captions = torch.randint(0, len(data.tokens), (PATHS_TOGETHER,), generator=random)
             with torch.no_grad(), autocast():
                 path = teach(networks, data, data.tokens[captions], options.guidance, random)
             paths.append([captions, *path])
@@ -534,12 +540,17 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("output", type=Path)
     parser.add_argument("--node-modules", type=Path, default=Path("demo/node_modules"), help="where npm put the emoji")
+    parser.add_argument(
+        "--pictures", type=Path, help="a folder of pictures to learn from instead, named after what they show"
+    )
     parser.add_argument("--steps", type=int, default=1200)
     parser.add_argument("--rate", type=float, default=2e-3, help="the highest learning rate")
     parser.add_argument("--batch", type=int, default=48, help="pictures per step")
     parser.add_argument("--rank", type=int, default=16, help="of matrices and 1x1 convolutions")
     parser.add_argument("--conv-rank", type=int, default=8, help="of larger convolutions")
-    parser.add_argument("--paths", type=int, default=80, help="for lcm: batches of 32 paths to learn from")
+    parser.add_argument(
+        "--paths", type=int, default=80, help=f"for lcm: batches of {PATHS_TOGETHER} paths to learn from"
+    )
     parser.add_argument("--guidance", type=float, default=3.0, help="for lcm: the guidance of these paths")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)

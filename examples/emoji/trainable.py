@@ -26,7 +26,7 @@ from torch.func import functional_call
 
 from sdrt.bundle.bpe import read_bpe
 from sdrt.errors import AdapterError
-from sdrt.export.adapters.hypernetwork import ACTIVATIONS
+from sdrt.export.adapters.hypernetwork import ACTIVATIONS, attention_widths
 from sdrt.export.architecture import Architecture, HypernetworkSpec
 from sdrt.export.families.keys import diffusers_module
 from sdrt.export.families.sd1 import SD1, UNET
@@ -61,7 +61,7 @@ class Model:
     def tokens(self, caption: str, extra: Iterable[int] = ()) -> Tensor:
         """Ids `[77]` of a caption, and `extra` ones before the end."""
         start, end = self.ends
-        length = self.architecture.clip.tokens
+        length = self.architecture.texts[0].tokens
         ids = [start, *[*self.tokenize(caption), *extra][: length - 2], end]
         return torch.tensor(ids + [end] * (length - len(ids)))
 
@@ -72,10 +72,10 @@ def new_model(architecture: Architecture, name: str, sha256: str, metadata: Mapp
     """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "tokenizer.json"
-        ends = write_tokenizer(path, architecture.clip.vocabulary)
+        ends = write_tokenizer(path, architecture.texts[0].vocabulary)
         tokenize = read_bpe(path).encode
     made = (
-        TextEncoder(architecture.clip),
+        TextEncoder(architecture.texts),
         UNet(architecture.unet),
         VaeEncoder(architecture.vae),
         VaeDecoder(architecture.vae),
@@ -193,13 +193,13 @@ def embedding(model: Model, vectors: int, initial: str, random: torch.Generator)
     """`vectors` rows after the token table's own, which begin as those of the words `initial`, repeated, with a little
     noise.
     """
-    table = model.clip.state_dict()[SD1.token_table]
+    table = model.clip.state_dict()[SD1.text_encoder.token_table]
     words = model.tokenize(initial)
     begun = torch.stack([table[words[i % len(words)]] for i in range(vectors)])
     parameters = _learned({"vectors": begun + 0.1 * begun.std() * torch.randn(begun.shape, generator=random)})
 
     def context(tokens: Tensor) -> Tensor:
-        return _encode(model, tokens, {SD1.token_table: torch.cat([table, parameters["vectors"]])})
+        return _encode(model, tokens, {SD1.text_encoder.token_table: torch.cat([table, parameters["vectors"]])})
 
     def save_file(path: Path, steps: int) -> None:
         found = parameters["vectors"].detach().clone()
@@ -223,8 +223,7 @@ def hypernetwork(model: Model, structure: tuple[float, ...], activation: str, ra
     the first step changes nothing.
     """
     sizes = model.architecture.unet
-    levels = {channels for channels, depth in zip(sizes.channels, sizes.transformer_depth, strict=True) if depth}
-    widths = sorted({sizes.context_width, *levels, sizes.channels[-1]})
+    widths = sorted(attention_widths(sizes))
     spec = HypernetworkSpec(
         tuple(tuple(int(width * n) for n in structure) for width in widths), ACTIVATIONS[activation], False, False
     )

@@ -4,6 +4,7 @@ values read are the alphas of a LoRA.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,8 @@ def _touched(path: Path, kind: str, checkpoint_path: Path) -> dict[str, Any]:
     checkpoint = open_checkpoint(checkpoint_path, path if kind == VAE else None)
     try:
         arch = checkpoint.architecture
+        texts = tuple(replace(text, clip_skip=(arch.last_layer,)) for text in arch.texts)  # those of a plain build
+        arch = replace(arch, texts=texts)
         if kind == EMBEDDING:
             embedding = embeddings.open_embedding(embeddings.EmbeddingOption(path, path.stem), arch)
             embedding.file.close()

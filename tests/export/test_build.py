@@ -841,6 +841,24 @@ def test_a_lora_brings_its_embedding(
     )
 
 
+@pytest.mark.parametrize(("said", "prediction", "zero_snr"), [(None, "v", True), ("eps", "epsilon", False)])
+def test_a_lora_says_how_the_model_predicts_after_it(
+    small_checkpoint: Path,
+    small_lora: Path,
+    out: Path,
+    tmp_path: Path,
+    quick: None,
+    said: str | None,
+    prediction: str,
+    zero_snr: bool,
+) -> None:
+    keys = {"v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)}
+    save_file(load_file(small_lora) | keys, tmp_path / "l.safetensors")
+    report = built_with(out, small_checkpoint, loras=(LoraOption(tmp_path / "l.safetensors"),), prediction=said)
+    assert (report.manifest.diffusion.prediction, report.manifest.diffusion.zero_snr) == (prediction, zero_snr)
+    assert any("v_pred: says that the model predicts v after it" in note for note in report.notes)
+
+
 def test_a_missing_file_is_found_before_any_work(
     small_checkpoint: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

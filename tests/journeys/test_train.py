@@ -1,5 +1,5 @@
 """examples/emoji/train.py: every kind for two steps on three small pictures, taken up again to the same weights, and
-read by sdrt as what it is.
+read by sdrt as what it is. examples/emoji/train_diffusers.py: that sdrt applies all it writes.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from sdrt.errors import SdrtError
 from sdrt.export.adapters.embedding import EmbeddingOption, open_embedding
 from sdrt.export.adapters.hypernetwork import HypernetworkOption, open_hypernetwork
 from sdrt.export.adapters.match import LoraOption, open_lora
+from sdrt.export.families.table import component_name
+from sdrt.export.graph import weight_shapes
 from sdrt.export.read.checkpoint import open_checkpoint
 
 SMALL = replace(
@@ -253,3 +255,41 @@ def test_unknown_emoji_is_named_with_its_nearest(train: ModuleType, tmp_path: Pa
     with pytest.raises(SdrtError, match="racoon: no emoji is called that; did you mean 'raccoon'") as caught:
         pictures.from_packages(tmp_path, ["racoon"], "flat")
     assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("kind", "checkpoint", "modules", "encoders"),
+    [("toy", "emoji-xl", 289, 2), ("velocity", "emoji-xl", 263, 0), ("lcm", "emoji", 272, 0)],
+)
+def test_adapters_through_diffusers_networks(
+    three: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+    checkpoint: str,
+    modules: int,
+    encoders: int,
+) -> None:
+    """A run of two steps writes a file that sdrt applies whole; started again, it finds itself done."""
+    monkeypatch.syspath_prepend(EMOJI)
+    import train_diffusers
+
+    monkeypatch.setattr(train_diffusers, "SHOWN", ["red apple"])
+    monkeypatch.setattr(train_diffusers, "PATHS_TOGETHER", 2)
+    model, path = EMOJI / f"{checkpoint}.safetensors", tmp_path / "x.safetensors"
+    words = f"{kind} {model} {path} --pictures {three} --steps 2 --batch 2 --rank 2 --conv-rank 1 --paths 1"
+    for _ in range(2):
+        train_diffusers.train(train_diffusers.arguments().parse_args(words.split()))
+        written = read_raw(path)
+    opened = open_checkpoint(model)
+    opened.close()
+    lora = open_lora(LoraOption(path), weight_shapes(opened.architecture), opened.architecture)
+    with lora.file:
+        assert len(lora.deltas) == modules and read_raw(path) == written
+        assert lora.predicts_v is lora.zero_snr is (kind == "velocity")
+        assert len({component_name(name) for name in lora.deltas} - {"unet"}) == encoders
+        # queries and keys of self-attention over one latent change nothing, so they learn nothing
+        learned = [name for name in lora.deltas if lora.change(name, torch.zeros(lora.deltas[name].shape)).any()]
+        assert len(learned) > 0.95 * modules
+    with Image.open(path.with_suffix(".png")) as drawn:
+        assert drawn.size == (64, 64)

@@ -76,7 +76,7 @@ class Lora:
     `predicts_v` says that the model predicts v after the change, `zero_snr` that its last step is noise alone.
     `config` is the `adapter_config.json` whose alpha is used, if there is one. `notes` are remarks for the user.
     `bundled` gives the keys of the embeddings inside the file, by trigger and by what the key says of the text encoder
-    (`spelling.bundled`); they are not among the deltas.
+    (`bundled_trigger`); they are not among the deltas.
     """
 
     option: LoraOption

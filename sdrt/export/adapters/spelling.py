@@ -177,7 +177,8 @@ def first_channels(shapes: Shapes) -> int:
     that layer.
     """
     ends = ("conv_in", "input_blocks_0_0", "input_blocks.0.0")
-    return next((_inputs(parts) for module, parts in _parts(shapes).items() if module.endswith(ends)), 0)
+    found = next((_inputs(parts) for module, parts in _parts(shapes).items() if module.endswith(ends)), 0)
+    return found // 9 if found >= 36 and found % 9 == 0 else found  # some factors join the 3x3 kernel to the channels
 
 
 def _parts(shapes: Shapes) -> dict[str, dict[str, tuple[int, ...]]]:

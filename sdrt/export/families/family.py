@@ -160,8 +160,6 @@ class Family:
     """Any of them shows a checkpoint of the family, before its names are made canonical."""
     adapters: tuple[str, ...] = ()
     """How modules begin that show a LoRA of the family; several families may share them."""
-    embeddings: tuple[str, ...] = ()
-    """Names of tensors that only its embeddings hold."""
     size_of_v: tuple[int, int] | None = None
     """The default picture of models that predict v, where it is another."""
     shows_v: tuple[str, float] | None = None

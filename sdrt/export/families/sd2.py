@@ -57,7 +57,6 @@ SD2 = Family(
     tokens={1024: "Stable Diffusion 2.x"},
     text_widths=(1024,),
     adapters=SD1.adapters,
-    embeddings=("clip_h",),
     heads=None,
     head_width=64,
     upcast_attention=True,

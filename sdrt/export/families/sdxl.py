@@ -99,5 +99,4 @@ SDXL = Family(
     },
     schedulers=("EulerDiscreteScheduler",),
     adapters=(*_TEXT_ENCODER_2.adapters_flat, *_TEXT_ENCODER_2.adapters_dotted),
-    embeddings=("clip_g",),
 )

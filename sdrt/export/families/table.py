@@ -40,12 +40,10 @@ TEXT_MODULES = dict.fromkeys(
 }
 """How the modules of text encoders begin in any family's LoRAs, to the component's name. The longest that fits counts.
 """
-VECTORS = (
-    "emb_params",
-    *dict.fromkeys(component.vectors for family in FAMILIES for component in family.text_encoders),
-)
+_VECTORS = [(component.vectors, family.title) for family in FAMILIES for component in family.text_encoders]
+VECTORS = ("emb_params", *dict(_VECTORS))
 """What tools call an embedding's vectors."""
-EMBEDDINGS = {name: family.title for family in FAMILIES for name in family.embeddings}
+EMBEDDINGS = {name: title for name, title in _VECTORS if [known for known, _ in _VECTORS].count(name) == 1}
 """Tensors that only one family's embeddings hold."""
 
 

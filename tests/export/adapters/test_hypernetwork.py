@@ -44,6 +44,7 @@ from sdrt.export.weights import write_weights
 EMOJI = regular_unet((64, 96, 128, 128), (2, 2, 2, 2), (1, 1, 1, 0), 1, 64, linear=False)
 SD1 = regular_unet((320, 640, 1280, 1280), (2, 2, 2, 2), (1, 1, 1, 0), 1, 768, linear=False)
 SD2 = replace(SD1, context_width=1024)
+SDXL = regular_unet((320, 640, 1280), (2, 2, 2), (0, 2, 10), 10, 2048, linear=True)
 
 
 @pytest.fixture(autouse=True)
@@ -615,6 +616,7 @@ def test_given_twice(tmp_path: Path) -> None:
         ((320, 640, 768, 1280), EMOJI, "Stable Diffusion 1.x"),
         ((320, 640, 1024, 1280), SD1, "Stable Diffusion 2.x"),
         ((320, 768), SD2, "Stable Diffusion 1.x"),
+        ((320, 640, 768, 1280), SDXL, "Stable Diffusion 1.x"),
     ],
 )
 def test_h2_hypernetwork_for_another_family(
