@@ -348,13 +348,13 @@ def test_table_refill(pipe: Pipeline, expected: Expected, gpu: Gpu) -> None:
     assert counts == {
         "launches": 258,
         "runs": 1,
-        "h2d": 2 + 2 * 10,
+        "h2d": 2 + 2 * 11,
         "d2h": 1,
         "d2d": 1,
         "syncs": 2,
         "records": 258 + 3,
         "events": 3,
-        "polls": 257 + 12,
+        "polls": 257 + 13,
     }
 
 
@@ -567,7 +567,7 @@ def nan_job(pipe: Pipeline) -> Job:
     return Job(
         table,
         {"init": latents, "init_noise": latents, "mask": latents[:1]},
-        (np.full((2, 77, 64), np.nan, np.float32),),
+        ({"context": np.full((2, 77, 64), np.nan, np.float32)},),
         (0,) * 3,
     )
 
