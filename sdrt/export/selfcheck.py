@@ -7,13 +7,11 @@ The inputs and the module's outputs stay in the bundle. `sdrt verify` runs every
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch.overrides import TorchFunctionMode
 
 from sdrt.bundle.graphs import STEP, TEXT_ENCODER, TOKENS, VAE_DECODER, concrete
@@ -23,11 +21,8 @@ from sdrt.errors import CheckFailed, NonFiniteError
 from sdrt.export.families.family import END_TOKEN
 from sdrt.export.graph import Recipe
 from sdrt.export.read.tensor_file import TensorFile
+from sdrt.export.run_in_parts import Arrays, run_in_parts
 from sdrt.files.publish import new_file
-from sdrt.machine import engine_libraries
-from sdrt.machine.interruptible import interruptible
-
-Arrays = dict[str, NDArray[Any]]
 
 
 def reference_inputs(recipe: Recipe) -> Arrays:
@@ -129,7 +124,7 @@ def check(recipe: Recipe, weights: TensorFile, graphs: Mapping[str, Path], refer
             raise NonFiniteError(message, "The checkpoint is damaged or overflows; get another.")
     errors = {}
     for compute, path in graphs.items():
-        worst = compare(expected, run_unoptimised(path, inputs, compute), compute)[0]
+        worst = compare(expected, run_in_parts(path, inputs), compute)[0]
         if not worst.ok:
             message = (
                 f"self-check: {path.name}: {worst.output}: relative error {worst.error:.2e}, expected at most"
@@ -151,39 +146,3 @@ def check(recipe: Recipe, weights: TensorFile, graphs: Mapping[str, Path], refer
     with new_file(reference) as stream:
         np.savez(stream, **arrays)
     return errors
-
-
-def run_unoptimised(path: Path, inputs: Mapping[str, NDArray[Any]], compute: str) -> Arrays:
-    """Run a graph once through ONNX Runtime on the CPU, without optimisations. So it loads quickly, and only one weight
-    at a time is in memory as float32.
-
-    The second point depends on the order of execution. A cast of a weight depends on nothing but the weight, so it may
-    run long before its result is needed, and each early cast takes memory. Which order runs the casts late depends on
-    their place among the nodes:
-
-    - The default order walks back from the outputs and takes the nodes that were added last first. This is right for a
-    float32 graph, where the casts of `bind` are the first nodes.
-    - The priority-based order follows the numbers of the nodes. This is right for a half-precision graph, where ONNX
-    Runtime itself adds casts around operators without a half-precision kernel, as the last nodes.
-    """
-    onnxruntime = engine_libraries.onnxruntime()
-    options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.execution_order = (
-        onnxruntime.ExecutionOrder.DEFAULT if compute == "fp32" else onnxruntime.ExecutionOrder.PRIORITY_BASED
-    )
-    options.enable_cpu_mem_arena = False
-    options.add_session_config_entry("session.disable_prepacking", "1")  # each weight is used once
-    options.log_severity_level = 3
-    run = onnxruntime.RunOptions()
-    session = interruptible(
-        lambda: onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    )
-    outputs = [output.name for output in session.get_outputs()]
-    return dict(
-        zip(
-            outputs,
-            interruptible(lambda: session.run(outputs, dict(inputs), run), partial(setattr, run, "terminate", True)),
-            strict=True,
-        )
-    )

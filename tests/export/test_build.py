@@ -22,7 +22,7 @@ from conftest import CHECKPOINT, LORA, ROOT, read_raw, write_raw
 from safetensors.torch import load_file, save_file
 
 from sdrt.bundle.folder import file_record, open_bundle
-from sdrt.bundle.graphs import GRAPHS, STEP, TEXT_ENCODER, VAE_DECODER
+from sdrt.bundle.graphs import GRAPHS, TEXT_ENCODER, VAE_DECODER
 from sdrt.bundle.manifest import TOKENIZER, WEIGHTS, Latents, Text
 from sdrt.errors import CheckFailed, CheckpointError, InputFileError, NonFiniteError, SdrtError, UsageError
 from sdrt.export import build as build_module
@@ -526,15 +526,15 @@ def test_the_output_is_named_after_the_whole_name_of_a_folder(tmp_path: Path, mo
 def test_graph_that_differs_from_its_network_fails_the_build(
     small_checkpoint: Path, out: Path, monkeypatch: pytest.MonkeyPatch, compute: str
 ) -> None:
-    run = selfcheck.run_unoptimised
+    run = selfcheck.run_in_parts
 
-    def perturbed(path: Path, inputs: Any, which: str) -> Any:
-        outputs = run(path, inputs, which)
+    def perturbed(path: Path, inputs: Any) -> Any:
+        outputs = run(path, inputs)
         if path.name == f"text_encoder.{compute}.onnx":
             outputs = {name: array * np.float32(1.05) for name, array in outputs.items()}
         return outputs
 
-    monkeypatch.setattr(selfcheck, "run_unoptimised", perturbed)
+    monkeypatch.setattr(selfcheck, "run_in_parts", perturbed)
     error = refused(
         BuildOptions(small_checkpoint, output=out / "x.sdrt"),
         CheckFailed,
@@ -563,7 +563,7 @@ def test_every_output_is_checked(
     recipe, path = made[graph], folder / f"{graph}.fp32.onnx"
     right = selfcheck.module_outputs(recipe, weights, selfcheck.reference_inputs(recipe))
     monkeypatch.setattr(selfcheck, "module_outputs", lambda *_: right)
-    monkeypatch.setattr(selfcheck, "run_unoptimised", lambda *_: right)
+    monkeypatch.setattr(selfcheck, "run_in_parts", lambda *_: right)
     assert selfcheck.check(recipe, weights, {"fp32": path}, tmp_path / "r.npz") == {"fp32": 0.0}
     for name, array in right.items():
         for wrong in (
@@ -571,7 +571,7 @@ def test_every_output_is_checked(
             array[:0],
             np.zeros_like(array) - np.nan if array.dtype.kind == "f" else array * 0 + 7,
         ):
-            monkeypatch.setattr(selfcheck, "run_unoptimised", lambda *_, wrong=wrong, name=name: right | {name: wrong})
+            monkeypatch.setattr(selfcheck, "run_in_parts", lambda *_, wrong=wrong, name=name: right | {name: wrong})
             (tmp_path / "r.npz").unlink(missing_ok=True)
             with pytest.raises(CheckFailed, match=f"{graph}.*{name}"):
                 selfcheck.check(recipe, weights, {"fp32": path}, tmp_path / "r.npz")
@@ -691,64 +691,6 @@ def test_weights_that_no_operator_takes_are_not_passed_over(parts: tuple[dict[st
 
     with pytest.raises(AssertionError, match="left_over"):
         selfcheck.module_outputs(replace(recipe, make=with_another), weights, selfcheck.reference_inputs(recipe))
-
-
-def largest_use(order: list[str], path: Path) -> int:
-    """The most bytes that float32 copies of stored weights, and views of these, take at a time if the nodes of a graph
-    file run in this order.
-    """
-    import onnx
-
-    model = onnx.load(path, load_external_data=False)
-    sizes = {
-        tensor.name: 4 * int(np.prod(tensor.dims))
-        for tensor in model.graph.initializer
-        if tensor.data_type == onnx.TensorProto.FLOAT16
-    }
-    nodes = {node.name: node for node in model.graph.node}
-    steps = [nodes[name] for name in order if name in nodes]
-    last = {name: i for i, node in enumerate(steps) for name in node.input}
-    used = most = 0
-    widened: dict[str, int] = {}
-    for i, node in enumerate(steps):
-        if node.op_type in ("Cast", "Transpose") and (size := widened.get(node.input[0], sizes.get(node.input[0]))):
-            widened[node.output[0]] = size
-            used += size
-            most = max(most, used)
-        used -= sum(widened[name] for name in set(node.input) if name in widened and last[name] == i)
-    assert len(widened) >= len(sizes)
-    return most
-
-
-@pytest.mark.parametrize("compute", ["fp32", "fp16"])
-def test_the_check_widens_few_weights_at_a_time(
-    flat_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compute: str
-) -> None:
-    """At the full size all of them at once would take 3.4 GB. The order is ONNX Runtime's own, read off its profile."""
-    sessions: list[Any] = []
-    session_of = onnxruntime.InferenceSession
-
-    def profiled(path: str, options: Any, providers: list[str]) -> Any:
-        options.enable_profiling, options.profile_file_prefix = True, str(tmp_path / "profile")
-        options.optimized_model_filepath = str(tmp_path / "run.onnx")
-        sessions.append(session_of(path, options, providers=providers))
-        return sessions[0]
-
-    monkeypatch.setattr(onnxruntime, "InferenceSession", profiled)
-    checkpoint = open_checkpoint(CHECKPOINT)
-    checkpoint.close()
-    recipe = recipes(checkpoint.architecture)[STEP]
-    selfcheck.run_unoptimised(
-        flat_bundle / "graphs" / f"step.{compute}.onnx", selfcheck.reference_inputs(recipe), compute
-    )
-    events = json.loads(Path(sessions[0].end_profiling()).read_text())
-    order = [
-        event["name"].removesuffix("_kernel_time")
-        for event in events
-        if event.get("cat") == "Node" and event["name"].endswith("_kernel_time")
-    ]
-    whole = 4 * sum(int(np.prod(shape)) for shape in recipe.weight_shapes().values())
-    assert largest_use(order, tmp_path / "run.onnx") < 0.4 * whole
 
 
 # The manifest

@@ -38,7 +38,7 @@ from sdrt.export.inspect import inspect_file
 from sdrt.export.networks.unet import CrossAttention, Hypernetworks, Residual
 from sdrt.export.read.checkpoint import Tensor, open_checkpoint
 from sdrt.export.read.tensor_file import open_tensor_file
-from sdrt.export.selfcheck import run_unoptimised
+from sdrt.export.run_in_parts import run_in_parts
 from sdrt.export.weights import write_weights
 
 EMOJI = regular_unet((64, 96, 128, 128), (2, 2, 2, 2), (1, 1, 1, 0), 1, 64, linear=False)
@@ -363,7 +363,7 @@ class Sizes:
         return Compiled(spec, paths)
 
     def run(self, compiled: Compiled, precision: str) -> dict[str, NDArray[Any]]:
-        return run_unoptimised(compiled.paths[precision], self.inputs, precision)
+        return run_in_parts(compiled.paths[precision], self.inputs)
 
     def expected(self, width: int) -> NDArray[Any]:
         """Attention over what the hypernetworks make of the context, in float64."""
@@ -462,7 +462,7 @@ def test_every_activation_compiles(tmp_path: Path) -> None:
                 precision,
                 tmp_path / precision / "x.onnx",
             )
-            found = run_unoptimised(tmp_path / precision / "x.onnx", {"x": x.numpy()}, precision)
+            found = run_in_parts(tmp_path / precision / "x.onnx", {"x": x.numpy()})
             for name in ACTIVATIONS:
                 part = {
                     key.removeprefix(f"all.{name}.layers."): weight
