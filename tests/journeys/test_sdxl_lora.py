@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import reference
 import torch
 from conftest import EMOJI, EMOJI_XL
@@ -18,38 +19,57 @@ from sdrt.export.adapters.match import LoraOption
 from sdrt.export.build import BuildOptions, build
 from sdrt.runtime import Pipeline
 
+V_ZERO_SNR = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "toy": ("EulerDiscreteScheduler", {"timestep_spacing": "linspace", "steps_offset": 1}),
+    "lcm": ("LCMScheduler", {"steps_offset": 1}),
+}
 
-def test_lora_of_the_unet_and_both_text_encoders(tmp_path: Path) -> None:
-    from diffusers import EulerDiscreteScheduler
 
-    lora = EMOJI / "toy-xl.safetensors"
-    report = build(BuildOptions(EMOJI_XL, (LoraOption(lora, 0.8),), precision="fp32", output=tmp_path / "toy.sdrt"))
-    applied = report.manifest.sources[-1].applied
-    assert applied == {"unet": 253, "text_encoder": 12, "text_encoder_2": 18}
+@pytest.mark.parametrize(
+    ("name", "scale", "applied", "settings"),
+    [
+        (
+            "toy",
+            0.8,
+            {"unet": 253, "text_encoder": 12, "text_encoder_2": 18},
+            {"steps": 8, "cfg": 3.0, "sampler": "euler"},
+        ),
+        ("lcm", 1.0, {"unet": 253}, {"steps": 4, "cfg": 1.0, "sampler": "lcm"}),
+    ],
+)
+def test_lora_draws_diffusers_picture(
+    tmp_path: Path, name: str, scale: float, applied: dict[str, int], settings: dict[str, Any]
+) -> None:
+    import diffusers
+
+    lora = EMOJI / f"{name}-xl.safetensors"
+    report = build(BuildOptions(EMOJI_XL, (LoraOption(lora, scale),), precision="fp32", output=tmp_path / "xl.sdrt"))
+    assert report.manifest.sources[-1].applied == applied
     theirs = reference.sdxl_pipeline(EMOJI_XL, reference.sizes(report.path), tmp_path)
-    theirs.scheduler = EulerDiscreteScheduler(**TRAINING, timestep_spacing="linspace", steps_offset=1)
+    scheduler, options = SCHEDULERS[name]
+    theirs.scheduler = getattr(diffusers, scheduler)(**TRAINING, **options)
     theirs.set_progress_bar_config(disable=True)
 
-    def draw(**options: Any) -> Any:
+    def draw() -> Any:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of diffusers, about itself
             images = theirs(
                 "teddy bear",
                 height=64,
                 width=64,
-                num_inference_steps=8,
-                guidance_scale=3.0,
+                num_inference_steps=settings["steps"],
+                guidance_scale=settings["cfg"],
                 generator=torch.Generator().manual_seed(4),
                 output_type="np",
-                **options,
             ).images
         return np.round(images * 255).astype(np.uint8)
 
     without = draw()
     theirs.load_lora_weights(str(lora.parent), weight_name=lora.name, local_files_only=True)
-    theirs.fuse_lora(components=["unet", "text_encoder", "text_encoder_2"], lora_scale=0.8)
+    theirs.fuse_lora(components=["unet", "text_encoder", "text_encoder_2"], lora_scale=scale)
     expected = draw()
     with Pipeline.load(report.path, backend="onnxruntime", threads=1) as pipeline:
-        found = pipeline("teddy bear", cfg=3.0, steps=8, sampler="euler", seed=4, compat="diffusers").images
+        found = pipeline("teddy bear", seed=4, compat="diffusers", **settings).images
     assert psnr(found, expected) >= 45
-    assert psnr(found, without) < 30 and found.std() > 20
+    assert psnr(found, without) < 35 and found.std() > 20
