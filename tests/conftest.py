@@ -64,6 +64,32 @@ def small_bundle(small_checkpoint: Path, tmp_path_factory: pytest.TempPathFactor
 
 
 @pytest.fixture(scope="session")
+def small_xl_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A seeded SDXL for 64x64 pixels in sgm's names: CLIP's vocabulary, and all layers that a file holds."""
+    from dataclasses import replace
+
+    from family_files import TINY_XL, sgm
+    from safetensors.torch import save_file
+    from tiny_model import lively, whole
+
+    from sdrt.export.architecture import VaeSpec
+
+    texts = tuple(replace(text, vocabulary=49408) for text in TINY_XL.texts)
+    arch = whole(replace(TINY_XL, texts=texts, vae=VaeSpec((32, 32, 32, 32), 1, 4, 0.13025)))
+    path = tmp_path_factory.mktemp("small") / "xl.safetensors"
+    save_file(sgm(lively(arch)), path, metadata={"modelspec.resolution": "64x64"})
+    return path
+
+
+@pytest.fixture(scope="session")
+def small_xl_bundle(small_xl_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What is built of it."""
+    from sdrt.export.build import BuildOptions, build
+
+    return build(BuildOptions(small_xl_checkpoint, output=tmp_path_factory.mktemp("small") / "xl.sdrt")).path
+
+
+@pytest.fixture(scope="session")
 def small_lora(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A LoRA of one module of the small checkpoint."""
     import torch

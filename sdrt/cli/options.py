@@ -190,7 +190,7 @@ Negative = Annotated[
     typer.Option(
         "--negative",
         metavar="TEXT",
-        help='What to steer away from. For SDXL, --compat diffusers tells "" from none given, as diffusers does.',
+        help='What to steer away from. --compat diffusers tells "" from none given, for models with two text encoders.',
     ),
 ]
 Prompt2 = Annotated[
@@ -273,8 +273,8 @@ OriginalSize = Annotated[
     typer.Option(
         "--original-size",
         metavar="WxH",
-        help="Size that a model like SDXL is told the picture had before it was cropped; that of the picture if not "
-        "given. A small one makes it blurred.",
+        help="Size that a model that is told sizes is told the picture had before it was cropped; that of the picture "
+        "if not given. A small one makes it blurred.",
     ),
 ]
 CropTopLeft = Annotated[

@@ -12,7 +12,7 @@ import hashlib
 from contextlib import suppress
 
 from sdrt.bundle.folder import Bundle, check_files
-from sdrt.bundle.graphs import GRAPHS
+from sdrt.bundle.graphs import GRAPHS, STEP
 from sdrt.bundle.manifest import WEIGHTS
 from sdrt.compile import worker
 from sdrt.compile.options import CompileOptions, CompileReport, GraphReport
@@ -59,7 +59,7 @@ def compile_bundle(
         rows=options.rows,
     )
     compiler = open_compiler(options.target, options.sms, options.device)
-    precision = _precision(bundle, options.precision)
+    precision = _precision(bundle, options.target, options.precision)
     made_from = arithmetic(manifest, options.target, precision)
     paths = {graph: bundle.graph(graph, made_from[graph]) for graph in GRAPHS}
     files = {graph: manifest.graphs[graph][made_from[graph]].path for graph in GRAPHS}
@@ -172,9 +172,14 @@ def _gpu(device: int) -> str:
     return f"{chosen.name}, sm_{major}{minor}"
 
 
-def _precision(bundle: Bundle, asked: str | None) -> str:
-    precision = asked or bundle.manifest.precision
-    have = sorted(set.intersection(*(set(by_precision) for by_precision in bundle.manifest.graphs.values())))
+def _precision(bundle: Bundle, target: str, asked: str | None) -> str:
+    manifest = bundle.manifest
+    precision = asked or manifest.precision
+    have = [
+        each
+        for each in sorted(manifest.graphs[STEP])
+        if all(own in manifest.graphs[graph] for graph, own in arithmetic(manifest, target, each).items())
+    ]
     if precision not in have:
         raise MachineError(
             f"{bundle.path}: no {precision} graphs to compile, it has {', '.join(have) or 'none'}",

@@ -240,6 +240,15 @@ def test_shapes_by_default_are_the_bundles_own(flat_bundle: Path) -> None:
     assert (shapes.width, shapes.height, shapes.batch, shapes.tokens) == ((64,) * 3, (64,) * 3, (1,) * 3, (77,) * 3)
 
 
+def test_precisions_that_a_bundle_has(small_xl_bundle: Path) -> None:
+    """SDXL's VAE has no float16 graph, and needs none for an engine in float16."""
+    bundle = open_bundle(small_xl_bundle)
+    assert tensorrt._precision(bundle, "tensorrt-rtx", None) == "fp16"
+    assert tensorrt._precision(bundle, "tensorrt-rtx", "fp32") == "fp32"
+    with pytest.raises(MachineError, match="no bf16 graphs to compile, it has fp16, fp32"):
+        tensorrt._precision(bundle, "tensorrt-rtx", "bf16")
+
+
 def test_an_edit_model_takes_three_branches(flat_bundle: Path) -> None:
     manifest = open_bundle(flat_bundle).manifest
     edits = replace(manifest, latents=replace(manifest.latents, concat_channels=4))

@@ -9,7 +9,7 @@ from typing import Any
 import onnx
 import pytest
 import torch
-from family_files import TINY_SD2, TINY_XL, open_clip, sgm
+from family_files import TINY_SD2, open_clip
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tiny_model import lively, whole
@@ -30,15 +30,8 @@ def small(arch: Architecture, scale: float) -> Architecture:
 
 
 @pytest.fixture(scope="module")
-def xl_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("xl") / "xl.safetensors"
-    save_file(sgm(lively(small(TINY_XL, 0.13025))), path, metadata={"modelspec.resolution": "64x64"})
-    return path
-
-
-@pytest.fixture(scope="module")
-def xl(xl_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> BuildReport:
-    return build(BuildOptions(xl_checkpoint, output=tmp_path_factory.mktemp("xl") / "xl.sdrt"))
+def xl(small_xl_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> BuildReport:
+    return build(BuildOptions(small_xl_checkpoint, output=tmp_path_factory.mktemp("xl") / "xl.sdrt"))
 
 
 def test_sdxl_whole(xl: BuildReport) -> None:
@@ -67,11 +60,11 @@ def test_sdxl_whole(xl: BuildReport) -> None:
     assert xl.notes == ()
 
 
-def test_options_of_a_family(xl: BuildReport, xl_checkpoint: Path, tmp_path: Path) -> None:
+def test_options_of_a_family(xl: BuildReport, small_xl_checkpoint: Path, tmp_path: Path) -> None:
     """A clip skip of 1 is 2, said twice it is one output. The rest reaches the manifest."""
 
     def built(name: str, **options: Any) -> BuildReport:
-        return build(BuildOptions(xl_checkpoint, output=tmp_path / name, **options))
+        return build(BuildOptions(small_xl_checkpoint, output=tmp_path / name, **options))
 
     report = built("v.sdrt", clip_skip=(1, 2), prediction="v", zero_snr=True, vae_precision="fp16")
     manifest = report.manifest
@@ -88,7 +81,7 @@ def test_options_of_a_family(xl: BuildReport, xl_checkpoint: Path, tmp_path: Pat
             built("bad.sdrt", **options)
 
 
-def test_a_lora_of_layers_that_contexts_skip(xl: BuildReport, xl_checkpoint: Path, tmp_path: Path) -> None:
+def test_a_lora_of_layers_that_contexts_skip(xl: BuildReport, small_xl_checkpoint: Path, tmp_path: Path) -> None:
     """kohya's SDXL LoRAs change every layer of both encoders. Those that no graph needs are known, and left out."""
 
     def lora(name: str, *modules: str) -> LoraOption:
@@ -102,7 +95,7 @@ def test_a_lora_of_layers_that_contexts_skip(xl: BuildReport, xl_checkpoint: Pat
     layers = "text_model_encoder_layers"
     some = lora("some.safetensors", f"te1_{layers}_0", f"te1_{layers}_1", f"te2_{layers}_2")
     none = lora("none.safetensors", f"te1_{layers}_1")
-    report = build(BuildOptions(xl_checkpoint, (some, none), output=tmp_path / "x.sdrt"))
+    report = build(BuildOptions(small_xl_checkpoint, (some, none), output=tmp_path / "x.sdrt"))
     applied = [sum(source.applied.values()) for source in report.manifest.sources if source.kind == "lora"]
     assert applied == [2, 0]
     unused = "2 of its keys change layers of a text encoder that the model does not use"

@@ -26,6 +26,7 @@ from bf16 import HAS_BF16, needs_bf16
 from locked_down import LOCKED_DOWN, run_python
 from typer.testing import CliRunner
 
+from sdrt.bench.fidelity import check_references
 from sdrt.bundle.folder import open_bundle
 from sdrt.bundle.graphs import GRAPHS, STEP, TEXT_ENCODER, VAE_DECODER
 from sdrt.bundle.manifest import ENGINES
@@ -157,6 +158,21 @@ def test_batches_and_refilled_tables(exact_pipe: Pipeline, small_reference: Pipe
     assert found.engine["compute"] == "fp32" and found.seeds == (4, 5, 6)
     for one, other in zip(found.images, expected.images, strict=True):
         assert psnr(one, other) >= PSNR_DB["fp32"]
+
+
+def test_two_encoders_and_a_vector(small_xl_bundle: Path, tmp_path: Path) -> None:
+    """The vector changes with the prompt. The bench's guard reads all inputs and outputs too."""
+    path = copied(small_xl_bundle, tmp_path / "xl.sdrt")
+    compile_bundle(open_bundle(path), CompileOptions("openvino", tokens=SHORT, branches=(2,), precision="fp32"))
+    settings: dict[str, Any] = {"negative": "", "steps": 4, "cfg": 3.0, "seed": 4, "count": 2, "batch": 2}
+    pictures = {}
+    for name in ("openvino", "onnxruntime"):
+        with Pipeline.load(path, backend=name, threads=1) as pipeline:
+            pictures[name] = pipeline("[fox:red apple:2]", **settings).images
+            checks, problems, skipped = check_references(pipeline._engine, open_bundle(path))  # type: ignore[arg-type]
+            outputs = {check["output"] for check in checks}
+            assert not problems and not skipped and outputs == {"context_skip_2", "pooled", "latents", "pixels"}
+    assert psnr(pictures["openvino"], pictures["onnxruntime"]) >= PSNR_DB["fp32"]
 
 
 def job(rows: int, *, tokens: int = 77, branches: int = 2, width: int = 12) -> Job:

@@ -348,13 +348,13 @@ def test_table_refill(pipe: Pipeline, expected: Expected, gpu: Gpu) -> None:
     assert counts == {
         "launches": 258,
         "runs": 1,
-        "h2d": 2 + 2 * 10,
+        "h2d": 2 + 2 * 11,
         "d2h": 1,
         "d2d": 1,
         "syncs": 2,
         "records": 258 + 3,
         "events": 3,
-        "polls": 257 + 12,
+        "polls": 257 + 13,
     }
 
 
@@ -523,6 +523,39 @@ def test_more_chunks_than_the_text_engine_takes(pipe: Pipeline, small_bundle: Pa
     assert np.array_equal(context, reference) and pooled.shape == (7, 0)
 
 
+def test_two_encoders_and_a_vector(gpu: Gpu, small_xl_bundle: Path, tmp_path: Path) -> None:
+    """The vector changes with the context where the prompt does, in every slot."""
+    copy = Path(shutil.copytree(small_xl_bundle, tmp_path / "xl.sdrt"))
+    compile_engine(copy, graphs=small_xl_bundle, batch=2)
+    prompt, settings = "[fox:red apple:1]", {**QUICK, "sampler": "euler", "count": 2, "batch": 2}
+    with load(copy) as pipe, Pipeline.load(small_xl_bundle, backend="onnxruntime", threads=1) as cpu:
+        expected = cpu(prompt, negative="sun", **settings).images
+        assert np.array_equal(pipe(prompt, negative="sun", **settings).images, expected)
+        assert not np.array_equal(pipe("fox", negative="sun", **settings).images, expected)
+        jobs = [
+            replace(job, contexts=tuple(one | {"vector": job.contexts[0]["vector"]} for one in job.contexts))
+            for job in jobs_of_two(pipe, (0, 0, 1, 1))
+        ]
+        still = run(pipe, jobs)[0]
+        changing = jobs_of_two(pipe, (0, 0, 1, 1))
+        assert np.array_equal(run(pipe, changing)[0], run(cpu, changing)[0])
+        assert not np.array_equal(run(pipe, changing)[0], still)
+
+
+def jobs_of_two(pipe: Pipeline, sets: tuple[int, ...]) -> list[Job]:
+    """As `jobs_of_contexts`, for the small SDXL."""
+    manifest, random = pipe.bundle.manifest, np.random.RandomState(2)
+    jobs = jobs_of_contexts(pipe.bundle, sets, pictures=2)
+
+    def draw(*shape: int) -> Any:
+        return random.standard_normal(shape).astype(np.float32)
+
+    made = tuple(
+        {"context": draw(2, 77, manifest.context_width), "vector": draw(2, manifest.vector.numbers)} for _ in range(3)
+    )
+    return [replace(job, contexts=made) for job in jobs]
+
+
 # State left behind
 
 
@@ -534,7 +567,7 @@ def nan_job(pipe: Pipeline) -> Job:
     return Job(
         table,
         {"init": latents, "init_noise": latents, "mask": latents[:1]},
-        (np.full((2, 77, 64), np.nan, np.float32),),
+        ({"context": np.full((2, 77, 64), np.nan, np.float32)},),
         (0,) * 3,
     )
 
