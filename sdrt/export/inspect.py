@@ -99,7 +99,7 @@ def _lora(shapes: dict[str, tuple[int, ...]], bundled: Mapping[str, Mapping[str,
     }
     if bundled:
         report["embeddings"] = {
-            trigger: [shapes[next(iter(keys.values()))][0], sum(shapes[key][-1] for key in keys.values())]
+            trigger: embeddings.count_and_width(shapes[key] for key in keys.values())
             for trigger, keys in sorted(bundled.items())
         }
     if families := made_for(shapes):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -278,6 +278,14 @@ def check_triggers(embeddings: Sequence[Embedding], encode: Callable[[str], Sequ
     return notes
 
 
+def count_and_width(shapes: Iterable[tuple[int, ...]]) -> list[int]:
+    """How many vectors tensors of these shapes hold for one prompt, one tensor a text encoder, and how wide they are
+    together.
+    """
+    stacked = [(1, *shape)[-2:] for shape in shapes if shape]
+    return [max((count for count, _ in stacked), default=0), sum(width for _, width in stacked)]
+
+
 def summary(file: TensorFile) -> dict[str, Any]:
     """The part of `inspect` about an embedding: its trigger, vectors, width and family."""
     found = vector_entries(file)
@@ -287,7 +295,7 @@ def summary(file: TensorFile) -> dict[str, Any]:
     return {
         "use": "--embedding FILE[:TRIGGER]",
         "trigger": file.path.stem,
-        "vectors": max((1 if len(entry.shape) < 2 else entry.shape[0] for entry in found), default=0),
+        "vectors": count_and_width(entry.shape for entry in found)[0],
         "width": widths[0] if len(widths) == 1 else widths,
         "base_family": ", ".join(families) or "unknown",
     }

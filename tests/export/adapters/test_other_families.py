@@ -496,7 +496,7 @@ def test_embedding_for_two_text_encoders(tmp_path: Path) -> None:
     first, second = vectors(2, 64), vectors(2, 128)
     save_file({"clip_l": first, "clip_g": second}, tmp_path / "x.safetensors")
     module = "lora_unet_label_emb_0_2"
-    bundle = {"bundle_emb.<toy>.clip_l": -first[:1], "bundle_emb.<toy>.clip_g": -second[:1]}
+    bundle = {"bundle_emb.<toy>.clip_l": -first[0], "bundle_emb.<toy>.clip_g": -second[:1]}  # one vector, both ways
     pair = {f"{module}.lora_up.weight": torch.ones(128, 1), f"{module}.lora_down.weight": torch.ones(1, 128)}
     save_file(bundle | pair, tmp_path / "lora.safetensors")
     lora = opened(tmp_path / "lora.safetensors", SDXL)
