@@ -12,7 +12,7 @@ from sdrt.cli import options
 from sdrt.cli.compile import as_fields, checked_targets, compile_after_build, print_compiled
 from sdrt.cli.output import print_json, print_notes
 from sdrt.cli.progress import BUILD_STAGES, StageProgress
-from sdrt.errors import printable
+from sdrt.errors import UsageError, printable
 
 if TYPE_CHECKING:
     from sdrt.bundle.manifest import Source
@@ -29,7 +29,8 @@ def build(
     precision: options.StoragePrecision = "fp16",
     vae_precision: options.VaePrecision = None,
     prediction: options.Prediction = None,
-    zero_snr: options.ZeroSnr = None,
+    zero_snr: options.ZeroSnr = False,
+    no_zero_snr: options.NoZeroSnr = False,
     size: options.DefaultSize = None,
     clip_skip: options.BuiltClipSkips = None,
     allow_unmatched: options.AllowUnmatched = False,
@@ -52,6 +53,8 @@ def build(
     from sdrt.export.build import build as run_build
 
     targets = checked_targets(target or ["auto"])
+    if zero_snr and no_zero_snr:
+        raise UsageError("--zero-snr, --no-zero-snr: say opposite things", "Give one of them.")
     asked = BuildOptions(
         checkpoint,
         loras=tuple(parse_lora_option(text) for text in lora or []),
@@ -66,7 +69,7 @@ def build(
         hypernetworks=tuple(parse_hypernetwork_option(text) for text in hypernetwork or []),
         ema=ema,
         prediction=prediction,
-        zero_snr=zero_snr,
+        zero_snr=True if zero_snr else False if no_zero_snr else None,
         vae_precision=vae_precision,
     )
     with StageProgress(BUILD_STAGES) as progress:

@@ -131,12 +131,14 @@ Prediction = Annotated[
     ),
 ]
 ZeroSnr = Annotated[
-    bool | None,
+    bool,
     typer.Option(
-        "--zero-snr/--no-zero-snr",
-        help="The UNet was trained with no signal left at its last timestep, or was not; what the checkpoint says if "
-        "not given.",
+        "--zero-snr",
+        help="The UNet was trained with no signal left at its last timestep; what the checkpoint says if not given.",
     ),
+]
+NoZeroSnr = Annotated[
+    bool, typer.Option("--no-zero-snr", help="The UNet was not trained so, whatever the checkpoint says.")
 ]
 DefaultSize = Annotated[
     str | None,

@@ -533,7 +533,7 @@ def test_state_bytes(bundle: Bundle) -> None:
     """The sum over the step's buffers, each rounded up to 256 bytes, written out."""
     width = bundle.manifest.context_width
     latent, rows = 4 * 3 * 4 * 8 * 12, 1 + 3 * 128
-    tables = [8 * rows, *(4 * rows * columns for columns in (1, 8, 2, 2, 8, 1, 8 * 11, 3)), rows * latent // 3]
+    tables = [8 * rows, *(4 * rows * columns for columns in (1, 8, 2, 2, 2, 8, 1, 8 * 11, 3)), rows * latent // 3]
     buffers = [8 * 3, *tables, 8 * latent, 4 * 3 * 2 * 77 * width, latent // 4, latent, latent]
     buffers += [8 * latent, 8 * 3, latent, 3 * 3 * 64 * 96]
     assert state_bytes(bundle.manifest, size=(96, 64), batch=3, tokens=77, rows=128, branches=2) == sum(

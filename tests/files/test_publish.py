@@ -463,7 +463,7 @@ ALLOWED = {
     "cli/generate.py": {"mkdir"},  # the folder of previews, which the user names
     "files/publish.py": WRITES,
     "files/lock.py": {"mkdir", "unlink"},  # locks only save work and hold no data
-    "export/graph.py": {"mkdir"},  # the cache's own folders
+    "files/cache.py": {"mkdir"},  # the cache's own folders
     "bundle/remembered.py": {"mkdir"},
     "compile/tensorrt_network.py": {"mkdir"},
     "bench/history.py": {

@@ -25,7 +25,7 @@ from sdrt.export import graph as graph_module
 from sdrt.export import selfcheck
 from sdrt.export.adapters.match import LoraOption
 from sdrt.export.build import BuildOptions, build
-from sdrt.files.publish import write_file
+from sdrt.files.publish import cache_folder, write_file
 
 ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")} | {
     "PYTHONPATH": str(ROOT)
@@ -338,7 +338,7 @@ def test_i8_times_of_files_mean_nothing_to_the_cache(
         raise AssertionError("traced again")
 
     monkeypatch.setattr(graph_module, "trace", trace)
-    for entry in (graph_module.cache_folder() / "graphs").iterdir():
+    for entry in (cache_folder() / "graphs").iterdir():
         os.utime(entry, (10**10, 10**10))
     build(BuildOptions(small_checkpoint, (LoraOption(small_lora, 0.5, 0.5),), output=tmp_path / "x.sdrt"))
 

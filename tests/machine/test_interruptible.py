@@ -63,8 +63,9 @@ def test_a_call_that_stops_when_told() -> None:
         ended.set()
 
     before = interruptible(threading.current_thread)
-    timer, started = interrupted_soon(), time.monotonic()
+    started = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
+        timer = interrupted_soon()
         interruptible(call, stop.set)
     assert time.monotonic() - started < SOON_S and ended.is_set() and not abandoned
     timer.join()
@@ -73,8 +74,9 @@ def test_a_call_that_stops_when_told() -> None:
 
 def test_a_call_that_does_not_stop_is_left_alone_and_another_can_be_made() -> None:
     release = threading.Event()
-    timer, started = interrupted_soon(), time.monotonic()
+    started = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
+        timer = interrupted_soon()
         interruptible(lambda: release.wait(LONG_S))
     timer.join()
     assert time.monotonic() - started < SOON_S and len(abandoned) == 1
@@ -85,8 +87,8 @@ def test_a_call_that_does_not_stop_is_left_alone_and_another_can_be_made() -> No
 @pytest.mark.parametrize("stops", [True, False])
 def test_a_call_in_threads_of_the_engine(stops: bool) -> None:
     stop, used = threading.Event(), np.zeros(3)
-    timer = interrupted_soon()
     with pytest.raises(KeyboardInterrupt):
+        timer = interrupted_soon()
         wait_for(lambda ms: stop.wait(ms / 1000), stop.set if stops else lambda: None, used)
     timer.join()
     assert [kept is used for kept in abandoned.values()] == ([] if stops else [True])
@@ -116,8 +118,8 @@ def test_a_time_limit() -> None:
     ):
         interruptible(lambda: time.sleep(2))
     assert caught.value.exit_code == 7 and caught.value.fix == "wait"
-    timer = interrupted_soon()
     with pytest.raises(KeyboardInterrupt), time_limit(LONG_S, "this", "wait"):
+        timer = interrupted_soon()
         time.sleep(LONG_S)
     timer.join()
 

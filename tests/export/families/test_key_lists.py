@@ -132,7 +132,7 @@ REFUSED: dict[str, tuple[Shapes, str]] = {
 
 
 @pytest.mark.parametrize(("shapes", "what"), REFUSED.values(), ids=REFUSED.keys())
-def test_another_kind_of_model_is_refused_by_name(tmp_path: Path, shapes: Shapes, what: str) -> None:
+def test_c16_another_kind_of_model_is_refused_by_name(tmp_path: Path, shapes: Shapes, what: str) -> None:
     path = header_only(tmp_path / "x.safetensors", shapes)
     with pytest.raises(CheckpointError) as caught:
         open_checkpoint(path)
