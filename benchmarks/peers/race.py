@@ -6,7 +6,7 @@ its documentation gives.
 Reported: a warm step, decoding, text encoding, cold start (process start to the end of the first step, less a warm
 step), peak memory and installed size, each as a ratio to sdrt on OpenVINO in the same precision (float32, or bfloat16
 for all that is shorter), with a bootstrap interval over the pairs of processes; and the picture's PSNR to diffusers' in
-float32. A peer that cannot be installed or run is a line that says why.
+float32 (bfloat16 for SDXL, whose float32 takes too much memory). A peer that cannot be installed or run is a line that says why.
 
 Caches that a peer documents (compiled code, compiled models, a bundle's engines) are filled by one uncounted process
 each, and before each process its environment, model and caches are read once: rows that share files would otherwise
@@ -45,12 +45,15 @@ PROMPT, NEGATIVE = "red apple", ""
 
 @dataclass(frozen=True)
 class Size:
-    """What is drawn: (width, height) in pixels, guidance scale, steps and counted runs unless others are asked for."""
+    """What is drawn: (width, height) in pixels, guidance scale, steps and counted runs unless others are asked for.
+    `reference` is the row whose picture the others are compared with, which runs in any case.
+    """
 
     picture: tuple[int, int]
     cfg: float
     steps: int
     runs: int
+    reference: str = "diffusers float32"
 
 
 SIZES = {
@@ -74,12 +77,11 @@ class Peer:
 
 
 FLOAT32, BFLOAT16 = "sdrt OpenVINO float32", "sdrt OpenVINO bfloat16"
-REFERENCE = "diffusers float32"
 ROWS = {
     FLOAT32: Peer("sdrt-openvino", "sdrt", "bundle-fp32", FLOAT32, {"backend": "openvino"}),
     BFLOAT16: Peer("sdrt-openvino", "sdrt", "bundle-bf16", BFLOAT16, {"backend": "openvino"}),
     "sdrt ONNX Runtime float32": Peer("sdrt-onnxruntime", "sdrt", "bundle-saved", FLOAT32, {"backend": "onnxruntime"}),
-    REFERENCE: Peer("diffusers", "diffusers", "diffusers", FLOAT32, {"dtype": "float32", "compile": False}),
+    "diffusers float32": Peer("diffusers", "diffusers", "diffusers", FLOAT32, {"dtype": "float32", "compile": False}),
     "diffusers bfloat16": Peer(
         "diffusers", "diffusers", "diffusers", BFLOAT16, {"dtype": "bfloat16", "compile": False}
     ),
@@ -120,6 +122,7 @@ class Race:
         self.samples.mkdir(parents=True, exist_ok=True)
         environments.mkdir(parents=True, exist_ok=True)
         wanted = SIZES[size]
+        self.reference = wanted.reference
         self.settings = {
             "size": size,
             "picture": wanted.picture,
@@ -248,7 +251,7 @@ class Race:
         }
         sizes = {name: made.size_bytes / 1e6 for name, made in self.installed.items()}
         bases = {name: ROWS[name].base for name in names}
-        return peer_report.report(self.settings, bases, samples, first, pictures, sizes, self.failures, REFERENCE)
+        return peer_report.report(self.settings, bases, samples, first, pictures, sizes, self.failures, self.reference)
 
     def _figures(self, name: str, run: str) -> dict[str, Any] | None:
         path = self.samples / f"{slug(name)}-{run}.json"
@@ -295,7 +298,7 @@ def main() -> None:
         name
         for name in ROWS
         if name in asked
-        or name in (REFERENCE, ROWS[REFERENCE].base)
+        or name in (size.reference, ROWS[size.reference].base)
         or any(ROWS[other].base == name for other in asked)
     ]
     race = Race(
