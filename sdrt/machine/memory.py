@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
+_DONTNEED = 4  # MADV_DONTNEED of madvise(2)
 _PROC, _CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
 
 
@@ -44,6 +45,26 @@ def available_bytes() -> int | None:
         return None
     swap = machine.get("SwapFree", 0)
     return max(0, min([machine["MemAvailable"] + swap, *(left + swap for left in _left_by_groups())]))
+
+
+def unload_mapped(path: Path) -> None:
+    """Take the pages of a file out of this process's memory where they are mapped to be read only. The file stays
+    mapped: a page that is read again comes back, as a rule from the system's cache. Does nothing outside of Linux.
+    """
+    if sys.platform != "linux":
+        return
+    import ctypes
+
+    name = str(path.resolve())
+    madvise = ctypes.CDLL(None, use_errno=True).madvise
+    madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    with suppress(OSError):
+        for line in (_PROC / "self/maps").read_text(encoding="utf-8", errors="surrogateescape").splitlines():
+            fields = line.split(maxsplit=5)
+            # A page that can be written may hold what the file does not.
+            if len(fields) == 6 and fields[5] == name and fields[1].startswith("r--"):
+                first, last = (int(end, 16) for end in fields[0].split("-"))
+                madvise(first, last - first, _DONTNEED)
 
 
 def _left_by_groups() -> Iterator[int]:

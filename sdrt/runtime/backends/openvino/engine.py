@@ -42,7 +42,7 @@ from sdrt.engines.store import list_engines, mismatch, read_plan
 from sdrt.errors import MachineError, MissingEngineError
 from sdrt.machine.cpu import usable_cores
 from sdrt.machine.interruptible import interruptible, wait_for
-from sdrt.machine.memory import available_bytes
+from sdrt.machine.memory import available_bytes, unload_mapped
 from sdrt.runtime.backends.openvino.model import (
     TARGET,
     StepShape,
@@ -286,17 +286,20 @@ class OpenVinoEngine:
             )[0]
         blob = read_plan(engine.folder, engine.record, graph)  # hashed before OpenVINO sees it
         where = str(engine.folder / engine.record.plans[graph].file)
-        return import_blob(
+        weights = self._bundle.file(WEIGHTS)
+        compiled = import_blob(
             self._ov,
             self._core,
             where,
             blob,
-            self._bundle.file(WEIGHTS),
+            weights,
             precision,
             self._threads,
             counting=counting,
             shared=self._shared,
         )
+        unload_mapped(weights)  # kernels have packed what they read
+        return compiled
 
     def _of_batch(self, wanted: BatchShape, capacity: int) -> _Loadable:
         """The engine for a running batch: of its shape, with the smallest number of slots that is enough; where none
