@@ -103,8 +103,8 @@ def write_weights(
     progress: Callable[[float], None],
     made: Mapping[str, Made] | None = None,
 ) -> Written:
-    """Write the weights file. Each tensor is read once and written once. Its hash is taken on the way, on another core,
-    while the next tensor is made.
+    """Write the weights file. Each tensor is read once and written once. It is written and hashed on another core while
+    the next one is made.
 
     Adapters act in the order given. A DoRA rescales the weight it meets, so its place matters. All others only add.
     Between two DoRAs they are added in the order of their files' hashes, so that the order given does not change even
@@ -139,20 +139,25 @@ def write_weights(
         touching = _order(name, loras)
         if not touching:
             return stored
-        pristine = stored.to(torch.float32)
-        value = pristine.clone()
+        value = stored.to(torch.float32, copy=True)
+        pristine = float(value.norm())
         for i in touching:
             change = loras[i].change(name, value)
             value += change
-            norms[i][name] = float(change.norm()), float(pristine.norm())
-        if not torch.equal(value.to(kind), stored.to(kind)):
+            norms[i][name] = float(change.norm()), pristine
+        if not survived.issuperset(touching) and not torch.equal(value.to(kind), stored.to(kind)):
             survived.update(touching)
         return value
 
     digest = hashlib.sha256(header)
-    with new_file(path, len(header) + total) as stream, ThreadPoolExecutor(1) as hashing:
+    with new_file(path, len(header) + total) as stream, ThreadPoolExecutor(1) as writing:
         stream.write(header)
-        hashed = hashing.submit(lambda: None)
+
+        def write(data: memoryview) -> None:
+            stream.write(data)
+            digest.update(data)
+
+        written = writing.submit(lambda: None)
         for name, place in placed.items():
             value = made[name].make(lambda weight: fused(weight).to(torch.float32)) if name in made else fused(name)
             assert tuple(value.shape) == place.shape, name
@@ -166,11 +171,11 @@ def write_weights(
                     raise AdapterError(f"{files}: {what}", "Lower the scale, or build with --precision bf16 or fp32.")
                 raise CheckpointError(f"{tensors[name].file.path}: {what}", "Build with --precision bf16 or fp32.")
             data = (rounded.contiguous() if rounded.dim() else rounded.reshape(1)).view(torch.uint8).numpy().data
-            stream.write(data)
-            hashed.result()  # of the tensor before: two tensors are in memory, never more
-            hashed = hashing.submit(digest.update, data)
+            written.result()  # of the tensor before: two tensors are in memory, never more
+            written = writing.submit(write, data)
             done += place.size_bytes
             progress(done / total)
+        written.result()
     changes = []
     for i, (lora, by_weight) in enumerate(zip(loras, norms, strict=True)):
         wanted = any(lora.scale(weight) != 0 for weight in lora.deltas)
