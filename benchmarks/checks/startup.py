@@ -62,10 +62,10 @@ def host_ms_per_step(bundle: Path, steps: int) -> float:
         def __init__(self, session: Any) -> None:
             self.session = session
 
-        def run_with_iobinding(self, binding: Any) -> None:
+        def run_with_iobinding(self, binding: Any, options: Any) -> None:
             nonlocal inside
             started = time.perf_counter()
-            self.session.run_with_iobinding(binding)
+            self.session.run_with_iobinding(binding, options)
             inside += time.perf_counter() - started
 
     with Pipeline.load(bundle) as pipe:
@@ -85,7 +85,7 @@ def host_ms_per_step(bundle: Path, steps: int) -> float:
 
 def save_for_diffusers(bundle: Path, folder: Path) -> None:
     """The bundle's stored weights as a diffusers folder."""
-    sys.path.insert(0, str(ROOT / "tests"))
+    sys.path.insert(0, str(ROOT / "tests" / "support"))
     import reference
     from diffusers import EulerDiscreteScheduler, StableDiffusionPipeline
 
