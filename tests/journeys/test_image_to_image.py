@@ -18,7 +18,7 @@ import pytest
 import reference
 import torch
 from conftest import CHECKPOINT
-from PIL import Image, ImageDraw
+from PIL import Image
 from reference import TRAINING, psnr
 from safetensors.torch import load_file, save_file
 
@@ -92,19 +92,6 @@ def drawer(bundle: Path, folder: Path) -> Draw:
 @pytest.fixture(scope="module")
 def diffusers_draw(flat_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Draw:
     return drawer(flat_bundle, tmp_path_factory.mktemp("clip"))
-
-
-@pytest.fixture(scope="module")
-def init(ours: Pipeline) -> Image.Image:
-    """A picture of the model's own world."""
-    return Image.fromarray(ours("cat face", cfg=3, steps=12, seed=5).images[0])
-
-
-@pytest.fixture(scope="module")
-def mask() -> Image.Image:
-    mask = Image.new("L", (64, 64), 0)
-    ImageDraw.Draw(mask).rectangle((0, 24, 64, 64), fill=255)
-    return mask
 
 
 def drawn(pipe: Pipeline, sampler: str, seed: int, **settings: Any) -> Pixels:

@@ -16,7 +16,7 @@ import pytest
 import reference
 import torch
 from conftest import EMOJI_XL
-from PIL import Image, ImageDraw
+from PIL import Image
 from reference import TRAINING, psnr
 from safetensors.torch import load_file, save_file
 
@@ -77,19 +77,6 @@ def ours(bundle: Path) -> Iterator[Pipeline]:
 @pytest.fixture(scope="module")
 def draw(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Draw:
     return drawer(EMOJI_XL, bundle, tmp_path_factory.mktemp("clip"))
-
-
-@pytest.fixture(scope="module")
-def init(ours: Pipeline) -> Image.Image:
-    """A picture of the model's own world."""
-    return Image.fromarray(ours("cat face", cfg=3, steps=12, seed=5).images[0])
-
-
-@pytest.fixture(scope="module")
-def mask() -> Image.Image:
-    mask = Image.new("L", (64, 64), 0)
-    ImageDraw.Draw(mask).rectangle((0, 24, 64, 64), fill=255)
-    return mask
 
 
 def drawn(pipe: Pipeline, seed: int, **settings: Any) -> Pixels:

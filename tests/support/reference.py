@@ -40,22 +40,29 @@ def stored_weights(bundle: Path) -> Weights:
     return {name: tensor.float() for name, tensor in load_file(bundle / "graphs" / "weights.safetensors").items()}
 
 
-def text_model(weights: Weights, clip: Mapping[str, Any], start: str = TEXT) -> Any:
-    """CLIP's first text encoder, whose names begin with `start`."""
-    from transformers import CLIPTextConfig, CLIPTextModel
+def text_config(clip: Mapping[str, Any]) -> Any:
+    """transformers' settings of a text encoder of these sizes, the fields of a `ClipSpec`."""
+    from transformers import CLIPTextConfig
 
-    config = CLIPTextConfig(
+    return CLIPTextConfig(
         vocab_size=clip["vocabulary"],
         hidden_size=clip["width"],
         intermediate_size=clip["mlp_width"],
         num_hidden_layers=clip["layers"],
         num_attention_heads=clip["heads"],
         max_position_embeddings=clip["tokens"],
-        hidden_act="quick_gelu",
+        hidden_act=clip["activation"],
+        projection_dim=clip["projection"] or 512,
         eos_token_id=49407,
-        pad_token_id=49407,
+        pad_token_id=clip["pad"],
     )
-    model = CLIPTextModel(config).eval()
+
+
+def text_model(weights: Weights, clip: Mapping[str, Any], start: str = TEXT) -> Any:
+    """A text encoder whose names begin with `start`, with its projection if it has one."""
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+    model = (CLIPTextModelWithProjection if clip["projection"] else CLIPTextModel)(text_config(clip)).eval()
     # transformers 5 drops the outer `text_model.`
     prefix = start if any(name.startswith("text_model.") for name in model.state_dict()) else start + "text_model."
     model.load_state_dict(
@@ -127,7 +134,7 @@ def sdxl_pipeline(checkpoint: Path, spec: Mapping[str, Any], folder: Path) -> An
     """
     from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
     from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint, convert_open_clip_checkpoint
-    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+    from transformers import CLIPTextModelWithProjection
 
     weights = widened(checkpoint)
     unet_spec, clip, openclip = spec["unet"], *spec["texts"]
@@ -151,19 +158,7 @@ def sdxl_pipeline(checkpoint: Path, spec: Mapping[str, Any], folder: Path) -> An
     layers = {name.split(".")[7] for name in weights if name.startswith(first + "text_model.encoder.layers.")}
     text_encoder = text_model(weights, {**clip, "layers": len(layers)}, first)
     layers = {name.split(".")[6] for name in weights if name.startswith(second + "transformer.resblocks.")}
-    text_encoder_2 = CLIPTextModelWithProjection(
-        CLIPTextConfig(
-            vocab_size=openclip["vocabulary"],
-            hidden_size=openclip["width"],
-            intermediate_size=openclip["mlp_width"],
-            num_hidden_layers=len(layers),
-            num_attention_heads=openclip["heads"],
-            projection_dim=openclip["projection"],
-            hidden_act="gelu",
-            eos_token_id=49407,
-            pad_token_id=0,
-        )
-    ).eval()
+    text_encoder_2 = CLIPTextModelWithProjection(text_config({**openclip, "layers": len(layers)})).eval()
     text_encoder_2.load_state_dict(convert_open_clip_checkpoint(text_encoder_2, weights, second))
     tokenizer = clip_tokenizer(folder)
     tokenizer_2 = clip_tokenizer(folder)

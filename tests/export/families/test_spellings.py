@@ -101,32 +101,11 @@ def test_the_trained_sdxl_file() -> None:
 # Folders
 
 
-def _text(weights: Tensors, prefix: str, spec: Any) -> Any:
-    """transformers' own encoder with these weights."""
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
-
-    config = CLIPTextConfig(
-        vocab_size=spec.vocabulary,
-        hidden_size=spec.width,
-        intermediate_size=spec.mlp_width,
-        num_hidden_layers=spec.layers,
-        num_attention_heads=spec.heads,
-        hidden_act=spec.activation,
-        projection_dim=spec.projection or 512,
-    )
-    model = (CLIPTextModelWithProjection if spec.projection else CLIPTextModel)(config)
-    own = {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
-    if not any(name.startswith("text_model.") for name in model.state_dict()):
-        own = {name.removeprefix("text_model."): tensor for name, tensor in own.items()}
-    model.load_state_dict(own)
-    return model
-
-
 def _saved(folder: Path, arch: Architecture, kind: str, **unet_options: Any) -> Path:
     """The model as diffusers saves a pipeline of that class."""
     from diffusers import DDIMScheduler, UNet2DConditionModel
     from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
-    from reference import TRAINING, vae
+    from reference import TRAINING, text_model, vae
 
     weights, spec = seeded(whole(arch)), arch.unet
     unet = UNet2DConditionModel(
@@ -142,7 +121,7 @@ def _saved(folder: Path, arch: Architecture, kind: str, **unet_options: Any) -> 
     unet.load_state_dict(convert_ldm_unet_checkpoint(dict(weights), dict(unet.config)))
     parts = {"unet": unet, "vae": vae(weights, asdict(arch.vae)), "scheduler": DDIMScheduler(**TRAINING)}
     parts |= {
-        name: _text(weights, prefix, text)
+        name: text_model(weights, asdict(text), prefix)
         for name, prefix, text in zip(("text_encoder", "text_encoder_2"), (CLIP, CLIP_2), arch.texts, strict=False)
     }
     for name, part in parts.items():

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import pytest
+import reference
 import torch
 from tiny_model import levels
 
@@ -191,20 +192,9 @@ H = ClipSpec(48, 4, 3, 80, 49410, 77, (1, 2), "gelu", pad=0)
 
 def transformers_model(spec: ClipSpec, mine: TextEncoder, prefix: str) -> Any:
     """transformers' text encoder with the weights of ours. Layers that ours leaves out are of ones."""
-    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+    from transformers import CLIPTextModelWithProjection
 
-    config = CLIPTextConfig(
-        vocab_size=spec.vocabulary,
-        hidden_size=spec.width,
-        intermediate_size=spec.mlp_width,
-        num_hidden_layers=spec.layers,
-        num_attention_heads=spec.heads,
-        max_position_embeddings=spec.tokens,
-        hidden_act=spec.activation,
-        projection_dim=spec.projection or 8,
-        eos_token_id=END_TOKEN,
-    )
-    model = CLIPTextModelWithProjection(config).eval()
+    model = CLIPTextModelWithProjection(reference.text_config(asdict(spec))).eval()
     weights = {
         name.removeprefix(prefix): tensor for name, tensor in mine.state_dict().items() if name.startswith(prefix)
     }
