@@ -41,7 +41,7 @@ from sdrt.bundle.manifest import (
     write_manifest,
 )
 from sdrt.bundle.onnx_graph import read_graph
-from sdrt.errors import ResourceError, SdrtError, UsageError, nearest
+from sdrt.errors import CheckFailed, ResourceError, SdrtError, UsageError, nearest
 from sdrt.export.adapters.embedding import (
     Embedding,
     EmbeddingOption,
@@ -63,6 +63,7 @@ from sdrt.export.read.tensor_entry import ITEM_BYTES
 from sdrt.export.read.tensor_file import check_present, open_tensor_file
 from sdrt.export.selfcheck import check
 from sdrt.export.tokenizer import write_tokenizer
+from sdrt.export.traces import NoTraceError
 from sdrt.export.weights import CODES, Change, Made, Written, write_weights
 from sdrt.files.lock import locked
 from sdrt.files.publish import check_space, folders_made, new_folder, staged_folder
@@ -219,7 +220,12 @@ def build(options: BuildOptions, progress: Progress = lambda stage, done: None) 
             tokenizer = _write_tokenizer(inputs, model, folder, stage)
             weights = _fuse(inputs, model, folder, options.precision, stage, progress)
             cached = _bind(model, weights, folder, options.precision, stage)
+            stored = hashing.submit(file_record, folder / WEIGHTS)
             contents = _Contents(folder, tokenizer, weights, _check(model, folder, stage, options.check == "full"))
+            if stored.result() != weights.record:
+                raise CheckFailed(
+                    f"self-check: {folder / WEIGHTS}: is not what was written", "Check the disk, and build again."
+                )
             with stage("write"):
                 _check_unchanged(inputs)
                 manifest = _manifest(output.name.removesuffix(".sdrt"), inputs, model, contents)
@@ -263,7 +269,10 @@ def _read(options: BuildOptions, files: ExitStack, hashing: ThreadPoolExecutor) 
     files.callback(checkpoint.close)
     sources = hashing.submit(_sources, checkpoint)  # takes as long as importing torch
     arch = _with_options(checkpoint.architecture, options)
-    expected = weight_shapes(arch)
+    try:
+        expected = weight_shapes(arch)
+    except NoTraceError as error:
+        raise NoTraceError(f"{options.checkpoint}: {error.message}", error.fix) from None
     tensors, unknown = select(checkpoint, expected)
     loras, embeddings, hypernetworks = list[Lora](), list[Embedding](), list[Hypernetwork]()
     for option in options.loras:

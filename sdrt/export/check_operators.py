@@ -38,25 +38,23 @@ class OperatorCheck:
         self.error, self.worst = 0.0, ""
         self.seen: set[str] = set()
         self._weights = weights
-        self._views: dict[str, tuple[str, bool]] = {
-            name: (name, False) for name in graph.constants if name in weights.entries
-        }
-        """The values made of one weight alone: the weight, and whether they are its transpose."""
+        self._views = {name: name for name in graph.constants if name in weights.entries}
+        """The weight of each value that is made of one weight alone."""
         for node in graph.nodes:
             if node.operator in _VIEWS and node.inputs[0] in self._views:
-                name, transposed = self._views[node.inputs[0]]
-                self._views[node.outputs[0]] = name, transposed != (node.operator == "Transpose")
+                self._views[node.outputs[0]] = self._views[node.inputs[0]]
 
     def __call__(self, nodes: list[Node], values: Arrays) -> None:
         for node in nodes:
             taken = [name for name in node.inputs if name in self._views]
             if not taken or node.operator in _VIEWS:
                 continue
-            found, expected, scale, limit = self._evaluated(node, values)
-            error = float(np.max(np.abs(found - expected) / (limit * scale), initial=0.0))
+            with np.errstate(invalid="ignore", over="ignore"):  # a model that overflows is told by its outputs
+                found, expected, scale, limit = self._evaluated(node, values)
+                error = float(np.max(np.abs(found - expected) / (limit * scale), initial=0.0))
             if not error <= self.error:  # NaN included
-                self.error, self.worst = error, f"{node.operator} of {self._views[taken[0]][0]}"
-            self.seen |= {self._views[name][0] for name in taken}
+                self.error, self.worst = error, f"{node.operator} of {self._views[taken[0]]}"
+            self.seen |= {self._views[name] for name in taken}
 
     def _evaluated(self, node: Node, values: Arrays) -> tuple[Float, Float, Float | float, float]:
         """Some outputs as the engine gave them, the same from numpy, the size of what was summed, and the limit."""
@@ -105,17 +103,14 @@ class OperatorCheck:
         )
 
     def _product(self, node: Node, values: Arrays, output: NDArray[Any]) -> tuple[Float, Float, Float]:
+        """A linear layer. Its weight is `[out, in]` in every network, however the graph turns it."""
         attributes = node.numbers()
         assert attributes.get("transA", 0) == 0 and attributes.get("alpha", 1.0) == attributes.get("beta", 1.0) == 1.0
-        name, transposed = self._views[node.inputs[1]]
         x = values[node.inputs[0]].reshape(-1, values[node.inputs[0]].shape[-1]).astype(np.float64)
         flat = output.reshape(-1, output.shape[-1])
         places = _places(node.name, flat.shape)
         columns = [j for _, j in places]
-        if transposed != (attributes.get("transB", 0) == 1):
-            matrix = self._rows(name, columns)
-        else:
-            matrix = self._read(name).T[columns]
+        matrix = self._rows(node.inputs[1], columns)
         rows = x[[i for i, _ in places]]
         bias = self._bias(node, 2)[columns] if len(node.inputs) > 2 else np.zeros(1)
         return (
@@ -142,10 +137,10 @@ class OperatorCheck:
         return result
 
     def _operand(self, name: str, values: Arrays) -> Float:
-        return self._read(self._views[name][0]) if name in self._views else values[name].astype(np.float64)
+        return self._read(self._views[name]) if name in self._views else values[name].astype(np.float64)
 
     def _bias(self, node: Node, place: int) -> Float:
-        return self._read(self._views[node.inputs[place]][0])
+        return self._read(self._views[node.inputs[place]])
 
     def _read(self, name: str) -> Float:
         result: Float = np.asarray(self._weights.read(name)).astype(np.float64)
@@ -153,7 +148,7 @@ class OperatorCheck:
 
     def _rows(self, name: str, rows: Iterable[int]) -> Float:
         """Rows of a weight, each read by itself."""
-        stored = self._views[name][0]
+        stored = self._views[name]
         read = [np.asarray(self._weights.read(stored, (row, row + 1))).astype(np.float64) for row in rows]
         return np.concatenate(read)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,7 +70,7 @@ class Recipe:
         """Every weight by its canonical name. Imports torch only where no trace comes with sdrt.
 
         Raises:
-            MachineError: torch is needed and not installed.
+            NoTraceError: torch is needed and not installed.
         """
         if (shipped := traces.shipped(self.key())) is None:
             self.require_torch()
@@ -104,7 +105,7 @@ class Recipe:
         return traces.shipped(self.key()) is not None
 
     def require_torch(self) -> None:
-        """Raise MachineError if torch is not installed. It says what no published model has."""
+        """Raise NoTraceError if torch is not installed. It says what no published model has."""
         if _tools() is None:
             raise traces.no_trace(self.key())
 
@@ -153,7 +154,7 @@ def skeletons(recipe: Recipe) -> tuple[dict[str, bytes], bool]:
     which are then cached. The flag says whether they were at hand.
 
     Raises:
-        MachineError: torch is needed and not installed.
+        NoTraceError: torch is needed and not installed.
     """
     if (shipped := traces.shipped(recipe.key())) is not None:
         return shipped, True
@@ -171,9 +172,10 @@ def skeletons(recipe: Recipe) -> tuple[dict[str, bytes], bool]:
 
 def _tools() -> dict[str, str] | None:
     """The versions of the tools that trace. None if one is not installed."""
+    names = ("torch", "onnx", "onnxscript", "onnx_ir")
     try:
-        return {name: version(name) for name in ("torch", "onnx", "onnxscript", "onnx_ir")}
-    except PackageNotFoundError:
+        return {name: version(name) for name in names} if all(map(find_spec, names)) else None
+    except (PackageNotFoundError, ImportError):
         return None
 
 

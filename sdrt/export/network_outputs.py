@@ -11,6 +11,7 @@ from torch.overrides import TorchFunctionMode
 from sdrt.export.graph import Recipe
 from sdrt.export.read.tensor_file import TensorFile
 from sdrt.export.run_in_parts import Arrays
+from sdrt.export.trace import module
 
 
 class _StoredWeights(TorchFunctionMode):
@@ -44,7 +45,7 @@ class _StoredWeights(TorchFunctionMode):
 
 def network_outputs(recipe: Recipe, weights: TensorFile, inputs: Arrays) -> Arrays:
     """The module's own outputs for the stored, rounded weights, in float32."""
-    module = recipe.module()
+    network = module(recipe)
     threads = torch.get_num_threads()
     torch.set_num_threads(
         1
@@ -52,8 +53,8 @@ def network_outputs(recipe: Recipe, weights: TensorFile, inputs: Arrays) -> Arra
         # cores
     )
     try:
-        with torch.inference_mode(), _StoredWeights(module, weights) as stored:
-            outputs = module(**{name: torch.from_numpy(array) for name, array in inputs.items()})
+        with torch.inference_mode(), _StoredWeights(network, weights) as stored:
+            outputs = network(**{name: torch.from_numpy(array) for name, array in inputs.items()})
     finally:
         torch.set_num_threads(threads)
     assert not stored.unused, f"{recipe.graph}: weights that no operator takes: {', '.join(sorted(stored.unused))}"

@@ -106,16 +106,20 @@ def _read(name: str, sha256: str) -> dict[str, bytes]:
     return unpacked(data)
 
 
-def no_trace(key: Mapping[str, Any]) -> MachineError:
+class NoTraceError(MachineError):
+    """A graph has to be traced, and torch, which traces, is not installed."""
+
+
+def no_trace(key: Mapping[str, Any]) -> NoTraceError:
     """Why a graph cannot be made without torch: what no published model has."""
     same = [entry for entry in index() if entry["key"]["graph"] == key["graph"]]
     differences = [(_differences(key["specs"], entry["key"]["specs"]), entry["name"]) for entry in same]
     fix = f"Tracing needs PyTorch. Install it with: {install_command('build')}"
     if not differences:
-        return MachineError(f"{key['graph']}: no trace of it comes with sdrt", fix)
+        return NoTraceError(f"{key['graph']}: no trace of it comes with sdrt", fix)
     (unusual, name) = min(differences, key=lambda found: len(found[0]))
     listed = "; ".join(unusual[:3]) or "its source or its inputs were changed"
-    return MachineError(f"{key['graph']}: no trace of it comes with sdrt; beside {name}, the nearest: {listed}", fix)
+    return NoTraceError(f"{key['graph']}: no trace of it comes with sdrt; beside {name}, the nearest: {listed}", fix)
 
 
 def _differences(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> list[str]:
