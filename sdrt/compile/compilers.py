@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from sdrt.engines.targets import ONNXRUNTIME, OPENVINO, READY, TARGETS, TENSORRT, TENSORRT_RTX
-from sdrt.errors import MachineError, UsageError, nearest
+from sdrt.engines.targets import ONNXRUNTIME, OPENVINO, READY, TARGETS, TENSORRT, TENSORRT_RTX, on_gpu
+from sdrt.errors import BundleError, MachineError, UsageError, nearest
 
 if TYPE_CHECKING:
+    from sdrt.bundle.folder import Bundle
     from sdrt.engines.record import EngineRecord
 
 
@@ -79,3 +80,23 @@ def flags_of(record: EngineRecord) -> tuple[str, ...] | None:
 
     of_openvino = openvino_model.FLAGS.get(record.key.precision)
     return {OPENVINO.name: of_openvino, ONNXRUNTIME.name: onnxruntime_model.FLAGS}.get(record.key.target)
+
+
+def is_compiled(bundle: Bundle, target: str) -> bool:
+    """Whether a bundle has an engine of a target that runs here, for what a request asks for by default. Which GPU
+    there is, is not looked at.
+    """
+    from sdrt.engines.store import list_engines, mismatch, serves_default
+    from sdrt.machine.cpu import cpu_identity, platform_name
+    from sdrt.machine.doctor import compiler_version
+
+    try:
+        records = [record for _, record in list_engines(bundle) if record.key.target == target]
+    except (BundleError, MachineError):
+        return False
+    cpu = None if on_gpu(target) else cpu_identity()
+    known = {"compiler": compiler_version(target), "platform": platform_name(), "cpu": cpu}
+    return any(
+        serves_default(record, bundle.manifest) and not mismatch(record, bundle, flags=flags_of(record), **known)
+        for record in records
+    )
