@@ -121,13 +121,16 @@ def cached_bundle(
     with ExitStack() as stack:
         try:
             bundle = stack.enter_context(in_use(wanted.folder))
-        except SdrtError:  # damaged: built again
+        except SdrtError:  # damaged
             bundle = None
-        if bundle is None:
-            bundle = _built(wanted, stack, progress, say)
-        else:
+        if bundle is not None:
             log.info("%s: using %s, built before", checkpoint, bundle)
-        _compile(bundle, backend, progress, say)
+            _compile(bundle, backend, progress, say)
+        else:
+            bundle = _built(wanted, stack, progress, say)
+            _compile(bundle, backend, progress, say)
+            for entry in keep_to_limit(wanted.folder):
+                say(f"removed {entry.name} ({entry.size_bytes / 1e6:,.1f} MB) from the cache, to keep within its limit")
         yield bundle
 
 
@@ -231,8 +234,6 @@ def _built(wanted: _Wanted, stack: ExitStack, progress: Progress, say: Say) -> P
         assert bundle is not None
         size_bytes = sum(record.size_bytes for record in report.manifest.files.values())
         say(f"built {name} ({size_bytes / 1e6:,.1f} MB) in {time.perf_counter() - started:.1f} s")
-        for entry in keep_to_limit(folder):
-            say(f"removed {entry.name} ({entry.size_bytes / 1e6:,.1f} MB) from the cache, to keep within its limit")
     return bundle
 
 
