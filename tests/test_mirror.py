@@ -19,8 +19,8 @@ COVERED: dict[str, tuple[str, ...]] = {
     "cli/test_output.py": ("cli/progress.py",),
     "bundle/test_signature.py": ("cli/sign.py",),
     "compile/test_compile.py": (
-        *("cli/compile.py", "compile/options.py", "compile/shapes.py", "compile/tensorrt.py"),
-        *("compile/tensorrt_network.py", "compile/worker.py", "engines/record.py"),
+        *("cli/compile.py", "compile/compilers.py", "compile/options.py", "compile/shapes.py"),
+        *("compile/tensorrt.py", "compile/tensorrt_network.py", "compile/worker.py", "engines/record.py"),
     ),
     "compile/test_onnxruntime.py": (
         *("compile/optimized_model.py", "runtime/backends/onnxruntime/engine.py"),

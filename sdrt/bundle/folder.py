@@ -10,6 +10,7 @@ import os
 import stat
 from collections.abc import Collection, Iterable, Mapping
 from concurrent.futures import CancelledError
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from threading import Event
@@ -17,7 +18,14 @@ from threading import Event
 from sdrt.bundle.graph_check import check_graph
 from sdrt.bundle.graphs import dimensions, signatures
 from sdrt.bundle.manifest import ENGINES, MANIFEST, MAX_MANIFEST_BYTES, WEIGHTS, FileRecord, Manifest, read_manifest
-from sdrt.errors import BundleError, InputFileError, UsageError, printable
+from sdrt.errors import BundleError, InputFileError, UsageError, nearest, printable
+from sdrt.files.publish import cache_folder
+
+IN_CACHE = "bundles"
+"""The kind of the cache's entries that hold bundles, each in a folder named by its key."""
+_TENSOR_FILES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
+_MODEL_INDEX = "model_index.json"
+_BUILD = "Make one with: sdrt build --checkpoint FILE"
 
 
 @dataclass(frozen=True)
@@ -79,6 +87,15 @@ def is_bundle(path: Path) -> bool:
     return isinstance(document, dict) and {"format", "sdrt", "graphs", "files"} <= document.keys()
 
 
+def is_checkpoint(path: Path) -> bool:
+    """Whether what was given where a bundle is expected is a checkpoint, from which a bundle can be built: a file, also
+    one that is not there, or a folder that diffusers saved. `open_bundle` says what is wrong with anything else.
+    """
+    if path.suffix == ".sdrt" or os.path.exists(path / MANIFEST):
+        return False
+    return path.suffix.lower() in _TENSOR_FILES or os.path.isfile(path) or os.path.exists(path / _MODEL_INDEX)  # noqa: PTH113
+
+
 def check_outside_bundles(option: str, folder: Path) -> None:
     """Refuse to write into a bundle, which would then differ from its manifest. Only engines, and files that belong to
     them, may go into a bundle.
@@ -109,12 +126,10 @@ def open_bundle(path: Path) -> Bundle:
     """
     path = path.absolute()
     if not os.path.exists(path):
-        raise InputFileError(f"{path}: no such bundle", "Make one with: sdrt build --checkpoint FILE")
+        raise InputFileError(f"{path}: no such bundle{_similar(path)}", _BUILD)
     manifest_file = path / MANIFEST
     if not path.is_dir() or not os.path.lexists(manifest_file):
-        raise InputFileError(
-            f"{path}: not a bundle: it has no {MANIFEST}", "Make one with: sdrt build --checkpoint FILE"
-        )
+        raise InputFileError(f"{path}: not a bundle: it has no {MANIFEST}", _BUILD)
     if manifest_file.is_symlink() or not manifest_file.is_file():
         raise BundleError(f"{manifest_file}: expected a regular file")
     if manifest_file.stat().st_size > MAX_MANIFEST_BYTES:
@@ -141,14 +156,28 @@ def check_files(bundle: Bundle, names: Iterable[str] | None = None, stop: Event 
         except OSError as error:
             raise BundleError(
                 f"{bundle.path}: {name}: cannot be read: {error.strerror}",
-                "Copy the bundle again from where it was built.",
+                _mend(bundle.path),
             ) from error
         if found != expected:
             raise BundleError(
                 f"{bundle.path}: {name}: changed since the build: expected sha256 {expected.sha256[:16]}…, found"
                 f" {found.sha256[:16]}…",
-                "Build the bundle again, or copy it again from where it was built.",
+                _mend(bundle.path),
             )
+
+
+def _mend(path: Path) -> str:
+    """What to do about a bundle that has changed."""
+    with suppress(OSError):  # no cache
+        if path.parent.parent == cache_folder().absolute() / IN_CACHE:
+            return f"Remove it with: sdrt cache remove {path.parent.name}; it is built again when it is next asked for."
+    return "Build the bundle again, or copy it again from where it was built."
+
+
+def _similar(path: Path) -> str:
+    with suppress(OSError, ValueError):
+        return nearest(path.name, [name for name in os.listdir(path.parent) if name != path.name])  # noqa: PTH208
+    return ""
 
 
 def _check_signatures(path: Path, manifest: Manifest) -> None:

@@ -1,5 +1,5 @@
-"""Remembers which weights files were found to have the right hash, so that a start need not read gigabytes that nobody
-touched.
+"""Remembers the hashes of large files (a bundle's weights, the files that bundles are built from), so that a start need
+not read gigabytes that nobody touched.
 
 A file is recognised by what the file system says about it: device, inode, size, and two times in nanoseconds, those of
 the last change of its content (mtime) and of its state (ctime). The kernel sets the second time itself, and only root
@@ -23,7 +23,7 @@ from contextlib import suppress
 from pathlib import Path
 from threading import Event
 
-from sdrt.bundle.folder import Bundle, check_files
+from sdrt.bundle.folder import Bundle, check_files, file_record
 from sdrt.errors import SdrtError
 from sdrt.files.publish import cache_folder, staged_file, write_file
 from sdrt.files.read import read_document
@@ -63,13 +63,35 @@ def check_once(path: Path, sha256: str, check: Callable[[], None]) -> None:
     if seen is not None and _remembered(seen) == sha256:
         return
     check()
-    if seen is not None and seen == _identity(path):  # it has not changed during the check either
-        try:
-            _place(seen).parent.mkdir(parents=True, exist_ok=True)
-            with staged_file(_place(seen)) as stage:
-                write_file(stage, f"{seen} {sha256}\n".encode())
-        except (OSError, SdrtError) as error:  # remembering only saves time
-            logging.getLogger("sdrt").info("not remembered that %s is unchanged: %s", path, error)
+    _remember(path, seen, sha256)
+
+
+def sha256_of(path: Path, reading: Callable[[], None] = lambda: None) -> str:
+    """A file's SHA-256: as it was found before, unless the file has changed since; else `reading` is called, and the
+    file is read.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    seen = _identity(path)
+    if seen is not None and (known := _remembered(seen)) is not None:
+        return known
+    reading()
+    found = file_record(path).sha256
+    _remember(path, seen, found)
+    return found
+
+
+def _remember(path: Path, seen: str | None, sha256: str) -> None:
+    """Keep the hash of a file that was `seen` before it was read, unless it has changed since then."""
+    if seen is None or seen != _identity(path):
+        return
+    try:
+        _place(seen).parent.mkdir(parents=True, exist_ok=True)
+        with staged_file(_place(seen)) as stage:
+            write_file(stage, f"{seen} {sha256}\n".encode())
+    except (OSError, SdrtError) as error:  # remembering only saves time
+        logging.getLogger("sdrt").info("the hash of %s is not remembered: %s", path, error)
 
 
 def _identity(path: Path) -> str | None:

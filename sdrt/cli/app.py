@@ -21,6 +21,7 @@ from typer.core import TyperGroup
 from sdrt import __version__
 from sdrt.cli.bench import app as bench
 from sdrt.cli.build import build
+from sdrt.cli.cache import app as cache
 from sdrt.cli.compile import compile_bundle
 from sdrt.cli.doctor import doctor
 from sdrt.cli.generate import generate
@@ -215,7 +216,11 @@ def main(
 ) -> None:
     """Compile Stable Diffusion and its LoRAs into a bundle, and run it without PyTorch.
 
-    Two commands do it:
+    One command does it:
+
+        sdrt generate model.safetensors "a red apple" --lora style.safetensors:0.8
+
+    Or two, where the bundle is to have a name and go to another machine:
 
         sdrt build --checkpoint model.safetensors --lora style.safetensors:0.8
 
@@ -234,7 +239,8 @@ app.command(
 )(build)
 app.command(
     "generate",
-    epilog='Example: sdrt generate emoji.sdrt "red apple" --cfg 3 --seed 7 --count 4 --output apple.png',
+    epilog='Examples: sdrt generate model.safetensors "a red apple" --lora style.safetensors:0.8 --steps 20; '
+    'sdrt generate emoji.sdrt "red apple" --cfg 3 --seed 7 --count 4 --output apple.png',
 )(generate)
 app.command("inspect", epilog="Example: sdrt inspect style.safetensors --for model.safetensors")(inspect)
 app.command("verify", epilog="Example: sdrt verify emoji.sdrt")(verify)
@@ -244,4 +250,5 @@ app.command(
 )(compile_bundle)
 app.command("sign", epilog="Example: sdrt sign model.sdrt --key private.pem")(sign)
 app.add_typer(bench, name="bench")
+app.add_typer(cache, name="cache")
 app.command("doctor", epilog="Example: sdrt doctor --json")(doctor)

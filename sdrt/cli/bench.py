@@ -12,6 +12,7 @@ import typer
 
 from sdrt.cli import options
 from sdrt.cli.bench_tables import print_comparison, print_result, print_trends
+from sdrt.cli.cache import bundle_given
 from sdrt.cli.output import print_json
 from sdrt.cli.progress import changing_line
 from sdrt.errors import (
@@ -82,6 +83,10 @@ def run_command(
     rate: options.Rate = 1.0,
     duration_s: options.Duration = 30.0,
     queue: options.Queue = 8,
+    lora: options.Loras = None,
+    embedding: options.Embeddings = None,
+    hypernetwork: options.Hypernetworks = None,
+    vae: options.Vae = None,
     backend: options.BenchBackend = "auto",
     device: options.BenchDevice = 0,
     threads: options.Threads = None,
@@ -99,7 +104,10 @@ def run_command(
     emit: options.Emit = None,
     as_json: options.Json = False,
 ) -> None:
-    """Measure a bundle in fresh processes, and check that its pictures are right. Exit code 1 if they are not."""
+    """Measure a bundle in fresh processes, and check that its pictures are right. Exit code 1 if they are not.
+
+    Like generate it takes a checkpoint in a bundle's place, with --lora, --embedding, --hypernetwork and --vae.
+    """
     from sdrt.bench import history as runs
     from sdrt.bench.compare import fidelity_problems
     from sdrt.bench.formats import RESULT_FORMATS, result_markdown
@@ -116,12 +124,15 @@ def run_command(
     if bundle is None and not check_machine:
         raise UsageError("BUNDLE is missing", "Give a folder made by `sdrt build`, or --check-machine.")
     _refuse_unused(ctx, check_machine, bundle is not None)
+    _at_least("--processes", processes, 1)
     request = _request(ctx, bundle or Path())
+    if bundle is not None:
+        bundle = ctx.with_resource(bundle_given(bundle, backend, ctx.params))
+        request = replace(request, bundle=str(bundle.absolute()))
     if check_machine:
         _check_machine(bundle, request, check_time, [output, history, *targets], as_json)
         return
     assert bundle is not None
-    _at_least("--processes", processes, 1)
     opened = open_bundle(bundle)
     check_file(opened, WEIGHTS)  # now, or the first process would take longer to load than the others
     document = run(opened, request, processes, _say)
@@ -156,7 +167,7 @@ _OF_CHECK_MACHINE = {"check_machine", "check_time", "as_json", "bundle"}
 _REFUSED_BY_NAME = {"output", "history", "emit", "layers", "scenario"}
 _OF_PICTURES = {
     *("size", "steps", "cfg", "sampler", "schedule", "prompt", "prompts", "seed", "batch"),
-    *("backend", "device", "threads"),
+    *("backend", "device", "threads", "lora", "embedding", "hypernetwork", "vae"),
 }
 
 

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from sdrt.cli import options
-from sdrt.cli.compile import as_fields, checked_targets, compile_after_build, print_compiled
+from sdrt.cli.compile import as_fields, compile_after_build, print_compiled
 from sdrt.cli.output import print_json, print_notes
 from sdrt.cli.progress import BUILD_STAGES, StageProgress
+from sdrt.compile.compilers import checked_targets
 from sdrt.errors import UsageError, printable
 
 if TYPE_CHECKING:

@@ -13,8 +13,9 @@ import typer
 from sdrt.cli import options
 from sdrt.cli.output import print_json, print_notes
 from sdrt.cli.progress import COMPILE_STAGES, StageProgress
-from sdrt.engines.targets import ONNXRUNTIME, OPENVINO, READY, TARGETS, TENSORRT, TENSORRT_RTX, on_gpu
-from sdrt.errors import MachineError, SdrtError, UsageError, nearest
+from sdrt.compile.compilers import compiled_targets, compiler_of, flags_of
+from sdrt.engines.targets import READY, TARGETS, on_gpu
+from sdrt.errors import SdrtError, UsageError
 
 if TYPE_CHECKING:
     from sdrt.bundle.folder import Bundle
@@ -82,66 +83,6 @@ def compile_bundle(
         print_compiled(report, opened.manifest)
 
 
-def compiled_targets(names: Sequence[str], *, must_compile: bool) -> list[str]:
-    """The targets among `names` to compile for. `auto` is what is installed and fastest here.
-
-    ONNX Runtime is among them only where `must_compile` is set.
-
-    Raises:
-        UsageError: a name is unknown.
-    """
-    found, known = [], ("auto", *READY)
-    for name in names:
-        if name not in known:
-            raise UsageError(f"--target {name}: unknown{nearest(name, known)}", f"Choose one of: {', '.join(known)}.")
-        chosen = _automatic() if name == "auto" else name
-        if TARGETS[chosen].built or must_compile:
-            found.append(chosen)
-    return list(dict.fromkeys(found))
-
-
-def checked_targets(names: Sequence[str]) -> list[str]:
-    """The targets that a build compiles for, each with its compiler there: a build takes a minute before it needs one.
-
-    Raises:
-        UsageError: a name is unknown.
-        MachineError: a compiler is missing.
-    """
-    found = compiled_targets(names, must_compile=False)
-    for name in found:
-        _compiler(name).check_compiler(name)
-    return found
-
-
-def _compiler(target: str) -> Any:
-    """The module that compiles for a target."""
-    from sdrt.compile import onnxruntime, openvino, tensorrt
-
-    return {
-        ONNXRUNTIME.name: onnxruntime,
-        OPENVINO.name: openvino,
-        TENSORRT_RTX.name: tensorrt,
-        TENSORRT.name: tensorrt,
-    }[target]
-
-
-def _automatic() -> str:
-    """The target that `auto` stands for.
-
-    TensorRT where it is installed and a GPU answers, else OpenVINO where it is new enough, else ONNX Runtime.
-    """
-    from sdrt.machine.doctor import compiler_version, probe_gpus
-    from sdrt.runtime.backends.openvino.model import import_openvino
-
-    if compiler_version(TENSORRT.name) is not None and probe_gpus().found:
-        return TENSORRT.name
-    try:
-        import_openvino("target auto")
-    except MachineError:
-        return ONNXRUNTIME.name
-    return OPENVINO.name
-
-
 def _run(bundle: Bundle, asked: Sequence[CompileOptions]) -> list[CompileReport]:
     """Compile for several targets, with progress on stderr. All engines appear together, or none."""
     from sdrt.compile.together import engines_together
@@ -154,7 +95,7 @@ def _run(bundle: Bundle, asked: Sequence[CompileOptions]) -> list[CompileReport]
             new_engine = stack.enter_context(engines_together(bundle, progress))
         for options in asked:
             with StageProgress(COMPILE_STAGES) as progress:
-                made = _compiler(options.target).compile_bundle(bundle, options, progress, new_engine)
+                made = compiler_of(options.target).compile_bundle(bundle, options, progress, new_engine)
                 reports += made if isinstance(made, list) else [made]
     return reports
 
@@ -238,12 +179,3 @@ def _prune(bundle: Bundle) -> list[Path]:
         return not mismatch(record, bundle, compiler=compiler, flags=flags_of(record))
 
     return prune_engines(bundle, keep=runs)
-
-
-def flags_of(record: EngineRecord) -> tuple[str, ...] | None:
-    """How this sdrt builds an engine of its target and precision; None where that depends on the compiler."""
-    from sdrt.runtime.backends.onnxruntime import model as onnxruntime_model
-    from sdrt.runtime.backends.openvino import model as openvino_model
-
-    of_openvino = openvino_model.FLAGS.get(record.key.precision)
-    return {OPENVINO.name: of_openvino, ONNXRUNTIME.name: onnxruntime_model.FLAGS}.get(record.key.target)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sdrt.cli import options
+from sdrt.cli.cache import bundle_given
 from sdrt.cli.output import print_json, print_notes
 from sdrt.cli.progress import progress_bar
 from sdrt.errors import UsageError, printable
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 def generate(
     ctx: typer.Context,
-    bundle: options.BundleFolder,
+    bundle: options.BundleOrCheckpoint,
     prompt: options.Prompt = None,
     negative: options.Negative = None,
     prompt_2: options.Prompt2 = None,
@@ -58,6 +59,10 @@ def generate(
     network_tags: options.NetworkTags = "refuse",
     from_png: options.FromPng = None,
     settings_from: options.SettingsFrom = None,
+    lora: options.Loras = None,
+    embedding: options.Embeddings = None,
+    hypernetwork: options.Hypernetworks = None,
+    vae: options.Vae = None,
     preview: options.Preview = None,
     contact_sheet: options.ContactSheet = None,
     backend: options.Backend = "auto",
@@ -69,7 +74,12 @@ def generate(
     force: Annotated[bool, typer.Option("--force", help="Replace whatever file is in the way.")] = False,
     as_json: options.Json = False,
 ) -> None:
-    """Make pictures from a prompt, or from a picture and a prompt. Needs no PyTorch."""
+    """Make pictures from a prompt, or from a picture and a prompt.
+
+    BUNDLE may be a checkpoint, as it was downloaded, with --lora, --embedding, --hypernetwork and --vae for what goes
+    into it. The first time this builds its bundle into the cache, a minute or so; from then on it starts at once, and
+    needs no PyTorch. `sdrt cache` lists what is kept. A bundle of `sdrt build` takes none of these four.
+    """
     from sdrt.bundle.folder import check_outside_bundles, open_bundle
     from sdrt.runtime import Pipeline
     from sdrt.runtime.pictures.file import FORMAT_OF_ENDING, save_new_picture, save_picture
@@ -83,6 +93,7 @@ def generate(
             raise UsageError(f"{option} {file}: expected a name ending in {' or '.join(endings)}")
     if prompt is None and from_png is None and settings_from is None:
         raise UsageError("PROMPT: missing", 'Say what to show: sdrt generate BUNDLE "a red apple".')
+    bundle = ctx.with_resource(bundle_given(bundle, backend, ctx.params))
     manifest = open_bundle(bundle).manifest
     taken = _settings(ctx, manifest)
     request = resolved(Request(**taken.settings), manifest)
@@ -135,7 +146,7 @@ def generate(
             _write_sheet(contact_sheet, frames)
     notes += _differences(from_png, taken.repeated, result)
     print_notes(notes)
-    _report(pictures, result, [*taken.notes, *notes], as_json)
+    _report(bundle, pictures, result, [*taken.notes, *notes], as_json)
 
 
 @dataclass(frozen=True)
@@ -254,10 +265,13 @@ def _differences(path: Path | None, repeated: Mapping[str, Any] | None, result: 
             yield f"{path}: made from another {name.replace('_', ' ')} than the one given now"
 
 
-def _report(pictures: Sequence[Mapping[str, Any]], result: Result, notes: Sequence[str], as_json: bool) -> None:
+def _report(
+    bundle: Path, pictures: Sequence[Mapping[str, Any]], result: Result, notes: Sequence[str], as_json: bool
+) -> None:
     if as_json:
         print_json(
             {
+                "bundle": str(bundle.absolute()),
                 "pictures": pictures,
                 "engine": result.engine,
                 "parameters": result.parameters,

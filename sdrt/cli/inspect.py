@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from sdrt.cli import options
-from sdrt.cli.compile import flags_of, largest_activations
+from sdrt.cli.compile import largest_activations
 from sdrt.cli.output import print_json, print_report
+from sdrt.compile.compilers import flags_of
 from sdrt.errors import SdrtError, UsageError
 
 if TYPE_CHECKING:

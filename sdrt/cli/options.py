@@ -31,6 +31,14 @@ def _note_json(ctx: typer.Context, as_json: bool) -> bool:
 BundleFolder = Annotated[
     Path, typer.Argument(metavar="BUNDLE", help="A folder made by `sdrt build`, such as model.sdrt.")
 ]
+BundleOrCheckpoint = Annotated[
+    Path,
+    typer.Argument(
+        metavar="BUNDLE|CHECKPOINT",
+        help="A folder made by `sdrt build`, such as model.sdrt; or a checkpoint, as one file or as the folder that "
+        "diffusers saves.",
+    ),
+]
 Json = Annotated[
     bool,
     typer.Option(
@@ -651,7 +659,8 @@ BenchDevice = Annotated[int, typer.Option("--device", metavar="N", help="GPU to 
 MeasuredBundle = Annotated[
     Path | None,
     typer.Argument(
-        metavar="BUNDLE", help="A folder made by `sdrt build`, such as model.sdrt; only --check-machine can do without."
+        metavar="BUNDLE|CHECKPOINT",
+        help="What to measure, as for generate; only --check-machine can do without.",
     ),
 ]
 Layers = Annotated[

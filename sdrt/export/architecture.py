@@ -212,7 +212,7 @@ def _refused(path: Path, kind: str) -> CheckpointError:
     """Why a file of that kind is no checkpoint that is built, and how it is given to a build if it is part of one."""
     if kind in OPTION_OF_KIND:
         of_it = "a whole checkpoint" if kind == VAE else "the checkpoint it was trained on"
-        fix = f"Pass it with {OPTION_OF_KIND[kind]}, and {of_it} with --checkpoint."
+        fix = f"Pass it with {OPTION_OF_KIND[kind]}, beside {of_it}."
     elif WITHOUT in kind:
         fix = "Give a whole checkpoint: no option supplies a text encoder."
     elif kind.startswith(("tensors", "an empty", "a CLIP")):

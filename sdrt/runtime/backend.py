@@ -46,15 +46,7 @@ def load_engine(
     """
     one_of("on_missing", on_missing, ON_MISSING)
     shared = one_of("cores", cores, CORES) == "shared"
-    if backend != "auto" and backend not in TARGETS:
-        raise UsageError(
-            f"backend {backend!r}: unknown{nearest(backend, ['auto', *TARGETS])}",
-            f"Choose one of: auto, {', '.join(READY)}.",
-        )
-    if backend not in ("auto", *READY):
-        raise MachineError(
-            f"backend {backend}: not supported yet by this version of sdrt", f"Choose one of: auto, {', '.join(READY)}."
-        )
+    check_backend(backend)
     chosen = _best(bundle) if backend == "auto" else backend
     if not on_gpu(chosen):
         check_threads(threads)
@@ -70,6 +62,24 @@ def load_engine(
     from sdrt.runtime.backends.fallback import FallbackEngine
 
     return FallbackEngine(engine, load[ONNXRUNTIME.name], bundle.manifest.latents.factor)
+
+
+def check_backend(name: str) -> None:
+    """Check that a backend is known, whether or not it can run here.
+
+    Raises:
+        UsageError: no backend has this name.
+        MachineError: this version of sdrt cannot run it yet.
+    """
+    if name != "auto" and name not in TARGETS:
+        raise UsageError(
+            f"backend {name!r}: unknown{nearest(name, ['auto', *TARGETS])}",
+            f"Choose one of: auto, {', '.join(READY)}.",
+        )
+    if name not in ("auto", *READY):
+        raise MachineError(
+            f"backend {name}: not supported yet by this version of sdrt", f"Choose one of: auto, {', '.join(READY)}."
+        )
 
 
 def _onnxruntime(bundle: Bundle, threads: int | None, shared: bool) -> Engine:

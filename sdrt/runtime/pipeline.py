@@ -8,8 +8,10 @@ import inspect
 import logging
 import operator
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
 from numbers import Real
@@ -20,12 +22,12 @@ from typing import Any, TypedDict, Unpack, cast
 
 import numpy as np
 
-from sdrt.bundle.folder import Bundle, bundle_id, check_files, open_bundle
+from sdrt.bundle.folder import Bundle, bundle_id, check_files, is_checkpoint, open_bundle
 from sdrt.bundle.manifest import MAX_BRANCHES, MAX_CHUNKS, WEIGHTS
 from sdrt.bundle.remembered import check_file
 from sdrt.engines.shapes import EngineShapes, JobShape, any_shapes
 from sdrt.errors import Cancelled, ClosedError, DeadlineError, MissingEngineError, NonFiniteError, UsageError
-from sdrt.runtime.backend import load_engine
+from sdrt.runtime.backend import check_backend, load_engine
 from sdrt.runtime.engine import Engine, Float, Job, Observe, Pixels, RunningBatch, tables
 from sdrt.runtime.pictures.canvas import Canvas, blank_canvas, canvas, laid_over
 from sdrt.runtime.pictures.file import QUALITY, encode
@@ -249,6 +251,10 @@ class Pipeline:
         cls,
         path: str | Path,
         *,
+        loras: Sequence[str | Path] = (),
+        embeddings: Sequence[str | Path] = (),
+        hypernetworks: Sequence[str | Path] = (),
+        vae: str | Path | None = None,
         backend: str = "auto",
         device: int = 0,
         threads: int | None = None,
@@ -259,8 +265,13 @@ class Pipeline:
         """Load a bundle after checking every file against the manifest. Weights that were checked before and have not
         changed are not read again.
 
+        A checkpoint's bundle is built into the user's cache folder the first time, which takes minutes and PyTorch, and
+        found there afterwards. docs/deploy.md describes the cache.
+
         Args:
-            path: the bundle's folder.
+            path: the bundle's folder; or a checkpoint, as one file or as the folder that diffusers saves.
+            loras: for a checkpoint, LoRA files with their scales, as "style.safetensors:0.8". embeddings,
+                hypernetworks, vae: the same as the options of `sdrt build` have them.
             backend: what runs the graphs; "auto" lets sdrt choose.
             device: the GPU, counted from 0; ignored on a CPU.
             threads: for CPU engines; None leaves the choice to them.
@@ -273,35 +284,38 @@ class Pipeline:
             observe: may put something between the pipeline and its engine, as a benchmark does.
 
         Raises:
-            InputFileError: there is no bundle at `path`.
+            InputFileError: there is no bundle at `path`, or a file to build it from is bad.
             BundleError: a file of the bundle is missing or changed.
-            MachineError: the bundle or the backend does not fit this machine.
-            UsageError: an argument is out of range.
+            MachineError: the bundle or the backend does not fit this machine, or a build's packages are missing.
+            UsageError: an argument is out of range, or adapters were given with a bundle.
+            ResourceError, LockedError: a bundle could not be built.
         """
         threads, device = None if threads is None else operator.index(threads), operator.index(device)
         if threads is not None and threads < 1:
             raise UsageError(f"threads {threads}: expected at least 1")
         if device < 0:
             raise UsageError(f"device {device}: expected 0 or more")
-        started = time.perf_counter()
-        bundle = open_bundle(Path(path))
-        check_files(bundle, [name for name in bundle.manifest.files if name != WEIGHTS])
-        stop = Event()
-        with ThreadPoolExecutor(1) as pool:
-            # Hashing the weights takes as long as reading them, so it runs beside loading. Unchecked data alone does no
-            # harm: it is used only after the check.
-            checked: Future[None] = pool.submit(check_file, bundle, WEIGHTS, stop)
-            try:
-                load = partial(load_engine, bundle, backend, threads, device, on_missing=on_missing, cores=cores)
-                engine = load() if observe is None else observe(load)
-                checked.result()
-            except Exception:
-                checked.result()  # changed weights explain any other error
-                raise
-            except BaseException:  # Ctrl-C waits for nothing
-                stop.set()
-                raise
-        pipeline = cls(bundle, engine, Tokenizer(bundle.file(bundle.manifest.text[0].tokenizer), bundle.manifest.text))
+        check_backend(backend)
+        place, started = Path(path), time.perf_counter()
+        with ExitStack() as held:
+            if is_checkpoint(place) or loras or embeddings or hypernetworks or vae is not None:
+                from sdrt.cached_bundle import cached_bundle  # imports torch where there is something to build
+
+                built = cached_bundle(
+                    place,
+                    loras=loras,
+                    embeddings=embeddings,
+                    hypernetworks=hypernetworks,
+                    vae=None if vae is None else Path(vae),
+                    backend=backend,
+                )
+                place = held.enter_context(built)
+            bundle = open_bundle(place)
+            load = partial(load_engine, bundle, backend, threads, device, on_missing=on_missing, cores=cores)
+            engine = _checked(bundle, load if observe is None else partial(observe, load))
+            texts = bundle.manifest.text
+            pipeline = cls(bundle, engine, Tokenizer(bundle.file(texts[0].tokenizer), texts))
+            weakref.finalize(pipeline, held.pop_all().close)  # calls that still run outlive `close`
         log.info("%s: loaded on %s in %.0f ms", bundle.path, engine.backend, _since(started))
         return pipeline
 
@@ -647,6 +661,26 @@ class Pipeline:
             draw_noise(seed, request.noise, shape, plan.rows, compat=request.compat, encode=encode, masked=masked)
             for seed in seeds
         ]
+
+
+def _checked(bundle: Bundle, load: Callable[[], Engine]) -> Engine:
+    """The engine that `load` makes, once every file of the bundle was compared with the manifest."""
+    check_files(bundle, [name for name in bundle.manifest.files if name != WEIGHTS])
+    stop = Event()
+    with ThreadPoolExecutor(1) as pool:
+        # Hashing the weights takes as long as reading them, so it runs beside loading. Unchecked data alone does no
+        # harm: it is used only after the check.
+        checked: Future[None] = pool.submit(check_file, bundle, WEIGHTS, stop)
+        try:
+            engine = load()
+            checked.result()
+        except Exception:
+            checked.result()  # changed weights explain any other error
+            raise
+        except BaseException:  # Ctrl-C waits for nothing
+            stop.set()
+            raise
+    return engine
 
 
 def _deadline(seconds: float | None) -> float | None:

@@ -1,7 +1,8 @@
-"""Weights are hashed once, and again as soon as anything about their file has changed."""
+"""Large files are hashed once, and again as soon as anything about them has changed."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import tempfile
@@ -12,9 +13,9 @@ from threading import Event
 import pytest
 
 from sdrt.bundle import remembered as checked
-from sdrt.bundle.folder import Bundle, check_files, open_bundle
-from sdrt.bundle.manifest import WEIGHTS
-from sdrt.bundle.remembered import check_file
+from sdrt.bundle.folder import Bundle, check_files, file_record, open_bundle
+from sdrt.bundle.manifest import WEIGHTS, FileRecord
+from sdrt.bundle.remembered import check_file, sha256_of
 from sdrt.errors import BundleError
 from sdrt.files.lock import locked
 from sdrt.files.publish import cache_folder
@@ -194,3 +195,41 @@ def test_an_interrupted_start_does_not_hash_on(bundle: Bundle, monkeypatch: pyte
     monkeypatch.setattr(pipeline, "load_engine", interrupted)
     with pytest.raises(KeyboardInterrupt):
         Pipeline.load(bundle.path)
+
+
+def test_the_hash_of_any_file(bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Read once; and again when another file of the same size and times, as far as they can be set, has its name."""
+    path, other, read = tmp_path / "model.safetensors", tmp_path / "other", list[str]()
+    path.write_bytes(b"one")
+    other.write_bytes(b"two")
+    for file in (path, other):
+        os.utime(file, ns=(10**18, 10**18))
+
+    def found() -> str:
+        return sha256_of(path, lambda: read.append(path.name))
+
+    assert [found(), found(), *read] == [hashlib.sha256(b"one").hexdigest()] * 2 + [path.name]
+    other.replace(path)
+    assert [found(), found(), *read] == [hashlib.sha256(b"two").hexdigest()] * 2 + [path.name] * 2
+    monkeypatch.setattr(checked, "_mount", lambda path: ("nfs4", "host:/x"))
+    assert (found(), len(read)) == (hashlib.sha256(b"two").hexdigest(), 3)
+    path.unlink()
+    with pytest.raises(FileNotFoundError):
+        found()
+
+
+def test_a_file_that_changes_while_it_is_read_is_not_remembered(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(b"one")
+
+    def changed(path: Path) -> FileRecord:
+        record = file_record(path)
+        path.write_bytes(b"two")
+        return record
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checked, "file_record", changed)
+        assert sha256_of(path) == hashlib.sha256(b"one").hexdigest()
+    assert sha256_of(path) == hashlib.sha256(b"two").hexdigest()

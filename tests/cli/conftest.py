@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from sdrt.cli import compile as cli_compile
+from sdrt.compile import compilers
 from sdrt.runtime import Pipeline
 
 
 @pytest.fixture(autouse=True)
 def nothing_to_compile(monkeypatch: pytest.MonkeyPatch) -> None:
     """`--target auto` is ONNX Runtime here, whatever is installed; compiling has tests of its own."""
-    monkeypatch.setattr(cli_compile, "_automatic", lambda: "onnxruntime")
+    monkeypatch.setattr(compilers, "_automatic", lambda: "onnxruntime")
 
 
 @pytest.fixture(scope="module")

@@ -33,10 +33,9 @@ from sdrt.bundle.folder import open_bundle
 from sdrt.bundle.graphs import GRAPHS, STEP, TEXT_ENCODER, VAE_DECODER, VAE_ENCODER
 from sdrt.bundle.manifest import ENGINES, WEIGHTS
 from sdrt.bundle.reference import read_reference
-from sdrt.cli import compile as cli_compile
 from sdrt.cli.app import app
+from sdrt.compile import compilers, optimized_model, worker
 from sdrt.compile import onnxruntime as compiling
-from sdrt.compile import optimized_model, worker
 from sdrt.compile.onnxruntime import compile_bundle
 from sdrt.compile.options import CompileOptions, CompileReport
 from sdrt.engines import record as engine_record
@@ -245,8 +244,8 @@ def test_only_compile_saves_models(monkeypatch: pytest.MonkeyPatch) -> None:
     """`build --target onnxruntime` writes nothing more: the disk is the user's."""
     monkeypatch.setitem(sys.modules, "openvino", None)
     for name in ("onnxruntime", "auto"):
-        assert cli_compile.compiled_targets([name], must_compile=False) == []
-        assert cli_compile.compiled_targets([name], must_compile=True) == ["onnxruntime"]
+        assert compilers.compiled_targets([name], must_compile=False) == []
+        assert compilers.compiled_targets([name], must_compile=True) == ["onnxruntime"]
 
 
 @pytest.mark.parametrize(

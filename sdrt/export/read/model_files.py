@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -82,16 +82,16 @@ class ModelFiles:
         """What the file or folder is, as `describe` says it."""
         return describe({name: stored.entry.shape for name, stored in self.tensors.items()}, self.settings.activation)
 
-    def sha256(self) -> str:
+    def sha256(self, of_file: Callable[[TensorFile], str] = TensorFile.sha256) -> str:
         """SHA-256 of the file. For a folder it is the SHA-256 of the lines that `sha256sum` prints for the files that
-        were read, sorted by name.
+        were read, sorted by name. `of_file` gives that of a file with tensors.
 
         Raises:
             InputFileError: a file was replaced or written to since it was opened.
         """
         if not self.documents and len(self.files) == 1:
-            return next(iter(self.files.values())).sha256()
-        sums = {name: file.sha256() for name, file in self.files.items()} | {
+            return of_file(next(iter(self.files.values())))
+        sums = {name: of_file(file) for name, file in self.files.items()} | {
             name: document.sha256 for name, document in self.documents.items()
         }
         return hashlib.sha256(

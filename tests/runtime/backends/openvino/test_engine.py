@@ -30,8 +30,8 @@ from sdrt.bench.fidelity import check_references
 from sdrt.bundle.folder import open_bundle
 from sdrt.bundle.graphs import GRAPHS, STEP, TEXT_ENCODER, VAE_DECODER
 from sdrt.bundle.manifest import ENGINES
-from sdrt.cli import compile as cli_compile
 from sdrt.cli.app import app
+from sdrt.compile import compilers
 from sdrt.compile import openvino as compiling
 from sdrt.compile.openvino import compile_bundle
 from sdrt.compile.options import CompileOptions, CompileReport, GraphReport
@@ -514,9 +514,9 @@ def test_auto_takes_the_fastest_that_runs(
 
 
 def test_build_prepares_what_auto_would_take(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert cli_compile.compiled_targets(["auto"], must_compile=False) == ["openvino"]
+    assert compilers.compiled_targets(["auto"], must_compile=False) == ["openvino"]
     monkeypatch.setitem(sys.modules, "openvino", None)
-    assert cli_compile.compiled_targets(["auto"], must_compile=False) == []
+    assert compilers.compiled_targets(["auto"], must_compile=False) == []
 
 
 def test_verify_and_inspect(small: Path) -> None:
