@@ -125,7 +125,7 @@ def _engines(bundle: Bundle) -> list[dict[str, Any]]:
     """The engines of a bundle: what each is for, what it takes, whether it would not run here, and why."""
     from sdrt.engines.shapes import shapes_of
     from sdrt.engines.store import engine_folders, read_engine
-    from sdrt.machine.doctor import probe_gpus
+    from sdrt.machine.gpus import probe_gpus
 
     folders = engine_folders(bundle)
     sms: list[str | None] = [gpu.sm for gpu in probe_gpus().found] if folders else []

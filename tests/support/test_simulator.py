@@ -913,7 +913,9 @@ def test_surface_of_cuda_bindings() -> None:
     driver, runtime = (
         pytest.importorskip(f"cuda.bindings.{name}", exc_type=ImportError) for name in ("driver", "runtime")
     )
-    assert callable(driver.cuMemGetInfo) and callable(runtime.cudaGetDeviceCount)
+    assert callable(driver.cuMemGetInfo)
+    for name in ("cudaGetDeviceCount", "cudaDriverGetVersion", "cudaGetDeviceProperties"):
+        assert parameters(getattr(cuda, name)) == parameters(getattr(runtime, name)), name
     assert int(driver.CUresult.CUDA_SUCCESS) == cuda.CUresult.CUDA_SUCCESS
     for member in cuda.cudaError_t:
         assert int(getattr(runtime.cudaError_t, member.name)) == member.value
