@@ -102,7 +102,7 @@ def test_what_is_recorded(compiled: Compiled) -> None:
             bundle,
             target="tensorrt-rtx",
             compiler=record.key.compiler,
-            device_sm="sm_89",
+            gpu="NVIDIA GeForce RTX 4090, sm_89",
             platform=platform_name(),
         )
         == ""

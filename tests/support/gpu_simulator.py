@@ -130,8 +130,10 @@ class Gpu:
         sm: tuple[int, int] = (8, 9),
         devices: int = 1,
         driver_cuda: int = 13000,
+        enterprise: bool = False,
     ) -> None:
         self.memory_bytes, self.name, self.sm, self.devices = memory_bytes, name, sm, devices
+        self.enterprise = enterprise
         self.driver_cuda = driver_cuda
         """The newest CUDA of the driver, such as 13000; 0 without one."""
         self.faults = Faults()

@@ -960,6 +960,18 @@ def test_surface_of_tensorrt(kind: str) -> None:
     assert public == {*TENSORRT_METHODS[kind]} - {"__init__"}
 
 
+def test_what_enterprise_tensorrt_has_not() -> None:
+    """It is there in TensorRT-RTX; `test_bindings` holds the real enterprise library against the code."""
+    real = pytest.importorskip("tensorrt_rtx", exc_type=ImportError)
+    with installed(Gpu(enterprise=True), cuda.modules() | trt.enterprise_modules()):
+        import tensorrt  # type: ignore[import-not-found]
+
+        for kind, names in trt.RTX_ONLY.items():
+            for name in names:
+                assert hasattr(getattr(real, kind) if kind else real, name), name
+                assert not hasattr(object.__new__(getattr(tensorrt, kind)) if kind else tensorrt, name), name
+
+
 def test_enumerations_of_tensorrt() -> None:
     real = pytest.importorskip("tensorrt_rtx", exc_type=ImportError)
     for ours in (
