@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ from sdrt.export.read.checkpoint import Tensor, open_checkpoint
 from sdrt.export.read.tensor_file import open_tensor_file
 from sdrt.export.run_in_parts import run_in_parts
 from sdrt.export.trace import trace, weight_shapes
-from sdrt.export.weights import write_weights
+from sdrt.export.weights import Made, write_weights
 
 EMOJI = regular_unet((64, 96, 128, 128), (2, 2, 2, 2), (1, 1, 1, 0), 1, 64, linear=False)
 SD1 = regular_unet((320, 640, 1280, 1280), (2, 2, 2, 2), (1, 1, 1, 0), 1, 768, linear=False)
@@ -126,13 +126,15 @@ def test_h1_every_structure(tmp_path: Path, settings: Settings) -> None:
         compare_modules([hypernetwork], [(settings, files.content(settings, 1), 0.7)], fold=False)
 
 
+def made_of(tensor: Made, weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    return torch.from_numpy(tensor.make(lambda name: weights[name].numpy()))
+
+
 def compare_modules(chain: Sequence[Hypernetwork], reference: files.Chain, *, fold: bool) -> None:
     """The modules that would be traced, holding the values that would be stored, against the formula in float64."""
     spec, made = attach(chain, EMOJI, {}, fold=fold)
     module = Hypernetworks(spec.hypernetworks).eval()
-    module.load_state_dict(
-        {name.removeprefix("hypernetworks."): tensor.make(lambda name: torch.empty(0)) for name, tensor in made.items()}
-    )
+    module.load_state_dict({name.removeprefix("hypernetworks."): made_of(tensor, {}) for name, tensor in made.items()})
     assert all(tuple(value.shape) == made["hypernetworks." + name].shape for name, value in module.state_dict().items())
     for width in (64, 96, 128, 48):
         x = torch.randn(2, 5, width, generator=torch.Generator().manual_seed(width))
@@ -257,7 +259,7 @@ def test_what_is_folded(
     module = Hypernetworks(spec.hypernetworks).eval()
     module.load_state_dict(
         {
-            n.removeprefix("hypernetworks."): t.make(weights.__getitem__)
+            n.removeprefix("hypernetworks."): made_of(t, weights)
             for n, t in made.items()
             if n.startswith("hypernetworks.")
         }
@@ -267,7 +269,7 @@ def test_what_is_folded(
         for part, inputs, expected in zip("kv", module(x), files.keys_and_values(reference, x.double()), strict=True):
             name = f"l{width}.attn2.to_{part}"
             weight, bias = (
-                made[n].make(weights.__getitem__) if n in made else None for n in (name + ".weight", name + ".bias")
+                made_of(made[n], weights) if n in made else None for n in (name + ".weight", name + ".bias")
             )
             found = inputs @ (weights[name + ".weight"] if weight is None else weight).T + (0 if bias is None else bias)
             assert relative(found.numpy(), (expected @ weights[name + ".weight"].double().T).numpy()) < 1e-6
