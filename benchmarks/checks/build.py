@@ -1,5 +1,5 @@
-"""What a build costs at the size of a published model: the first, one with another LoRA, and one of another checkpoint,
-which find the traces cached.
+"""What a build costs at the size of a published model, without torch: three builds, each with another LoRA or another
+checkpoint.
 
 For each, whole and by stage: wall time, peak resident memory (mapped files included), bytes read and written through
 system calls; then the size of the bundle, and one picture. Random weights stand in for real ones: cost does not depend
@@ -27,11 +27,19 @@ from make_checkpoint import ARCHITECTURES, write_checkpoint, write_lora
 
 EMOJI = Path(__file__).parents[2] / "examples" / "emoji"
 GB = 1e9
+BUILDS = ("first build", "another LoRA", "another checkpoint")
 
 # Runs the command, and writes what the kernel counted for the process; of a build for every stage. The kernel's peak is
 # set back where a stage starts.
 RUNNER = """
 import atexit, json, os, re, sys, time
+
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("torch", "onnx", "onnxscript", "onnx_ir", "safetensors"):
+            raise ImportError(name + " is not for a build of a published size")
+
+sys.meta_path.insert(0, Refuse())
 
 def counted():
     text = open("/proc/self/io").read() + open("/proc/self/status").read()
@@ -127,14 +135,13 @@ def measured(arguments: list[object], cache: Path, folder: Path) -> Measured:
 class Limits:
     """What a build of a family may cost, in seconds and GB of peak memory, and on what its picture is drawn."""
 
-    first_gb: float
-    second_s: float
-    second_gb: float
+    build_s: float
+    build_gb: float
     picture_gb: float
     backend: str
 
 
-LIMITS = {"sd15": Limits(6, 30, 3, 9, "onnxruntime"), "sdxl": Limits(12, 90, 8, 14, "openvino")}
+LIMITS = {"sd15": Limits(20, 1.5, 9, "onnxruntime"), "sdxl": Limits(70, 4, 14, "openvino")}
 
 
 def inputs(family: str, folder: Path) -> tuple[list[Path], list[Path]]:
@@ -167,24 +174,19 @@ def inputs(family: str, folder: Path) -> tuple[list[Path], list[Path]]:
 
 def targets(limits: Limits, rows: dict[str, Measured], input_bytes: int, weight_bytes: int) -> dict[str, bool]:
     """What a family must keep, by its words. `input_bytes` is what a checkpoint and a LoRA come to."""
-    first, second = rows["first build"], (rows["another LoRA"], rows["another checkpoint"])
-    fusing = [stage for row in (first, *second) for stage in row.stages if stage.name == "fuse"]
+    builds = [rows[name] for name in BUILDS]
     kept = {
-        f"a second build takes at most {limits.second_s:g} s": all(row.wall_s <= limits.second_s for row in second),
-        "a second build takes at most a third of the first": all(row.wall_s <= first.wall_s / 3 for row in second),
-        f"the first build peaks at no more than {limits.first_gb:g} GB": first.peak_rss_bytes <= limits.first_gb * GB,
-        f"a second build peaks at no more than {limits.second_gb:g} GB": all(
-            row.peak_rss_bytes <= limits.second_gb * GB for row in second
+        f"a build takes at most {limits.build_s:g} s": all(row.wall_s <= limits.build_s for row in builds),
+        f"a build peaks at no more than {limits.build_gb:g} GB": all(
+            row.peak_rss_bytes <= limits.build_gb * GB for row in builds
         ),
         "the bundle is no more than 1.02 times its weights and 20 MB": (
-            first.output["size_bytes"] <= 1.02 * weight_bytes + 20e6
+            builds[0].output["size_bytes"] <= 1.02 * weight_bytes + 20e6
         ),
-        "no tensor is copied more than twice, in and out: fusing reads each once": all(
-            stage.read_bytes <= input_bytes + 20e6 for stage in fusing
+        "a build reads its inputs at most twice and what it wrote once, besides what engines map": all(
+            row.read_bytes <= 2 * input_bytes + weight_bytes + 100e6 for row in builds
         ),
-        "no tensor is copied more than twice, in and out: a build writes each once": all(
-            row.written_bytes <= weight_bytes + 20e6 for row in second
-        ),
+        "a build writes each tensor once": all(row.written_bytes <= weight_bytes + 30e6 for row in builds),
     }
     return kept | (
         {
@@ -234,14 +236,11 @@ def main() -> None:
         backend = limits.backend if limits else "onnxruntime"
 
         def build(model: Path, adapter: Path) -> Measured:
-            files: list[object] = ["--checkpoint", model, "--lora", adapter, "--output", bundle]
-            return measured(["build", *files, "--target", "onnxruntime", "--force"], cache, Path(temporary))
+            words: list[object] = ["--checkpoint", model, "--lora", adapter, "--output", bundle]
+            return measured(["build", *words, "--target", "onnxruntime", "--force"], cache, Path(temporary))
 
-        rows = {
-            "first build": build(checkpoint, lora),
-            "another LoRA": build(checkpoint, half),
-            "another checkpoint": build(other, lora),
-        }
+        files = ((checkpoint, lora), (checkpoint, half), (other, lora))
+        rows = {name: build(*pair) for name, pair in zip(BUILDS, files, strict=True)}
         weight_bytes = (bundle / "graphs" / "weights.safetensors").stat().st_size
         if arguments.steps and backend != "onnxruntime":
             words: list[object] = ["--target", backend, "--tokens", 77, "--branches", 2]
