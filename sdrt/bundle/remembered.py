@@ -101,16 +101,32 @@ def _identity(path: Path) -> str | None:
     if sys.platform != "linux":
         return None
     try:
-        found = path.stat()
+        descriptor = os.open(path, os.O_PATH)
+        try:
+            found, trusted = os.fstat(descriptor), changes_show(descriptor)
+        finally:
+            os.close(descriptor)
         boot = _BOOT.read_text("ascii").strip()
-        if not stat.S_ISREG(found.st_mode) or found.st_dev not in _own_devices() or not _kept_by_this_kernel(path):
-            return None
-    except (OSError, ValueError):  # the file is gone; reading it reports that
+    except OSError:  # the file is gone; reading it reports that
         return None
-    newest = max(found.st_mtime_ns, found.st_ctime_ns)
-    if newest > time.time_ns() - _SETTLED_NS:
+    if not trusted or found.st_dev not in _own_devices():
         return None
     return f"{found.st_dev} {found.st_ino} {found.st_size} {found.st_mtime_ns} {found.st_ctime_ns} {boot}"
+
+
+def changes_show(descriptor: int) -> bool:
+    """Whether every change of an open file from now on will show in its size or its two times: it is a regular file,
+    this kernel keeps the times, and none was set so lately that the next could be the same.
+    """
+    if sys.platform != "linux":
+        return False
+    try:
+        found = os.fstat(descriptor)
+        kind, source = _mount(descriptor)
+    except (OSError, ValueError):
+        return False
+    settled = max(found.st_mtime_ns, found.st_ctime_ns) <= time.time_ns() - _SETTLED_NS
+    return settled and stat.S_ISREG(found.st_mode) and kind in _OWN_KINDS and not source.startswith("/dev/loop")
 
 
 def _own_devices() -> set[int]:
@@ -123,22 +139,13 @@ def _own_devices() -> set[int]:
     return devices
 
 
-def _kept_by_this_kernel(path: Path) -> bool:
-    kind, source = _mount(path)
-    return kind in _OWN_KINDS and not source.startswith("/dev/loop")
-
-
-def _mount(path: Path) -> tuple[str, str]:
-    """Kind and source of the file system of a file, such as ext4 and /dev/sda1. ValueError where the system does not
-    tell.
+def _mount(descriptor: int) -> tuple[str, str]:
+    """Kind and source of the file system of an open file, such as ext4 and /dev/sda1. ValueError where the system does
+    not tell.
     """
-    descriptor = os.open(path, os.O_PATH)
-    try:
-        fields = dict(
-            line.split(":", 1) for line in Path(f"/proc/self/fdinfo/{descriptor}").read_text("ascii").splitlines()
-        )
-    finally:
-        os.close(descriptor)
+    fields = dict(
+        line.split(":", 1) for line in Path(f"/proc/self/fdinfo/{descriptor}").read_text("ascii").splitlines()
+    )
     number = fields.get("mnt_id", "").strip()
     for line in Path("/proc/self/mountinfo").read_text("utf-8", "replace").splitlines():
         mount, _, system = line.partition(" - ")

@@ -213,7 +213,8 @@ def build(options: BuildOptions, progress: Progress = lambda stage, done: None) 
         with stage("read"):
             inputs = _read(options, files, hashing)
             model = _combine(inputs, options)
-            inputs.sources.result()  # all of it before the first tensor is read: a change from then on shows at the end
+            if not inputs.checkpoint.changes_show:
+                inputs.sources.result()  # before the first tensor is read, so that a change shows in a second hash
         with staged_folder(output, replace=options.force) as folder:
             for part in ("graphs", "tokenizer", "reference"):
                 new_folder(folder / part)
@@ -267,7 +268,7 @@ def _read(options: BuildOptions, files: ExitStack, hashing: ThreadPoolExecutor) 
         options.checkpoint, options.vae, ema=options.ema, prediction=options.prediction, zero_snr=options.zero_snr
     )
     files.callback(checkpoint.close)
-    sources = hashing.submit(_sources, checkpoint)  # takes as long as importing torch
+    sources = hashing.submit(_sources, checkpoint)  # takes as long as fusing
     arch = _with_options(checkpoint.architecture, options)
     try:
         expected = weight_shapes(arch)
@@ -377,6 +378,7 @@ def _check(model: _Model, folder: Path, stage: Stage, full: bool) -> dict[str, d
 
 def _check_unchanged(inputs: _Inputs) -> None:
     """Refuse files that changed while they were read."""
+    inputs.sources.result()
     inputs.checkpoint.check_unchanged()
     files = (
         *(lora.file for lora in inputs.loras),

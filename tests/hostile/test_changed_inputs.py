@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -16,8 +17,9 @@ import torch
 from safetensors.torch import save_file
 from tiny_model import SMALL, seeded
 
+from sdrt.bundle import remembered
 from sdrt.errors import InputFileError
-from sdrt.export import graph, selfcheck
+from sdrt.export import build as build_module
 from sdrt.export.adapters.embedding import EmbeddingOption
 from sdrt.export.adapters.hypernetwork import HypernetworkOption
 from sdrt.export.adapters.match import LoraOption
@@ -100,13 +102,17 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def inputs(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy to change; graphs are neither written nor checked, which has to do with none of it."""
 
-    def check(recipe: object, weights: object, graphs: dict[str, Path], reference: Path) -> dict[str, float]:
+    def check(
+        recipe: object, skeletons: object, weights: object, graphs: dict[str, Path], reference: Path, *, full: bool
+    ) -> dict[str, float]:
         write_file(reference, b"not checked")
         return dict.fromkeys(graphs, 0.0)
 
-    monkeypatch.setattr(selfcheck, "check", check)
-    monkeypatch.setattr(graph, "skeleton", lambda recipe: (None, True))
-    monkeypatch.setattr(graph, "bind", lambda *arguments: write_file(arguments[5], b"no graph"))
+    monkeypatch.setattr(build_module, "check", check)
+    monkeypatch.setattr(build_module, "at_hand", lambda recipe: True)
+    monkeypatch.setattr(build_module, "skeletons", lambda recipe: ({"fp32": b"", "fp16": b""}, True))
+    monkeypatch.setattr(build_module, "read_graph", lambda data: data)
+    monkeypatch.setattr(build_module, "bind", lambda *arguments: write_file(arguments[4], b"no graph"))
     shutil.copytree(saved, tmp_path / "inputs")
     (tmp_path / "out").mkdir()
     return tmp_path / "inputs"
@@ -136,8 +142,18 @@ def test_c20_all_of_these_are_read(inputs: Path) -> None:
     ]
 
 
+@pytest.fixture(params=["just written", "settled"])
+def age(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Just written, the files are hashed twice. The others look a minute old, since nothing can set a time of change,
+    and are trusted to show a change.
+    """
+    if request.param == "settled":
+        now = time.time_ns
+        monkeypatch.setattr(remembered.time, "time_ns", lambda: now() + 60_000_000_000)
+
+
 @pytest.mark.parametrize(("name", "change"), CASES, ids=[f"{name}-{change.__name__}" for name, change in CASES])
-def test_c20_an_input_that_changes(inputs: Path, name: str, change: Callable[[Path], object]) -> None:
+def test_c20_an_input_that_changes(inputs: Path, age: None, name: str, change: Callable[[Path], object]) -> None:
     def progress(stage: str, done: float | None) -> None:
         if stage == "write":
             change(inputs / name)

@@ -113,6 +113,11 @@ class Checkpoint:
     architecture: Architecture
     notes: tuple[str, ...] = ()
 
+    @property
+    def changes_show(self) -> bool:
+        """Whether every change of the weights shows in the files' times."""
+        return self.model.changes_show and (self.vae is None or self.vae.changes_show)
+
     def check_unchanged(self) -> None:
         """Raise InputFileError if a file may have changed since it was opened."""
         for files in (self.model, self.vae):

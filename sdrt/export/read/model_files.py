@@ -82,6 +82,11 @@ class ModelFiles:
         """What the file or folder is, as `describe` says it."""
         return describe({name: stored.entry.shape for name, stored in self.tensors.items()}, self.settings.activation)
 
+    @property
+    def changes_show(self) -> bool:
+        """Whether every change of the weights shows in the files' times."""
+        return all(file.changes_show for file in self.files.values())
+
     def sha256(self, of_file: Callable[[TensorFile], str] = TensorFile.sha256) -> str:
         """SHA-256 of the file. For a folder it is the SHA-256 of the lines that `sha256sum` prints for the files that
         were read, sorted by name. `of_file` gives that of a file with tensors.

@@ -22,6 +22,7 @@ from typing import Any, BinaryIO, NoReturn
 
 import numpy as np
 
+from sdrt.bundle.remembered import changes_show
 from sdrt.errors import InputFileError, UnsafeError, printable
 from sdrt.export.adapters.png_embedding import read_png_embedding
 from sdrt.export.floats import STORED, Array, widened
@@ -55,6 +56,8 @@ class TensorFile:
         file is one flat dictionary. If there is a `state_dict`, both `entries` and `tree` start below it.
     metadata: a safetensors file's own.
     notes: remarks for the user.
+    changes_show: whether every change since it was opened shows in its size or times, so that none need be looked for
+        in its content.
     decoded: the tensors' bytes, where the file spells them in another way. The offsets of entries then count from its
         start.
     """
@@ -77,7 +80,9 @@ class TensorFile:
         self._stream = stream
         self._decoded = decoded
         self._lock = Lock()  # held from a seek to the end of the read after it
-        self._opened = _identity(os.fstat(stream.fileno()))
+        status = os.fstat(stream.fileno())
+        self._opened, self._opened_ctime_ns = _identity(status), status.st_ctime_ns
+        self.changes_show = changes_show(stream.fileno())
         self._sha256: str | None = None
         self._checked: set[Member] = set()
         self._inflated: tuple[Member, bytearray] | None = None
@@ -160,8 +165,10 @@ class TensorFile:
         return self._sha256
 
     def check_unchanged(self) -> None:
-        """Raise InputFileError if the file has changed: its size or time since it was opened, or its content since
-        `sha256` was taken. Another file under the same name counts as a change.
+        """Raise InputFileError if the file has changed: its size or time of change since it was opened, or its content
+        since `sha256` was taken. Another file under the same name counts as a change.
+
+        The content is hashed again, unless `changes_show` and nothing has.
         """
         if sys.platform != "win32":  # nobody can replace an open file on Windows
             try:
@@ -170,7 +177,8 @@ class TensorFile:
                 replaced = True
             if replaced:
                 raise self._changed()
-        if self._sha256 is None:
+        untouched = self.changes_show and os.fstat(self._stream.fileno()).st_ctime_ns == self._opened_ctime_ns
+        if untouched or self._sha256 is None:
             self._check_identity()
         elif self._hash() != self._sha256:
             raise self._changed()
