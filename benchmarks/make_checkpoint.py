@@ -17,56 +17,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from architectures import ARCHITECTURES, SD15
 
-from sdrt.export.architecture import Architecture, ClipSpec, UNetSpec, VaeSpec
+from sdrt.export.architecture import Architecture
 from sdrt.export.families.keys import diffusers_module
 from sdrt.export.families.sd1 import CLIP, UNET
 from sdrt.export.graph import recipes
 
-DOWN, UP = ((1, 1), (1, 1), (1, 1), (0, 0)), ((1, 1, 1), (1, 1, 1), (1, 1, 1), (0, 0, 0))
-SD15 = Architecture(
-    "sd1",
-    "epsilon",
-    (512, 512),
-    (ClipSpec(width=768, layers=12, heads=12, mlp_width=3072, vocabulary=49408, tokens=77),),
-    UNetSpec(4, 4, (320, 640, 1280, 1280), DOWN, UP, 1, 768, False, 8, None),
-    VaeSpec((128, 256, 512, 512), 2, 4, 0.18215),
-)
-TINY = Architecture(
-    "sd1",
-    "epsilon",
-    (64, 64),
-    (ClipSpec(width=64, layers=2, heads=1, mlp_width=256, vocabulary=49408, tokens=77),),
-    UNetSpec(4, 4, (64, 96, 128, 128), DOWN, UP, 1, 64, False, 8, None),
-    VaeSpec((32, 32, 64, 64), 2, 4, 0.18215),
-)
-SD2 = Architecture(
-    "sd2",
-    "v",
-    (768, 768),
-    (ClipSpec(1024, 23, 16, 4096, 49408, 77, activation="gelu", pad=0),),
-    UNetSpec(4, 4, (320, 640, 1280, 1280), DOWN, UP, 1, 1024, True, None, 64, upcast_attention=True),
-    VaeSpec((128, 256, 512, 512), 2, 4, 0.18215),
-)
-SDXL = Architecture(
-    "sdxl",
-    "epsilon",
-    (1024, 1024),
-    (
-        ClipSpec(768, 12, 12, 3072, 49408, 77, (2,), final_norm=False),
-        ClipSpec(1280, 32, 20, 5120, 49408, 77, (2,), activation="gelu", final_norm=False, projection=1280, pad=0),
-    ),
-    UNetSpec(
-        *(4, 4, (320, 640, 1280), ((0, 0), (2, 2), (10, 10)), ((0, 0, 0), (2, 2, 2), (10, 10, 10)), 10, 2048, True),
-        *(None, 64),
-        vector_width=2816,
-    ),
-    VaeSpec((128, 256, 512, 512), 2, 4, 0.13025),
-    last_layer=2,
-    sizes=6,
-    size_width=256,
-)
-ARCHITECTURES = {"sd15": SD15, "sd2": SD2, "sdxl": SDXL, "tiny": TINY}
 POSITION_IDS = "position_ids"
 CLIP_2 = "conditioner.embedders.1.transformer."
 

@@ -2,8 +2,7 @@
 there afterwards.
 
 The key of a bundle stands for everything that shapes it: the content and the name of every file, in their order, the
-options, the version of sdrt and the source of its builds. `sdrt.bundle.cache` keeps the bundles. torch is imported only
-where there is something to build.
+options, the version of sdrt and the source of its builds. `sdrt.bundle.cache` keeps the bundles.
 """
 
 from __future__ import annotations
@@ -16,7 +15,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import cache
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +25,7 @@ from sdrt.bundle.manifest import FORMAT, Manifest
 from sdrt.bundle.remembered import sha256_of
 from sdrt.compile.compilers import compiled_targets, compiler_of, is_compiled
 from sdrt.compile.options import CompileOptions
-from sdrt.errors import InputFileError, MachineError, ResourceError, SdrtError, UsageError
+from sdrt.errors import InputFileError, ResourceError, SdrtError, UsageError
 from sdrt.export.adapters.embedding import parse_embedding_option
 from sdrt.export.adapters.hypernetwork import parse_hypernetwork_option
 from sdrt.export.adapters.match import parse_lora_option
@@ -43,7 +41,6 @@ from sdrt.files.cache import cache_key
 from sdrt.files.lock import locked
 from sdrt.files.publish import folders_made, staged_folder, sweep_stages
 from sdrt.files.read import read_document
-from sdrt.machine.packages import install_command
 
 Say = Callable[[str], None]
 Words = str | Path | Sequence[str | Path]
@@ -52,7 +49,6 @@ log = logging.getLogger("sdrt")
 
 CLIP_SKIP = (1, 2)
 """The layers of the text encoder that people choose from, as far as it has them."""
-_NEEDED = ("torch", "onnx", "onnxscript")
 _LONGEST_NAME, _LARGE_BYTES = 55, 100_000_000
 _OF_BUILD = ("--allow-unmatched", "--ema", "--precision", "--prediction", "--vae-precision", "--zero-snr")
 """Options of `sdrt build` that messages of a build speak of, and that nothing else takes."""
@@ -99,7 +95,7 @@ def cached_bundle(
     Raises:
         UsageError: what is given is a bundle, an adapter is written wrongly, or the cache cannot be written.
         InputFileError, UnsafeError: as `sdrt.export.build.build`.
-        MachineError: there is something to build, and what builds need is not installed.
+        MachineError: there is something to trace, and torch is not installed.
         ResourceError: out of disk or memory.
         LockedError: another process that builds the same did not end in time.
     """
@@ -215,7 +211,6 @@ def _source_digest() -> str:
 def _built(wanted: _Wanted, stack: ExitStack, progress: Progress, say: Say) -> Path:
     """Build the bundle into the cache, unless another process does. It is in use until `stack` is closed."""
     folder, name = wanted.folder, wanted.name
-    _check_packages(wanted.options.checkpoint)
     limit_bytes()  # one that is no size is refused before the work
     with ExitStack() as work:
         work.enter_context(_reported())
@@ -276,15 +271,6 @@ def _check_same(wanted: _Wanted, manifest: Manifest) -> None:
         raise InputFileError(
             f"{wanted.options.checkpoint}: {changed[0]} changed as the build began",
             "Run the command again when nothing writes to the file.",
-        )
-
-
-def _check_packages(checkpoint: Path) -> None:
-    missing = [name for name in _NEEDED if find_spec(name) is None]
-    if missing:
-        raise MachineError(
-            f"{checkpoint}: its bundle has to be built first, and {missing[0]} is not installed",
-            f"{install_command('build')}; or build it elsewhere: sdrt build --checkpoint FILE",
         )
 
 

@@ -11,7 +11,6 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -405,13 +404,15 @@ def test_build_and_generate_without_network(no_network: None, tmp_path: Path) ->
 
 
 def test_tracing_without_network(no_network: None) -> None:
-    from sdrt.export.graph import recipes, trace
+    from sdrt.bundle.onnx_graph import read_graph
+    from sdrt.export.graph import recipes
     from sdrt.export.read.checkpoint import open_checkpoint
+    from sdrt.export.trace import trace
 
     checkpoint = open_checkpoint(CHECKPOINT)
     checkpoint.close()
-    model: Any = trace(recipes(checkpoint.architecture)["text_encoder"])
-    assert [value.name for value in model.graph.outputs] == ["context_skip_1"]
+    skeletons = trace(recipes(checkpoint.architecture)["text_encoder"])
+    assert list(read_graph(skeletons["fp32"]).outputs) == ["context_skip_1"]
 
 
 def test_the_network_is_refused(no_network: None) -> None:

@@ -187,7 +187,8 @@ class Component:
 class Graph:
     """One graph in one arithmetic. `component` holds its weights.
 
-    `error` is the largest relative error the build measured against the traced network in float32.
+    `error` is the largest relative error that the build measured. `checked` says against what: NETWORK, the traced
+    network in float32, or OPERATORS, its operators with weights one by one, each evaluated again in numpy.
     """
 
     path: str
@@ -195,8 +196,11 @@ class Graph:
     inputs: tuple[str, ...] = ()
     outputs: tuple[str, ...] = ()
     error: float = 0.0
+    checked: str = "network"
 
 
+NETWORK, OPERATORS = CHECKED = ("network", "operators")
+"""What the error of a graph was measured against."""
 UNET = "unet"
 """The component that denoises."""
 
@@ -438,6 +442,8 @@ def _check_values(manifest: Manifest) -> None:
             _equal(f"{where}.path", record.path, "its graph", graph_path(graph, compute))
             if record.error < 0:
                 raise ValueError(f"{where}.error: {record.error}: expected 0 or more")
+            if record.checked not in CHECKED:
+                raise ValueError(f"{where}.checked: {record.checked!r}: expected {' or '.join(CHECKED)}")
 
 
 def _part(where: str, part: object) -> dict[str, Any]:

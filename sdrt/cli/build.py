@@ -35,6 +35,7 @@ def build(
     size: options.DefaultSize = None,
     clip_skip: options.BuiltClipSkips = None,
     allow_unmatched: options.AllowUnmatched = False,
+    check: options.BuildCheck = "quick",
     output: options.NewBundle = None,
     force: Annotated[
         bool, typer.Option("--force", help="Replace the output if it is a bundle. Nothing else is ever replaced.")
@@ -43,9 +44,9 @@ def build(
 ) -> None:
     """Turn a checkpoint and its adapters into a bundle.
 
-    The first build of an architecture traces its networks, about a minute; later ones of any checkpoint or LoRA take
-    the traces from the cache ($SDRT_CACHE_DIR, or ~/.cache/sdrt). Every build runs each graph against the network it
-    came from before it calls itself done.
+    Models of a published size need no PyTorch: the traces of their networks come with sdrt. Other sizes are traced
+    with PyTorch, about a minute; later builds of the same sizes take the traces from the cache ($SDRT_CACHE_DIR, or
+    ~/.cache/sdrt). Every build checks each graph before it calls itself done.
     """
     from sdrt.export.adapters.embedding import parse_embedding_option
     from sdrt.export.adapters.hypernetwork import parse_hypernetwork_option
@@ -72,6 +73,7 @@ def build(
         prediction=prediction,
         zero_snr=True if zero_snr else False if no_zero_snr else None,
         vae_precision=vae_precision,
+        check=check,
     )
     with StageProgress(BUILD_STAGES) as progress:
         report = run_build(asked, progress)

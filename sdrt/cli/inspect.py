@@ -126,10 +126,10 @@ def _engines(bundle: Bundle) -> list[dict[str, Any]]:
     """The engines of a bundle: what each is for, what it takes, whether it would not run here, and why."""
     from sdrt.engines.shapes import shapes_of
     from sdrt.engines.store import engine_folders, read_engine
-    from sdrt.machine.doctor import probe_gpus
+    from sdrt.machine.gpus import probe_gpus
 
     folders = engine_folders(bundle)
-    sms: list[str | None] = [gpu.sm for gpu in probe_gpus().found] if folders else []
+    gpus: list[str | None] = [str(gpu) for gpu in probe_gpus().found] if folders else []
     listed: list[dict[str, Any]] = []
     for folder in folders:
         try:
@@ -137,7 +137,7 @@ def _engines(bundle: Bundle) -> list[dict[str, Any]]:
         except SdrtError as error:
             listed.append({"engine": folder.name, "error": error.message})
             continue
-        reasons = _reasons(record, bundle, sms or [None])
+        reasons = _reasons(record, bundle, gpus or [None])
         stale = "" not in reasons
         listed.append(
             {
@@ -157,8 +157,8 @@ def _engines(bundle: Bundle) -> list[dict[str, Any]]:
     return listed
 
 
-def _reasons(record: EngineRecord, bundle: Bundle, sms: Sequence[str | None]) -> list[str]:
-    """Why an engine does not run on this CPU, or on each of the GPU generations `sms`; empty text where it does."""
+def _reasons(record: EngineRecord, bundle: Bundle, gpus: Sequence[str | None]) -> list[str]:
+    """Why an engine does not run on this CPU, or on each of `gpus`; empty text where it does."""
     from sdrt.engines.store import mismatch
     from sdrt.engines.targets import TARGETS, on_gpu
     from sdrt.machine.cpu import cpu_identity, platform_name
@@ -168,4 +168,4 @@ def _reasons(record: EngineRecord, bundle: Bundle, sms: Sequence[str | None]) ->
     known = partial(mismatch, record, bundle, compiler=compiler_version(target), platform=platform_name())
     if target in TARGETS and not on_gpu(target):
         return [known(cpu=cpu_identity(), flags=flags_of(record))]
-    return [known(device_sm=sm) for sm in sms]
+    return [known(gpu=gpu) for gpu in gpus]

@@ -129,6 +129,15 @@ VaePrecision = Annotated[
         "overflows in float16, else as the rest. Give fp16 with a VAE that was made for it.",
     ),
 ]
+BuildCheck = Annotated[
+    str,
+    typer.Option(
+        "--check",
+        metavar="quick|full",
+        help="How the build checks its graphs: quick evaluates every operator with weights again, full also compares "
+        "each graph with its network in PyTorch. A graph whose trace does not come with sdrt is always compared.",
+    ),
+]
 Prediction = Annotated[
     str | None,
     typer.Option(

@@ -61,7 +61,8 @@ def _automatic() -> str:
 
     TensorRT where it is installed and a GPU answers, else OpenVINO where it is new enough, else ONNX Runtime.
     """
-    from sdrt.machine.doctor import compiler_version, probe_gpus
+    from sdrt.machine.doctor import compiler_version
+    from sdrt.machine.gpus import probe_gpus
     from sdrt.runtime.backends.openvino.model import import_openvino
 
     if compiler_version(TENSORRT.name) is not None and probe_gpus().found:

@@ -22,10 +22,10 @@ from sdrt.compile.together import engines_together
 from sdrt.compile.watch import Progress
 from sdrt.engines.record import FORMAT, EngineKey, EngineRecord, Plan
 from sdrt.engines.store import NewEngine, arithmetic, engine_folder, read_intact, state_bytes, write_engine
-from sdrt.engines.targets import TARGETS, TENSORRT
+from sdrt.engines.targets import TARGETS
 from sdrt.errors import BundleError, MachineError, UsageError
 from sdrt.machine.cpu import platform_name
-from sdrt.machine.packages import install_command
+from sdrt.machine.gpus import probe_gpus
 
 DEFAULT_SMS = (86, 89, 120)
 
@@ -152,24 +152,18 @@ def check_compiler(target: str) -> None:
 
 def _gpu(device: int) -> str:
     """Name and generation of a GPU, such as "NVIDIA H100 80GB HBM3, sm_90"."""
-    try:
-        from cuda.bindings import runtime
-        from cuda.core import Device
-    except ImportError as error:
+    gpus = probe_gpus()
+    if not gpus.found:
         raise MachineError(
-            f"target tensorrt: {error}", f"Install it with: {install_command(TENSORRT.extra)}"
-        ) from error
-    status, count = runtime.cudaGetDeviceCount()
-    if status != runtime.cudaError_t.cudaSuccess or not count:
-        raise MachineError(
-            f"target tensorrt: compiles on a GPU, and none answers here ({status.name})",
+            f"target tensorrt: compiles on a GPU, and none answers here: {gpus.detail}",
             "Run this on the machine that will run the engine, or compile ahead of time with --target tensorrt-rtx.",
         )
-    if device >= count:
-        raise MachineError(f"target tensorrt: device {device}: this machine has {count}", f"Choose 0 to {count - 1}.")
-    chosen = Device(device)
-    major, minor = chosen.compute_capability
-    return f"{chosen.name}, sm_{major}{minor}"
+    if device >= len(gpus.found):
+        raise MachineError(
+            f"target tensorrt: device {device}: this machine has {len(gpus.found)}",
+            f"Choose 0 to {len(gpus.found) - 1}.",
+        )
+    return str(gpus.found[device])
 
 
 def _precision(bundle: Bundle, target: str, asked: str | None) -> str:

@@ -89,15 +89,26 @@ class _Network:
 
 
 def import_compiler(target: str, device: str, gpu: int | None, sms: tuple[int, ...]) -> Compiler:
-    """A target's library for a device that is known; its GPU becomes this thread's current one, on which TensorRT
-    builds.
-    """
+    """A target's library for a device that is known."""
     trt = library(target)
-    if gpu is not None:
-        from cuda.core import Device
-
-        Device(gpu).set_current()
     return Compiler(trt, target, str(trt.__version__), device, gpu, sms)
+
+
+def use_gpu(compiler: Compiler) -> None:
+    """Make the GPU that a compiler needs this thread's current one, on which TensorRT builds. It takes memory there.
+
+    Raises:
+        MachineError: `cuda.core` is not installed.
+    """
+    if compiler.gpu is None:
+        return
+    try:
+        from cuda.core import Device
+    except ImportError as error:
+        raise MachineError(
+            f"target {compiler.target}: {error}", f"Install it with: {install_command(TARGETS[compiler.target].extra)}"
+        ) from error
+    Device(compiler.gpu).set_current()
 
 
 def library(target: str) -> Any:

@@ -26,7 +26,7 @@ from typing import Any, BinaryIO
 
 from sdrt import errors
 from sdrt.compile.optimized_model import save_model as save_model_here
-from sdrt.compile.tensorrt_network import Built, Compiler, Demand, build_error, build_graph, import_compiler
+from sdrt.compile.tensorrt_network import Built, Compiler, Demand, build_error, build_graph, import_compiler, use_gpu
 from sdrt.compile.watch import Progress
 from sdrt.engines.record import Profile
 from sdrt.errors import MachineError, ResourceError, SdrtError
@@ -216,6 +216,7 @@ def _answer(request: dict[str, Any], answers: BinaryIO, stop: Event) -> tuple[di
             request["graph"], Path(request["path"]), Path(request["folder"]), Path(request["reference"])
         ), memoryview(b"")
     compiler = import_compiler(request["target"], request["device"], request["gpu"], tuple(request["sms"]))
+    use_gpu(compiler)
     profiles = [
         Profile({name: (tuple(low), tuple(optimal), tuple(high)) for name, (low, optimal, high) in shapes.items()})
         for shapes in request["profiles"]

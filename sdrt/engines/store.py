@@ -312,7 +312,7 @@ def mismatch(
     *,
     target: str | None = None,
     compiler: str | None = None,
-    device_sm: str | None = None,
+    gpu: str | None = None,
     cpu: str | None = None,
     platform: str | None = None,
     flags: tuple[str, ...] | None = None,
@@ -320,8 +320,8 @@ def mismatch(
     """Why an engine must not run: what it was built for and what there is, in words; empty if it fits. What is None is
     not compared.
 
-    `compiler` is a full version, `device_sm` such as "sm_89", `cpu` a model with its instruction sets, `flags` how
-    this sdrt builds such an engine.
+    `compiler` is a full version, `gpu` such as "NVIDIA H100 80GB HBM3, sm_90", `cpu` a model with its instruction sets,
+    `flags` how this sdrt builds such an engine.
     """
     key, manifest, reasons = record.key, bundle.manifest, []
     if target is not None and key.target != target:
@@ -336,8 +336,8 @@ def mismatch(
     if compiler is not None and key.compiler != compiler:
         title = key.target if made_with is None else made_with.title
         reasons.append(f"built for {title} {key.compiler}, this machine has {compiler}")
-    if device_sm is not None and device_sm not in key.device.replace(", ", ",").split(","):
-        reasons.append(f"built for {key.device}, this GPU is {device_sm}")
+    if gpu is not None and gpu != key.device and not _made_for_generation(key, gpu):
+        reasons.append(f"built for {key.device}, this GPU is {gpu}")
     if cpu is not None and key.device != cpu:
         reasons.append(f"built for {key.device}, this machine is {cpu}")
     if platform is not None and key.platform != platform:
@@ -345,6 +345,14 @@ def mismatch(
     if flags is not None and key.flags != flags:
         reasons.append("built by another version of sdrt, in another way")
     return "; ".join(reasons)
+
+
+def _made_for_generation(key: EngineKey, gpu: str) -> bool:
+    """Whether an engine was compiled for generations of GPUs, and this GPU is of one. Kernels that were chosen by time
+    on one GPU belong to that model alone: another one of its generation runs them slowly, or not at all.
+    """
+    target = TARGETS.get(key.target)
+    return target is not None and bool(target.sms) and gpu.rpartition(", ")[2] in key.device.split(",")
 
 
 def serves_default(record: EngineRecord, manifest: Manifest) -> bool:

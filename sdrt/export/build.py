@@ -13,7 +13,6 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from sdrt import __version__
 from sdrt.bundle.bpe import read_bpe
@@ -23,6 +22,8 @@ from sdrt.bundle.manifest import (
     FORMAT,
     MAX_SIDE,
     MIN_SIDE,
+    NETWORK,
+    OPERATORS,
     SIZE_STEP,
     TOKENIZER,
     UNET,
@@ -39,7 +40,8 @@ from sdrt.bundle.manifest import (
     reference_path,
     write_manifest,
 )
-from sdrt.errors import ResourceError, SdrtError, UsageError, nearest
+from sdrt.bundle.onnx_graph import read_graph
+from sdrt.errors import CheckFailed, ResourceError, SdrtError, UsageError, nearest
 from sdrt.export.adapters.embedding import (
     Embedding,
     EmbeddingOption,
@@ -54,17 +56,17 @@ from sdrt.export.adapters.match import Lora, LoraOption, open_lora
 from sdrt.export.adapters.settings import FILE_NAME as CONFIG_NAME
 from sdrt.export.architecture import Architecture
 from sdrt.export.families.table import family_named
+from sdrt.export.graph import Recipe, at_hand, bind, model_dimensions, recipes, skeletons, weight_shapes
 from sdrt.export.read.checkpoint import Checkpoint, Tensor, open_checkpoint, select
 from sdrt.export.read.model_files import is_folder
 from sdrt.export.read.tensor_entry import ITEM_BYTES
 from sdrt.export.read.tensor_file import check_present, open_tensor_file
+from sdrt.export.selfcheck import check
 from sdrt.export.tokenizer import write_tokenizer
+from sdrt.export.traces import NoTraceError
 from sdrt.export.weights import CODES, Change, Made, Written, write_weights
 from sdrt.files.lock import locked
 from sdrt.files.publish import check_space, folders_made, new_folder, staged_folder
-
-if TYPE_CHECKING:
-    from sdrt.export.graph import Recipe
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,7 @@ class BuildOptions:
         checkpoint says. The prediction is "eps", "v" or "x0".
     vae_precision: what the VAE computes in on a GPU: fp32 or `precision`. None takes fp32 where the family's VAE
         overflows in float16, else `precision`.
+    check: quick, or full, which compares every graph with its network through torch.
     """
 
     checkpoint: Path
@@ -93,6 +96,7 @@ class BuildOptions:
     prediction: str | None = None
     zero_snr: bool | None = None
     vae_precision: str | None = None
+    check: str = "quick"
 
 
 @dataclass(frozen=True)
@@ -110,6 +114,8 @@ class BuildReport:
 
 PREDICTIONS = ("eps", "v", "x0")
 """The words of `--prediction`."""
+CHECKS = ("quick", "full")
+"""The words of `--check`."""
 _VAE = "vae"
 _COMPONENTS = {TEXT_ENCODER: "text_encoder", STEP: UNET, VAE_DECODER: _VAE, VAE_ENCODER: _VAE}
 """The component whose weights each graph takes."""
@@ -214,7 +220,12 @@ def build(options: BuildOptions, progress: Progress = lambda stage, done: None) 
             tokenizer = _write_tokenizer(inputs, model, folder, stage)
             weights = _fuse(inputs, model, folder, options.precision, stage, progress)
             cached = _bind(model, weights, folder, options.precision, stage)
-            contents = _Contents(folder, tokenizer, weights, _check(model, folder, stage))
+            stored = hashing.submit(file_record, folder / WEIGHTS)
+            contents = _Contents(folder, tokenizer, weights, _check(model, folder, stage, options.check == "full"))
+            if stored.result() != weights.record:
+                raise CheckFailed(
+                    f"self-check: {folder / WEIGHTS}: is not what was written", "Check the disk, and build again."
+                )
             with stage("write"):
                 _check_unchanged(inputs)
                 manifest = _manifest(output.name.removesuffix(".sdrt"), inputs, model, contents)
@@ -258,9 +269,10 @@ def _read(options: BuildOptions, files: ExitStack, hashing: ThreadPoolExecutor) 
     files.callback(checkpoint.close)
     sources = hashing.submit(_sources, checkpoint)  # takes as long as importing torch
     arch = _with_options(checkpoint.architecture, options)
-    from sdrt.export.graph import weight_shapes  # imports torch: only after the files are known to be good
-
-    expected = weight_shapes(arch)
+    try:
+        expected = weight_shapes(arch)
+    except NoTraceError as error:
+        raise NoTraceError(f"{options.checkpoint}: {error.message}", error.fix) from None
     tensors, unknown = select(checkpoint, expected)
     loras, embeddings, hypernetworks = list[Lora](), list[Embedding](), list[Hypernetwork]()
     for option in options.loras:
@@ -288,8 +300,6 @@ def _as_told(arch: Architecture, loras: Sequence[Lora], options: BuildOptions) -
 
 def _combine(inputs: _Inputs, options: BuildOptions) -> _Model:
     """Put embeddings and hypernetworks into the model. LoRAs change no shape; they are fused as weights are written."""
-    from sdrt.export.graph import recipes
-
     arch, computed = inputs.arch, dict[str, Made]()
     if inputs.embeddings:
         arch, computed = extended_tables(inputs.embeddings, arch)
@@ -336,31 +346,32 @@ def _bind(model: _Model, weights: Written, folder: Path, precision: str, stage: 
     """Trace each network, or take its trace from the cache, and write its graphs onto the weights. Returns the graphs
     that the cache had.
     """
-    from sdrt.export.graph import bind, is_traced, skeleton
-
     cached = list[str]()
     for graph, recipe in model.recipes.items():
-        with stage(f"{'bind' if is_traced(recipe) else 'trace'} {graph}", _GRAPH_BYTES):
+        with stage(f"{'bind' if at_hand(recipe) else 'trace'} {graph}", _GRAPH_BYTES):
+            by_type, hit = skeletons(recipe)
             for compute in model.computes(graph):
-                traced, hit = skeleton(recipe)
-                path = folder / graph_path(graph, compute)
-                bind(traced, folder / WEIGHTS, weights.placed, precision, compute, path, recipe.upcast)
-                cached += [graph] if hit and compute == "fp32" else []
+                bound = read_graph(by_type[compute])
+                bind(bound, folder / WEIGHTS, weights.placed, precision, folder / graph_path(graph, compute))
+            cached += [graph] if hit else []
     return tuple(cached)
 
 
-def _check(model: _Model, folder: Path, stage: Stage) -> dict[str, dict[str, Graph]]:
-    """Run each graph against its network, and keep what both were given and gave. Returns the manifest's graphs."""
-    from sdrt.export.selfcheck import check
+def _check(model: _Model, folder: Path, stage: Stage, full: bool) -> dict[str, dict[str, Graph]]:
+    """Check each graph, and keep what it was given and gave. Returns the manifest's graphs.
 
+    A trace that comes with sdrt was compared with its network before. Any other is compared here, as all are if `full`.
+    """
     graphs = {}
     with open_tensor_file(folder / WEIGHTS) as weights:
         for graph, recipe in model.recipes.items():
             with stage(f"check {graph}", _REFERENCE_BYTES):
                 paths = {compute: folder / graph_path(graph, compute) for compute in model.computes(graph)}
-                errors = check(recipe, weights, paths, folder / reference_path(graph))
-                component = _COMPONENTS[graph]
-                graphs[graph] = {name: _graph(recipe, component, name, error) for name, error in errors.items()}
+                network = full or not recipe.is_shipped()
+                kept = folder / reference_path(graph)
+                errors = check(recipe, skeletons(recipe)[0], weights, paths, kept, full=network)
+                checked = NETWORK if network else OPERATORS
+                graphs[graph] = {name: _graph(recipe, name, error, checked) for name, error in errors.items()}
     return graphs
 
 
@@ -381,8 +392,6 @@ def _check_unchanged(inputs: _Inputs) -> None:
 
 def _manifest(name: str, inputs: _Inputs, model: _Model, contents: _Contents) -> Manifest:
     """The manifest of a bundle whose other files are all written."""
-    from sdrt.export.graph import model_dimensions
-
     arch, sizes, tokenizer = model.arch, model_dimensions(model.arch), contents.tokenizer
     rows, eos = table_rows(inputs.embeddings, inputs.arch.texts[0].vocabulary), tokenizer.eos
     return Manifest(
@@ -415,7 +424,9 @@ def _manifest(name: str, inputs: _Inputs, model: _Model, contents: _Contents) ->
         components=dict(model.components),
         graphs=dict(contents.graphs),
         sources=_all_sources(inputs, contents.weights.changes),
-        tools=_tools(),
+        tools=_tools(
+            any(graph.checked == NETWORK for by_type in contents.graphs.values() for graph in by_type.values())
+        ),
         files=_files(contents),
     )
 
@@ -468,6 +479,10 @@ def _check_output(output: Path, options: BuildOptions) -> None:
         raise UsageError(
             f"prediction {options.prediction!r}: unknown{nearest(options.prediction, PREDICTIONS)}",
             f"Choose one of: {', '.join(PREDICTIONS)}.",
+        )
+    if options.check not in CHECKS:
+        raise UsageError(
+            f"check {options.check!r}: unknown{nearest(options.check, CHECKS)}", f"Choose one of: {', '.join(CHECKS)}."
         )
     if options.vae_precision not in (None, "fp32", options.precision):
         raise UsageError(
@@ -557,20 +572,21 @@ def _hypernetwork_source(hypernetwork: Hypernetwork) -> Source:
     )
 
 
-def _graph(recipe: Recipe, component: str, compute: str, error: float) -> Graph:
+def _graph(recipe: Recipe, compute: str, error: float, checked: str) -> Graph:
     signature = recipe.signature
     return Graph(
         graph_path(recipe.graph, compute),
-        component,
+        _COMPONENTS[recipe.graph],
         tuple(signature.inputs),
         tuple(signature.outputs),
         float(f"{error:.1e}"),
+        checked,
     )
 
 
-def _tools() -> dict[str, str]:
-    tools = {"python": platform.python_version()}
-    for package in ("torch", "onnx", "onnxscript", "onnxruntime"):
+def _tools(torch_ran: bool) -> dict[str, str]:
+    tools = {"python": platform.python_version(), "numpy": version("numpy")}
+    for package in (*(("torch", "onnx", "onnxscript") if torch_ran else ()), "onnxruntime"):
         try:
             tools[package] = version(package)
         except PackageNotFoundError:

@@ -14,6 +14,7 @@ from sdrt.export.adapters import hypernetwork as hypernetworks
 from sdrt.export.adapters.match import LoraOption, open_lora
 from sdrt.export.families.recognise import EMBEDDING, HYPERNETWORK, OPTION_OF_KIND, VAE
 from sdrt.export.families.table import component_name
+from sdrt.export.graph import recipes
 from sdrt.export.read.checkpoint import open_checkpoint, select
 
 
@@ -52,8 +53,6 @@ def _touched(path: Path, kind: str, checkpoint_path: Path) -> dict[str, Any]:
             hypernetwork = hypernetworks.open_hypernetwork(hypernetworks.HypernetworkOption(path), arch.unet)
             hypernetwork.file.close()
             return {"touches": {"unet": hypernetwork.layers}}
-        from sdrt.export.graph import recipes  # imports torch, whose modules know every weight's name
-
         shapes = {graph: recipe.weight_shapes() for graph, recipe in recipes(arch).items()}
         if kind == VAE:
             expected = {

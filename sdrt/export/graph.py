@@ -1,26 +1,19 @@
-"""From a network to an ONNX graph. The network is traced once per architecture into a skeleton without weights, which
-is then bound to a weights file.
+"""From an architecture to the ONNX graphs of a bundle. Imports no torch where a trace is at hand.
 
-A skeleton is an ONNX model in which every weight is an input with its canonical name. It is cached in the user's cache
-folder (`sdrt.files.cache`), under a key of everything that shapes it. Binding turns these inputs into external data
-inside the bundle's weights file.
+A network is traced once per architecture into skeletons: graphs in which every weight is an input with its canonical
+name, one for each type that the network may compute in. Those of published models come with sdrt
+(`sdrt.export.traces`); others are traced (`sdrt.export.trace`) and kept in the user's cache folder
+(`sdrt.files.cache`). Binding turns the weights into external data inside the bundle's weights file.
 """
 
 from __future__ import annotations
 
-import hashlib
-import logging
-import warnings
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
-
-import onnx_ir as ir
-import torch
-from torch import nn
-from torch.export import Dim
+from typing import TYPE_CHECKING, Any
 
 from sdrt.bundle.graphs import (
     STEP,
@@ -28,29 +21,30 @@ from sdrt.bundle.graphs import (
     VAE_DECODER,
     VAE_ENCODER,
     Dimensions,
-    Shape,
     Signature,
-    concrete,
     signatures,
 )
+from sdrt.bundle.onnx_graph import (
+    TYPES,
+    Node,
+    OnnxGraph,
+    number_attribute,
+    read_graph,
+    renamed,
+    stored_tensor,
+    type_and_shape,
+)
+from sdrt.export import traces
 from sdrt.export.architecture import NORM_GROUPS, Architecture
-from sdrt.export.networks.clip import TextEncoder
-from sdrt.export.networks.step import Step
-from sdrt.export.networks.vae import VaeDecoder, VaeEncoder
-from sdrt.export.precision import HALF, to_half
 from sdrt.export.weights import Placed
 from sdrt.files.cache import cache_key, cached, is_cached
 from sdrt.files.publish import write_file
 
+if TYPE_CHECKING:
+    from torch import nn
+
 OPSET = 23
-_SOURCES = {
-    TEXT_ENCODER: ("export/networks/clip.py", "export/networks/attention.py"),
-    STEP: ("export/networks/step.py", "export/networks/unet.py", "export/networks/attention.py"),
-    VAE_DECODER: ("export/networks/vae.py", "export/networks/attention.py"),
-    VAE_ENCODER: ("export/networks/vae.py", "export/networks/attention.py"),
-}
-_SOURCES_OF_ALL = ("export/graph.py", "bundle/graphs.py")
-"""What shapes a trace besides its architecture. An edit to any of these files makes the graph be traced again."""
+_TYPE_OF = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
 @dataclass(frozen=True)
@@ -61,19 +55,59 @@ class Recipe:
 
     graph: str
     spec: Any
-    make: Callable[[], nn.Module]
     signature: Signature
     sizes: Mapping[str, int]
     upcast: frozenset[str] = frozenset()
     """Operators that run in float32 in a half-precision graph as well."""
 
     def module(self) -> nn.Module:
-        """The network with its weights not yet allocated (on the meta device)."""
-        with torch.device("meta"):
-            return self.make().eval()
+        """The network with its weights not yet allocated. Imports torch."""
+        from sdrt.export.trace import module
+
+        return module(self)
 
     def weight_shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: tuple(p.shape) for name, p in self.module().named_parameters()}
+        """Every weight by its canonical name. Imports torch only where no trace comes with sdrt.
+
+        Raises:
+            NoTraceError: torch is needed and not installed.
+        """
+        if (shipped := traces.shipped(self.key())) is None:
+            self.require_torch()
+            from sdrt.export.trace import weight_shapes
+
+            return weight_shapes(self.module())
+        inputs = read_graph(shipped["fp32"]).inputs
+        shapes = {name: type_and_shape(data)[1] for name, data in inputs.items() if name not in self.signature.inputs}
+        found = {name: tuple(map(int, shape)) for name, shape in shapes.items()}
+        if self.graph == TEXT_ENCODER:  # no trace depends on the number of rows of the token tables
+            tables = sorted(name for name in found if name.endswith("token_embedding.weight"))
+            found |= {name: (spec.vocabulary, spec.width) for name, spec in zip(tables, self.spec, strict=True)}
+        return found
+
+    def key(self) -> dict[str, Any]:
+        """Everything that shapes the trace but the sources of the network and the tools."""
+        specs = [asdict(spec) for spec in (self.spec if isinstance(self.spec, tuple) else (self.spec,))]
+        for spec in specs:
+            for told_otherwise in ("vocabulary", "pad"):
+                spec.pop(told_otherwise, None)
+        return {
+            "graph": self.graph,
+            "specs": specs,
+            "inputs": {name: [tensor.shape, tensor.dtype] for name, tensor in self.signature.inputs.items()},
+            "outputs": {name: [tensor.shape, tensor.dtype] for name, tensor in self.signature.outputs.items()},
+            "opset": OPSET,
+            "norm_groups": NORM_GROUPS,
+        }
+
+    def is_shipped(self) -> bool:
+        """Whether its trace comes with sdrt."""
+        return traces.shipped(self.key()) is not None
+
+    def require_torch(self) -> None:
+        """Raise NoTraceError if torch is not installed. It says what no published model has."""
+        if _tools() is None:
+            raise traces.no_trace(self.key())
 
 
 def model_dimensions(arch: Architecture) -> Dimensions:
@@ -97,16 +131,10 @@ def recipes(arch: Architecture) -> dict[str, Recipe]:
     """The four graphs of a Stable Diffusion model, by name."""
     known = signatures(model_dimensions(arch))
     sizes = {"N": 3, "G": 2, "S": 5, "h": 16, "w": 24, "T": arch.texts[0].tokens, "n": 4}
-    networks: dict[str, tuple[Any, Callable[[], nn.Module]]] = {
-        TEXT_ENCODER: (arch.texts, lambda: TextEncoder(arch.texts)),
-        STEP: (arch.unet, lambda: Step(arch.unet)),
-        VAE_DECODER: (arch.vae, lambda: VaeDecoder(arch.vae)),
-        VAE_ENCODER: (arch.vae, lambda: VaeEncoder(arch.vae)),
-    }
+    specs = {TEXT_ENCODER: arch.texts, STEP: arch.unet, VAE_DECODER: arch.vae, VAE_ENCODER: arch.vae}
     upcast = {STEP: frozenset({"Attention"})} if arch.unet.upcast_attention else {}
     return {
-        graph: Recipe(graph, spec, make, known[graph], sizes, upcast.get(graph, frozenset()))
-        for graph, (spec, make) in networks.items()
+        graph: Recipe(graph, spec, known[graph], sizes, upcast.get(graph, frozenset())) for graph, spec in specs.items()
     }
 
 
@@ -115,157 +143,65 @@ def weight_shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
     return {name: shape for recipe in recipes(arch).values() for name, shape in recipe.weight_shapes().items()}
 
 
-def trace(recipe: Recipe) -> ir.Model:
-    """Trace a network into a skeleton. Its weights are allocated but never written, so they take address space, but no
-    memory.
+def at_hand(recipe: Recipe) -> bool:
+    """Whether the skeletons of a graph come with sdrt or are in the cache, so that nothing need be traced."""
+    key = _cache_key(recipe)
+    return recipe.is_shipped() or (key is not None and is_cached("graphs", key))
+
+
+def skeletons(recipe: Recipe) -> tuple[dict[str, bytes], bool]:
+    """The skeletons of a graph by the type they compute in: those that come with sdrt, those in the cache, or new ones,
+    which are then cached. The flag says whether they were at hand.
+
+    Raises:
+        NoTraceError: torch is needed and not installed.
     """
-    module = recipe.module().to_empty(device="cpu")
-    inputs = recipe.signature.inputs
-    example = {
-        name: torch.zeros(concrete(tensor.shape, recipe.sizes), dtype=getattr(torch, tensor.dtype))
-        for name, tensor in inputs.items()
-    }
-    dynamic = {name: _dynamic_axes(tensor.shape) for name, tensor in inputs.items()}
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")
-        logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-        exported = torch.export.export(module, (), kwargs=example, dynamic_shapes=dynamic, strict=False)
-        program = torch.onnx.export(
-            exported, (), kwargs=example, dynamo=True, opset_version=OPSET, optimize=False, verbose=False
-        )
-        assert program is not None
-        return _skeleton(program.model, recipe, set(dict(module.named_parameters())))
+    if (shipped := traces.shipped(recipe.key())) is not None:
+        return shipped, True
+    if (key := _cache_key(recipe)) is None:
+        raise traces.no_trace(recipe.key())
+
+    def make() -> bytes:
+        from sdrt.export.trace import trace
+
+        return traces.packed(trace(recipe))
+
+    data, hit = cached("graphs", key, make)
+    return traces.unpacked(data), hit
 
 
-def _dynamic_axes(shape: Shape) -> dict[int, Any]:
-    return {axis: Dim.AUTO for axis, size in enumerate(shape) if isinstance(size, str)}
+def _tools() -> dict[str, str] | None:
+    """The versions of the tools that trace. None if one is not installed."""
+    names = ("torch", "onnx", "onnxscript", "onnx_ir")
+    try:
+        return {name: version(name) for name in names} if all(map(find_spec, names)) else None
+    except (PackageNotFoundError, ImportError):
+        return None
 
 
-def _skeleton(model: ir.Model, recipe: Recipe, weights: set[str]) -> ir.Model:
-    """Turn weights into inputs before folding, so that the optimiser can neither fold nor rename them."""
-    from onnxscript import optimizer
-
-    graph = model.graph
-    for name in [name for name in graph.initializers if name in weights]:
-        value = graph.initializers.pop(name)
-        value.const_value = None
-        graph.inputs.append(value)
-    optimizer.optimize_ir(model, num_iterations=2)
-    inputs, outputs = recipe.signature.inputs, recipe.signature.outputs
-    for values, tensors in ((graph.inputs[: len(inputs)], inputs), (graph.outputs, outputs)):
-        for value, (name, tensor) in zip(values, tensors.items(), strict=True):
-            value.name = name
-            value.shape = ir.Shape(tensor.shape)
-    kept = {*graph.inputs, *graph.outputs, *graph.initializers.values()}
-    for node in graph:
-        node.metadata_props.clear()
-        node.doc_string = None
-        for value in node.outputs:
-            value.metadata_props.clear()
-            if (
-                value not in kept
-            ):  # the shapes of intermediate values name the tracer's symbols; engines infer these shapes again
-                value.shape = None
-    for value in kept:
-        value.metadata_props.clear()
-        value.doc_string = None
-    model.metadata_props.clear()
-    graph.metadata_props.clear()
-    graph.name, model.producer_name, model.producer_version = recipe.graph, "sdrt", None
-    model.functions.clear()
-    return model
+def _cache_key(recipe: Recipe) -> str | None:
+    tools = _tools()
+    if tools is None:
+        return None
+    return cache_key({**recipe.key(), "tools": tools, "sources": traces.source_hashes(recipe.graph)})
 
 
-def is_traced(recipe: Recipe) -> bool:
-    """Whether the skeleton of a graph is in the cache, so that `skeleton` need not trace it."""
-    return is_cached("graphs", _cache_key(recipe))
-
-
-def skeleton(recipe: Recipe) -> tuple[ir.Model, bool]:
-    """The skeleton of a graph, from the cache, or traced and then cached. The flag says whether it came from the
-    cache.
-    """
-    data, hit = cached(
-        "graphs", _cache_key(recipe), lambda: ir.to_proto(trace(recipe)).SerializeToString(deterministic=True)
-    )
-    return ir.from_proto(_parse(data)), hit
-
-
-def _parse(data: bytes) -> Any:
-    import onnx
-
-    return onnx.ModelProto.FromString(data)
-
-
-def _cache_key(recipe: Recipe) -> str:
-    package = Path(__file__).parents[1]
-    specs = [asdict(spec) for spec in (recipe.spec if isinstance(recipe.spec, tuple) else (recipe.spec,))]
-    for spec in specs:
-        # No trace depends on the number of rows of the token table: binding gives the table its shape.
-        spec.pop("vocabulary", None)
-    parts = {
-        "graph": recipe.graph,
-        "specs": specs,
-        "opset": OPSET,
-        "norm_groups": NORM_GROUPS,
-        "tools": {name: version(name) for name in ("torch", "onnx", "onnxscript", "onnx_ir")},
-        "sources": {
-            name: hashlib.sha256((package / name).read_bytes()).hexdigest()
-            for name in (*_SOURCES[recipe.graph], *_SOURCES_OF_ALL)
-        },
-    }
-    return cache_key(parts)
-
-
-def bind(
-    model: ir.Model,
-    weights_file: Path,
-    placed: Mapping[str, Placed],
-    precision: str,
-    compute: str,
-    path: Path,
-    upcast: Set[str] = frozenset(),
-) -> None:
+def bind(graph: OnnxGraph, weights_file: Path, placed: Mapping[str, Placed], precision: str, path: Path) -> None:
     """Write the graph to `path`, with its weight inputs pointing into `weights_file` in the same folder. Changes
-    `model`.
+    `graph`.
 
-    `precision` is the type of the stored weights. `compute` is the type that the network runs in
-    (`sdrt.export.precision`): float32 or the stored type. Operators of the kinds in `upcast` run in float32 in either.
-    Weights stored in a smaller type than the compute type are cast where they enter; an engine folds these casts when
-    it loads.
+    `precision` is the type of the stored weights. Weights stored in a smaller type than the graph computes in are cast
+    where they enter; an engine folds these casts when it loads.
     """
-    stored = {"fp32": ir.DataType.FLOAT, **HALF}[precision]
-    graph = model.graph
-    if compute != "fp32":
-        assert compute == precision, "half-precision graphs run in the stored type"
-        to_half(model, set(placed), compute, upcast)
-    casts = []
-    for value in [v for v in graph.inputs if v.name in placed]:
-        assert value.name is not None
-        place = placed[value.name]
-        tensor = ir.ExternalTensor(
-            weights_file.name,
-            place.offset,
-            place.size_bytes,
-            stored,
-            shape=ir.Shape(place.shape),
-            name=value.name,
-            base_dir=weights_file.parent,
+    stored = _TYPE_OF[precision]
+    casts, widened = [], {}
+    for name in [name for name in graph.inputs if name in placed]:
+        place, kind = placed[name], type_and_shape(graph.inputs.pop(name))[0]
+        graph.constants[name] = stored_tensor(
+            name, stored, place.shape, weights_file.name, place.offset, place.size_bytes
         )
-        weight = ir.Value(name=value.name, shape=ir.Shape(place.shape), type=ir.TensorType(stored), const_value=tensor)
-        graph.inputs.remove(value)
-        if value.dtype == stored:
-            ir.convenience.replace_all_uses_with(value, weight)
-        else:
-            cast = ir.node("Cast", [weight], {"to": ir.DataType.FLOAT}, name=f"{value.name}.cast")
-            cast.outputs[0].name = f"{value.name}.fp32"
-            casts.append(cast)
-            ir.convenience.replace_all_uses_with(value, cast.outputs[0])
-        graph.initializers[value.name] = weight
-    if casts:
-        graph.insert_before(graph[0], casts)
-    for node in graph:
-        for value in node.outputs:
-            if value not in graph.outputs:
-                value.type = None
-    write_file(path, ir.to_proto(model).SerializeToString(deterministic=True))
+        if kind != TYPES[stored]:
+            widened[name] = f"{name}.fp32"
+            casts.append(Node("Cast", (name,), (widened[name],), f"{name}.cast", (number_attribute("to", kind),)))
+    graph.nodes = casts + renamed(graph.nodes, widened)
+    write_file(path, graph.to_bytes())

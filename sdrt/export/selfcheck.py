@@ -1,7 +1,8 @@
-"""A build's check of itself. Each graph runs through ONNX Runtime and is compared with the module it was traced from,
-on the smallest picture.
+"""A build's check of itself: that each graph is the trace it was made of with the weights of the bundle, and computes
+what these weights make.
 
-The inputs and the module's outputs stay in the bundle. `sdrt verify` runs every engine against them.
+The graphs run through ONNX Runtime without optimisations on the smallest picture. The inputs and the float32 graph's
+outputs stay in the bundle. `sdrt verify` runs every engine against them.
 """
 
 from __future__ import annotations
@@ -11,18 +12,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch.overrides import TorchFunctionMode
 
 from sdrt.bundle.graphs import STEP, TEXT_ENCODER, TOKENS, VAE_DECODER, concrete
 from sdrt.bundle.manifest import MIN_SIDE, SIZE_STEP
+from sdrt.bundle.onnx_graph import TYPES, OnnxGraph, read_graph, renamed, stored
 from sdrt.bundle.reference import compare
 from sdrt.errors import CheckFailed, NonFiniteError
+from sdrt.export.check_operators import LIMIT, OperatorCheck
 from sdrt.export.families.family import END_TOKEN
 from sdrt.export.graph import Recipe
 from sdrt.export.read.tensor_file import TensorFile
 from sdrt.export.run_in_parts import Arrays, run_in_parts
 from sdrt.files.publish import new_file
+
+_BUG = "This is a bug in sdrt or in ONNX Runtime; please report it."
+_TYPE_OF_CODE = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 def reference_inputs(recipe: Recipe) -> Arrays:
@@ -59,90 +63,100 @@ def reference_inputs(recipe: Recipe) -> Arrays:
     return inputs
 
 
-class _StoredWeights(TorchFunctionMode):
-    """Hands every operator its weights, read from the file in float32, and keeps none of them. So a network takes only
-    the memory of its largest layer.
+def check(
+    recipe: Recipe,
+    skeletons: Mapping[str, bytes],
+    weights: TensorFile,
+    graphs: Mapping[str, Path],
+    reference: Path,
+    *,
+    full: bool,
+) -> dict[str, float]:
+    """Check a network's graphs, given by compute type. Write the reference file, and return each graph's largest error.
 
-    Meanwhile the module stays on the meta device, as it was made. If an operator took a weight in a way that is not
-    seen here, the weight would meet the activations as a meta tensor, which torch refuses. `unused` are the weights
-    that no operator has taken.
-    """
+    Every graph must be its skeleton, with every weight where the weights file has it. The float32 graph runs, its
+    operators with weights are evaluated again in numpy, and its outputs must be finite. If `full`, they are compared
+    with the network's own, through torch. The other graphs' outputs are compared with them.
 
-    def __init__(self, module: torch.nn.Module, weights: TensorFile) -> None:
-        super().__init__()
-        self._names = {parameter: name for name, parameter in module.named_parameters()}
-        self._weights = weights
-        self.unused = set(self._names.values())
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        return func(*map(self._value, args), **{key: self._value(value) for key, value in (kwargs or {}).items()})
-
-    def _value(self, argument: Any) -> Any:
-        name = self._names.get(argument) if isinstance(argument, torch.nn.Parameter) else None
-        if name is None:
-            return argument
-        self.unused.discard(name)
-        return self._weights.read(name).to(torch.float32).reshape(argument.shape)
-
-
-def module_outputs(recipe: Recipe, weights: TensorFile, inputs: Arrays) -> Arrays:
-    """The module's own outputs for the stored, rounded weights, in float32."""
-    module = recipe.module()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(
-        1
-        # how a sum is split over threads shows in its last bits, and references are to be equal bytes on any number of
-        # cores
-    )
-    try:
-        with torch.inference_mode(), _StoredWeights(module, weights) as stored:
-            outputs = module(**{name: torch.from_numpy(array) for name, array in inputs.items()})
-    finally:
-        torch.set_num_threads(threads)
-    assert not stored.unused, f"{recipe.graph}: weights that no operator takes: {', '.join(sorted(stored.unused))}"
-    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    return {name: output.numpy() for name, output in zip(recipe.signature.outputs, outputs, strict=True)}
-
-
-def check(recipe: Recipe, weights: TensorFile, graphs: Mapping[str, Path], reference: Path) -> dict[str, float]:
-    """Run a network and its graphs, given by compute type. Write the reference file, and return each graph's largest
-    error.
+    The error of the float32 graph is relative to the network's outputs if `full`, else it is the operators' largest, as
+    a share of their limit times that limit. The others' are relative to the float32 graph's outputs.
 
     Raises:
         NonFiniteError: the network gives NaN or infinite values.
-        CheckFailed: a graph differs from the network.
+        CheckFailed: a graph is not its skeleton with these weights, or its outputs are wrong.
     """
+    for compute, path in graphs.items():
+        check_bound(read_graph(skeletons[compute]), path, weights)
     inputs = reference_inputs(recipe)
-    expected = module_outputs(recipe, weights, inputs)
+    path = graphs["fp32"]
+    operators = OperatorCheck(read_graph(path.read_bytes()), weights)
+    expected = run_in_parts(path, inputs, operators)
     for name, array in expected.items():
         if array.dtype.kind == "f" and not np.isfinite(array).all():
             message = (
                 f"self-check: {recipe.graph}: {name}: {int((~np.isfinite(array)).sum())} values are NaN or infinite"
             )
             raise NonFiniteError(message, "The checkpoint is damaged or overflows; get another.")
-    errors = {}
-    for compute, path in graphs.items():
-        worst = compare(expected, run_in_parts(path, inputs), compute)[0]
-        if not worst.ok:
-            message = (
-                f"self-check: {path.name}: {worst.output}: relative error {worst.error:.2e}, expected at most"
-                f" {worst.limit:.0e}"
-            )
-            fix = "This is a bug in sdrt or in ONNX Runtime; please report it."
-            raise CheckFailed(
-                message,
-                (
-                    fix
-                    if compute == "fp32"
-                    else "The model may overflow in half precision: build with --precision bf16 or fp32."
-                ),
-            )
-        errors[compute] = worst.error
+    if not operators.error <= 1.0:
+        raise CheckFailed(
+            f"self-check: {path.name}: {operators.worst}: {operators.error:.1f} times the largest rounding error from"
+            " what its weights give",
+            _BUG,
+        )
+    if unseen := recipe.weight_shapes().keys() - operators.seen:
+        raise CheckFailed(f"self-check: {path.name}: {min(unseen)}: no operator takes it", _BUG)
+    errors = {"fp32": operators.error * LIMIT}
+    if full:
+        from sdrt.export.network_outputs import network_outputs
+
+        errors["fp32"] = _compared(path, network_outputs(recipe, weights, inputs), expected, "fp32")
+    for compute in [compute for compute in graphs if compute != "fp32"]:
+        errors[compute] = _compared(graphs[compute], expected, run_in_parts(graphs[compute], inputs), compute)
     arrays: dict[str, Any] = {f"in.{name}": array for name, array in inputs.items()} | {
         f"out.{name}": array for name, array in expected.items()
     }
     with new_file(reference) as stream:
         np.savez(stream, **arrays)
     return errors
+
+
+def check_bound(skeleton: OnnxGraph, path: Path, weights: TensorFile) -> None:
+    """Check that a graph is its skeleton with every weight at the place where the weights file has it.
+
+    Raises:
+        CheckFailed: it is not.
+    """
+    graph = read_graph(path.read_bytes())
+    names = skeleton.inputs.keys() - graph.inputs.keys()
+    found = {name: stored(graph.constants[name]) for name in names if name in graph.constants}
+    for name in sorted(names):
+        entry, place = weights.entries[name], found.get(name)
+        if place is None or (place.kind, place.shape, place.file, place.offset, place.size_bytes) != (
+            TYPES[_TYPE_OF_CODE[entry.dtype]],
+            entry.shape,
+            weights.path.name,
+            entry.offset,
+            entry.size_bytes,
+        ):
+            raise CheckFailed(f"self-check: {path.name}: {name}: not where {weights.path.name} has it", _BUG)
+    casts = {node.outputs[0]: node.inputs[0] for node in graph.nodes if node.inputs[0] in names}
+    casts = {made: name for made, name in casts.items() if made == f"{name}.fp32"}
+    graph.nodes = renamed((node for node in graph.nodes if node.outputs[0] not in casts), casts)
+    graph.constants = {name: data for name, data in graph.constants.items() if name not in names}
+    skeleton.inputs = {name: data for name, data in skeleton.inputs.items() if name not in names}
+    if graph.to_bytes() != skeleton.to_bytes():
+        raise CheckFailed(f"self-check: {path.name}: differs from the trace that it was made of", _BUG)
+
+
+def _compared(path: Path, expected: Arrays, found: Arrays, compute: str) -> float:
+    """The largest error of outputs. Raises CheckFailed if it is beyond its limit."""
+    worst = compare(expected, found, compute)[0]
+    if not worst.ok:
+        raise CheckFailed(
+            f"self-check: {path.name}: {worst.output}: relative error {worst.error:.2e}, expected at most"
+            f" {worst.limit:.0e}",
+            _BUG
+            if compute == "fp32"
+            else "The model may overflow in half precision: build with --precision bf16 or fp32.",
+        )
+    return worst.error

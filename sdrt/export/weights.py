@@ -7,28 +7,33 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import defaultdict, deque
+from collections.abc import Callable, Generator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import numpy as np
 
 from sdrt.bundle.manifest import FileRecord
 from sdrt.errors import AdapterError, CheckpointError
 from sdrt.export.adapters.match import Lora
 from sdrt.export.families.table import component_name
+from sdrt.export.floats import Array, as_float32, is_finite, rounded, widened
 from sdrt.export.read.checkpoint import Tensor
 from sdrt.export.read.tensor_entry import ITEM_BYTES
 from sdrt.files.publish import new_file
-
-if TYPE_CHECKING:
-    import torch
 
 ALIGNMENT = 4096
 """The first tensor starts at a multiple of this, a page, so that an engine may map the file."""
 
 CODES = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
+_MAKERS = 2
+"""Threads that read, fuse and round. A third one writes and hashes."""
+_AHEAD_BYTES = 64 << 20
+"""Size in the file of the tensors that are made or wait to be written. There may be more where one alone is larger."""
+_PIECE = 4096
 
 
 @dataclass(frozen=True)
@@ -70,7 +75,7 @@ class Made:
 
     shape: tuple[int, ...]
     path: Path
-    make: Callable[[Callable[[str], torch.Tensor]], torch.Tensor]
+    make: Callable[[Callable[[str], Array]], Array]
 
 
 def layout(shapes: Mapping[str, tuple[int, ...]], precision: str) -> tuple[bytes, dict[str, Placed]]:
@@ -103,8 +108,8 @@ def write_weights(
     progress: Callable[[float], None],
     made: Mapping[str, Made] | None = None,
 ) -> Written:
-    """Write the weights file. Each tensor is read once and written once. It is written and hashed on another core while
-    the next one is made.
+    """Write the weights file. Each tensor is read once and written once. The next ones are read, fused and rounded on
+    other cores while one is written and hashed.
 
     Adapters act in the order given. A DoRA rescales the weight it meets, so its place matters. All others only add.
     Between two DoRAs they are added in the order of their files' hashes, so that the order given does not change even
@@ -114,68 +119,25 @@ def write_weights(
         CheckpointError: a stored value is not finite, or too large for the precision.
         AdapterError: an adapter changes nothing, or the sum is too large for the precision.
     """
-    import torch
-
-    kind = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
-    made = made or {}
-    shapes = {name: tensor.shape for name, tensor in tensors.items()} | {
-        name: tensor.shape for name, tensor in made.items()
-    }
-    header, placed = layout(shapes, precision)
-    norms: list[dict[str, tuple[float, float]]] = [
-        {} for _ in loras
-    ]  # per weight: the norm of the change, and of the weight it changed
-    survived: set[int] = set()  # LoRAs that changed some weight by more than its rounding
-    total = sum(p.size_bytes for p in placed.values())
-    done = 0
-
-    def fused(name: str) -> torch.Tensor:
-        """A checkpoint's tensor with the LoRAs fused: float32 where a LoRA touches it, else as stored. May be asked for
-        more than once.
-        """
-        source = tensors[name]
-        stored = source.read()
-        _check_finite(stored, source)
-        touching = _order(name, loras)
-        if not touching:
-            return stored
-        value = stored.to(torch.float32, copy=True)
-        pristine = float(value.norm())
-        for i in touching:
-            change = loras[i].change(name, value)
-            value += change
-            norms[i][name] = float(change.norm()), pristine
-        if not survived.issuperset(touching) and not torch.equal(value.to(kind), stored.to(kind)):
-            survived.update(touching)
-        return value
-
-    digest = hashlib.sha256(header)
-    with new_file(path, len(header) + total) as stream, ThreadPoolExecutor(1) as writing:
+    fusion = _Fusion(tensors, loras, precision, made or {})
+    header, placed = layout(fusion.shapes(), precision)
+    norms: list[dict[str, tuple[float, float]]] = [{} for _ in loras]
+    total = sum(place.size_bytes for place in placed.values())
+    digest, done = hashlib.sha256(header), 0
+    with (
+        new_file(path, len(header) + total) as stream,
+        closing(_made_ahead(fusion.make, {name: place.size_bytes for name, place in placed.items()})) as ready,
+    ):
         stream.write(header)
-
-        def write(data: memoryview) -> None:
+        for place, tensor in zip(placed.values(), ready, strict=True):
+            assert tensor.values.shape == place.shape
+            data = tensor.values.reshape(-1).view(np.uint8).data
             stream.write(data)
             digest.update(data)
-
-        written = writing.submit(lambda: None)
-        for name, place in placed.items():
-            value = made[name].make(lambda weight: fused(weight).to(torch.float32)) if name in made else fused(name)
-            assert tuple(value.shape) == place.shape, name
-            rounded = value.to(kind)
-            if not _finite(rounded):
-                largest = float(value.abs().nan_to_num(math.inf).max())
-                what = f"{name}: {largest:.6g} is too large for {precision}"
-                blamed = [made[name].path] if name in made else [loras[i].file.path for i in _order(name, loras)]
-                if blamed and (name in made or _finite(tensors[name].read().to(kind))):
-                    files = ", ".join(str(file) for file in blamed)
-                    raise AdapterError(f"{files}: {what}", "Lower the scale, or build with --precision bf16 or fp32.")
-                raise CheckpointError(f"{tensors[name].file.path}: {what}", "Build with --precision bf16 or fp32.")
-            data = (rounded.contiguous() if rounded.dim() else rounded.reshape(1)).view(torch.uint8).numpy().data
-            written.result()  # of the tensor before: two tensors are in memory, never more
-            written = writing.submit(write, data)
+            for i, weight, pair in tensor.norms:
+                norms[i][weight] = pair
             done += place.size_bytes
             progress(done / total)
-        written.result()
     changes = []
     for i, (lora, by_weight) in enumerate(zip(loras, norms, strict=True)):
         wanted = any(lora.scale(weight) != 0 for weight in lora.deltas)
@@ -184,13 +146,122 @@ def write_weights(
                 f"{lora.file.path}: all its changes are zero: the LoRA does nothing",
                 "Train it longer, or leave it out.",
             )
-        if wanted and i not in survived:
+        if wanted and i not in fusion.survived:
             raise AdapterError(
                 f"{lora.file.path}: its changes vanish when the weights are rounded to {precision}",
                 "Raise its scale, build with --precision fp32, or leave it out.",
             )
         changes.append(_changes(by_weight))
     return Written(FileRecord(len(header) + total, digest.hexdigest()), placed, changes)
+
+
+@dataclass(frozen=True)
+class _Finished:
+    """A tensor as the file holds it. `norms` has, for each LoRA and each weight in it, the norm of the change and that
+    of the weight it changed.
+    """
+
+    values: Array
+    norms: Sequence[tuple[int, str, tuple[float, float]]]
+
+
+def _made_ahead(make: Callable[[str], _Finished], sizes_bytes: Mapping[str, int]) -> Generator[_Finished]:
+    """What `make` gives for each name, in order. Other threads make the next ones meanwhile, a few of them: together
+    with their sizes in the file, `sizes_bytes`, that bounds the memory taken.
+    """
+    with ThreadPoolExecutor(_MAKERS) as makers:
+        ahead: deque[tuple[int, Future[_Finished]]] = deque()
+        try:
+            for name, size_bytes in sizes_bytes.items():
+                ahead.append((size_bytes, makers.submit(make, name)))
+                while len(ahead) > _MAKERS and sum(size for size, _ in ahead) > _AHEAD_BYTES:
+                    yield ahead.popleft()[1].result()
+            while ahead:
+                yield ahead.popleft()[1].result()
+        finally:
+            for _, future in ahead:
+                future.cancel()
+
+
+class _Fusion:
+    """Makes the tensors of a weights file, each by itself and in any thread.
+
+    survived: the LoRAs that changed some weight by more than its rounding.
+    """
+
+    def __init__(
+        self, tensors: Mapping[str, Tensor], loras: Sequence[Lora], precision: str, made: Mapping[str, Made]
+    ) -> None:
+        self._tensors = tensors
+        self._loras = loras
+        self._precision = precision
+        self._code = CODES[precision]
+        self._made = made
+        self.survived: set[int] = set()
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        stored = {name: tensor.shape for name, tensor in self._tensors.items()}
+        return stored | {name: tensor.shape for name, tensor in self._made.items()}
+
+    @np.errstate(all="ignore")  # an overflow is found in the result
+    def make(self, name: str) -> _Finished:
+        """A tensor of the file. Raises as `write_weights`."""
+        norms: list[tuple[int, str, tuple[float, float]]] = []
+        if name in self._made:
+            value = self._made[name].make(lambda weight: as_float32(self._fused(weight, norms)))
+        else:
+            value = self._fused(name, norms)
+        values = rounded(value, self._code)
+        if not is_finite(values):
+            raise self._too_large(name, value)
+        return _Finished(values, norms)
+
+    def _fused(self, name: str, norms: list[tuple[int, str, tuple[float, float]]]) -> Array:
+        """A checkpoint's tensor with the LoRAs fused: float32 where a LoRA touches it, else as stored. May be asked for
+        more than once.
+        """
+        source = self._tensors[name]
+        stored = source.read()
+        if not is_finite(stored):
+            count = int((~np.isfinite(stored)).sum())
+            raise CheckpointError(
+                f"{source.file.path}: {source.entry.name}: {count} of {stored.size} values are NaN or infinite",
+                "The file is damaged, or its training diverged; get another.",
+            )
+        touching = _order(name, self._loras)
+        if not touching:
+            return stored
+        value = stored.astype(np.float32)
+        pristine = _norm(value)
+        for i in touching:
+            change = self._loras[i].change(name, value)
+            value += change
+            norms.append((i, name, (_norm(change), pristine)))
+        if not self.survived.issuperset(touching):
+            before, after = (widened(rounded(values, self._code), self._code) for values in (stored, value))
+            if not np.array_equal(before, after):
+                self.survived.update(touching)
+        return value
+
+    def _too_large(self, name: str, value: Array) -> AdapterError | CheckpointError:
+        largest = float(np.nan_to_num(np.abs(value), nan=np.inf, posinf=np.inf).max())
+        what = f"{name}: {largest:.6g} is too large for {self._precision}"
+        if name in self._made:
+            blamed = [self._made[name].path]
+        else:
+            blamed = [self._loras[i].file.path for i in _order(name, self._loras)]
+        if blamed and (name in self._made or is_finite(rounded(self._tensors[name].read(), self._code))):
+            files = ", ".join(str(file) for file in blamed)
+            return AdapterError(f"{files}: {what}", "Lower the scale, or build with --precision bf16 or fp32.")
+        return CheckpointError(f"{self._tensors[name].file.path}: {what}", "Build with --precision bf16 or fp32.")
+
+
+def _norm(values: Array) -> float:
+    """The Frobenius norm of float32 values, summed in float64 over pieces that float32 sums well."""
+    flat = values.reshape(-1)
+    whole = flat.size // _PIECE * _PIECE
+    pieces, rest = flat[:whole].reshape(-1, _PIECE), flat[whole:]
+    return math.sqrt(float(np.vecdot(pieces, pieces).sum(dtype=np.float64)) + float(np.vecdot(rest, rest)))
 
 
 def _changes(norms: Mapping[str, tuple[float, float]]) -> dict[str, Change]:
@@ -229,24 +300,3 @@ def _order(weight: str, loras: Sequence[Lora]) -> list[int]:
             ),
         )
     ]
-
-
-def _finite(tensor: torch.Tensor) -> bool:
-    """Whether no value is NaN or infinite. The extremes show it, NaN included. In float16 they cost a fortieth of a
-    test of each value.
-    """
-    import torch
-
-    low, high = torch.aminmax(tensor)
-    return bool(torch.isfinite(low)) and bool(torch.isfinite(high))
-
-
-def _check_finite(stored: torch.Tensor, source: Tensor) -> None:
-    import torch
-
-    if not _finite(stored):
-        count = int((~torch.isfinite(stored)).sum())
-        raise CheckpointError(
-            f"{source.file.path}: {source.entry.name}: {count} of {stored.numel()} values are NaN or infinite",
-            "The file is damaged, or its training diverged; get another.",
-        )

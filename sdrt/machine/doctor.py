@@ -10,7 +10,6 @@ import ctypes
 import mmap
 import platform
 import re
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,6 +21,7 @@ from typing import Any
 from sdrt.engines.targets import ONNXRUNTIME, ONNXRUNTIME_CUDA, OPENVINO, TARGETS, TENSORRT, TENSORRT_RTX
 from sdrt.machine import engine_libraries
 from sdrt.machine.cpu import platform_name
+from sdrt.machine.gpus import Gpus, probe_gpus
 from sdrt.machine.packages import install_command
 
 WORKS, MISSING, MISMATCHED = "works", "missing", "mismatched"
@@ -34,23 +34,6 @@ _IDENTITY = (
     b"Z\x0f\n\x01x\x12\n\n\x08\x08\x01\x12\x04\n\x02\x08\x01"
     b"b\x0f\n\x01y\x12\n\n\x08\x08\x01\x12\x04\n\x02\x08\x01B\x04\n\x00\x10\r"
 )
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """A GPU that answers: its name and generation, such as sm_89."""
-
-    name: str
-    sm: str
-
-
-@dataclass(frozen=True)
-class Gpus:
-    """The GPUs that answer, the newest CUDA the driver supports ("" without one), and why none answers."""
-
-    found: tuple[Gpu, ...]
-    driver_cuda: str
-    detail: str
 
 
 @dataclass(frozen=True)
@@ -122,64 +105,6 @@ def compiler_version(target: str) -> str | None:
     """
     packages = TARGETS[target].packages if target in TARGETS else ()
     return next((found for package in packages if (found := installed(package))), None)
-
-
-def probe_gpus() -> Gpus:
-    """Ask the CUDA runtime, or the driver where cuda-bindings is not installed. A library's own list of devices proves
-    nothing.
-    """
-    try:
-        from cuda.bindings import runtime
-    except ImportError:
-        return _driver_gpus()
-    driver = runtime.cudaDriverGetVersion()[1] or 0
-    supported = f"{driver // 1000}.{driver % 1000 // 10}" if driver else ""
-    status, count = runtime.cudaGetDeviceCount()
-    if status != runtime.cudaError_t.cudaSuccess or not count:
-        if status == runtime.cudaError_t.cudaErrorInsufficientDriver:
-            why = f"the driver supports CUDA {supported} only" if supported else "no NVIDIA driver is loaded"
-        else:
-            why = "the driver finds no device"
-        return Gpus((), supported, f"{why} ({status.name})")
-    found = []
-    for index in range(count):
-        properties = runtime.cudaGetDeviceProperties(index)[1]
-        name = (
-            properties.name.decode(errors="replace").rstrip("\0")
-            if isinstance(properties.name, bytes)
-            else str(properties.name)
-        )
-        found.append(Gpu(name, f"sm_{properties.major}{properties.minor}"))
-    return Gpus(tuple(found), supported, "")
-
-
-def _driver_gpus() -> Gpus:
-    name = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
-    try:
-        driver = ctypes.CDLL(name)
-    except OSError:
-        return Gpus((), "", f"no NVIDIA driver: {name} is not there")
-    count, newest, major, minor, text = (
-        ctypes.c_int(),
-        ctypes.c_int(),
-        ctypes.c_int(),
-        ctypes.c_int(),
-        ctypes.create_string_buffer(256),
-    )
-    if (status := driver.cuInit(0)) or (status := driver.cuDeviceGetCount(ctypes.byref(count))):
-        return Gpus((), "", f"the driver answers with error {status}")
-    driver.cuDriverGetVersion(ctypes.byref(newest))
-    found = []
-    for device in range(count.value):
-        driver.cuDeviceGetName(text, len(text), device)
-        driver.cuDeviceGetAttribute(ctypes.byref(major), 75, device)
-        driver.cuDeviceGetAttribute(ctypes.byref(minor), 76, device)
-        found.append(Gpu(text.value.decode(errors="replace"), f"sm_{major.value}{minor.value}"))
-    return Gpus(
-        tuple(found),
-        f"{newest.value // 1000}.{newest.value % 1000 // 10}",
-        "" if found else "the driver finds no device",
-    )
 
 
 def _onnxruntime_conflict(wanted: str, name: str) -> Backend | None:

@@ -12,7 +12,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "cuda": ("onnxruntime-gpu>=1.25",),
     "tensorrt": ("tensorrt>=11", "cuda-core>=1.2", "cuda-bindings>=13"),
     "tensorrt-rtx": ("tensorrt-rtx-cu12>=1.7", "cuda-core>=1.2", "cuda-bindings>=13"),
-    "build": ("torch>=2.10", "onnx>=1.21", "onnxscript>=0.6", "safetensors>=0.5", "onnxruntime>=1.25"),
+    "build": ("torch>=2.10", "onnx>=1.21", "onnxscript>=0.6", "onnxruntime>=1.25"),
     "sign": ("cryptography>=44",),
     "bench": ("matplotlib>=3.10",),
 }

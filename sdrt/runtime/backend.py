@@ -12,6 +12,7 @@ from sdrt.engines.store import list_engines, serves_default
 from sdrt.engines.targets import ONNXRUNTIME, OPENVINO, READY, TARGETS, TENSORRT, TENSORRT_RTX, on_gpu
 from sdrt.errors import MachineError, UsageError, nearest, one_of
 from sdrt.machine.cpu import CORES, check_threads
+from sdrt.machine.gpus import probe_gpus
 from sdrt.machine.packages import install_command
 from sdrt.runtime.engine import Engine
 
@@ -114,7 +115,7 @@ def _best(bundle: Bundle) -> str:
             own,
         )
     compiled = next((target for target in (TENSORRT.name, TENSORRT_RTX.name) if target in targets), None)
-    if compiled is not None and gpu_count():
+    if compiled is not None and probe_gpus().found:
         return compiled
     if OPENVINO.name not in targets:
         return ONNXRUNTIME.name
@@ -126,13 +127,3 @@ def _best(bundle: Bundle) -> str:
         )
         return ONNXRUNTIME.name
     return OPENVINO.name
-
-
-def gpu_count() -> int:
-    """CUDA devices that answer; 0 without a driver or without cuda-bindings."""
-    try:
-        from cuda.bindings import runtime
-    except ImportError:
-        return 0
-    status, count = runtime.cudaGetDeviceCount()
-    return int(count) if status == runtime.cudaError_t.cudaSuccess else 0

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Event
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -101,7 +102,7 @@ def test_what_is_recorded(compiled: Compiled) -> None:
             bundle,
             target="tensorrt-rtx",
             compiler=record.key.compiler,
-            device_sm="sm_89",
+            gpu="NVIDIA GeForce RTX 4090, sm_89",
             platform=platform_name(),
         )
         == ""
@@ -738,6 +739,7 @@ def test_build_compiles(
 
 # Enterprise TensorRT, played by TensorRT-RTX
 
+H100 = "NVIDIA H100 80GB HBM3"
 FAKE_TENSORRT = """
 import warnings
 warnings.simplefilter("ignore")
@@ -760,12 +762,12 @@ class Runtime:
 import cuda.core
 
 class Device:
-    name = "NVIDIA H100 80GB HBM3"
-    compute_capability = (9, 0)
     def __init__(self, index):
         assert index == 1
     def set_current(self):
-        pass
+        import os, pathlib
+        with open(pathlib.Path(__file__).parents[2] / "current", "a") as stream:
+            print(os.getpid(), file=stream)
 
 cuda.core.Device = Device
 """
@@ -782,7 +784,9 @@ def enterprise(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path
     monkeypatch.syspath_prepend(tmp_path / "modules")
     monkeypatch.setenv("SDRT_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setattr(core, "Device", core.Device)  # puts the real one back
-    monkeypatch.setattr(runtime, "cudaGetDeviceCount", lambda: (runtime.cudaError_t.cudaSuccess, 2))
+    success, properties = runtime.cudaError_t.cudaSuccess, SimpleNamespace(name=H100.encode(), major=9, minor=0)
+    monkeypatch.setattr(runtime, "cudaGetDeviceCount", lambda: (success, 2))
+    monkeypatch.setattr(runtime, "cudaGetDeviceProperties", lambda index: (success, properties))
     yield tmp_path
     sys.modules.pop("tensorrt", None)
 
@@ -803,6 +807,8 @@ def test_enterprise(enterprise: Path, small_bundle: Path) -> None:
         assert [path.name for path in (enterprise / "cache" / "timing").iterdir()] == [
             "11.4.0.106-NVIDIA-H100-80GB-HBM3-sm_90.cache"
         ]
+    using = {int(line) for line in (enterprise / "current").read_text().split()}
+    assert len(using) == 2 and os.getpid() not in using, "the GPU's memory is for the worker, not for its caller too"
 
 
 def test_enterprise_without_its_gpu(enterprise: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -812,7 +818,7 @@ def test_enterprise_without_its_gpu(enterprise: Path, monkeypatch: pytest.Monkey
         open_compiler("tensorrt", None, 2)
     monkeypatch.setattr(runtime, "cudaGetDeviceCount", lambda: (runtime.cudaError_t.cudaErrorInsufficientDriver, None))
     with pytest.raises(
-        MachineError, match=r"compiles on a GPU, and none answers here \(cudaErrorInsufficientDriver\)"
+        MachineError, match=r"compiles on a GPU, and none answers here: .* \(cudaErrorInsufficientDriver\)"
     ) as raised:
         open_compiler("tensorrt")
     assert "--target tensorrt-rtx" in raised.value.fix

@@ -463,12 +463,20 @@ def test_any_value_anywhere_is_refused_as_ours(value: Any) -> None:
 # Whether it fits
 
 
+HOPPER = "NVIDIA H100 80GB HBM3, sm_90"
+
+
 def test_an_engine_that_fits(bundle: Bundle) -> None:
     record = record_for(bundle)
     assert mismatch(record, bundle) == ""
     assert (
         mismatch(
-            record, bundle, target="tensorrt-rtx", compiler="1.7.1.116", device_sm="sm_89", platform="linux-x86_64"
+            record,
+            bundle,
+            target="tensorrt-rtx",
+            compiler="1.7.1.116",
+            gpu="NVIDIA GeForce RTX 4090, sm_89",
+            platform="linux-x86_64",
         )
         == ""
     )
@@ -482,21 +490,21 @@ def test_an_engine_that_fits(bundle: Bundle) -> None:
         ({"precision": "bf16"}, {}, "built for graphs that have changed"),
         ({}, {"compiler": "1.7.2"}, "built for TensorRT-RTX 1.7.1.116, this machine has 1.7.2"),
         ({"target": "tensorrt"}, {"compiler": "11.5"}, "built for TensorRT 1.7.1.116, this machine has 11.5"),
-        ({}, {"device_sm": "sm_90"}, "built for sm_86,sm_89, this GPU is sm_90"),
-        ({}, {"device_sm": "sm_8"}, "built for sm_86,sm_89, this GPU is sm_8"),
+        ({}, {"gpu": HOPPER}, f"built for sm_86,sm_89, this GPU is {HOPPER}"),
+        ({}, {"gpu": "GPU, sm_8"}, "built for sm_86,sm_89, this GPU is GPU, sm_8"),
+        ({"target": "tensorrt", "device": HOPPER}, {"gpu": HOPPER}, ""),
         (
-            {"device": "NVIDIA H100 80GB HBM3, sm_90"},
-            {"device_sm": "sm_100"},
-            "built for NVIDIA H100 80GB HBM3, sm_90, this GPU is sm_100",
+            {"target": "tensorrt", "device": HOPPER},
+            {"gpu": "NVIDIA H200, sm_90"},  # of the same generation
+            f"built for {HOPPER}, this GPU is NVIDIA H200, sm_90",
         ),
-        ({"device": "NVIDIA H100 80GB HBM3, sm_90"}, {"device_sm": "sm_90"}, ""),
         ({}, {"platform": "windows-x86_64"}, "built for linux-x86_64, this machine is windows-x86_64"),
         ({}, {"flags": ("weightless",)}, "built by another version of sdrt, in another way"),
         ({"flags": ("weightless",)}, {"flags": ("weightless",)}, ""),
         (
             {},
-            {"compiler": "2", "device_sm": "sm_90"},
-            "built for TensorRT-RTX 1.7.1.116, this machine has 2; built for sm_86,sm_89, this GPU is sm_90",
+            {"compiler": "2", "gpu": HOPPER},
+            f"built for TensorRT-RTX 1.7.1.116, this machine has 2; built for sm_86,sm_89, this GPU is {HOPPER}",
         ),
     ],
 )

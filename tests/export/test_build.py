@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx_ir as ir
 import onnxruntime
 import pytest
 import reference
@@ -27,14 +26,18 @@ from sdrt.bundle.manifest import TOKENIZER, WEIGHTS, Latents, Text
 from sdrt.errors import CheckFailed, CheckpointError, InputFileError, NonFiniteError, SdrtError, UsageError
 from sdrt.export import build as build_module
 from sdrt.export import graph as graph_module
+from sdrt.export import network_outputs as outputs_module
 from sdrt.export import selfcheck
+from sdrt.export import trace as trace_module
 from sdrt.export.adapters.embedding import EmbeddingOption
 from sdrt.export.adapters.hypernetwork import HypernetworkOption
 from sdrt.export.adapters.match import LoraOption
 from sdrt.export.build import BuildOptions, BuildReport, build, default_output
-from sdrt.export.graph import Recipe, recipes, skeleton
+from sdrt.export.graph import Recipe, recipes, skeletons
+from sdrt.export.network_outputs import network_outputs
 from sdrt.export.read.checkpoint import Tensor, open_checkpoint
 from sdrt.export.read.tensor_file import TensorFile, open_tensor_file
+from sdrt.export.run_in_parts import run_in_parts
 from sdrt.export.weights import Written, layout
 from sdrt.files.publish import cache_folder
 
@@ -43,11 +46,13 @@ from sdrt.files.publish import cache_folder
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """No self-check, which is most of a cached build's time. For tests of everything around it."""
 
-    def check(recipe: Recipe, weights: TensorFile, graphs: dict[str, Path], reference: Path) -> dict[str, float]:
+    def check(
+        recipe: Recipe, known: object, weights: TensorFile, graphs: dict[str, Path], reference: Path, *, full: bool
+    ) -> dict[str, float]:
         reference.write_bytes(b"not checked")
         return dict.fromkeys(graphs, 0.0)
 
-    monkeypatch.setattr(selfcheck, "check", check)
+    monkeypatch.setattr(build_module, "check", check)
 
 
 @pytest.fixture
@@ -71,10 +76,10 @@ def instant(quick: None, small_bundle: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.fixture
 def no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
-    def trace(recipe: Recipe) -> ir.Model:
+    def trace(recipe: Recipe) -> dict[str, bytes]:
         raise AssertionError(f"{recipe.graph} was traced again")
 
-    monkeypatch.setattr(graph_module, "trace", trace)
+    monkeypatch.setattr(trace_module, "trace", trace)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -161,35 +166,30 @@ def test_another_checkpoint_and_precision_are_not_traced_again(
 
 
 class Cache:
-    """A trace cache of its own for the text encoder, and what would be traced in place of it."""
+    """A trace cache of its own for a text encoder whose trace does not come with sdrt, and what would be traced in
+    place of it.
+    """
 
-    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        checkpoint = open_checkpoint(CHECKPOINT)
-        checkpoint.close()
-        self.recipe = recipes(checkpoint.architecture)[TEXT_ENCODER]
-        model, hit = skeleton(self.recipe)
+    def __init__(self, checkpoint: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        opened = open_checkpoint(checkpoint)
+        opened.close()
+        self.recipe = recipes(opened.architecture)[TEXT_ENCODER]
+        assert not self.recipe.is_shipped()
+        self.skeletons, hit = skeletons(self.recipe)
         assert hit
-        self.model = self.bytes(model)
         self.traced = 0
-        monkeypatch.setattr(graph_module, "trace", self.trace)
+        monkeypatch.setattr(trace_module, "trace", self.trace)
         monkeypatch.setenv("SDRT_CACHE_DIR", str(folder / "cache"))
 
-    @staticmethod
-    def bytes(model: ir.Model) -> bytes:
-        data: bytes = ir.to_proto(model).SerializeToString(deterministic=True)
-        return data
-
-    def trace(self, recipe: Recipe) -> ir.Model:
-        import onnx
-
+    def trace(self, recipe: Recipe) -> dict[str, bytes]:
         assert recipe == self.recipe
         self.traced += 1
-        return ir.from_proto(onnx.ModelProto.FromString(self.model))
+        return self.skeletons
 
     def get(self) -> bool:
-        """Ask for the skeleton. It is always the right one; the result says whether it came from the cache."""
-        model, hit = skeleton(self.recipe)
-        assert self.bytes(model) == self.model
+        """Ask for the skeletons. They are always the right ones; the result says whether they came from the cache."""
+        found, hit = skeletons(self.recipe)
+        assert found == self.skeletons
         return hit
 
     @property
@@ -199,8 +199,8 @@ class Cache:
 
 
 @pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cache:
-    return Cache(tmp_path, monkeypatch)
+def cache(small_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cache:
+    return Cache(small_checkpoint, tmp_path, monkeypatch)
 
 
 def test_cache_is_filled_once(cache: Cache) -> None:
@@ -528,8 +528,8 @@ def test_graph_that_differs_from_its_network_fails_the_build(
 ) -> None:
     run = selfcheck.run_in_parts
 
-    def perturbed(path: Path, inputs: Any) -> Any:
-        outputs = run(path, inputs)
+    def perturbed(path: Path, *rest: Any) -> Any:
+        outputs = run(path, *rest)
         if path.name == f"text_encoder.{compute}.onnx":
             outputs = {name: array * np.float32(1.05) for name, array in outputs.items()}
         return outputs
@@ -559,36 +559,46 @@ def parts(flat_bundle: Path) -> Iterator[tuple[dict[str, Recipe], TensorFile, Pa
 def test_every_output_is_checked(
     parts: tuple[dict[str, Recipe], TensorFile, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, graph: str
 ) -> None:
+    """Against the network's, and those of the half-precision graph against the float32 graph's."""
     made, weights, folder = parts
-    recipe, path = made[graph], folder / f"{graph}.fp32.onnx"
-    right = selfcheck.module_outputs(recipe, weights, selfcheck.reference_inputs(recipe))
-    monkeypatch.setattr(selfcheck, "module_outputs", lambda *_: right)
-    monkeypatch.setattr(selfcheck, "run_in_parts", lambda *_: right)
-    assert selfcheck.check(recipe, weights, {"fp32": path}, tmp_path / "r.npz") == {"fp32": 0.0}
+    recipe = made[graph]
+    paths = {compute: folder / f"{graph}.{compute}.onnx" for compute in ("fp32", "fp16")}
+    inputs = selfcheck.reference_inputs(recipe)
+    right = run_in_parts(paths["fp32"], inputs)
+    known = skeletons(recipe)[0]
+
+    def check(of_network: Any, of_half: Any) -> dict[str, float]:
+        (tmp_path / "r.npz").unlink(missing_ok=True)
+        monkeypatch.setattr(outputs_module, "network_outputs", lambda *_: of_network)
+        run = lambda path, *rest: of_half if path == paths["fp16"] else run_in_parts(path, *rest)  # noqa: E731
+        monkeypatch.setattr(selfcheck, "run_in_parts", run)
+        return selfcheck.check(recipe, known, weights, paths, tmp_path / "r.npz", full=True)
+
+    assert check(right, right) == {"fp32": 0.0, "fp16": 0.0}
     for name, array in right.items():
-        for wrong in (
-            array + 1 if array.dtype != bool else ~array,
-            array[:0],
-            np.zeros_like(array) - np.nan if array.dtype.kind == "f" else array * 0 + 7,
-        ):
-            monkeypatch.setattr(selfcheck, "run_in_parts", lambda *_, wrong=wrong, name=name: right | {name: wrong})
-            (tmp_path / "r.npz").unlink(missing_ok=True)
-            with pytest.raises(CheckFailed, match=f"{graph}.*{name}"):
-                selfcheck.check(recipe, weights, {"fp32": path}, tmp_path / "r.npz")
-            assert not (tmp_path / "r.npz").exists()
+        wrong = {
+            name: array + 1 if array.dtype != bool else ~array,
+            "shape": array[:0],
+            "number": np.zeros_like(array) - np.nan if array.dtype.kind == "f" else array * 0 + 7,
+        }
+        for value in wrong.values():
+            for outputs in ((right | {name: value}, right), (right, right | {name: value})):
+                with pytest.raises(CheckFailed, match=f"{graph}.*{name}"):
+                    check(*outputs)
+                assert not (tmp_path / "r.npz").exists()
 
 
-def test_network_that_gives_nan_fails_the_build(
+def test_graph_that_gives_nan_fails_the_build(
     small_checkpoint: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    outputs = selfcheck.module_outputs
+    run = selfcheck.run_in_parts
 
-    def broken(recipe: Recipe, weights: TensorFile, inputs: Any) -> Any:
-        found = outputs(recipe, weights, inputs)
+    def broken(path: Path, *rest: Any) -> Any:
+        found = run(path, *rest)
         next(iter(found.values())).flat[3] = np.nan
         return found
 
-    monkeypatch.setattr(selfcheck, "module_outputs", broken)
+    monkeypatch.setattr(selfcheck, "run_in_parts", broken)
     refused(
         BuildOptions(small_checkpoint, output=out / "x.sdrt"),
         NonFiniteError,
@@ -623,7 +633,7 @@ def test_reference_is_what_the_network_computes(
         with np.load(flat_bundle / "reference" / f"{graph}.npz", allow_pickle=False) as stored:
             inputs = {name[3:]: stored[name] for name in stored.files if name.startswith("in.")}
             assert inputs.keys() == recipe.signature.inputs.keys()
-            for name, array in selfcheck.module_outputs(recipe, weights, inputs).items():
+            for name, array in network_outputs(recipe, weights, inputs).items():
                 assert np.allclose(stored[f"out.{name}"], array, rtol=1e-4, atol=1e-4), (graph, name)
 
 
@@ -644,7 +654,7 @@ def test_weights_read_as_they_are_needed_give_the_same_bits(
     made, weights, _ = parts
     inputs = selfcheck.reference_inputs(made[graph])
     assert torch.get_num_threads() == 1
-    whole, found = held_whole(made[graph], weights, inputs), selfcheck.module_outputs(made[graph], weights, inputs)
+    whole, found = held_whole(made[graph], weights, inputs), network_outputs(made[graph], weights, inputs)
     assert whole.keys() == found.keys()
     for name, array in whole.items():
         assert array.dtype == found[name].dtype and array.tobytes() == found[name].tobytes(), name
@@ -675,22 +685,25 @@ def test_the_check_holds_the_weights_of_one_operator_and_takes_every_one(
 ) -> None:
     made, weights, _ = parts
     watched: Any = Watched(weights)
-    selfcheck.module_outputs(made[graph], watched, selfcheck.reference_inputs(made[graph]))
+    network_outputs(made[graph], watched, selfcheck.reference_inputs(made[graph]))
     assert watched.seen == made[graph].weight_shapes().keys()
     assert watched.most == 2 and watched.alive == 0
 
 
-def test_weights_that_no_operator_takes_are_not_passed_over(parts: tuple[dict[str, Recipe], TensorFile, Path]) -> None:
+def test_weights_that_no_operator_takes_are_not_passed_over(
+    parts: tuple[dict[str, Recipe], TensorFile, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     made, weights, _ = parts
     recipe = made[VAE_DECODER]
 
-    def with_another() -> torch.nn.Module:
-        module = recipe.make()
+    def with_another(recipe: Recipe) -> torch.nn.Module:
+        module = trace_module.module(recipe)
         module.left_over = torch.nn.Parameter(torch.zeros(1))
         return module
 
+    monkeypatch.setattr(outputs_module, "module", with_another)
     with pytest.raises(AssertionError, match="left_over"):
-        selfcheck.module_outputs(replace(recipe, make=with_another), weights, selfcheck.reference_inputs(recipe))
+        network_outputs(recipe, weights, selfcheck.reference_inputs(recipe))
 
 
 # The manifest
@@ -709,7 +722,7 @@ def test_manifest_tells_where_everything_came_from(blindbox_bundle: Path) -> Non
     assert lora.applied == {"text_encoder": text, "unet": len(modules) - text}
     assert all(0 < change < 2 for change in lora.relative_change.values())
     assert lora.relative_change.keys() == lora.applied.keys()
-    assert manifest.tools["torch"] == torch.__version__
+    assert "torch" not in manifest.tools
     assert manifest.tools["onnxruntime"] == onnxruntime.__version__
     assert (manifest.family, manifest.name, manifest.precision) == ("sd1", "blindbox", "fp16")
     assert manifest.latents == Latents(4, 8, (64, 64), 0)

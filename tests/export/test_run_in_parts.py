@@ -45,7 +45,7 @@ def test_parts_give_what_the_whole_gives(
     run = module._run
 
     def watched(model: Any, folder: Path, part: list[Any], *rest: Any) -> Any:
-        parts.append({name for node in part for name in node.input if name in sizes})
+        parts.append({name for node in part for name in node.inputs if name in sizes})
         return run(model, folder, part, *rest)
 
     limit = sum(sizes.values()) // 8

@@ -20,6 +20,7 @@ from typing import Any
 
 import pytest
 import torch
+from adapter_files import change_of
 from conftest import CHECKPOINT, LORA
 from safetensors.torch import save_file
 from tiny_model import SMALL
@@ -252,7 +253,7 @@ def test_l_lora_headers(tmp_path: Path, small_lora: Path) -> None:
         lora = open_lora(LoraOption(tmp_path / "x.safetensors"), expected, arch, allow_unmatched=False)
         with lora.file:
             for name in lora.deltas:
-                lora.change(name, torch.zeros(expected[name]))
+                change_of(lora, name, torch.zeros(expected[name]))
 
     run("lora", original, attempt)
 

@@ -19,6 +19,12 @@ from sdrt.export.read.checkpoint import open_checkpoint
 
 M = TypeVar("M", bound=nn.Module)
 
+
+def change_of(lora: Lora, weight: str, current: torch.Tensor) -> torch.Tensor:
+    """What a LoRA adds to a weight, as a tensor."""
+    return torch.from_numpy(lora.change(weight, current.float().numpy()))
+
+
 # One module of each kind: its canonical name, kohya's, and its path in diffusers' UNet or transformers' text model.
 _BLOCK = "down_blocks.1.attentions.0.transformer_blocks.0."
 LINEAR = (

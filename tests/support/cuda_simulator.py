@@ -16,6 +16,9 @@ from typing import Any, NamedTuple
 
 from gpu_simulator import Allocation, Capture, CUDAError, Gpu, Queue, Refused, Work
 
+BUILT_FOR_CUDA = 13000
+"""The CUDA of cuda.bindings, as `cudaDriverGetVersion` writes it: its runtime refuses an older driver."""
+
 
 class Handle:
     """A library's own type for an address; `int` gives the number."""
@@ -299,7 +302,7 @@ class Device:
 
     @property
     def name(self) -> str:
-        return "NVIDIA Simulated"
+        return self._gpu.name
 
     @property
     def pci_bus_id(self) -> str:
@@ -335,6 +338,7 @@ class CUresult(enum.IntEnum):
 
 class cudaError_t(enum.IntEnum):
     cudaSuccess = 0
+    cudaErrorInsufficientDriver = 35
     cudaErrorNoDevice = 100
 
 
@@ -344,9 +348,26 @@ def cuMemGetInfo() -> tuple[CUresult, int, int]:
         return CUresult.CUDA_SUCCESS, gpu.memory_bytes - gpu.used_bytes(), gpu.memory_bytes
 
 
-def cudaGetDeviceCount() -> tuple[cudaError_t, int]:
-    devices = _installed().devices
-    return (cudaError_t.cudaSuccess if devices else cudaError_t.cudaErrorNoDevice), devices
+class cudaDeviceProp(NamedTuple):
+    name: bytes
+    major: int
+    minor: int
+
+
+def cudaGetDeviceCount() -> tuple[cudaError_t, int | None]:
+    gpu = _installed()
+    if gpu.driver_cuda < BUILT_FOR_CUDA:
+        return cudaError_t.cudaErrorInsufficientDriver, None
+    return (cudaError_t.cudaSuccess if gpu.devices else cudaError_t.cudaErrorNoDevice), gpu.devices
+
+
+def cudaDriverGetVersion() -> tuple[cudaError_t, int]:
+    return cudaError_t.cudaSuccess, _installed().driver_cuda
+
+
+def cudaGetDeviceProperties(device: int) -> tuple[cudaError_t, cudaDeviceProp]:
+    gpu = _installed()
+    return cudaError_t.cudaSuccess, cudaDeviceProp(gpu.name.encode().ljust(256, b"\0"), *gpu.sm)
 
 
 def _queue(stream: Any) -> Queue:
@@ -393,7 +414,10 @@ def modules() -> dict[str, ModuleType]:
         {kind.__name__: kind for kind in (Device, Stream, Event, EventOptions, Buffer, LegacyPinnedMemoryResource)}
     )
     driver = module("cuda.bindings.driver", cuMemGetInfo=cuMemGetInfo, CUresult=CUresult)
-    runtime = module("cuda.bindings.runtime", cudaGetDeviceCount=cudaGetDeviceCount, cudaError_t=cudaError_t)
+    runtime = module("cuda.bindings.runtime", cudaError_t=cudaError_t)
+    vars(runtime).update(
+        {call.__name__: call for call in (cudaGetDeviceCount, cudaDriverGetVersion, cudaGetDeviceProperties)}
+    )
     bindings = module("cuda.bindings", driver=driver, runtime=runtime)
     made = [module("cuda", core=core, bindings=bindings), core, graph, bindings, driver, runtime]
     return {made_module.__name__: made_module for made_module in made}

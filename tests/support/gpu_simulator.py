@@ -122,8 +122,20 @@ def overlap(a: int, a_size: int, b: int, b_size: int) -> bool:
 class Gpu:
     """One machine. `counts` and `journal` record every call that does something."""
 
-    def __init__(self, *, memory_bytes: int = 1 << 30, sm: tuple[int, int] = (8, 9), devices: int = 1) -> None:
-        self.memory_bytes, self.sm, self.devices = memory_bytes, sm, devices
+    def __init__(
+        self,
+        *,
+        memory_bytes: int = 1 << 30,
+        name: str = "NVIDIA Simulated",
+        sm: tuple[int, int] = (8, 9),
+        devices: int = 1,
+        driver_cuda: int = 13000,
+        enterprise: bool = False,
+    ) -> None:
+        self.memory_bytes, self.name, self.sm, self.devices = memory_bytes, name, sm, devices
+        self.enterprise = enterprise
+        self.driver_cuda = driver_cuda
+        """The newest CUDA of the driver, such as 13000; 0 without one."""
         self.faults = Faults()
         self.costs_ms: dict[str, float] = {}
         """What a run of each network takes on the device's clock, 1 where nothing is said, and a copy within it (d2d),

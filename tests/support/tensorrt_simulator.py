@@ -1,4 +1,5 @@
-"""A stand-in for the part of the TensorRT-RTX runtime that the GPU runtime uses, over a simulated GPU.
+"""A stand-in for the part of the TensorRT-RTX runtime that the GPU runtime uses, over a simulated GPU; and for
+enterprise TensorRT's, which is the same but for what `RTX_ONLY` lists.
 
 A plan names an ONNX graph; ONNX Runtime computes it on the host, reading and writing at the addresses the context was
 given. What TensorRT answers with False or None is answered so; what it leaves undefined is refused. Parameter names are
@@ -24,6 +25,25 @@ from simulated_plans import MAGIC, VERSION, evaluate, layers, session, tensors
 __version__ = VERSION
 
 Shape = tuple[int, ...]
+RTX_ONLY: dict[str, frozenset[str]] = {
+    "": frozenset({"DynamicShapesKernelSpecializationStrategy"}),
+    "IRuntimeConfig": frozenset({"dynamic_shapes_kernel_specialization_strategy"}),
+}
+"""What enterprise TensorRT has not: names of the module, and attributes by class."""
+
+
+class Part:
+    """An object of the library. One of enterprise TensorRT has only what that has."""
+
+    def __getattribute__(self, name: str) -> Any:
+        if name in RTX_ONLY.get(type(self).__name__, ()) and _installed().enterprise:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return super().__getattribute__(name)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if name in RTX_ONLY.get(type(self).__name__, ()) and _installed().enterprise:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        super().__setattr__(name, value)
 
 
 class Logger:
@@ -45,9 +65,10 @@ class DynamicShapesKernelSpecializationStrategy(enum.IntEnum):
     NONE = 2
 
 
-class IRuntimeConfig:
+class IRuntimeConfig(Part):
     def __init__(self) -> None:
-        self.dynamic_shapes_kernel_specialization_strategy = DynamicShapesKernelSpecializationStrategy.LAZY
+        if not _installed().enterprise:
+            self.dynamic_shapes_kernel_specialization_strategy = DynamicShapesKernelSpecializationStrategy.LAZY
         self._allocation = ExecutionContextAllocationStrategy.STATIC
 
     def set_execution_context_allocation_strategy(
@@ -329,7 +350,8 @@ class IExecutionContext:
                     " block"
                 )
             if (
-                self._config.dynamic_shapes_kernel_specialization_strategy
+                not gpu.enterprise
+                and self._config.dynamic_shapes_kernel_specialization_strategy
                 != DynamicShapesKernelSpecializationStrategy.EAGER
             ):
                 raise Refused(f"{name}: kernels are specialised lazily: the graph would keep the fallback ones")
@@ -391,6 +413,19 @@ def _still_bound(context: weakref.ref[IExecutionContext], run: Run, state: objec
 
 
 def modules() -> dict[str, ModuleType]:
+    """TensorRT-RTX's module."""
+    return {"tensorrt_rtx": _module("tensorrt_rtx")}
+
+
+def enterprise_modules() -> dict[str, ModuleType]:
+    """Enterprise TensorRT's module, for a `Gpu` that is `enterprise`."""
+    made = _module("tensorrt")
+    for name in RTX_ONLY[""]:
+        delattr(made, name)
+    return {"tensorrt": made}
+
+
+def _module(name: str) -> ModuleType:
     kinds = (
         Logger,
         ExecutionContextAllocationStrategy,
@@ -403,4 +438,4 @@ def modules() -> dict[str, ModuleType]:
         EngineInspector,
         LayerInformationFormat,
     )
-    return {"tensorrt_rtx": module("tensorrt_rtx", __version__=__version__, **{kind.__name__: kind for kind in kinds})}
+    return module(name, __version__=__version__, **{kind.__name__: kind for kind in kinds})

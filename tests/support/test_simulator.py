@@ -913,7 +913,9 @@ def test_surface_of_cuda_bindings() -> None:
     driver, runtime = (
         pytest.importorskip(f"cuda.bindings.{name}", exc_type=ImportError) for name in ("driver", "runtime")
     )
-    assert callable(driver.cuMemGetInfo) and callable(runtime.cudaGetDeviceCount)
+    assert callable(driver.cuMemGetInfo)
+    for name in ("cudaGetDeviceCount", "cudaDriverGetVersion", "cudaGetDeviceProperties"):
+        assert parameters(getattr(cuda, name)) == parameters(getattr(runtime, name)), name
     assert int(driver.CUresult.CUDA_SUCCESS) == cuda.CUresult.CUDA_SUCCESS
     for member in cuda.cudaError_t:
         assert int(getattr(runtime.cudaError_t, member.name)) == member.value
@@ -956,6 +958,18 @@ def test_surface_of_tensorrt(kind: str) -> None:
         assert isinstance(inspect.getattr_static(real, name), property), name
     public = {name for name in vars(ours) if not name.startswith("_") and callable(getattr(ours, name))}
     assert public == {*TENSORRT_METHODS[kind]} - {"__init__"}
+
+
+def test_what_enterprise_tensorrt_has_not() -> None:
+    """It is there in TensorRT-RTX; `test_bindings` holds the real enterprise library against the code."""
+    real = pytest.importorskip("tensorrt_rtx", exc_type=ImportError)
+    with installed(Gpu(enterprise=True), cuda.modules() | trt.enterprise_modules()):
+        import tensorrt  # type: ignore[import-not-found]
+
+        for kind, names in trt.RTX_ONLY.items():
+            for name in names:
+                assert hasattr(getattr(real, kind) if kind else real, name), name
+                assert not hasattr(object.__new__(getattr(tensorrt, kind)) if kind else tensorrt, name), name
 
 
 def test_enumerations_of_tensorrt() -> None:

@@ -54,7 +54,7 @@ def saved(path: Path, value: object, zipped: bool = True, **options: Any) -> Pat
 
 def read(path: Path) -> dict[str, torch.Tensor]:
     with open_tensor_file(path) as file:
-        return {name: file.read(name) for name in file.entries}
+        return {name: torch.from_numpy(file.read(name)) for name in file.entries}
 
 
 def refused(path: Path, *fragments: str, kind: type[SdrtError] = InputFileError, reading: bool = False) -> SdrtError:

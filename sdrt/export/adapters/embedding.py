@@ -14,7 +14,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
 
 from sdrt.errors import AdapterError, UsageError, printable
 from sdrt.export.adapters.match import Lora, how_to_give
@@ -22,12 +24,10 @@ from sdrt.export.architecture import Architecture, ClipSpec
 from sdrt.export.families.recognise import EMBEDDING as KIND
 from sdrt.export.families.recognise import describe
 from sdrt.export.families.table import EMBEDDINGS, TOKENS, family_named
+from sdrt.export.floats import Array, as_float32, is_finite
 from sdrt.export.read.tensor_entry import FLOATS, TensorEntry
 from sdrt.export.read.tensor_file import TensorFile, open_tensor_file
 from sdrt.export.weights import Made
-
-if TYPE_CHECKING:
-    import torch
 
 _RETRIEVE = "Get the embedding again, or train it again."
 
@@ -191,19 +191,18 @@ def _named_entries(file: TensorFile, arch: Architecture) -> dict[str, TensorEntr
     return found
 
 
-def read_vectors(embedding: Embedding, encoder: int = 0) -> torch.Tensor:
+def read_vectors(embedding: Embedding, encoder: int = 0) -> Array:
     """The vectors for one of the text encoders, float32 `[vectors, width]`.
 
     Raises:
         AdapterError: a value is NaN or infinite.
     """
-    import torch
-
     name = embedding.entries[encoder].name
-    values = embedding.file.read(name).to(torch.float32).reshape(embedding.vectors, -1)
-    if bad := int((~torch.isfinite(values)).sum()):
+    values = as_float32(embedding.file.read(name)).reshape(embedding.vectors, -1)
+    if not is_finite(values):
+        bad = int((~np.isfinite(values)).sum())
         raise AdapterError(
-            f"{embedding.file.path}: {printable(name)}: {bad} of {values.numel()} values are NaN or infinite",
+            f"{embedding.file.path}: {printable(name)}: {bad} of {values.size} values are NaN or infinite",
             _RETRIEVE,
         )
     return values
@@ -231,10 +230,8 @@ def extended_tables(embeddings: Sequence[Embedding], arch: Architecture) -> tupl
     return replace(arch, texts=tuple(texts)), tables
 
 
-def _extended(table: str, rows: Sequence[torch.Tensor], fused: Callable[[str], torch.Tensor]) -> torch.Tensor:
-    import torch
-
-    return torch.cat([fused(table), *rows])
+def _extended(table: str, rows: Sequence[Array], fused: Callable[[str], Array]) -> Array:
+    return np.concatenate([fused(table), *rows])
 
 
 def table_rows(embeddings: Sequence[Embedding], vocabulary: int) -> dict[str, tuple[int, ...]]:

@@ -10,15 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+
+import numpy as np
 
 from sdrt.export.adapters.spelling import DOWN, MAGNITUDE, MID, UP, UP_BIAS
-
-if TYPE_CHECKING:
-    import torch
+from sdrt.export.floats import Array
 
 Shape = tuple[int, ...]
-Read = Callable[[str], "torch.Tensor"]
+Read = Callable[[str], Array]
 """Reads a part by its name, in float32 and checked to be finite. Indices keep their type."""
 
 
@@ -193,20 +192,21 @@ def norm_axis(parts: Mapping[str, Shape], shape: Shape) -> int | None:
     raise MisfitError(f"dora_scale {list(scale)}")
 
 
-def additive(delta: Delta, read: Read) -> torch.Tensor:
-    """ΔW with its factor, float32 of `delta.changes`, without DoRA's rescaling.
+def additive(delta: Delta, read: Read) -> Array:
+    """ΔW with its factor, float32 of `delta.changes`, without DoRA's rescaling, in memory of its own.
 
     Raises:
         MisfitError: a sparse residual points outside the weight.
     """
     keys = delta.keys
     if DOWN in keys:
-        down, up = read(DOWN), read(UP)
-        made = _core(read(MID), up.flatten(1).T, down.flatten(1)) if MID in keys else up.flatten(1) @ down.flatten(1)
+        down, up = _matrix(read(DOWN)), _matrix(read(UP))
+        made = _core(read(MID), up.T, down) if MID in keys else up @ down
     elif "lora_embedding_A" in keys:
-        made = (read("lora_embedding_B") @ read("lora_embedding_A")).T
+        made = read("lora_embedding_A").T @ read("lora_embedding_B").T
     elif "hada_w1_a" in keys:
-        made = _product(keys, read, "hada_w1", "hada_t1") * _product(keys, read, "hada_w2", "hada_t2")
+        made = _product(keys, read, "hada_w1", "hada_t1")
+        made *= _product(keys, read, "hada_w2", "hada_t2")
     elif "diff" in keys:
         made = read("diff")
     elif UP_BIAS in keys:
@@ -214,72 +214,76 @@ def additive(delta: Delta, read: Read) -> torch.Tensor:
     else:
         small = read("lokr_w1") if "lokr_w1" in keys else _product(keys, read, "lokr_w1", "")
         large = read("lokr_w2") if "lokr_w2" in keys else _product(keys, read, "lokr_w2", "lokr_t2")
-        made = _kronecker(small.flatten(1), large.flatten(1))
+        made = _kronecker(_matrix(small), _matrix(large))
     made = made.reshape(delta.shape)
     if "bias_indices" in keys:
-        made = made + _sparse(read, delta.shape)
-    return (made if delta.rows is None else made[slice(*delta.rows)]) * delta.factor
+        made += _sparse(read, delta.shape)
+    if delta.rows is not None:
+        made = made[slice(*delta.rows)]
+    if delta.factor != 1:
+        made *= np.float32(delta.factor)
+    return made
 
 
-def _product(keys: Mapping[str, str], read: Read, pair: str, core: str) -> torch.Tensor:
+def _matrix(values: Array) -> Array:
+    """`[a, b, ...]` with all but the first dimension in one."""
+    return values.reshape(len(values), -1)
+
+
+def _product(keys: Mapping[str, str], read: Read, pair: str, core: str) -> Array:
     """`a @ b` flattened to `[out, in * kernel]`; with a core `[out, in, *kernel]`."""
     a, b = read(f"{pair}_a"), read(f"{pair}_b")
-    return _core(read(core), a, b) if core in keys else a.flatten(1) @ b.flatten(1)
+    product: Array = _core(read(core), a, b) if core in keys else _matrix(a) @ _matrix(b)
+    return product
 
 
-def _core(core: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+def _core(core: Array, a: Array, b: Array) -> Array:
     """Tucker's form: R[p, q, ...] = Σ_ij core[i, j, ...] · a[i, p] · b[j, q]. Shapes: core `[r, r, *kernel]`, a `[r,
     out]`, b `[r, in]`.
     """
-    import torch
+    half = (a.T @ _matrix(core)).reshape(a.shape[1], core.shape[1], -1)  # [out, r, kernel]
+    whole: Array = np.matmul(b.T, half)
+    return whole.reshape(a.shape[1], b.shape[1], *core.shape[2:])
 
-    return torch.einsum("ij...,ip,jq->pq...", core, a, b)
 
-
-def _kronecker(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+def _kronecker(a: Array, b: Array) -> Array:
     """`[p, q]` and `[o, i]` to `[p * o, q * i]`. If a kernel is flattened into i, it is flattened in the result too."""
-    import torch
+    blocks: Array = a[:, None, :, None] * b[None, :, None, :]
+    return blocks.reshape(a.shape[0] * b.shape[0], -1)
 
-    return torch.kron(a.contiguous(), b.contiguous())
 
-
-def _sparse(read: Read, shape: Shape) -> torch.Tensor:
+def _sparse(read: Read, shape: Shape) -> Array:
     """The residual that LyCORIS's extraction may keep beside the low rank: indices `[2, n]`, values `[n]`, and the size
     `[2]` of a matrix `[out, in * kernel]`.
     """
-    import torch
-
-    indices, values, size = (
-        read("bias_indices").long(),
-        read("bias_values"),
-        [int(n) for n in read("bias_size").flatten()],
-    )
+    indices, values = read("bias_indices").astype(np.int64), read("bias_values")
+    size = [int(n) for n in read("bias_size").flatten()]
     good = (
         len(size) == 2
         and size == [shape[0], math.prod(shape[1:])]
-        and indices.shape == (2, values.numel())
-        and values.dim() == 1
+        and indices.shape == (2, values.size)
+        and values.ndim == 1
     )
-    if not good or (values.numel() and (int(indices.min()) < 0 or bool((indices.amax(1) >= torch.tensor(size)).any()))):
+    if not good or (values.size and (indices.min() < 0 or (indices.max(axis=1) >= size).any())):
         raise MisfitError(
             f"bias_size {size} with bias_indices {list(indices.shape)} and bias_values {list(values.shape)}"
         )
-    dense = torch.zeros(size)
-    dense.index_put_((indices[0], indices[1]), values, accumulate=True)
+    dense = np.zeros(size, np.float32)
+    np.add.at(dense, (indices[0], indices[1]), values)
     return dense.reshape(shape)
 
 
-def decomposed(weight: torch.Tensor, change: torch.Tensor, magnitude: torch.Tensor, axis: int) -> torch.Tensor:
+def decomposed(weight: Array, change: Array, magnitude: Array, axis: int) -> Array:
     """DoRA's change: V · m / |V| - W with V = W + ΔW, where |V| are the norms along `axis` and m the magnitudes, one
     for each norm.
 
     V is normalised, as in its trainers (peft, LyCORIS). Some tools divide by the norm of W instead, where the axis is
     that of the outputs.
     """
-    import torch
-
     moved = weight + change
-    others = [i for i in range(weight.dim()) if i != axis]
-    norms = torch.linalg.vector_norm(moved, dim=others, keepdim=True) + torch.finfo(torch.float32).eps
-    result: torch.Tensor = moved * (magnitude.reshape(norms.shape) / norms) - weight
-    return result
+    others = tuple(i for i in range(weight.ndim) if i != axis)
+    squares = np.sum(np.square(moved), axis=others, keepdims=True, dtype=np.float64)
+    norms = np.sqrt(squares).astype(np.float32) + np.finfo(np.float32).eps
+    moved *= magnitude.reshape(norms.shape) / norms
+    moved -= weight
+    return moved

@@ -3,7 +3,7 @@ in.
 
 A linear hypernetwork at the end of its width's chain is folded: with n(x) = M x + b, to_k(n(x)) = (W M) x + W b. All
 others become part of the trace, as `sdrt.export.networks.unet.Hypernetworks`. Their values are weights like any other;
-the trace knows only their structure.
+the trace knows only their structure. Imports torch only to check one that is not linear.
 """
 
 from __future__ import annotations
@@ -13,15 +13,16 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
-import torch
+import numpy as np
 
-from sdrt.errors import AdapterError, UsageError, printable
+from sdrt.errors import AdapterError, MachineError, UsageError, printable
 from sdrt.export.adapters.hypernetwork import AGAIN, PARTS, Hypernetwork
-from sdrt.export.architecture import UNetSpec
-from sdrt.export.networks.unet import Residual
+from sdrt.export.architecture import HypernetworkSpec, UNetSpec
+from sdrt.export.floats import Array, as_float32, is_finite
 from sdrt.export.weights import Made
+from sdrt.machine.packages import install_command
 
-Fused = Callable[[str], torch.Tensor]
+Fused = Callable[[str], Array]
 
 
 def check_values(hypernetworks: Sequence[Hypernetwork]) -> None:
@@ -30,6 +31,7 @@ def check_values(hypernetworks: Sequence[Hypernetwork]) -> None:
     Raises:
         UsageError: a file was given twice.
         AdapterError: a value is NaN or infinite, or a hypernetwork changes nothing.
+        MachineError: a hypernetwork is not linear, and torch is not installed.
     """
     known: dict[str, Hypernetwork] = {}
     for hypernetwork in hypernetworks:
@@ -40,31 +42,58 @@ def check_values(hypernetworks: Sequence[Hypernetwork]) -> None:
                 "Give it once, with the scale you want.",
             )
         for layers, part in itertools.product(hypernetwork.spec.layers, PARTS):
-            network = _network(hypernetwork, layers, part)
-            for (_, value), name in zip(
-                network.layers.named_parameters(), hypernetwork.names[layers[0], part], strict=True
-            ):
-                if bad := int((~torch.isfinite(value)).sum()):
+            values = []
+            for name in hypernetwork.names[layers[0], part]:
+                values.append(as_float32(hypernetwork.file.read(name)))
+                if not is_finite(values[-1]):
+                    bad = int((~np.isfinite(values[-1])).sum())
                     raise AdapterError(
-                        f"{path}: {printable(name)}: {bad} of {value.numel()} values are NaN or infinite", AGAIN
+                        f"{path}: {printable(name)}: {bad} of {values[-1].size} values are NaN or infinite", AGAIN
                     )
-            with torch.inference_mode():
-                active = active or bool(
-                    network.layers(torch.randn(4, layers[0], generator=torch.Generator().manual_seed(0))).any()
-                )
+            active = active or bool(_added(hypernetwork, layers, values).any())
         if not active:
             raise AdapterError(
                 f"{path}: adds nothing to any input: the hypernetwork does nothing", "Train it longer, or leave it out."
             )
 
 
-def _network(hypernetwork: Hypernetwork, layers: tuple[int, ...], part: str) -> Residual:
+def _added(hypernetwork: Hypernetwork, layers: tuple[int, ...], values: Sequence[Array]) -> Array:
+    """What a network with these values adds to some inputs, before its scale."""
+    x = np.random.RandomState(0).standard_normal((4, layers[0])).astype(np.float32)
+    if hypernetwork.linear:
+        with np.errstate(all="ignore"):  # an overflow is not nothing
+            for weight, bias in zip(values[::2], values[1::2], strict=True):
+                x = x @ weight.T + bias
+        return x
+    try:
+        import torch
+
+        from sdrt.export.networks.unet import Residual
+    except ImportError as error:
+        raise MachineError(
+            f"{hypernetwork.file.path}: a hypernetwork that is not linear is traced, which needs PyTorch",
+            f"Install it with: {install_command('build')}",
+        ) from error
     with torch.device("meta"):
-        network = Residual(layers, hypernetwork.spec).eval()
-    values = (hypernetwork.file.read(name).to(torch.float32) for name in hypernetwork.names[layers[0], part])
-    state = dict(zip(dict(network.layers.named_parameters()), values, strict=True))
-    network.layers.load_state_dict(state, assign=True)
-    return network
+        network = Residual(layers, hypernetwork.spec).eval().layers
+    state = zip(_parameters(layers, hypernetwork.spec), map(torch.from_numpy, values), strict=True)
+    network.load_state_dict(dict(state), assign=True)
+    with torch.inference_mode():
+        result: Array = network(torch.from_numpy(x)).numpy()
+    return result
+
+
+def _parameters(layers: tuple[int, ...], spec: HypernetworkSpec) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the parameters of `Residual.layers`, in their order."""
+    found: dict[str, tuple[int, ...]] = {}
+    modules = 0  # activations have a number too
+    for i, (width, following) in enumerate(itertools.pairwise(layers), 1):
+        found |= {f"{modules}.weight": (following, width), f"{modules}.bias": (following,)}
+        modules += 1 + (spec.activation is not None and (i < len(layers) - 1 or spec.activate_output))
+        if spec.layer_norm:
+            found |= {f"{modules}.weight": (following,), f"{modules}.bias": (following,)}
+            modules += 1
+    return found
 
 
 def attach(
@@ -102,40 +131,39 @@ def attach(
 def _traced_tensors(prefix: str, hypernetwork: Hypernetwork, layers: tuple[int, ...], part: str) -> dict[str, Made]:
     file, path, scale = hypernetwork.file, hypernetwork.file.path, hypernetwork.option.scale
 
-    def reader(name: str) -> Callable[[Fused], torch.Tensor]:
-        return lambda fused: file.read(name).to(torch.float32)
+    def reader(name: str) -> Callable[[Fused], Array]:
+        return lambda fused: as_float32(file.read(name))
 
-    with torch.device("meta"):
-        parameters = dict(Residual(layers, hypernetwork.spec).layers.named_parameters(prefix="layers"))
-    made = {prefix + "scale": Made((1,), path, lambda fused: torch.full((1,), scale))}
-    for (parameter, value), name in zip(parameters.items(), hypernetwork.names[layers[0], part], strict=True):
-        made[prefix + parameter] = Made(tuple(value.shape), path, reader(name))
+    made = {prefix + "scale": Made((1,), path, lambda fused: np.full(1, scale, np.float32))}
+    parameters = _parameters(layers, hypernetwork.spec)
+    for (parameter, shape), name in zip(parameters.items(), hypernetwork.names[layers[0], part], strict=True):
+        made[f"{prefix}layers.{parameter}"] = Made(shape, path, reader(name))
     return made
 
 
 def _folded_tensors(
     width: int, part: str, chain: Sequence[Hypernetwork], shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, Made]:
-    known: list[tuple[torch.Tensor, torch.Tensor]] = []
+    known: list[tuple[Array, Array]] = []
 
-    def affine() -> tuple[torch.Tensor, torch.Tensor]:
+    def affine() -> tuple[Array, Array]:
         """The whole chain as M and b in float64, computed once."""
         if not known:
-            matrix, bias = torch.eye(width, dtype=torch.float64), torch.zeros(width, dtype=torch.float64)
+            matrix, bias = np.eye(width), np.zeros(width)
             for hypernetwork in chain:
                 m, b = matrix, bias
-                values = [hypernetwork.file.read(name).to(torch.float64) for name in hypernetwork.names[width, part]]
+                values = [hypernetwork.file.read(name).astype(np.float64) for name in hypernetwork.names[width, part]]
                 for weight, offset in zip(values[::2], values[1::2], strict=True):
                     m, b = weight @ m, weight @ b + offset
                 matrix, bias = matrix + hypernetwork.option.scale * m, bias + hypernetwork.option.scale * b
             known.append((matrix, bias))
         return known[0]
 
-    def folded_weight(weight: str) -> Callable[[Fused], torch.Tensor]:
-        return lambda fused: (fused(weight).to(torch.float64) @ affine()[0]).to(torch.float32)
+    def folded_weight(weight: str) -> Callable[[Fused], Array]:
+        return lambda fused: as_float32(fused(weight).astype(np.float64) @ affine()[0])
 
-    def folded_bias(weight: str) -> Callable[[Fused], torch.Tensor]:
-        return lambda fused: (fused(weight).to(torch.float64) @ affine()[1]).to(torch.float32)
+    def folded_bias(weight: str) -> Callable[[Fused], Array]:
+        return lambda fused: as_float32(fused(weight).astype(np.float64) @ affine()[1])
 
     path, made = chain[-1].file.path, {}
     for weight in [

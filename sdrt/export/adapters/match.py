@@ -11,7 +11,8 @@ import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import numpy as np
 
 from sdrt.errors import AdapterError, UsageError, nearest, printable
 from sdrt.export.adapters.formula import (
@@ -44,11 +45,10 @@ from sdrt.export.architecture import Architecture, UNetSpec
 from sdrt.export.families.keys import adapter_names, joined_modules, later_layers
 from sdrt.export.families.recognise import LORA, OPTION_OF_KIND, describe
 from sdrt.export.families.table import component_of, family_named, family_of
+from sdrt.export.floats import Array, as_float32, is_finite
+from sdrt.export.read.tensor_entry import FLOATS
 from sdrt.export.read.tensor_file import TensorFile, open_tensor_file
 from sdrt.files.read import Document
-
-if TYPE_CHECKING:
-    import torch
 
 _SHOWN_KEYS = 5
 _BIAS_PARTS = ("diff_b", UP_BIAS)
@@ -104,8 +104,10 @@ class Lora:
         """
         return weight in self.deltas and self.deltas[weight].norm_axis is not None
 
-    def change(self, weight: str, current: torch.Tensor) -> torch.Tensor:
-        """What this adapter adds, at its scale, to a weight with the value `current`; float32 of the weight's shape.
+    @np.errstate(all="ignore")  # an overflow is found in the sum
+    def change(self, weight: str, current: Array) -> Array:
+        """What this adapter adds, at its scale, to a weight with the value `current`; float32 of the weight's shape, in
+        memory of its own.
 
         The scale multiplies the whole change. For DoRA that is W + scale * (W_dora - W), as in AUTOMATIC1111 and
         ComfyUI.
@@ -113,8 +115,6 @@ class Lora:
         Raises:
             AdapterError: a value is not finite.
         """
-        import torch
-
         delta = self.deltas[weight]
         try:
             made = additive(delta, lambda part: self._read(delta.keys[part]))
@@ -123,8 +123,8 @@ class Lora:
                 f"{self.file.path}: {printable(next(iter(delta.keys.values())))}: {error}: no part of a weight"
                 f" {list(delta.shape)}"
             ) from error
-        if delta.changes != tuple(current.shape):
-            padding = torch.zeros(current.shape)
+        if delta.changes != current.shape:
+            padding = np.zeros(current.shape, np.float32)
             padding[:, : delta.shape[1]] = made
             made = padding
         if delta.norm_axis is not None:
@@ -132,22 +132,19 @@ class Lora:
             if delta.rows is not None:
                 magnitude = magnitude.flatten()[slice(*delta.rows)]
             made = decomposed(current, made, magnitude, delta.norm_axis)
-        return made * self.scale(weight)
+        if (scale := self.scale(weight)) != 1:
+            made *= np.float32(scale)
+        return made
 
-    def _read(self, key: str) -> torch.Tensor:
-        import torch
-
+    def _read(self, key: str) -> Array:
         value = self.file.read(key)
-        if not value.is_floating_point():
+        if (kind := self.file.entries[key].dtype) not in FLOATS:
             if key.endswith((".bias_indices", ".bias_size")):
                 return value
-            raise AdapterError(
-                f"{self.file.path}: {printable(key)}: expected floating-point numbers, found"
-                f" {self.file.entries[key].dtype}"
-            )
-        value = value.to(torch.float32)
-        if not torch.isfinite(value).all():
-            count = int((~torch.isfinite(value)).sum())
+            raise AdapterError(f"{self.file.path}: {printable(key)}: expected floating-point numbers, found {kind}")
+        value = as_float32(value)
+        if not is_finite(value):
+            count = int((~np.isfinite(value)).sum())
             raise AdapterError(
                 f"{self.file.path}: {printable(key)}: {count} values are NaN or infinite",
                 "Download or train the adapter again.",
@@ -533,7 +530,7 @@ def _factor(file: TensorFile, module: _Module, rank: int | None, config: PeftCon
         return 1.0 if stated is None else stated
     where, key = f"{file.path}: {printable(module.name)}.alpha", module.keys["alpha"]
     stored = file.read(key).flatten()
-    if stored.numel() != 1:
+    if stored.size != 1:
         raise AdapterError(f"{where}: expected one number, found shape {list(file.entries[key].shape)}")
     alpha = float(stored[0])
     if not math.isfinite(alpha):

@@ -7,7 +7,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import numpy as np
 
 from sdrt.errors import CheckpointError, nearest, printable
 from sdrt.export.architecture import Architecture, architecture, default_size
@@ -21,15 +22,13 @@ from sdrt.export.families.checkpoint_names import (
 )
 from sdrt.export.families.family import Component
 from sdrt.export.families.table import COMPONENTS, FAMILIES, component_of, family_named
+from sdrt.export.floats import Array, as_float32, is_finite
 from sdrt.export.read.diffusers_config import SCHEDULER, TEXTS, check_family, check_sizes, sampling_note
 from sdrt.export.read.diffusers_config import VAE as VAE_CONFIG
 from sdrt.export.read.diffusion import STATED, with_diffusion
 from sdrt.export.read.model_files import ModelFiles, Stored, open_model, open_vae
 from sdrt.export.read.tensor_entry import FLOATS, TensorEntry
 from sdrt.export.read.tensor_file import TensorFile
-
-if TYPE_CHECKING:
-    import torch
 
 _IGNORED = (
     "alphas_cumprod",
@@ -81,28 +80,25 @@ class Tensor:
         stored = self.entry.shape if self.rows is None else (self.rows[1] - self.rows[0], *self.entry.shape[1:])
         return stored[::-1] if self.transposed else stored
 
-    def read(self) -> torch.Tensor:
-        """The stored values in the model's shape and the stored type. 8-bit floats become float32 and are scaled. Only
+    def read(self) -> Array:
+        """The stored values in the model's shape, of the type that `TensorFile.read` gives, 8-bit floats scaled. Only
         the needed part of the file is read.
 
         Raises:
             CheckpointError: the scale of an 8-bit weight is no finite number.
             InputFileError, UnsafeError: as `TensorFile.read`.
         """
-        import torch
-
         stored = self.file.read(self.entry.name, self.rows)
-        if self.entry.dtype.startswith("F8"):
-            stored = stored.float()  # hardly any operator takes 8-bit floats
         if self.scale is not None:
-            scale = self.file.read(self.scale.name).float()
-            if scale.numel() != 1 or not bool(torch.isfinite(scale).all()):
+            scale = as_float32(self.file.read(self.scale.name))
+            if scale.size != 1 or not is_finite(scale):
                 raise CheckpointError(
                     f"{self.file.path}: {printable(self.scale.name)}: expected one finite number, found shape"
                     f" {list(scale.shape)}"
                 )
-            stored = stored * scale.reshape(())
-        return (stored.T if self.transposed else stored).reshape(self.shape).contiguous()
+            with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is refused where it is used
+                stored *= scale.reshape(())
+        return (stored.T.copy() if self.transposed else stored).reshape(self.shape)
 
 
 @dataclass(frozen=True)

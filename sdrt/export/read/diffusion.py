@@ -1,7 +1,5 @@
 """What a file says of its training: what the network predicts, at which levels of noise, in which latents. Keys that
 hold nothing else, metadata, a folder's scheduler and a few weights say it.
-
-Reads the few numbers it needs without torch.
 """
 
 from __future__ import annotations
@@ -9,7 +7,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +22,8 @@ from sdrt.export.read.model_files import ModelFiles, Stored
 PREDICTIONS = {"epsilon": "epsilon", "eps": "epsilon", "v": "v", "v_prediction": "v", "x0": "x0", "sample": "x0"}
 STATED = ("v_pred", "ztsnr", "edm_mean", "edm_std", "edm_vpred.")
 """How the keys begin that say it in a file of tensors."""
+_FLOATS = ("F64", "F32", "F16", "BF16")
+"""Types of numbers that are read. 8-bit floats are none: another tensor has their scale."""
 _MAX_VALUES = 1 << 16
 """More than any weight has that is read."""
 _EDM_SCALE, _EDM_SIGMAS, _EDM_DATA = 0.5, (0.002, 80.0), 0.5
@@ -185,17 +184,9 @@ def _values(model: ModelFiles, key: str, count: int) -> NDArray[np.float64]:
 
 def _floats(stored: Stored) -> NDArray[np.float64]:
     """A small tensor's numbers, flat."""
-    entry, path, data = stored.entry, stored.file.path, stored.file.read_bytes(stored.entry)
-    values: NDArray[np.floating[Any]]
-    if entry.dtype == "BF16":
-        values = (np.frombuffer(data, "<u2").astype(np.uint32) << 16).view(np.float32)
-    elif entry.dtype in (kinds := {"F64": "<f8", "F32": "<f4", "F16": "<f2"}):
-        values = np.frombuffer(data, kinds[entry.dtype])
-    else:
+    file, entry = stored.file, stored.entry
+    if entry.dtype not in _FLOATS:
         raise CheckpointError(
-            f"{path}: {printable(entry.name)}: expected one of {', '.join(kinds)}, BF16, found {entry.dtype}"
+            f"{file.path}: {printable(entry.name)}: expected one of {', '.join(_FLOATS)}, found {entry.dtype}"
         )
-    if entry.strides:
-        steps = [stride * values.itemsize for stride in entry.strides]
-        values = np.lib.stride_tricks.as_strided(values, entry.shape, steps)
-    return values.astype(np.float64).ravel()
+    return file.read(entry.name).astype(np.float64).ravel()

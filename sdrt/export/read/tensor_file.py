@@ -2,8 +2,7 @@
 shapes come at once, data on demand. Nothing in the file is ever executed.
 
 A safetensors header is checked more strictly than the safetensors library does (format document: safetensors README).
-Duplicate keys, holes and trailing bytes are refused, and every message names the file and the tensor. torch is imported
-only when data is read.
+Duplicate keys, holes and trailing bytes are refused, and every message names the file and the tensor. Imports no torch.
 """
 
 from __future__ import annotations
@@ -19,17 +18,17 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Lock
-from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn
+from typing import Any, BinaryIO, NoReturn
+
+import numpy as np
 
 from sdrt.errors import InputFileError, UnsafeError, printable
 from sdrt.export.adapters.png_embedding import read_png_embedding
+from sdrt.export.floats import STORED, Array, widened
 from sdrt.export.read.tensor_entry import ITEM_BYTES, MAX_RANK, MAX_TENSORS, TensorEntry
 from sdrt.export.read.torch_archive import read_legacy_archive, read_zip_archive
 from sdrt.export.read.zip_members import Member, check_member, read_member
 from sdrt.files.read import DuplicateKeyError, unique
-
-if TYPE_CHECKING:
-    import torch
 
 MAX_HEADER_BYTES = 100_000_000
 _BLOCK_BYTES = 1 << 20
@@ -134,37 +133,22 @@ class TensorFile:
             )
         return data
 
-    def read(self, name: str, rows: tuple[int, int] | None = None) -> torch.Tensor:
-        """The tensor as it is stored, row-major. With `rows` only the rows from the first number to before the second
-        are read.
+    def read(self, name: str, rows: tuple[int, int] | None = None) -> Array:
+        """The tensor's values, row-major, in memory of their own. The type is the stored one, or float32 for bfloat16
+        and 8-bit floats, which numpy lacks. With `rows` only the rows from the first number to before the second are
+        read.
 
         Raises:
-            InputFileError: the tensor is not floating-point or integer data that torch can hold; or as `read_bytes`.
+            InputFileError: the tensor is of a type that is not in `STORED`; or as `read_bytes`.
             UnsafeError: as `read_bytes`.
         """
-        import torch
-
         entry = self.entries[name] if rows is None else self.entries[name].rows(*rows)
-        kinds = {
-            "F64": torch.float64,
-            "F32": torch.float32,
-            "F16": torch.float16,
-            "BF16": torch.bfloat16,
-            "F8_E4M3": torch.float8_e4m3fn,
-            "F8_E5M2": torch.float8_e5m2,
-            "I64": torch.int64,
-            "I32": torch.int32,
-            "I16": torch.int16,
-            "I8": torch.int8,
-            "U8": torch.uint8,
-            "BOOL": torch.bool,
-        }
-        if entry.dtype not in kinds:
+        if entry.dtype not in STORED:
             raise InputFileError(f"{self.path}: {printable(name)}: expected floating-point data, found {entry.dtype}")
-        if entry.size_bytes == 0:
-            return torch.empty(entry.shape, dtype=kinds[entry.dtype])
-        flat = torch.frombuffer(self.read_bytes(entry), dtype=kinds[entry.dtype])
-        return flat.as_strided(entry.shape, entry.strides).contiguous() if entry.strides else flat.reshape(entry.shape)
+        kind = np.dtype(STORED[entry.dtype])
+        steps = [stride * kind.itemsize for stride in entry.strides] if entry.size_bytes else []
+        stored: Array = np.ndarray(entry.shape, kind, self.read_bytes(entry), strides=steps or None)
+        return widened(stored.copy() if steps else stored, entry.dtype)
 
     def sha256(self) -> str:
         """SHA-256 of the whole file through the same descriptor.

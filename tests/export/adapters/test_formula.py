@@ -20,6 +20,7 @@ from adapter_files import (
     NORM,
     POINTWISE,
     SQUARE,
+    change_of,
     model,
     opened,
     randomised,
@@ -67,7 +68,7 @@ def saved(path: Path, module: str, tensors: Mapping[str, torch.Tensor]) -> Path:
 def change(path: Path, weight: str, current: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
     adapter = opened(path, scale)
     with adapter.file:
-        return adapter.change(weight, current.detach().float())
+        return change_of(adapter, weight, current.detach().float())
 
 
 # LyCORIS
@@ -214,7 +215,10 @@ def test_file_that_peft_saves(tmp_path: Path, module: Module, config: str, optio
         changed = {name for name in base if not torch.equal(base[name], merged[name])}
         assert {f"{module[0]}.{name}" for name in changed} == set(adapter.deltas)
         for name in changed:
-            assert relative(adapter.change(f"{module[0]}.{name}", base[name].float()), merged[name] - base[name]) < 1e-5
+            assert (
+                relative(change_of(adapter, f"{module[0]}.{name}", base[name].float()), merged[name] - base[name])
+                < 1e-5
+            )
 
 
 # Formulas

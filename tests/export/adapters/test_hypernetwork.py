@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,8 @@ from tiny_model import regular_unet
 from torch import nn
 
 from sdrt.bundle import graphs
+from sdrt.bundle.onnx_graph import read_graph
 from sdrt.errors import AdapterError, InputFileError, SdrtError, UsageError
-from sdrt.export import graph as graph_module
 from sdrt.export.adapters.hypernetwork import (
     ACTIVATIONS,
     Hypernetwork,
@@ -33,13 +34,14 @@ from sdrt.export.adapters.hypernetwork import (
 )
 from sdrt.export.adapters.hypernetwork_weights import attach, check_values
 from sdrt.export.architecture import HypernetworkSpec, UNetSpec
-from sdrt.export.graph import Recipe, bind, recipes, trace
+from sdrt.export.graph import Recipe, bind, recipes
 from sdrt.export.inspect import inspect_file
 from sdrt.export.networks.unet import CrossAttention, Hypernetworks, Residual
 from sdrt.export.read.checkpoint import Tensor, open_checkpoint
 from sdrt.export.read.tensor_file import open_tensor_file
 from sdrt.export.run_in_parts import run_in_parts
-from sdrt.export.weights import write_weights
+from sdrt.export.trace import trace, weight_shapes
+from sdrt.export.weights import Made, write_weights
 
 EMOJI = regular_unet((64, 96, 128, 128), (2, 2, 2, 2), (1, 1, 1, 0), 1, 64, linear=False)
 SD1 = regular_unet((320, 640, 1280, 1280), (2, 2, 2, 2), (1, 1, 1, 0), 1, 768, linear=False)
@@ -124,13 +126,15 @@ def test_h1_every_structure(tmp_path: Path, settings: Settings) -> None:
         compare_modules([hypernetwork], [(settings, files.content(settings, 1), 0.7)], fold=False)
 
 
+def made_of(tensor: Made, weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    return torch.from_numpy(tensor.make(lambda name: weights[name].numpy()))
+
+
 def compare_modules(chain: Sequence[Hypernetwork], reference: files.Chain, *, fold: bool) -> None:
     """The modules that would be traced, holding the values that would be stored, against the formula in float64."""
     spec, made = attach(chain, EMOJI, {}, fold=fold)
     module = Hypernetworks(spec.hypernetworks).eval()
-    module.load_state_dict(
-        {name.removeprefix("hypernetworks."): tensor.make(lambda name: torch.empty(0)) for name, tensor in made.items()}
-    )
+    module.load_state_dict({name.removeprefix("hypernetworks."): made_of(tensor, {}) for name, tensor in made.items()})
     assert all(tuple(value.shape) == made["hypernetworks." + name].shape for name, value in module.state_dict().items())
     for width in (64, 96, 128, 48):
         x = torch.randn(2, 5, width, generator=torch.Generator().manual_seed(width))
@@ -255,7 +259,7 @@ def test_what_is_folded(
     module = Hypernetworks(spec.hypernetworks).eval()
     module.load_state_dict(
         {
-            n.removeprefix("hypernetworks."): t.make(weights.__getitem__)
+            n.removeprefix("hypernetworks."): made_of(t, weights)
             for n, t in made.items()
             if n.startswith("hypernetworks.")
         }
@@ -265,7 +269,7 @@ def test_what_is_folded(
         for part, inputs, expected in zip("kv", module(x), files.keys_and_values(reference, x.double()), strict=True):
             name = f"l{width}.attn2.to_{part}"
             weight, bias = (
-                made[n].make(weights.__getitem__) if n in made else None for n in (name + ".weight", name + ".bias")
+                made_of(made[n], weights) if n in made else None for n in (name + ".weight", name + ".bias")
             )
             found = inputs @ (weights[name + ".weight"] if weight is None else weight).T + (0 if bias is None else bias)
             assert relative(found.numpy(), (expected @ weights[name + ".weight"].double().T).numpy()) < 1e-6
@@ -348,8 +352,9 @@ class Sizes:
         spec, made = attach(chain, WIDE, shapes, fold=fold)
         inputs = {name: graphs.Tensor(("n", *array.shape[1:])) for name, array in self.inputs.items()}
         signature = graphs.Signature(inputs, {f"y_{w}": graphs.Tensor(("n", 5, 64)) for w in WIDTHS})
-        recipe = Recipe("step", spec, lambda: Attentions(spec), signature, {"n": 2})
-        skeleton = trace(recipe)
+        with torch.device("meta"):
+            network = Attentions(spec)
+        skeletons = trace(Recipe("step", spec, signature, {"n": 2}), network)
         paths = {}
         with open_tensor_file(folder.parent / "base.safetensors") as base:
             tensors = {name: Tensor(base, entry) for name, entry in base.entries.items()}
@@ -357,9 +362,9 @@ class Sizes:
                 (folder / precision).mkdir(parents=True)
                 weights_file = folder / precision / "weights.safetensors"
                 placed = write_weights(weights_file, tensors, [], precision, lambda done: None, made).placed
-                assert placed.keys() == recipe.weight_shapes().keys()
+                assert placed.keys() == weight_shapes(network).keys()
                 paths[precision] = folder / precision / "x.onnx"
-                bind(skeleton.clone(), weights_file, placed, precision, precision, paths[precision])
+                bind(read_graph(skeletons[precision]), weights_file, placed, precision, paths[precision])
         return Compiled(spec, paths)
 
     def run(self, compiled: Compiled, precision: str) -> dict[str, NDArray[Any]]:
@@ -432,17 +437,18 @@ def test_every_activation_compiles(tmp_path: Path) -> None:
     recipe = Recipe(
         "step",
         None,
-        EveryActivation,
         graphs.Signature(
             {"x": graphs.Tensor(("n", 5, 64))}, {f"y_{name}": graphs.Tensor(("n", 5, 64)) for name in ACTIVATIONS}
         ),
         {"n": 3},
     )
-    skeleton = trace(recipe)
+    with torch.device("meta"):
+        network = EveryActivation()
+    skeletons = trace(recipe, network)
     generator = torch.Generator().manual_seed(0)
     weights = {
         name: torch.randn(shape, generator=generator) / (8 if len(shape) > 1 else 1)
-        for name, shape in recipe.weight_shapes().items()
+        for name, shape in weight_shapes(network).items()
     }
     save_file(weights, tmp_path / "base.safetensors")
     x = 4 * torch.randn(1, 5, 64, generator=generator)  # far enough out for every branch of the activations
@@ -455,10 +461,9 @@ def test_every_activation_compiles(tmp_path: Path) -> None:
                 tmp_path / precision / "w.safetensors", tensors, [], precision, lambda done: None
             ).placed
             bind(
-                skeleton.clone(),
+                read_graph(skeletons[precision]),
                 tmp_path / precision / "w.safetensors",
                 placed,
-                precision,
                 precision,
                 tmp_path / precision / "x.onnx",
             )
@@ -485,7 +490,7 @@ def test_trace_knows_the_structure_not_the_values(tmp_path: Path) -> None:
         hypernetwork = opened(files.save(tmp_path / f"{len(list(tmp_path.iterdir()))}.pt", settings, seed), scale=scale)
         hypernetwork.file.close()
         unet = attach([hypernetwork], checkpoint.architecture.unet, {})[0]
-        return graph_module._cache_key(recipes(replace(checkpoint.architecture, unet=unet))["step"])
+        return json.dumps(recipes(replace(checkpoint.architecture, unet=unet))["step"].key())
 
     first = key(MISH, 1, 1.0)
     assert key(MISH, 2, 0.5) == first

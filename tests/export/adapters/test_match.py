@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from adapter_files import model, opened
+from adapter_files import change_of, model, opened
 from conftest import CHECKPOINT, LORA, RawTensor, read_raw, write_raw
 from hypothesis import given
 from hypothesis import strategies as st
@@ -170,7 +170,7 @@ def test_ldm_and_diffusers_spellings_make_the_same_change(tmp_path: Path) -> Non
         save_file(pair(module, (96, 4), (4, 64), 2.0), tmp_path / f"{name}.safetensors")
         lora = opened(tmp_path / f"{name}.safetensors")
         with lora.file:
-            deltas.append(lora.change(LINEAR[0], torch.zeros(96, 64)))
+            deltas.append(change_of(lora, LINEAR[0], torch.zeros(96, 64)))
     assert torch.equal(*deltas)
 
 
@@ -344,7 +344,7 @@ def factor(file: Path, alpha: torch.Tensor | float | None) -> float:
     save_file(tensors, file)
     lora = opened(file)
     with lora.file:
-        delta = lora.change(LINEAR[0], torch.zeros(96, 64))
+        delta = change_of(lora, LINEAR[0], torch.zeros(96, 64))
     product = tensors[f"{LINEAR[1]}.lora_up.weight"] @ tensors[f"{LINEAR[1]}.lora_down.weight"]
     ratio = delta / product
     assert torch.allclose(ratio, ratio.mean(), rtol=1e-5)
@@ -397,7 +397,7 @@ def test_matrix_that_is_not_finite(file: Path, part: str, bad: float) -> None:
     save_file(tensors, file)
     lora = opened(file)
     with lora.file, pytest.raises(AdapterError, match="NaN or infinite") as caught:
-        lora.change(LINEAR[0], torch.zeros(96, 64))
+        change_of(lora, LINEAR[0], torch.zeros(96, 64))
     assert caught.value.message.startswith(f"{file}: {LINEAR[1]}.{part}.weight: 2 values")
 
 
@@ -406,7 +406,7 @@ def test_change_of_a_convolution_is_the_two_convolutions_after_each_other(file: 
     save_file(tensors, file)
     lora = opened(file, 0.7)
     with lora.file:
-        delta = lora.change(KERNEL[0], torch.zeros(96, 64, 3, 3))
+        delta = change_of(lora, KERNEL[0], torch.zeros(96, 64, 3, 3))
     x = torch.randn(2, 64, 9, 11, generator=torch.Generator().manual_seed(1))
     low = F.conv2d(x, tensors[f"{KERNEL[1]}.lora_down.weight"], padding=1)
     expected = F.conv2d(low, tensors[f"{KERNEL[1]}.lora_up.weight"]) * 0.7 * 2.0 / 4
@@ -420,7 +420,7 @@ def test_change_of_a_pointwise_convolution(file: Path, flat: bool) -> None:
     save_file(tensors, file)
     lora = opened(file, 0.7)
     with lora.file:
-        delta = lora.change(POINTWISE[0], torch.zeros(96, 96, 1, 1))
+        delta = change_of(lora, POINTWISE[0], torch.zeros(96, 96, 1, 1))
     x = torch.randn(2, 96, 5, 7, generator=torch.Generator().manual_seed(1))
     down, up = (
         tensors[f"{POINTWISE[1]}.{part}.weight"].reshape(*shape, 1, 1)
@@ -438,7 +438,7 @@ def test_change_of_a_linear_layer(file: Path, flat: bool) -> None:
     save_file(tensors, file)
     lora = opened(file, -0.3)
     with lora.file:
-        delta = lora.change(LINEAR[0], torch.zeros(96, 64))
+        delta = change_of(lora, LINEAR[0], torch.zeros(96, 64))
     x = torch.randn(5, 64, generator=torch.Generator().manual_seed(1))
     down, up = (tensors[f"{LINEAR[1]}.{part}.weight"].flatten(1) for part in ("lora_down", "lora_up"))
     torch.testing.assert_close(
@@ -452,7 +452,9 @@ def test_each_scale_weighs_its_own_network(file: Path) -> None:
     for scale, te_scale in ((1.0, 1.0), (0.5, 3.0)):
         lora = opened(file, scale, te_scale)
         with lora.file:
-            deltas.append((lora.change(LINEAR[0], torch.zeros(96, 64)), lora.change(TEXT[0], torch.zeros(256, 64))))
+            deltas.append(
+                (change_of(lora, LINEAR[0], torch.zeros(96, 64)), change_of(lora, TEXT[0], torch.zeros(256, 64)))
+            )
     torch.testing.assert_close(deltas[1][0], deltas[0][0] * 0.5)
     torch.testing.assert_close(deltas[1][1], deltas[0][1] * 3.0)
 
@@ -502,7 +504,7 @@ def test_change_is_added_to_the_weights(tmp_path: Path, style: Path) -> None:
     lora = opened(style, 0.5, 0.25)
     with lora.file:
         for name, tensor in BASE.items():
-            delta = lora.change(name, tensor)
+            delta = change_of(lora, name, tensor)
             torch.testing.assert_close(found[name], tensor + delta)
             assert not torch.equal(found[name], tensor)
             squares["text_encoder" if name.startswith(CLIP) else "unet"][0] += float(delta.double().square().sum())
@@ -666,5 +668,8 @@ def test_matrices_in_bfloat16(tmp_path: Path) -> None:
         for name in list(original.deltas)[::40]:
             shape = model()[0][name]
             torch.testing.assert_close(
-                lora.change(name, torch.zeros(shape)), original.change(name, torch.zeros(shape)), rtol=0.2, atol=1e-3
+                change_of(lora, name, torch.zeros(shape)),
+                change_of(original, name, torch.zeros(shape)),
+                rtol=0.2,
+                atol=1e-3,
             )

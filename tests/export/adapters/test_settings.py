@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from adapter_files import LINEAR, QUERY, SQUARE, opened
+from adapter_files import LINEAR, QUERY, SQUARE, change_of, opened
 from safetensors.torch import save_file
 
 from sdrt.errors import AdapterError
@@ -42,7 +42,7 @@ def adapter(
 def factor(path: Path) -> float:
     opened_adapter = opened(path)
     with opened_adapter.file:
-        ratio = opened_adapter.change(f"{LINEAR[0]}.weight", torch.zeros(96, 64)) / (UP @ DOWN)
+        ratio = change_of(opened_adapter, f"{LINEAR[0]}.weight", torch.zeros(96, 64)) / (UP @ DOWN)
     assert torch.allclose(ratio, ratio.mean(), rtol=1e-4)
     return float(ratio.mean())
 
@@ -112,7 +112,7 @@ def test_settings_in_the_header(tmp_path: Path) -> None:
     assert factor(tmp_path / "a.safetensors") == pytest.approx(4, rel=1e-4)
     found = opened(tmp_path / "a.safetensors")
     with found.file:
-        torch.testing.assert_close(found.change(f"{QUERY[0]}.weight", torch.zeros(64, 64)), text @ text.T / 2)
+        torch.testing.assert_close(change_of(found, f"{QUERY[0]}.weight", torch.zeros(64, 64)), text @ text.T / 2)
         assert found.config_sha256 is None and found.notes == ()
 
 
@@ -206,4 +206,4 @@ def test_square_and_text_modules_take_their_own_pattern(tmp_path: Path) -> None:
     found = opened(tmp_path / "adapter_model.safetensors")
     with found.file:
         for weight, change in expected.items():
-            torch.testing.assert_close(found.change(weight, torch.zeros(change.shape)), change)
+            torch.testing.assert_close(change_of(found, weight, torch.zeros(change.shape)), change)

@@ -14,7 +14,20 @@ from random import Random
 import pytest
 import reference
 import torch
-from adapter_files import EMBEDDING, KERNEL, LINEAR, NORM, POINTWISE, QUERY, SQUARE, TEXT, architecture, model, opened
+from adapter_files import (
+    EMBEDDING,
+    KERNEL,
+    LINEAR,
+    NORM,
+    POINTWISE,
+    QUERY,
+    SQUARE,
+    TEXT,
+    architecture,
+    change_of,
+    model,
+    opened,
+)
 from conftest import CHECKPOINT
 from safetensors.torch import load_file, save_file
 
@@ -48,7 +61,7 @@ def refused(
         adapter = opened(path, allow_unmatched=allow_unmatched)
         with adapter.file:  # numbers are read only when they are used
             for weight in adapter.deltas:
-                adapter.change(weight, torch.ones(model()[0][weight]))
+                change_of(adapter, weight, torch.ones(model()[0][weight]))
     error = caught.value
     assert error.exit_code == 3 and error.message.startswith(f"{path}: ") and error.message.isprintable()
     for fragment in fragments:
@@ -161,7 +174,9 @@ def test_l3_one_lora_in_every_spelling(file: Path, spelling: Callable[[tuple[str
     with adapter.file:
         assert adapter.deltas.keys() == expected.keys() and adapter.unmatched == ()
         for weight, change in expected.items():
-            torch.testing.assert_close(adapter.change(weight, torch.zeros(change.shape)), change, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(
+                change_of(adapter, weight, torch.zeros(change.shape)), change, rtol=1e-5, atol=1e-5
+            )
     report = inspect_file(file)
     assert report["kind"] == "a LoRA" and report["kinds"] == {"LoRA": 7} and report["ranks"] == {"4": 7}
     assert report["modules"] == {"unet": 5, "text_encoder": 2}
@@ -175,7 +190,7 @@ def test_lora_saved_by_torch(tmp_path: Path) -> None:
     )
     adapter = opened(tmp_path / "style.pt")
     with adapter.file:
-        torch.testing.assert_close(adapter.change(f"{LINEAR[0]}.weight", torch.zeros(96, 64)), up @ down / 2)
+        torch.testing.assert_close(change_of(adapter, f"{LINEAR[0]}.weight", torch.zeros(96, 64)), up @ down / 2)
 
 
 def test_two_spellings_of_one_module_are_refused(file: Path) -> None:
@@ -301,9 +316,9 @@ def test_first_format_is_the_same_lora_in_names(
     assert found[0].deltas.keys() == expected.deltas.keys() == {*found[1].deltas, *found[2].deltas}
     for weight in expected.deltas:
         zeros = torch.zeros(model()[0][weight])
-        change = expected.change(weight, zeros)
-        assert torch.equal(found[0].change(weight, zeros), change)
-        assert torch.equal(found[1 if weight.startswith(UNET) else 2].change(weight, zeros), change)
+        change = change_of(expected, weight, zeros)
+        assert torch.equal(change_of(found[0], weight, zeros), change)
+        assert torch.equal(change_of(found[1 if weight.startswith(UNET) else 2], weight, zeros), change)
     for adapter in (expected, *found):
         adapter.file.close()
     report = inspect_file(file)
@@ -654,7 +669,7 @@ def test_bias_beside_a_lora_and_bias_alone(file: Path) -> None:
         adapter = opened(file, 1.0, 0.5)
         with adapter.file:
             assert f"{TEXT[0]}.bias" in adapter.deltas and len(adapter.deltas) == (2 if len(more) == 2 else 1)
-            torch.testing.assert_close(adapter.change(f"{TEXT[0]}.bias", torch.ones(256)), bias * 0.5)
+            torch.testing.assert_close(change_of(adapter, f"{TEXT[0]}.bias", torch.ones(256)), bias * 0.5)
 
 
 def test_bias_and_norm_of_another_size(file: Path) -> None:
@@ -683,7 +698,7 @@ def open_for(path: Path, channels: int) -> Tensors:
         LoraOption(path), shapes | {CONV_IN[0]: shape}, replace(arch, unet=replace(arch.unet, in_channels=channels))
     )
     with adapter.file:
-        return {name: adapter.change(name, torch.ones(shape)) for name in adapter.deltas}
+        return {name: change_of(adapter, name, torch.ones(shape)) for name in adapter.deltas}
 
 
 @pytest.mark.parametrize("channels", [9, 8])
@@ -775,7 +790,7 @@ def test_any_set_of_parts_is_fused_or_refused(file: Path) -> None:
             adapter = opened(file)
             with adapter.file:
                 for weight in adapter.deltas:
-                    assert adapter.change(weight, torch.ones(model()[0][weight])).shape == model()[0][weight]
+                    assert change_of(adapter, weight, torch.ones(model()[0][weight])).shape == model()[0][weight]
             outcomes[True] += 1
         except AdapterError as error:
             assert error.exit_code == 3 and error.message.startswith(str(file))

@@ -30,7 +30,7 @@ def read(path: Path) -> tuple[Architecture, dict[str, torch.Tensor]]:
     with closing(open_checkpoint(path)) as checkpoint:
         chosen, unknown = select(checkpoint, expected_shapes(whole(checkpoint.architecture)))
         assert not unknown
-        return checkpoint.architecture, {name: tensor.read() for name, tensor in chosen.items()}
+        return checkpoint.architecture, {name: torch.from_numpy(tensor.read()) for name, tensor in chosen.items()}
 
 
 def same(found: Tensors, expected: Tensors) -> bool:

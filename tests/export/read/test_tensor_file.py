@@ -93,11 +93,11 @@ def test_every_type_reads_as_the_library_reads_it(file: Path) -> None:
     with open_tensor_file(file) as opened:
         assert opened.entries.keys() == tensors.keys()
         for code, kind in TORCH_TYPES.items():
-            found = opened.read(code)
-            assert opened.entries[code].dtype == code
-            assert found.dtype == kind
-            assert found.shape == (3, 5)
-            assert torch.equal(found.view(torch.uint8), oracle[code].view(torch.uint8))
+            found = torch.from_numpy(opened.read(code))
+            expected = oracle[code].float() if code.startswith(("BF", "F8")) else oracle[code]
+            assert opened.entries[code].dtype == code and oracle[code].dtype == kind
+            assert found.dtype == expected.dtype and found.shape == (3, 5)
+            assert torch.equal(found.view(torch.uint8), expected.view(torch.uint8))
 
 
 @pytest.mark.parametrize("code", ["U16", "U32", "U64"])
@@ -116,7 +116,7 @@ def test_real_files_read_as_the_library_reads_them(path: Path) -> None:
     with open_tensor_file(path) as opened:
         assert opened.entries.keys() == oracle.keys()
         for name, tensor in oracle.items():
-            assert torch.equal(opened.read(name), tensor), name
+            assert torch.equal(torch.from_numpy(opened.read(name)), tensor), name
         assert opened.sha256() == hashlib.sha256(path.read_bytes()).hexdigest()
         assert opened.size_bytes == path.stat().st_size
         with safetensors.safe_open(path, "pt") as other:
@@ -150,7 +150,7 @@ def test_scalar_and_empty_tensors(file: Path) -> None:
         assert opened.read("scalar").item() == 1.0
         assert opened.read("none").shape == (0,)
         assert opened.read("flat").shape == (3, 0, 2)
-        assert opened.read("flat").dtype == torch.float16
+        assert opened.read("flat").dtype == np.float16
         assert opened.read("last").item() == 7
 
 
@@ -244,10 +244,10 @@ def test_c3_the_start_of_a_page_is_shown_escaped(file: Path) -> None:
 def test_c4_the_content_tells_the_format_not_the_name(file: Path, zipped: bool) -> None:
     torch.save({"a": torch.arange(4.0)}, file, _use_new_zipfile_serialization=zipped)
     with open_tensor_file(file) as opened:
-        assert torch.equal(opened.read("a"), torch.arange(4.0))
+        assert opened.read("a").tolist() == [0, 1, 2, 3]
     save_file({"a": torch.arange(4.0)}, file.with_suffix(".ckpt"))
     with open_tensor_file(file.with_suffix(".ckpt")) as opened:
-        assert torch.equal(opened.read("a"), torch.arange(4.0))
+        assert opened.read("a").tolist() == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])

@@ -25,6 +25,7 @@ from sdrt.engines.shapes import EngineShapes, JobShape, shapes_of
 from sdrt.engines.store import list_engines, mismatch, read_plan
 from sdrt.engines.targets import TARGETS
 from sdrt.errors import MachineError, MissingEngineError, ResourceError, SdrtError
+from sdrt.machine.gpus import Gpu
 from sdrt.machine.packages import install_command
 from sdrt.runtime.backends.tensorrt.blocks import Block, layout
 from sdrt.runtime.engine import BatchShape, Pixels, Watched
@@ -66,7 +67,8 @@ class Plans:
             self._device = self._cuda.Device(device)
             self._device.set_current()
             major, minor = self._device.compute_capability
-            self._folder, self.record = _choose(bundle, target, self._trt.__version__, f"sm_{major}{minor}")
+            self._gpu = Gpu(self._device.name, f"sm_{major}{minor}")
+            self._folder, self.record = _choose(bundle, target, self._trt.__version__, self._gpu)
             assert self.record.rows is not None  # None for engines of any shape only
             self.rows = self.record.rows
             self.stream = self._device.create_stream()
@@ -370,13 +372,13 @@ def _import(target: str) -> tuple[Any, Any]:
         ) from error
 
 
-def _choose(bundle: Bundle, target: str, compiler: str, sm: str) -> tuple[Path, EngineRecord]:
+def _choose(bundle: Bundle, target: str, compiler: str, gpu: Gpu) -> tuple[Path, EngineRecord]:
     """The newest engine of a target that fits this bundle and machine."""
     reasons = []
     for folder, record in list_engines(bundle):
         if record.key.target != target:
             continue
-        reason = mismatch(record, bundle, target=target, compiler=compiler, device_sm=sm)
+        reason = mismatch(record, bundle, target=target, compiler=compiler, gpu=str(gpu))
         if not reason:
             return folder, record
         reasons.append(f"{folder.name}: {reason}")

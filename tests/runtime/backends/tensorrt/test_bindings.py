@@ -66,8 +66,7 @@ TENSORRT = {
     },
 }
 CUDA_CORE = {
-    "compile/tensorrt_network.py": {"Device(gpu)": "Device"},
-    "compile/tensorrt.py": {"chosen": "Device"},
+    "compile/tensorrt_network.py": {"Device(compiler.gpu)": "Device"},
     "runtime/backends/tensorrt/plans.py": {
         "self._cuda": "cuda",
         "self._device": "Device",
@@ -100,10 +99,8 @@ CUDA_CORE = {
     },
 }
 BINDINGS = {
-    "compile/tensorrt.py": {"runtime": "runtime"},
-    "runtime/backend.py": {"runtime": "runtime"},
     "runtime/backends/tensorrt/plans.py": {"driver": "driver"},
-    "machine/doctor.py": {"runtime": "runtime"},
+    "machine/gpus.py": {"runtime": "runtime"},
     "bench/throttle.py": {"nvml": "nvml"},
 }
 

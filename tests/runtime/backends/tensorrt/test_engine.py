@@ -1008,7 +1008,7 @@ def test_damaged_plan_of_a_graph_that_is_not_loaded(gpu: Gpu, small_bundle: Path
     ("options", "reason"),
     [
         ({"compiler": "1.6.0.1"}, r"built for TensorRT-RTX 1\.6\.0\.1, this machine has 1\.7\.1\.116"),
-        ({"sm": "sm_86,sm_120"}, r"built for sm_86,sm_120, this GPU is sm_89"),
+        ({"sm": "sm_86,sm_120"}, r"built for sm_86,sm_120, this GPU is NVIDIA Simulated, sm_89"),
         ({"target": "tensorrt"}, "no tensorrt-rtx engine fits: there is none"),
     ],
 )
@@ -1020,6 +1020,29 @@ def test_b8_engine_of_another_machine(
         load(blank)
     assert caught.value.fix == f"Make one here with: sdrt compile {blank} --target tensorrt-rtx"
     assert gpu.counts["engines"] == 0
+
+
+@pytest.fixture
+def data_centre() -> Iterator[Gpu]:
+    """A GPU that has enterprise TensorRT."""
+    with installed(
+        Gpu(name="NVIDIA H200", sm=(9, 0), enterprise=True),
+        cuda_simulator.modules() | tensorrt_simulator.enterprise_modules(),
+    ) as simulated:
+        yield simulated
+
+
+def test_enterprise_tensorrt(data_centre: Gpu, small_bundle: Path, blank: Path, expected: Expected) -> None:
+    """An engine runs on the model of GPU that it was built on. One of the same generation is another model."""
+    compile_engine(blank, graphs=small_bundle, target="tensorrt", sm="NVIDIA H100 80GB HBM3, sm_90")
+    with pytest.raises(
+        MachineError, match="built for NVIDIA H100 80GB HBM3, sm_90, this GPU is NVIDIA H200, sm_90"
+    ) as caught:
+        Pipeline.load(blank, backend="tensorrt")
+    assert caught.value.fix == f"Make one here with: sdrt compile {blank} --target tensorrt"
+    compile_engine(blank, graphs=small_bundle, target="tensorrt", sm="NVIDIA H200, sm_90")
+    with Pipeline.load(blank, backend="tensorrt") as pipe:
+        same(pipe, expected, **QUICK)
 
 
 @pytest.mark.parametrize("changed", ["graphs", "weights"])
@@ -1105,5 +1128,5 @@ def test_auto(gpu: Gpu, bundle: Path, small_bundle: Path, blank: Path) -> None:
         with Pipeline.load(path) as pipe:
             assert engine_of(pipe).backend == backend
     compile_engine(blank, graphs=small_bundle, sm="sm_120")
-    with pytest.raises(MachineError, match="this GPU is sm_89"):
+    with pytest.raises(MachineError, match="this GPU is NVIDIA Simulated, sm_89"):
         Pipeline.load(blank)
