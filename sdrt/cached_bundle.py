@@ -43,13 +43,13 @@ from sdrt.files.publish import folders_made, staged_folder, sweep_stages
 from sdrt.files.read import read_document
 
 Say = Callable[[str], None]
-Words = Sequence[str | Path]
-"""Adapters as the options of `sdrt build` have them, such as style.safetensors:0.8."""
+Words = str | Path | Sequence[str | Path]
+"""Adapters as the options of `sdrt build` have them, such as style.safetensors:0.8; one, or several."""
 log = logging.getLogger("sdrt")
 
 CLIP_SKIP = (1, 2)
 """The layers of the text encoder that people choose from, as far as it has them."""
-_LONGEST_NAME = 55
+_LONGEST_NAME, _LARGE_BYTES = 55, 100_000_000
 _OF_BUILD = ("--allow-unmatched", "--ema", "--precision", "--prediction", "--vae-precision", "--zero-snr")
 """Options of `sdrt build` that messages of a build speak of, and that nothing else takes."""
 _SHAPING = ("export", "bundle")
@@ -107,11 +107,11 @@ def cached_bundle(
         )
     options = BuildOptions(
         checkpoint,
-        loras=tuple(parse_lora_option(str(text)) for text in loras),
+        loras=tuple(parse_lora_option(str(text)) for text in _several(loras)),
         vae=vae,
         clip_skip=CLIP_SKIP,
-        embeddings=tuple(parse_embedding_option(str(text)) for text in embeddings),
-        hypernetworks=tuple(parse_hypernetwork_option(str(text)) for text in hypernetworks),
+        embeddings=tuple(parse_embedding_option(str(text)) for text in _several(embeddings)),
+        hypernetworks=tuple(parse_hypernetwork_option(str(text)) for text in _several(hypernetworks)),
     )
     wanted = _wanted(options, progress)
     with ExitStack() as stack:
@@ -125,9 +125,12 @@ def cached_bundle(
         else:
             bundle = _built(wanted, stack, progress, say)
             _compile(bundle, backend, progress, say)
-            for entry in keep_to_limit(wanted.folder):
-                say(f"removed {entry.name} ({entry.size_bytes / 1e6:,.1f} MB) from the cache, to keep within its limit")
+            _make_room(wanted.folder, say)
         yield bundle
+
+
+def _several(words: Words) -> Sequence[str | Path]:
+    return (words,) if isinstance(words, (str, Path)) else words
 
 
 # The key
@@ -164,8 +167,12 @@ def _wanted(options: BuildOptions, progress: Progress) -> _Wanted:
 
 
 def _hash(path: Path, progress: Progress) -> str:
+    def reading() -> None:
+        if path.stat().st_size >= _LARGE_BYTES:
+            progress(f"hash {path.name}", None)
+
     try:
-        return sha256_of(path, lambda: progress(f"hash {path.name}", None))
+        return sha256_of(path, reading)
     except OSError as error:
         raise InputFileError(f"{path}: cannot be read: {error.strerror}", "Check the disk.") from error
 
@@ -248,12 +255,21 @@ def _compile(bundle: Path, backend: str, progress: Progress, say: Say) -> None:
             say(f"{opened.manifest.name}: not compiled for {target}: {error.line}")
 
 
+def _make_room(newest: Path, say: Say) -> None:
+    """Keep within the limit. A cache that another user filled is no reason to fail."""
+    try:
+        for entry in keep_to_limit(newest):
+            say(f"removed {entry.name} ({entry.size_bytes / 1e6:,.1f} MB) from the cache, to keep within its limit")
+    except SdrtError as error:
+        say(error.line)
+
+
 def _check_same(wanted: _Wanted, manifest: Manifest) -> None:
     """Refuse a bundle of other files than those whose hashes are in the key."""
     changed = [source.name for source in manifest.sources if source.sha256 not in wanted.hashes]
     if changed:
         raise InputFileError(
-            f"{wanted.options.checkpoint}: {changed[0]} changed before the build",
+            f"{wanted.options.checkpoint}: {changed[0]} changed as the build began",
             "Run the command again when nothing writes to the file.",
         )
 

@@ -106,6 +106,21 @@ def small_lora(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache folder, but for the traces of the whole run."""
+    from sdrt.files.publish import cache_folder
+
+    own = tmp_path / "cache"
+    for kind in ("graphs", "blobs"):
+        (cache_folder() / kind).mkdir(parents=True, exist_ok=True)
+        own.mkdir(exist_ok=True)
+        (own / kind).symlink_to(cache_folder().absolute() / kind)
+    monkeypatch.setenv("SDRT_CACHE_DIR", str(own))
+    monkeypatch.delenv("SDRT_CACHE_LIMIT", raising=False)
+    return own
+
+
 @dataclass(frozen=True)
 class RawTensor:
     """A tensor as bytes, for files that a library would refuse to write."""

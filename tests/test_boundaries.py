@@ -63,7 +63,7 @@ def test_the_runtime_imports_no_torch() -> None:
     loaded = imported_by(*modules)
     assert set(modules) <= loaded
     assert not loaded & {*BUILD_ONLY, "onnxruntime", "openvino", "tensorrt", "tensorrt_rtx", "cuda"}
-    assert not {name for name in loaded if name.startswith("sdrt.export")}
+    assert not {name for name in loaded if name.startswith(("sdrt.export", "sdrt.cached_bundle"))}
 
 
 def test_the_runtime_imports_no_engine_until_it_loads_one() -> None:
@@ -177,13 +177,18 @@ MAY_IMPORT = {
     "runtime": ("errors", "files", "machine", "bundle", "engines"),
     "compile": ("errors", "files", "machine", "bundle", "engines", "runtime.backends"),
     "bench": ("errors", "files", "machine", "bundle", "engines", "runtime"),
-    "cli": ("errors", "files", "machine", "bundle", "engines", "export", "runtime", "compile", "bench"),
+    "cached_bundle": ("errors", "files", "machine", "bundle", "engines", "export", "compile"),
+    "cli": (
+        *("errors", "files", "machine", "bundle", "engines", "export", "runtime", "compile", "bench", "cached_bundle"),
+    ),
     "__main__": ("cli",),
 }
 """The whole of the project's own imports, lazy ones included: each package, and those it may use beside itself."""
 ALSO = {
     "bundle/signature.py": ("engines",),  # a signature covers a bundle's engines too
     "machine/doctor.py": ("engines",),  # it speaks of every target
+    # The one way from the runtime to a build: inside `Pipeline.load`, where it is given a checkpoint.
+    "runtime/pipeline.py": ("cached_bundle",),
 }
 
 

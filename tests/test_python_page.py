@@ -29,8 +29,17 @@ APP = next(block for block in BLOCKS if block.startswith("# app.py"))
 
 
 @pytest.fixture
-def beside_a_bundle(small_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def beside_a_bundle(
+    small_bundle: Path,
+    small_checkpoint: Path,
+    small_lora: Path,
+    own_cache: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Path:
     shutil.copytree(small_bundle, tmp_path / "model.sdrt")
+    shutil.copy(small_checkpoint, tmp_path / "model.safetensors")
+    shutil.copy(small_lora, tmp_path / "style.safetensors")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -61,6 +70,7 @@ def test_the_code_runs(beside_a_bundle: Path, capsys: pytest.CaptureFixture[str]
         "steps 0: expected 1 to 1000",
     ):
         assert line in said
+    assert names["styled"].bundle.manifest.name == "model+style"
     assert names["preview"].shape == (1, 64, 64, 3) and names["apple"].images.shape == names["pear"].images.shape
 
 

@@ -95,6 +95,7 @@ def entries() -> list[Entry]:
     """
     root = bundles_folder()
     try:
+        sweep_stages(root.parent)
         sweep_stages(root)
         folders = [path for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")]
     except FileNotFoundError:
@@ -118,7 +119,7 @@ def remove(entry: Entry) -> bool:
     except FileNotFoundError:
         return True
     except OSError as error:
-        raise _not_removed(entry, error) from error
+        raise _not_removed(entry.folder, error) from error
     try:
         if descriptor is not None:
             with suppress(OSError):  # no locks on this file system
@@ -130,10 +131,34 @@ def remove(entry: Entry) -> bool:
             remove_folder(entry.folder)
         return True
     except OSError as error:
-        raise _not_removed(entry, error) from error
+        raise _not_removed(entry.folder, error) from error
     finally:
         if descriptor is not None:
             os.close(descriptor)
+
+
+def others() -> dict[Path, int]:
+    """The folders of whatever else the cache keeps, each of a kind that can be made again, and their bytes."""
+    root = bundles_folder().parent
+    if not root.is_dir():
+        return {}
+    kinds = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+    return {path: _bytes_below(path) for path in kinds if path.name not in (IN_CACHE, "locks")}
+
+
+def remove_others() -> int:
+    """Remove all of `others`. Returns how many bytes that were.
+
+    Raises:
+        UsageError: one may not be removed.
+    """
+    found = others()
+    for folder in found:
+        try:
+            remove_folder(folder)
+        except OSError as error:
+            raise _not_removed(folder, error) from error
+    return sum(found.values())
 
 
 def keep_to_limit(newest: Path | None = None) -> list[Entry]:
@@ -164,10 +189,10 @@ def limit_bytes() -> int | None:
     """
     if chosen := os.environ.get(VARIABLE):
         return _parse(chosen, VARIABLE)
-    with suppress(OSError):
-        path = cache_folder() / _LIMIT
-        return _parse(read_document(path, 1 << 10).data.decode(errors="replace").strip(), str(path))
-    return DEFAULT_LIMIT_BYTES
+    path = bundles_folder().with_name(_LIMIT)
+    if not os.path.exists(path):
+        return DEFAULT_LIMIT_BYTES
+    return _parse(read_document(path, 1 << 10).data.decode(errors="replace").strip(), str(path))
 
 
 def set_limit(text: str) -> None:
@@ -251,10 +276,10 @@ def _entry(folder: Path) -> Entry | None:
     except SdrtError as error:
         problem = error.message
     name = folder.name if bundle is None else bundle.name.removesuffix(".sdrt")
-    return Entry(folder, name, bundle, folder_bytes(folder), used_s, sources, problem)
+    return Entry(folder, name, bundle, _bytes_below(folder), used_s, sources, problem)
 
 
-def folder_bytes(folder: Path) -> int:
+def _bytes_below(folder: Path) -> int:
     """The sizes of all files below a folder, as far as they can be read."""
     total = 0
     for below, _, names in os.walk(folder):
@@ -264,5 +289,5 @@ def folder_bytes(folder: Path) -> int:
     return total
 
 
-def _not_removed(entry: Entry, error: OSError) -> UsageError:
-    return UsageError(f"{entry.folder}: cannot be removed: {error.strerror}", "Remove it as the user who made it.")
+def _not_removed(folder: Path, error: OSError) -> UsageError:
+    return UsageError(f"{folder}: cannot be removed: {error.strerror}", "Remove it as the user who made it.")

@@ -239,8 +239,7 @@ app.command(
 )(build)
 app.command(
     "generate",
-    epilog='Examples: sdrt generate model.safetensors "a red apple" --lora style.safetensors:0.8 --steps 20; '
-    'sdrt generate emoji.sdrt "red apple" --cfg 3 --seed 7 --count 4 --output apple.png',
+    epilog='Example: sdrt generate model.safetensors "a red apple" --lora style.safetensors:0.8 --steps 20 --seed 7',
 )(generate)
 app.command("inspect", epilog="Example: sdrt inspect style.safetensors --for model.safetensors")(inspect)
 app.command("verify", epilog="Example: sdrt verify emoji.sdrt")(verify)

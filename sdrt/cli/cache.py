@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sdrt.cli import options
-from sdrt.cli.output import print_json
+from sdrt.cli.output import print_json, print_notes
 from sdrt.cli.progress import BUILD_STAGES, COMPILE_STAGES, StageProgress
 from sdrt.errors import LockedError, UsageError, nearest, printable
 
@@ -72,12 +73,11 @@ def cache() -> None:
 @app.command("list", epilog="Example: sdrt cache list --json")
 def list_command(as_json: options.Json = False) -> None:
     """List the bundles, last used first, and what else is kept there."""
-    from sdrt.bundle.cache import bundles_folder, entries, limit_bytes
-    from sdrt.bundle.folder import IN_CACHE
+    from sdrt.bundle.cache import bundles_folder, entries, limit_bytes, others
 
     found, limit, folder = entries(), limit_bytes(), bundles_folder().parent
     total = sum(entry.size_bytes for entry in found)
-    others = {kind: size_bytes for kind, size_bytes in _kinds(folder).items() if kind != IN_CACHE}
+    rest = {kind.name: size_bytes for kind, size_bytes in others().items()}
     if as_json:
         print_json(
             {
@@ -85,7 +85,7 @@ def list_command(as_json: options.Json = False) -> None:
                 "bundles": [_fields(entry) for entry in found],
                 "size_bytes": total,
                 "limit_bytes": limit,
-                "others": others,
+                "others": rest,
             }
         )
         return
@@ -96,7 +96,7 @@ def list_command(as_json: options.Json = False) -> None:
         typer.echo(printable(line))
     within = "no limit" if limit is None else f"the limit is {limit / 1e9:g} GB"
     typer.echo(f"{len(found)} bundles, {total / 1e6:,.1f} MB; {within}")
-    for kind, size_bytes in others.items():
+    for kind, size_bytes in rest.items():
         typer.echo(f"{kind}: {size_bytes / 1e6:,.1f} MB")
     typer.echo(printable(f"in {folder}"), err=True)
 
@@ -113,33 +113,26 @@ def remove_command(
     as_json: options.Json = False,
 ) -> None:
     """Remove bundles from the cache. Those in use stay: exit code 7."""
-    from sdrt.bundle.cache import bundles_folder, entries, remove
-    from sdrt.bundle.folder import IN_CACHE
-    from sdrt.files.publish import remove_folder
+    from sdrt.bundle.cache import entries, remove, remove_others
 
     if bool(names) == everything:
         raise UsageError("NAME|KEY: expected either bundles to remove, or --all", "See what there is: sdrt cache list")
     found = entries()
-    chosen = (
-        found if everything else list(dict.fromkeys(entry for name in names or [] for entry in _named(name, found)))
-    )
+    named = [entry for name in names or [] for entry in _named(name, found)]
+    chosen = found if everything else [entry for entry in found if entry in named]
     removed = [entry for entry in chosen if remove(entry)]
-    folder = bundles_folder().parent
-    freed_bytes = sum(entry.size_bytes for entry in removed)
-    if everything:
-        for kind, size_bytes in _kinds(folder).items():
-            if kind not in (IN_CACHE, "locks"):
-                remove_folder(folder / kind)
-                freed_bytes += size_bytes
+    used = [entry for entry in chosen if entry not in removed]
+    freed_bytes = sum(entry.size_bytes for entry in removed) + (remove_others() if everything else 0)
     if as_json:
-        print_json({"removed": [_fields(entry) for entry in removed], "freed_bytes": freed_bytes})
-    else:
-        for entry in removed:
-            typer.echo(printable(f"removed {entry.key[:_SHORT_KEY]}  {entry.name}"))
-        typer.echo(f"{freed_bytes / 1e6:,.1f} MB freed")
-    if in_use := [entry for entry in chosen if entry not in removed]:
+        listed = {"removed": [_fields(entry) for entry in removed], "in_use": [_fields(entry) for entry in used]}
+        print_json(listed | {"freed_bytes": freed_bytes})
+        raise typer.Exit(LockedError.exit_code if used else 0)
+    for entry in removed:
+        typer.echo(printable(f"removed {entry.key[:_SHORT_KEY]}  {entry.name}"))
+    typer.echo(f"{freed_bytes / 1e6:,.1f} MB freed")
+    if used:
         raise LockedError(
-            f"{', '.join(entry.name for entry in in_use)}: in use by another process", "Remove it when that has ended."
+            f"{', '.join(entry.name for entry in used)}: in use by another process", "Remove it when that has ended."
         )
 
 
@@ -154,11 +147,13 @@ def limit_command(
 
     A lower one removes those that have not been used for longest.
     """
-    from sdrt.bundle.cache import keep_to_limit, limit_bytes, set_limit
+    from sdrt.bundle.cache import VARIABLE, keep_to_limit, limit_bytes, set_limit
 
     removed = []
     if size is not None:
         set_limit(size)
+        if os.environ.get(VARIABLE):
+            print_notes([f"{VARIABLE} is set, and goes before it"])
         removed = keep_to_limit()
     limit = limit_bytes()
     if as_json:
@@ -167,16 +162,6 @@ def limit_command(
     for entry in removed:
         typer.echo(printable(f"removed {entry.key[:_SHORT_KEY]}  {entry.name}"))
     typer.echo("no limit" if limit is None else f"{limit / 1e9:g} GB")
-
-
-def _kinds(folder: Path) -> dict[str, int]:
-    """Bytes of each kind of entry in the cache folder, by the name of its folder."""
-    from sdrt.bundle.cache import folder_bytes
-
-    if not folder.is_dir():
-        return {}
-    kinds = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-    return {path.name: folder_bytes(path) for path in kinds}
 
 
 def _named(text: str, found: list[Entry]) -> list[Entry]:

@@ -92,7 +92,7 @@ def test_wrong_usage(args: list[str], fragment: str) -> None:
 @pytest.mark.parametrize(
     ("args", "fragment"),
     [
-        (["generate", "--json"], "Missing argument 'BUNDLE'"),
+        (["generate", "--json"], "Missing argument 'BUNDLE|CHECKPOINT'"),
         (["generate", "x", "--json", "--widht", "8"], "No such option: --widht"),
         (["build", "--json", "--checkpoint"], "requires an argument"),
         (["bench", "run", "x", "--steps", "many", "--json"], "--steps"),
@@ -131,7 +131,10 @@ def test_missing_checkpoint(here: Path) -> None:
         (["build", "--checkpoint", LORA], 3, "found a LoRA"),
         (["build", "--checkpoint", CHECKPOINT, "--lora", CHECKPOINT], 3, "expected a LoRA"),
         (["generate", "none.sdrt", "apple"], 3, "no such bundle"),
-        (["generate", CHECKPOINT, "apple"], 3, "not a bundle"),
+        (["generate", LORA, "apple"], 3, "found a LoRA"),
+        (["generate", ".", "apple"], 3, "not a bundle"),
+        (["generate", "none.safetensors", "apple"], 3, "No such file"),
+        (["verify", CHECKPOINT], 3, "not a bundle"),
         (["verify", "none.sdrt"], 3, "no such bundle"),
         (["inspect", "none.sdrt"], 3, "no such bundle"),
         (["inspect", "none.safetensors"], 3, "No such file"),

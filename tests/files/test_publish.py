@@ -464,6 +464,7 @@ ALLOWED = {
     "files/publish.py": WRITES,
     "files/lock.py": {"mkdir", "unlink"},  # locks only save work and hold no data
     "files/cache.py": {"mkdir"},  # the cache's own folders
+    "bundle/cache.py": {"mkdir"},
     "bundle/remembered.py": {"mkdir"},
     "compile/tensorrt_network.py": {"mkdir"},
     "bench/history.py": {
