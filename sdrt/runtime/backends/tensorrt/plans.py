@@ -23,7 +23,7 @@ from sdrt.bundle.graphs import TEXT_ENCODER, VAE_DECODER, VAE_ENCODER, Tensor, c
 from sdrt.engines.record import EngineRecord
 from sdrt.engines.shapes import EngineShapes, JobShape, shapes_of
 from sdrt.engines.store import list_engines, mismatch, read_plan
-from sdrt.engines.targets import TARGETS
+from sdrt.engines.targets import TARGETS, TENSORRT
 from sdrt.errors import MachineError, MissingEngineError, ResourceError, SdrtError
 from sdrt.machine.gpus import Gpu
 from sdrt.machine.packages import install_command
@@ -328,7 +328,7 @@ class Plans:
         return error
 
     def _compile_hint(self, options: str = "--size WxH --batch N") -> str:
-        return f"Compile for it with: sdrt compile {self._bundle.path} --target {self.target} {options}"
+        return f"Compile for it with: {_command(self._bundle, self.target, self._gpu)} {options}"
 
 
 class _Guard:
@@ -374,7 +374,12 @@ def _import(target: str) -> tuple[Any, Any]:
 
 def _choose(bundle: Bundle, target: str, compiler: str, gpu: Gpu) -> tuple[Path, EngineRecord]:
     """The newest engine of a target that fits this bundle and machine."""
-    reasons = []
+    row, reasons = TARGETS[target], []
+    if row.sms and gpu.sm not in {f"sm_{sm}" for sm in row.sms}:
+        raise MachineError(
+            f"backend {target}: {row.title} has no kernels for {gpu}",
+            f"{TENSORRT.title} has: {install_command(TENSORRT.extra)}; {_command(bundle, TENSORRT.name, gpu)}",
+        )
     for folder, record in list_engines(bundle):
         if record.key.target != target:
             continue
@@ -385,8 +390,14 @@ def _choose(bundle: Bundle, target: str, compiler: str, gpu: Gpu) -> tuple[Path,
     found = "; ".join(reasons) or "there is none"
     raise MachineError(
         f"{bundle.path}: no {target} engine fits: {found}",
-        f"Make one here with: sdrt compile {bundle.path} --target {target}",
+        f"Make one here with: {_command(bundle, target, gpu)}",
     )
+
+
+def _command(bundle: Bundle, target: str, gpu: Gpu) -> str:
+    """What compiles a bundle for a GPU that the target has kernels for."""
+    generation = f" --sm {gpu.sm.removeprefix('sm_')}" if TARGETS[target].sms else ""
+    return f"sdrt compile {bundle.path} --target {target}{generation}"
 
 
 def _free_bytes() -> int | None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import re
 import shutil
 import sys
 import threading
@@ -44,7 +45,7 @@ Expected = Callable[..., Pixels]
 QUICK: dict[str, Any] = {"steps": 3, "cfg": 3.0, "seed": 5}
 LOADED = sorted(graph for graph in GRAPHS if graph != VAE_ENCODER)
 """In the order in which they are loaded."""
-COMMAND = "sdrt compile .* --target tensorrt-rtx"
+COMMAND = "sdrt compile .* --target tensorrt-rtx --sm 89"
 
 
 @pytest.fixture(scope="module")
@@ -811,7 +812,7 @@ def test_shape_outside_the_profile(
         match=f"^no tensorrt-rtx engine for {wanted}; there is: 64x64 to 96x96, batch 1 to 3, 77 tokens",
     ) as caught:
         pipe("fox", size=size, batch=batch, count=batch, steps=2, cfg=3.0, seed=1)
-    assert COMMAND.split(" .*")[0] in caught.value.fix and wanted in caught.value.fix
+    assert re.search(f"{COMMAND} {wanted}", caught.value.fix)
     assert caught.value.data["wanted"] == {"size": size, "batch": batch, "tokens": 77, "branches": 2}
     assert gpu.used_bytes() == used, "while the error is still held"
     same(pipe, expected, **QUICK)
@@ -1018,8 +1019,19 @@ def test_b8_engine_of_another_machine(
     compile_engine(blank, graphs=small_bundle, **options)
     with pytest.raises(MachineError, match=reason) as caught:
         load(blank)
-    assert caught.value.fix == f"Make one here with: sdrt compile {blank} --target tensorrt-rtx"
+    assert caught.value.fix == f"Make one here with: sdrt compile {blank} --target tensorrt-rtx --sm 89"
     assert gpu.counts["engines"] == 0
+
+
+def test_gpu_that_tensorrt_rtx_has_no_kernels_for(gpu: Gpu, bundle: Path) -> None:
+    """The way on is the other target, not the same command once more."""
+    gpu.name, gpu.sm = "NVIDIA H200", (9, 0)
+    with pytest.raises(
+        MachineError, match="backend tensorrt-rtx: TensorRT-RTX has no kernels for NVIDIA H200, sm_90"
+    ) as caught:
+        load(bundle)
+    assert "pip install 'tensorrt>=11'" in caught.value.fix
+    assert caught.value.fix.endswith(f"sdrt compile {bundle} --target tensorrt")
 
 
 @pytest.fixture
