@@ -142,6 +142,8 @@ class Gpu:
         0 where nothing is.
         """
         self.clock_ms = 0.0
+        self.compiled: list[str] = []
+        """The networks that had kernels compiled, once for each time that somebody had to wait for it."""
         self.detailed_plans = False
         """Whether plans hold the kinds of their layers."""
         self.counts: Counter[str] = Counter()

@@ -13,6 +13,7 @@ import functools
 import json
 import math
 import weakref
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
@@ -27,7 +28,14 @@ __version__ = VERSION
 Shape = tuple[int, ...]
 RTX_ONLY: dict[str, frozenset[str]] = {
     "": frozenset({"DynamicShapesKernelSpecializationStrategy"}),
-    "IRuntimeConfig": frozenset({"dynamic_shapes_kernel_specialization_strategy"}),
+    "IRuntimeConfig": frozenset(
+        {
+            "dynamic_shapes_kernel_specialization_strategy",
+            "create_runtime_cache",
+            "set_runtime_cache",
+            "get_runtime_cache",
+        }
+    ),
 }
 """What enterprise TensorRT has not: names of the module, and attributes by class."""
 
@@ -70,11 +78,62 @@ class IRuntimeConfig(Part):
         if not _installed().enterprise:
             self.dynamic_shapes_kernel_specialization_strategy = DynamicShapesKernelSpecializationStrategy.LAZY
         self._allocation = ExecutionContextAllocationStrategy.STATIC
+        self._cache: weakref.ref[IRuntimeCache] | None = None
 
     def set_execution_context_allocation_strategy(
         self, strategy: ExecutionContextAllocationStrategy = ExecutionContextAllocationStrategy.STATIC
     ) -> None:
         self._allocation = strategy
+
+    def create_runtime_cache(self) -> IRuntimeCache:
+        return IRuntimeCache._make(_installed())
+
+    def set_runtime_cache(self, cache: IRuntimeCache) -> bool:
+        if not isinstance(cache, IRuntimeCache):
+            raise TypeError("set_runtime_cache(): incompatible function arguments")
+        self._cache = weakref.ref(cache)
+        return True
+
+    def get_runtime_cache(self) -> IRuntimeCache | None:
+        return None if self._cache is None else self._cache()
+
+
+class IRuntimeCache:
+    """Kernels by what they were compiled for. TensorRT-RTX runs what is in it: one that was changed is refused here."""
+
+    def __init__(self) -> None:
+        raise TypeError("tensorrt_rtx.IRuntimeCache: No constructor defined!")
+
+    @classmethod
+    def _make(cls, gpu: Gpu) -> IRuntimeCache:
+        self = object.__new__(cls)
+        self._gpu, self._kernels = gpu, set[str]()
+        return self
+
+    def _machine(self) -> dict[str, Any]:
+        return {"version": __version__, "gpu": self._gpu.name, "sm": self._gpu.sm, "driver": self._gpu.driver_cuda}
+
+    def serialize(self) -> memoryview:
+        with self._gpu.call(unsafe=True):
+            text = json.dumps({**self._machine(), "kernels": sorted(self._kernels)}).encode()
+            return memoryview(b"%08x" % zlib.crc32(text) + text)
+
+    def deserialize(self, blob: bytes) -> bool:
+        with self._gpu.call(unsafe=True):
+            checksum, text = bytes(blob[:8]), bytes(blob[8:])
+            if b"%08x" % zlib.crc32(text) != checksum:
+                raise Refused("a runtime cache that was changed: it holds native code, which runs")
+            found = json.loads(text)
+            kernels, driver, here = found.pop("kernels"), found.pop("driver"), self._machine()
+            newest = here.pop("driver")
+            if found != json.loads(json.dumps(here)) or driver // 1000 != newest // 1000 or newest < driver:
+                return False
+            self._kernels |= set(kernels)
+            return True
+
+    def reset(self) -> bool:
+        self._kernels.clear()
+        return True
 
 
 class Runtime:
@@ -101,6 +160,7 @@ class ICudaEngine:
         self = object.__new__(cls)
         self._gpu, self._session = gpu, session(plan["graph"])
         self.name: str = plan["name"]
+        self._digest = f"{zlib.crc32(json.dumps(plan).encode()):08x}"
         self.device_memory_size_v2: int = plan["activation_bytes"]
         self._profiles = [
             {name: tuple(map(tuple, three)) for name, three in profile.items()} for profile in plan["profiles"]
@@ -131,7 +191,9 @@ class ICudaEngine:
                 config.set_execution_context_allocation_strategy(strategy)  # type: ignore[arg-type]
             if config._allocation != ExecutionContextAllocationStrategy.USER_MANAGED:
                 raise Refused(f"{self.name}: a context with an activation block of its own: all share one")
-            return IExecutionContext._make(self, config)
+            context = IExecutionContext._make(self, config)
+            context._compile("whatever the shapes")
+            return context
 
 
 class LayerInformationFormat(enum.IntEnum):
@@ -229,6 +291,7 @@ class IExecutionContext:
     def _make(cls, engine: ICudaEngine, config: IRuntimeConfig) -> IExecutionContext:
         self = object.__new__(cls)
         self.engine, self._config, self._gpu = engine, config, engine._gpu
+        self._kernels: set[str] = set()
         self.active_optimization_profile = 0
         self._shapes: dict[str, Shape] = {}
         self._addresses: dict[str, int] = {}
@@ -334,6 +397,7 @@ class IExecutionContext:
             if self._profile_queue not in (None, queue):
                 raise Refused(f"{name}: the profile was set on another stream")
             if capture is None:
+                self._compile(f"profile {self.active_optimization_profile}, {sorted(run.shapes.items())}")
                 queue.work.append(Work(lambda: gpu.compute(lambda: self._compute(run, state))))
                 if self._profiler is not None and self.enqueue_emits_profile:
                     gpu.synchronise(queue)  # enqueueing with a profiler waits, and tells it
@@ -359,6 +423,20 @@ class IExecutionContext:
                 Node(functools.partial(_still_bound, weakref.ref(self), run, state), run.compute, run.float_outputs)
             )
             return True
+
+    def _compile(self, purpose: str) -> None:
+        """Compile kernels unless this context or its cache has them. Enterprise TensorRT has them in its plans."""
+        if self._gpu.enterprise:
+            return
+        key, known = f"{self.engine._digest}: {purpose}", self._kernels
+        if self._config._cache is not None:
+            if (cache := self._config._cache()) is None:
+                raise Refused(f"{self.engine.name}: the runtime cache of its context is gone")
+            known = cache._kernels
+        if key not in known and key not in self._kernels:
+            self._gpu.compiled.append(self.engine.name)
+        known.add(key)
+        self._kernels.add(key)
 
     def _no(self, why: str) -> bool:
         self._gpu.log.append(f"{self.engine.name}: {why}")
@@ -433,6 +511,7 @@ def _module(name: str) -> ModuleType:
         Runtime,
         ICudaEngine,
         IExecutionContext,
+        IRuntimeCache,
         IRuntimeConfig,
         IProfiler,
         EngineInspector,

@@ -780,6 +780,67 @@ def test_fault_context_and_engine(bench: Bench, network: Path) -> None:
     assert runtime.deserialize_cuda_engine(made) is None
 
 
+# Kernels that are compiled when they are met
+
+
+def test_every_context_compiles_without_a_cache(bench: Bench) -> None:
+    assert bench.gpu.compiled == ["double"], "as it is made"
+    assert bench.run() and bench.run() and len(bench.gpu.compiled) == 2, "for a shape, once"
+    assert bench.context.set_input_shape("x", (1, SIDE)) and bench.run() and len(bench.gpu.compiled) == 3
+    bench.context = bench.engine.create_execution_context(configured(bench))
+    assert len(bench.gpu.compiled) == 4
+
+
+def configured(bench: Bench, cache: Any = None) -> Any:
+    config = bench.engine.create_runtime_config()
+    config.set_execution_context_allocation_strategy(MANAGED)
+    config.dynamic_shapes_kernel_specialization_strategy = WIDE
+    if cache is not None:
+        assert config.set_runtime_cache(cache) and config.get_runtime_cache() is cache
+    return config
+
+
+def test_contexts_with_a_cache_share_what_was_compiled(bench: Bench) -> None:
+    cache = bench.engine.create_runtime_config().create_runtime_cache()
+    first, second = (bench.engine.create_execution_context(configured(bench, cache)) for _ in range(2))
+    assert len(bench.gpu.compiled) == 1 + 1
+    for context in (first, second):
+        context.set_device_memory(bench.activations.handle, 512)
+        context.set_input_shape("x", (2, SIDE))
+        context.set_tensor_address("x", bench.x.handle)
+        context.set_tensor_address("y", bench.y.handle)
+        assert context.execute_async_v3(int(bench.stream.handle))
+    assert len(bench.gpu.compiled) == 1 + 2
+    del cache
+    assert second.set_input_shape("x", (1, SIDE))
+    with refuses("the runtime cache of its context is gone"):
+        second.execute_async_v3(int(bench.stream.handle))
+
+
+@pytest.mark.parametrize(
+    ("change", "taken"),
+    [
+        ({}, True),
+        ({"driver_cuda": 13020}, True),
+        ({"driver_cuda": 12080}, False),
+        ({"driver_cuda": 14000}, False),
+        ({"name": "NVIDIA Other"}, False),
+        ({"sm": (8, 6)}, False),
+    ],
+)
+def test_caches_of_other_machines(bench: Bench, change: dict[str, Any], taken: bool) -> None:
+    config = bench.engine.create_runtime_config()
+    cache = config.create_runtime_cache()
+    bench.context = bench.engine.create_execution_context(configured(bench, cache))
+    blob = bytes(cache.serialize())
+    vars(bench.gpu).update(change)
+    other = config.create_runtime_cache()
+    assert other.deserialize(blob) is taken and bool(other._kernels) is taken
+    assert other.reset() and not other._kernels
+    with refuses("was changed"):
+        other.deserialize(blob[:-3] + b"?" + blob[-2:])
+
+
 # Times and profiles
 
 
@@ -927,7 +988,13 @@ TENSORRT_METHODS = {
     "ICudaEngine": ("create_execution_context", "create_runtime_config", "create_engine_inspector"),
     "EngineInspector": ("get_engine_information",),
     "IProfiler": ("__init__", "report_layer_time"),
-    "IRuntimeConfig": ("set_execution_context_allocation_strategy",),
+    "IRuntimeCache": ("serialize", "deserialize", "reset"),
+    "IRuntimeConfig": (
+        "set_execution_context_allocation_strategy",
+        "create_runtime_cache",
+        "set_runtime_cache",
+        "get_runtime_cache",
+    ),
     "IExecutionContext": (
         "set_device_memory",
         "set_optimization_profile_async",

@@ -28,6 +28,7 @@ from sdrt.errors import MachineError, MissingEngineError, ResourceError, SdrtErr
 from sdrt.machine.gpus import Gpu
 from sdrt.machine.packages import install_command
 from sdrt.runtime.backends.tensorrt.blocks import Block, layout
+from sdrt.runtime.backends.tensorrt.kernels import KernelCache
 from sdrt.runtime.engine import BatchShape, Pixels, Watched
 
 log = logging.getLogger("sdrt")
@@ -74,6 +75,9 @@ class Plans:
             self.stream = self._device.create_stream()
             self._loaded = [graph for graph in self.record.plans if graph != VAE_ENCODER]
             self._check_memory()
+            self._kernels = KernelCache(self._trt.__version__, self._gpu)
+            self._shapes_met: set[Any] = set()
+            self._new_kernels = False
             self._runtime = self._trt.Runtime(self._trt.Logger(self._trt.Logger.WARNING))
             self._engines = {graph: self._deserialize(graph) for graph in self._loaded}
             self.activation_bytes = max(int(engine.device_memory_size_v2) for engine in self._engines.values())
@@ -181,6 +185,9 @@ class Plans:
         outputs = self.signatures[VAE_DECODER].outputs
         block.download(self.stream, *_ends(outputs))
         self.stream.sync()
+        if self._new_kernels:  # the first picture of its shape is done, and nothing waits for the device
+            self._kernels.keep()
+            self._new_kernels = False
         return block.host("pixels").copy(), block.host("finite").copy()
 
     def context(self, graph: str) -> Any:
@@ -194,6 +201,7 @@ class Plans:
             config.dynamic_shapes_kernel_specialization_strategy = (
                 self._trt.DynamicShapesKernelSpecializationStrategy.EAGER
             )
+            self._kernels.attach(config)
             context = engine.create_execution_context(config)
         else:
             context = engine.create_execution_context(strategy)
@@ -238,6 +246,9 @@ class Plans:
                 raise MachineError(
                     f"{graph}: TensorRT refused input {name} of shape {list(shape)}", self._compile_hint()
                 )
+        met = (graph, profile, *(shape for _, shape in inputs.values()))
+        self._new_kernels |= met not in self._shapes_met
+        self._shapes_met.add(met)
 
     def enqueue(self, context: Any, graph: str, stream: Any) -> None:
         if not context.execute_async_v3(int(stream.handle)):

@@ -37,6 +37,8 @@ from sdrt.errors import (
     ResourceError,
     UsageError,
 )
+from sdrt.files.cache import write_entry
+from sdrt.files.publish import cache_folder
 from sdrt.runtime import Pipeline
 from sdrt.runtime.engine import Job, Pixels, RunningBatch, tables
 from sdrt.runtime.sampling.registry import SAMPLERS, plan_rows
@@ -555,6 +557,90 @@ def jobs_of_two(pipe: Pipeline, sets: tuple[int, ...]) -> list[Job]:
         {"context": draw(2, 77, manifest.context_width), "vector": draw(2, manifest.vector.numbers)} for _ in range(3)
     )
     return [replace(job, contexts=made) for job in jobs]
+
+
+# Kernels that TensorRT-RTX compiles
+
+
+def test_kernels_are_compiled_once(gpu: Gpu, bundle: Path, expected: Expected) -> None:
+    """Once for each graph and each of its shapes, whatever number of contexts, batches, pipelines and processes."""
+    with load(bundle) as pipe:
+        same(pipe, expected, **QUICK)
+        first = len(gpu.compiled)
+        assert first == 2 * len(LOADED), "of each graph those for all shapes, and those for this one"
+        streams = [pipe.stream("fox", **QUICK) for _ in range(2)]
+        for stream in streams:
+            next(stream)
+        assert len(gpu.compiled) == first
+        for stream in streams:
+            stream.close()
+    with load(bundle) as pipe:  # as another process would
+        same(pipe, expected, **QUICK)
+        assert len(gpu.compiled) == first
+        same(pipe, expected, size=(72, 96), **QUICK)
+        assert len(gpu.compiled) == first + 2, "the step's and the decoder's for another size"
+    with load(bundle) as pipe:
+        same(pipe, expected, size=(72, 96), **QUICK)
+        assert len(gpu.compiled) == first + 2
+
+
+def kept_kernels() -> Path:
+    (entry,) = (cache_folder() / "kernels").iterdir()
+    assert sorted(path.name for path in entry.iterdir()) == ["data", "sha256"]
+    return entry
+
+
+def test_nothing_is_written_where_nothing_was_compiled(gpu: Gpu, bundle: Path) -> None:
+    written = set()
+    for _ in range(2):
+        with load(bundle) as pipe:
+            for _ in range(2):
+                pipe("fox", **QUICK)
+                written.add((kept_kernels() / "data").stat().st_mtime_ns)
+    assert len(written) == 1
+
+
+@pytest.mark.parametrize("change", [{"driver_cuda": 14000}, {"sm": (8, 6)}])
+def test_kernels_of_another_machine(
+    gpu: Gpu, bundle: Path, expected: Expected, caplog: pytest.LogCaptureFixture, change: dict[str, Any]
+) -> None:
+    """Another driver, or a cache that came from elsewhere: TensorRT-RTX takes nothing of it. The kernels are compiled
+    again, which is said once, and kept in its place.
+    """
+    here = vars(gpu).copy()
+    vars(gpu).update(change)
+    elsewhere = tensorrt_simulator.IRuntimeCache._make(gpu)
+    elsewhere._kernels.add("of another machine")
+    gpu.set_current(0)
+    blob = bytes(elsewhere.serialize())
+    vars(gpu).update(here)
+    write_entry("kernels", "1.7.1.116-NVIDIA-Simulated-sm_89", blob)
+    for _ in range(2):
+        with load(bundle) as pipe:
+            same(pipe, expected, **QUICK)
+        assert len(gpu.compiled) == 2 * len(LOADED)
+    (warning,) = caplog.records
+    assert warning.getMessage() == (
+        "the kernels kept for NVIDIA Simulated, sm_89 are of another driver, GPU or TensorRT-RTX: they are compiled"
+        " again, once"
+    )
+    assert "of another machine" not in (kept_kernels() / "data").read_text()
+
+
+def test_changed_kernels_are_not_loaded(gpu: Gpu, bundle: Path, expected: Expected) -> None:
+    """They are native code: TensorRT-RTX does not see them."""
+    with load(bundle) as pipe:
+        pipe("fox", **QUICK)
+    kept, first = kept_kernels(), len(gpu.compiled)
+    data = bytearray((kept / "data").read_bytes())
+    data[len(data) // 2] ^= 1
+    (kept / "data").write_bytes(data)
+    with load(bundle) as pipe:
+        same(pipe, expected, **QUICK)
+    assert len(gpu.compiled) == 2 * first
+    with load(bundle) as pipe:
+        same(pipe, expected, **QUICK)
+    assert len(gpu.compiled) == 2 * first, "and a whole one has taken their place"
 
 
 # State left behind
