@@ -58,6 +58,8 @@ class Faults:
     """This create_execution_context returns None."""
     no_engine: bool = False
     """deserialize_cuda_engine returns None."""
+    problems: int = 0
+    """What get_engine_validity finds in every header, as the library's own bits."""
 
     def strikes(self, name: str) -> bool:
         left = getattr(self, name)

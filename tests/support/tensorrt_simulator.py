@@ -27,7 +27,10 @@ __version__ = VERSION
 
 Shape = tuple[int, ...]
 RTX_ONLY: dict[str, frozenset[str]] = {
-    "": frozenset({"DynamicShapesKernelSpecializationStrategy"}),
+    "": frozenset(
+        {"DynamicShapesKernelSpecializationStrategy", "EngineValidity", "EngineInvalidityDiagnostics", "IRuntimeCache"}
+    ),
+    "Runtime": frozenset({"engine_header_size", "get_engine_validity"}),
     "IRuntimeConfig": frozenset(
         {
             "dynamic_shapes_kernel_specialization_strategy",
@@ -54,11 +57,43 @@ class Part:
         super().__setattr__(name, value)
 
 
-class Logger:
+class ILogger:
+    """As in the real bindings, a subclass that does not call this constructor cannot be used."""
+
     INTERNAL_ERROR, ERROR, WARNING, INFO, VERBOSE = range(5)
 
-    def __init__(self, min_severity: int = WARNING) -> None:
+    def __init__(self) -> None:
+        self._made = True
+
+    def log(self, severity: int, msg: str) -> None:
+        raise NotImplementedError("log is for a subclass to define")
+
+
+class Logger(ILogger):
+    """Prints to stderr, which nobody reads."""
+
+    def __init__(self, min_severity: int = ILogger.WARNING) -> None:
+        super().__init__()
         self.min_severity = min_severity
+
+    def log(self, severity: int, msg: str) -> None:
+        _installed().log.append(msg)
+
+
+class EngineValidity(enum.IntEnum):
+    VALID = 0
+    SUBOPTIMAL = 1
+    INVALID = 2
+
+
+class EngineInvalidityDiagnostics(enum.IntEnum):
+    VERSION_MISMATCH = 1
+    UNSUPPORTED_CC = 2
+    OLD_CUDA_DRIVER = 4
+    OLD_CUDA_RUNTIME = 8
+    INSUFFICIENT_GPU_MEMORY = 16
+    MALFORMED_ENGINE = 32
+    CUDA_ERROR = 64
 
 
 class ExecutionContextAllocationStrategy(enum.IntEnum):
@@ -136,19 +171,36 @@ class IRuntimeCache:
         return True
 
 
-class Runtime:
-    def __init__(self, logger: Logger) -> None:
-        if not isinstance(logger, Logger):
+class Runtime(Part):
+    def __init__(self, logger: ILogger) -> None:
+        if not isinstance(logger, ILogger) or not hasattr(logger, "_made"):
             raise TypeError("__init__(): incompatible constructor arguments")
-        self._gpu = _installed()
+        self._gpu, self._logger = _installed(), logger
+
+    @property
+    def engine_header_size(self) -> int:
+        return len(MAGIC)
+
+    def get_engine_validity(self, buffer: bytes) -> tuple[EngineValidity, int]:
+        with self._gpu.call(unsafe=True):
+            if len(buffer) < self.engine_header_size:
+                raise Refused("a header cut short")
+            problems = self._gpu.faults.problems
+            if not bytes(buffer).startswith(MAGIC):
+                problems |= EngineInvalidityDiagnostics.MALFORMED_ENGINE
+            return (EngineValidity.INVALID if problems else EngineValidity.VALID), problems
 
     def deserialize_cuda_engine(self, serialized_engine: bytes) -> ICudaEngine | None:
         with self._gpu.call("engines", unsafe=True):
             data = bytes(serialized_engine)
-            if self._gpu.faults.no_engine or not data.startswith(MAGIC):
+            plan = json.loads(data.removeprefix(MAGIC)) if data.startswith(MAGIC) else {"version": "none"}
+            if self._gpu.faults.no_engine or plan["version"] != __version__:
+                self._say(f"IRuntime::deserializeCudaEngine: version {plan['version']}, {__version__} is expected")
                 return None
-            plan = json.loads(data.removeprefix(MAGIC))
-            return ICudaEngine._make(self._gpu, plan) if plan["version"] == __version__ else None
+            return ICudaEngine._make(self, plan)
+
+    def _say(self, why: str) -> None:
+        self._logger.log(ILogger.ERROR, why)
 
 
 class ICudaEngine:
@@ -156,9 +208,9 @@ class ICudaEngine:
         raise TypeError("tensorrt_rtx.ICudaEngine: No constructor defined!")
 
     @classmethod
-    def _make(cls, gpu: Gpu, plan: dict[str, Any]) -> ICudaEngine:
+    def _make(cls, runtime: Runtime, plan: dict[str, Any]) -> ICudaEngine:
         self = object.__new__(cls)
-        self._gpu, self._session = gpu, session(plan["graph"])
+        self._runtime, self._gpu, self._session = runtime, runtime._gpu, session(plan["graph"])
         self.name: str = plan["name"]
         self._digest = f"{zlib.crc32(json.dumps(plan).encode()):08x}"
         self.device_memory_size_v2: int = plan["activation_bytes"]
@@ -184,6 +236,7 @@ class ICudaEngine:
     ) -> IExecutionContext | None:
         with self._gpu.call("contexts", unsafe=True):
             if self._gpu.faults.strikes("no_context"):
+                self._runtime._say(f"IExecutionContext: {self.name}: out of memory: persistent memory of 512 bytes")
                 return None
             config = strategy
             if isinstance(config, ExecutionContextAllocationStrategy):
@@ -439,7 +492,7 @@ class IExecutionContext:
         self._kernels.add(key)
 
     def _no(self, why: str) -> bool:
-        self._gpu.log.append(f"{self.engine.name}: {why}")
+        self.engine._runtime._say(f"{self.engine.name}: {why}")
         return False
 
     def _compute(self, run: Run, state: object) -> None:
@@ -505,7 +558,10 @@ def enterprise_modules() -> dict[str, ModuleType]:
 
 def _module(name: str) -> ModuleType:
     kinds = (
+        ILogger,
         Logger,
+        EngineValidity,
+        EngineInvalidityDiagnostics,
         ExecutionContextAllocationStrategy,
         DynamicShapesKernelSpecializationStrategy,
         Runtime,

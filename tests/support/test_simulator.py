@@ -778,6 +778,29 @@ def test_fault_context_and_engine(bench: Bench, network: Path) -> None:
     assert runtime.deserialize_cuda_engine(plan(network, "double", [], activation_bytes=1, version="1.6.0.1")) is None
     bench.gpu.faults.no_engine = True
     assert runtime.deserialize_cuda_engine(made) is None
+    assert "deserializeCudaEngine" in bench.gpu.log[-1]
+
+
+def test_headers(bench: Bench, network: Path) -> None:
+    runtime = trt.Runtime(trt.Logger())
+    header = plan(network, "double", [], activation_bytes=1)[: runtime.engine_header_size]
+    assert runtime.get_engine_validity(header) == (trt.EngineValidity.VALID, 0)
+    malformed = runtime.get_engine_validity(bytes(len(header)))
+    assert malformed == (trt.EngineValidity.INVALID, trt.EngineInvalidityDiagnostics.MALFORMED_ENGINE)
+    bench.gpu.faults.problems = 4
+    assert runtime.get_engine_validity(header) == (trt.EngineValidity.INVALID, 4)
+    with refuses("cut short"):
+        runtime.get_engine_validity(header[1:])
+
+
+def test_loggers_that_cannot_be(bench: Bench) -> None:
+    class Unmade(trt.ILogger):
+        def __init__(self) -> None:
+            """Forgets the constructor of its base."""
+
+    for wrong in (object(), Unmade()):
+        with pytest.raises(TypeError, match="incompatible constructor"):
+            trt.Runtime(wrong)  # type: ignore[arg-type]
 
 
 # Kernels that are compiled when they are met
@@ -984,6 +1007,7 @@ def test_surface_of_cuda_bindings() -> None:
 
 TENSORRT_METHODS = {
     "Logger": ("__init__",),
+    "ILogger": ("__init__", "log"),
     "Runtime": ("__init__", "deserialize_cuda_engine"),
     "ICudaEngine": ("create_execution_context", "create_runtime_config", "create_engine_inspector"),
     "EngineInspector": ("get_engine_information",),
@@ -1005,7 +1029,10 @@ TENSORRT_METHODS = {
         "report_to_profiler",
     ),
 }
+UNDOCUMENTED = {"Logger": ("log",), "Runtime": ("get_engine_validity",)}
+"""Methods whose documentation gives no parameters, or that a base class documents."""
 TENSORRT_PROPERTIES = {
+    "Runtime": ("engine_header_size",),
     "ICudaEngine": ("device_memory_size_v2", "name"),
     "IRuntimeConfig": ("dynamic_shapes_kernel_specialization_strategy",),
     "IExecutionContext": ("active_optimization_profile", "engine", "profiler", "enqueue_emits_profile"),
@@ -1024,7 +1051,8 @@ def test_surface_of_tensorrt(kind: str) -> None:
     for name in TENSORRT_PROPERTIES.get(kind, ()):
         assert isinstance(inspect.getattr_static(real, name), property), name
     public = {name for name in vars(ours) if not name.startswith("_") and callable(getattr(ours, name))}
-    assert public == {*TENSORRT_METHODS[kind]} - {"__init__"}
+    assert public == {*TENSORRT_METHODS[kind], *UNDOCUMENTED.get(kind, ())} - {"__init__"}
+    assert all(hasattr(real, name) for name in UNDOCUMENTED.get(kind, ()))
 
 
 def test_what_enterprise_tensorrt_has_not() -> None:
@@ -1045,7 +1073,10 @@ def test_enumerations_of_tensorrt() -> None:
         trt.ExecutionContextAllocationStrategy,
         trt.DynamicShapesKernelSpecializationStrategy,
         trt.LayerInformationFormat,
+        trt.EngineValidity,
+        trt.EngineInvalidityDiagnostics,
     ):
         members = getattr(real, ours.__name__).__members__
         assert {name: int(member) for name, member in members.items()} == {member.name: member.value for member in ours}
-    assert int(real.Logger.WARNING) == trt.Logger.WARNING
+    for name in ("INTERNAL_ERROR", "ERROR", "WARNING", "INFO", "VERBOSE"):
+        assert int(getattr(real.ILogger, name)) == getattr(trt.ILogger, name)

@@ -49,6 +49,7 @@ TENSORRT = {
         "engine": "ICudaEngine",
     },
     "compile/watch.py": {"trt": "trt"},
+    "machine/tensorrt_messages.py": {"trt": "trt"},
     "runtime/backends/tensorrt/plans.py": {
         "self._trt": "trt",
         "self._runtime": "Runtime",
@@ -113,6 +114,12 @@ RTX_ONLY = {
     "trt.DynamicShapesKernelSpecializationStrategy.EAGER",
     "IBuilderConfig.num_compute_capabilities",
     "IBuilderConfig.set_compute_capability",
+    "trt.EngineInvalidityDiagnostics",
+    "trt.EngineInvalidityDiagnostics.__members__",
+    "trt.EngineValidity",
+    "trt.EngineValidity.INVALID",
+    "Runtime.engine_header_size",
+    "Runtime.get_engine_validity",
     "IRuntimeConfig.create_runtime_cache",
     "IRuntimeConfig.dynamic_shapes_kernel_specialization_strategy",
     "IRuntimeConfig.set_runtime_cache",
@@ -277,6 +284,7 @@ def test_the_code_is_read() -> None:
     [
         "compile/tensorrt_network.py",
         "compile/watch.py",
+        "machine/tensorrt_messages.py",
         "compile/tensorrt.py",
         "compile/worker.py",
         "bench/device_times.py",

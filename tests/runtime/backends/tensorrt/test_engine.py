@@ -860,7 +860,7 @@ def test_memory_runs_out_during_capture(pipe: Pipeline, expected: Expected, monk
 def test_t9_execute_refuses(pipe: Pipeline, expected: Expected, gpu: Gpu, graph: str) -> None:
     for _ in range(2):
         gpu.faults.runs[graph] = 1
-        with pytest.raises(MachineError, match=f"{graph}: TensorRT refused to run"):
+        with pytest.raises(MachineError, match=f"{graph}: TensorRT refused to run.*: {graph}: a fault on purpose"):
             pipe("sun", **QUICK)
     same(pipe, expected, **QUICK)  # nothing of the failed call is still in flight
 
@@ -876,7 +876,7 @@ def test_execute_refuses_without_graphs(pipe: Pipeline, expected: Expected, gpu:
 
 def test_no_context(gpu: Gpu, bundle: Path, expected: Expected) -> None:
     gpu.faults.no_context = 1
-    with pytest.raises(ResourceError, match="no memory left for another execution context"):
+    with pytest.raises(ResourceError, match=r"no memory left for another execution context: .*persistent memory"):
         load(bundle)
     with load(bundle) as pipe:
         gpu.faults.no_context = 2
@@ -1180,9 +1180,42 @@ def test_engine_that_fits_among_others(gpu: Gpu, small_bundle: Path, blank: Path
 
 def test_plan_that_tensorrt_cannot_load(gpu: Gpu, bundle: Path) -> None:
     gpu.faults.no_engine = True
-    with pytest.raises(MachineError, match=r"step: TensorRT 1\.7\.1\.116 cannot load this plan") as caught:
+    with pytest.raises(
+        MachineError, match=r"step: TensorRT 1\.7\.1\.116 cannot load this plan: IRuntime::deserializeCudaEngine"
+    ) as caught:
         load(bundle)
     assert "sdrt compile" in caught.value.fix
+
+
+@pytest.mark.parametrize(
+    ("problems", "kind", "words", "fix"),
+    [
+        (1 | 2, MachineError, "another version made it, it has no kernels for this GPU", "sdrt compile"),
+        (4, MachineError, "the driver is too old for it", "Update the NVIDIA driver"),
+        (16, ResourceError, "the GPU has too little memory", "Close other programs"),
+        (1 << 20, MachineError, "it gives no reason", "sdrt compile"),
+    ],
+)
+def test_plan_whose_header_does_not_fit(
+    gpu: Gpu, bundle: Path, problems: int, kind: type[Exception], words: str, fix: str
+) -> None:
+    """TensorRT-RTX is asked before the plan is loaded, and says why."""
+    gpu.faults.problems = problems
+    with pytest.raises(kind, match=f"step: .* this plan does not run here: {words}") as caught:
+        load(bundle)
+    assert fix in caught.value.fix  # type: ignore[attr-defined]
+    assert gpu.counts["engines"] == 0
+
+
+def test_words_of_earlier_calls_are_not_told(pipe: Pipeline, gpu: Gpu) -> None:
+    """Nor does a message of a call that went well end up in an error that is ours alone."""
+    gpu.faults.runs[STEP] = 1
+    with pytest.raises(MachineError, match="a fault on purpose"):
+        pipe("sun", **QUICK)
+    gpu.faults.allocation = 1
+    with pytest.raises(ResourceError) as caught:
+        pipe("fox", size=(72, 72), **QUICK)
+    assert "on purpose" not in str(caught.value)
 
 
 # Machines that do not fit
