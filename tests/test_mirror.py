@@ -55,8 +55,9 @@ COVERED: dict[str, tuple[str, ...]] = {
         *("runtime/backends/fallback.py", "runtime/engine.py"),
     ),
     "runtime/backends/tensorrt/test_engine.py": (
-        *("runtime/backends/tensorrt/blocks.py", "runtime/backends/tensorrt/plans.py"),
-        "runtime/backends/tensorrt/step.py",
+        *("machine/tensorrt_messages.py", "runtime/backends/tensorrt/blocks.py"),
+        "runtime/backends/tensorrt/kernels.py",
+        *("runtime/backends/tensorrt/plans.py", "runtime/backends/tensorrt/step.py"),
     ),
     "runtime/pictures/test_settings.py": ("runtime/pictures/infotext.py", "runtime/request_json.py"),
     "runtime/prompts/test_tokenizer.py": ("export/tokenizer.py",),

@@ -544,7 +544,7 @@ GpuGenerations = Annotated[
         "--sm",
         metavar="86,89,120",
         help="GPU generations of tensorrt-rtx: 75, 80, 86, 89, 120, 121. Each adds kernels to the engine. Default "
-        "86,89,120.",
+        "86,89,120, and this machine's.",
     ),
 ]
 SizeRange = Annotated[

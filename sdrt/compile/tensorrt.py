@@ -9,6 +9,7 @@ docs/architecture.md says why.
 from __future__ import annotations
 
 import hashlib
+import logging
 from contextlib import suppress
 
 from sdrt.bundle.folder import Bundle, check_files
@@ -22,12 +23,15 @@ from sdrt.compile.together import engines_together
 from sdrt.compile.watch import Progress
 from sdrt.engines.record import FORMAT, EngineKey, EngineRecord, Plan
 from sdrt.engines.store import NewEngine, arithmetic, engine_folder, read_intact, state_bytes, write_engine
-from sdrt.engines.targets import TARGETS
+from sdrt.engines.targets import TARGETS, Target
 from sdrt.errors import BundleError, MachineError, UsageError
 from sdrt.machine.cpu import platform_name
 from sdrt.machine.gpus import probe_gpus
 
+log = logging.getLogger("sdrt")
+
 DEFAULT_SMS = (86, 89, 120)
+"""Generations that an engine is for if nobody says which, beside that of the GPU of this machine."""
 
 
 def compile_bundle(
@@ -129,7 +133,7 @@ def open_compiler(target: str, sms: tuple[int, ...] | None = None, device: int =
         ours = [row.name for row in TARGETS.values() if row.shapes == "ranges"]
         raise UsageError(f"target {target!r}: not one that compiles", f"Choose one of: {', '.join(ours)}.")
     if row.sms:
-        wanted = tuple(sorted(set(sms or DEFAULT_SMS)))
+        wanted = tuple(sorted(set(sms))) if sms else _default_sms(row)
         for sm in wanted:
             if sm not in row.sms:
                 raise UsageError(
@@ -148,6 +152,17 @@ def open_compiler(target: str, sms: tuple[int, ...] | None = None, device: int =
 def check_compiler(target: str) -> None:
     """Raise MachineError unless a target's compiler is here, with a GPU where it needs one."""
     open_compiler(target)
+
+
+def _default_sms(target: Target) -> tuple[int, ...]:
+    """The usual generations and those of this machine's GPUs, as far as the library has kernels for them."""
+    wanted = set(DEFAULT_SMS)
+    for gpu in probe_gpus().found:
+        if (sm := int(gpu.sm.removeprefix("sm_"))) in target.sms:
+            wanted.add(sm)
+        else:
+            log.warning("%s has no kernels for %s: the engine is for other machines", target.title, gpu)
+    return tuple(sorted(wanted))
 
 
 def _gpu(device: int) -> str:

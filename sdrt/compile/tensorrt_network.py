@@ -17,12 +17,13 @@ from pathlib import Path
 from threading import Event
 from typing import Any
 
-from sdrt.compile.watch import Progress, make_log, make_monitor
+from sdrt.compile.watch import Progress, make_monitor
 from sdrt.engines.record import Profile
 from sdrt.engines.targets import TARGETS
 from sdrt.errors import MachineError, ResourceError, SdrtError, printable
 from sdrt.files.publish import cache_folder, staged_file, write_file
 from sdrt.machine.packages import install_command
+from sdrt.machine.tensorrt_messages import make_log, short
 
 logger = logging.getLogger("sdrt")
 
@@ -185,19 +186,15 @@ def build_error(where: str, lines: Sequence[str], demand: Demand) -> SdrtError:
     fix = f"What asks for most is {demand.words}: lower {demand.flag}"
     for line in lines:
         if _MEMORY.search(line):
-            return ResourceError(f"{where}: out of memory: {_short(line)}", f"{fix}, or free memory on this machine.")
+            return ResourceError(f"{where}: out of memory: {short(line)}", f"{fix}, or free memory on this machine.")
         if no_kernel := _NO_KERNEL.search(line):
             return MachineError(
-                f"{where}: no kernel for node {_short(no_kernel[1])}",
+                f"{where}: no kernel for node {short(no_kernel[1])}",
                 f"{fix}, or build the bundle with another --precision.",
             )
     return MachineError(
-        f"{where}: gave no engine: {_short(lines[-1]) if lines else 'no reason given'}", "Run: sdrt doctor"
+        f"{where}: gave no engine: {short(lines[-1]) if lines else 'no reason given'}", "Run: sdrt doctor"
     )
-
-
-def _short(line: str) -> str:
-    return printable(" ".join(line.split())[:300])
 
 
 def _parse(compiler: Compiler, graph: str, path: Path) -> _Network:
@@ -214,7 +211,7 @@ def _parse(compiler: Compiler, graph: str, path: Path) -> _Network:
             where = f"node {first.node_name()} ({first.node_operator()})" if first.node_name() else where
             why = first.desc()
         raise MachineError(
-            f"{path}: {graph}: {compiler} cannot read {printable(where)}: {_short(why)}",
+            f"{path}: {graph}: {compiler} cannot read {printable(where)}: {short(why)}",
             "Build the bundle again with this version of sdrt, or install the version of TensorRT it was tested with.",
         )
     return _Network(builder, network, parser, log)
@@ -336,7 +333,7 @@ def _device_memory(compiler: Compiler, log: Any, plan: Any) -> int | None:
     if engine is None:
         raise MachineError(
             f"{compiler}: cannot load the engine it has just made:"
-            f" {_short(log.lines[-1]) if log.lines else 'no reason given'}",
+            f" {short(log.lines[-1]) if log.lines else 'no reason given'}",
             "Run: sdrt doctor",
         )
     return int(engine.device_memory_size_v2)

@@ -1,11 +1,10 @@
-"""Watches a TensorRT build: collects its messages, reports its progress, and stops it.
+"""Watches a TensorRT build: reports its progress, and stops it.
 
-TensorRT accepts only objects of its own classes, so both classes here are made from the TensorRT module at hand.
+TensorRT accepts only objects of its own classes, so the class here is made from the TensorRT module at hand.
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from threading import Event, Lock
 from typing import Any
@@ -17,26 +16,6 @@ another thread.
 
 WAITING = "waiting for another process that compiles this bundle"
 """The name of a stage: waiting for another compilation of the same engine, because two would do the same work twice."""
-
-log = logging.getLogger("sdrt")
-_KEPT_LINES = 200
-
-
-def make_log(trt: Any) -> Any:
-    """A TensorRT logger that keeps warnings and errors in `lines`, newest last, and prints nothing."""
-
-    class Log(trt.ILogger):  # type: ignore[misc]
-        def __init__(self) -> None:
-            super().__init__()
-            self.lines: list[str] = []
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity <= trt.ILogger.WARNING:
-                log.debug("%s: %s", trt.__name__, message)
-                self.lines.append(message)
-                del self.lines[:-_KEPT_LINES]
-
-    return Log()
 
 
 def make_monitor(trt: Any, report: Callable[[float], None], stop: Event) -> Any:

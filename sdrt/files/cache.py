@@ -29,10 +29,20 @@ def cache_key(parts: Mapping[str, Any]) -> str:
 
 def is_cached(kind: str, key: str) -> bool:
     """Whether an intact entry is there."""
-    try:
-        return _read(cache_folder() / kind / key) is not None
-    except OSError:
-        return False
+    return read_entry(kind, key) is not None
+
+
+def read_entry(kind: str, key: str) -> bytes | None:
+    """An entry. None if it is missing or damaged, or there is no cache."""
+    with suppress(OSError):
+        return _read(cache_folder() / kind / key)
+    return None
+
+
+def write_entry(kind: str, key: str, data: bytes) -> None:
+    """Put an entry in the place of the one that is there, if any. Of several processes that do, the last one wins."""
+    with suppress(OSError):
+        _write(cache_folder() / kind / key, data)
 
 
 def cached(kind: str, key: str, make: Callable[[], bytes]) -> tuple[bytes, bool]:
@@ -53,14 +63,18 @@ def cached(kind: str, key: str, make: Callable[[], bytes]) -> tuple[bytes, bool]
         if (data := _read(folder)) is not None:
             return data, True
         data = make()
-        try:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            with staged_folder(folder, replace=folder.exists()) as stage:
-                write_file(stage / _DATA, data)
-                write_file(stage / _HASH, hashlib.sha256(data).hexdigest().encode() + b"\n")
-        except Exception as error:  # a full disk there, or a process that was faster
-            log.info("cache not written: %s: %s", folder, error)
+        _write(folder, data)
     return data, False
+
+
+def _write(folder: Path, data: bytes) -> None:
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with staged_folder(folder, replace=folder.exists()) as stage:
+            write_file(stage / _DATA, data)
+            write_file(stage / _HASH, hashlib.sha256(data).hexdigest().encode() + b"\n")
+    except Exception as error:  # a full disk there, or a process that was faster
+        log.info("cache not written: %s: %s", folder, error)
 
 
 def _read(folder: Path) -> bytes | None:

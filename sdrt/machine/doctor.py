@@ -22,7 +22,7 @@ from sdrt.engines.targets import ONNXRUNTIME, ONNXRUNTIME_CUDA, OPENVINO, TARGET
 from sdrt.machine import engine_libraries
 from sdrt.machine.cpu import platform_name
 from sdrt.machine.gpus import Gpus, probe_gpus
-from sdrt.machine.packages import install_command
+from sdrt.machine.packages import NEW_DRIVER, install_command
 
 WORKS, MISSING, MISMATCHED = "works", "missing", "mismatched"
 _LIBRARY = re.compile(r"(?:lib)?[\w.+-]+\.(?:so(?:\.\d+)*|dll|dylib)")
@@ -258,7 +258,7 @@ def _no_gpu(name: str, gpus: Gpus) -> Backend:
             name,
             MISMATCHED,
             f"no GPU answers: {gpus.detail}",
-            "Update the NVIDIA driver: https://www.nvidia.com/drivers",
+            NEW_DRIVER,
             _versions(name),
         )
     detail = f"no GPU answers: {gpus.detail}" + ("; compiling for other machines works" if TARGETS[name].sms else "")

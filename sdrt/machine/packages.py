@@ -19,6 +19,10 @@ EXTRAS: dict[str, tuple[str, ...]] = {
 """What each extra installs beside the base, as pip reads it."""
 
 
+NEW_DRIVER = "Update the NVIDIA driver: https://www.nvidia.com/drivers"
+"""What to do where the driver is too old."""
+
+
 def oldest_versions(extra: str) -> dict[str, tuple[int, int]]:
     """The packages of an extra, and the oldest version of each that will do, (major, minor)."""
     found = {}

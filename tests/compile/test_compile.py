@@ -38,6 +38,7 @@ from sdrt.engines.record import Profile
 from sdrt.engines.store import list_engines, mismatch, read_intact, read_plan
 from sdrt.errors import BundleError, MachineError, ResourceError, UsageError
 from sdrt.machine.cpu import platform_name
+from sdrt.machine.gpus import Gpu, Gpus
 
 DEMAND = Demand("the batch of 8", "--batch")
 
@@ -458,6 +459,22 @@ def test_a_bundle_without_graphs_of_its_precision(small_bundle: Path) -> None:
     bundle = Bundle(bundle.path, replace(bundle.manifest, components=components))
     with pytest.raises(MachineError, match="no bf16 graphs to compile, it has fp16, fp32"):
         compile_bundle(bundle, CompileOptions("tensorrt-rtx"))
+
+
+@pytest.mark.parametrize(
+    ("gpu", "sms"),
+    [("NVIDIA GeForce RTX 2080, sm_75", (75, 86, 89, 120)), ("NVIDIA H200, sm_90", (86, 89, 120)), ("", (86, 89, 120))],
+)
+def test_generations_by_default(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, gpu: str, sms: tuple[int, ...]
+) -> None:
+    """This machine's own is among them, so that what is compiled here runs here. Where it cannot, that is said."""
+    found = Gpus((Gpu(*gpu.split(", ")),) if gpu else (), "13.0", "")
+    monkeypatch.setattr(tensorrt, "probe_gpus", lambda: found)
+    assert open_compiler("tensorrt-rtx").sms == sms
+    assert open_compiler("tensorrt-rtx", (120,)).sms == (120,)
+    words = [record.getMessage() for record in caplog.records]
+    assert words == ([f"TensorRT-RTX has no kernels for {gpu}: the engine is for other machines"] * ("90" in gpu))
 
 
 @pytest.mark.parametrize(("target", "module"), [("tensorrt-rtx", "tensorrt_rtx"), ("tensorrt", "tensorrt")])

@@ -6,7 +6,9 @@ Names, parameters and the order of calls are those of cuda.core 1.2; tests compa
 from __future__ import annotations
 
 import enum
+import os
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -425,17 +427,25 @@ def modules() -> dict[str, ModuleType]:
 
 @contextmanager
 def installed(gpu: Gpu, stand_ins: dict[str, ModuleType]) -> Iterator[Gpu]:
-    """Put modules in the place of the real ones, over `gpu`. At the end nothing may have been left capturing."""
+    """Put modules in the place of the real ones, over `gpu`, on a machine with a cache folder of its own. At the end
+    nothing may have been left capturing.
+    """
     global _gpu
+    cache = os.environ.get("SDRT_CACHE_DIR")
     real = {name: sys.modules.get(name) for name in stand_ins}
     outer, _gpu = _gpu, gpu
     sys.modules.update(stand_ins)
     try:
-        yield gpu
+        with tempfile.TemporaryDirectory() as folder:
+            os.environ["SDRT_CACHE_DIR"] = folder
+            yield gpu
         assert not gpu.leaks, gpu.leaks
         assert not any(queue.capture for queue in gpu.queues.values()), "a stream was left capturing"
     finally:
         _gpu = outer
+        os.environ.pop("SDRT_CACHE_DIR", None)
+        if cache is not None:
+            os.environ["SDRT_CACHE_DIR"] = cache
         for name, before in real.items():
             if before is None:
                 sys.modules.pop(name, None)

@@ -58,6 +58,8 @@ class Faults:
     """This create_execution_context returns None."""
     no_engine: bool = False
     """deserialize_cuda_engine returns None."""
+    problems: int = 0
+    """What get_engine_validity finds in every header, as the library's own bits."""
 
     def strikes(self, name: str) -> bool:
         left = getattr(self, name)
@@ -142,6 +144,8 @@ class Gpu:
         0 where nothing is.
         """
         self.clock_ms = 0.0
+        self.compiled: list[str] = []
+        """The networks that had kernels compiled, once for each time that somebody had to wait for it."""
         self.detailed_plans = False
         """Whether plans hold the kinds of their layers."""
         self.counts: Counter[str] = Counter()

@@ -13,6 +13,7 @@ import functools
 import json
 import math
 import weakref
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
@@ -26,8 +27,18 @@ __version__ = VERSION
 
 Shape = tuple[int, ...]
 RTX_ONLY: dict[str, frozenset[str]] = {
-    "": frozenset({"DynamicShapesKernelSpecializationStrategy"}),
-    "IRuntimeConfig": frozenset({"dynamic_shapes_kernel_specialization_strategy"}),
+    "": frozenset(
+        {"DynamicShapesKernelSpecializationStrategy", "EngineValidity", "EngineInvalidityDiagnostics", "IRuntimeCache"}
+    ),
+    "Runtime": frozenset({"engine_header_size", "get_engine_validity"}),
+    "IRuntimeConfig": frozenset(
+        {
+            "dynamic_shapes_kernel_specialization_strategy",
+            "create_runtime_cache",
+            "set_runtime_cache",
+            "get_runtime_cache",
+        }
+    ),
 }
 """What enterprise TensorRT has not: names of the module, and attributes by class."""
 
@@ -46,11 +57,43 @@ class Part:
         super().__setattr__(name, value)
 
 
-class Logger:
+class ILogger:
+    """As in the real bindings, a subclass that does not call this constructor cannot be used."""
+
     INTERNAL_ERROR, ERROR, WARNING, INFO, VERBOSE = range(5)
 
-    def __init__(self, min_severity: int = WARNING) -> None:
+    def __init__(self) -> None:
+        self._made = True
+
+    def log(self, severity: int, msg: str) -> None:
+        raise NotImplementedError("log is for a subclass to define")
+
+
+class Logger(ILogger):
+    """Prints to stderr, which nobody reads."""
+
+    def __init__(self, min_severity: int = ILogger.WARNING) -> None:
+        super().__init__()
         self.min_severity = min_severity
+
+    def log(self, severity: int, msg: str) -> None:
+        _installed().log.append(msg)
+
+
+class EngineValidity(enum.IntEnum):
+    VALID = 0
+    SUBOPTIMAL = 1
+    INVALID = 2
+
+
+class EngineInvalidityDiagnostics(enum.IntEnum):
+    VERSION_MISMATCH = 1
+    UNSUPPORTED_CC = 2
+    OLD_CUDA_DRIVER = 4
+    OLD_CUDA_RUNTIME = 8
+    INSUFFICIENT_GPU_MEMORY = 16
+    MALFORMED_ENGINE = 32
+    CUDA_ERROR = 64
 
 
 class ExecutionContextAllocationStrategy(enum.IntEnum):
@@ -70,26 +113,94 @@ class IRuntimeConfig(Part):
         if not _installed().enterprise:
             self.dynamic_shapes_kernel_specialization_strategy = DynamicShapesKernelSpecializationStrategy.LAZY
         self._allocation = ExecutionContextAllocationStrategy.STATIC
+        self._cache: weakref.ref[IRuntimeCache] | None = None
 
     def set_execution_context_allocation_strategy(
         self, strategy: ExecutionContextAllocationStrategy = ExecutionContextAllocationStrategy.STATIC
     ) -> None:
         self._allocation = strategy
 
+    def create_runtime_cache(self) -> IRuntimeCache:
+        return IRuntimeCache._make(_installed())
 
-class Runtime:
-    def __init__(self, logger: Logger) -> None:
-        if not isinstance(logger, Logger):
+    def set_runtime_cache(self, cache: IRuntimeCache) -> bool:
+        if not isinstance(cache, IRuntimeCache):
+            raise TypeError("set_runtime_cache(): incompatible function arguments")
+        self._cache = weakref.ref(cache)
+        return True
+
+    def get_runtime_cache(self) -> IRuntimeCache | None:
+        return None if self._cache is None else self._cache()
+
+
+class IRuntimeCache:
+    """Kernels by what they were compiled for. TensorRT-RTX runs what is in it: one that was changed is refused here."""
+
+    def __init__(self) -> None:
+        raise TypeError("tensorrt_rtx.IRuntimeCache: No constructor defined!")
+
+    @classmethod
+    def _make(cls, gpu: Gpu) -> IRuntimeCache:
+        self = object.__new__(cls)
+        self._gpu, self._kernels = gpu, set[str]()
+        return self
+
+    def _machine(self) -> dict[str, Any]:
+        return {"version": __version__, "gpu": self._gpu.name, "sm": self._gpu.sm, "driver": self._gpu.driver_cuda}
+
+    def serialize(self) -> memoryview:
+        with self._gpu.call(unsafe=True):
+            text = json.dumps({**self._machine(), "kernels": sorted(self._kernels)}).encode()
+            return memoryview(b"%08x" % zlib.crc32(text) + text)
+
+    def deserialize(self, blob: bytes) -> bool:
+        with self._gpu.call(unsafe=True):
+            checksum, text = bytes(blob[:8]), bytes(blob[8:])
+            if b"%08x" % zlib.crc32(text) != checksum:
+                raise Refused("a runtime cache that was changed: it holds native code, which runs")
+            found = json.loads(text)
+            kernels, driver, here = found.pop("kernels"), found.pop("driver"), self._machine()
+            newest = here.pop("driver")
+            if found != json.loads(json.dumps(here)) or driver // 1000 != newest // 1000 or newest < driver:
+                return False
+            self._kernels |= set(kernels)
+            return True
+
+    def reset(self) -> bool:
+        self._kernels.clear()
+        return True
+
+
+class Runtime(Part):
+    def __init__(self, logger: ILogger) -> None:
+        if not isinstance(logger, ILogger) or not hasattr(logger, "_made"):
             raise TypeError("__init__(): incompatible constructor arguments")
-        self._gpu = _installed()
+        self._gpu, self._logger = _installed(), logger
+
+    @property
+    def engine_header_size(self) -> int:
+        return len(MAGIC)
+
+    def get_engine_validity(self, buffer: bytes) -> tuple[EngineValidity, int]:
+        with self._gpu.call(unsafe=True):
+            if len(buffer) < self.engine_header_size:
+                raise Refused("a header cut short")
+            problems = self._gpu.faults.problems
+            if not bytes(buffer).startswith(MAGIC):
+                problems |= EngineInvalidityDiagnostics.MALFORMED_ENGINE
+            return (EngineValidity.INVALID if problems else EngineValidity.VALID), problems
 
     def deserialize_cuda_engine(self, serialized_engine: bytes) -> ICudaEngine | None:
         with self._gpu.call("engines", unsafe=True):
             data = bytes(serialized_engine)
-            if self._gpu.faults.no_engine or not data.startswith(MAGIC):
+            plan = json.loads(data.removeprefix(MAGIC)) if data.startswith(MAGIC) else {"version": "none"}
+            if self._gpu.faults.no_engine or plan["version"] != __version__:
+                self._say(f"IRuntime::deserializeCudaEngine: version {plan['version']}, {__version__} is expected")
                 return None
-            plan = json.loads(data.removeprefix(MAGIC))
-            return ICudaEngine._make(self._gpu, plan) if plan["version"] == __version__ else None
+            return ICudaEngine._make(self, plan)
+
+    def _say(self, why: str) -> None:
+        self._logger.log(ILogger.ERROR, why)
 
 
 class ICudaEngine:
@@ -97,10 +208,11 @@ class ICudaEngine:
         raise TypeError("tensorrt_rtx.ICudaEngine: No constructor defined!")
 
     @classmethod
-    def _make(cls, gpu: Gpu, plan: dict[str, Any]) -> ICudaEngine:
+    def _make(cls, runtime: Runtime, plan: dict[str, Any]) -> ICudaEngine:
         self = object.__new__(cls)
-        self._gpu, self._session = gpu, session(plan["graph"])
+        self._runtime, self._gpu, self._session = runtime, runtime._gpu, session(plan["graph"])
         self.name: str = plan["name"]
+        self._digest = f"{zlib.crc32(json.dumps(plan).encode()):08x}"
         self.device_memory_size_v2: int = plan["activation_bytes"]
         self._profiles = [
             {name: tuple(map(tuple, three)) for name, three in profile.items()} for profile in plan["profiles"]
@@ -124,6 +236,7 @@ class ICudaEngine:
     ) -> IExecutionContext | None:
         with self._gpu.call("contexts", unsafe=True):
             if self._gpu.faults.strikes("no_context"):
+                self._runtime._say(f"IExecutionContext: {self.name}: out of memory: persistent memory of 512 bytes")
                 return None
             config = strategy
             if isinstance(config, ExecutionContextAllocationStrategy):
@@ -131,7 +244,9 @@ class ICudaEngine:
                 config.set_execution_context_allocation_strategy(strategy)  # type: ignore[arg-type]
             if config._allocation != ExecutionContextAllocationStrategy.USER_MANAGED:
                 raise Refused(f"{self.name}: a context with an activation block of its own: all share one")
-            return IExecutionContext._make(self, config)
+            context = IExecutionContext._make(self, config)
+            context._compile("whatever the shapes")
+            return context
 
 
 class LayerInformationFormat(enum.IntEnum):
@@ -229,6 +344,7 @@ class IExecutionContext:
     def _make(cls, engine: ICudaEngine, config: IRuntimeConfig) -> IExecutionContext:
         self = object.__new__(cls)
         self.engine, self._config, self._gpu = engine, config, engine._gpu
+        self._kernels: set[str] = set()
         self.active_optimization_profile = 0
         self._shapes: dict[str, Shape] = {}
         self._addresses: dict[str, int] = {}
@@ -334,6 +450,7 @@ class IExecutionContext:
             if self._profile_queue not in (None, queue):
                 raise Refused(f"{name}: the profile was set on another stream")
             if capture is None:
+                self._compile(f"profile {self.active_optimization_profile}, {sorted(run.shapes.items())}")
                 queue.work.append(Work(lambda: gpu.compute(lambda: self._compute(run, state))))
                 if self._profiler is not None and self.enqueue_emits_profile:
                     gpu.synchronise(queue)  # enqueueing with a profiler waits, and tells it
@@ -360,8 +477,22 @@ class IExecutionContext:
             )
             return True
 
+    def _compile(self, purpose: str) -> None:
+        """Compile kernels unless this context or its cache has them. Enterprise TensorRT has them in its plans."""
+        if self._gpu.enterprise:
+            return
+        key, known = f"{self.engine._digest}: {purpose}", self._kernels
+        if self._config._cache is not None:
+            if (cache := self._config._cache()) is None:
+                raise Refused(f"{self.engine.name}: the runtime cache of its context is gone")
+            known = cache._kernels
+        if key not in known and key not in self._kernels:
+            self._gpu.compiled.append(self.engine.name)
+        known.add(key)
+        self._kernels.add(key)
+
     def _no(self, why: str) -> bool:
-        self._gpu.log.append(f"{self.engine.name}: {why}")
+        self.engine._runtime._say(f"{self.engine.name}: {why}")
         return False
 
     def _compute(self, run: Run, state: object) -> None:
@@ -427,12 +558,16 @@ def enterprise_modules() -> dict[str, ModuleType]:
 
 def _module(name: str) -> ModuleType:
     kinds = (
+        ILogger,
         Logger,
+        EngineValidity,
+        EngineInvalidityDiagnostics,
         ExecutionContextAllocationStrategy,
         DynamicShapesKernelSpecializationStrategy,
         Runtime,
         ICudaEngine,
         IExecutionContext,
+        IRuntimeCache,
         IRuntimeConfig,
         IProfiler,
         EngineInspector,

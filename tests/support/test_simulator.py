@@ -778,6 +778,90 @@ def test_fault_context_and_engine(bench: Bench, network: Path) -> None:
     assert runtime.deserialize_cuda_engine(plan(network, "double", [], activation_bytes=1, version="1.6.0.1")) is None
     bench.gpu.faults.no_engine = True
     assert runtime.deserialize_cuda_engine(made) is None
+    assert "deserializeCudaEngine" in bench.gpu.log[-1]
+
+
+def test_headers(bench: Bench, network: Path) -> None:
+    runtime = trt.Runtime(trt.Logger())
+    header = plan(network, "double", [], activation_bytes=1)[: runtime.engine_header_size]
+    assert runtime.get_engine_validity(header) == (trt.EngineValidity.VALID, 0)
+    malformed = runtime.get_engine_validity(bytes(len(header)))
+    assert malformed == (trt.EngineValidity.INVALID, trt.EngineInvalidityDiagnostics.MALFORMED_ENGINE)
+    bench.gpu.faults.problems = 4
+    assert runtime.get_engine_validity(header) == (trt.EngineValidity.INVALID, 4)
+    with refuses("cut short"):
+        runtime.get_engine_validity(header[1:])
+
+
+def test_loggers_that_cannot_be(bench: Bench) -> None:
+    class Unmade(trt.ILogger):
+        def __init__(self) -> None:
+            """Forgets the constructor of its base."""
+
+    for wrong in (object(), Unmade()):
+        with pytest.raises(TypeError, match="incompatible constructor"):
+            trt.Runtime(wrong)  # type: ignore[arg-type]
+
+
+# Kernels that are compiled when they are met
+
+
+def test_every_context_compiles_without_a_cache(bench: Bench) -> None:
+    assert bench.gpu.compiled == ["double"], "as it is made"
+    assert bench.run() and bench.run() and len(bench.gpu.compiled) == 2, "for a shape, once"
+    assert bench.context.set_input_shape("x", (1, SIDE)) and bench.run() and len(bench.gpu.compiled) == 3
+    bench.context = bench.engine.create_execution_context(configured(bench))
+    assert len(bench.gpu.compiled) == 4
+
+
+def configured(bench: Bench, cache: Any = None) -> Any:
+    config = bench.engine.create_runtime_config()
+    config.set_execution_context_allocation_strategy(MANAGED)
+    config.dynamic_shapes_kernel_specialization_strategy = WIDE
+    if cache is not None:
+        assert config.set_runtime_cache(cache) and config.get_runtime_cache() is cache
+    return config
+
+
+def test_contexts_with_a_cache_share_what_was_compiled(bench: Bench) -> None:
+    cache = bench.engine.create_runtime_config().create_runtime_cache()
+    first, second = (bench.engine.create_execution_context(configured(bench, cache)) for _ in range(2))
+    assert len(bench.gpu.compiled) == 1 + 1
+    for context in (first, second):
+        context.set_device_memory(bench.activations.handle, 512)
+        context.set_input_shape("x", (2, SIDE))
+        context.set_tensor_address("x", bench.x.handle)
+        context.set_tensor_address("y", bench.y.handle)
+        assert context.execute_async_v3(int(bench.stream.handle))
+    assert len(bench.gpu.compiled) == 1 + 2
+    del cache
+    assert second.set_input_shape("x", (1, SIDE))
+    with refuses("the runtime cache of its context is gone"):
+        second.execute_async_v3(int(bench.stream.handle))
+
+
+@pytest.mark.parametrize(
+    ("change", "taken"),
+    [
+        ({}, True),
+        ({"driver_cuda": 13020}, True),
+        ({"driver_cuda": 12080}, False),
+        ({"driver_cuda": 14000}, False),
+        ({"name": "NVIDIA Other"}, False),
+        ({"sm": (8, 6)}, False),
+    ],
+)
+def test_caches_of_other_machines(bench: Bench, change: dict[str, Any], taken: bool) -> None:
+    config = bench.engine.create_runtime_config()
+    cache = config.create_runtime_cache()
+    bench.context = bench.engine.create_execution_context(configured(bench, cache))
+    blob = bytes(cache.serialize())
+    vars(bench.gpu).update(change)
+    other = config.create_runtime_cache()
+    assert other.deserialize(blob) is taken and bool(other._kernels) is taken
+    assert other.reset() and not other._kernels
+    with refuses("was changed"):
+        other.deserialize(blob[:-3] + b"?" + blob[-2:])
 
 
 # Times and profiles
@@ -923,11 +1007,18 @@ def test_surface_of_cuda_bindings() -> None:
 
 TENSORRT_METHODS = {
     "Logger": ("__init__",),
+    "ILogger": ("__init__", "log"),
     "Runtime": ("__init__", "deserialize_cuda_engine"),
     "ICudaEngine": ("create_execution_context", "create_runtime_config", "create_engine_inspector"),
     "EngineInspector": ("get_engine_information",),
     "IProfiler": ("__init__", "report_layer_time"),
-    "IRuntimeConfig": ("set_execution_context_allocation_strategy",),
+    "IRuntimeCache": ("serialize", "deserialize", "reset"),
+    "IRuntimeConfig": (
+        "set_execution_context_allocation_strategy",
+        "create_runtime_cache",
+        "set_runtime_cache",
+        "get_runtime_cache",
+    ),
     "IExecutionContext": (
         "set_device_memory",
         "set_optimization_profile_async",
@@ -938,7 +1029,10 @@ TENSORRT_METHODS = {
         "report_to_profiler",
     ),
 }
+UNDOCUMENTED = {"Logger": ("log",), "Runtime": ("get_engine_validity",)}
+"""Methods whose documentation gives no parameters, or that a base class documents."""
 TENSORRT_PROPERTIES = {
+    "Runtime": ("engine_header_size",),
     "ICudaEngine": ("device_memory_size_v2", "name"),
     "IRuntimeConfig": ("dynamic_shapes_kernel_specialization_strategy",),
     "IExecutionContext": ("active_optimization_profile", "engine", "profiler", "enqueue_emits_profile"),
@@ -957,7 +1051,8 @@ def test_surface_of_tensorrt(kind: str) -> None:
     for name in TENSORRT_PROPERTIES.get(kind, ()):
         assert isinstance(inspect.getattr_static(real, name), property), name
     public = {name for name in vars(ours) if not name.startswith("_") and callable(getattr(ours, name))}
-    assert public == {*TENSORRT_METHODS[kind]} - {"__init__"}
+    assert public == {*TENSORRT_METHODS[kind], *UNDOCUMENTED.get(kind, ())} - {"__init__"}
+    assert all(hasattr(real, name) for name in UNDOCUMENTED.get(kind, ()))
 
 
 def test_what_enterprise_tensorrt_has_not() -> None:
@@ -978,7 +1073,10 @@ def test_enumerations_of_tensorrt() -> None:
         trt.ExecutionContextAllocationStrategy,
         trt.DynamicShapesKernelSpecializationStrategy,
         trt.LayerInformationFormat,
+        trt.EngineValidity,
+        trt.EngineInvalidityDiagnostics,
     ):
         members = getattr(real, ours.__name__).__members__
         assert {name: int(member) for name, member in members.items()} == {member.name: member.value for member in ours}
-    assert int(real.Logger.WARNING) == trt.Logger.WARNING
+    for name in ("INTERNAL_ERROR", "ERROR", "WARNING", "INFO", "VERBOSE"):
+        assert int(getattr(real.ILogger, name)) == getattr(trt.ILogger, name)

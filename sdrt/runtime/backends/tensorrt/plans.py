@@ -23,17 +23,29 @@ from sdrt.bundle.graphs import TEXT_ENCODER, VAE_DECODER, VAE_ENCODER, Tensor, c
 from sdrt.engines.record import EngineRecord
 from sdrt.engines.shapes import EngineShapes, JobShape, shapes_of
 from sdrt.engines.store import list_engines, mismatch, read_plan
-from sdrt.engines.targets import TARGETS
+from sdrt.engines.targets import TARGETS, TENSORRT
 from sdrt.errors import MachineError, MissingEngineError, ResourceError, SdrtError
 from sdrt.machine.gpus import Gpu
-from sdrt.machine.packages import install_command
+from sdrt.machine.packages import NEW_DRIVER, install_command
+from sdrt.machine.tensorrt_messages import make_log, short
 from sdrt.runtime.backends.tensorrt.blocks import Block, layout
+from sdrt.runtime.backends.tensorrt.kernels import KernelCache
 from sdrt.runtime.engine import BatchShape, Pixels, Watched
 
 log = logging.getLogger("sdrt")
 
 _KEPT_BLOCKS = 8
 _LOAD = "load"
+_PROBLEMS = {
+    "VERSION_MISMATCH": "another version made it",
+    "UNSUPPORTED_CC": "it has no kernels for this GPU",
+    "OLD_CUDA_DRIVER": "the driver is too old for it",
+    "OLD_CUDA_RUNTIME": "the CUDA runtime is too old for it",
+    "INSUFFICIENT_GPU_MEMORY": "the GPU has too little memory",
+    "MALFORMED_ENGINE": "it is malformed",
+    "CUDA_ERROR": "CUDA's driver or runtime is not installed as it should be",
+}
+"""What TensorRT-RTX may find in a plan's header, by its own names."""
 
 
 class Idle(Protocol):
@@ -63,6 +75,7 @@ class Plans:
         self._more_activations: list[Any] = []
         self._device: Any = None
         self.stream: Any = None
+        self._log: Any = None
         with self.guarded(_LOAD):
             self._device = self._cuda.Device(device)
             self._device.set_current()
@@ -74,7 +87,11 @@ class Plans:
             self.stream = self._device.create_stream()
             self._loaded = [graph for graph in self.record.plans if graph != VAE_ENCODER]
             self._check_memory()
-            self._runtime = self._trt.Runtime(self._trt.Logger(self._trt.Logger.WARNING))
+            self._kernels = KernelCache(self._trt.__version__, self._gpu)
+            self._shapes_met: set[Any] = set()
+            self._new_kernels = False
+            self._log = make_log(self._trt)
+            self._runtime = self._trt.Runtime(self._log)
             self._engines = {graph: self._deserialize(graph) for graph in self._loaded}
             self.activation_bytes = max(int(engine.device_memory_size_v2) for engine in self._engines.values())
             self._activations = self._device.allocate(max(self.activation_bytes, 1), stream=self.stream)
@@ -181,6 +198,9 @@ class Plans:
         outputs = self.signatures[VAE_DECODER].outputs
         block.download(self.stream, *_ends(outputs))
         self.stream.sync()
+        if self._new_kernels:  # the first picture of its shape is done, and nothing waits for the device
+            self._kernels.keep()
+            self._new_kernels = False
         return block.host("pixels").copy(), block.host("finite").copy()
 
     def context(self, graph: str) -> Any:
@@ -194,12 +214,13 @@ class Plans:
             config.dynamic_shapes_kernel_specialization_strategy = (
                 self._trt.DynamicShapesKernelSpecializationStrategy.EAGER
             )
+            self._kernels.attach(config)
             context = engine.create_execution_context(config)
         else:
             context = engine.create_execution_context(strategy)
         if context is None:
             raise ResourceError(
-                f"{graph}: the GPU has no memory left for another execution context",
+                f"{graph}: the GPU has no memory left for another execution context{self._words()}",
                 "Close other programs on the GPU, or choose a smaller --size or --batch.",
             )
         context.set_device_memory(*self._activations_for(engine))
@@ -232,17 +253,23 @@ class Plans:
         if context.active_optimization_profile != profile and not context.set_optimization_profile_async(
             profile, int(self.stream.handle)
         ):
-            raise MachineError(f"{graph}: TensorRT refused optimization profile {profile}", self._compile_hint())
+            raise MachineError(
+                f"{graph}: TensorRT refused optimization profile {profile}{self._words()}", self._compile_hint()
+            )
         for name, (address, shape) in inputs.items():
             if not context.set_input_shape(name, shape) or not context.set_tensor_address(name, address):
                 raise MachineError(
-                    f"{graph}: TensorRT refused input {name} of shape {list(shape)}", self._compile_hint()
+                    f"{graph}: TensorRT refused input {name} of shape {list(shape)}{self._words()}",
+                    self._compile_hint(),
                 )
+        met = (graph, profile, *(shape for _, shape in inputs.values()))
+        self._new_kernels |= met not in self._shapes_met
+        self._shapes_met.add(met)
 
     def enqueue(self, context: Any, graph: str, stream: Any) -> None:
         if not context.execute_async_v3(int(stream.handle)):
             raise MachineError(
-                f"{graph}: TensorRT refused to run; its outputs are not valid",
+                f"{graph}: TensorRT refused to run; its outputs are not valid{self._words()}",
                 "Run again with a new pipeline; if it persists, compile again.",
             )
 
@@ -290,6 +317,8 @@ class Plans:
             raise MachineError(f"pipeline: dead after a GPU failure: {self._dead}", "Restart the process.")
         if self._device is not None:
             self._device.set_current()  # the current device is a thread's own
+        if self._log is not None:
+            self._log.lines.clear()
 
     def leave(self) -> None:
         self._lock.release()
@@ -301,12 +330,35 @@ class Plans:
 
     def _deserialize(self, graph: str) -> Any:
         plan = read_plan(self._folder, self.record, graph)  # hashed before TensorRT sees it: a plan is native code
+        self._check_header(graph, plan)
         engine = self._runtime.deserialize_cuda_engine(plan)
         if engine is None:
             raise MachineError(
-                f"{self._folder}: {graph}: TensorRT {self._trt.__version__} cannot load this plan", self._compile_hint()
+                f"{self._folder}: {graph}: TensorRT {self._trt.__version__} cannot load this plan{self._words()}",
+                self._compile_hint(),
             )
         return engine
+
+    def _check_header(self, graph: str, plan: bytes) -> None:
+        """Ask TensorRT-RTX about a plan before gigabytes of it are loaded: it gives reasons, and loading gives none."""
+        if not hasattr(self._runtime, "get_engine_validity"):
+            return
+        validity, problems = self._runtime.get_engine_validity(plan[: self._runtime.engine_header_size])
+        if validity != self._trt.EngineValidity.INVALID:
+            return
+        known = self._trt.EngineInvalidityDiagnostics.__members__
+        names = [name for name, bit in known.items() if int(problems) & int(bit)]
+        words = ", ".join(_PROBLEMS.get(name, name) for name in names) or "it gives no reason"
+        where = (
+            f"{self._folder}: {graph}: TensorRT-RTX {self._trt.__version__} says this plan does not run here: {words}"
+        )
+        if names == ["INSUFFICIENT_GPU_MEMORY"]:
+            raise ResourceError(where, "Close other programs on the GPU, or compile for a smaller --size or --batch.")
+        raise MachineError(where, NEW_DRIVER if "OLD_CUDA_DRIVER" in names else self._compile_hint())
+
+    def _words(self) -> str:
+        """What TensorRT said last within this guarded call, which its answers do not tell."""
+        return f": {short(self._log.lines[-1])}" if self._log.lines else ""
 
     def _check_memory(self) -> None:
         plans = [self.record.plans[graph] for graph in self._loaded]
@@ -328,7 +380,7 @@ class Plans:
         return error
 
     def _compile_hint(self, options: str = "--size WxH --batch N") -> str:
-        return f"Compile for it with: sdrt compile {self._bundle.path} --target {self.target} {options}"
+        return f"Compile for it with: {_command(self._bundle, self.target, self._gpu)} {options}"
 
 
 class _Guard:
@@ -374,7 +426,12 @@ def _import(target: str) -> tuple[Any, Any]:
 
 def _choose(bundle: Bundle, target: str, compiler: str, gpu: Gpu) -> tuple[Path, EngineRecord]:
     """The newest engine of a target that fits this bundle and machine."""
-    reasons = []
+    row, reasons = TARGETS[target], []
+    if row.sms and gpu.sm not in {f"sm_{sm}" for sm in row.sms}:
+        raise MachineError(
+            f"backend {target}: {row.title} has no kernels for {gpu}",
+            f"{TENSORRT.title} has: {install_command(TENSORRT.extra)}; {_command(bundle, TENSORRT.name, gpu)}",
+        )
     for folder, record in list_engines(bundle):
         if record.key.target != target:
             continue
@@ -385,8 +442,14 @@ def _choose(bundle: Bundle, target: str, compiler: str, gpu: Gpu) -> tuple[Path,
     found = "; ".join(reasons) or "there is none"
     raise MachineError(
         f"{bundle.path}: no {target} engine fits: {found}",
-        f"Make one here with: sdrt compile {bundle.path} --target {target}",
+        f"Make one here with: {_command(bundle, target, gpu)}",
     )
+
+
+def _command(bundle: Bundle, target: str, gpu: Gpu) -> str:
+    """What compiles a bundle for a GPU that the target has kernels for."""
+    generation = f" --sm {gpu.sm.removeprefix('sm_')}" if TARGETS[target].sms else ""
+    return f"sdrt compile {bundle.path} --target {target}{generation}"
 
 
 def _free_bytes() -> int | None:

@@ -49,6 +49,7 @@ TENSORRT = {
         "engine": "ICudaEngine",
     },
     "compile/watch.py": {"trt": "trt"},
+    "machine/tensorrt_messages.py": {"trt": "trt"},
     "runtime/backends/tensorrt/plans.py": {
         "self._trt": "trt",
         "self._runtime": "Runtime",
@@ -56,6 +57,7 @@ TENSORRT = {
         "config": "IRuntimeConfig",
         "context": "IExecutionContext",
     },
+    "runtime/backends/tensorrt/kernels.py": {"config": "IRuntimeConfig", "self._cache": "IRuntimeCache"},
     "runtime/backends/tensorrt/step.py": {"context": "IExecutionContext"},
     "bench/layers_tensorrt.py": {
         "trt": "trt",
@@ -112,7 +114,17 @@ RTX_ONLY = {
     "trt.DynamicShapesKernelSpecializationStrategy.EAGER",
     "IBuilderConfig.num_compute_capabilities",
     "IBuilderConfig.set_compute_capability",
+    "trt.EngineInvalidityDiagnostics",
+    "trt.EngineInvalidityDiagnostics.__members__",
+    "trt.EngineValidity",
+    "trt.EngineValidity.INVALID",
+    "Runtime.engine_header_size",
+    "Runtime.get_engine_validity",
+    "IRuntimeConfig.create_runtime_cache",
     "IRuntimeConfig.dynamic_shapes_kernel_specialization_strategy",
+    "IRuntimeConfig.set_runtime_cache",
+    "IRuntimeCache.deserialize",
+    "IRuntimeCache.serialize",
 }
 
 
@@ -272,11 +284,12 @@ def test_the_code_is_read() -> None:
     [
         "compile/tensorrt_network.py",
         "compile/watch.py",
+        "machine/tensorrt_messages.py",
         "compile/tensorrt.py",
         "compile/worker.py",
         "bench/device_times.py",
         "bench/layers_tensorrt.py",
-        *(f"runtime/backends/tensorrt/{name}.py" for name in ("engine", "step", "plans", "blocks")),
+        *(f"runtime/backends/tensorrt/{name}.py" for name in ("engine", "step", "plans", "blocks", "kernels")),
     ],
 )
 def test_modules_are_not_used_under_other_names(file: str) -> None:
@@ -328,10 +341,10 @@ def test_a_name_that_does_not_exist_is_found(enterprise: Surface, rtx: Surface) 
 
 def test_rtx_only_names_are_checked_for(enterprise: Surface) -> None:
     """Nothing runs unguarded on enterprise TensorRT: each RTX-only name stands behind a check of the class or of the
-    target.
+    target. A runtime cache exists only where the call that makes it does.
     """
     for use in all_uses(TENSORRT):
-        if use.name in RTX_ONLY:
+        if use.name in RTX_ONLY and not use.name.startswith("IRuntimeCache."):
             file, line = use.where.split(":")
             before = "\n".join(
                 (ROOT / "sdrt" / file).read_text(encoding="utf-8").splitlines()[max(0, int(line) - 9) : int(line)]

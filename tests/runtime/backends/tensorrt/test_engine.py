@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import re
 import shutil
 import sys
 import threading
@@ -36,6 +37,8 @@ from sdrt.errors import (
     ResourceError,
     UsageError,
 )
+from sdrt.files.cache import write_entry
+from sdrt.files.publish import cache_folder
 from sdrt.runtime import Pipeline
 from sdrt.runtime.engine import Job, Pixels, RunningBatch, tables
 from sdrt.runtime.sampling.registry import SAMPLERS, plan_rows
@@ -44,7 +47,7 @@ Expected = Callable[..., Pixels]
 QUICK: dict[str, Any] = {"steps": 3, "cfg": 3.0, "seed": 5}
 LOADED = sorted(graph for graph in GRAPHS if graph != VAE_ENCODER)
 """In the order in which they are loaded."""
-COMMAND = "sdrt compile .* --target tensorrt-rtx"
+COMMAND = "sdrt compile .* --target tensorrt-rtx --sm 89"
 
 
 @pytest.fixture(scope="module")
@@ -556,6 +559,90 @@ def jobs_of_two(pipe: Pipeline, sets: tuple[int, ...]) -> list[Job]:
     return [replace(job, contexts=made) for job in jobs]
 
 
+# Kernels that TensorRT-RTX compiles
+
+
+def test_kernels_are_compiled_once(gpu: Gpu, bundle: Path, expected: Expected) -> None:
+    """Once for each graph and each of its shapes, whatever number of contexts, batches, pipelines and processes."""
+    with load(bundle) as pipe:
+        same(pipe, expected, **QUICK)
+        first = len(gpu.compiled)
+        assert first == 2 * len(LOADED), "of each graph those for all shapes, and those for this one"
+        streams = [pipe.stream("fox", **QUICK) for _ in range(2)]
+        for stream in streams:
+            next(stream)
+        assert len(gpu.compiled) == first
+        for stream in streams:
+            stream.close()
+    with load(bundle) as pipe:  # as another process would
+        same(pipe, expected, **QUICK)
+        assert len(gpu.compiled) == first
+        same(pipe, expected, size=(72, 96), **QUICK)
+        assert len(gpu.compiled) == first + 2, "the step's and the decoder's for another size"
+    with load(bundle) as pipe:
+        same(pipe, expected, size=(72, 96), **QUICK)
+        assert len(gpu.compiled) == first + 2
+
+
+def kept_kernels() -> Path:
+    (entry,) = (cache_folder() / "kernels").iterdir()
+    assert sorted(path.name for path in entry.iterdir()) == ["data", "sha256"]
+    return entry
+
+
+def test_nothing_is_written_where_nothing_was_compiled(gpu: Gpu, bundle: Path) -> None:
+    written = set()
+    for _ in range(2):
+        with load(bundle) as pipe:
+            for _ in range(2):
+                pipe("fox", **QUICK)
+                written.add((kept_kernels() / "data").stat().st_mtime_ns)
+    assert len(written) == 1
+
+
+@pytest.mark.parametrize("change", [{"driver_cuda": 14000}, {"sm": (8, 6)}])
+def test_kernels_of_another_machine(
+    gpu: Gpu, bundle: Path, expected: Expected, caplog: pytest.LogCaptureFixture, change: dict[str, Any]
+) -> None:
+    """Another driver, or a cache that came from elsewhere: TensorRT-RTX takes nothing of it. The kernels are compiled
+    again, which is said once, and kept in its place.
+    """
+    here = vars(gpu).copy()
+    vars(gpu).update(change)
+    elsewhere = tensorrt_simulator.IRuntimeCache._make(gpu)
+    elsewhere._kernels.add("of another machine")
+    gpu.set_current(0)
+    blob = bytes(elsewhere.serialize())
+    vars(gpu).update(here)
+    write_entry("kernels", "1.7.1.116-NVIDIA-Simulated-sm_89", blob)
+    for _ in range(2):
+        with load(bundle) as pipe:
+            same(pipe, expected, **QUICK)
+        assert len(gpu.compiled) == 2 * len(LOADED)
+    (warning,) = caplog.records
+    assert warning.getMessage() == (
+        "the kernels kept for NVIDIA Simulated, sm_89 are of another driver, GPU or TensorRT-RTX: they are compiled"
+        " again, once"
+    )
+    assert "of another machine" not in (kept_kernels() / "data").read_text()
+
+
+def test_changed_kernels_are_not_loaded(gpu: Gpu, bundle: Path, expected: Expected) -> None:
+    """They are native code: TensorRT-RTX does not see them."""
+    with load(bundle) as pipe:
+        pipe("fox", **QUICK)
+    kept, first = kept_kernels(), len(gpu.compiled)
+    data = bytearray((kept / "data").read_bytes())
+    data[len(data) // 2] ^= 1
+    (kept / "data").write_bytes(data)
+    with load(bundle) as pipe:
+        same(pipe, expected, **QUICK)
+    assert len(gpu.compiled) == 2 * first
+    with load(bundle) as pipe:
+        same(pipe, expected, **QUICK)
+    assert len(gpu.compiled) == 2 * first, "and a whole one has taken their place"
+
+
 # State left behind
 
 
@@ -773,7 +860,7 @@ def test_memory_runs_out_during_capture(pipe: Pipeline, expected: Expected, monk
 def test_t9_execute_refuses(pipe: Pipeline, expected: Expected, gpu: Gpu, graph: str) -> None:
     for _ in range(2):
         gpu.faults.runs[graph] = 1
-        with pytest.raises(MachineError, match=f"{graph}: TensorRT refused to run"):
+        with pytest.raises(MachineError, match=f"{graph}: TensorRT refused to run.*: {graph}: a fault on purpose"):
             pipe("sun", **QUICK)
     same(pipe, expected, **QUICK)  # nothing of the failed call is still in flight
 
@@ -789,7 +876,7 @@ def test_execute_refuses_without_graphs(pipe: Pipeline, expected: Expected, gpu:
 
 def test_no_context(gpu: Gpu, bundle: Path, expected: Expected) -> None:
     gpu.faults.no_context = 1
-    with pytest.raises(ResourceError, match="no memory left for another execution context"):
+    with pytest.raises(ResourceError, match=r"no memory left for another execution context: .*persistent memory"):
         load(bundle)
     with load(bundle) as pipe:
         gpu.faults.no_context = 2
@@ -811,7 +898,7 @@ def test_shape_outside_the_profile(
         match=f"^no tensorrt-rtx engine for {wanted}; there is: 64x64 to 96x96, batch 1 to 3, 77 tokens",
     ) as caught:
         pipe("fox", size=size, batch=batch, count=batch, steps=2, cfg=3.0, seed=1)
-    assert COMMAND.split(" .*")[0] in caught.value.fix and wanted in caught.value.fix
+    assert re.search(f"{COMMAND} {wanted}", caught.value.fix)
     assert caught.value.data["wanted"] == {"size": size, "batch": batch, "tokens": 77, "branches": 2}
     assert gpu.used_bytes() == used, "while the error is still held"
     same(pipe, expected, **QUICK)
@@ -1018,8 +1105,19 @@ def test_b8_engine_of_another_machine(
     compile_engine(blank, graphs=small_bundle, **options)
     with pytest.raises(MachineError, match=reason) as caught:
         load(blank)
-    assert caught.value.fix == f"Make one here with: sdrt compile {blank} --target tensorrt-rtx"
+    assert caught.value.fix == f"Make one here with: sdrt compile {blank} --target tensorrt-rtx --sm 89"
     assert gpu.counts["engines"] == 0
+
+
+def test_gpu_that_tensorrt_rtx_has_no_kernels_for(gpu: Gpu, bundle: Path) -> None:
+    """The way on is the other target, not the same command once more."""
+    gpu.name, gpu.sm = "NVIDIA H200", (9, 0)
+    with pytest.raises(
+        MachineError, match="backend tensorrt-rtx: TensorRT-RTX has no kernels for NVIDIA H200, sm_90"
+    ) as caught:
+        load(bundle)
+    assert "pip install 'tensorrt>=11'" in caught.value.fix
+    assert caught.value.fix.endswith(f"sdrt compile {bundle} --target tensorrt")
 
 
 @pytest.fixture
@@ -1082,9 +1180,42 @@ def test_engine_that_fits_among_others(gpu: Gpu, small_bundle: Path, blank: Path
 
 def test_plan_that_tensorrt_cannot_load(gpu: Gpu, bundle: Path) -> None:
     gpu.faults.no_engine = True
-    with pytest.raises(MachineError, match=r"step: TensorRT 1\.7\.1\.116 cannot load this plan") as caught:
+    with pytest.raises(
+        MachineError, match=r"step: TensorRT 1\.7\.1\.116 cannot load this plan: IRuntime::deserializeCudaEngine"
+    ) as caught:
         load(bundle)
     assert "sdrt compile" in caught.value.fix
+
+
+@pytest.mark.parametrize(
+    ("problems", "kind", "words", "fix"),
+    [
+        (1 | 2, MachineError, "another version made it, it has no kernels for this GPU", "sdrt compile"),
+        (4, MachineError, "the driver is too old for it", "Update the NVIDIA driver"),
+        (16, ResourceError, "the GPU has too little memory", "Close other programs"),
+        (1 << 20, MachineError, "it gives no reason", "sdrt compile"),
+    ],
+)
+def test_plan_whose_header_does_not_fit(
+    gpu: Gpu, bundle: Path, problems: int, kind: type[Exception], words: str, fix: str
+) -> None:
+    """TensorRT-RTX is asked before the plan is loaded, and says why."""
+    gpu.faults.problems = problems
+    with pytest.raises(kind, match=f"step: .* this plan does not run here: {words}") as caught:
+        load(bundle)
+    assert fix in caught.value.fix  # type: ignore[attr-defined]
+    assert gpu.counts["engines"] == 0
+
+
+def test_words_of_earlier_calls_are_not_told(pipe: Pipeline, gpu: Gpu) -> None:
+    """Nor does a message of a call that went well end up in an error that is ours alone."""
+    gpu.faults.runs[STEP] = 1
+    with pytest.raises(MachineError, match="a fault on purpose"):
+        pipe("sun", **QUICK)
+    gpu.faults.allocation = 1
+    with pytest.raises(ResourceError) as caught:
+        pipe("fox", size=(72, 72), **QUICK)
+    assert "on purpose" not in str(caught.value)
 
 
 # Machines that do not fit
