@@ -21,7 +21,7 @@ test: .venv/test.stamp
 
 .venv/demo.stamp: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(INSTALL) --editable '.[cpu,build]'
+	$(INSTALL) --editable '.[cpu]'
 	touch $@
 
 .venv/test.stamp: pyproject.toml constraints.txt
