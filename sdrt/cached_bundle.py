@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,8 @@ from sdrt.bundle.manifest import FORMAT, Manifest
 from sdrt.bundle.remembered import sha256_of
 from sdrt.compile.compilers import compiled_targets, compiler_of, is_compiled
 from sdrt.compile.options import CompileOptions
-from sdrt.errors import InputFileError, ResourceError, SdrtError, UsageError
+from sdrt.engines.targets import ONNXRUNTIME
+from sdrt.errors import InputFileError, MachineError, ResourceError, SdrtError, UsageError
 from sdrt.export.adapters.embedding import parse_embedding_option
 from sdrt.export.adapters.hypernetwork import parse_hypernetwork_option
 from sdrt.export.adapters.match import parse_lora_option
@@ -41,6 +43,7 @@ from sdrt.files.cache import cache_key
 from sdrt.files.lock import locked
 from sdrt.files.publish import folders_made, staged_folder, sweep_stages
 from sdrt.files.read import read_document
+from sdrt.machine.packages import install_command
 
 Say = Callable[[str], None]
 Words = str | Path | Sequence[str | Path]
@@ -53,7 +56,7 @@ _LONGEST_NAME, _LARGE_BYTES = 55, 100_000_000
 _OF_BUILD = ("--allow-unmatched", "--ema", "--precision", "--prediction", "--vae-precision", "--zero-snr")
 """Options of `sdrt build` that messages of a build speak of, and that nothing else takes."""
 _SHAPING = ("export", "bundle")
-"""Folders whose source shapes a bundle."""
+"""Folders whose source, and whose list of traces, shape a bundle."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +98,7 @@ def cached_bundle(
     Raises:
         UsageError: what is given is a bundle, an adapter is written wrongly, or the cache cannot be written.
         InputFileError, UnsafeError: as `sdrt.export.build.build`.
-        MachineError: there is something to trace, and torch is not installed.
+        MachineError: what a build needs is not installed: ONNX Runtime, or torch for what no published model has.
         ResourceError: out of disk or memory.
         LockedError: another process that builds the same did not end in time.
     """
@@ -200,7 +203,8 @@ def _described(value: Any) -> Any:
 def _source_digest() -> str:
     """A hash of the code that makes bundles, so that a version in the making finds none of the day before."""
     digest, root = hashlib.sha256(), Path(__file__).parent
-    for path in sorted(path for folder in _SHAPING for path in (root / folder).rglob("*.py")):
+    files = [path for folder in _SHAPING for path in (root / folder).rglob("*") if path.suffix in (".py", ".json")]
+    for path in sorted(files):
         digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()
 
@@ -211,6 +215,12 @@ def _source_digest() -> str:
 def _built(wanted: _Wanted, stack: ExitStack, progress: Progress, say: Say) -> Path:
     """Build the bundle into the cache, unless another process does. It is in use until `stack` is closed."""
     folder, name = wanted.folder, wanted.name
+    if find_spec(ONNXRUNTIME.module) is None:
+        raise MachineError(
+            f"{wanted.options.checkpoint}: its bundle has to be built first, and {ONNXRUNTIME.title}, which checks what"
+            " is built, is not installed",
+            f"{install_command(ONNXRUNTIME.extra)}; or build it elsewhere: sdrt build --checkpoint FILE",
+        )
     limit_bytes()  # one that is no size is refused before the work
     with ExitStack() as work:
         work.enter_context(_reported())

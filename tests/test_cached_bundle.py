@@ -35,6 +35,7 @@ from sdrt.errors import (
     SdrtError,
     UsageError,
 )
+from sdrt.export import graph
 from sdrt.export.adapters.embedding import EmbeddingOption
 from sdrt.export.adapters.hypernetwork import HypernetworkOption
 from sdrt.export.adapters.match import LoraOption
@@ -111,12 +112,13 @@ def test_it_is_what_a_build_makes(own_cache: Path, tmp_path: Path, said: list[st
     assert found.parameters["bundle_id"] == expected.parameters["bundle_id"]
 
 
-def test_the_second_start_needs_no_torch(model: Path, said: list[str], tmp_path: Path) -> None:
+def test_no_start_needs_torch(own_cache: Path, tmp_path: Path) -> None:
+    """Neither the first, of a model whose traces come with sdrt, nor the second."""
     script = LOCKED_DOWN + "from sdrt.cli.app import app\napp()"
-    with bundle_of(model, said) as bundle:
-        pass
-    arguments = ["generate", str(model), "apple", "--steps", "1", "--backend", "onnxruntime", "--json"]
-    assert json.loads(run_python(script, *arguments, cwd=tmp_path))["bundle"] == str(bundle)
+    command = ["generate", str(CHECKPOINT), "apple", "--lora", str(LORA), "--steps", "1", "--backend", "onnxruntime"]
+    bundles = [json.loads(run_python(script, *command, "--json", cwd=tmp_path))["bundle"] for _ in range(2)]
+    (entry,) = entries()
+    assert bundles == [str(entry.bundle)] * 2
 
 
 def test_the_pipeline_keeps_its_bundle(model: Path, small_lora: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -371,15 +373,21 @@ def test_options_of_builds_are_named_as_theirs(model: Path, small_lora: Path, tm
     assert refused.value.fix.endswith("(--allow-unmatched: of sdrt build)")
 
 
-def test_without_the_packages_of_a_build(model: Path, said: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_packages_of_a_build(
+    model: Path, small_lora: Path, said: list[str], own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is there is used; torch is needed to trace what no published model has, ONNX Runtime in any case."""
     with bundle_of(model, said):
         pass
-    monkeypatch.setattr(module, "find_spec", lambda name: None)
-    with bundle_of(model, said):
-        pass
-    with pytest.raises(MachineError, match="torch is not installed") as refused, bundle_of(model, said, vae=model):
-        pass
-    assert "pip install 'torch" in refused.value.fix
+    monkeypatch.setattr(graph, "_tools", lambda: None)
+    for missing in ("torch", "onnxruntime"):
+        with bundle_of(model, said):
+            pass
+        with pytest.raises(MachineError) as refused, bundle_of(model, said, loras=[small_lora]):
+            pass
+        assert f"pip install '{missing}" in refused.value.fix
+        monkeypatch.setattr(module, "find_spec", lambda name: None)
+    assert len(entries()) == 1
 
 
 # Engines

@@ -77,8 +77,8 @@ def generate(
     """Make pictures from a prompt, or from a picture and a prompt.
 
     BUNDLE may be a checkpoint, as it was downloaded, with --lora, --embedding, --hypernetwork and --vae for what goes
-    into it. The first time this builds its bundle into the cache, a minute or so; from then on it starts at once, and
-    needs no PyTorch. `sdrt cache` lists what is kept. A bundle of `sdrt build` takes none of these four.
+    into it. The first time this builds its bundle into the cache; from then on it starts at once. `sdrt cache` lists
+    what is kept. A bundle of `sdrt build` takes none of these four.
     """
     from sdrt.bundle.folder import check_outside_bundles, open_bundle
     from sdrt.runtime import Pipeline

@@ -265,8 +265,8 @@ class Pipeline:
         """Load a bundle after checking every file against the manifest. Weights that were checked before and have not
         changed are not read again.
 
-        A checkpoint's bundle is built into the user's cache folder the first time, which takes minutes and PyTorch, and
-        found there afterwards. docs/deploy.md describes the cache.
+        A checkpoint's bundle is built into the user's cache folder the first time, which may take minutes, and found
+        there afterwards. docs/deploy.md describes the cache.
 
         Args:
             path: the bundle's folder; or a checkpoint, as one file or as the folder that diffusers saves.
@@ -299,7 +299,7 @@ class Pipeline:
         place, started = Path(path), time.perf_counter()
         with ExitStack() as held:
             if is_checkpoint(place) or loras or embeddings or hypernetworks or vae is not None:
-                from sdrt.cached_bundle import cached_bundle  # imports torch where there is something to build
+                from sdrt.cached_bundle import cached_bundle  # the build, for this alone
 
                 built = cached_bundle(
                     place,
