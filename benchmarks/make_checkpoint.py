@@ -23,6 +23,7 @@ from sdrt.export.architecture import Architecture
 from sdrt.export.families.keys import diffusers_module
 from sdrt.export.families.sd1 import CLIP, UNET
 from sdrt.export.graph import recipes
+from sdrt.export.skeletons import weights_of
 
 POSITION_IDS = "position_ids"
 CLIP_2 = "conditioner.embedders.1.transformer."
@@ -46,7 +47,7 @@ def weight_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
     """Every weight of an architecture by its canonical name, also of layers that contexts skip."""
     texts = tuple(replace(text, clip_skip=(1,), final_norm=True) for text in architecture.texts)
     every = recipes(replace(architecture, texts=texts)).values()
-    return {name: shape for recipe in every for name, shape in recipe.weight_shapes().items()}
+    return {name: shape for recipe in every for name, shape in weights_of(recipe).items()}
 
 
 def stored_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:

@@ -26,7 +26,7 @@ from sdrt.export import traces
 from sdrt.export.graph import Recipe, bind
 from sdrt.export.read.tensor_file import open_tensor_file
 from sdrt.export.selfcheck import check
-from sdrt.export.trace import trace, weight_shapes
+from sdrt.export.trace import module, trace, weight_shapes
 from sdrt.export.weights import Placed, layout
 
 CHECKED = ("fp32", "fp16")
@@ -56,7 +56,7 @@ def errors(recipe: Recipe, skeletons: Mapping[str, bytes]) -> dict[str, float]:
     """How far each graph is from the network on random weights."""
     with tempfile.TemporaryDirectory() as folder:
         weights = Path(folder) / Path(WEIGHTS).name
-        placed = random_weights(weights, weight_shapes(recipe.module()))
+        placed = random_weights(weights, weight_shapes(module(recipe)))
         paths = {compute: Path(folder) / f"{compute}.onnx" for compute in CHECKED}
         for compute, path in paths.items():
             bind(read_graph(skeletons[compute]), weights, placed, "fp16", path)

@@ -56,12 +56,13 @@ from sdrt.export.adapters.match import Lora, LoraOption, open_lora
 from sdrt.export.adapters.settings import FILE_NAME as CONFIG_NAME
 from sdrt.export.architecture import Architecture
 from sdrt.export.families.table import family_named
-from sdrt.export.graph import Recipe, at_hand, bind, model_dimensions, recipes, skeletons, weight_shapes
+from sdrt.export.graph import Recipe, bind, model_dimensions, recipes
 from sdrt.export.read.checkpoint import Checkpoint, Tensor, open_checkpoint, select
 from sdrt.export.read.model_files import is_folder
 from sdrt.export.read.tensor_entry import ITEM_BYTES
 from sdrt.export.read.tensor_file import check_present, open_tensor_file
 from sdrt.export.selfcheck import check
+from sdrt.export.skeletons import at_hand, skeletons, weight_shapes
 from sdrt.export.tokenizer import write_tokenizer
 from sdrt.export.traces import NoTraceError
 from sdrt.export.weights import CODES, Change, Made, Written, write_weights

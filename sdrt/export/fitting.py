@@ -16,6 +16,7 @@ from sdrt.export.families.recognise import EMBEDDING, HYPERNETWORK, OPTION_OF_KI
 from sdrt.export.families.table import component_name
 from sdrt.export.graph import recipes
 from sdrt.export.read.checkpoint import open_checkpoint, select
+from sdrt.export.skeletons import weights_of
 
 
 def fit(path: Path, kind: str, checkpoint_path: Path) -> dict[str, Any]:
@@ -53,7 +54,7 @@ def _touched(path: Path, kind: str, checkpoint_path: Path) -> dict[str, Any]:
             hypernetwork = hypernetworks.open_hypernetwork(hypernetworks.HypernetworkOption(path), arch.unet)
             hypernetwork.file.close()
             return {"touches": {"unet": hypernetwork.layers}}
-        shapes = {graph: recipe.weight_shapes() for graph, recipe in recipes(arch).items()}
+        shapes = {graph: weights_of(recipe) for graph, recipe in recipes(arch).items()}
         if kind == VAE:
             expected = {
                 name: shape for graph in ("vae_decoder", "vae_encoder") for name, shape in shapes[graph].items()

@@ -1,19 +1,13 @@
-"""From an architecture to the ONNX graphs of a bundle. Imports no torch where a trace is at hand.
-
-A network is traced once per architecture into skeletons: graphs in which every weight is an input with its canonical
-name, one for each type that the network may compute in. Those of published models come with sdrt
-(`sdrt.export.traces`); others are traced (`sdrt.export.trace`) and kept in the user's cache folder
-(`sdrt.files.cache`). Binding turns the weights into external data inside the bundle's weights file.
+"""From an architecture to the ONNX graphs of a bundle: what each is made of, and how a skeleton, a graph in which every
+weight is an input with its canonical name, is bound to a weights file. Imports no torch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sdrt.bundle.graphs import (
     STEP,
@@ -29,7 +23,6 @@ from sdrt.bundle.onnx_graph import (
     Node,
     OnnxGraph,
     number_attribute,
-    read_graph,
     renamed,
     stored_tensor,
     type_and_shape,
@@ -37,11 +30,7 @@ from sdrt.bundle.onnx_graph import (
 from sdrt.export import traces
 from sdrt.export.architecture import NORM_GROUPS, Architecture
 from sdrt.export.weights import Placed
-from sdrt.files.cache import cache_key, cached, is_cached
 from sdrt.files.publish import write_file
-
-if TYPE_CHECKING:
-    from torch import nn
 
 OPSET = 23
 _TYPE_OF = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
@@ -59,31 +48,6 @@ class Recipe:
     sizes: Mapping[str, int]
     upcast: frozenset[str] = frozenset()
     """Operators that run in float32 in a half-precision graph as well."""
-
-    def module(self) -> nn.Module:
-        """The network with its weights not yet allocated. Imports torch."""
-        from sdrt.export.trace import module
-
-        return module(self)
-
-    def weight_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Every weight by its canonical name. Imports torch only where no trace comes with sdrt.
-
-        Raises:
-            NoTraceError: torch is needed and not installed.
-        """
-        if (shipped := traces.shipped(self.key())) is None:
-            self.require_torch()
-            from sdrt.export.trace import weight_shapes
-
-            return weight_shapes(self.module())
-        inputs = read_graph(shipped["fp32"]).inputs
-        shapes = {name: type_and_shape(data)[1] for name, data in inputs.items() if name not in self.signature.inputs}
-        found = {name: tuple(map(int, shape)) for name, shape in shapes.items()}
-        if self.graph == TEXT_ENCODER:  # no trace depends on the number of rows of the token tables
-            tables = sorted(name for name in found if name.endswith("token_embedding.weight"))
-            found |= {name: (spec.vocabulary, spec.width) for name, spec in zip(tables, self.spec, strict=True)}
-        return found
 
     def key(self) -> dict[str, Any]:
         """Everything that shapes the trace but the sources of the network and the tools."""
@@ -103,11 +67,6 @@ class Recipe:
     def is_shipped(self) -> bool:
         """Whether its trace comes with sdrt."""
         return traces.shipped(self.key()) is not None
-
-    def require_torch(self) -> None:
-        """Raise NoTraceError if torch is not installed. It says what no published model has."""
-        if _tools() is None:
-            raise traces.no_trace(self.key())
 
 
 def model_dimensions(arch: Architecture) -> Dimensions:
@@ -136,54 +95,6 @@ def recipes(arch: Architecture) -> dict[str, Recipe]:
     return {
         graph: Recipe(graph, spec, known[graph], sizes, upcast.get(graph, frozenset())) for graph, spec in specs.items()
     }
-
-
-def weight_shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
-    """Every weight of an architecture's graphs by its canonical name."""
-    return {name: shape for recipe in recipes(arch).values() for name, shape in recipe.weight_shapes().items()}
-
-
-def at_hand(recipe: Recipe) -> bool:
-    """Whether the skeletons of a graph come with sdrt or are in the cache, so that nothing need be traced."""
-    key = _cache_key(recipe)
-    return recipe.is_shipped() or (key is not None and is_cached("graphs", key))
-
-
-def skeletons(recipe: Recipe) -> tuple[dict[str, bytes], bool]:
-    """The skeletons of a graph by the type they compute in: those that come with sdrt, those in the cache, or new ones,
-    which are then cached. The flag says whether they were at hand.
-
-    Raises:
-        NoTraceError: torch is needed and not installed.
-    """
-    if (shipped := traces.shipped(recipe.key())) is not None:
-        return shipped, True
-    if (key := _cache_key(recipe)) is None:
-        raise traces.no_trace(recipe.key())
-
-    def make() -> bytes:
-        from sdrt.export.trace import trace
-
-        return traces.packed(trace(recipe))
-
-    data, hit = cached("graphs", key, make)
-    return traces.unpacked(data), hit
-
-
-def _tools() -> dict[str, str] | None:
-    """The versions of the tools that trace. None if one is not installed."""
-    names = ("torch", "onnx", "onnxscript", "onnx_ir")
-    try:
-        return {name: version(name) for name in names} if all(map(find_spec, names)) else None
-    except (PackageNotFoundError, ImportError):
-        return None
-
-
-def _cache_key(recipe: Recipe) -> str | None:
-    tools = _tools()
-    if tools is None:
-        return None
-    return cache_key({**recipe.key(), "tools": tools, "sources": traces.source_hashes(recipe.graph)})
 
 
 def bind(graph: OnnxGraph, weights_file: Path, placed: Mapping[str, Placed], precision: str, path: Path) -> None:

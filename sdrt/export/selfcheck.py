@@ -23,6 +23,7 @@ from sdrt.export.families.family import END_TOKEN
 from sdrt.export.graph import Recipe
 from sdrt.export.read.tensor_file import TensorFile
 from sdrt.export.run_in_parts import Arrays, run_in_parts
+from sdrt.export.skeletons import weights_of
 from sdrt.files.publish import new_file
 
 _BUG = "This is a bug in sdrt or in ONNX Runtime; please report it."
@@ -103,7 +104,7 @@ def check(
             " what its weights give",
             _BUG,
         )
-    if unseen := recipe.weight_shapes().keys() - operators.seen:
+    if unseen := weights_of(recipe).keys() - operators.seen:
         raise CheckFailed(f"self-check: {path.name}: {min(unseen)}: no operator takes it", _BUG)
     errors = {"fp32": operators.error * LIMIT}
     if full:

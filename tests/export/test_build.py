@@ -25,19 +25,20 @@ from sdrt.bundle.graphs import GRAPHS, TEXT_ENCODER, VAE_DECODER
 from sdrt.bundle.manifest import TOKENIZER, WEIGHTS, Latents, Text
 from sdrt.errors import CheckFailed, CheckpointError, InputFileError, NonFiniteError, SdrtError, UsageError
 from sdrt.export import build as build_module
-from sdrt.export import graph as graph_module
 from sdrt.export import network_outputs as outputs_module
 from sdrt.export import selfcheck
+from sdrt.export import skeletons as skeletons_module
 from sdrt.export import trace as trace_module
 from sdrt.export.adapters.embedding import EmbeddingOption
 from sdrt.export.adapters.hypernetwork import HypernetworkOption
 from sdrt.export.adapters.match import LoraOption
 from sdrt.export.build import BuildOptions, BuildReport, build, default_output
-from sdrt.export.graph import Recipe, recipes, skeletons
+from sdrt.export.graph import Recipe, recipes
 from sdrt.export.network_outputs import network_outputs
 from sdrt.export.read.checkpoint import Tensor, open_checkpoint
 from sdrt.export.read.tensor_file import TensorFile, open_tensor_file
 from sdrt.export.run_in_parts import run_in_parts
+from sdrt.export.skeletons import skeletons, weights_of
 from sdrt.export.weights import Written, layout
 from sdrt.files.publish import cache_folder
 
@@ -250,7 +251,7 @@ def test_cache_that_cannot_be_written_costs_time_only(
 
 def test_i4_entry_is_not_used_for_another_shape_or_version(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
     cache.get()
-    monkeypatch.setattr(graph_module, "version", lambda package: "0.0")
+    monkeypatch.setattr(skeletons_module, "version", lambda package: "0.0")
     assert not cache.get()
     assert len(list((cache_folder() / "graphs").iterdir())) == 2
 
@@ -639,8 +640,8 @@ def test_reference_is_what_the_network_computes(
 
 def held_whole(recipe: Recipe, weights: TensorFile, inputs: dict[str, Any]) -> dict[str, Any]:
     """What the network gives when it holds all of its weights, on one thread."""
-    module = recipe.module().to_empty(device="cpu")
-    module.load_state_dict({name: weights.read(name).float() for name in recipe.weight_shapes()}, strict=False)
+    module = trace_module.module(recipe).to_empty(device="cpu")
+    module.load_state_dict({name: weights.read(name).float() for name in weights_of(recipe)}, strict=False)
     with torch.inference_mode():
         outputs = module(**{name: torch.from_numpy(array) for name, array in inputs.items()})
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
@@ -686,7 +687,7 @@ def test_the_check_holds_the_weights_of_one_operator_and_takes_every_one(
     made, weights, _ = parts
     watched: Any = Watched(weights)
     network_outputs(made[graph], watched, selfcheck.reference_inputs(made[graph]))
-    assert watched.seen == made[graph].weight_shapes().keys()
+    assert watched.seen == weights_of(made[graph]).keys()
     assert watched.most == 2 and watched.alive == 0
 
 

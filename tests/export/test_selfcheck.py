@@ -22,12 +22,13 @@ from sdrt.errors import CheckFailed
 from sdrt.export import build as build_module
 from sdrt.export.build import BuildOptions, build
 from sdrt.export.check_operators import OperatorCheck
-from sdrt.export.graph import Recipe, recipes, skeletons
+from sdrt.export.graph import Recipe, recipes
 from sdrt.export.network_outputs import network_outputs
 from sdrt.export.read.checkpoint import open_checkpoint
 from sdrt.export.read.tensor_file import TensorFile, open_tensor_file
 from sdrt.export.run_in_parts import run_in_parts
 from sdrt.export.selfcheck import check_bound, reference_inputs
+from sdrt.export.skeletons import skeletons, weights_of
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Bound:
     def by_operators(self) -> tuple[float, str]:
         operators = OperatorCheck(read_graph(self.path.read_bytes()), self.weights)
         run_in_parts(self.path, reference_inputs(self.recipe), operators)
-        assert operators.seen == self.recipe.weight_shapes().keys()
+        assert operators.seen == weights_of(self.recipe).keys()
         return operators.error, operators.worst
 
     def by_network(self) -> bool:

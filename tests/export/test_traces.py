@@ -22,6 +22,7 @@ from sdrt.export import traces
 from sdrt.export.build import BuildOptions, _with_options
 from sdrt.export.graph import recipes
 from sdrt.export.read.checkpoint import open_checkpoint
+from sdrt.export.skeletons import weights_of
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 from architectures import traced
@@ -59,12 +60,12 @@ def test_every_trace_is_of_todays_sources_and_was_compared_with_its_network() ->
 @pytest.mark.parametrize("name", ["sd1-text-encoder", "sd1-step", "sd1-vae-decoder", "sd1-vae-encoder"])
 def test_a_trace_that_comes_with_sdrt_is_what_is_traced_today(name: str) -> None:
     """The rest are held by the hashes of the sources: tracing all takes half an hour."""
-    from sdrt.export.trace import trace, weight_shapes
+    from sdrt.export.trace import module, trace, weight_shapes
 
     recipe = dict(traced())[name]
     shipped = traces.shipped(recipe.key())
     assert shipped == trace(recipe)
-    assert recipe.weight_shapes() == weight_shapes(recipe.module())
+    assert weights_of(recipe) == weight_shapes(module(recipe))
 
 
 @pytest.mark.parametrize("shapes", LAYOUTS.values(), ids=LAYOUTS.keys())

@@ -21,10 +21,11 @@ from conftest import ROOT
 from sdrt.bundle.graphs import TEXT_ENCODER
 from sdrt.errors import ResourceError
 from sdrt.export import build as build_module
-from sdrt.export import graph as graph_module
-from sdrt.export import selfcheck
+from sdrt.export import trace as trace_module
 from sdrt.export.adapters.match import LoraOption
 from sdrt.export.build import BuildOptions, build
+from sdrt.export.graph import recipes
+from sdrt.export.skeletons import skeletons
 from sdrt.files.publish import cache_folder, write_file
 
 ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")} | {
@@ -36,11 +37,13 @@ ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.sta
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """No self-check, which is most of a cached build's time."""
 
-    def check(recipe: object, weights: object, graphs: dict[str, Path], reference: Path) -> dict[str, float]:
+    def check(
+        recipe: object, known: object, weights: object, graphs: dict[str, Path], reference: Path, *, full: bool
+    ) -> dict[str, float]:
         write_file(reference, b"not checked")
         return dict.fromkeys(graphs, 0.0)
 
-    monkeypatch.setattr(selfcheck, "check", check)
+    monkeypatch.setattr(build_module, "check", check)
 
 
 @pytest.fixture(autouse=True)
@@ -114,12 +117,11 @@ def test_a_fresh_trace_is_the_cached_one(
 
     checkpoint = open_checkpoint(small_checkpoint)
     checkpoint.close()
-    made = graph_module.recipes(checkpoint.architecture)[TEXT_ENCODER]
-    cached, _ = graph_module.skeleton(made)
+    made = recipes(checkpoint.architecture)[TEXT_ENCODER]
+    cached, _ = skeletons(made)
     monkeypatch.setenv("SDRT_CACHE_DIR", str(tmp_path / "empty"))
-    fresh, hit = graph_module.skeleton(made)
-    to_bytes = lambda model: graph_module.ir.to_proto(model).SerializeToString(deterministic=True)  # noqa: E731
-    assert not hit and to_bytes(fresh) == to_bytes(cached)
+    fresh, hit = skeletons(made)
+    assert not hit and fresh == cached
     assert left(tmp_path / "empty" / "locks") == []
 
 
@@ -167,20 +169,19 @@ def test_d2_a_full_cache_costs_time_only(
     small_checkpoint: Path, tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is cached is traced again and not kept; here the trace itself is taken from the full cache's neighbour."""
-    skeletons = {}
-    original = graph_module.skeleton
+    known = {}
 
     def from_memory(recipe: Any) -> Any:
-        return skeletons[recipe.graph]
+        return known[recipe.graph]
 
     from sdrt.export.read.checkpoint import open_checkpoint
 
     checkpoint = open_checkpoint(small_checkpoint)
     checkpoint.close()
-    for graph, recipe in graph_module.recipes(checkpoint.architecture).items():
-        skeletons[graph] = original(recipe)[0]
-    monkeypatch.setattr(graph_module, "trace", from_memory)
-    with small_disk(tmp_path / "cache", "size=64k") as cache:
+    for graph, recipe in recipes(checkpoint.architecture).items():
+        known[graph] = skeletons(recipe)[0]
+    monkeypatch.setattr(trace_module, "trace", from_memory)
+    with small_disk(tmp_path / "cache", "size=16k") as cache:
         monkeypatch.setenv("SDRT_CACHE_DIR", str(cache))
         report = build(BuildOptions(small_checkpoint, output=tmp_path / "x.sdrt"))
         assert "step" not in report.cached
@@ -247,7 +248,7 @@ def test_d4_the_words_of_torch_and_onnxruntime(
     def check(*_: object) -> None:
         raise RuntimeError(text)
 
-    monkeypatch.setattr(selfcheck, "check", check)
+    monkeypatch.setattr(build_module, "check", check)
     with pytest.raises(ResourceError, match="check text_encoder: out of memory"):
         build(BuildOptions(small_checkpoint, output=tmp_path / "x.sdrt"))
     assert left(tmp_path) == []
@@ -259,7 +260,7 @@ def test_other_errors_of_torch_are_not_memory(
     def check(*_: object) -> None:
         raise RuntimeError("shapes do not match")
 
-    monkeypatch.setattr(selfcheck, "check", check)
+    monkeypatch.setattr(build_module, "check", check)
     with pytest.raises(RuntimeError, match="shapes"):
         build(BuildOptions(small_checkpoint, output=tmp_path / "x.sdrt"))
 
@@ -337,7 +338,7 @@ def test_i8_times_of_files_mean_nothing_to_the_cache(
     def trace(recipe: object) -> None:
         raise AssertionError("traced again")
 
-    monkeypatch.setattr(graph_module, "trace", trace)
+    monkeypatch.setattr(trace_module, "trace", trace)
     for entry in (cache_folder() / "graphs").iterdir():
         os.utime(entry, (10**10, 10**10))
     build(BuildOptions(small_checkpoint, (LoraOption(small_lora, 0.5, 0.5),), output=tmp_path / "x.sdrt"))

@@ -31,6 +31,7 @@ from sdrt.export.adapters.match import LoraOption, open_lora
 from sdrt.export.architecture import Architecture
 from sdrt.export.graph import recipes
 from sdrt.export.read.checkpoint import open_checkpoint, select
+from sdrt.export.skeletons import weights_of
 from sdrt.export.weights import write_weights
 
 _ALL = os.environ.get("SDRT_MUTATIONS")
@@ -191,7 +192,7 @@ def write(path: Path, text: bytes, data: bytes | int, generator: random.Random) 
 
 
 def test_c_checkpoint_headers(tmp_path: Path) -> None:
-    expected = {name: shape for recipe in recipes(SMALL).values() for name, shape in recipe.weight_shapes().items()}
+    expected = {name: shape for recipe in recipes(SMALL).values() for name, shape in weights_of(recipe).items()}
     records, data_bytes = dict[str, Any](), 0
     for name, shape in expected.items():
         records[name] = {

@@ -26,8 +26,8 @@ from sdrt.export.adapters.embedding import EmbeddingOption, open_embedding
 from sdrt.export.adapters.hypernetwork import HypernetworkOption, open_hypernetwork
 from sdrt.export.adapters.match import LoraOption, open_lora
 from sdrt.export.families.table import component_name
-from sdrt.export.graph import weight_shapes
 from sdrt.export.read.checkpoint import open_checkpoint
+from sdrt.export.skeletons import weight_shapes
 
 SMALL = replace(
     TINY, texts=(replace(TINY.texts[0], vocabulary=49408),), vae=replace(TINY.vae, channels=(32, 32, 32, 32))

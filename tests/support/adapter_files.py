@@ -16,6 +16,7 @@ from sdrt.export.architecture import Architecture
 from sdrt.export.families.sd1 import CLIP, UNET
 from sdrt.export.graph import recipes
 from sdrt.export.read.checkpoint import open_checkpoint
+from sdrt.export.skeletons import weights_of
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -86,7 +87,7 @@ def architecture() -> Architecture:
 def model() -> tuple[dict[str, tuple[int, ...]], Architecture]:
     """Names and shapes of the emoji model's weights, and its architecture."""
     arch = architecture()
-    return {name: shape for recipe in recipes(arch).values() for name, shape in recipe.weight_shapes().items()}, arch
+    return {name: shape for recipe in recipes(arch).values() for name, shape in weights_of(recipe).items()}, arch
 
 
 def opened(path: Path, scale: float = 1.0, te_scale: float | None = None, *, allow_unmatched: bool = False) -> Lora:

@@ -205,12 +205,14 @@ def build_arguments(checkpoint: Path, folder: Path, *more: object) -> list[objec
 
 def remember_traces(checkpoint: Path) -> None:
     """Traces come from memory wherever the cache has none."""
-    from sdrt.export import graph, trace
+    from sdrt.export import graph, skeletons, trace
     from sdrt.export.read import checkpoint as checkpoints
 
     with_architecture = checkpoints.open_checkpoint(checkpoint)
     with_architecture.close()
-    known = {name: graph.skeletons(recipe)[0] for name, recipe in graph.recipes(with_architecture.architecture).items()}
+    known = {
+        name: skeletons.skeletons(recipe)[0] for name, recipe in graph.recipes(with_architecture.architecture).items()
+    }
     trace.trace = lambda recipe: known[recipe.graph]
 
 

@@ -15,6 +15,7 @@ import torch
 
 from sdrt.export.architecture import Architecture, ClipSpec, UNetSpec, VaeSpec
 from sdrt.export.graph import recipes
+from sdrt.export.skeletons import weights_of
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -75,7 +76,7 @@ def whole(arch: Architecture) -> Architecture:
 
 @cache
 def expected_shapes(arch: Architecture) -> Shapes:
-    return {name: shape for recipe in recipes(arch).values() for name, shape in recipe.weight_shapes().items()}
+    return {name: shape for recipe in recipes(arch).values() for name, shape in weights_of(recipe).items()}
 
 
 @cache

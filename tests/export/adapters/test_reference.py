@@ -23,6 +23,7 @@ from sdrt.export.families.keys import adapter_names
 from sdrt.export.families.sd1 import SD1
 from sdrt.export.graph import recipes
 from sdrt.export.read.checkpoint import open_checkpoint, select
+from sdrt.export.skeletons import weights_of
 from sdrt.export.weights import Change, write_weights
 
 UNET = "model.diffusion_model."
@@ -37,7 +38,7 @@ def weight_shapes() -> dict[str, tuple[int, ...]]:
     return {
         name: shape
         for recipe in recipes(checkpoint.architecture).values()
-        for name, shape in recipe.weight_shapes().items()
+        for name, shape in weights_of(recipe).items()
     }
 
 
