@@ -21,7 +21,7 @@ from reference import TRAINING, Graphs, psnr, relative
 
 from sdrt.bundle.folder import open_bundle
 from sdrt.errors import AdapterError
-from sdrt.export import graph as graph_module
+from sdrt.export import trace as trace_module
 from sdrt.export.adapters.embedding import EmbeddingOption
 from sdrt.export.adapters.hypernetwork import HypernetworkOption
 from sdrt.export.adapters.match import LoraOption
@@ -79,7 +79,7 @@ def stacked(adapters: Adapters, flat_bundle: Path, tmp_path_factory: pytest.Temp
 def half(adapters: Adapters, stacked: BuildReport, tmp_path_factory: pytest.TempPathFactory) -> BuildReport:
     """The same in float16, from the same traces."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(graph_module, "trace", lambda recipe: pytest.fail(f"{recipe.graph} was traced again"))
+        patch.setattr(trace_module, "trace", lambda recipe: pytest.fail(f"{recipe.graph} was traced again"))
         return build(adapters.options(tmp_path_factory.mktemp("half") / "half.sdrt", "fp16"))
 
 
