@@ -170,6 +170,12 @@ class Buffer:
             self._gpu.free(self._allocation, None if stream is None else _queue(stream))
         self._closed = True
 
+    def set_deallocation_stream(self, stream: Stream | GraphBuilder) -> None:
+        """Without it, pinned memory that is dropped waits for the legacy default stream, which orders nothing here."""
+        allocation = self._open()._allocation
+        if allocation is not None:
+            allocation.queue = _queue(stream)
+
     def _open(self) -> Buffer:
         if self._closed:
             raise RuntimeError("Buffer has been closed.")
@@ -177,7 +183,7 @@ class Buffer:
 
     def __del__(self) -> None:
         if getattr(self, "_allocation", None) is not None and not self._closed:
-            self._gpu.dropped.append(self._allocation)
+            self._gpu.drop(self._allocation)
 
 
 class LegacyPinnedMemoryResource:
@@ -241,7 +247,7 @@ class GraphBuilder:
         with self._gpu.call():
             if not self._ended or self._capture is None:
                 raise RuntimeError("Graph has not finished building.")
-            if self._gpu.faults.capture == "instantiate":
+            if self._gpu.faults.breaks_capture("instantiate"):
                 raise RuntimeError("Graph instantiation failed with unexpected error code: 1")
             return Graph._make(self._gpu, self._capture)
 

@@ -48,7 +48,15 @@ class Faults:
     """Starting this copy fails, and does no further harm."""
     capture: str = ""
     """refused: TensorRT will not run into a capture; invalidated: that also breaks the capture; instantiate: the graph
-    cannot be made.
+    cannot be made; not capturable: TensorRT says before that it would refuse.
+    """
+    captures: int = 0
+    """How many captures that concerns, 0 for all."""
+    garbage: bool = False
+    """The collector runs within each capture, unless it is off."""
+    drift: str = ""
+    """first run: kernels of a context's first run with new shapes give other numbers than those that it has from then
+    on; replays: each one differs from the one before in the last bit, as sums of atomic additions do.
     """
     replay: str = ""
     """wrong: replays write other numbers than plain runs; nothing: they write nothing."""
@@ -60,6 +68,15 @@ class Faults:
     """deserialize_cuda_engine returns None."""
     problems: int = 0
     """What get_engine_validity finds in every header, as the library's own bits."""
+
+    def breaks_capture(self, *ways: str) -> bool:
+        """Whether this capture fails in one of these ways."""
+        if self.capture not in ways:
+            return False
+        if self.captures == 1:
+            self.capture = ""
+        self.captures = max(self.captures - 1, 0)
+        return True
 
     def strikes(self, name: str) -> bool:
         left = getattr(self, name)
@@ -156,6 +173,7 @@ class Gpu:
         self.dropped: deque[Allocation] = deque()
         """Allocations that the garbage collector took. It may run anywhere, so it only leaves them here."""
         self._dead = ""
+        self._replays = 0
         self._lock = threading.RLock()
         self._allocations: dict[int, Allocation] = {}
         self._backing: list[Bytes] = []
@@ -263,14 +281,27 @@ class Gpu:
         allocation = self.find(address, size, queued=True)
         return allocation.memory[address - allocation.address :][:size]
 
+    def drop(self, allocation: Allocation) -> None:
+        """What the garbage collector took is freed by the call that comes next. A thread that is capturing spoils its
+        capture at once: freeing waits for a stream.
+        """
+        self.dropped.append(allocation)
+        for queue in list(self.queues.values()):
+            if queue.capture is not None and queue.capture.thread == threading.get_ident():
+                queue.capture.invalidated = True
+
     def bury(self) -> None:
-        """Free what the garbage collector took."""
+        """Free what the garbage collector took, unless a capture is on its way."""
         with self._lock:
+            if any(queue.capture is not None for queue in self.queues.values()):
+                return
             while self.dropped:
                 allocation = self.dropped.popleft()
                 if allocation.kind == "device":
                     self.free(allocation, allocation.queue)
                 elif allocation.open:
+                    if allocation.queue is not None and not self._dead:
+                        self.advance(allocation.queue, everything=True)  # the stream its freeing was given waits
                     if any(
                         overlap(address, size, allocation.address, len(allocation.memory))
                         for address, size, _ in self._host_ranges()
@@ -388,7 +419,12 @@ class Gpu:
                 node.run()
             if self.faults.replay == "wrong":
                 for written in node.writes():
-                    written[:4] ^= 1
+                    written[:4].view(np.float32)[...] += 1
+            if self.faults.drift == "replays":
+                self._replays += 1
+                for written in node.writes():
+                    numbers = written.view(np.float32)
+                    numbers[...] = np.nextafter(numbers, np.inf if self._replays % 2 else -np.inf, dtype=np.float32)
 
     def compute(self, run: Callable[[], None]) -> None:
         """Run kernels now, unless it is the call that fails."""

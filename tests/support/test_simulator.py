@@ -422,6 +422,17 @@ def test_pinned_memory_dropped_while_in_use(bench: Bench) -> None:
         bench.stream.sync()
 
 
+def test_pinned_memory_dropped_with_a_stream_to_wait_for(bench: Bench) -> None:
+    bench.write(1.0)
+    bench.host.set_deallocation_stream(bench.stream)
+    bench.part(bench.x).copy_from(bench.part(bench.host), stream=bench.stream)
+    del bench.host
+    gc.collect()
+    assert bench.gpu.used_bytes("pinned") == 0
+    with refuses("default stream"):
+        bench.x.set_deallocation_stream(cuda.LEGACY_DEFAULT_STREAM)
+
+
 def test_pinned_memory_closed_without_a_stream(bench: Bench) -> None:
     with refuses("without a stream"):
         bench.host.close()
@@ -669,7 +680,8 @@ def test_stream_left_capturing(network: Path) -> None:
     gpu = Gpu()
     with pytest.raises(AssertionError, match="left capturing"), installed(gpu, cuda.modules() | trt.modules()):
         builder = Bench(gpu, network).begin()
-    builder.close()
+    with suppress(CUDAError):  # the bench and its buffers are gone
+        builder.close()
 
 
 @pytest.mark.parametrize(
@@ -765,6 +777,63 @@ def test_fault_capture(bench: Bench) -> None:
         bench.captured()
     bench.gpu.faults.capture = ""
     bench.captured().launch(bench.stream)
+
+
+def test_fault_of_one_capture(bench: Bench) -> None:
+    bench.warm()
+    bench.gpu.faults.capture, bench.gpu.faults.captures = "instantiate", 1
+    with pytest.raises(RuntimeError, match="instantiation failed"):
+        bench.captured()
+    bench.captured()
+
+
+def test_streams_that_tensorrt_would_not_capture(bench: Bench) -> None:
+    handle = int(bench.stream.handle)
+    assert bench.context.is_stream_capturable(handle)
+    bench.gpu.faults.capture = "not capturable"
+    assert not bench.context.is_stream_capturable(handle) and "cannot be captured" in bench.gpu.log[-1]
+
+
+def test_numbers_that_drift(bench: Bench) -> None:
+    bench.write(1.0)
+    bench.gpu.faults.drift = "first run"
+    found = []
+    for _ in range(3):
+        bench.warm()
+        found.append(bench.read()[0])
+    assert found == [np.float32(2.0 * 1.05), 2.0, 2.0]
+    graph = bench.captured()
+    bench.gpu.faults.drift = "replays"
+    found = []
+    for _ in range(3):
+        graph.launch(bench.stream)
+        found.append(bench.read()[0])
+    up, down = (float(np.nextafter(np.float32(2), np.float32(side))) for side in (np.inf, 0))
+    assert found == [up, down, up]
+
+
+def test_the_collector_within_a_capture(bench: Bench) -> None:
+    """It frees buffers of a cycle, which breaks the capture. The freeing itself comes later."""
+    bench.warm()
+    bench.gpu.faults.garbage = True
+    used = bench.gpu.used_bytes()
+    for collects in (True, False):
+        cycle: list[Any] = [bench.device.allocate(64, stream=bench.stream)]
+        cycle.append(cycle)
+        del cycle
+        if not collects:
+            gc.disable()
+        builder = bench.begin()
+        try:
+            assert bench.run(builder.stream)
+        finally:
+            gc.enable()
+        if not collects:
+            builder.end_building()
+        with suppress(CUDAError):
+            builder.close()
+        assert bench.gpu.used_bytes() == used + 64 * (not collects)
+    gc.collect()
 
 
 def test_fault_context_and_engine(bench: Bench, network: Path) -> None:
@@ -960,7 +1029,7 @@ CUDA_METHODS = {
     "Device": ("__new__", "set_current", "create_stream", "allocate", "sync"),
     "Stream": ("sync", "record", "create_graph_builder"),
     "Event": ("sync",),
-    "Buffer": ("from_handle", "copy_from", "copy_to", "fill", "close"),
+    "Buffer": ("from_handle", "copy_from", "copy_to", "fill", "close", "set_deallocation_stream"),
     "LegacyPinnedMemoryResource": ("allocate",),
     "GraphBuilder": ("begin_building", "end_building", "complete", "close"),
     "Graph": ("upload", "launch", "close"),
@@ -1027,6 +1096,7 @@ TENSORRT_METHODS = {
         "execute_async_v3",
         "get_tensor_shape",
         "report_to_profiler",
+        "is_stream_capturable",
     ),
 }
 UNDOCUMENTED = {"Logger": ("log",), "Runtime": ("get_engine_validity",)}

@@ -70,6 +70,7 @@ class Block:
             raise
         self._host: NDArray[np.uint8] | None = None
         if self._pinned is not None:
+            self._pinned.set_deallocation_stream(stream)  # else it waits for the default stream, which knows no copy
             memory = (ctypes.c_uint8 * what.size_bytes).from_address(int(self._pinned.handle))
             self._host = np.ctypeslib.as_array(memory)
 

@@ -220,7 +220,7 @@ class Plans:
             context = engine.create_execution_context(strategy)
         if context is None:
             raise ResourceError(
-                f"{graph}: the GPU has no memory left for another execution context{self._words()}",
+                f"{graph}: the GPU has no memory left for another execution context{self.words()}",
                 "Close other programs on the GPU, or choose a smaller --size or --batch.",
             )
         context.set_device_memory(*self._activations_for(engine))
@@ -254,12 +254,12 @@ class Plans:
             profile, int(self.stream.handle)
         ):
             raise MachineError(
-                f"{graph}: TensorRT refused optimization profile {profile}{self._words()}", self._compile_hint()
+                f"{graph}: TensorRT refused optimization profile {profile}{self.words()}", self._compile_hint()
             )
         for name, (address, shape) in inputs.items():
             if not context.set_input_shape(name, shape) or not context.set_tensor_address(name, address):
                 raise MachineError(
-                    f"{graph}: TensorRT refused input {name} of shape {list(shape)}{self._words()}",
+                    f"{graph}: TensorRT refused input {name} of shape {list(shape)}{self.words()}",
                     self._compile_hint(),
                 )
         met = (graph, profile, *(shape for _, shape in inputs.values()))
@@ -269,7 +269,7 @@ class Plans:
     def enqueue(self, context: Any, graph: str, stream: Any) -> None:
         if not context.execute_async_v3(int(stream.handle)):
             raise MachineError(
-                f"{graph}: TensorRT refused to run; its outputs are not valid{self._words()}",
+                f"{graph}: TensorRT refused to run; its outputs are not valid{self.words()}",
                 "Run again with a new pipeline; if it persists, compile again.",
             )
 
@@ -334,7 +334,7 @@ class Plans:
         engine = self._runtime.deserialize_cuda_engine(plan)
         if engine is None:
             raise MachineError(
-                f"{self._folder}: {graph}: TensorRT {self._trt.__version__} cannot load this plan{self._words()}",
+                f"{self._folder}: {graph}: TensorRT {self._trt.__version__} cannot load this plan{self.words()}",
                 self._compile_hint(),
             )
         return engine
@@ -356,7 +356,7 @@ class Plans:
             raise ResourceError(where, "Close other programs on the GPU, or compile for a smaller --size or --batch.")
         raise MachineError(where, NEW_DRIVER if "OLD_CUDA_DRIVER" in names else self._compile_hint())
 
-    def _words(self) -> str:
+    def words(self) -> str:
         """What TensorRT said last within this guarded call, which its answers do not tell."""
         return f": {short(self._log.lines[-1])}" if self._log.lines else ""
 

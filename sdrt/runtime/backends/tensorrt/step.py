@@ -7,10 +7,13 @@ needs of them.
 
 from __future__ import annotations
 
+import gc
+import logging
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from threading import Lock
 from typing import Any, cast
 
 import numpy as np
@@ -23,11 +26,16 @@ from sdrt.runtime.backends.tensorrt.plans import Plans, out_of_memory
 from sdrt.runtime.engine import BatchShape, Float, Pixels
 from sdrt.runtime.running_batch import Part, step_sizes
 
+log = logging.getLogger("sdrt")
+
 _AHEAD = 2
 """Model calls the host may be ahead of the device: enough to keep it busy, few enough that progress and cancelling are
 true.
 """
 _POLL_S = 100e-6
+_RELATIVE, _ABSOLUTE = 2e-2, 1e-3
+"""How far a replay may be off plain execution: a part of each number, and of the largest one."""
+_collecting = Lock()
 _IDLE_STEPS = 4
 """Idle sets of buffers, contexts and graphs kept, least recently used dropped first."""
 
@@ -137,19 +145,24 @@ class CapturedStep:
         graphs = []
         self._fill_for_check(plans.stream)
         for call, context in enumerate(self.contexts):
-            # Once uncaptured: TensorRT finishes its own set-up on the first run after shapes and addresses change.
-            plans.enqueue(context, STEP, plans.stream)
+            # Twice uncaptured: in the first run after shapes and addresses change TensorRT finishes its own set-up, and
+            # may run kernels that it never runs again.
+            for _ in range(2):
+                plans.enqueue(context, STEP, plans.stream)
             plain = self._written(call, plans.stream)
+            if hasattr(context, "is_stream_capturable") and not context.is_stream_capturable(int(plans.stream.handle)):
+                plans.disable_graphs(f"capturing failed: TensorRT says that it would{plans.words()}")
+                return None
             try:
                 graph = _captured(plans, context)
             except Exception as error:
-                if "OUT_OF_MEMORY" in str(error):
+                if out_of_memory(error):
                     raise
                 plans.disable_graphs(f"capturing failed: {error}")
                 return None
-            self._spoil(call, plans.stream)
+            self._spoil(call, plain, plans.stream)
             graph.launch(plans.stream)
-            if not np.array_equal(plain, self._written(call, plans.stream)):
+            if not _agree(plain, self._written(call, plans.stream)):
                 plans.disable_graphs("a replayed graph gave other numbers than plain execution")
                 return None
             graphs.append(graph)
@@ -171,10 +184,12 @@ class CapturedStep:
         stream.sync()
         return np.array(block.host("registers"))
 
-    def _spoil(self, call: int, stream: Any) -> None:
-        """Overwrite the registers a call has written, so that a replay that writes nothing shows too."""
+    def _spoil(self, call: int, plain: NDArray[np.float32], stream: Any) -> None:
+        """Overwrite the registers a call has written, each with another number than `plain`, so that a replay that
+        writes nothing shows too.
+        """
         block = self.block_of("registers", call + 1)
-        block.host("registers")[...] = np.nan
+        block.host("registers")[...] = np.where(np.isnan(plain), 0, np.nan)
         block.upload(stream, "registers", "registers")
 
 
@@ -205,20 +220,59 @@ def take_step(plans: Plans, shape: BatchShape, capacity: int) -> CapturedStep:
     return CapturedStep(plans, signature, shape, capacity)
 
 
+def _agree(plain: NDArray[np.float32], replayed: NDArray[np.float32]) -> bool:
+    """Whether a replay did the same as plain execution. Not to the last bit: sums of atomic additions come in any
+    order. A replay that read or wrote in another place is far off.
+    """
+    finite = np.isfinite(plain) & np.isfinite(replayed)
+    largest = float(np.abs(plain[finite]).max(initial=0))
+    log.debug("replay and plain run differ by %g of %g", np.abs(plain - replayed)[finite].max(initial=0), largest)
+    return np.allclose(replayed, plain, rtol=_RELATIVE, atol=_ABSOLUTE * largest, equal_nan=True)
+
+
 def _captured(plans: Plans, context: Any) -> Any:
-    builder = plans.stream.create_graph_builder()
+    """One run of a context as a CUDA graph. A capture that breaks is tried once more: anything of the process that
+    touches the device may have broken it.
+    """
     try:
-        builder.begin_building("thread_local")  # the default mode would break other threads' work on this device
-        plans.enqueue(context, STEP, builder.stream)
-        graph = builder.end_building().complete()
-    except BaseException:
-        with suppress(Exception):
-            # ends the capture, without which the stream is unusable; `end_building` does not end one that broke
-            builder.close()
-        raise
-    builder.close()
+        return _captured_once(plans, context)
+    except Exception as error:
+        if out_of_memory(error):
+            raise
+        log.info("capturing failed, and is tried again: %s", error)
+        return _captured_once(plans, context)
+
+
+def _captured_once(plans: Plans, context: Any) -> Any:
+    builder = plans.stream.create_graph_builder()
+    with _no_collection():
+        try:
+            builder.begin_building("thread_local")  # the default mode would break other threads' work on this device
+            plans.enqueue(context, STEP, builder.stream)
+            graph = builder.end_building().complete()
+        except BaseException:
+            with suppress(Exception):
+                # ends the capture, without which the stream is unusable; `end_building` does not end one that broke
+                builder.close()
+            raise
+        builder.close()
     graph.upload(plans.stream)
     return graph
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Keep the garbage collector away: a buffer that it frees on this thread would break a capture. One thread at a
+    time, so that none turns it on again under another.
+    """
+    with _collecting:
+        was_on = gc.isenabled()
+        gc.disable()
+        try:
+            yield
+        finally:
+            if was_on:
+                gc.enable()
 
 
 class TensorRtMemory:

@@ -120,6 +120,7 @@ RTX_ONLY = {
     "trt.EngineValidity.INVALID",
     "Runtime.engine_header_size",
     "Runtime.get_engine_validity",
+    "IExecutionContext.is_stream_capturable",
     "IRuntimeConfig.create_runtime_cache",
     "IRuntimeConfig.dynamic_shapes_kernel_specialization_strategy",
     "IRuntimeConfig.set_runtime_cache",
