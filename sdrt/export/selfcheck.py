@@ -130,7 +130,7 @@ def check(
 
 @contextmanager
 def _beside(runs: Sequence[Callable[..., Arrays]]) -> Iterator[list[Future[Arrays]]]:
-    """Make calls of `run_in_parts` in another thread while the block runs, since each keeps one core busy. They end soon
+    """Make calls of `run_in_parts` in another thread while the block runs: each keeps one core busy. They end soon
     if the block fails.
     """
     stop = Event()
