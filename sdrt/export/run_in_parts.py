@@ -8,8 +8,10 @@ need, and ends before the next one begins.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import CancelledError
 from functools import partial
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 from numpy.typing import NDArray
@@ -20,21 +22,29 @@ from sdrt.machine.interruptible import interruptible
 
 Arrays = dict[str, NDArray[Any]]
 
-PART_BYTES = 256 << 20
+PART_BYTES = 128 << 20
 """Weights after which a part ends, as stored."""
 
 Observe = Callable[[list[Node], Arrays], None]
 """Called with the nodes of each part that has run, and with every value that they took or gave, weights excepted."""
 
 
-def run_in_parts(path: Path, inputs: Mapping[str, NDArray[Any]], observe: Observe | None = None) -> Arrays:
-    """Run a graph on the CPU without optimisations. Its weights lie in the same folder. Returns the outputs by name."""
+def run_in_parts(
+    path: Path, inputs: Mapping[str, NDArray[Any]], observe: Observe | None = None, stop: Event | None = None
+) -> Arrays:
+    """Run a graph on the CPU without optimisations. Its weights lie in the same folder. Returns the outputs by name.
+
+    Raises:
+        CancelledError: `stop` was set, by another thread.
+    """
     graph = read_graph(path.read_bytes())
     nodes, of_weights = _late(graph)
     last_use = {name: i for i, node in enumerate(nodes) for name in node.inputs}
     values: Arrays = dict(inputs)
     done = 0
     for part in _parts(graph, nodes):
+        if stop is not None and stop.is_set():
+            raise CancelledError
         done += len(part)
         made = [name for node in part for name in node.outputs]
         later = {name for name in made if name in graph.outputs or last_use.get(name, -1) >= done}

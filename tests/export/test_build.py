@@ -529,7 +529,7 @@ def test_graph_that_differs_from_its_network_fails_the_build(
 ) -> None:
     run = selfcheck.run_in_parts
 
-    def perturbed(path: Path, *rest: Any) -> Any:
+    def perturbed(path: Path, *rest: Any, **options: Any) -> Any:
         outputs = run(path, *rest)
         if path.name == f"text_encoder.{compute}.onnx":
             outputs = {name: array * np.float32(1.05) for name, array in outputs.items()}
@@ -571,7 +571,10 @@ def test_every_output_is_checked(
     def check(of_network: Any, of_half: Any) -> dict[str, float]:
         (tmp_path / "r.npz").unlink(missing_ok=True)
         monkeypatch.setattr(outputs_module, "network_outputs", lambda *_: of_network)
-        run = lambda path, *rest: of_half if path == paths["fp16"] else run_in_parts(path, *rest)  # noqa: E731
+
+        def run(path: Path, *rest: Any, **options: Any) -> Any:
+            return of_half if path == paths["fp16"] else run_in_parts(path, *rest)
+
         monkeypatch.setattr(selfcheck, "run_in_parts", run)
         return selfcheck.check(recipe, known, weights, paths, tmp_path / "r.npz", full=True)
 
@@ -594,7 +597,7 @@ def test_graph_that_gives_nan_fails_the_build(
 ) -> None:
     run = selfcheck.run_in_parts
 
-    def broken(path: Path, *rest: Any) -> Any:
+    def broken(path: Path, *rest: Any, **options: Any) -> Any:
         found = run(path, *rest)
         next(iter(found.values())).flat[3] = np.nan
         return found

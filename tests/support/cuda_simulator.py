@@ -22,6 +22,9 @@ BUILT_FOR_CUDA = 13000
 """The CUDA of cuda.bindings, as `cudaDriverGetVersion` writes it: its runtime refuses an older driver."""
 
 
+POOL = 0xB00
+
+
 class Handle:
     """A library's own type for an address; `int` gives the number."""
 
@@ -294,6 +297,14 @@ class Graph:
             raise Refused("a graph that has been closed")
 
 
+class DeviceMemoryResource:
+    """Of the device's own pool; only its handle is simulated."""
+
+    @property
+    def handle(self) -> Handle:
+        return Handle(POOL)
+
+
 class ComputeCapability(NamedTuple):
     major: int
     minor: int
@@ -319,6 +330,10 @@ class Device:
     @property
     def compute_capability(self) -> ComputeCapability:
         return ComputeCapability(*self._gpu.sm)
+
+    @property
+    def memory_resource(self) -> DeviceMemoryResource:
+        return DeviceMemoryResource()
 
     def set_current(self, ctx: Any = None) -> None:
         self._gpu.set_current(self.device_id)
@@ -353,7 +368,14 @@ class cudaError_t(enum.IntEnum):
 def cuMemGetInfo() -> tuple[CUresult, int, int]:
     gpu = _installed()
     with gpu.call():
-        return CUresult.CUDA_SUCCESS, gpu.memory_bytes - gpu.used_bytes(), gpu.memory_bytes
+        return CUresult.CUDA_SUCCESS, gpu.memory_bytes - gpu.taken_bytes(), gpu.memory_bytes
+
+
+def cuMemPoolTrimTo(pool: Handle, minBytesToKeep: int) -> tuple[CUresult]:
+    if int(pool) != POOL:
+        raise Refused("a memory pool that is not the device's")
+    _installed().trim(minBytesToKeep)
+    return (CUresult.CUDA_SUCCESS,)
 
 
 class cudaDeviceProp(NamedTuple):
@@ -421,7 +443,9 @@ def modules() -> dict[str, ModuleType]:
     vars(core).update(
         {kind.__name__: kind for kind in (Device, Stream, Event, EventOptions, Buffer, LegacyPinnedMemoryResource)}
     )
-    driver = module("cuda.bindings.driver", cuMemGetInfo=cuMemGetInfo, CUresult=CUresult)
+    driver = module(
+        "cuda.bindings.driver", cuMemGetInfo=cuMemGetInfo, cuMemPoolTrimTo=cuMemPoolTrimTo, CUresult=CUresult
+    )
     runtime = module("cuda.bindings.runtime", cudaError_t=cudaError_t)
     vars(runtime).update(
         {call.__name__: call for call in (cudaGetDeviceCount, cudaDriverGetVersion, cudaGetDeviceProperties)}

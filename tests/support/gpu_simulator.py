@@ -97,11 +97,14 @@ class Work:
 
 @dataclass(eq=False)
 class Node:
-    """One captured operation. `check` refuses where a replay would be undefined; `writes` gives the bytes it writes."""
+    """One captured operation. `check` refuses where a replay would be undefined, `alive` where what it needs is gone by
+    the time it runs; `writes` gives the bytes it writes.
+    """
 
     check: Callable[[], object]
     run: Callable[[], None]
     writes: Callable[[], list[Bytes]]
+    alive: Callable[[], object] = lambda: None
 
 
 @dataclass(eq=False)
@@ -172,6 +175,11 @@ class Gpu:
         self.queues: dict[int, Queue] = {}
         self.dropped: deque[Allocation] = deque()
         """Allocations that the garbage collector took. It may run anywhere, so it only leaves them here."""
+        self.library_bytes = 0
+        """What TensorRT took for itself, beside the pool."""
+        self.context_bytes = 0
+        """What it takes for an execution context."""
+        self._pool_bytes = 0
         self._dead = ""
         self._replays = 0
         self._lock = threading.RLock()
@@ -194,6 +202,11 @@ class Gpu:
     def used_bytes(self, kind: str = "device") -> int:
         self.bury()
         return sum(len(a.memory) for a in list(self._allocations.values()) if a.open and a.kind == kind)
+
+    def taken_bytes(self) -> int:
+        """What nothing else on the device can have: the pool, whether it is in use or not, and what libraries took."""
+        self.bury()
+        return self._pool_bytes + self.library_bytes
 
     def forget_current(self) -> None:
         """Make this thread one that has not chosen a device."""
@@ -230,10 +243,15 @@ class Gpu:
         with self.call("allocations" if kind == "device" else "pinned_allocations", unsafe=True):
             if size <= 0:
                 raise Refused(f"an allocation of {size} bytes")
-            if self.faults.strikes("allocation") or (kind == "device" and self.used_bytes() + size > self.memory_bytes):
+            # What was freed stays in the pool, for the next that comes to it, until the pool is trimmed.
+            pool = max(self._pool_bytes, self.used_bytes() + size) if kind == "device" else self._pool_bytes
+            if self.faults.strikes("allocation") or (
+                kind == "device" and pool + self.library_bytes > self.memory_bytes
+            ):
                 raise CUDAError(
                     "CUDA_ERROR_OUT_OF_MEMORY: The API call failed because it was unable to allocate enough memory"
                 )
+            self._pool_bytes = pool
             backing = np.full(size + ALIGNMENT, STALE, np.uint8)
             self._backing.append(
                 backing
@@ -242,6 +260,19 @@ class Gpu:
             allocation = Allocation(kind, backing.ctypes.data + start, backing[start : start + size], queue)
             self._allocations[allocation.address] = allocation
             return allocation
+
+    def trim(self, keep: int) -> None:
+        """Give back what the pool holds for nobody. A free that the host has not seen done counts as in use."""
+        with self.call(current=False, unsafe=True):
+            held = sum(len(a.memory) for a in self._allocations.values() if a.kind == "device")
+            self._pool_bytes = min(self._pool_bytes, max(held, keep))
+
+    def take(self, size: int) -> bool:
+        """Memory for a library itself, which the pool does not give; False where there is none."""
+        if self._pool_bytes + self.library_bytes + size > self.memory_bytes:
+            return False
+        self.library_bytes += size
+        return True
 
     def free(self, allocation: Allocation, queue: Queue | None) -> None:
         """Close an allocation: pinned memory once the queue is empty, device memory in its turn. Works on a dead device
@@ -415,6 +446,7 @@ class Gpu:
 
     def _replay(self, nodes: list[Node]) -> None:
         for node in nodes:
+            node.alive()
             if self.faults.replay != "nothing":
                 node.run()
             if self.faults.replay == "wrong":

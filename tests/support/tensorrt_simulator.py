@@ -200,7 +200,10 @@ class Runtime(Part):
             if self._gpu.faults.no_engine or plan["version"] != __version__:
                 self._say(f"IRuntime::deserializeCudaEngine: version {plan['version']}, {__version__} is expected")
                 return None
-            return ICudaEngine._make(self, plan)
+            if not self._gpu.take(len(data)):
+                self._say("out of memory: weights")
+                return None
+            return ICudaEngine._make(self, plan, len(data))
 
     def _say(self, why: str) -> None:
         self._logger.log(ILogger.ERROR, why)
@@ -211,9 +214,10 @@ class ICudaEngine:
         raise TypeError("tensorrt_rtx.ICudaEngine: No constructor defined!")
 
     @classmethod
-    def _make(cls, runtime: Runtime, plan: dict[str, Any]) -> ICudaEngine:
+    def _make(cls, runtime: Runtime, plan: dict[str, Any], size_bytes: int) -> ICudaEngine:
         self = object.__new__(cls)
         self._runtime, self._gpu, self._session = runtime, runtime._gpu, session(plan["graph"])
+        self._taken_bytes = size_bytes
         self.name: str = plan["name"]
         self._digest = f"{zlib.crc32(json.dumps(plan).encode()):08x}"
         self.device_memory_size_v2: int = plan["activation_bytes"]
@@ -223,6 +227,10 @@ class ICudaEngine:
         self._tensors = tensors(self._session)
         self._layers = layers(plan["graph"])
         return self
+
+    def __del__(self) -> None:
+        if hasattr(self, "_taken_bytes"):
+            self._gpu.library_bytes -= self._taken_bytes
 
     @property
     def _cost_ms(self) -> float:
@@ -238,7 +246,7 @@ class ICudaEngine:
         self, strategy: ExecutionContextAllocationStrategy | IRuntimeConfig = ExecutionContextAllocationStrategy.STATIC
     ) -> IExecutionContext | None:
         with self._gpu.call("contexts", unsafe=True):
-            if self._gpu.faults.strikes("no_context"):
+            if self._gpu.faults.strikes("no_context") or not self._gpu.take(self._gpu.context_bytes):
                 self._runtime._say(f"IExecutionContext: {self.name}: out of memory: persistent memory of 512 bytes")
                 return None
             config = strategy
@@ -348,6 +356,7 @@ class IExecutionContext(Part):
         self = object.__new__(cls)
         self.engine, self._config, self._gpu = engine, config, engine._gpu
         self._kernels: set[str] = set()
+        self._taken_bytes = self._gpu.context_bytes
         self.active_optimization_profile = 0
         self._shapes: dict[str, Shape] = {}
         self._addresses: dict[str, int] = {}
@@ -358,6 +367,10 @@ class IExecutionContext(Part):
         self._timed = 0
         self.enqueue_emits_profile = True
         return self
+
+    def __del__(self) -> None:
+        if hasattr(self, "_taken_bytes"):
+            self._gpu.library_bytes -= self._taken_bytes
 
     @property
     def profiler(self) -> IProfiler | None:
@@ -454,7 +467,8 @@ class IExecutionContext(Part):
                 raise Refused(f"{name}: the profile was set on another stream")
             if capture is None:
                 self._compile(f"profile {self.active_optimization_profile}, {sorted(run.shapes.items())}")
-                queue.work.append(Work(lambda: gpu.compute(lambda: self._compute(run, state))))
+                alive = functools.partial(_alive, weakref.ref(self), name)
+                queue.work.append(Work(lambda: gpu.compute(lambda: alive()._compute(run, state))))
                 if self._profiler is not None and self.enqueue_emits_profile:
                     gpu.synchronise(queue)  # enqueueing with a profiler waits, and tells it
                     self._report()
@@ -479,7 +493,12 @@ class IExecutionContext(Part):
             ):
                 raise Refused(f"{name}: kernels are specialised lazily: the graph would keep the fallback ones")
             capture.nodes.append(
-                Node(functools.partial(_still_bound, weakref.ref(self), run, state), run.compute, run.float_outputs)
+                Node(
+                    functools.partial(_still_bound, weakref.ref(self), run, state),
+                    run.compute,
+                    run.float_outputs,
+                    functools.partial(_alive, weakref.ref(self), name),
+                )
             )
             return True
 
@@ -548,6 +567,13 @@ class IExecutionContext(Part):
                 self._no(f"{name}: shape {shapes[name]}, the other inputs ask for {expected}")
                 return None
         return Run(self.engine, dict(self._addresses), shapes, self._memory)
+
+
+def _alive(context: weakref.ref[IExecutionContext], where: str) -> IExecutionContext:
+    found = context()
+    if found is None:
+        raise Refused(f"{where}: its execution context was destroyed while work of it was queued")
+    return found
 
 
 def _still_bound(context: weakref.ref[IExecutionContext], run: Run, state: object) -> None:

@@ -230,9 +230,34 @@ def test_fresh_and_freed_memory_is_nan(bench: Bench) -> None:
 
 def test_memory_is_counted(bench: Bench) -> None:
     assert (bench.gpu.used_bytes(), bench.gpu.used_bytes("pinned")) == (512 + 1024 + 1024, 1024)
-    assert cuda.cuMemGetInfo() == (0, (1 << 30) - 2560, 1 << 30)
+    weights = bench.gpu.library_bytes
+    assert cuda.cuMemGetInfo() == (0, (1 << 30) - 2560 - weights, 1 << 30) and weights
     del bench.y
     assert bench.gpu.used_bytes() == 1536, "dropping a buffer frees it"
+    del bench.context, bench.engine
+    assert bench.gpu.library_bytes == 0
+
+
+def test_the_pool_keeps_what_was_freed(bench: Bench) -> None:
+    """Nobody else gets it before the pool is trimmed, and that comes after the free has been waited for."""
+    gpu, pool = bench.gpu, bench.device.memory_resource.handle
+    gpu.memory_bytes = gpu.taken_bytes() + 100
+    bench.y.close(bench.stream)
+    assert bench.gpu.used_bytes() == 1536 and cuda.cuMemGetInfo()[1] == 100
+    gpu.context_bytes = 1000
+    assert bench.engine.create_execution_context(MANAGED) is None and "out of memory" in gpu.log[-1]
+    again = bench.device.allocate(1024, stream=bench.stream)
+    again.close(bench.stream)
+    cuda.cuMemPoolTrimTo(pool, 0)
+    assert cuda.cuMemGetInfo()[1] == 100, "the host has not seen the free"
+    bench.stream.sync()
+    cuda.cuMemPoolTrimTo(pool, 2048)
+    assert cuda.cuMemGetInfo()[1] == 100 + 512
+    assert cuda.cuMemPoolTrimTo(pool, 0) == (0,)
+    assert cuda.cuMemGetInfo()[1] == 100 + 1024
+    assert bench.engine.create_execution_context(MANAGED) is not None
+    with refuses("not the device's"):
+        cuda.cuMemPoolTrimTo(bench.stream.handle, 0)
 
 
 # Addresses
@@ -569,6 +594,23 @@ def test_replay_without_its_context(bench: Bench) -> None:
         graph.launch(bench.stream)
 
 
+def test_context_destroyed_in_flight(bench: Bench) -> None:
+    """Whether its run was captured or not."""
+    bench.warm()
+    graph = bench.captured()
+    graph.launch(bench.stream)
+    del bench.context
+    with refuses("destroyed while work of it was queued"):
+        bench.stream.sync()
+
+
+def test_context_destroyed_with_a_run_queued(bench: Bench) -> None:
+    assert bench.run()
+    del bench.context
+    with refuses("destroyed while work of it was queued"):
+        bench.stream.sync()
+
+
 def test_closed_graph(bench: Bench) -> None:
     bench.warm()
     graph = bench.captured()
@@ -705,10 +747,10 @@ def test_fault_allocation(bench: Bench) -> None:
 
 
 def test_memory_runs_out(bench: Bench) -> None:
-    bench.gpu.memory_bytes = 4000
+    bench.gpu.memory_bytes = bench.gpu.taken_bytes() + 1000
     with pytest.raises(CUDAError, match="CUDA_ERROR_OUT_OF_MEMORY"):
-        bench.device.allocate(4000 - 2560 + 1, stream=bench.stream)
-    bench.device.allocate(4000 - 2560, stream=bench.stream)
+        bench.device.allocate(1001, stream=bench.stream)
+    bench.device.allocate(1000, stream=bench.stream)
 
 
 def test_fault_copy(bench: Bench) -> None:
@@ -1031,11 +1073,13 @@ CUDA_METHODS = {
     "Event": ("sync",),
     "Buffer": ("from_handle", "copy_from", "copy_to", "fill", "close", "set_deallocation_stream"),
     "LegacyPinnedMemoryResource": ("allocate",),
+    "DeviceMemoryResource": (),
     "GraphBuilder": ("begin_building", "end_building", "complete", "close"),
     "Graph": ("upload", "launch", "close"),
 }
 CUDA_PROPERTIES = {
-    "Device": ("name", "pci_bus_id", "compute_capability"),
+    "Device": ("name", "pci_bus_id", "compute_capability", "memory_resource"),
+    "DeviceMemoryResource": ("handle",),
     "Stream": ("handle",),
     "Event": ("is_done", "is_timing_enabled"),
     "Buffer": ("handle", "size"),
@@ -1066,7 +1110,8 @@ def test_surface_of_cuda_bindings() -> None:
     driver, runtime = (
         pytest.importorskip(f"cuda.bindings.{name}", exc_type=ImportError) for name in ("driver", "runtime")
     )
-    assert callable(driver.cuMemGetInfo)
+    for name in ("cuMemGetInfo", "cuMemPoolTrimTo"):
+        assert parameters(getattr(cuda, name)) == parameters(getattr(driver, name)), name
     for name in ("cudaGetDeviceCount", "cudaDriverGetVersion", "cudaGetDeviceProperties"):
         assert parameters(getattr(cuda, name)) == parameters(getattr(runtime, name)), name
     assert int(driver.CUresult.CUDA_SUCCESS) == cuda.CUresult.CUDA_SUCCESS

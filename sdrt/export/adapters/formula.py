@@ -48,6 +48,8 @@ class MisfitError(Exception):
     """The shapes of an adapter's parts make no change of the weight. The message has the shapes."""
 
 
+_PIECE, _PIECE_ROWS = 1 << 18, 64
+"""Multiplications in a piece of a product that OpenBLAS, which numpy brings, leaves to one thread; and its rows."""
 _SPARSE = ("bias_indices", "bias_values", "bias_size")
 _KINDS = {
     "LoRA": (UP, DOWN, MID, *_SPARSE),
@@ -201,19 +203,19 @@ def additive(delta: Delta, read: Read) -> Array:
     keys = delta.keys
     if DOWN in keys:
         down, up = _matrix(read(DOWN)), _matrix(read(UP))
-        made = _core(read(MID), up.T, down) if MID in keys else up @ down
+        made = _core(read(MID), up.T, down) if MID in keys else _product(up, down)
     elif "lora_embedding_A" in keys:
-        made = read("lora_embedding_A").T @ read("lora_embedding_B").T
+        made = _product(read("lora_embedding_A").T, read("lora_embedding_B").T)
     elif "hada_w1_a" in keys:
-        made = _product(keys, read, "hada_w1", "hada_t1")
-        made *= _product(keys, read, "hada_w2", "hada_t2")
+        made = _pair(keys, read, "hada_w1", "hada_t1")
+        made *= _pair(keys, read, "hada_w2", "hada_t2")
     elif "diff" in keys:
         made = read("diff")
     elif UP_BIAS in keys:
         made = read(UP_BIAS)
     else:
-        small = read("lokr_w1") if "lokr_w1" in keys else _product(keys, read, "lokr_w1", "")
-        large = read("lokr_w2") if "lokr_w2" in keys else _product(keys, read, "lokr_w2", "lokr_t2")
+        small = read("lokr_w1") if "lokr_w1" in keys else _pair(keys, read, "lokr_w1", "")
+        large = read("lokr_w2") if "lokr_w2" in keys else _pair(keys, read, "lokr_w2", "lokr_t2")
         made = _kronecker(_matrix(small), _matrix(large))
     made = made.reshape(delta.shape)
     if "bias_indices" in keys:
@@ -230,20 +232,34 @@ def _matrix(values: Array) -> Array:
     return values.reshape(len(values), -1)
 
 
-def _product(keys: Mapping[str, str], read: Read, pair: str, core: str) -> Array:
+def _pair(keys: Mapping[str, str], read: Read, pair: str, core: str) -> Array:
     """`a @ b` flattened to `[out, in * kernel]`; with a core `[out, in, *kernel]`."""
     a, b = read(f"{pair}_a"), read(f"{pair}_b")
-    product: Array = _core(read(core), a, b) if core in keys else _matrix(a) @ _matrix(b)
-    return product
+    return _core(read(core), a, b) if core in keys else _product(_matrix(a), _matrix(b))
+
+
+def _product(a: Array, b: Array) -> Array:
+    """`a @ b` in float32, in pieces too small for BLAS to divide among threads. So it has the same bits on any number
+    of cores, and no thread waits busily beside those that read and write.
+    """
+    (out, inner), width = a.shape, b.shape[1]
+    rows = max(1, min(_PIECE_ROWS, _PIECE // inner))
+    columns = max(1, _PIECE // (rows * inner))
+    result = np.empty((out, width), np.float32)
+    for i in range(0, out, rows):
+        for j in range(0, width, columns):
+            piece = result[i : i + rows, j : j + columns]
+            np.matmul(a[i : i + rows], b[:, j : j + columns], out=piece)
+    return result
 
 
 def _core(core: Array, a: Array, b: Array) -> Array:
     """Tucker's form: R[p, q, ...] = Σ_ij core[i, j, ...] · a[i, p] · b[j, q]. Shapes: core `[r, r, *kernel]`, a `[r,
     out]`, b `[r, in]`.
     """
-    half = (a.T @ _matrix(core)).reshape(a.shape[1], core.shape[1], -1)  # [out, r, kernel]
-    whole: Array = np.matmul(b.T, half)
-    return whole.reshape(a.shape[1], b.shape[1], *core.shape[2:])
+    half = _product(a.T, _matrix(core)).reshape(a.shape[1], core.shape[1], -1)  # [out, r, kernel]
+    whole = _product(half.swapaxes(1, 2).reshape(-1, b.shape[0]), b)  # [out * kernel, in]
+    return whole.reshape(a.shape[1], -1, b.shape[1]).swapaxes(1, 2).reshape(a.shape[1], b.shape[1], *core.shape[2:])
 
 
 def _kronecker(a: Array, b: Array) -> Array:

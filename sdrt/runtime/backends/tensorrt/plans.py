@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from threading import RLock
@@ -62,6 +63,7 @@ class Plans:
     """
 
     def __init__(self, bundle: Bundle, target: str, device: int) -> None:
+        self._device: Any = None
         self.target = target
         self._bundle = bundle
         self.signatures = signatures(dimensions(bundle.manifest))
@@ -72,10 +74,13 @@ class Plans:
         self.watched = Watched()
         self.idle: deque[Idle] = deque()
         self._blocks: dict[Any, Block] = {}
-        self._more_activations: list[Any] = []
-        self._device: Any = None
-        self.stream: Any = None
+        self._buffers: list[Any] = []
+        self._engines: dict[str, Any] = {}
+        self._contexts: dict[str, Any] = {}
+        self._shapes_met: set[Any] = set()
+        self._new_kernels = False
         self._log: Any = None
+        self.stream: Any = None
         with self.guarded(_LOAD):
             self._device = self._cuda.Device(device)
             self._device.set_current()
@@ -85,20 +90,43 @@ class Plans:
             assert self.record.rows is not None  # None for engines of any shape only
             self.rows = self.record.rows
             self.stream = self._device.create_stream()
-            self._loaded = [graph for graph in self.record.plans if graph != VAE_ENCODER]
-            self._check_memory()
-            self._kernels = KernelCache(self._trt.__version__, self._gpu)
-            self._shapes_met: set[Any] = set()
-            self._new_kernels = False
-            self._log = make_log(self._trt)
-            self._runtime = self._trt.Runtime(self._log)
-            self._engines = {graph: self._deserialize(graph) for graph in self._loaded}
-            self.activation_bytes = max(int(engine.device_memory_size_v2) for engine in self._engines.values())
-            self._activations = self._device.allocate(max(self.activation_bytes, 1), stream=self.stream)
-            self._contexts = {graph: self.context(graph) for graph in (TEXT_ENCODER, VAE_DECODER)}
+            try:
+                self._load()
+            except BaseException:
+                self._close()  # now, not when the error is forgotten
+                raise
 
     def __del__(self) -> None:
-        self.settle()  # before the buffers go: a cancelled picture's copies may still be on their way
+        if self._device is not None and self.stream is not None:
+            with suppress(Exception):  # a device that has failed gives nothing back
+                self._device.set_current()
+                self._close()
+
+    def _load(self) -> None:
+        loaded = [graph for graph in self.record.plans if graph != VAE_ENCODER]
+        self._check_memory(loaded)
+        self._kernels = KernelCache(self._trt.__version__, self._gpu)
+        self._log = make_log(self._trt)
+        self._runtime = self._trt.Runtime(self._log)
+        for graph in loaded:
+            self._engines[graph] = self._deserialize(graph)
+        self.activation_bytes = max(int(engine.device_memory_size_v2) for engine in self._engines.values())
+        self._activations = self._device.allocate(max(self.activation_bytes, 1), stream=self.stream)
+        self._buffers.append(self._activations)
+        for graph in (TEXT_ENCODER, VAE_DECODER):
+            self._contexts[graph] = self.context(graph)
+
+    def _close(self) -> None:
+        """Give back everything, and to the device itself."""
+        self.settle()  # a cancelled picture's copies may still be on their way
+        self.close_idle(0)
+        for block in self._blocks.values():
+            block.close(self.stream)
+        for buffer in self._buffers:
+            buffer.close(self.stream)
+        for held in (self._blocks, self._contexts, self._engines):
+            held.clear()
+        self.trim()
 
     @property
     def library(self) -> Any:
@@ -233,8 +261,8 @@ class Plans:
         needed = int(engine.device_memory_size_v2)
         if needed <= self.activation_bytes:
             return int(self._activations.handle), max(self.activation_bytes, 1)
-        self._more_activations.append(self._device.allocate(needed, stream=self.stream))
-        return int(self._more_activations[-1].handle), needed
+        self._buffers.append(self._device.allocate(needed, stream=self.stream))
+        return int(self._buffers[-1].handle), needed
 
     def bind(self, context: Any, graph: str, profile: int, inputs: dict[str, tuple[int, tuple[int, ...]]]) -> None:
         """Choose a profile, then set the shape and address of every input.
@@ -300,7 +328,8 @@ class Plans:
         """A CUDA failure as one of ours. Out of memory leaves the pipeline usable; any other CUDA error is sticky."""
         text = " ".join(str(error).split())[:300]
         if out_of_memory(error):
-            self.close_idle(0)
+            with suppress(Exception):  # a device that has failed meanwhile says so at the next call
+                self.make_room()
             fix = "Choose a smaller --size or --batch; the pipeline stays usable."
             if where == _LOAD:
                 fix = "Close other programs on the GPU, or compile for a smaller --size or --batch."
@@ -327,6 +356,22 @@ class Plans:
         """Give up idle steps until `kept` are left."""
         while len(self.idle) > kept:
             self.idle.popleft().close(self.stream)
+
+    def make_room(self) -> None:
+        """Give up what is kept for later."""
+        self.close_idle(0)
+        self.trim()
+
+    def trim(self) -> None:
+        """Have the device's memory pool give back what nobody uses. It keeps what is freed, for whoever comes to it;
+        TensorRT's own allocations, other pipelines' checks and other programs do not come to it.
+        """
+        from cuda.bindings import driver
+
+        pool = getattr(self._device.memory_resource, "handle", None)
+        if pool is not None:  # None on a device without pools
+            self.stream.sync()  # what the host has not seen freed counts as in use
+            driver.cuMemPoolTrimTo(pool, 0)
 
     def _deserialize(self, graph: str) -> Any:
         plan = read_plan(self._folder, self.record, graph)  # hashed before TensorRT sees it: a plan is native code
@@ -360,10 +405,11 @@ class Plans:
         """What TensorRT said last within this guarded call, which its answers do not tell."""
         return f": {short(self._log.lines[-1])}" if self._log.lines else ""
 
-    def _check_memory(self) -> None:
-        plans = [self.record.plans[graph] for graph in self._loaded]
+    def _check_memory(self, graphs: Sequence[str]) -> None:
+        plans = [self.record.plans[graph] for graph in graphs]
         activations = max(plan.device_memory_bytes or 0 for plan in plans)  # shared: the largest of them
         needed = self.record.state_bytes + sum(plan.size_bytes for plan in plans) + activations
+        self.trim()
         free = _free_bytes()
         if free is not None and needed > free:
             raise ResourceError(

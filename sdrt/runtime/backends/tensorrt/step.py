@@ -116,6 +116,8 @@ class CapturedStep:
             self.inputs.copy(plans.stream, self.inputs.offset(name, slot), held, held.offset(name, index), size_bytes)
 
     def close(self, stream: Any) -> None:
+        with suppress(Exception):  # a device that has failed says so elsewhere too
+            stream.sync()  # TensorRT's contexts must not be destroyed under work that is queued
         for graph in self.graphs or []:
             graph.close()
         self.contexts.clear()
@@ -216,7 +218,7 @@ def take_step(plans: Plans, shape: BatchShape, capacity: int) -> CapturedStep:
     except Exception as error:
         if not idle or not (out_of_memory(error) or isinstance(error, ResourceError)):
             raise
-    plans.close_idle(0)
+    plans.make_room()
     return CapturedStep(plans, signature, shape, capacity)
 
 

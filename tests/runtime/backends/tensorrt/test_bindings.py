@@ -75,6 +75,7 @@ CUDA_CORE = {
         "self.stream": "Stream",
         "stream": "Stream",
         "self._activations": "Buffer",
+        "buffer": "Buffer",
     },
     "runtime/backends/tensorrt/step.py": {
         "plans.stream": "Stream",

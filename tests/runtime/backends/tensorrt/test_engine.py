@@ -322,7 +322,7 @@ def test_counts_of_a_preview(pipe: Pipeline, gpu: Gpu) -> None:
 def test_counts_of_loading_and_the_first_picture(gpu: Gpu, bundle: Path) -> None:
     with gpu.counted() as counts:
         pipe = load(bundle)
-    assert counts == {"allocations": 1, "contexts": 2, "engines": 3}
+    assert counts == {"allocations": 1, "contexts": 2, "engines": 3, "syncs": 1}  # before memory is checked
     with gpu.counted() as counts:
         pipe("fox", **QUICK)
     assert counts == {
@@ -657,6 +657,17 @@ def nan_job(pipe: Pipeline) -> Job:
         {"init": latents, "init_noise": latents, "mask": latents[:1]},
         ({"context": np.full((2, 77, 64), np.nan, np.float32)},),
         (0,) * 3,
+    )
+
+
+def sized_job(pipe: Pipeline, size: tuple[int, int]) -> Job:
+    """A job of one row for a size in pixels."""
+    (job,) = jobs_of_contexts(pipe.bundle, (0,) * 3)
+    width, height = (side // 8 for side in size)
+    zeros = np.zeros((4, height, width), np.float32)
+    noise = np.zeros((3, 4, height, width), np.float32)
+    return replace(
+        job, tables={**job.tables, "noise": noise}, inputs={"init": zeros, "init_noise": zeros, "mask": zeros[:1]}
     )
 
 
@@ -1055,7 +1066,7 @@ def test_no_memory_at_the_first_picture(pipe: Pipeline, expected: Expected, gpu:
 
 def test_d5_no_memory_at_a_larger_shape(pipe: Pipeline, expected: Expected, gpu: Gpu) -> None:
     pipe("fox", **QUICK)
-    gpu.memory_bytes = gpu.used_bytes() + 1000
+    gpu.memory_bytes = gpu.taken_bytes() + 1000
     for _ in range(2):
         with pytest.raises(ResourceError, match="step: out of device memory") as caught:
             pipe("fox", size=(96, 96), batch=3, count=3, steps=2, cfg=3.0, seed=1)
@@ -1071,9 +1082,55 @@ def test_idle_buffers_make_room(pipe: Pipeline, expected: Expected, gpu: Gpu) ->
         pipe("fox", size=(64, height), steps=1, cfg=3.0, seed=1)
     engine_of(pipe).plans.close_idle(0)
     pipe("fox", **QUICK)
-    gpu.memory_bytes = gpu.used_bytes() + 700_000
+    gpu.memory_bytes = gpu.used_bytes() + gpu.library_bytes + 700_000
     same(pipe, expected, **large)
     same(pipe, expected, **QUICK)
+
+
+def test_memory_of_a_closed_pipeline_is_there_for_the_next(gpu: Gpu, bundle: Path, expected: Expected) -> None:
+    """The device's pool keeps what is freed, unless it is told to give it back: neither a second pipeline nor
+    TensorRT's own allocations would find it.
+    """
+    with load(bundle) as pipe:
+        pipe("fox", size=(96, 96), batch=3, count=3, steps=2, cfg=3.0, seed=1)
+        most = gpu.taken_bytes()
+        same(pipe, expected, **QUICK)
+    assert gpu.taken_bytes() == 0
+    gpu.memory_bytes = most
+    with load(bundle) as pipe:
+        same(pipe, expected, **QUICK)
+
+
+def test_freed_memory_is_there_for_tensorrt(pipe: Pipeline, expected: Expected, gpu: Gpu) -> None:
+    """A context takes memory of TensorRT's own: what idle steps gave up must leave the pool first."""
+    pipe("fox", size=(96, 96), batch=3, count=3, steps=2, cfg=3.0, seed=1)
+    gpu.context_bytes = 20_000
+    gpu.memory_bytes = gpu.taken_bytes()
+    same(pipe, expected, **QUICK)
+
+
+def test_memory_is_given_back_where_loading_fails(gpu: Gpu, bundle: Path) -> None:
+    """At once, while the error is still held."""
+    gpu.faults.no_context = 2
+    with pytest.raises(ResourceError, match="another execution context"):
+        load(bundle)
+    assert gpu.taken_bytes() == 0
+
+
+@pytest.mark.parametrize("graphs", [True, False])
+def test_steps_are_given_up_while_they_run(pipe: Pipeline, expected: Expected, gpu: Gpu, graphs: bool) -> None:
+    """Their work is waited for first: TensorRT's contexts must not be destroyed under it."""
+    gpu.faults.capture = "" if graphs else "refused"
+    sizes = [(64, height) for height in (64, 72, 80)]
+    batches = [joined(pipe, [sized_job(pipe, size)])[0] for size in sizes]
+    for batch in batches:
+        batch.step()
+        batch.step()
+    for batch in batches:
+        batch.close()
+    with engine_of(pipe).plans.guarded(STEP):
+        engine_of(pipe).plans.close_idle(0)
+    assert np.array_equal(pipe("fox", **QUICK).images, expected(**QUICK))
 
 
 # A device that fails
