@@ -84,8 +84,8 @@ print(json.dumps([(name, after - at) for (name, at), (_, after) in zip(marks, ma
 """
 
 ROWS = {
-    "sdrt openvino, first": ("sdrt-openvino", SDRT, "openvino"),
-    "sdrt openvino, second": ("sdrt-openvino", SDRT, "openvino"),
+    "sdrt openvino, first": ("sdrt-both", SDRT, "openvino"),
+    "sdrt openvino, second": ("sdrt-both", SDRT, "openvino"),
     "sdrt onnxruntime, first": ("sdrt-onnxruntime", SDRT, "onnxruntime"),
     "sdrt onnxruntime, second": ("sdrt-onnxruntime", SDRT, "onnxruntime"),
     "diffusers float32": ("diffusers", DIFFUSERS, "float32"),
@@ -120,6 +120,7 @@ def diffusers_settings(folder: Path) -> Path:
         projection_dim=768,
         architectures=["CLIPTextModel"],
     ).save_pretrained(folder / "text_encoder")
+    (folder / "tokenizer").mkdir()
     reference.clip_tokenizer(folder / "tokenizer").save_pretrained(folder / "tokenizer")
     parts = {
         "unet": ["diffusers", "UNet2DConditionModel"],

@@ -224,6 +224,7 @@ GOLDEN = """\
  "graphs": {
   "step": {
    "fp32": {
+    "checked": "network",
     "component": "unet",
     "error": 1.5e-06,
     "inputs": [
