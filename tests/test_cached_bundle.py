@@ -8,15 +8,17 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import reference
 from conftest import CHECKPOINT, EMOJI, LORA
 from faulty_jobs import names
 from locked_down import LOCKED_DOWN, run_python
+from tiny_model import SMALL, lively
 from write_faults import Fault
 
 import sdrt.cached_bundle as module
@@ -35,7 +37,7 @@ from sdrt.errors import (
     SdrtError,
     UsageError,
 )
-from sdrt.export import graph
+from sdrt.export import skeletons
 from sdrt.export.adapters.embedding import EmbeddingOption
 from sdrt.export.adapters.hypernetwork import HypernetworkOption
 from sdrt.export.adapters.match import LoraOption
@@ -138,7 +140,7 @@ def test_the_pipeline_keeps_its_bundle(model: Path, small_lora: Path, monkeypatc
 # The key
 
 
-def test_everything_that_shapes_a_bundle_is_in_its_key(
+def test_l9_everything_that_shapes_a_bundle_is_in_its_key(
     model: Path, small_lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lora = Path(shutil.copy(small_lora, tmp_path / "lora.safetensors"))
@@ -193,7 +195,7 @@ def test_another_checkpoint_under_the_same_name(model: Path, said: list[str], tm
     assert after != before and found[0] != found[1] and len(entries()) == 2
 
 
-def test_a_file_that_is_replaced_before_the_build_opens_it(
+def test_c20_a_file_that_is_replaced_before_the_build_opens_it(
     model: Path, said: list[str], own_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is kept under a key is what the key says."""
@@ -210,6 +212,31 @@ def test_a_file_that_is_replaced_before_the_build_opens_it(
     assert not (own_cache / "bundles").exists()  # made for it, and taken back
 
 
+def test_a_folder_that_diffusers_saved(own_cache: Path, tmp_path: Path, said: list[str]) -> None:
+    """Every file of it that is read counts, and no other."""
+    from diffusers import DDIMScheduler
+
+    folder, weights = tmp_path / "tiny.v1", lively(SMALL)
+    networks = {
+        "unet": reference.unet(weights, asdict(SMALL.unet)),
+        "vae": reference.vae(weights, asdict(SMALL.vae)),
+        "text_encoder": reference.text_model(weights, asdict(SMALL.texts[0])),
+        "scheduler": DDIMScheduler(**reference.TRAINING, steps_offset=1, clip_sample=False),
+    }
+    for name, network in networks.items():
+        network.save_pretrained(folder / name)
+    kinds = {name: ["diffusers", type(network).__name__] for name, network in networks.items()}
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline"} | kinds))
+    with bundle_of(folder, said) as bundle:
+        assert bundle.name == "tiny.v1.sdrt" and open_bundle(bundle).manifest.sources[0].name == "tiny.v1"
+    (folder / "README.md").write_text("A model.")
+    with bundle_of(folder, said) as again:
+        assert again == bundle
+    settings = folder / "scheduler" / "scheduler_config.json"
+    settings.write_text(settings.read_text() + "\n")
+    assert key(folder) != bundle.parent.name
+
+
 def test_a_long_name(model: Path, small_lora: Path, said: list[str], tmp_path: Path) -> None:
     long = Path(shutil.copy(small_lora, tmp_path / ("é" * 100 + ".safetensors")))
     with bundle_of(model, said, loras=[long] * 2) as bundle:
@@ -220,7 +247,7 @@ def test_a_long_name(model: Path, small_lora: Path, said: list[str], tmp_path: P
 
 
 @pytest.mark.parametrize("lost", [f"model.sdrt/{WEIGHTS}", "model.sdrt/manifest.json", "model.sdrt"])
-def test_a_bundle_that_is_damaged_is_built_again(model: Path, said: list[str], lost: str) -> None:
+def test_i5_a_bundle_that_is_damaged_is_built_again(model: Path, said: list[str], lost: str) -> None:
     with bundle_of(model, said) as first:
         pass
     path = first.parent / lost
@@ -242,7 +269,7 @@ def test_a_changed_byte_is_found_as_in_every_bundle(model: Path, said: list[str]
 
 
 @pytest.mark.parametrize("point", [1, 2, 5, 20, -4, -2])
-def test_a_full_disk(
+def test_d1_a_full_disk(
     model: Path, said: list[str], own_cache: Path, monkeypatch: pytest.MonkeyPatch, point: int
 ) -> None:
     """At the first points of the writer, in the middle, and at the last ones before the entry appears."""
@@ -379,7 +406,7 @@ def test_without_the_packages_of_a_build(
     """What is there is used; torch is needed to trace what no published model has, ONNX Runtime in any case."""
     with bundle_of(model, said):
         pass
-    monkeypatch.setattr(graph, "_tools", lambda: None)
+    monkeypatch.setattr(skeletons, "_tools", lambda: None)
     for missing in ("torch", "onnxruntime"):
         with bundle_of(model, said):
             pass

@@ -61,9 +61,7 @@ def bundles_folder() -> Path:
     try:
         return cache_folder() / IN_CACHE
     except OSError as error:
-        raise UsageError(
-            f"no cache: {error.strerror}", "Set SDRT_CACHE_DIR to a folder that may be written."
-        ) from error
+        raise UsageError(f"no cache: {error.strerror}", ELSEWHERE) from error
 
 
 @contextmanager
@@ -101,9 +99,7 @@ def entries() -> list[Entry]:
     except FileNotFoundError:
         return []
     except OSError as error:
-        raise UsageError(
-            f"{root}: cannot be read: {error.strerror}", "Set SDRT_CACHE_DIR to another folder."
-        ) from error
+        raise UsageError(f"{root}: cannot be read: {error.strerror}", ELSEWHERE) from error
     found = [entry for folder in folders if (entry := _entry(folder)) is not None]
     return sorted(found, key=lambda entry: (-entry.used_s, entry.key))
 
@@ -207,9 +203,7 @@ def set_limit(text: str) -> None:
     try:
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UsageError(
-            f"{root}: cannot be made: {error.strerror}", "Set SDRT_CACHE_DIR to another folder."
-        ) from error
+        raise UsageError(f"{root}: cannot be made: {error.strerror}", ELSEWHERE) from error
     with staged_file(root / _LIMIT) as stage:
         write_file(stage, text.strip().encode() + b"\n")
 

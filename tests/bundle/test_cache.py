@@ -113,7 +113,7 @@ def test_damaged_ones_are_listed_and_removed(kept: Path) -> None:
     assert keys() == ["dddd"]
 
 
-def test_a_removal_that_was_killed(kept: Path) -> None:
+def test_i1_a_removal_that_was_killed(kept: Path) -> None:
     """Before or after the rename: the entry is whole or gone, and what is left goes the next time anyone looks."""
     for number in (1, 2):  # the rename, and the removal of what was renamed
         found = entries()[0]

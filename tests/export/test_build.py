@@ -644,7 +644,8 @@ def test_reference_is_what_the_network_computes(
 def held_whole(recipe: Recipe, weights: TensorFile, inputs: dict[str, Any]) -> dict[str, Any]:
     """What the network gives when it holds all of its weights, on one thread."""
     module = trace_module.module(recipe).to_empty(device="cpu")
-    module.load_state_dict({name: weights.read(name).float() for name in weights_of(recipe)}, strict=False)
+    state = {name: torch.from_numpy(weights.read(name)).float() for name in weights_of(recipe)}
+    module.load_state_dict(state, strict=False)
     with torch.inference_mode():
         outputs = module(**{name: torch.from_numpy(array) for name, array in inputs.items()})
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
@@ -671,13 +672,13 @@ class Watched:
         self.weights, self.alive, self.most = weights, 0, 0
         self.seen: set[str] = set()
 
-    def read(self, name: str) -> torch.Tensor:
-        value = self.weights.read(name).float().numpy().copy()
+    def read(self, name: str) -> Any:
+        value = self.weights.read(name).astype(np.float32)
         weakref.finalize(value, self.dropped)  # the tensor and every view of it keep the array
         self.seen.add(name)
         self.alive += 1
         self.most = max(self.most, self.alive)
-        return torch.from_numpy(value)
+        return value
 
     def dropped(self) -> None:
         self.alive -= 1

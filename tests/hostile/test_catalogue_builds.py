@@ -245,7 +245,7 @@ def test_d3_d4_too_few_descriptors_and_too_little_memory(small_checkpoint: Path,
 def test_d4_the_words_of_torch_and_onnxruntime(
     small_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
 ) -> None:
-    def check(*_: object) -> None:
+    def check(*_: object, full: bool) -> None:
         raise RuntimeError(text)
 
     monkeypatch.setattr(build_module, "check", check)
@@ -257,7 +257,7 @@ def test_d4_the_words_of_torch_and_onnxruntime(
 def test_other_errors_of_torch_are_not_memory(
     small_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def check(*_: object) -> None:
+    def check(*_: object, full: bool) -> None:
         raise RuntimeError("shapes do not match")
 
     monkeypatch.setattr(build_module, "check", check)

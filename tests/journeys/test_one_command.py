@@ -39,7 +39,7 @@ def until(process: subprocess.Popen[str], stage: str) -> None:
     assert not any(line.startswith("error") for line in said), said
 
 
-def test_two_at_once(own_cache: Path, tmp_path: Path) -> None:
+def test_i6_two_at_once(own_cache: Path, tmp_path: Path) -> None:
     """One builds, the other waits and takes what was built."""
     first = started(tmp_path / "a", own_cache)
     until(first, "fuse")
@@ -55,7 +55,7 @@ def test_two_at_once(own_cache: Path, tmp_path: Path) -> None:
     assert names(own_cache / "bundles") == [entries()[0].key]
 
 
-def test_one_is_killed(own_cache: Path, tmp_path: Path) -> None:
+def test_i1_one_is_killed(own_cache: Path, tmp_path: Path) -> None:
     """The one that waits builds then, and nothing of the other stays."""
     first = started(tmp_path / "a", own_cache)
     until(first, "fuse")
