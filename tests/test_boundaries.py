@@ -17,6 +17,8 @@ import pytest
 from conftest import CHECKPOINT, LORA, ROOT
 from locked_down import BUILD_ONLY, LOCKED_DOWN, run_python
 
+from sdrt.machine.packages import install_command
+
 PACKAGE = ROOT / "sdrt"
 FILES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
 COMMAND = [file for file in FILES if file.startswith("cli") or file == "__main__.py"]
@@ -79,9 +81,64 @@ def test_inspecting_and_choosing_need_no_torch() -> None:
         "sdrt.export.adapters.match",
         "sdrt.export.read.checkpoint",
         "sdrt.export.architecture",
+        "sdrt.export.weights",
+        "sdrt.export.adapters.embedding",
+        "sdrt.export.adapters.hypernetwork_weights",
         "sdrt.export.build",
     )
     assert not loaded & {"torch", "onnx", "onnxscript", "onnx_ir", "onnxruntime"}
+
+
+FUSE = """
+from pathlib import Path
+from sdrt.errors import MachineError
+from sdrt.export.adapters.embedding import EmbeddingOption, extended_tables, open_embedding
+from sdrt.export.adapters.hypernetwork import HypernetworkOption, open_hypernetwork
+from sdrt.export.adapters.hypernetwork_weights import attach, check_values
+from sdrt.export.adapters.match import LoraOption, open_lora
+from sdrt.export.read.checkpoint import open_checkpoint
+from sdrt.export.read.tensor_entry import FLOATS
+from sdrt.export.weights import write_weights
+checkpoint, adapter, folder = map(Path, sys.argv[1:])
+model = open_checkpoint(checkpoint)
+tensors = {name: tensor for name, tensor in model.tensors.items() if tensor.entry.dtype in FLOATS}
+shapes = {name: tensor.shape for name, tensor in tensors.items()}
+lora = open_lora(LoraOption(adapter), shapes, model.architecture)
+_, made = extended_tables([open_embedding(EmbeddingOption(folder / "word.pt", "word"), model.architecture)], model.architecture)
+linear, other = (
+    open_hypernetwork(HypernetworkOption(folder / name), model.architecture.unet) for name in ("linear.pt", "mish.pt")
+)
+check_values([linear])
+made |= attach([linear, other], model.architecture.unet, shapes)[1]
+for precision in ("fp16", "bf16", "fp32"):
+    written = write_weights(folder / precision, tensors, [lora], precision, lambda done: None, made)
+    print(sorted(written.placed.keys() - tensors.keys()) == sorted(made.keys() - tensors.keys()))
+try:
+    check_values([other])
+except MachineError as error:
+    print(error)
+"""
+
+
+def test_fusing_needs_no_torch(tmp_path: Path) -> None:
+    """Every file is read, fused and rounded without it. Only to see what a hypernetwork's activation does, or to trace
+    it, a build needs torch, and says so.
+    """
+    import hypernetwork_files
+    import torch
+
+    torch.save({"string_to_param": {"*": torch.ones(2, 64)}, "name": "word"}, tmp_path / "word.pt")
+    for name, settings in (
+        ("linear.pt", hypernetwork_files.Settings()),
+        ("mish.pt", hypernetwork_files.Settings(activation="mish", layer_norm=True)),
+    ):
+        hypernetwork_files.save(tmp_path / name, settings, 1)
+    said = run_python(LOCKED_DOWN + FUSE, str(CHECKPOINT), str(LORA), str(tmp_path)).splitlines()
+    assert said[:3] == ["True"] * 3
+    assert said[3:] == [
+        f"{tmp_path / 'mish.pt'}: a hypernetwork that is not linear is traced, which needs PyTorch",
+        f"Install it with: {install_command('build')}",
+    ]
 
 
 def test_every_module_imports_without_a_warning() -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -24,6 +26,7 @@ from sdrt.export.adapters.embedding import EmbeddingOption
 from sdrt.export.adapters.hypernetwork import HypernetworkOption
 from sdrt.export.adapters.match import LoraOption
 from sdrt.export.build import BuildOptions, build
+from sdrt.export.read.tensor_file import TensorFile
 from sdrt.files.publish import write_file
 
 
@@ -162,6 +165,43 @@ def test_c20_an_input_that_changes(inputs: Path, age: None, name: str, change: C
         build(options(inputs), progress)
     assert caught.value.message.startswith(str(inputs / name)) and caught.value.exit_code == 3
     assert not list((inputs.parent / "out").iterdir())
+
+
+def test_inputs_are_hashed_while_their_weights_are_fused(
+    inputs: Path, age: None, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The hash waits until fusing has begun. Where a change may not show in a file's times it is waited for instead, so
+    that a second hash shows it.
+    """
+    settled = "settled" in request.node.callspec.id
+    fused, hashed, hash_file = threading.Event(), list[bool](), TensorFile._hash
+
+    def hashing(file: TensorFile) -> str:
+        if threading.current_thread() is not threading.main_thread():
+            hashed.append(fused.wait(60 if settled else 0.05))
+        return hash_file(file)
+
+    def progress(stage: str, done: float | None) -> None:
+        if stage == "fuse" and done is not None:
+            fused.set()
+
+    monkeypatch.setattr(TensorFile, "_hash", hashing)
+    build(options(inputs), progress)
+    assert hashed and set(hashed) == {settled}
+
+
+def test_an_input_is_read_once_more_only_where_a_change_may_not_show(
+    inputs: Path, age: None, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passes, hash_file = Counter[Path](), TensorFile._hash
+
+    def counted(file: TensorFile) -> str:
+        passes[file.path] += 1
+        return hash_file(file)
+
+    monkeypatch.setattr(TensorFile, "_hash", counted)
+    build(options(inputs))
+    assert len(passes) == 7 and set(passes.values()) == {1 if "settled" in request.node.callspec.id else 2}
 
 
 @pytest.mark.parametrize("name", ["model.tiny/unet/config.json", "peft/adapter_config.json"])

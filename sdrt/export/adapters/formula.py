@@ -259,7 +259,8 @@ def _core(core: Array, a: Array, b: Array) -> Array:
     """
     half = _product(a.T, _matrix(core)).reshape(a.shape[1], core.shape[1], -1)  # [out, r, kernel]
     whole = _product(half.swapaxes(1, 2).reshape(-1, b.shape[0]), b)  # [out * kernel, in]
-    return whole.reshape(a.shape[1], -1, b.shape[1]).swapaxes(1, 2).reshape(a.shape[1], b.shape[1], *core.shape[2:])
+    whole = np.ascontiguousarray(whole.reshape(a.shape[1], -1, b.shape[1]).swapaxes(1, 2))
+    return whole.reshape(a.shape[1], b.shape[1], *core.shape[2:])
 
 
 def _kronecker(a: Array, b: Array) -> Array:

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import pickle
+import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,6 +23,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from sdrt.bundle import remembered
 from sdrt.errors import InputFileError, SdrtError, UnsafeError
 from sdrt.export.read import tensor_file
 from sdrt.export.read.tensor_entry import ITEM_BYTES
@@ -532,6 +534,55 @@ def test_file_rewritten_after_opening(file: Path, how: str) -> None:
         with pytest.raises(InputFileError, match="changed during the build") as caught:
             getattr(opened, how)()
         assert str(file) in caught.value.message
+
+
+def test_a_time_of_change_alone_is_looked_into(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The clock is a minute ahead, so that the file looks settled. Only then its times are trusted: a change of mode
+    passes, another byte does not, and nothing is read where nothing happened.
+    """
+    now, reads = time.time_ns, list[int]()
+    monkeypatch.setattr(remembered.time, "time_ns", lambda: now() + 60_000_000_000)
+    monkeypatch.setattr(tensor_file, "hashlib", Hashes(reads))
+    file.write_bytes(packed(GOOD, GOOD_DATA))
+    with open_tensor_file(file) as opened:
+        assert opened.changes_show
+        opened.sha256()
+        opened.check_unchanged()
+        assert len(reads) == 1
+        time.sleep(0.02)  # more than a tick of the file system's clock
+        file.chmod(0o600)
+        opened.check_unchanged()
+        assert len(reads) == 2
+        before = file.stat()
+        with file.open("r+b") as stream:
+            stream.seek(-1, os.SEEK_END)
+            stream.write(b"\xff")
+        os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+        with pytest.raises(InputFileError, match="changed during the build"):
+            opened.check_unchanged()
+
+
+@pytest.mark.parametrize("mount", [("nfs4", "host:/x"), ("fuseblk", "/dev/sdb1"), ("ext4", "/dev/loop7")])
+def test_times_are_not_trusted_where_another_keeps_them(
+    file: Path, monkeypatch: pytest.MonkeyPatch, mount: tuple[str, str]
+) -> None:
+    now = time.time_ns
+    monkeypatch.setattr(remembered.time, "time_ns", lambda: now() + 60_000_000_000)
+    monkeypatch.setattr(remembered, "_mount", lambda descriptor: mount)
+    file.write_bytes(packed(GOOD, GOOD_DATA))
+    with open_tensor_file(file) as opened:
+        assert not opened.changes_show
+
+
+class Hashes:
+    """hashlib that notes each hash that is begun."""
+
+    def __init__(self, begun: list[int]) -> None:
+        self.begun = begun
+
+    def sha256(self, data: bytes = b"") -> Any:
+        self.begun.append(len(data))
+        return hashlib.sha256(data)
 
 
 def test_reading_and_hashing_at_the_same_time(tmp_path: Path) -> None:
