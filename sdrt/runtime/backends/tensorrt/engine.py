@@ -48,12 +48,15 @@ class TensorRtEngine:
             raise self.plans.missing(
                 f"no {self.backend} engine for {shape.options}; there is: {'; '.join(map(str, self.shapes))}", shape
             )
+        factor = self._bundle.manifest.latents.factor
         needed = state_bytes(
             self._bundle.manifest,
             size=shape.size,
             batch=shape.batch,
             tokens=shape.tokens,
-            rows=self.plans.rows,
+            rows=self.plans.rows(
+                BatchShape(shape.size[1] // factor, shape.size[0] // factor, shape.tokens, shape.branches), shape.batch
+            ),
             branches=shape.branches,
         )
         return Demand(needed, f"state {needed:,} bytes")
@@ -90,9 +93,7 @@ class TensorRtEngine:
             capacity = max(capacity, fewest)
             step = take_step(self.plans, shape, capacity)
             try:
-                return Slots(
-                    TensorRtMemory(self.plans, step), self.plans.signatures[STEP], shape, capacity, self.plans.rows
-                )
+                return Slots(TensorRtMemory(self.plans, step), self.plans.signatures[STEP], shape, capacity, step.rows)
             except BaseException:
                 step.close(self.plans.stream)
                 raise

@@ -8,6 +8,7 @@ becomes an error of ours in here.
 from __future__ import annotations
 
 import logging
+import re
 from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -20,22 +21,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sdrt.bundle.folder import Bundle
-from sdrt.bundle.graphs import TEXT_ENCODER, VAE_DECODER, VAE_ENCODER, Tensor, concrete, dimensions, signatures
+from sdrt.bundle.graphs import STEP, TEXT_ENCODER, VAE_DECODER, VAE_ENCODER, Tensor, concrete, dimensions, signatures
 from sdrt.engines.record import EngineRecord
 from sdrt.engines.shapes import EngineShapes, JobShape, shapes_of
 from sdrt.engines.store import list_engines, mismatch, read_plan
 from sdrt.engines.targets import TARGETS, TENSORRT
 from sdrt.errors import MachineError, MissingEngineError, ResourceError, SdrtError
-from sdrt.machine.gpus import Gpu
+from sdrt.machine.gpus import Gpu, probe_gpus
 from sdrt.machine.packages import NEW_DRIVER, install_command
 from sdrt.machine.tensorrt_messages import make_log, short
-from sdrt.runtime.backends.tensorrt.blocks import Block, layout
+from sdrt.runtime.backends.tensorrt.blocks import Block, NoPinnedMemory, layout, out_of_memory
 from sdrt.runtime.backends.tensorrt.kernels import KernelCache
 from sdrt.runtime.engine import BatchShape, Pixels, Watched
 
 log = logging.getLogger("sdrt")
 
 _KEPT_BLOCKS = 8
+_NOISE_BYTES, _FEWEST_ROWS = 1 << 28, 32
 _LOAD = "load"
 _PROBLEMS = {
     "VERSION_MISMATCH": "another version made it",
@@ -47,6 +49,8 @@ _PROBLEMS = {
     "CUDA_ERROR": "CUDA's driver or runtime is not installed as it should be",
 }
 """What TensorRT-RTX may find in a plan's header, by its own names."""
+_REFUSED = re.compile(r"CUDA_ERROR_(INVALID_VALUE|NOT_SUPPORTED|NOT_PERMITTED|STREAM_CAPTURE_\w+)\b")
+"""CUDA's errors of one call, which leave the device as it was."""
 
 
 class Idle(Protocol):
@@ -81,6 +85,7 @@ class Plans:
         self._new_kernels = False
         self._log: Any = None
         self.stream: Any = None
+        _check_machine(target, device)
         with self.guarded(_LOAD):
             self._device = self._cuda.Device(device)
             self._device.set_current()
@@ -88,7 +93,7 @@ class Plans:
             self._gpu = Gpu(self._device.name, f"sm_{major}{minor}")
             self._folder, self.record = _choose(bundle, target, self._trt.__version__, self._gpu)
             assert self.record.rows is not None  # None for engines of any shape only
-            self.rows = self.record.rows
+            self._rows = self.record.rows
             self.stream = self._device.create_stream()
             try:
                 self._load()
@@ -301,6 +306,15 @@ class Plans:
                 "Run again with a new pipeline; if it persists, compile again.",
             )
 
+    def rows(self, shape: BatchShape, capacity: int) -> int:
+        """Table rows of each slot of a batch: those that the engine was compiled for, or fewer where the noise of so
+        many pictures would take too much page-locked memory. Pictures of more model calls refill their rows.
+        """
+        row_bytes = self.signatures[STEP].inputs["noise"].size_bytes({"S": 1, "h": shape.height, "w": shape.width})
+        fewest = self.record.key.profiles[STEP][self.profile(shape)].shapes["noise"][0][0]
+        most = max(_FEWEST_ROWS, -(-(fewest - 1) // capacity), _NOISE_BYTES // (capacity * row_bytes))
+        return min(self._rows, most)
+
     def profile(self, shape: BatchShape) -> int:
         """The step engine's profile for a number of guidance branches."""
         if shape.branches not in self.record.branches:
@@ -325,16 +339,18 @@ class Plans:
         return None
 
     def failed(self, where: str, error: Exception) -> SdrtError:
-        """A CUDA failure as one of ours. Out of memory leaves the pipeline usable; any other CUDA error is sticky."""
+        """A CUDA failure as one of ours. Most are sticky; out of memory is not, nor is a call that was refused."""
         text = " ".join(str(error).split())[:300]
         if out_of_memory(error):
             with suppress(Exception):  # a device that has failed meanwhile says so at the next call
                 self.make_room()
             fix = "Choose a smaller --size or --batch; the pipeline stays usable."
+            if isinstance(error, NoPinnedMemory):
+                return ResourceError(f"{where}: out of page-locked host memory: {text}", f"Free some, or: {fix}")
             if where == _LOAD:
                 fix = "Close other programs on the GPU, or compile for a smaller --size or --batch."
             return ResourceError(f"{where}: out of device memory: {text}", fix)
-        if "CUDA_ERROR" in text:
+        if "CUDA_ERROR" in text and not _REFUSED.search(text):
             self._dead = text
             return MachineError(f"{where}: the GPU failed: {text}", "This pipeline is dead: restart the process.")
         return MachineError(f"{where}: {type(error).__name__}: {text}", "Run: sdrt doctor")
@@ -455,19 +471,37 @@ def _ends(tensors: Mapping[str, Tensor]) -> tuple[str, str]:
     return first, last
 
 
-def out_of_memory(error: Exception) -> bool:
-    return isinstance(error, MemoryError) or "OUT_OF_MEMORY" in str(error)
-
-
 def _import(target: str) -> tuple[Any, Any]:
     import importlib
 
+    row = TARGETS[target]
     try:
-        return importlib.import_module(TARGETS[target].module), importlib.import_module("cuda.core")
+        trt, cuda = importlib.import_module(row.module), importlib.import_module("cuda.core")
     except ImportError as error:
+        raise MachineError(f"backend {target}: {error}", f"Install it with: {install_command(row.extra)}") from error
+    if not hasattr(cuda, "Device"):  # before 1.0 all of it lay in cuda.core.experimental
         raise MachineError(
-            f"backend {target}: {error}", f"Install it with: {install_command(TARGETS[target].extra)}"
-        ) from error
+            f"backend {target}: cuda-core is too old", f"Install it with: {install_command(row.extra, '--upgrade')}"
+        )
+    return trt, cuda
+
+
+def _check_machine(target: str, device: int) -> None:
+    """That a GPU answers under this number, and that packages and driver go together: CUDA's own words come late and
+    say little.
+    """
+    from sdrt.machine.doctor import wrong_cuda
+
+    gpus = probe_gpus()
+    if problem := wrong_cuda(target, gpus):
+        raise MachineError(f"backend {target}: {problem[0]}", problem[1])
+    if not gpus.found:
+        raise MachineError(f"backend {target}: no GPU answers: {gpus.detail}", f"{NEW_DRIVER}; then: sdrt doctor")
+    if device >= len(gpus.found):
+        raise MachineError(
+            f"backend {target}: device {device}: this machine has {len(gpus.found)}",
+            f"Choose 0 to {len(gpus.found) - 1}.",
+        )
 
 
 def _choose(bundle: Bundle, target: str, compiler: str, gpu: Gpu) -> tuple[Path, EngineRecord]:
