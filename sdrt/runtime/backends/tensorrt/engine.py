@@ -75,17 +75,15 @@ class TensorRtEngine:
         signature = self.plans.signatures[TEXT_ENCODER]
         inputs, wanted = dict(zip(signature.inputs, tokens, strict=True)), text_outputs(signature, clip_skip)
         with self.plans.guarded(TEXT_ENCODER):
-            block = self.plans.run(TEXT_ENCODER, inputs, {"n": tokens.shape[1]}, *wanted)
-            return [block.host(name).copy() for name in wanted]
+            held = self.plans.run(TEXT_ENCODER, inputs, {"n": tokens.shape[1]}, *wanted)
+            return [held.read(name) for name in wanted]
 
     def encode_image(self, pixels: Pixels, noise: Float) -> Float:
         count, _, height, width = noise.shape
         with self.plans.guarded(VAE_ENCODER):
             self.plans.load(VAE_ENCODER)  # most pictures start from text: it is loaded when the first image comes
             sizes = {"N": count, "h": height, "w": width}
-            block = self.plans.run(VAE_ENCODER, {"pixels": pixels, "noise": noise}, sizes, "latents")
-            result: Float = block.host("latents").copy()
-            return result
+            return self.plans.run(VAE_ENCODER, {"pixels": pixels, "noise": noise}, sizes, "latents").read("latents")
 
     def open(self, shape: BatchShape, capacity: int) -> Slots:
         with self.plans.guarded(STEP):
@@ -99,13 +97,8 @@ class TensorRtEngine:
                 raise
 
     def decode(self, latents: Float, rounding: float) -> tuple[Pixels, NDArray[np.bool_]]:
-        count, _, height, width = latents.shape
         with self.plans.guarded(VAE_DECODER):
-            block = self.plans.kept(VAE_DECODER, {"N": count, "h": height, "w": width})
-            block.host("latents")[...] = latents
-            block.host("rounding")[0] = rounding
-            block.upload(self.plans.stream, "latents", "rounding")
-            return self.plans.decoded(block)
+            return self.plans.decode(latents, rounding)
 
     def describe(self) -> dict[str, Any]:
         return self.plans.describe()

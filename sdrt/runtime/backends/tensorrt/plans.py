@@ -12,7 +12,7 @@ import re
 from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from threading import RLock
 from typing import Any, Protocol
@@ -21,7 +21,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sdrt.bundle.folder import Bundle
-from sdrt.bundle.graphs import STEP, TEXT_ENCODER, VAE_DECODER, VAE_ENCODER, Tensor, concrete, dimensions, signatures
+from sdrt.bundle.graphs import (
+    STEP,
+    TEXT_ENCODER,
+    VAE_DECODER,
+    VAE_ENCODER,
+    Signature,
+    Tensor,
+    concrete,
+    dimensions,
+    signatures,
+)
 from sdrt.engines.record import EngineRecord
 from sdrt.engines.shapes import EngineShapes, JobShape, shapes_of
 from sdrt.engines.store import list_engines, mismatch, read_plan
@@ -60,6 +70,46 @@ class Idle(Protocol):
         """Give its memory back."""
 
 
+def places_of(name: str, tensor: Tensor, pictures: int) -> list[str]:
+    """Sections of a block for a tensor: one for each picture where it has an axis of them."""
+    return [f"{name} {picture}" for picture in range(pictures)] if tensor.shape[0] == "N" else [name]
+
+
+@dataclass(frozen=True)
+class GraphBlock:
+    """The inputs and outputs of a graph in one block. It takes one picture at a time, so each has its own sections: an
+    address that TensorRT is given lies on a boundary.
+    """
+
+    graph: str
+    signature: Signature
+    block: Block
+    pictures: int
+
+    def place(self, name: str, picture: int) -> str:
+        """The section of an input or output for a picture."""
+        places = self._places(name)
+        return places[picture if len(places) > 1 else 0]
+
+    def ends(self, *names: str) -> tuple[str, str]:
+        """The first and the last section of tensors that lie side by side, in their order."""
+        return self._places(names[0])[0], self._places(names[-1])[-1]
+
+    def write(self, name: str, array: NDArray[Any]) -> None:
+        places = self._places(name)
+        parts = [array] if len(places) == 1 else np.split(array, len(places))
+        for place, part in zip(places, parts, strict=True):
+            self.block.host(place)[...] = part
+
+    def read(self, name: str) -> NDArray[Any]:
+        """A copy of what was copied back."""
+        return np.concatenate([self.block.host(place) for place in self._places(name)])
+
+    def _places(self, name: str) -> list[str]:
+        tensor = {**self.signature.inputs, **self.signature.outputs}[name]
+        return places_of(name, tensor, self.pictures)
+
+
 class Plans:
     """Thread-safe within `guarded`, which locks the stream.
 
@@ -77,7 +127,7 @@ class Plans:
         self.graphs_disabled = False
         self.watched = Watched()
         self.idle: deque[Idle] = deque()
-        self._blocks: dict[Any, Block] = {}
+        self._blocks: dict[Any, GraphBlock] = {}
         self._buffers: list[Any] = []
         self._engines: dict[str, Any] = {}
         self._contexts: dict[str, Any] = {}
@@ -125,12 +175,12 @@ class Plans:
         """Give back everything, and to the device itself."""
         self.settle()  # a cancelled picture's copies may still be on their way
         self.close_idle(0)
-        for block in self._blocks.values():
-            block.close(self.stream)
+        for held in self._blocks.values():
+            held.block.close(self.stream)
         for buffer in self._buffers:
             buffer.close(self.stream)
-        for held in (self._blocks, self._contexts, self._engines):
-            held.clear()
+        for loaded in (self._blocks, self._contexts, self._engines):
+            loaded.clear()
         self.trim()
 
     @property
@@ -171,70 +221,88 @@ class Plans:
             self._engines[graph] = self._deserialize(graph)
             self._contexts[graph] = self.context(graph)
 
-    def run(self, graph: str, inputs: dict[str, NDArray[Any]], sizes: Mapping[str, int], *outputs: str) -> Block:
+    def run(self, graph: str, inputs: dict[str, NDArray[Any]], sizes: Mapping[str, int], *outputs: str) -> GraphBlock:
         """Run one graph on host arrays and wait for `outputs`, which the block then holds. `sizes` says what the free
         axes are.
         """
-        block = self.kept(graph, sizes)
+        held = self.kept(graph, sizes)
         for name, array in inputs.items():
-            block.host(name)[...] = array
-        block.upload(self.stream, *_ends(self.signatures[graph].inputs))
-        self._enqueue_on(block, graph)
+            held.write(name, array)
+        held.block.upload(self.stream, *held.ends(*self.signatures[graph].inputs))
+        self._enqueue_on(held)
         for output in outputs:
-            block.download(self.stream, output, output)
+            held.block.download(self.stream, *held.ends(output))
         self.stream.sync()
-        return block
+        return held
 
-    def _enqueue_on(self, block: Block, graph: str) -> None:
-        """Start one run of a graph whose inputs and outputs are all in one block."""
-        context, signature = self._contexts[graph], self.signatures[graph]
-        self.bind(
-            context,
-            graph,
-            0,
-            {name: (block.address(name), block.layout.sections[name].shape) for name in signature.inputs},
-        )
-        for name in signature.outputs:
-            context.set_tensor_address(name, block.address(name))
-        self.watched.around(graph, self.stream, lambda: self.enqueue(context, graph, self.stream))
+    def _enqueue_on(self, held: GraphBlock) -> None:
+        """Start the runs of a graph whose inputs and outputs are all in one block: one for each picture."""
+        context, signature, block = self._contexts[held.graph], held.signature, held.block
 
-    def kept(self, graph: str, sizes: Mapping[str, int]) -> Block:
+        def start() -> None:
+            for picture in range(held.pictures):
+                places = {name: held.place(name, picture) for name in (*signature.inputs, *signature.outputs)}
+                if not picture:
+                    inputs = {name: places[name] for name in signature.inputs}
+                    self.bind(
+                        context,
+                        held.graph,
+                        0,
+                        {name: (block.address(at), block.layout.sections[at].shape) for name, at in inputs.items()},
+                    )
+                for name, at in places.items():
+                    context.set_tensor_address(name, block.address(at))
+                self.enqueue(context, held.graph, self.stream)
+
+        self.watched.around(held.graph, self.stream, start)
+
+    def kept(self, graph: str, sizes: Mapping[str, int]) -> GraphBlock:
         """A block for a graph's inputs and outputs that is used and synchronised within one guarded call, kept for the
         next call of the same sizes.
         """
         key = (graph, *sizes.values())
-        block = self._blocks.pop(key, None)
-        if block is None:
-            signature = self.signatures[graph]
-            both = {**signature.inputs, **signature.outputs}
-            block = self.block([(name, concrete(tensor.shape, sizes), tensor.dtype) for name, tensor in both.items()])
-        self._blocks[key] = block
+        held = self._blocks.pop(key, None)
+        if held is None:
+            signature, pictures = self.signatures[graph], sizes.get("N", 1)
+            fields = [
+                (place, concrete(tensor.shape, {**sizes, "N": 1}), tensor.dtype)
+                for name, tensor in {**signature.inputs, **signature.outputs}.items()
+                for place in places_of(name, tensor, pictures)
+            ]
+            held = GraphBlock(graph, signature, self.block(fields), pictures)
+        self._blocks[key] = held
         if len(self._blocks) > _KEPT_BLOCKS:
-            self._blocks.pop(next(iter(self._blocks))).close(self.stream)
-        return block
+            self._blocks.pop(next(iter(self._blocks))).block.close(self.stream)
+        return held
+
+    def decode(self, latents: NDArray[np.float32], rounding: float) -> tuple[Pixels, NDArray[np.bool_]]:
+        """Decode latents `[N, 4, h, w]` of the host."""
+        count, _, height, width = latents.shape
+        held = self.kept(VAE_DECODER, {"N": count, "h": height, "w": width})
+        held.write("latents", latents)
+        return self._decoded(held, rounding, "latents", "rounding")
 
     def decode_from(
         self, source: Block, offsets: Sequence[int], shape: BatchShape, rounding: float
     ) -> tuple[Pixels, NDArray[np.bool_]]:
         """Decode latents that lie on the device, each at an offset in bytes in `source`; one copy back."""
-        block = self.kept(VAE_DECODER, {"N": len(offsets), "h": shape.height, "w": shape.width})
-        size_bytes = block.offset("latents", 1) - block.offset("latents", 0)
-        for i, offset in enumerate(offsets):
-            block.copy(self.stream, block.offset("latents", i), source, offset, size_bytes)
-        block.host("rounding")[0] = rounding
-        block.upload(self.stream, "rounding", "rounding")
-        return self.decoded(block)
+        held = self.kept(VAE_DECODER, {"N": len(offsets), "h": shape.height, "w": shape.width})
+        for picture, offset in enumerate(offsets):
+            section = held.block.layout.sections[held.place("latents", picture)]
+            held.block.copy(self.stream, section.offset, source, offset, section.size_bytes)
+        return self._decoded(held, rounding, "rounding")
 
-    def decoded(self, block: Block) -> tuple[Pixels, NDArray[np.bool_]]:
-        """Run the decoder on a block that holds its inputs: pixels `[N, H, W, 3]`, and whether each was finite."""
-        self._enqueue_on(block, VAE_DECODER)
-        outputs = self.signatures[VAE_DECODER].outputs
-        block.download(self.stream, *_ends(outputs))
+    def _decoded(self, held: GraphBlock, rounding: float, *inputs: str) -> tuple[Pixels, NDArray[np.bool_]]:
+        """Pixels `[N, H, W, 3]`, and whether each picture was finite. `inputs` are those to copy to the device."""
+        held.block.host("rounding")[0] = rounding
+        held.block.upload(self.stream, *held.ends(*inputs))
+        self._enqueue_on(held)
+        held.block.download(self.stream, *held.ends(*held.signature.outputs))
         self.stream.sync()
         if self._new_kernels:  # the first picture of its shape is done, and nothing waits for the device
             self._kernels.keep()
             self._new_kernels = False
-        return block.host("pixels").copy(), block.host("finite").copy()
+        return held.read("pixels"), held.read("finite")
 
     def context(self, graph: str) -> Any:
         """A new execution context on the shared activation block."""
@@ -463,12 +531,6 @@ class _Guard:
                     raise self._plans.failed(self._where, cause) from cause
         finally:
             self._plans.leave()
-
-
-def _ends(tensors: Mapping[str, Tensor]) -> tuple[str, str]:
-    """The first and the last name."""
-    first, *_, last = [*tensors, *tensors]
-    return first, last
 
 
 def _import(target: str) -> tuple[Any, Any]:
