@@ -98,9 +98,8 @@ def _on_gpu(pipe: Any, kept: Mapping[str, Any], wall_ms: Mapping[str, float]) ->
             counted = layers_tensorrt.arithmetic(pipe.bundle, graph, fitting, plans.record.key.precision, Path(folder))
             if counted is None and layers_tensorrt.NO_ARITHMETIC not in notes:
                 notes.append(layers_tensorrt.NO_ARITHMETIC)
-            runs = (
-                -(-kept["text"][0].shape[1] // len(next(iter(fitting.values())))) if graph == TEXT_ENCODER else 1
-            )  # as many rows of tokens a run as the profile takes
+            given, taken = (len(next(iter(each.values()))) for each in (inputs, fitting))
+            runs = 1 if graph == STEP else -(-given // taken)  # as many rows of tokens or pictures as the profile takes
             graphs[graph] = analyse(found, counted, wall_ms[graph] / runs if graph in wall_ms else None, peak)
     return {
         "peak": peak,

@@ -118,9 +118,12 @@ def _layer_times(plans: Any, context: Any, graph: str, runs: int) -> dict[str, f
 
 
 def _kinds(plans: Any, context: Any) -> dict[str, str]:
-    """Kinds of layers by name, of plans that were made with details."""
+    """Kinds of layers by name, of plans that were made with details; none where TensorRT tells nothing."""
     inspector = context.engine.create_engine_inspector()
-    told = json.loads(inspector.get_engine_information(plans.library.LayerInformationFormat.JSON))
+    try:
+        told = json.loads(inspector.get_engine_information(plans.library.LayerInformationFormat.JSON))
+    except ValueError:
+        return {}
     return {
         str(layer.get("Name")): str(layer.get("LayerType", ""))
         for layer in told.get("Layers", [])

@@ -92,8 +92,8 @@ def axes(graph: str, shapes: Shapes, manifest: Manifest) -> list[dict[str, Range
     profile.
 
     The step has one profile for each number of guidance branches, other graphs have one in all. The text encoder takes
-    all chunks of all branches' prompts at once, or any part of them. The VAE takes any part of the pictures, since they
-    need not finish together.
+    all chunks of all branches' prompts at once, or any part of them. The VAE takes one picture: it alone fills a GPU,
+    and what the VAE needs in between is by far the largest of all graphs.
     """
     factor, chunk = manifest.latents.factor, manifest.chunk
     low, best, high = shapes.batch
@@ -102,7 +102,7 @@ def axes(graph: str, shapes: Shapes, manifest: Manifest) -> list[dict[str, Range
         return sides[0] // factor, sides[1] // factor, sides[2] // factor
 
     known: dict[str, Range] = {
-        "N": (low if graph == STEP else 1, best, high),
+        "N": (low, best, high) if graph == STEP else (1, 1, 1),
         "h": divided(shapes.height),
         "w": divided(shapes.width),
         "T": shapes.tokens,

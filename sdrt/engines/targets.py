@@ -17,6 +17,7 @@ class Target:
 
     name: as in options, records and folder names. title: as in sentences.
     extra: the extra of sdrt that brings its packages. packages: those that may bring its library, any one of them.
+    index: where pip gets its libraries beside the public index; empty where it needs no other.
     module: how Python imports its library.
     device: what its engines run on.
     shapes: which batches an engine takes: `any`, as the bundle's graphs do; `static`, one of each, and smaller batches
@@ -39,6 +40,7 @@ class Target:
     weights: Literal["bundle", "beside", "plan"]
     source: str | None = None
     sms: tuple[int, ...] = ()
+    index: str = ""
     built: bool = True
     ready: bool = True
 
@@ -120,6 +122,7 @@ TENSORRT = Target(
     device="gpu",
     shapes="ranges",
     weights="plan",
+    index="https://pypi.nvidia.com",
 )
 
 TARGETS = {row.name: row for row in (ONNXRUNTIME, ONNXRUNTIME_CUDA, OPENVINO, TENSORRT_RTX, TENSORRT)}

@@ -26,6 +26,7 @@ from sdrt.machine.packages import NEW_DRIVER, install_command
 
 WORKS, MISSING, MISMATCHED = "works", "missing", "mismatched"
 _LIBRARY = re.compile(r"(?:lib)?[\w.+-]+\.(?:so(?:\.\d+)*|dll|dylib)")
+_OF_CUDA = re.compile(r"-cu(\d+)$")
 _CUDA_LIBRARY = re.compile(rb"lib(?:cublasLt|cublas|cudnn|cufft|curand|cudart|nvrtc)\.so\.\d+")
 
 # y = x, for x float32 [1]: the smallest model, in ONNX's own encoding.
@@ -220,9 +221,14 @@ def probe_tensorrt(name: str, gpus: Gpus) -> Backend:
     """Whether engines of a target run here: the library, `cuda.core`, versions, and a GPU the library has
     kernels for.
     """
-    if compiler_version(name) is None:
-        return Backend(name, MISSING, f"{name} is not installed", install_command(TARGETS[name].extra), _versions(name))
     target = TARGETS[name]
+    if compiler_version(name) is None:
+        elsewhere = f"; its libraries come from {target.index}, which pip must reach" if target.index else ""
+        return Backend(
+            name, MISSING, f"{name} is not installed{elsewhere}", install_command(target.extra), _versions(name)
+        )
+    if problem := wrong_cuda(name, gpus):
+        return Backend(name, MISMATCHED, *problem, _versions(name))
     trt = import_module(target.module)
     for package in target.oldest_beside:
         if not installed(package):
@@ -252,15 +258,36 @@ def probe_tensorrt(name: str, gpus: Gpus) -> Backend:
     return Backend(name, WORKS, ", ".join(f"{gpu.name} ({gpu.sm})" for gpu in gpus.found), "", versions)
 
 
+def wrong_cuda(name: str, gpus: Gpus) -> tuple[str, str] | None:
+    """What is wrong with the packages of a target, and what mends it: those for two versions of CUDA write the same
+    files, and one for a newer CUDA than the driver's does not run. None if nothing is.
+    """
+    target = TARGETS[name]
+    found = {
+        package: int(match[1])
+        for package in target.packages
+        if (match := _OF_CUDA.search(package)) and installed(package)
+    }
+    if len(set(found.values())) > 1:
+        fix = f"pip uninstall -y {' '.join(part for package in found for part in _parts(package))}"
+        return (
+            f"{' and '.join(found)} are installed together and overwrite each other",
+            f"{fix} && {install_command(target.extra)}",
+        )
+    for package, cuda in found.items():
+        if gpus.driver_cuda and int(gpus.driver_cuda.partition(".")[0]) < cuda:
+            return f"{package} needs a driver for CUDA {cuda}, this one supports {gpus.driver_cuda}", NEW_DRIVER
+    return None
+
+
+def _parts(package: str) -> list[str]:
+    """A package of TensorRT and those that come with it, as far as they are installed."""
+    return [part for part in (package, f"{package}-bindings", f"{package}-libs") if installed(part)]
+
+
 def _no_gpu(name: str, gpus: Gpus) -> Backend:
     if gpus.driver_cuda:
-        return Backend(
-            name,
-            MISMATCHED,
-            f"no GPU answers: {gpus.detail}",
-            NEW_DRIVER,
-            _versions(name),
-        )
+        return Backend(name, MISMATCHED, f"no GPU answers: {gpus.detail}", NEW_DRIVER, _versions(name))
     detail = f"no GPU answers: {gpus.detail}" + ("; compiling for other machines works" if TARGETS[name].sms else "")
     return Backend(
         name, MISSING, detail, "Install an NVIDIA GPU's driver: https://www.nvidia.com/drivers", _versions(name)

@@ -1,6 +1,6 @@
 """The NVIDIA GPUs that answer on this machine, and the newest CUDA that their driver supports.
 
-Nothing else asks how many there are. Imports `cuda.bindings` when it is asked, and otherwise only what Python brings.
+Nothing else asks how many there are. `cuda.bindings` is imported when it is asked, and no other library ever.
 """
 
 from __future__ import annotations

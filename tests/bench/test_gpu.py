@@ -121,6 +121,16 @@ def profiled(gpu: Gpu, compiled: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
         yield pipe, readings
 
 
+def test_an_inspector_that_tells_nothing(
+    profiled: tuple[Any, Readings], monkeypatch: pytest.MonkeyPatch, compiled: Path
+) -> None:
+    """Then layers have no kinds but what their names say."""
+    monkeypatch.setattr(tensorrt_simulator.EngineInspector, "get_engine_information", lambda *_: "")
+    pipe, readings = profiled
+    found = profile(pipe, readings.kept, {})
+    assert found["graphs"][STEP]["slowest"][0]["op"]
+
+
 def test_layers_of_each_graph(profiled: tuple[Any, Readings], gpu: Gpu, compiled: Path) -> None:
     pipe, readings = profiled
     slots = list(pipe._engine.plans.idle)

@@ -236,9 +236,42 @@ def test_packages_that_are_missing(packages: dict[str, str], package: str) -> No
     )
 
 
+def test_tensorrt_rtx_for_two_versions_of_cuda(packages: dict[str, str]) -> None:
+    """Both write the module tensorrt_rtx."""
+    packages |= dict.fromkeys(
+        ("tensorrt-rtx-cu12-libs", "tensorrt-rtx-cu13", "tensorrt-rtx-cu13-bindings"), "1.7.1.116"
+    )
+    backend = doctor.probe_tensorrt("tensorrt-rtx", ADA)
+    assert (backend.state, backend.detail) == (
+        MISMATCHED,
+        "tensorrt-rtx-cu12 and tensorrt-rtx-cu13 are installed together and overwrite each other",
+    )
+    assert backend.fix == (
+        "pip uninstall -y tensorrt-rtx-cu12 tensorrt-rtx-cu12-libs tensorrt-rtx-cu13 tensorrt-rtx-cu13-bindings"
+        " && pip install 'tensorrt-rtx-cu12>=1.7' 'cuda-core>=1.2' 'cuda-bindings>=13'"
+    )
+
+
+@pytest.mark.parametrize(
+    ("driver", "detail"),
+    [
+        ("12.8", "tensorrt-rtx-cu13 needs a driver for CUDA 13, this one supports 12.8"),
+        ("13.0", "NVIDIA GeForce RTX 4090 (sm_89)"),
+    ],
+)
+def test_driver_older_than_the_package(packages: dict[str, str], driver: str, detail: str) -> None:
+    packages["tensorrt-rtx-cu13"] = packages.pop("tensorrt-rtx-cu12")
+    backend = doctor.probe_tensorrt("tensorrt-rtx", Gpus(ADA.found, driver, ""))
+    assert (backend.state == WORKS, backend.detail) == (driver == "13.0", detail)
+    assert "nvidia.com/drivers" in backend.fix or backend.state == WORKS
+
+
 def test_tensorrt_is_missing(packages: dict[str, str]) -> None:
     backend = doctor.probe_tensorrt("tensorrt", HOPPER)
     assert (backend.state, backend.fix) == (MISSING, "pip install 'tensorrt>=11' 'cuda-core>=1.2' 'cuda-bindings>=13'")
+    assert backend.detail == (
+        "tensorrt is not installed; its libraries come from https://pypi.nvidia.com, which pip must reach"
+    )
     assert doctor.compiler_version("tensorrt") is None and doctor.compiler_version("tensorrt-rtx") == "1.7.1.116"
 
 

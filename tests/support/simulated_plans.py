@@ -135,7 +135,8 @@ def compile_engine(
         }
         free |= {"S": (table_rows(1, rows), table_rows(batch, rows)), "T": (manifest.chunk,) * 2, "n": (1, 2)}
         profiles[graph] = tuple(
-            _profile(inputs, free | {"G": (count, count)}) for count in (branches if graph == STEP else (1,))
+            _profile(inputs, free | ({"G": (count, count)} if graph == STEP else {"N": (1, 1)}))
+            for count in (branches if graph == STEP else (1,))
         )
         blobs[graph] = plan(
             open_bundle(graphs or bundle).graph(graph, "fp32"),

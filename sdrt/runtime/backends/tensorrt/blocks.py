@@ -19,6 +19,14 @@ ALIGNMENT = 256
 """TensorRT asks for device addresses on this many bytes."""
 
 
+class NoPinnedMemory(MemoryError):
+    """The host has no page-locked memory left. CUDA says the same as where the device has none."""
+
+
+def out_of_memory(error: Exception) -> bool:
+    return isinstance(error, MemoryError) or "OUT_OF_MEMORY" in str(error)
+
+
 @dataclass(frozen=True)
 class Section:
     """One array of a block: `offset` in bytes from its start."""
@@ -65,8 +73,10 @@ class Block:
             self._pinned = (
                 cuda.LegacyPinnedMemoryResource().allocate(what.size_bytes, stream=stream) if pinned else None
             )
-        except BaseException:
+        except BaseException as error:
             self._device.close(stream)
+            if isinstance(error, Exception) and out_of_memory(error):
+                raise NoPinnedMemory(f"{what.size_bytes:,} bytes: {error}") from error
             raise
         self._host: NDArray[np.uint8] | None = None
         if self._pinned is not None:

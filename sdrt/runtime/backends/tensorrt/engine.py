@@ -48,12 +48,15 @@ class TensorRtEngine:
             raise self.plans.missing(
                 f"no {self.backend} engine for {shape.options}; there is: {'; '.join(map(str, self.shapes))}", shape
             )
+        factor = self._bundle.manifest.latents.factor
         needed = state_bytes(
             self._bundle.manifest,
             size=shape.size,
             batch=shape.batch,
             tokens=shape.tokens,
-            rows=self.plans.rows,
+            rows=self.plans.rows(
+                BatchShape(shape.size[1] // factor, shape.size[0] // factor, shape.tokens, shape.branches), shape.batch
+            ),
             branches=shape.branches,
         )
         return Demand(needed, f"state {needed:,} bytes")
@@ -72,17 +75,15 @@ class TensorRtEngine:
         signature = self.plans.signatures[TEXT_ENCODER]
         inputs, wanted = dict(zip(signature.inputs, tokens, strict=True)), text_outputs(signature, clip_skip)
         with self.plans.guarded(TEXT_ENCODER):
-            block = self.plans.run(TEXT_ENCODER, inputs, {"n": tokens.shape[1]}, *wanted)
-            return [block.host(name).copy() for name in wanted]
+            held = self.plans.run(TEXT_ENCODER, inputs, {"n": tokens.shape[1]}, *wanted)
+            return [held.read(name) for name in wanted]
 
     def encode_image(self, pixels: Pixels, noise: Float) -> Float:
         count, _, height, width = noise.shape
         with self.plans.guarded(VAE_ENCODER):
             self.plans.load(VAE_ENCODER)  # most pictures start from text: it is loaded when the first image comes
             sizes = {"N": count, "h": height, "w": width}
-            block = self.plans.run(VAE_ENCODER, {"pixels": pixels, "noise": noise}, sizes, "latents")
-            result: Float = block.host("latents").copy()
-            return result
+            return self.plans.run(VAE_ENCODER, {"pixels": pixels, "noise": noise}, sizes, "latents").read("latents")
 
     def open(self, shape: BatchShape, capacity: int) -> Slots:
         with self.plans.guarded(STEP):
@@ -90,21 +91,14 @@ class TensorRtEngine:
             capacity = max(capacity, fewest)
             step = take_step(self.plans, shape, capacity)
             try:
-                return Slots(
-                    TensorRtMemory(self.plans, step), self.plans.signatures[STEP], shape, capacity, self.plans.rows
-                )
+                return Slots(TensorRtMemory(self.plans, step), self.plans.signatures[STEP], shape, capacity, step.rows)
             except BaseException:
                 step.close(self.plans.stream)
                 raise
 
     def decode(self, latents: Float, rounding: float) -> tuple[Pixels, NDArray[np.bool_]]:
-        count, _, height, width = latents.shape
         with self.plans.guarded(VAE_DECODER):
-            block = self.plans.kept(VAE_DECODER, {"N": count, "h": height, "w": width})
-            block.host("latents")[...] = latents
-            block.host("rounding")[0] = rounding
-            block.upload(self.plans.stream, "latents", "rounding")
-            return self.plans.decoded(block)
+            return self.plans.decode(latents, rounding)
 
     def describe(self) -> dict[str, Any]:
         return self.plans.describe()

@@ -8,10 +8,11 @@ becomes an error of ours in here.
 from __future__ import annotations
 
 import logging
+import re
 from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from threading import RLock
 from typing import Any, Protocol
@@ -20,22 +21,33 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sdrt.bundle.folder import Bundle
-from sdrt.bundle.graphs import TEXT_ENCODER, VAE_DECODER, VAE_ENCODER, Tensor, concrete, dimensions, signatures
+from sdrt.bundle.graphs import (
+    STEP,
+    TEXT_ENCODER,
+    VAE_DECODER,
+    VAE_ENCODER,
+    Signature,
+    Tensor,
+    concrete,
+    dimensions,
+    signatures,
+)
 from sdrt.engines.record import EngineRecord
 from sdrt.engines.shapes import EngineShapes, JobShape, shapes_of
 from sdrt.engines.store import list_engines, mismatch, read_plan
 from sdrt.engines.targets import TARGETS, TENSORRT
 from sdrt.errors import MachineError, MissingEngineError, ResourceError, SdrtError
-from sdrt.machine.gpus import Gpu
+from sdrt.machine.gpus import Gpu, probe_gpus
 from sdrt.machine.packages import NEW_DRIVER, install_command
 from sdrt.machine.tensorrt_messages import make_log, short
-from sdrt.runtime.backends.tensorrt.blocks import Block, layout
+from sdrt.runtime.backends.tensorrt.blocks import Block, NoPinnedMemory, layout, out_of_memory
 from sdrt.runtime.backends.tensorrt.kernels import KernelCache
 from sdrt.runtime.engine import BatchShape, Pixels, Watched
 
 log = logging.getLogger("sdrt")
 
 _KEPT_BLOCKS = 8
+_NOISE_BYTES, _FEWEST_ROWS = 1 << 28, 32
 _LOAD = "load"
 _PROBLEMS = {
     "VERSION_MISMATCH": "another version made it",
@@ -47,6 +59,8 @@ _PROBLEMS = {
     "CUDA_ERROR": "CUDA's driver or runtime is not installed as it should be",
 }
 """What TensorRT-RTX may find in a plan's header, by its own names."""
+_REFUSED = re.compile(r"CUDA_ERROR_(INVALID_VALUE|NOT_SUPPORTED|NOT_PERMITTED|STREAM_CAPTURE_\w+)\b")
+"""CUDA's errors of one call, which leave the device as it was."""
 
 
 class Idle(Protocol):
@@ -54,6 +68,46 @@ class Idle(Protocol):
 
     def close(self, stream: Any) -> None:
         """Give its memory back."""
+
+
+def places_of(name: str, tensor: Tensor, pictures: int) -> list[str]:
+    """Sections of a block for a tensor: one for each picture where it has an axis of them."""
+    return [f"{name} {picture}" for picture in range(pictures)] if tensor.shape[0] == "N" else [name]
+
+
+@dataclass(frozen=True)
+class GraphBlock:
+    """The inputs and outputs of a graph in one block. It takes one picture at a time, so each has its own sections: an
+    address that TensorRT is given lies on a boundary.
+    """
+
+    graph: str
+    signature: Signature
+    block: Block
+    pictures: int
+
+    def place(self, name: str, picture: int) -> str:
+        """The section of an input or output for a picture."""
+        places = self._places(name)
+        return places[picture if len(places) > 1 else 0]
+
+    def ends(self, *names: str) -> tuple[str, str]:
+        """The first and the last section of tensors that lie side by side, in their order."""
+        return self._places(names[0])[0], self._places(names[-1])[-1]
+
+    def write(self, name: str, array: NDArray[Any]) -> None:
+        places = self._places(name)
+        parts = [array] if len(places) == 1 else np.split(array, len(places))
+        for place, part in zip(places, parts, strict=True):
+            self.block.host(place)[...] = part
+
+    def read(self, name: str) -> NDArray[Any]:
+        """A copy of what was copied back."""
+        return np.concatenate([self.block.host(place) for place in self._places(name)])
+
+    def _places(self, name: str) -> list[str]:
+        tensor = {**self.signature.inputs, **self.signature.outputs}[name]
+        return places_of(name, tensor, self.pictures)
 
 
 class Plans:
@@ -73,7 +127,7 @@ class Plans:
         self.graphs_disabled = False
         self.watched = Watched()
         self.idle: deque[Idle] = deque()
-        self._blocks: dict[Any, Block] = {}
+        self._blocks: dict[Any, GraphBlock] = {}
         self._buffers: list[Any] = []
         self._engines: dict[str, Any] = {}
         self._contexts: dict[str, Any] = {}
@@ -81,6 +135,7 @@ class Plans:
         self._new_kernels = False
         self._log: Any = None
         self.stream: Any = None
+        _check_machine(target, device)
         with self.guarded(_LOAD):
             self._device = self._cuda.Device(device)
             self._device.set_current()
@@ -88,7 +143,7 @@ class Plans:
             self._gpu = Gpu(self._device.name, f"sm_{major}{minor}")
             self._folder, self.record = _choose(bundle, target, self._trt.__version__, self._gpu)
             assert self.record.rows is not None  # None for engines of any shape only
-            self.rows = self.record.rows
+            self._rows = self.record.rows
             self.stream = self._device.create_stream()
             try:
                 self._load()
@@ -120,12 +175,12 @@ class Plans:
         """Give back everything, and to the device itself."""
         self.settle()  # a cancelled picture's copies may still be on their way
         self.close_idle(0)
-        for block in self._blocks.values():
-            block.close(self.stream)
+        for held in self._blocks.values():
+            held.block.close(self.stream)
         for buffer in self._buffers:
             buffer.close(self.stream)
-        for held in (self._blocks, self._contexts, self._engines):
-            held.clear()
+        for loaded in (self._blocks, self._contexts, self._engines):
+            loaded.clear()
         self.trim()
 
     @property
@@ -166,70 +221,88 @@ class Plans:
             self._engines[graph] = self._deserialize(graph)
             self._contexts[graph] = self.context(graph)
 
-    def run(self, graph: str, inputs: dict[str, NDArray[Any]], sizes: Mapping[str, int], *outputs: str) -> Block:
+    def run(self, graph: str, inputs: dict[str, NDArray[Any]], sizes: Mapping[str, int], *outputs: str) -> GraphBlock:
         """Run one graph on host arrays and wait for `outputs`, which the block then holds. `sizes` says what the free
         axes are.
         """
-        block = self.kept(graph, sizes)
+        held = self.kept(graph, sizes)
         for name, array in inputs.items():
-            block.host(name)[...] = array
-        block.upload(self.stream, *_ends(self.signatures[graph].inputs))
-        self._enqueue_on(block, graph)
+            held.write(name, array)
+        held.block.upload(self.stream, *held.ends(*self.signatures[graph].inputs))
+        self._enqueue_on(held)
         for output in outputs:
-            block.download(self.stream, output, output)
+            held.block.download(self.stream, *held.ends(output))
         self.stream.sync()
-        return block
+        return held
 
-    def _enqueue_on(self, block: Block, graph: str) -> None:
-        """Start one run of a graph whose inputs and outputs are all in one block."""
-        context, signature = self._contexts[graph], self.signatures[graph]
-        self.bind(
-            context,
-            graph,
-            0,
-            {name: (block.address(name), block.layout.sections[name].shape) for name in signature.inputs},
-        )
-        for name in signature.outputs:
-            context.set_tensor_address(name, block.address(name))
-        self.watched.around(graph, self.stream, lambda: self.enqueue(context, graph, self.stream))
+    def _enqueue_on(self, held: GraphBlock) -> None:
+        """Start the runs of a graph whose inputs and outputs are all in one block: one for each picture."""
+        context, signature, block = self._contexts[held.graph], held.signature, held.block
 
-    def kept(self, graph: str, sizes: Mapping[str, int]) -> Block:
+        def start() -> None:
+            for picture in range(held.pictures):
+                places = {name: held.place(name, picture) for name in (*signature.inputs, *signature.outputs)}
+                if not picture:
+                    inputs = {name: places[name] for name in signature.inputs}
+                    self.bind(
+                        context,
+                        held.graph,
+                        0,
+                        {name: (block.address(at), block.layout.sections[at].shape) for name, at in inputs.items()},
+                    )
+                for name, at in places.items():
+                    context.set_tensor_address(name, block.address(at))
+                self.enqueue(context, held.graph, self.stream)
+
+        self.watched.around(held.graph, self.stream, start)
+
+    def kept(self, graph: str, sizes: Mapping[str, int]) -> GraphBlock:
         """A block for a graph's inputs and outputs that is used and synchronised within one guarded call, kept for the
         next call of the same sizes.
         """
         key = (graph, *sizes.values())
-        block = self._blocks.pop(key, None)
-        if block is None:
-            signature = self.signatures[graph]
-            both = {**signature.inputs, **signature.outputs}
-            block = self.block([(name, concrete(tensor.shape, sizes), tensor.dtype) for name, tensor in both.items()])
-        self._blocks[key] = block
+        held = self._blocks.pop(key, None)
+        if held is None:
+            signature, pictures = self.signatures[graph], sizes.get("N", 1)
+            fields = [
+                (place, concrete(tensor.shape, {**sizes, "N": 1}), tensor.dtype)
+                for name, tensor in {**signature.inputs, **signature.outputs}.items()
+                for place in places_of(name, tensor, pictures)
+            ]
+            held = GraphBlock(graph, signature, self.block(fields), pictures)
+        self._blocks[key] = held
         if len(self._blocks) > _KEPT_BLOCKS:
-            self._blocks.pop(next(iter(self._blocks))).close(self.stream)
-        return block
+            self._blocks.pop(next(iter(self._blocks))).block.close(self.stream)
+        return held
+
+    def decode(self, latents: NDArray[np.float32], rounding: float) -> tuple[Pixels, NDArray[np.bool_]]:
+        """Decode latents `[N, 4, h, w]` of the host."""
+        count, _, height, width = latents.shape
+        held = self.kept(VAE_DECODER, {"N": count, "h": height, "w": width})
+        held.write("latents", latents)
+        return self._decoded(held, rounding, "latents", "rounding")
 
     def decode_from(
         self, source: Block, offsets: Sequence[int], shape: BatchShape, rounding: float
     ) -> tuple[Pixels, NDArray[np.bool_]]:
         """Decode latents that lie on the device, each at an offset in bytes in `source`; one copy back."""
-        block = self.kept(VAE_DECODER, {"N": len(offsets), "h": shape.height, "w": shape.width})
-        size_bytes = block.offset("latents", 1) - block.offset("latents", 0)
-        for i, offset in enumerate(offsets):
-            block.copy(self.stream, block.offset("latents", i), source, offset, size_bytes)
-        block.host("rounding")[0] = rounding
-        block.upload(self.stream, "rounding", "rounding")
-        return self.decoded(block)
+        held = self.kept(VAE_DECODER, {"N": len(offsets), "h": shape.height, "w": shape.width})
+        for picture, offset in enumerate(offsets):
+            section = held.block.layout.sections[held.place("latents", picture)]
+            held.block.copy(self.stream, section.offset, source, offset, section.size_bytes)
+        return self._decoded(held, rounding, "rounding")
 
-    def decoded(self, block: Block) -> tuple[Pixels, NDArray[np.bool_]]:
-        """Run the decoder on a block that holds its inputs: pixels `[N, H, W, 3]`, and whether each was finite."""
-        self._enqueue_on(block, VAE_DECODER)
-        outputs = self.signatures[VAE_DECODER].outputs
-        block.download(self.stream, *_ends(outputs))
+    def _decoded(self, held: GraphBlock, rounding: float, *inputs: str) -> tuple[Pixels, NDArray[np.bool_]]:
+        """Pixels `[N, H, W, 3]`, and whether each picture was finite. `inputs` are those to copy to the device."""
+        held.block.host("rounding")[0] = rounding
+        held.block.upload(self.stream, *held.ends(*inputs))
+        self._enqueue_on(held)
+        held.block.download(self.stream, *held.ends(*held.signature.outputs))
         self.stream.sync()
         if self._new_kernels:  # the first picture of its shape is done, and nothing waits for the device
             self._kernels.keep()
             self._new_kernels = False
-        return block.host("pixels").copy(), block.host("finite").copy()
+        return held.read("pixels"), held.read("finite")
 
     def context(self, graph: str) -> Any:
         """A new execution context on the shared activation block."""
@@ -301,6 +374,15 @@ class Plans:
                 "Run again with a new pipeline; if it persists, compile again.",
             )
 
+    def rows(self, shape: BatchShape, capacity: int) -> int:
+        """Table rows of each slot of a batch: those that the engine was compiled for, or fewer where the noise of so
+        many pictures would take too much page-locked memory. Pictures of more model calls refill their rows.
+        """
+        row_bytes = self.signatures[STEP].inputs["noise"].size_bytes({"S": 1, "h": shape.height, "w": shape.width})
+        fewest = self.record.key.profiles[STEP][self.profile(shape)].shapes["noise"][0][0]
+        most = max(_FEWEST_ROWS, -(-(fewest - 1) // capacity), _NOISE_BYTES // (capacity * row_bytes))
+        return min(self._rows, most)
+
     def profile(self, shape: BatchShape) -> int:
         """The step engine's profile for a number of guidance branches."""
         if shape.branches not in self.record.branches:
@@ -325,16 +407,18 @@ class Plans:
         return None
 
     def failed(self, where: str, error: Exception) -> SdrtError:
-        """A CUDA failure as one of ours. Out of memory leaves the pipeline usable; any other CUDA error is sticky."""
+        """A CUDA failure as one of ours. Most are sticky; out of memory is not, nor is a call that was refused."""
         text = " ".join(str(error).split())[:300]
         if out_of_memory(error):
             with suppress(Exception):  # a device that has failed meanwhile says so at the next call
                 self.make_room()
             fix = "Choose a smaller --size or --batch; the pipeline stays usable."
+            if isinstance(error, NoPinnedMemory):
+                return ResourceError(f"{where}: out of page-locked host memory: {text}", f"Free some, or: {fix}")
             if where == _LOAD:
                 fix = "Close other programs on the GPU, or compile for a smaller --size or --batch."
             return ResourceError(f"{where}: out of device memory: {text}", fix)
-        if "CUDA_ERROR" in text:
+        if "CUDA_ERROR" in text and not _REFUSED.search(text):
             self._dead = text
             return MachineError(f"{where}: the GPU failed: {text}", "This pipeline is dead: restart the process.")
         return MachineError(f"{where}: {type(error).__name__}: {text}", "Run: sdrt doctor")
@@ -449,25 +533,37 @@ class _Guard:
             self._plans.leave()
 
 
-def _ends(tensors: Mapping[str, Tensor]) -> tuple[str, str]:
-    """The first and the last name."""
-    first, *_, last = [*tensors, *tensors]
-    return first, last
-
-
-def out_of_memory(error: Exception) -> bool:
-    return isinstance(error, MemoryError) or "OUT_OF_MEMORY" in str(error)
-
-
 def _import(target: str) -> tuple[Any, Any]:
     import importlib
 
+    row = TARGETS[target]
     try:
-        return importlib.import_module(TARGETS[target].module), importlib.import_module("cuda.core")
+        trt, cuda = importlib.import_module(row.module), importlib.import_module("cuda.core")
     except ImportError as error:
+        raise MachineError(f"backend {target}: {error}", f"Install it with: {install_command(row.extra)}") from error
+    if not hasattr(cuda, "Device"):  # before 1.0 all of it lay in cuda.core.experimental
         raise MachineError(
-            f"backend {target}: {error}", f"Install it with: {install_command(TARGETS[target].extra)}"
-        ) from error
+            f"backend {target}: cuda-core is too old", f"Install it with: {install_command(row.extra, '--upgrade')}"
+        )
+    return trt, cuda
+
+
+def _check_machine(target: str, device: int) -> None:
+    """That a GPU answers under this number, and that packages and driver go together: CUDA's own words come late and
+    say little.
+    """
+    from sdrt.machine.doctor import wrong_cuda
+
+    gpus = probe_gpus()
+    if problem := wrong_cuda(target, gpus):
+        raise MachineError(f"backend {target}: {problem[0]}", problem[1])
+    if not gpus.found:
+        raise MachineError(f"backend {target}: no GPU answers: {gpus.detail}", f"{NEW_DRIVER}; then: sdrt doctor")
+    if device >= len(gpus.found):
+        raise MachineError(
+            f"backend {target}: device {device}: this machine has {len(gpus.found)}",
+            f"Choose 0 to {len(gpus.found) - 1}.",
+        )
 
 
 def _choose(bundle: Bundle, target: str, compiler: str, gpu: Gpu) -> tuple[Path, EngineRecord]:

@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 
 from sdrt.bundle.graphs import CONTEXT, FED_BACK, STEP, VAE_DECODER, Signature, concrete
 from sdrt.errors import ResourceError, UsageError
-from sdrt.runtime.backends.tensorrt.blocks import Block
-from sdrt.runtime.backends.tensorrt.plans import Plans, out_of_memory
+from sdrt.runtime.backends.tensorrt.blocks import Block, out_of_memory
+from sdrt.runtime.backends.tensorrt.plans import Plans
 from sdrt.runtime.engine import BatchShape, Float, Pixels
 from sdrt.runtime.running_batch import Part, step_sizes
 
@@ -52,7 +52,8 @@ class CapturedStep:
         self.graphs: list[Any] | None = None
         self.context_sets: list[Block | None] = [None] * capacity
         self._signature = signature
-        sizes = step_sizes(shape, capacity, plans.rows)
+        self.rows = plans.rows(shape, capacity)
+        sizes = step_sizes(shape, capacity, self.rows)
         # Noise comes last: of all it is the one of which a picture uses a part only.
         inputs = sorted(signature.inputs.items(), key=lambda item: item[0] == "noise")
         outputs = {back: signature.outputs[name] for back, name in FED_BACK.items()} | {
