@@ -222,12 +222,8 @@ def build(options: BuildOptions, progress: Progress = lambda stage, done: None) 
             tokenizer = _write_tokenizer(inputs, model, folder, stage)
             weights = _fuse(inputs, model, folder, options.precision, stage, progress)
             cached = _bind(model, weights, folder, options.precision, stage)
-            stored = hashing.submit(file_record, folder / WEIGHTS)
-            contents = _Contents(folder, tokenizer, weights, _check(model, folder, stage, options.check == "full"))
-            if stored.result() != weights.record:
-                raise CheckFailed(
-                    f"self-check: {folder / WEIGHTS}: is not what was written", "Check the disk, and build again."
-                )
+            graphs = _check(model, weights, folder, stage, hashing, full=options.check == "full")
+            contents = _Contents(folder, tokenizer, weights, graphs)
             with stage("write"):
                 _check_unchanged(inputs)
                 manifest = _manifest(output.name.removesuffix(".sdrt"), inputs, model, contents)
@@ -359,13 +355,16 @@ def _bind(model: _Model, weights: Written, folder: Path, precision: str, stage: 
     return tuple(cached)
 
 
-def _check(model: _Model, folder: Path, stage: Stage, full: bool) -> dict[str, dict[str, Graph]]:
-    """Check each graph, and keep what it was given and gave. Returns the manifest's graphs.
+def _check(
+    model: _Model, written: Written, folder: Path, stage: Stage, hashing: ThreadPoolExecutor, *, full: bool
+) -> dict[str, dict[str, Graph]]:
+    """Check the weights file and each graph, and keep what it was given and gave. Returns the manifest's graphs.
 
     A trace that comes with sdrt was compared with its network before. Any other is compared here, as all are if `full`.
     """
     graphs = {}
     with open_tensor_file(folder / WEIGHTS) as weights:
+        stored = hashing.submit(weights.sha256)  # closing the file ends it
         for graph, recipe in model.recipes.items():
             with stage(f"check {graph}", _REFERENCE_BYTES):
                 paths = {compute: folder / graph_path(graph, compute) for compute in model.computes(graph)}
@@ -374,6 +373,10 @@ def _check(model: _Model, folder: Path, stage: Stage, full: bool) -> dict[str, d
                 errors = check(recipe, skeletons(recipe)[0], weights, paths, kept, full=network)
                 checked = NETWORK if network else OPERATORS
                 graphs[graph] = {name: _graph(recipe, name, error, checked) for name, error in errors.items()}
+        if stored.result() != written.record.sha256:
+            raise CheckFailed(
+                f"self-check: {weights.path}: is not what was written", "Check the disk, and build again."
+            )
     return graphs
 
 
