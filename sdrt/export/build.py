@@ -375,7 +375,7 @@ def _check(
                 graphs[graph] = {name: _graph(recipe, name, error, checked) for name, error in errors.items()}
         if stored.result() != written.record.sha256:
             raise CheckFailed(
-                f"self-check: {weights.path}: is not what was written", "Check the disk, and build again."
+                f"self-check: {weights.path}: is not what was written", "Check the disk; build again."
             )
     return graphs
 
