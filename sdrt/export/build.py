@@ -374,9 +374,7 @@ def _check(
                 checked = NETWORK if network else OPERATORS
                 graphs[graph] = {name: _graph(recipe, name, error, checked) for name, error in errors.items()}
         if stored.result() != written.record.sha256:
-            raise CheckFailed(
-                f"self-check: {weights.path}: is not what was written", "Check the disk; build again."
-            )
+            raise CheckFailed(f"self-check: {weights.path}: is not what was written", "Check the disk; build again.")
     return graphs
 
 

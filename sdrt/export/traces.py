@@ -23,6 +23,7 @@ from sdrt.machine.packages import install_command
 log = logging.getLogger("sdrt")
 FOLDER = Path(__file__).parent / "data" / "traces"
 INDEX = "index.json"
+_AGAIN = "Install sdrt again."
 _PACKAGE = Path(__file__).parents[1]
 _SOURCES = {
     TEXT_ENCODER: ("export/networks/clip.py", "export/networks/attention.py"),
@@ -64,11 +65,16 @@ def index() -> list[dict[str, Any]]:
     """What `index.json` says of each trace: its `name`, which is its file's; `key`, as `Recipe.key` has it; `sources`,
     the hashes of what it was traced from; the `sha256` of its file; and `errors`, how far each of its graphs was from
     the network on random weights.
+
+    Raises:
+        MachineError: the file is damaged.
     """
     try:
         entries: list[dict[str, Any]] = json.loads((FOLDER / INDEX).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return []
+    except ValueError as error:
+        raise MachineError(f"{FOLDER / INDEX}: not the index that sdrt came with: {error}", _AGAIN) from error
     return entries
 
 
@@ -100,9 +106,9 @@ def _read(name: str, sha256: str) -> dict[str, bytes]:
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise MachineError(f"{path}: cannot be read: {error.strerror}", "Install sdrt again.") from error
+        raise MachineError(f"{path}: cannot be read: {error.strerror}", _AGAIN) from error
     if hashlib.sha256(data).hexdigest() != sha256:
-        raise MachineError(f"{path}: not the trace that sdrt came with: its SHA-256 differs", "Install sdrt again.")
+        raise MachineError(f"{path}: not the trace that sdrt came with: its SHA-256 differs", _AGAIN)
     return unpacked(data)
 
 
