@@ -57,6 +57,7 @@ COVERED: dict[str, tuple[str, ...]] = {
         *("compile/openvino.py", "engines/shapes.py", "machine/cpu.py", "runtime/backend.py"),
         *("runtime/backends/fallback.py", "runtime/engine.py"),
     ),
+    "runtime/backends/onnxruntime_cuda/test_engine.py": ("runtime/backends/onnxruntime_cuda/model.py",),
     "runtime/backends/tensorrt/test_engine.py": (
         *("machine/tensorrt_messages.py", "runtime/backends/tensorrt/blocks.py"),
         "runtime/backends/tensorrt/kernels.py",

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from sdrt.bench.device_times import DeviceTimes
-from sdrt.engines.targets import on_gpu
+from sdrt.engines.targets import TARGETS, on_gpu
 
 if TYPE_CHECKING:
     from sdrt.runtime.engine import Engine
@@ -59,14 +59,17 @@ class Readings:
 
         On a GPU, the launches, copies and allocations of our own code are counted too. Synchronisations are calls of
         compiled objects, which cannot be seen from here. Two CUDA events are recorded around each model call and each
-        run of another graph.
+        run of another graph, but for ONNX Runtime's, whose stream is its own.
         """
         started = self.clock()
         engine: Any = load()
         self.engine_load = self.clock() - started
         if on_gpu(engine.backend):
-            self.device = self.device or DeviceTimes(engine.plans.cuda)
-            engine.plans.watched.observer = self
+            if TARGETS[engine.backend].saved:
+                self.device = self.device or DeviceTimes(engine.plans.cuda)
+                engine.plans.watched.observer = self
+            else:
+                engine.watched.observer = self
         return TimedEngine(engine, self)
 
     def count(self, what: str) -> None:

@@ -19,7 +19,7 @@ from sdrt.bench import layers_onnxruntime, layers_openvino, layers_tensorrt
 from sdrt.bench.operators import Arithmetic, Layer, Operator, total
 from sdrt.bundle.folder import Bundle
 from sdrt.bundle.graphs import STEP, TEXT_ENCODER, VAE_DECODER, dimensions, signatures
-from sdrt.engines.targets import ONNXRUNTIME, OPENVINO, READY, on_gpu
+from sdrt.engines.targets import COMPILED, ONNXRUNTIME, OPENVINO, on_gpu
 from sdrt.errors import MachineError
 from sdrt.runtime.running_batch import HostMemory, Slots, step_sizes
 
@@ -111,10 +111,10 @@ def _on_gpu(pipe: Any, kept: Mapping[str, Any], wall_ms: Mapping[str, float]) ->
 
 def check_backend(backend: str) -> None:
     """Raise MachineError if a backend has no profile here yet."""
-    if backend not in READY:
+    if backend not in COMPILED:
         raise MachineError(
             f"--layers: not available yet for {backend}",
-            f"Use --backend {', '.join(READY[:-1])} or {READY[-1]}, or leave --layers out.",
+            f"Use --backend {', '.join(COMPILED[:-1])} or {COMPILED[-1]}, or leave --layers out.",
         )
 
 

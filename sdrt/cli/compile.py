@@ -14,7 +14,7 @@ from sdrt.cli import options
 from sdrt.cli.output import print_json, print_notes
 from sdrt.cli.progress import COMPILE_STAGES, StageProgress
 from sdrt.compile.compilers import compiled_targets, compiler_of, flags_of
-from sdrt.engines.targets import READY, TARGETS, on_gpu
+from sdrt.engines.targets import COMPILED, TARGETS, on_gpu
 from sdrt.errors import SdrtError, UsageError
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from sdrt.compile.options import CompileOptions, CompileReport
     from sdrt.engines.record import EngineRecord
 
-_CHOICES = f"{', '.join(READY[:-1])} or {READY[-1]}"
+_CHOICES = f"{', '.join(COMPILED[:-1])} or {COMPILED[-1]}"
 
 
 def compile_bundle(

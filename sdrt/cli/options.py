@@ -105,10 +105,11 @@ PreparedTargets = Annotated[
     typer.Option(
         "--target",
         metavar="NAME",
-        help="Engine to prepare; may be repeated: onnxruntime runs the bundle as it is, and nothing is saved for it, "
-        "as that takes gigabytes (sdrt compile does); openvino, tensorrt-rtx and tensorrt compile it for the bundle's "
-        "size once it is built, openvino for prompts of up to 75 and of up to 150 tokens. auto is tensorrt where it is "
-        "installed and a GPU answers, else openvino where it is installed, else onnxruntime.",
+        help="Engine to prepare; may be repeated: onnxruntime and onnxruntime-cuda run the bundle as it is, and "
+        "nothing is saved for them (sdrt compile does for onnxruntime, which takes gigabytes); openvino, tensorrt-rtx "
+        "and tensorrt compile it for the bundle's size once it is built, openvino for prompts of up to 75 and of up to "
+        "150 tokens. auto is tensorrt where it is installed and a GPU answers, else openvino where it is installed, "
+        "else onnxruntime.",
     ),
 ]
 StoragePrecision = Annotated[
@@ -423,8 +424,8 @@ Backend = Annotated[
     typer.Option(
         "--backend",
         metavar="NAME",
-        help="auto, onnxruntime, openvino, tensorrt-rtx or tensorrt. auto takes the fastest engine in the bundle that "
-        "can run here.",
+        help="auto, onnxruntime, onnxruntime-cuda, openvino, tensorrt-rtx or tensorrt. auto takes the fastest that can "
+        "run here: an engine in the bundle, or ONNX Runtime, which needs none.",
     ),
 ]
 OnMissing = Annotated[

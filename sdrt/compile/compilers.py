@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from sdrt.engines.targets import ONNXRUNTIME, OPENVINO, READY, TARGETS, TENSORRT, TENSORRT_RTX, on_gpu
+from sdrt.engines.targets import ONNXRUNTIME, OPENVINO, TARGETS, TENSORRT, TENSORRT_RTX, on_gpu
 from sdrt.errors import BundleError, MachineError, UsageError, nearest
 
 if TYPE_CHECKING:
@@ -19,13 +19,18 @@ def compiled_targets(names: Sequence[str], *, must_compile: bool) -> list[str]:
     ONNX Runtime is among them only where `must_compile` is set.
 
     Raises:
-        UsageError: a name is unknown.
+        UsageError: a name is unknown, or `must_compile` is set and there is nothing to compile for a target.
     """
-    found, known = [], ("auto", *READY)
+    found, known = [], ("auto", *TARGETS)
     for name in names:
         if name not in known:
             raise UsageError(f"--target {name}: unknown{nearest(name, known)}", f"Choose one of: {', '.join(known)}.")
         chosen = _automatic() if name == "auto" else name
+        if must_compile and not TARGETS[chosen].saved:
+            raise UsageError(
+                f"--target {chosen}: nothing is to be compiled: {TARGETS[chosen].title} takes a bundle as it is",
+                f"Run it with: sdrt generate BUNDLE PROMPT --backend {chosen}",
+            )
         if TARGETS[chosen].built or must_compile:
             found.append(chosen)
     return list(dict.fromkeys(found))

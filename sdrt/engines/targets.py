@@ -27,7 +27,7 @@ class Target:
     sms: GPU generations its library has kernels for, and compiles for without a GPU; empty where that is no question.
     built: whether `sdrt build` compiles for it. The others run a bundle without an engine, and what they can save takes
         disk, so that `sdrt compile` alone saves it, when asked.
-    ready: whether this version of sdrt has a backend for it.
+    saved: whether `sdrt compile` has anything to save for it.
     """
 
     name: str
@@ -42,7 +42,7 @@ class Target:
     sms: tuple[int, ...] = ()
     index: str = ""
     built: bool = True
-    ready: bool = True
+    saved: bool = True
 
     def source_of(self, precision: str) -> str:
         """The precision of the graphs that an engine of a precision is made from."""
@@ -80,7 +80,7 @@ ONNXRUNTIME = Target(
 )
 ONNXRUNTIME_CUDA = Target(
     name="onnxruntime-cuda",
-    title="ONNX Runtime",
+    title="ONNX Runtime on a GPU",
     extra="cuda",
     packages=_ONNXRUNTIME_PACKAGES,
     module="onnxruntime",
@@ -88,7 +88,7 @@ ONNXRUNTIME_CUDA = Target(
     shapes="any",
     weights="beside",
     built=False,
-    ready=False,
+    saved=False,
 )
 OPENVINO = Target(
     name="openvino",
@@ -127,7 +127,8 @@ TENSORRT = Target(
 
 TARGETS = {row.name: row for row in (ONNXRUNTIME, ONNXRUNTIME_CUDA, OPENVINO, TENSORRT_RTX, TENSORRT)}
 """Every target by its name. An engine's record may name another one, which a newer sdrt knows."""
-READY = tuple(row.name for row in TARGETS.values() if row.ready)
+COMPILED = tuple(row.name for row in TARGETS.values() if row.saved)
+"""Those that `sdrt compile` makes engines for."""
 
 
 def on_gpu(name: str) -> bool:

@@ -11,10 +11,12 @@ import mmap
 import platform
 import re
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from functools import partial
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, distribution, version
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,9 @@ from sdrt.machine.gpus import Gpus, probe_gpus
 from sdrt.machine.packages import NEW_DRIVER, install_command
 
 WORKS, MISSING, MISMATCHED = "works", "missing", "mismatched"
+CUDA_PACKAGE = "onnxruntime-gpu"
+"""The one package of ONNX Runtime that brings its CUDA provider."""
+_FATAL = 4
 _LIBRARY = re.compile(r"(?:lib)?[\w.+-]+\.(?:so(?:\.\d+)*|dll|dylib)")
 _OF_CUDA = re.compile(r"-cu(\d+)$")
 _CUDA_LIBRARY = re.compile(rb"lib(?:cublasLt|cublas|cudnn|cufft|curand|cudart|nvrtc)\.so\.\d+")
@@ -34,6 +39,13 @@ _IDENTITY = (
     b'\x08\x08:7\n\x10\n\x01x\x12\x01y"\x08Identity\x12\x01g'
     b"Z\x0f\n\x01x\x12\n\n\x08\x08\x01\x12\x04\n\x02\x08\x01"
     b"b\x0f\n\x01y\x12\n\n\x08\x08\x01\x12\x04\n\x02\x08\x01B\x04\n\x00\x10\r"
+)
+
+# y = x convolved with itself, for x float32 [1, 1, 1, 1].
+_CONVOLUTION = (
+    b'\x08\x08:N\n\x0f\n\x01x\n\x01x\x12\x01y"\x04Conv\x12\x01g'
+    b"Z\x1b\n\x01x\x12\x16\n\x14\x08\x01\x12\x10\n\x02\x08\x01\n\x02\x08\x01\n\x02\x08\x01\n\x02\x08\x01"
+    b"b\x1b\n\x01y\x12\x16\n\x14\x08\x01\x12\x10\n\x02\x08\x01\n\x02\x08\x01\n\x02\x08\x01\n\x02\x08\x01B\x04\n\x00\x10\r"
 )
 
 
@@ -108,7 +120,7 @@ def compiler_version(target: str) -> str | None:
     return next((found for package in packages if (found := installed(package))), None)
 
 
-def _onnxruntime_conflict(wanted: str, name: str) -> Backend | None:
+def _onnxruntime_conflict(name: str) -> Backend | None:
     """Two packages that write the same folder: the one installed last has won, and removing either breaks the other."""
     found = [package for package in ONNXRUNTIME.packages if installed(package)]
     if len(found) < 2:
@@ -121,63 +133,69 @@ def _onnxruntime_conflict(wanted: str, name: str) -> Backend | None:
 
 def probe_onnxruntime() -> Backend:
     name = ONNXRUNTIME.name
-    if conflict := _onnxruntime_conflict(name, name):
+    if conflict := _onnxruntime_conflict(name):
         return conflict
     if not any(installed(package) for package in ONNXRUNTIME.packages):
         return Backend(name, MISSING, "onnxruntime is not installed", install_command(TARGETS[name].extra))
-    providers = _run_identity(["CPUExecutionProvider"])
+    providers = _run_model(_IDENTITY, (1,), ["CPUExecutionProvider"])
     return Backend(name, WORKS, f"ran a model on {', '.join(providers)}", "", _versions(name))
 
 
 def probe_onnxruntime_cuda(gpus: Gpus) -> Backend:
     name, provider = ONNXRUNTIME_CUDA.name, "CUDAExecutionProvider"
-    if conflict := _onnxruntime_conflict("onnxruntime-gpu", name):
+    if conflict := _onnxruntime_conflict(name):
         return conflict
-    if not installed("onnxruntime-gpu"):
+    if not installed(CUDA_PACKAGE):
         replace = f"pip uninstall -y {ONNXRUNTIME.packages[0]} && " if installed(ONNXRUNTIME.packages[0]) else ""
         return Backend(
-            name, MISSING, "onnxruntime-gpu is not installed", f"{replace}{install_command(TARGETS[name].extra)}"
+            name, MISSING, f"{CUDA_PACKAGE} is not installed", f"{replace}{install_command(TARGETS[name].extra)}"
         )
     if not gpus.found:
         return _no_gpu(name, gpus)
-    engine_libraries.onnxruntime().preload_dlls()
-    if provider not in _run_identity([provider, "CPUExecutionProvider"]):
-        missing = _missing_cuda_libraries()
-        detail = f"missing {', '.join(missing)}" if missing else "the CUDA provider did not start and gave no reason"
-        return Backend(name, MISMATCHED, detail, "pip install 'onnxruntime-gpu[cuda,cudnn]'", _versions(name))
-    return Backend(
-        name,
-        MISSING,
-        "ONNX Runtime runs on this GPU, but this version of sdrt has no backend for it yet",
-        install_command(TENSORRT.extra),
-        _versions(name),
-    )
+    onnxruntime = engine_libraries.onnxruntime()
+    onnxruntime.set_default_logger_severity(_FATAL)  # what is missing is said below
+    with redirect_stdout(StringIO()):  # it prints what it does not find
+        onnxruntime.preload_dlls()
+    detail = ""
+    try:
+        if provider not in _run_model(_IDENTITY, (1,), [provider, "CPUExecutionProvider"]):
+            missing = _missing_cuda_libraries()
+            detail = f"missing {', '.join(missing)}" if missing else f"{provider} did not start and gave no reason"
+        else:
+            _run_model(_CONVOLUTION, (1, 1, 1, 1), [provider])  # which may need cuDNN
+    except Exception as error:
+        detail = f"{provider} fails: {' '.join(str(error).split())[:200]}"
+    if detail:
+        return Backend(name, MISMATCHED, detail, f"pip install '{CUDA_PACKAGE}[cuda,cudnn]'", _versions(name))
+    found = ", ".join(map(str, gpus.found))
+    return Backend(name, WORKS, f"ran a model on {provider}; GPUs: {found}", "", _versions(name))
 
 
-def _run_identity(providers: list[str]) -> list[str]:
-    """The providers a session of the one-node model really got, after running it."""
+def _run_model(model: bytes, shape: tuple[int, ...], providers: list[str]) -> list[str]:
+    """The providers that a session of a one-node model really got, after running it."""
     import numpy as np
 
     onnxruntime = engine_libraries.onnxruntime()
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
-    session = onnxruntime.InferenceSession(_IDENTITY, options, providers=providers)
-    session.run(None, {"x": np.ones(1, np.float32)})
+    options.log_severity_level = _FATAL
+    session = onnxruntime.InferenceSession(model, options, providers=providers, enable_fallback=0)
+    session.run(None, {"x": np.ones(shape, np.float32)})
     return list(session.get_providers())
 
 
 def _missing_cuda_libraries() -> list[str]:
     """CUDA libraries that ONNX Runtime's provider names and the system cannot load."""
     root = (
-        Path(str(distribution("onnxruntime-gpu").locate_file(ONNXRUNTIME.module)))
+        Path(str(distribution(CUDA_PACKAGE).locate_file(ONNXRUNTIME.module)))
         / "capi"
         / "libonnxruntime_providers_cuda.so"
     )
     if not root.exists():
         return []
     with root.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        names = sorted({match.decode() for match in _CUDA_LIBRARY.findall(data)})
-    return [name for name in names if not _loads(name)]
+        found = sorted({match.decode() for match in _CUDA_LIBRARY.findall(data)}, key=_numbers)
+    newest = {name.partition(".")[0]: name for name in found}  # an older version is named as a second choice only
+    return [name for name in sorted(newest.values()) if not _loads(name)]
 
 
 def _loads(library: str) -> bool:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from importlib.util import find_spec
+from pathlib import Path
 
 from sdrt.bundle.folder import Bundle
 from sdrt.bundle.manifest import ENGINES
 from sdrt.engines.store import list_engines, serves_default
-from sdrt.engines.targets import ONNXRUNTIME, OPENVINO, READY, TARGETS, TENSORRT, TENSORRT_RTX, on_gpu
-from sdrt.errors import MachineError, UsageError, nearest, one_of
+from sdrt.engines.targets import ONNXRUNTIME, ONNXRUNTIME_CUDA, OPENVINO, TARGETS, TENSORRT, TENSORRT_RTX, on_gpu
+from sdrt.errors import UsageError, nearest, one_of
 from sdrt.machine.cpu import CORES, check_threads
 from sdrt.machine.gpus import probe_gpus
 from sdrt.machine.packages import install_command
@@ -36,10 +37,11 @@ def load_engine(
     """The engine of a backend by name, with one of `ON_MISSING` for shapes it does not serve, and one of `CORES`. What
     it took is in every result.
 
-    `auto` takes the fastest engine the bundle holds: TensorRT's where a GPU answers, else OpenVINO's where it is
-    installed, else ONNX Runtime, which needs none. One without an engine for what a request asks for by default is
-    passed over, with a warning. A GPU's engine that does not fit this GPU, or a shape that no engine was compiled for,
-    is an error with the command to compile it unless `on_missing` says otherwise, never a silent step down.
+    `auto` takes the fastest that can run here: TensorRT's engine where the bundle has one and a GPU answers, else ONNX
+    Runtime's CUDA provider where that runs a model, else OpenVINO's engine where that is installed, else ONNX Runtime,
+    which needs none. A bundle without an engine for what a request asks for by default is told in a warning. A GPU's
+    engine that does not fit this GPU, or a shape that no engine was compiled for, is an error with the command to
+    compile it unless `on_missing` says otherwise, never a silent step down.
 
     Raises:
         UsageError: no backend or choice has this name, or there are more threads than cores.
@@ -53,6 +55,7 @@ def load_engine(
         check_threads(threads)
     load: dict[str, Callable[[], Engine]] = {
         ONNXRUNTIME.name: lambda: _onnxruntime(bundle, threads, shared),
+        ONNXRUNTIME_CUDA.name: lambda: _onnxruntime_cuda(bundle, device),
         OPENVINO.name: lambda: _openvino(bundle, threads, shared, on_missing == "compile"),
         TENSORRT_RTX.name: lambda: _tensorrt(bundle, chosen, device),
         TENSORRT.name: lambda: _tensorrt(bundle, chosen, device),
@@ -70,16 +73,11 @@ def check_backend(name: str) -> None:
 
     Raises:
         UsageError: no backend has this name.
-        MachineError: this version of sdrt cannot run it yet.
     """
     if name != "auto" and name not in TARGETS:
         raise UsageError(
             f"backend {name!r}: unknown{nearest(name, ['auto', *TARGETS])}",
-            f"Choose one of: auto, {', '.join(READY)}.",
-        )
-    if name not in ("auto", *READY):
-        raise MachineError(
-            f"backend {name}: not supported yet by this version of sdrt", f"Choose one of: auto, {', '.join(READY)}."
+            f"Choose one of: auto, {', '.join(TARGETS)}.",
         )
 
 
@@ -87,6 +85,12 @@ def _onnxruntime(bundle: Bundle, threads: int | None, shared: bool) -> Engine:
     from sdrt.runtime.backends.onnxruntime.engine import OnnxRuntimeEngine
 
     return OnnxRuntimeEngine(bundle, threads, shared=shared)
+
+
+def _onnxruntime_cuda(bundle: Bundle, device: int) -> Engine:
+    from sdrt.runtime.backends.onnxruntime_cuda.engine import OnnxRuntimeCudaEngine
+
+    return OnnxRuntimeCudaEngine(bundle, device)
 
 
 def _openvino(bundle: Bundle, threads: int | None, shared: bool, compile_missing: bool) -> Engine:
@@ -102,21 +106,12 @@ def _tensorrt(bundle: Bundle, target: str, device: int) -> Engine:
 
 
 def _best(bundle: Bundle) -> str:
-    if not bundle.file(ENGINES).is_dir():
-        return ONNXRUNTIME.name
-    engines = [record for _, record in list_engines(bundle)]
-    targets = {record.key.target for record in engines if serves_default(record, bundle.manifest)}
-    if others := sorted({record.key.target for record in engines} - targets):
-        own = "x".join(map(str, bundle.manifest.latents.size))
-        log.warning(
-            "%s: has engines for %s, but none for its own size %s with guidance; --backend chooses them all the same",
-            bundle.path,
-            ", ".join(others),
-            own,
-        )
+    targets = _compiled_targets(bundle) if bundle.file(ENGINES).is_dir() else set()
     compiled = next((target for target in (TENSORRT.name, TENSORRT_RTX.name) if target in targets), None)
     if compiled is not None and probe_gpus().found:
         return compiled
+    if _cuda_provider_runs():
+        return ONNXRUNTIME_CUDA.name
     if OPENVINO.name not in targets:
         return ONNXRUNTIME.name
     if find_spec(OPENVINO.module) is None:
@@ -127,3 +122,42 @@ def _best(bundle: Bundle) -> str:
         )
         return ONNXRUNTIME.name
     return OPENVINO.name
+
+
+def _compiled_targets(bundle: Bundle) -> set[str]:
+    """The targets that a bundle has an engine for, for what a request asks for by default."""
+    engines = [record for _, record in list_engines(bundle)]
+    targets = {record.key.target for record in engines if serves_default(record, bundle.manifest)}
+    if others := sorted({record.key.target for record in engines} - targets):
+        own = "x".join(map(str, bundle.manifest.latents.size))
+        log.warning(
+            "%s: has engines for %s, but none for its own size %s with guidance; --backend chooses them all the same",
+            bundle.path,
+            ", ".join(others),
+            own,
+        )
+    return targets
+
+
+def _cuda_provider_runs() -> bool:
+    """Whether ONNX Runtime's CUDA provider runs a model here. Where it is installed and a GPU answers, but it does not,
+    a warning says why.
+    """
+    if not _has_cuda_provider():
+        return False
+    from sdrt.machine import doctor  # a tenth of a second that most machines need not spend
+
+    gpus = probe_gpus()
+    if not gpus.found:
+        return False
+    found = doctor.probe_onnxruntime_cuda(gpus)
+    if found.state != doctor.WORKS:
+        log.warning("%s: a GPU answers, but it does not run: %s. %s", found.name, found.detail, found.fix)
+    return found.state == doctor.WORKS
+
+
+def _has_cuda_provider() -> bool:
+    """Whether the installed ONNX Runtime comes with the CUDA provider's library."""
+    found = find_spec(ONNXRUNTIME_CUDA.module)
+    folders = (found and found.submodule_search_locations) or ()
+    return any(True for folder in folders for _ in Path(folder, "capi").glob("*onnxruntime_providers_cuda*"))

@@ -176,16 +176,38 @@ def test_onnxruntime_cuda_names_missing_libraries(
     packages["onnxruntime-gpu"] = packages.pop("onnxruntime")
     (tmp_path / "capi").mkdir()
     (tmp_path / "capi" / "libonnxruntime_providers_cuda.so").write_bytes(
-        b"\x7fELF\0libcublasLt.so.99\0libc.so.6\0libcudnn.so.99\0libcublasLt.so.99\0"
+        b"\x7fELF\0libcublasLt.so.99\0libc.so.6\0libcublasLt.so.98\0libcudnn.so.99\0libcublasLt.so.99\0"
     )
     monkeypatch.setattr(doctor, "distribution", lambda name: SimpleNamespace(locate_file=lambda _: tmp_path))
     monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: None, raising=False)
-    monkeypatch.setattr(doctor, "_run_identity", lambda providers: ["CPUExecutionProvider"])
+    ran: list[tuple[int, ...]] = []
+    monkeypatch.setattr(doctor, "_run_model", lambda model, shape, providers: ["CPUExecutionProvider"])
     backend = doctor.probe_onnxruntime_cuda(ADA)
     assert (backend.state, backend.detail) == (MISMATCHED, "missing libcublasLt.so.99, libcudnn.so.99")
     assert backend.fix == "pip install 'onnxruntime-gpu[cuda,cudnn]'"
-    monkeypatch.setattr(doctor, "_run_identity", lambda providers: providers)
-    assert "no backend for it yet" in doctor.probe_onnxruntime_cuda(ADA).detail
+    monkeypatch.setattr(doctor, "_run_model", lambda model, shape, providers: ran.append(shape) or providers)
+    backend = doctor.probe_onnxruntime_cuda(ADA)
+    assert (backend.state, backend.fix, ran) == (WORKS, "", [(1,), (1, 1, 1, 1)])
+    assert backend.detail == "ran a model on CUDAExecutionProvider; GPUs: NVIDIA GeForce RTX 4090, sm_89"
+
+    def without_cudnn(model: bytes, shape: tuple[int, ...], providers: list[str]) -> list[str]:
+        if len(shape) == 4:
+            raise RuntimeError("CUDNN failure: libcudnn.so.9\ncannot be loaded")
+        return providers
+
+    monkeypatch.setattr(doctor, "_run_model", without_cudnn)
+    backend = doctor.probe_onnxruntime_cuda(ADA)
+    assert (backend.state, backend.detail) == (
+        MISMATCHED,
+        "CUDAExecutionProvider fails: CUDNN failure: libcudnn.so.9 cannot be loaded",
+    )
+    assert backend.fix == "pip install 'onnxruntime-gpu[cuda,cudnn]'"
+
+
+def test_the_models_of_the_probes() -> None:
+    cpu = ["CPUExecutionProvider"]
+    assert doctor._run_model(doctor._IDENTITY, (1,), cpu) == cpu
+    assert doctor._run_model(doctor._CONVOLUTION, (1, 1, 1, 1), cpu) == cpu
 
 
 def test_onnxruntime_cuda_without_a_gpu(packages: dict[str, str]) -> None:
