@@ -39,9 +39,8 @@ PLAIN = -1
 _FATAL = 4
 _OF_SHAPES = frozenset(
     (
-        *("Add", "Cast", "Concat", "Constant", "ConstantOfShape", "Div", "Equal", "Gather", "Identity", "Max", "Min"),
-        *("Mod", "Mul", "Range", "ReduceProd", "Reshape", "Shape", "Size", "Slice", "Squeeze", "Sub", "Unsqueeze"),
-        "Where",
+        *("Add", "Cast", "Concat", "Div", "Gather", "Mul"),
+        *("Reshape", "Shape", "Slice", "Squeeze", "Sub", "Unsqueeze"),
     )
 )
 """Operators that compute with shapes. The only ones that may lie on the CPU."""
