@@ -156,15 +156,16 @@ def probe_onnxruntime_cuda(gpus: Gpus) -> Backend:
     onnxruntime.set_default_logger_severity(_FATAL)  # what is missing is said below
     with redirect_stdout(StringIO()):  # it prints what it does not find
         onnxruntime.preload_dlls()
-    detail = ""
+    detail, ran = "", "model"
     try:
         if provider not in _run_model(_IDENTITY, (1,), [provider, "CPUExecutionProvider"]):
             missing = _missing_cuda_libraries()
             detail = f"missing {', '.join(missing)}" if missing else f"{provider} did not start and gave no reason"
         else:
-            _run_model(_CONVOLUTION, (1, 1, 1, 1), [provider])  # which may need cuDNN
+            ran = "convolution, which needs cuDNN"
+            _run_model(_CONVOLUTION, (1, 1, 1, 1), [provider])
     except Exception as error:
-        detail = f"{provider} fails: {' '.join(str(error).split())[:200]}"
+        detail = f"{provider} runs no {ran}: {' '.join(str(error).split())[:300]}"
     if detail:
         return Backend(name, MISMATCHED, detail, f"pip install '{CUDA_PACKAGE}[cuda,cudnn]'", _versions(name))
     found = ", ".join(map(str, gpus.found))

@@ -199,7 +199,7 @@ def test_onnxruntime_cuda_names_missing_libraries(
     backend = doctor.probe_onnxruntime_cuda(ADA)
     assert (backend.state, backend.detail) == (
         MISMATCHED,
-        "CUDAExecutionProvider fails: CUDNN failure: libcudnn.so.9 cannot be loaded",
+        "CUDAExecutionProvider runs no convolution, which needs cuDNN: CUDNN failure: libcudnn.so.9 cannot be loaded",
     )
     assert backend.fix == "pip install 'onnxruntime-gpu[cuda,cudnn]'"
 

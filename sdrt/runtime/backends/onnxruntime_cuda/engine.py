@@ -143,9 +143,10 @@ class OnnxRuntimeCudaEngine:
             except Exception as error:
                 if number == PLAIN or side in step.captured or out_of_memory(error):
                     raise
+                session.run_with_iobinding(step.bindings[side], self._options(PLAIN))  # else it was not the capture
                 self.graphs_disabled = True
-                log.warning("%s: CUDA graphs are off: capturing failed: %s", WHO, " ".join(str(error).split())[:200])
-                session.run_with_iobinding(step.bindings[side], self._options(PLAIN))
+                why = " ".join(str(error).split())[:200]
+                log.warning("%s: CUDA graphs are off: capturing failed: %s", WHO, why)
         except Exception as error:
             raise failed(self.library, STEP, error) from error
         step.captured.add(side)

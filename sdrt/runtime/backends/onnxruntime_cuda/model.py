@@ -8,6 +8,7 @@ refuses where a computation lies on the CPU or data goes between the two; and wh
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -39,16 +40,25 @@ PLAIN = -1
 _FATAL = 4
 _OF_SHAPES = frozenset(
     (
-        *("Add", "Cast", "Concat", "Constant", "ConstantOfShape", "Div", "Equal", "Gather", "Identity", "Max", "Min"),
-        *("Mod", "Mul", "Range", "ReduceProd", "Reshape", "Shape", "Size", "Slice", "Squeeze", "Sub", "Unsqueeze"),
-        "Where",
+        *("Add", "Cast", "Concat", "Div", "Gather", "Mul"),
+        *("Reshape", "Shape", "Slice", "Squeeze", "Sub", "Unsqueeze"),
     )
 )
 """Operators that compute with shapes. The only ones that may lie on the CPU."""
 _NAMED = 5
 _NO_MEMORY = ("allocate memory", "out of memory", "bad_alloc", "bad allocation", "ALLOC_FAILED")
 
-_device_thread = ThreadPoolExecutor(1, "sdrt cuda calls")
+_device_thread = ThreadPoolExecutor(1, "sdrt device calls")
+
+
+def _start_again() -> None:
+    """A forked process has only its main thread."""
+    global _device_thread
+    _device_thread = ThreadPoolExecutor(1, "sdrt device calls")
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_start_again)
 
 
 def on_device(run: Callable[[], T]) -> T:

@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import itertools
 import shutil
+import subprocess
+import sys
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -18,6 +20,7 @@ import onnxruntime
 import pytest
 from typer.testing import CliRunner
 
+from sdrt.bench.instruments import Readings
 from sdrt.bundle.graphs import GRAPHS, STEP, VAE_DECODER
 from sdrt.cli.app import app
 from sdrt.errors import MachineError, ResourceError, SdrtError, UsageError
@@ -247,6 +250,17 @@ def test_counts_of_a_picture(small_bundle: Path) -> None:
 
 
 @pytest.mark.usefixtures("in_float32")
+def test_a_benchmark_counts_them(small_bundle: Path) -> None:
+    """There are no device times: ONNX Runtime's stream is its own."""
+    readings = Readings()
+    with Pipeline.load(small_bundle, backend="onnxruntime-cuda", observe=readings.observe) as pipe:
+        pipe("fox", **QUICK)
+        readings.reset()
+        pipe("cat", **QUICK)
+    assert readings.device is None and readings.calls["launches"] == QUICK["steps"] + 2 and len(readings.steps) == 3
+
+
+@pytest.mark.usefixtures("in_float32")
 def test_steps_are_used_again(small_bundle: Path) -> None:
     with load(small_bundle) as pipe:
         engine: Any = pipe._engine
@@ -318,6 +332,21 @@ def test_no_memory(small_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
                 else:
                     pipe("fox", **QUICK | {"size": (96, 64)})
         assert pipe("fox", **QUICK).images.shape == (1, 64, 64, 3)
+
+
+FORKED = """
+import os, warnings
+from sdrt.runtime.backends.onnxruntime_cuda.model import on_device
+warnings.simplefilter("ignore")  # of threads that a fork leaves behind
+assert on_device(lambda: 1) == 1
+if not (child := os.fork()):
+    os._exit(on_device(lambda: 7))
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+"""
+
+
+def test_a_forked_process_has_its_own_thread() -> None:
+    subprocess.run([sys.executable, "-c", FORKED], check=True, timeout=60)
 
 
 # No step down to the CPU
