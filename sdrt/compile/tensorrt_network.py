@@ -23,17 +23,13 @@ from sdrt.engines.targets import TARGETS
 from sdrt.errors import MachineError, ResourceError, SdrtError, printable
 from sdrt.files.publish import cache_folder, staged_file, write_file
 from sdrt.machine.packages import install_command
-from sdrt.machine.tensorrt_messages import make_log, short
+from sdrt.machine.tensorrt_messages import OUT_OF_MEMORY, make_log, short
 
 logger = logging.getLogger("sdrt")
 
 _FUSED_HEAD = range(12, 257)
 """Sizes of an attention head that have fused kernels in half precision."""
 _NOT_FUSED = "is_decomposable"
-_MEMORY = re.compile(
-    r"out of memory|outofmemory|bad_alloc|insufficient memory|not enough memory|failed to allocate|allocation failed",
-    re.IGNORECASE,
-)
 _NO_KERNEL = re.compile(r"could not find any implementation for node ([^\n]{1,200})", re.IGNORECASE)
 
 Side = int | str
@@ -185,7 +181,7 @@ def build_error(where: str, lines: Sequence[str], demand: Demand) -> SdrtError:
     """
     fix = f"What asks for most is {demand.words}: lower {demand.flag}"
     for line in lines:
-        if _MEMORY.search(line):
+        if OUT_OF_MEMORY.search(line):
             return ResourceError(f"{where}: out of memory: {short(line)}", f"{fix}, or free memory on this machine.")
         if no_kernel := _NO_KERNEL.search(line):
             return MachineError(

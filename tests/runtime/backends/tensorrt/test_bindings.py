@@ -74,8 +74,6 @@ CUDA_CORE = {
         "self._device": "Device",
         "self.stream": "Stream",
         "stream": "Stream",
-        "self._activations": "Buffer",
-        "buffer": "Buffer",
     },
     "runtime/backends/tensorrt/step.py": {
         "plans.stream": "Stream",
@@ -97,6 +95,7 @@ CUDA_CORE = {
         "self._cuda.Buffer": "Buffer",
         "self._device": "Buffer",
         "self._pinned": "Buffer",
+        "self._buffer": "Buffer",
         "buffer": "Buffer",
         "host": "Buffer",
     },
