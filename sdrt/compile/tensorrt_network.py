@@ -7,15 +7,19 @@ module.
 from __future__ import annotations
 
 import logging
+import math
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import import_module
+from itertools import pairwise
 from pathlib import Path
 from threading import Event
 from typing import Any
+
+import numpy as np
 
 from sdrt.compile.watch import Progress, make_monitor
 from sdrt.engines.record import Profile
@@ -23,17 +27,15 @@ from sdrt.engines.targets import TARGETS
 from sdrt.errors import MachineError, ResourceError, SdrtError, printable
 from sdrt.files.publish import cache_folder, staged_file, write_file
 from sdrt.machine.packages import install_command
-from sdrt.machine.tensorrt_messages import make_log, short
+from sdrt.machine.tensorrt_messages import OUT_OF_MEMORY, make_log, short
 
 logger = logging.getLogger("sdrt")
 
 _FUSED_HEAD = range(12, 257)
 """Sizes of an attention head that have fused kernels in half precision."""
 _NOT_FUSED = "is_decomposable"
-_MEMORY = re.compile(
-    r"out of memory|outofmemory|bad_alloc|insufficient memory|not enough memory|failed to allocate|allocation failed",
-    re.IGNORECASE,
-)
+_SCORES_BYTES = 1 << 28
+"""The most that the scores of an attention without a fused kernel may take, queries times keys."""
 _NO_KERNEL = re.compile(r"could not find any implementation for node ([^\n]{1,200})", re.IGNORECASE)
 
 Side = int | str
@@ -81,12 +83,13 @@ class Built:
 
 @dataclass(frozen=True)
 class _Network:
-    """A parsed graph. The parser and what it read must outlive the build."""
+    """A parsed graph. The parser, what it read and the `constants` that were added must outlive the build."""
 
     builder: Any
     network: Any
     parser: Any
     log: Any
+    constants: list[Any]
 
 
 def import_compiler(target: str, device: str, gpu: int | None, sms: tuple[int, ...]) -> Compiler:
@@ -153,8 +156,9 @@ def build_graph(
         parsed = _parse(compiler, graph, path)
         config = parsed.builder.create_builder_config()
         _configure(compiler, config)
+        scores = _largest_scores(compiler.trt, parsed.network, profiles)
         _set_shapes(parsed, config, profiles)
-        unfused = _decompose(compiler.trt, parsed.network, everything=decompose_all)
+        unfused = _decompose(compiler.trt, parsed, scores, everything=decompose_all)
         monitor = make_monitor(compiler.trt, lambda done: progress(graph, done), stop)
         config.progress_monitor = monitor
         parse_s, started = time.perf_counter() - started, time.perf_counter()
@@ -185,7 +189,7 @@ def build_error(where: str, lines: Sequence[str], demand: Demand) -> SdrtError:
     """
     fix = f"What asks for most is {demand.words}: lower {demand.flag}"
     for line in lines:
-        if _MEMORY.search(line):
+        if OUT_OF_MEMORY.search(line):
             return ResourceError(f"{where}: out of memory: {short(line)}", f"{fix}, or free memory on this machine.")
         if no_kernel := _NO_KERNEL.search(line):
             return MachineError(
@@ -214,7 +218,7 @@ def _parse(compiler: Compiler, graph: str, path: Path) -> _Network:
             f"{path}: {graph}: {compiler} cannot read {printable(where)}: {short(why)}",
             "Build the bundle again with this version of sdrt, or install the version of TensorRT it was tested with.",
         )
-    return _Network(builder, network, parser, log)
+    return _Network(builder, network, parser, log, [])
 
 
 def _inputs(network: Any) -> list[tuple[Any, tuple[Side, ...]]]:
@@ -275,17 +279,35 @@ def _set_shapes(parsed: _Network, config: Any, profiles: Sequence[Profile]) -> N
         config.add_optimization_profile(made)
 
 
-def _decompose(trt: Any, network: Any, *, everything: bool) -> tuple[str, ...]:
-    """Let attention layers that may lack a fused kernel run as several kernels: float32, unusual head sizes, one head
-    of free shape.
-    """
-    chosen = []
+def _attentions(trt: Any, network: Any) -> Iterator[Any]:
+    """Each attention of a network."""
     for i in range(network.num_layers):
         layer = network.get_layer(i)
-        if layer.type != trt.LayerType.ATTENTION_INPUT:
-            continue
-        layer.__class__ = trt.IAttentionInputLayer  # the bindings give out the base class
-        attention = layer.attention
+        if layer.type == trt.LayerType.ATTENTION_INPUT:
+            layer.__class__ = trt.IAttentionInputLayer  # the bindings give out the base class
+            yield layer.attention
+
+
+def _largest_scores(trt: Any, network: Any, profiles: Sequence[Profile]) -> dict[str, int]:
+    """Bytes that the scores of each attention take at the largest shapes, `[B, H, S, T]`. Leaves those shapes set."""
+    found: dict[str, int] = {}
+    for profile in profiles:
+        for tensor, _ in _inputs(network):
+            tensor.shape = profile.shapes[tensor.name][2]
+        for attention in _attentions(trt, network):
+            query, key = attention.get_input(0), attention.get_input(1)
+            numbers = math.prod(tuple(query.shape)[:3]) * tuple(key.shape)[2]
+            found[attention.name] = max(found.get(attention.name, 0), numbers * query.dtype.itemsize)
+    return found
+
+
+def _decompose(trt: Any, parsed: _Network, scores: Mapping[str, int], *, everything: bool) -> tuple[str, ...]:
+    """Let attention layers that may lack a fused kernel run as several kernels: float32, unusual head sizes, one head
+    of free shape. Their scores are then in memory: where they are large, the queries are taken a slice at a time, which
+    gives the same numbers.
+    """
+    chosen = []
+    for attention in list(_attentions(trt, parsed.network)):
         query = attention.get_input(0)  # [B, H, S, D]
         shape = tuple(query.shape)
         if (
@@ -296,7 +318,59 @@ def _decompose(trt: Any, network: Any, *, everything: bool) -> tuple[str, ...]:
         ):
             attention.decomposable = True
             chosen.append(str(attention.name))
+            slices = -(-scores[attention.name] // _SCORES_BYTES)
+            if slices > 1 and attention.mask is None and not attention.causal:
+                _slice_queries(trt, parsed, attention, slices)
     return tuple(chosen)
+
+
+def _slice_queries(trt: Any, parsed: _Network, attention: Any, slices: int) -> None:
+    """Have an attention computed as `slices` of it side by side, each of about as many of its queries `[B, H, S, D]`:
+    softmax(Q K^T) V. Its scale is in Q and K already. The layer itself stays, with nobody to read it.
+    """
+    network = parsed.network
+    query, key, value, whole = (*(attention.get_input(i) for i in range(3)), attention.get_output(0))
+    readers = [
+        (layer, i)
+        for layer in (network.get_layer(j) for j in range(network.num_layers))
+        for i in range(layer.num_inputs)
+        if (tensor := layer.get_input(i)) is not None and tensor.name == whole.name
+    ]
+
+    def vector(*numbers: int) -> Any:
+        parsed.constants.append(np.array(numbers, np.int64))
+        return network.add_constant((4,), parsed.constants[-1]).get_output(0)
+
+    def combined(operation: str, first: Any, second: Any) -> Any:
+        return network.add_elementwise(first, second, getattr(trt.ElementWiseOperation, operation)).get_output(0)
+
+    shape = network.add_shape(query).get_output(0)
+    others = combined("PROD", shape, vector(1, 1, 0, 1))
+    # S is divided here, not when the engine is built: it may be free.
+    bounds = [
+        combined("FLOOR_DIV", combined("PROD", shape, vector(0, 0, i, 0)), vector(1, 1, slices, 1))
+        for i in range(slices + 1)
+    ]
+    parts = []
+    for i, (start, end) in enumerate(pairwise(bounds)):
+        part = network.add_slice(query, (0,) * 4, (0,) * 4, (1,) * 4)
+        part.set_input(1, start)
+        part.set_input(2, combined("SUM", others, combined("SUB", end, start)))
+        scores = network.add_matrix_multiply(
+            part.get_output(0), trt.MatrixOperation.NONE, key, trt.MatrixOperation.TRANSPOSE
+        )
+        weights = network.add_softmax(scores.get_output(0))
+        weights.axes = 1 << 3  # over the keys
+        product = network.add_matrix_multiply(
+            weights.get_output(0), trt.MatrixOperation.NONE, value, trt.MatrixOperation.NONE
+        )
+        for layer, what in ((scores, "scores"), (weights, "weights"), (product, "values")):
+            layer.name = f"{attention.name}, {what} {i + 1} of {slices}"
+        parts.append(product.get_output(0))
+    together = network.add_concatenation(parts)
+    together.axis = 2
+    for layer, i in readers:
+        layer.set_input(i, together.get_output(0))
 
 
 @contextmanager

@@ -6,12 +6,18 @@ TensorRT accepts only loggers of its own class, so this one is made from the Ten
 from __future__ import annotations
 
 import logging
+import re
 from typing import Any
 
 from sdrt.errors import printable
 
 log = logging.getLogger("sdrt")
 _KEPT_LINES = 200
+OUT_OF_MEMORY = re.compile(
+    r"out of memory|outofmemory|bad_alloc|insufficient memory|not enough memory|failed to allocate|allocation failed",
+    re.IGNORECASE,
+)
+"""What its messages say where memory ran out."""
 
 
 def make_log(trt: Any) -> Any:

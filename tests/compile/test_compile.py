@@ -405,6 +405,115 @@ def test_attention_that_no_rule_foresees(rtx: Compiler, tmp_path: Path, monkeypa
     assert build_graph(rtx, STEP, path, [profile], DEMAND, lambda *_: None, Event()).unfused == ("look",)
 
 
+def evaluated(trt: Any, parsed: Any, given: dict[str, np.ndarray], wanted: str) -> np.ndarray:
+    """A tensor of a network in float64, from others by name. Knows the layers that slicing an attention adds."""
+    makers = {}
+    for layer in (parsed.network.get_layer(i) for i in range(parsed.network.num_layers)):
+        makers[layer.get_output(0).name] = layer
+    found = dict(given)
+    element_wise = {"PROD": np.multiply, "FLOOR_DIV": np.floor_divide, "SUM": np.add, "SUB": np.subtract}
+
+    def value(name: str) -> np.ndarray:
+        if name not in found:
+            found[name] = made(makers[name])
+        return found[name]
+
+    def made(layer: Any) -> np.ndarray:
+        kind = layer.type.name
+        inputs = [value(layer.get_input(i).name) for i in range(layer.num_inputs)]
+        if kind == "SHAPE":
+            return np.array(inputs[0].shape)
+        if kind == "CONSTANT":
+            layer.__class__ = trt.IConstantLayer
+            return np.array(layer.weights).reshape(tuple(layer.shape))
+        if kind == "ELEMENTWISE":
+            layer.__class__ = trt.IElementWiseLayer
+            return element_wise[layer.op.name](*inputs)
+        if kind == "SLICE":
+            tensor, start, size = inputs
+            return tensor[tuple(slice(a, a + n) for a, n in zip(start, size, strict=True))]
+        if kind == "MATRIX_MULTIPLY":
+            layer.__class__ = trt.IMatrixMultiplyLayer
+            assert layer.op0.name == "NONE"
+            return inputs[0] @ (inputs[1].swapaxes(-1, -2) if layer.op1.name == "TRANSPOSE" else inputs[1])
+        if kind == "SOFTMAX":
+            layer.__class__ = trt.ISoftMaxLayer
+            assert layer.axes == 1 << 3
+            powers = np.exp(inputs[0] - inputs[0].max(-1, keepdims=True))
+            return powers / powers.sum(-1, keepdims=True)
+        assert kind == "CONCATENATION", kind
+        layer.__class__ = trt.IConcatenationLayer
+        return np.concatenate(inputs, layer.axis)
+
+    return value(wanted)
+
+
+@pytest.mark.parametrize("tokens", [7, 64, 67])
+@pytest.mark.parametrize(("free", "slices"), [(True, 3), (True, 5), (False, 4)])
+def test_slices_of_queries_are_the_whole_attention(
+    rtx: Compiler, tmp_path: Path, free: bool, slices: int, tokens: int
+) -> None:
+    """To the last bits of float64, with free and with fixed lengths, whether they divide evenly or not."""
+    sizes: dict[str, Any] = {"heads": 2, "width": 8, "tokens": "T" if free else tokens}
+    parsed = network._parse(rtx, STEP, attention_graph(tmp_path / "attention.onnx", **sizes))
+    (attention,) = network._attentions(rtx.trt, parsed.network)
+    given = [attention.get_input(i).name for i in range(3)]
+    reader = next(
+        layer
+        for layer in (parsed.network.get_layer(i) for i in range(parsed.network.num_layers))
+        if layer.num_inputs == 1 and layer.get_input(0).name == attention.get_output(0).name
+    )
+    network._slice_queries(rtx.trt, parsed, attention, slices)
+    random = np.random.default_rng(0)
+    query, key, value = (random.standard_normal((1, 2, tokens, 8)) for _ in range(3))
+    scores = np.exp(query @ key.swapaxes(-1, -2))
+    whole = scores / scores.sum(-1, keepdims=True) @ value
+    found = evaluated(rtx.trt, parsed, dict(zip(given, (query, key, value), strict=True)), reader.get_input(0).name)
+    assert found.shape == whole.shape and np.abs(found - whole).max() < 1e-12
+
+
+def test_scores_are_sliced_where_they_are_large(
+    rtx: Compiler, flat_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The VAE's one head over a range of sizes, and one as wide as Stable Diffusion's at one size: real builds, which
+    refuse what cannot be captured.
+    """
+    bundle = open_bundle(flat_bundle)
+    told: list[int] = []
+    real = network._slice_queries
+
+    def slice_queries(trt: Any, parsed: Any, attention: Any, slices: int) -> None:
+        told.append(slices)
+        real(trt, parsed, attention, slices)
+
+    monkeypatch.setattr(network, "_slice_queries", slice_queries)
+    shapes = resolved(flat_bundle, size=((64, 64), (96, 128)))
+    precision, scores = bundle.manifest.precision, (12 * 16) ** 2 * 2
+    cases = [
+        (graph, bundle.graph(graph, precision), list(profiles_of(graph, shapes, bundle.manifest)), scores)
+        for graph in (VAE_DECODER, VAE_ENCODER)
+    ]
+    wide = attention_graph(tmp_path / "attention.onnx", heads=1, width=512)
+    cases.append((STEP, wide, [Profile({"x": ((1, 1, 64, 512),) * 3})], 64**2 * 2))
+    for graph, path, profiles, scores in cases:
+        for budget, slices in ((scores, []), (scores // 4, [4])):
+            told.clear()
+            monkeypatch.setattr(network, "_SCORES_BYTES", budget)
+            built = build_graph(rtx, graph, path, profiles, DEMAND, lambda *_: None, Event())
+            assert told == slices and len(built.unfused) == 1 and built.plan.nbytes > 1000
+
+
+def test_masked_attention_is_never_sliced(rtx: Compiler, small_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That of a text encoder, which is short."""
+    monkeypatch.setattr(network, "_SCORES_BYTES", 1)
+    monkeypatch.setattr(network, "_slice_queries", lambda *_: pytest.fail("sliced"))
+    bundle = open_bundle(small_bundle)
+    profiles = profiles_of(TEXT_ENCODER, resolved(small_bundle), bundle.manifest)
+    assert build_graph(
+        rtx, TEXT_ENCODER, bundle.graph(TEXT_ENCODER, "fp32"), profiles, DEMAND, lambda *_: None, Event()
+    ).unfused
+
+
 # What goes wrong
 
 

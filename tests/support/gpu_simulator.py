@@ -66,6 +66,8 @@ class Faults:
     """This create_execution_context returns None."""
     no_engine: bool = False
     """deserialize_cuda_engine returns None."""
+    no_weights: int = 0
+    """This deserialize_cuda_engine finds no memory for the weights."""
     problems: int = 0
     """What get_engine_validity finds in every header, as the library's own bits."""
 

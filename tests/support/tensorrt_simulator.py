@@ -200,7 +200,7 @@ class Runtime(Part):
             if self._gpu.faults.no_engine or plan["version"] != __version__:
                 self._say(f"IRuntime::deserializeCudaEngine: version {plan['version']}, {__version__} is expected")
                 return None
-            if not self._gpu.take(len(data)):
+            if self._gpu.faults.strikes("no_weights") or not self._gpu.take(len(data)):
                 self._say("out of memory: weights")
                 return None
             return ICudaEngine._make(self, plan, len(data))
@@ -347,7 +347,35 @@ class Run:
         return [self.engine._gpu.view(self.addresses[name], self.size_bytes(name)) for name in floats]
 
 
+@dataclass
+class Past:
+    """What a context has run: its last state that is done, and runs since the last report; and whether it is gone."""
+
+    warm: object = None
+    timed: int = 0
+    gone: bool = False
+
+    def compute(self, run: Run, state: object) -> None:
+        self.check(run.engine.name)
+        run.compute()
+        if run.engine._gpu.faults.drift == "first run" and self.warm != state:
+            for written in run.float_outputs():
+                written.view(np.float32)[...] *= 1.05
+        self.warm, self.timed = state, self.timed + 1
+
+    def check(self, where: str) -> None:
+        if self.gone:
+            raise Refused(f"{where}: its execution context was destroyed while work of it was queued")
+
+    def end(self) -> None:
+        self.gone = True
+
+
 class IExecutionContext(Part):
+    """`_life` is destroyed with it. The garbage collector does not know such arrays: what watches this one is told when
+    the context goes, not before the finalizers of those that hold it.
+    """
+
     def __init__(self) -> None:
         raise TypeError("tensorrt_rtx.IExecutionContext: No constructor defined!")
 
@@ -361,10 +389,11 @@ class IExecutionContext(Part):
         self._shapes: dict[str, Shape] = {}
         self._addresses: dict[str, int] = {}
         self._memory: tuple[int, int] | None = None
+        self._divided: object = None
         self._profile_queue: Queue | None = None
-        self._warm: object = None
+        self._past, self._life = Past(), np.zeros(1)
+        weakref.finalize(self._life, self._past.end).atexit = False
         self._profiler: IProfiler | None = None
-        self._timed = 0
         self.enqueue_emits_profile = True
         return self
 
@@ -383,7 +412,7 @@ class IExecutionContext(Part):
         self._profiler = value
 
     def get_tensor_shape(self, name: str) -> Shape:
-        run = self._run(addresses=False)
+        run = self._run(addresses=False, memory=False)
         return run.shapes[name] if run is not None else (-1,) * len(self.engine._tensors[name].shape)
 
     def report_to_profiler(self) -> bool:
@@ -398,9 +427,9 @@ class IExecutionContext(Part):
                     f"{self.engine.name}: report_to_profiler where enqueueing reports by itself: every layer would be"
                     " told twice"
                 )
-            if self._timed != 1:
+            if self._past.timed != 1:
                 raise Refused(
-                    f"{self.engine.name}: {self._timed} finished runs since the last report, 1 is expected: wait for"
+                    f"{self.engine.name}: {self._past.timed} finished runs since the last report, 1 is expected: wait for"
                     " the stream first"
                 )
             self._report()
@@ -408,18 +437,31 @@ class IExecutionContext(Part):
 
     def _report(self) -> None:
         assert self._profiler is not None
-        self._timed = 0
+        self._past.timed = 0
         for position, (name, _) in enumerate(self.engine._layers, 1):  # the n-th layer takes n shares of the run
             self._profiler.report_layer_time(
                 name, self.engine._cost_ms * 2 * position / (len(self.engine._layers) * (len(self.engine._layers) + 1))
             )
 
+    def update_device_memory_size_for_shapes(self) -> int:
+        """What the shapes at hand need, a part of what the largest of the profile do."""
+        with self._gpu.call(unsafe=True):
+            run = self._run(addresses=False, memory=False)
+            if run is None:
+                raise Refused(f"{self.engine.name}: not all shapes are set: TensorRT would divide nothing sensibly")
+            self._divided = tuple(sorted(self._shapes.items()))
+            return self._needed_bytes()
+
+    def _needed_bytes(self) -> int:
+        if self._divided != tuple(sorted(self._shapes.items())):
+            return self.engine.device_memory_size_v2
+        profile = self.engine._profiles[self.active_optimization_profile]
+        sizes = [(math.prod(shape), math.prod(profile[name][2])) for name, shape in self._shapes.items()]
+        return -(-self.engine.device_memory_size_v2 * sum(a for a, _ in sizes) // sum(b for _, b in sizes))
+
     def set_device_memory(self, memory: int, size: int) -> None:
-        if size < self.engine.device_memory_size_v2:
-            raise Refused(
-                f"{self.engine.name}: an activation block of {size} bytes, {self.engine.device_memory_size_v2} are"
-                " needed"
-            )
+        if size < self._needed_bytes():
+            raise Refused(f"{self.engine.name}: an activation block of {size} bytes, {self._needed_bytes()} are needed")
         if memory % ALIGNMENT:
             raise Refused(f"{self.engine.name}: an activation block at {memory:#x}, not on {ALIGNMENT} bytes")
         self._gpu.find(memory, size)
@@ -463,12 +505,14 @@ class IExecutionContext(Part):
             if run is None:
                 return False
             run.check()
+            if run.memory[1] < self._needed_bytes():
+                raise Refused(f"{name}: these shapes need another activation block than the one that is set")
             if self._profile_queue not in (None, queue):
                 raise Refused(f"{name}: the profile was set on another stream")
             if capture is None:
                 self._compile(f"profile {self.active_optimization_profile}, {sorted(run.shapes.items())}")
-                alive = functools.partial(_alive, weakref.ref(self), name)
-                queue.work.append(Work(lambda: gpu.compute(lambda: alive()._compute(run, state))))
+                past = self._past
+                queue.work.append(Work(lambda: gpu.compute(lambda: past.compute(run, state))))
                 if self._profiler is not None and self.enqueue_emits_profile:
                     gpu.synchronise(queue)  # enqueueing with a profiler waits, and tells it
                     self._report()
@@ -481,7 +525,7 @@ class IExecutionContext(Part):
             if gpu.faults.breaks_capture("refused", "invalidated"):
                 capture.invalidated = broken
                 return self._no("a fault on purpose")
-            if self._warm != state:
+            if self._past.warm != state:
                 raise Refused(
                     f"{name}: captured before one finished run with the same shapes, addresses, profile and activation"
                     " block"
@@ -497,7 +541,7 @@ class IExecutionContext(Part):
                     functools.partial(_still_bound, weakref.ref(self), run, state),
                     run.compute,
                     run.float_outputs,
-                    functools.partial(_alive, weakref.ref(self), name),
+                    functools.partial(self._past.check, name),
                 )
             )
             return True
@@ -527,13 +571,6 @@ class IExecutionContext(Part):
         self.engine._runtime._say(f"{self.engine.name}: {why}")
         return False
 
-    def _compute(self, run: Run, state: object) -> None:
-        run.compute()
-        if self._gpu.faults.drift == "first run" and self._warm != state:
-            for written in run.float_outputs():
-                written.view(np.float32)[...] *= 1.05
-        self._warm, self._timed = state, self._timed + 1
-
     def _state(self) -> object:
         """What a captured graph holds fixed."""
         return (
@@ -543,11 +580,11 @@ class IExecutionContext(Part):
             tuple(sorted(self._shapes.items())),
         )
 
-    def _run(self, *, addresses: bool = True) -> Run | None:
+    def _run(self, *, addresses: bool = True, memory: bool = True) -> Run | None:
         """What would run now; None where TensorRT returns False: something is not set, or shapes contradict each
         other.
         """
-        if self._memory is None:
+        if memory and self._memory is None:
             raise Refused(f"{self.engine.name}: no activation block is set")
         shapes, sizes = {}, dict[str, int]()
         for name, tensor in self.engine._tensors.items():
@@ -566,14 +603,7 @@ class IExecutionContext(Part):
             if shapes.setdefault(name, expected) != expected:
                 self._no(f"{name}: shape {shapes[name]}, the other inputs ask for {expected}")
                 return None
-        return Run(self.engine, dict(self._addresses), shapes, self._memory)
-
-
-def _alive(context: weakref.ref[IExecutionContext], where: str) -> IExecutionContext:
-    found = context()
-    if found is None:
-        raise Refused(f"{where}: its execution context was destroyed while work of it was queued")
-    return found
+        return Run(self.engine, dict(self._addresses), shapes, self._memory or (0, 0))
 
 
 def _still_bound(context: weakref.ref[IExecutionContext], run: Run, state: object) -> None:

@@ -355,6 +355,26 @@ def test_activation_block_too_small(bench: Bench) -> None:
         bench.context.set_device_memory(bench.activations.handle, 299)
 
 
+def test_activation_block_for_the_shapes_in_use(bench: Bench) -> None:
+    """Less than for the largest ones, where TensorRT was told to divide it for them; until other shapes are set."""
+    assert bench.context.set_input_shape("x", (1, SIDE))
+    with refuses("300 are needed"):
+        bench.context.set_device_memory(bench.activations.handle, 150)
+    assert bench.context.update_device_memory_size_for_shapes() == 150
+    with refuses("150 are needed"):
+        bench.context.set_device_memory(bench.activations.handle, 149)
+    bench.context.set_device_memory(bench.activations.handle, 150)
+    assert bench.run()
+    assert bench.context.set_input_shape("x", (2, SIDE))
+    with refuses("another activation block"):
+        bench.run()
+
+
+def test_activation_block_for_no_shapes(gpu: Gpu, network: Path) -> None:
+    with refuses("not all shapes are set"):
+        Bench(gpu, network, bound=False).context.update_device_memory_size_for_shapes()
+
+
 def test_activation_block_unaligned(bench: Bench) -> None:
     with refuses("not on 256 bytes"):
         bench.context.set_device_memory(bench.activations.handle + 128, 384)
@@ -887,6 +907,8 @@ def test_fault_context_and_engine(bench: Bench, network: Path) -> None:
     assert runtime.deserialize_cuda_engine(made) is not None
     assert runtime.deserialize_cuda_engine(made[3:]) is None
     assert runtime.deserialize_cuda_engine(plan(network, "double", [], activation_bytes=1, version="1.6.0.1")) is None
+    bench.gpu.faults.no_weights = 1
+    assert runtime.deserialize_cuda_engine(made) is None and "out of memory" in bench.gpu.log[-1]
     bench.gpu.faults.no_engine = True
     assert runtime.deserialize_cuda_engine(made) is None
     assert "deserializeCudaEngine" in bench.gpu.log[-1]
@@ -1142,6 +1164,7 @@ TENSORRT_METHODS = {
         "get_tensor_shape",
         "report_to_profiler",
         "is_stream_capturable",
+        "update_device_memory_size_for_shapes",
     ),
 }
 UNDOCUMENTED = {"Logger": ("log",), "Runtime": ("get_engine_validity",)}

@@ -168,3 +168,34 @@ class Block:
             return self._cuda.Buffer.from_handle(int(buffer.handle) + start, end - start, owner=buffer)
 
         return part(self._device), part(self._pinned)
+
+
+class Activations:
+    """What TensorRT computes in. All that runs on one stream shares it, one after the other.
+
+    A captured graph holds its address. So one that a larger one has replaced is kept until the last step that holds it
+    has let it go.
+    """
+
+    def __init__(self, device: Any, stream: Any, size_bytes: int) -> None:
+        self.size_bytes = max(size_bytes, 1)
+        self.replaced = False
+        self._holders = 0
+        self._buffer = device.allocate(self.size_bytes, stream=stream)
+
+    @property
+    def address(self) -> int:
+        return int(self._buffer.handle)
+
+    def hold(self) -> None:
+        self._holders += 1
+
+    def let_go(self, stream: Any) -> None:
+        self._holders -= 1
+        if self.replaced and not self._holders:
+            self._buffer.close(stream)
+
+    def replace(self, stream: Any) -> None:
+        self.replaced = True
+        if not self._holders:
+            self._buffer.close(stream)

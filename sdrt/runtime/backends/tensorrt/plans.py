@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import re
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -39,14 +39,15 @@ from sdrt.engines.targets import TARGETS, TENSORRT
 from sdrt.errors import MachineError, MissingEngineError, ResourceError, SdrtError
 from sdrt.machine.gpus import Gpu, probe_gpus
 from sdrt.machine.packages import NEW_DRIVER, install_command
-from sdrt.machine.tensorrt_messages import make_log, short
-from sdrt.runtime.backends.tensorrt.blocks import Block, NoPinnedMemory, layout, out_of_memory
+from sdrt.machine.tensorrt_messages import OUT_OF_MEMORY, make_log, short
+from sdrt.runtime.backends.tensorrt.blocks import Activations, Block, NoPinnedMemory, layout, out_of_memory
 from sdrt.runtime.backends.tensorrt.kernels import KernelCache
 from sdrt.runtime.engine import BatchShape, Pixels, Watched
 
 log = logging.getLogger("sdrt")
 
 _KEPT_BLOCKS = 8
+_ROOM = "Close other programs on the GPU, or compile for a smaller --size or --batch."
 _NOISE_BYTES, _FEWEST_ROWS = 1 << 28, 32
 _LOAD = "load"
 _PROBLEMS = {
@@ -128,9 +129,10 @@ class Plans:
         self.watched = Watched()
         self.idle: deque[Idle] = deque()
         self._blocks: dict[Any, GraphBlock] = {}
-        self._buffers: list[Any] = []
+        self._activations: Activations | None = None
         self._engines: dict[str, Any] = {}
         self._contexts: dict[str, Any] = {}
+        self._bound: dict[str, Any] = {}
         self._shapes_met: set[Any] = set()
         self._new_kernels = False
         self._log: Any = None
@@ -159,15 +161,17 @@ class Plans:
 
     def _load(self) -> None:
         loaded = [graph for graph in self.record.plans if graph != VAE_ENCODER]
-        self._check_memory(loaded)
+        self.trim()
+        self._check_memory(
+            sum(self.record.plans[graph].size_bytes for graph in loaded),
+            max(self.record.plans[graph].device_memory_bytes or 0 for graph in loaded),
+        )
         self._kernels = KernelCache(self._trt.__version__, self._gpu)
         self._log = make_log(self._trt)
         self._runtime = self._trt.Runtime(self._log)
         for graph in loaded:
             self._engines[graph] = self._deserialize(graph)
-        self.activation_bytes = max(int(engine.device_memory_size_v2) for engine in self._engines.values())
-        self._activations = self._device.allocate(max(self.activation_bytes, 1), stream=self.stream)
-        self._buffers.append(self._activations)
+        self._check_memory(0, max(int(engine.device_memory_size_v2) for engine in self._engines.values()))
         for graph in (TEXT_ENCODER, VAE_DECODER):
             self._contexts[graph] = self.context(graph)
 
@@ -177,8 +181,9 @@ class Plans:
         self.close_idle(0)
         for held in self._blocks.values():
             held.block.close(self.stream)
-        for buffer in self._buffers:
-            buffer.close(self.stream)
+        if self._activations is not None:
+            self._activations.replace(self.stream)
+            self._activations = None
         for loaded in (self._blocks, self._contexts, self._engines):
             loaded.clear()
         self.trim()
@@ -243,18 +248,26 @@ class Plans:
             for picture in range(held.pictures):
                 places = {name: held.place(name, picture) for name in (*signature.inputs, *signature.outputs)}
                 if not picture:
-                    inputs = {name: places[name] for name in signature.inputs}
-                    self.bind(
-                        context,
-                        held.graph,
-                        0,
-                        {name: (block.address(at), block.layout.sections[at].shape) for name, at in inputs.items()},
-                    )
+                    self._bind_once(context, held, {name: places[name] for name in signature.inputs})
                 for name, at in places.items():
                     context.set_tensor_address(name, block.address(at))
                 self.enqueue(context, held.graph, self.stream)
 
         self.watched.around(held.graph, self.stream, start)
+
+    def _bind_once(self, context: Any, held: GraphBlock, inputs: Mapping[str, str]) -> None:
+        """Bind unless the context has these shapes and this activation block."""
+        sections = {name: held.block.layout.sections[place] for name, place in inputs.items()}
+        shapes = [section.shape for section in sections.values()]
+        if self._bound.get(held.graph) != (shapes, self._activations):
+            self._bound.pop(held.graph, None)
+            self.bind(
+                context,
+                held.graph,
+                0,
+                {name: (held.block.address(inputs[name]), section.shape) for name, section in sections.items()},
+            )
+            self._bound[held.graph] = shapes, self._activations
 
     def kept(self, graph: str, sizes: Mapping[str, int]) -> GraphBlock:
         """A block for a graph's inputs and outputs that is used and synchronised within one guarded call, kept for the
@@ -305,7 +318,7 @@ class Plans:
         return held.read("pixels"), held.read("finite")
 
     def context(self, graph: str) -> Any:
-        """A new execution context on the shared activation block."""
+        """A new execution context. `bind` gives it its activation block."""
         engine, strategy = self._engines[graph], self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
         if hasattr(engine, "create_runtime_config") and hasattr(self._trt, "DynamicShapesKernelSpecializationStrategy"):
             # TensorRT-RTX compiles kernels for shapes it meets; lazily, a captured graph would freeze the fallback
@@ -324,27 +337,46 @@ class Plans:
                 f"{graph}: the GPU has no memory left for another execution context{self.words()}",
                 "Close other programs on the GPU, or choose a smaller --size or --batch.",
             )
-        context.set_device_memory(*self._activations_for(engine))
         return context
 
-    def _activations_for(self, engine: Any) -> tuple[int, int]:
-        """Address and size of the activation block; a larger one of its own for an engine that was loaded later and
-        needs it.
-        """
-        needed = int(engine.device_memory_size_v2)
-        if needed <= self.activation_bytes:
-            return int(self._activations.handle), max(self.activation_bytes, 1)
-        self._buffers.append(self._device.allocate(needed, stream=self.stream))
-        return int(self._buffers[-1].handle), needed
-
-    def bind(self, context: Any, graph: str, profile: int, inputs: dict[str, tuple[int, tuple[int, ...]]]) -> None:
-        """Choose a profile, then set the shape and address of every input.
+    def bind(
+        self,
+        context: Any,
+        graph: str,
+        profile: int,
+        inputs: dict[str, tuple[int, tuple[int, ...]]],
+        beside: Callable[[], int] = lambda: 0,
+    ) -> Activations:
+        """Choose a profile, set the shape and address of every input, and give the context the shared activation block.
+        That one grows where these shapes need more, or what is told by `beside`, which will come soon.
 
         Raises:
             MissingEngineError: a shape is outside what the engine was compiled for.
         """
+        needed = self._shape(context, graph, profile, {name: shape for name, (_, shape) in inputs.items()})
+        memory = self._activations_of(max(needed, beside()))
+        context.set_device_memory(memory.address, memory.size_bytes)
+        for name, (address, shape) in inputs.items():
+            if not context.set_tensor_address(name, address):
+                raise self._refused(f"{graph}: TensorRT refused input {name} of shape {list(shape)}")
+        return memory
+
+    def decoder_bytes(self, shape: BatchShape) -> int:
+        """What the decoder will compute in for pictures of a batch."""
+        sizes = {"N": 1, "h": shape.height, "w": shape.width}
+        inputs = self.signatures[VAE_DECODER].inputs
+        self._bound.pop(VAE_DECODER, None)
+        return self._shape(
+            self._contexts[VAE_DECODER],
+            VAE_DECODER,
+            0,
+            {name: concrete(tensor.shape, sizes) for name, tensor in inputs.items()},
+        )
+
+    def _shape(self, context: Any, graph: str, profile: int, shapes: Mapping[str, tuple[int, ...]]) -> int:
+        """Choose a profile and set shapes. Returns what the context then computes in, in bytes."""
         ranges = self.record.key.profiles[graph][profile].shapes
-        for name, (_, shape) in inputs.items():
+        for name, shape in shapes.items():
             if name in ranges:
                 low, _, high = ranges[name]
                 if len(low) != len(shape) or not all(a <= s <= b for a, s, b in zip(low, shape, high, strict=True)):
@@ -354,18 +386,29 @@ class Plans:
         if context.active_optimization_profile != profile and not context.set_optimization_profile_async(
             profile, int(self.stream.handle)
         ):
-            raise MachineError(
-                f"{graph}: TensorRT refused optimization profile {profile}{self.words()}", self._compile_hint()
-            )
-        for name, (address, shape) in inputs.items():
-            if not context.set_input_shape(name, shape) or not context.set_tensor_address(name, address):
-                raise MachineError(
-                    f"{graph}: TensorRT refused input {name} of shape {list(shape)}{self.words()}",
-                    self._compile_hint(),
-                )
-        met = (graph, profile, *(shape for _, shape in inputs.values()))
+            raise self._refused(f"{graph}: TensorRT refused optimization profile {profile}")
+        for name, shape in shapes.items():
+            if not context.set_input_shape(name, shape):
+                raise self._refused(f"{graph}: TensorRT refused input {name} of shape {list(shape)}")
+        met = (graph, profile, *shapes.values())
         self._new_kernels |= met not in self._shapes_met
         self._shapes_met.add(met)
+        return int(context.update_device_memory_size_for_shapes())
+
+    def _activations_of(self, needed: int) -> Activations:
+        """The shared activation block, a new one where it is too small. Idle steps are given up then: their graphs hold
+        the smaller one.
+        """
+        if self._activations is None or self._activations.size_bytes < needed:
+            self.close_idle(0)
+            if self._activations is not None:
+                self._activations.replace(self.stream)
+                self._activations = None
+            self._activations = Activations(self._device, self.stream, needed)
+        return self._activations
+
+    def _refused(self, what: str) -> MachineError:
+        return MachineError(f"{what}{self.words()}", self._compile_hint())
 
     def enqueue(self, context: Any, graph: str, stream: Any) -> None:
         if not context.execute_async_v3(int(stream.handle)):
@@ -416,7 +459,7 @@ class Plans:
             if isinstance(error, NoPinnedMemory):
                 return ResourceError(f"{where}: out of page-locked host memory: {text}", f"Free some, or: {fix}")
             if where == _LOAD:
-                fix = "Close other programs on the GPU, or compile for a smaller --size or --batch."
+                fix = _ROOM
             return ResourceError(f"{where}: out of device memory: {text}", fix)
         if "CUDA_ERROR" in text and not _REFUSED.search(text):
             self._dead = text
@@ -462,10 +505,10 @@ class Plans:
         self._check_header(graph, plan)
         engine = self._runtime.deserialize_cuda_engine(plan)
         if engine is None:
-            raise MachineError(
-                f"{self._folder}: {graph}: TensorRT {self._trt.__version__} cannot load this plan{self.words()}",
-                self._compile_hint(),
-            )
+            what = f"{self._folder}: {graph}: TensorRT {self._trt.__version__} cannot load this plan"
+            if OUT_OF_MEMORY.search(self.words()):
+                raise ResourceError(f"{what}{self.words()}", _ROOM)
+            raise self._refused(what)
         return engine
 
     def _check_header(self, graph: str, plan: bytes) -> None:
@@ -482,24 +525,30 @@ class Plans:
             f"{self._folder}: {graph}: TensorRT-RTX {self._trt.__version__} says this plan does not run here: {words}"
         )
         if names == ["INSUFFICIENT_GPU_MEMORY"]:
-            raise ResourceError(where, "Close other programs on the GPU, or compile for a smaller --size or --batch.")
+            raise ResourceError(where, _ROOM)
         raise MachineError(where, NEW_DRIVER if "OLD_CUDA_DRIVER" in names else self._compile_hint())
 
     def words(self) -> str:
         """What TensorRT said last within this guarded call, which its answers do not tell."""
         return f": {short(self._log.lines[-1])}" if self._log.lines else ""
 
-    def _check_memory(self, graphs: Sequence[str]) -> None:
-        plans = [self.record.plans[graph] for graph in graphs]
-        activations = max(plan.device_memory_bytes or 0 for plan in plans)  # shared: the largest of them
-        needed = self.record.state_bytes + sum(plan.size_bytes for plan in plans) + activations
-        self.trim()
+    def _check_memory(self, plans_bytes: int, activation_bytes: int) -> None:
+        """Compare what loading and the largest batch take with what is free. Where an engine takes a range of shapes,
+        that is not told until it is loaded, and then it is a warning: smaller batches may fit.
+        """
+        needed = self.record.state_bytes + plans_bytes + activation_bytes
         free = _free_bytes()
-        if free is not None and needed > free:
-            raise ResourceError(
-                f"{self._folder}: needs about {needed:,} bytes on the GPU, {free:,} are free",
-                "Close other programs on it, or compile for a smaller --size or --batch.",
-            )
+        if free is None or needed <= free:
+            return
+        words = f"{self._folder}: needs about {needed:,} bytes on the GPU, {free:,} are free"
+        if plans_bytes > free or not self._takes_ranges():
+            raise ResourceError(words, _ROOM)
+        if not plans_bytes:
+            log.warning("%s: that is for its largest batch, smaller ones may fit", words)
+
+    def _takes_ranges(self) -> bool:
+        profiles = (profile for graph in (STEP, VAE_DECODER) for profile in self.record.key.profiles[graph])
+        return any(low != high for profile in profiles for low, _, high in profile.shapes.values())
 
     def missing(self, message: str, wanted: JobShape | None = None) -> MissingEngineError:
         error = MissingEngineError(message, self._compile_hint(*([] if wanted is None else [wanted.options])))

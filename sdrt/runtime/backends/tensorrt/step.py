@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from sdrt.bundle.graphs import CONTEXT, FED_BACK, STEP, VAE_DECODER, Signature, concrete
 from sdrt.errors import ResourceError, UsageError
-from sdrt.runtime.backends.tensorrt.blocks import Block, out_of_memory
+from sdrt.runtime.backends.tensorrt.blocks import Activations, Block, out_of_memory
 from sdrt.runtime.backends.tensorrt.plans import Plans
 from sdrt.runtime.engine import BatchShape, Float, Pixels
 from sdrt.runtime.running_batch import Part, step_sizes
@@ -50,6 +50,7 @@ class CapturedStep:
         self.shape, self.capacity = shape, capacity
         self.contexts: list[Any] = []
         self.graphs: list[Any] | None = None
+        self._activations: Activations | None = None
         self.context_sets: list[Block | None] = [None] * capacity
         self._signature = signature
         self.rows = plans.rows(shape, capacity)
@@ -76,6 +77,11 @@ class CapturedStep:
         except BaseException:
             self.close(plans.stream)
             raise
+
+    @property
+    def outgrown(self) -> bool:
+        """Whether its graphs hold an activation block that a larger one has replaced: that is freed with the step."""
+        return self._activations is not None and self._activations.replaced
 
     def launch(self, plans: Plans, call: int) -> None:
         """Start one model call."""
@@ -122,6 +128,9 @@ class CapturedStep:
         for graph in self.graphs or []:
             graph.close()
         self.contexts.clear()
+        if self._activations is not None:
+            self._activations.let_go(stream)
+            self._activations = None
         for block in (*self.context_sets, self.inputs, self.outputs):
             if block is not None:
                 block.close(stream)
@@ -136,7 +145,10 @@ class CapturedStep:
                 name: (self.block_of(name, call).address(name), self.inputs.layout.sections[name].shape)
                 for name in self._signature.inputs
             }
-            plans.bind(context, STEP, profile, addresses)
+            memory = plans.bind(context, STEP, profile, addresses, lambda: plans.decoder_bytes(self.shape))
+            if self._activations is None:
+                self._activations = memory
+                memory.hold()
             written = {output: self.block_of(name, call + 1).address(name) for name, output in FED_BACK.items()}
             for name in self._signature.outputs:
                 context.set_tensor_address(name, written[name] if name in written else self.outputs.address(name))
@@ -211,7 +223,9 @@ def take_step(plans: Plans, shape: BatchShape, capacity: int) -> CapturedStep:
         else:
             idle.append(step)
     plans.close_idle(_IDLE_STEPS - 1)
-    if found is not None:
+    if found is not None and found.outgrown:
+        found.close(plans.stream)
+    elif found is not None:
         return found
     signature = plans.signatures[STEP]
     try:
