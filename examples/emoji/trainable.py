@@ -93,7 +93,10 @@ def load_model(path: Path) -> Model:
         model = new_model(checkpoint.architecture, path.stem, digest, checkpoint.model.metadata)
         for module, prefix in ((model.unet, UNET), (model.clip, ""), (model.encoder, ""), (model.decoder, "")):
             module.load_state_dict(
-                {name: checkpoint.tensors[prefix + name].read().float() for name in module.state_dict()}
+                {
+                    name: torch.from_numpy(checkpoint.tensors[prefix + name].read()).float()
+                    for name in module.state_dict()
+                }
             )
         return model
     finally:
