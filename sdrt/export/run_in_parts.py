@@ -22,7 +22,7 @@ from sdrt.machine.interruptible import interruptible
 
 Arrays = dict[str, NDArray[Any]]
 
-PART_BYTES = 128 << 20
+PART_BYTES = 64 << 20
 """Weights after which a part ends, as stored."""
 
 Observe = Callable[[list[Node], Arrays], None]
