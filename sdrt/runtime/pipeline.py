@@ -721,7 +721,7 @@ def _decode(
         bad = [seed for seed, ok in zip(seeds, finite, strict=True) if not ok]
         raise NonFiniteError(
             f"VAE decoder: pixels of seeds {bad} are NaN or infinite",
-            "Build the bundle with --precision bf16 or fp32, or with another --vae.",
+            "Build the bundle with --vae-precision fp32, with --precision bf16 or fp32, or with another --vae.",
         )
     timings["decode"] += _since(started)
     return pixels

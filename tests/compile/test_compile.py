@@ -86,6 +86,18 @@ def test_every_graph_compiles(compiled: Compiled) -> None:
     assert "require_user_allocation" in record.key.flags
 
 
+def test_headers_of_real_plans_are_enough_to_ask_about(compiled: Compiled) -> None:
+    """Whatever else TensorRT-RTX finds wrong with this machine, as where it has no GPU."""
+    import tensorrt_rtx as trt
+
+    ((folder, record),) = list_engines(open_bundle(compiled.bundle))
+    runtime = trt.Runtime(trt.Logger(trt.Logger.INTERNAL_ERROR))
+    header = read_plan(folder, record, STEP)[: runtime.engine_header_size]
+    malformed = int(trt.EngineInvalidityDiagnostics.MALFORMED_ENGINE)
+    assert not runtime.get_engine_validity(header)[1] & malformed
+    assert runtime.get_engine_validity(bytes(len(header)))[1] & malformed
+
+
 def test_what_is_recorded(compiled: Compiled) -> None:
     bundle = open_bundle(compiled.bundle)
     ((folder, record),) = list_engines(bundle)

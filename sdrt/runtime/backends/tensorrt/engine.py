@@ -5,7 +5,8 @@ graphs take turns (an engine's output must not alias its input), so between two 
 computes, allocates and copies nothing.
 
 From the top down: this file is what a pipeline asks; `step` has the buffers and captured graphs of a running batch;
-`plans` what is loaded on the device; `blocks` memory. Each knows those after it only.
+`plans` what is loaded on the device; `kernels` what TensorRT-RTX compiled for it; `blocks` memory. Each knows those
+after it only.
 
 This code has not run on a GPU yet; tests run it on a strict simulator of the two libraries.
 """

@@ -521,9 +521,8 @@ class Plans:
         known = self._trt.EngineInvalidityDiagnostics.__members__
         names = [name for name, bit in known.items() if int(problems) & int(bit)]
         words = ", ".join(_PROBLEMS.get(name, name) for name in names) or "it gives no reason"
-        where = (
-            f"{self._folder}: {graph}: TensorRT-RTX {self._trt.__version__} says this plan does not run here: {words}"
-        )
+        library = f"TensorRT-RTX {self._trt.__version__}"
+        where = f"{self._folder}: {graph}: {library}: this plan does not run here: {words}{self.words()}"
         if names == ["INSUFFICIENT_GPU_MEMORY"]:
             raise ResourceError(where, _ROOM)
         raise MachineError(where, NEW_DRIVER if "OLD_CUDA_DRIVER" in names else self._compile_hint())

@@ -616,20 +616,20 @@ def test_nothing_is_written_where_nothing_was_compiled(gpu: Gpu, bundle: Path) -
     assert len(written) == 1
 
 
-@pytest.mark.parametrize("change", [{"driver_cuda": 14000}, {"sm": (8, 6)}])
+@pytest.mark.parametrize("change", [{"driver_cuda": 14000}, {"name": "NVIDIA Other"}, {"__version__": "1.6.0.1"}])
 def test_kernels_of_another_machine(
     gpu: Gpu, bundle: Path, expected: Expected, caplog: pytest.LogCaptureFixture, change: dict[str, Any]
 ) -> None:
     """Another driver, or a cache that came from elsewhere: TensorRT-RTX takes nothing of it. The kernels are compiled
     again, which is said once, and kept in its place.
     """
-    here = vars(gpu).copy()
-    vars(gpu).update(change)
-    elsewhere = tensorrt_simulator.IRuntimeCache._make(gpu)
-    elsewhere._kernels.add("of another machine")
     gpu.set_current(0)
-    blob = bytes(elsewhere.serialize())
-    vars(gpu).update(here)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in change.items():
+            patch.setattr(tensorrt_simulator if name.startswith("_") else gpu, name, value)
+        elsewhere = tensorrt_simulator.IRuntimeCache._make(gpu)
+        elsewhere._kernels.add("of another machine")
+        blob = bytes(elsewhere.serialize())
     write_entry("kernels", "1.7.1.116-NVIDIA-Simulated-sm_89", blob)
     for _ in range(2):
         with load(bundle) as pipe:
@@ -643,7 +643,7 @@ def test_kernels_of_another_machine(
     assert "of another machine" not in (kept_kernels() / "data").read_text()
 
 
-def test_changed_kernels_are_not_loaded(gpu: Gpu, bundle: Path, expected: Expected) -> None:
+def test_i5_changed_kernels_are_not_loaded(gpu: Gpu, bundle: Path, expected: Expected) -> None:
     """They are native code: TensorRT-RTX does not see them."""
     with load(bundle) as pipe:
         pipe("fox", **QUICK)
@@ -1180,6 +1180,24 @@ def test_d5_no_memory_at_a_larger_shape(pipe: Pipeline, expected: Expected, gpu:
         assert caught.value.exit_code == 6
 
 
+@pytest.mark.parametrize("nth", [1, 2, 4])
+def test_d5_no_memory_in_a_step(pipe: Pipeline, expected: Expected, monkeypatch: pytest.MonkeyPatch, nth: int) -> None:
+    """A graph's launch takes memory of the driver's own, which may have none."""
+    pipe("fox", **QUICK)
+    real, launches = cuda_simulator.Graph.launch, iter(range(1, 100))
+
+    def launch(self: Any, stream: Any) -> None:
+        if next(launches) == nth:
+            raise cuda_simulator.CUDAError("CUDA_ERROR_OUT_OF_MEMORY: no room to launch the graph")
+        real(self, stream)
+
+    monkeypatch.setattr(cuda_simulator.Graph, "launch", launch)
+    with pytest.raises(ResourceError, match=r"step: out of device memory: .*no room to launch") as caught:
+        pipe("sun", steps=6, cfg=3.0, seed=1)
+    assert "the pipeline stays usable" in caught.value.fix
+    same(pipe, expected, **QUICK)
+
+
 def test_idle_buffers_make_room(pipe: Pipeline, expected: Expected, gpu: Gpu) -> None:
     """A picture that fits only without what is kept for other shapes is drawn."""
     large: dict[str, Any] = {"size": (96, 96), "steps": 2, "cfg": 3.0, "seed": 1}
@@ -1351,7 +1369,7 @@ def data_centre() -> Iterator[Gpu]:
         yield simulated
 
 
-def test_enterprise_tensorrt(data_centre: Gpu, small_bundle: Path, blank: Path, expected: Expected) -> None:
+def test_b8_enterprise_tensorrt(data_centre: Gpu, small_bundle: Path, blank: Path, expected: Expected) -> None:
     """An engine runs on the model of GPU that it was built on. One of the same generation is another model."""
     compile_engine(blank, graphs=small_bundle, target="tensorrt", sm="NVIDIA H100 80GB HBM3, sm_90")
     with pytest.raises(
