@@ -6,7 +6,7 @@ Before it comes one copy to the device, after it one copy back and one wait.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,10 +15,7 @@ from sdrt.bundle.graphs import STEP, VAE_DECODER, concrete
 from sdrt.runtime.backends.tensorrt.blocks import Activations, Block, out_of_memory
 from sdrt.runtime.backends.tensorrt.capture import agree, captured
 from sdrt.runtime.backends.tensorrt.plans import Plans, places_of
-from sdrt.runtime.engine import Pixels
-
-if TYPE_CHECKING:
-    from sdrt.runtime.backends.tensorrt.step import CapturedStep
+from sdrt.runtime.engine import BatchShape, Pixels
 
 ROUNDING = "rounding"
 PICTURE = "picture"
@@ -27,12 +24,30 @@ _FAR, _FEW = 13, 0.01
 """A replay's pixels are another picture where more than this part of them is further off than this."""
 
 
+class Step(Protocol):
+    """What a picture needs of the step that is under it: a running batch's buffers and contexts, and how they are
+    filled and read to compare two ways of running.
+    """
+
+    shape: BatchShape
+    contexts: list[Any]
+    inputs: Block
+
+    def block_of(self, name: str, call: int) -> Block: ...
+
+    def fill_for_check(self, stream: Any) -> None: ...
+
+    def written(self, call: int, stream: Any) -> NDArray[np.float32]: ...
+
+    def spoil(self, call: int, plain: NDArray[np.float32], stream: Any) -> None: ...
+
+
 class WholePicture:
     """A graph that reads a step's inputs, as one call of it does, and writes pixels into a block of its own. Each
     picture of the batch is decoded by an execution context of its own: what a graph holds must not change.
     """
 
-    def __init__(self, plans: Plans, step: CapturedStep, calls: int, slots: tuple[int, ...]) -> None:
+    def __init__(self, plans: Plans, step: Step, calls: int, slots: tuple[int, ...]) -> None:
         self._calls, self._slots = calls, slots
         self._graph: Any = None
         self._contexts: list[Any] = []
@@ -67,7 +82,7 @@ class WholePicture:
             raise
 
     @classmethod
-    def captured(cls, plans: Plans, step: CapturedStep, calls: int, slots: tuple[int, ...]) -> WholePicture | None:
+    def captured(cls, plans: Plans, step: Step, calls: int, slots: tuple[int, ...]) -> WholePicture | None:
         """Capture a picture and compare a replay with plain execution. None, and such graphs off for the pipeline,
         where that fails. What waits in the step's pinned memory stays as it is.
         """
@@ -101,7 +116,7 @@ class WholePicture:
             self._activations.pop().let_go(stream)
         self._block.close(stream)
 
-    def _start(self, plans: Plans, step: CapturedStep, stream: Any) -> None:
+    def _start(self, plans: Plans, step: Step, stream: Any) -> None:
         for call in range(self._calls):
             plans.enqueue(step.contexts[call % 2], STEP, stream)
         source = step.block_of("registers", self._calls)
@@ -111,7 +126,7 @@ class WholePicture:
         for context in self._contexts:
             plans.enqueue(context, VAE_DECODER, stream)
 
-    def _capture(self, plans: Plans, step: CapturedStep) -> str:
+    def _capture(self, plans: Plans, step: Step) -> str:
         """Why it failed; empty where it did not."""
         for _ in range(2):  # as for a step's own graphs
             step.fill_for_check(plans.stream)
