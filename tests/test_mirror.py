@@ -60,7 +60,8 @@ COVERED: dict[str, tuple[str, ...]] = {
     "runtime/backends/onnxruntime_cuda/test_engine.py": ("runtime/backends/onnxruntime_cuda/model.py",),
     "runtime/backends/tensorrt/test_engine.py": (
         *("machine/tensorrt_messages.py", "runtime/backends/tensorrt/blocks.py"),
-        "runtime/backends/tensorrt/kernels.py",
+        *("runtime/backends/tensorrt/capture.py", "runtime/backends/tensorrt/kernels.py"),
+        "runtime/backends/tensorrt/picture.py",
         *("runtime/backends/tensorrt/plans.py", "runtime/backends/tensorrt/step.py"),
     ),
     "runtime/pictures/test_settings.py": ("runtime/pictures/infotext.py", "runtime/request_json.py"),

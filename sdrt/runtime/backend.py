@@ -33,9 +33,10 @@ def load_engine(
     *,
     on_missing: str = "error",
     cores: str = "own",
+    whole_picture: bool | None = None,
 ) -> Engine:
     """The engine of a backend by name, with one of `ON_MISSING` for shapes it does not serve, and one of `CORES`. What
-    it took is in every result.
+    it took is in every result. `whole_picture` is as in `Pipeline.load`.
 
     `auto` takes the fastest that can run here: TensorRT's engine where the bundle has one and a GPU answers, else ONNX
     Runtime's CUDA provider where that runs a model, else OpenVINO's engine where that is installed, else ONNX Runtime,
@@ -57,8 +58,8 @@ def load_engine(
         ONNXRUNTIME.name: lambda: _onnxruntime(bundle, threads, shared),
         ONNXRUNTIME_CUDA.name: lambda: _onnxruntime_cuda(bundle, device),
         OPENVINO.name: lambda: _openvino(bundle, threads, shared, on_missing == "compile"),
-        TENSORRT_RTX.name: lambda: _tensorrt(bundle, chosen, device),
-        TENSORRT.name: lambda: _tensorrt(bundle, chosen, device),
+        TENSORRT_RTX.name: lambda: _tensorrt(bundle, chosen, device, whole_picture),
+        TENSORRT.name: lambda: _tensorrt(bundle, chosen, device, whole_picture),
     }
     engine = load[chosen]()
     if on_missing != "fallback" or TARGETS[chosen].shapes == "any":
@@ -99,10 +100,10 @@ def _openvino(bundle: Bundle, threads: int | None, shared: bool, compile_missing
     return OpenVinoEngine(bundle, threads, compile_missing=compile_missing, shared=shared)
 
 
-def _tensorrt(bundle: Bundle, target: str, device: int) -> Engine:
+def _tensorrt(bundle: Bundle, target: str, device: int, whole_picture: bool | None) -> Engine:
     from sdrt.runtime.backends.tensorrt.engine import TensorRtEngine
 
-    return TensorRtEngine(bundle, target, device)
+    return TensorRtEngine(bundle, target, device, whole_picture)
 
 
 def _best(bundle: Bundle) -> str:

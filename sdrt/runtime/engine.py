@@ -14,6 +14,9 @@ from sdrt.engines.shapes import EngineShapes, JobShape
 from sdrt.runtime.request_memory import Demand
 from sdrt.runtime.sampling.registry import Row
 
+FEW_CALLS = 8
+"""Up to so many model calls, all of a picture is one launch on a GPU."""
+
 Float = NDArray[np.float32]
 Pixels = NDArray[np.uint8]
 

@@ -26,9 +26,10 @@ from sdrt.bundle.folder import Bundle, bundle_id, check_files, is_checkpoint, op
 from sdrt.bundle.manifest import MAX_BRANCHES, MAX_CHUNKS, WEIGHTS
 from sdrt.bundle.remembered import check_file
 from sdrt.engines.shapes import EngineShapes, JobShape, any_shapes
+from sdrt.engines.targets import on_gpu
 from sdrt.errors import Cancelled, ClosedError, DeadlineError, MissingEngineError, NonFiniteError, UsageError
 from sdrt.runtime.backend import check_backend, load_engine
-from sdrt.runtime.engine import Engine, Float, Job, Observe, Pixels, RunningBatch, tables
+from sdrt.runtime.engine import FEW_CALLS, Engine, Float, Job, Observe, Pixels, RunningBatch, tables
 from sdrt.runtime.pictures.canvas import Canvas, blank_canvas, canvas, laid_over
 from sdrt.runtime.pictures.file import QUALITY, encode
 from sdrt.runtime.prompts.conditioning import Conditioning, Prompts, TextConditioner
@@ -260,6 +261,7 @@ class Pipeline:
         threads: int | None = None,
         on_missing: str = "error",
         cores: str = "own",
+        whole_picture: bool | None = None,
         observe: Observe | None = None,
     ) -> Pipeline:
         """Load a bundle after checking every file against the manifest. Weights that were checked before and have not
@@ -281,6 +283,9 @@ class Pipeline:
                 result says so.
             cores: "own", or "shared" if other processes keep the CPU's cores busy. docs/deploy.md says what that
                 changes.
+            whole_picture: on a GPU, whether all model calls of a picture and its decoding are one launch, without
+                progress in between. None is yes for pictures of up to 8 calls without prompt editing. Looking at a step
+                on the way starts its calls one by one. Ignored on a CPU.
             observe: may put something between the pipeline and its engine, as a benchmark does.
 
         Raises:
@@ -311,7 +316,8 @@ class Pipeline:
                 )
                 place = held.enter_context(built)
             bundle = open_bundle(place)
-            load = partial(load_engine, bundle, backend, threads, device, on_missing=on_missing, cores=cores)
+            choices: dict[str, Any] = {"on_missing": on_missing, "cores": cores, "whole_picture": whole_picture}
+            load = partial(load_engine, bundle, backend, threads, device, **choices)
             engine = _checked(bundle, load if observe is None else partial(observe, load))
             texts = bundle.manifest.text
             pipeline = cls(bundle, engine, Tokenizer(bundle.file(texts[0].tokenizer), texts))
@@ -441,6 +447,9 @@ class Pipeline:
             "steps": 3,
             "seed": 0,
         }  # three calls, since two buffers take turns
+        steps = settings.get("steps")
+        if steps is not None and steps <= FEW_CALLS and on_gpu(self._open_engine().backend):
+            quick = {**settings, "seed": 0}  # it is one graph for its number of calls
         if isinstance(prompt, str):
             quick["count"] = settings.get("batch", 1)
         if settings.get("init_image") is not None:

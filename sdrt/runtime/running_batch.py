@@ -44,6 +44,11 @@ class StepMemory(Protocol):
         Call `upload` after writing.
         """
 
+    def together(self, calls: int) -> None:
+        """The next so many calls will come one after the other with nothing written in between, and a picture's
+        decoding after them, as a rule. A backend may wait for that.
+        """
+
     def upload(self, parts: Sequence[Part]) -> None:
         """Make the next call read what was written into these parts."""
 
@@ -131,6 +136,8 @@ class Slots:
         for slot, picture in enumerate(self._pictures):
             if picture is not None and 0 < picture.calls < picture.job.rows:
                 self._prepare(slot, picture.job, picture.calls)
+        if calls := self._calls_together():
+            self._memory.together(calls)
         if self._written:
             self._memory.upload(self._written)
             self._written = []
@@ -159,6 +166,15 @@ class Slots:
 
     def close(self) -> None:
         self._memory.close()
+
+    def _calls_together(self) -> int:
+        """The calls of all pictures, where all begin with the next one, and nothing is written on their way; else 0."""
+        pictures = [picture for picture in self._pictures if picture is not None]
+        rows = {picture.job.rows for picture in pictures}
+        alike = len(rows) == 1 and all(len(set(picture.job.context_of_row)) == 1 for picture in pictures)
+        if not alike or any(picture.calls for picture in pictures) or max(rows) > self._rows:
+            return 0
+        return max(rows)
 
     def _prepare(self, slot: int, job: Job, row: int) -> None:
         """Prepare the call of a picture's row: write its numbers where the ring begins again, and change its context
@@ -244,6 +260,9 @@ class HostMemory:
 
     def host(self, name: str) -> NDArray[Any]:
         return self.fed_back[self.calls % 2][name] if name in FED_BACK else self.inputs[name]
+
+    def together(self, calls: int) -> None:
+        """Nothing to wait for: a call has ended when it returns."""
 
     def upload(self, parts: Sequence[Part]) -> None:
         """Nothing to do: data is read where it was written."""

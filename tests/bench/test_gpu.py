@@ -57,7 +57,7 @@ def pictures(
 
     def make(observe: Observe | None) -> None:
         nonlocal result
-        with Pipeline.load(compiled, backend="tensorrt-rtx", observe=observe) as pipe:
+        with Pipeline.load(compiled, backend="tensorrt-rtx", whole_picture=False, observe=observe) as pipe:
             for index in range(3):
                 gpu.journal.clear()
                 with gpu.counted() as counts:

@@ -22,9 +22,6 @@ BUILT_FOR_CUDA = 13000
 """The CUDA of cuda.bindings, as `cudaDriverGetVersion` writes it: its runtime refuses an older driver."""
 
 
-POOL = 0xB00
-
-
 class Handle:
     """A library's own type for an address; `int` gives the number."""
 
@@ -297,12 +294,21 @@ class Graph:
             raise Refused("a graph that has been closed")
 
 
+class PoolHandle(Handle):
+    def __init__(self, gpu: Gpu) -> None:
+        super().__init__(0xB00)
+        self.gpu = gpu
+
+
 class DeviceMemoryResource:
     """Of the device's own pool; only its handle is simulated."""
 
+    def __init__(self, gpu: Gpu) -> None:
+        self._gpu = gpu
+
     @property
-    def handle(self) -> Handle:
-        return Handle(POOL)
+    def handle(self) -> PoolHandle:
+        return PoolHandle(self._gpu)
 
 
 class ComputeCapability(NamedTuple):
@@ -333,7 +339,7 @@ class Device:
 
     @property
     def memory_resource(self) -> DeviceMemoryResource:
-        return DeviceMemoryResource()
+        return DeviceMemoryResource(self._gpu)
 
     def set_current(self, ctx: Any = None) -> None:
         self._gpu.set_current(self.device_id)
@@ -372,9 +378,9 @@ def cuMemGetInfo() -> tuple[CUresult, int, int]:
 
 
 def cuMemPoolTrimTo(pool: Handle, minBytesToKeep: int) -> tuple[CUresult]:
-    if int(pool) != POOL:
+    if not isinstance(pool, PoolHandle):
         raise Refused("a memory pool that is not the device's")
-    _installed().trim(minBytesToKeep)
+    pool.gpu.trim(minBytesToKeep)
     return (CUresult.CUDA_SUCCESS,)
 
 

@@ -266,6 +266,9 @@ class CudaMemory:
     def host(self, name: str) -> NDArray[Any]:
         return self._open().host.host(name)
 
+    def together(self, calls: int) -> None:
+        """Nothing waits: a call is a launch of its own."""
+
     def upload(self, parts: Sequence[Part]) -> None:
         step = self._open()
         on_device(lambda: self._upload(step, parts))

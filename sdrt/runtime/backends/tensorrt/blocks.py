@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,6 +96,14 @@ class Block:
         return (
             self._host[section.offset : section.offset + section.size_bytes].view(section.dtype).reshape(section.shape)
         )
+
+    @contextmanager
+    def host_kept(self) -> Iterator[None]:
+        """Put the host's twin back as it was when the block ends. Nothing may be using it then."""
+        assert self._host is not None
+        before = self._host.copy()
+        yield
+        self._host[...] = before
 
     def upload(self, stream: Any, first: str, last: str) -> None:
         """Start one copy to the device of everything from `first` through `last`."""

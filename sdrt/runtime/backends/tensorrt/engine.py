@@ -5,8 +5,8 @@ graphs take turns (an engine's output must not alias its input), so between two 
 computes, allocates and copies nothing.
 
 From the top down: this file is what a pipeline asks; `step` has the buffers and captured graphs of a running batch;
-`plans` what is loaded on the device; `kernels` what TensorRT-RTX compiled for it; `blocks` memory. Each knows those
-after it only.
+`picture` a batch's whole course as one graph; `capture` how a graph is made and checked; `plans` what is loaded on the
+device; `kernels` what TensorRT-RTX compiled for it; `blocks` memory. Each knows those after it only.
 
 This code has not run on a GPU yet; tests run it on a strict simulator of the two libraries.
 """
@@ -32,9 +32,9 @@ from sdrt.runtime.running_batch import Slots
 class TensorRtEngine:
     """Thread-safe: a lock guards the stream, and each job has its own buffers, contexts and graphs."""
 
-    def __init__(self, bundle: Bundle, target: str, device: int) -> None:
+    def __init__(self, bundle: Bundle, target: str, device: int, whole_picture: bool | None = None) -> None:
         self.backend = target
-        self.plans = Plans(bundle, target, device)
+        self.plans = Plans(bundle, target, device, whole_picture)
         self._bundle = bundle
 
     @property

@@ -42,7 +42,7 @@ from sdrt.machine.packages import NEW_DRIVER, install_command
 from sdrt.machine.tensorrt_messages import OUT_OF_MEMORY, make_log, short
 from sdrt.runtime.backends.tensorrt.blocks import Activations, Block, NoPinnedMemory, layout, out_of_memory
 from sdrt.runtime.backends.tensorrt.kernels import KernelCache
-from sdrt.runtime.engine import BatchShape, Pixels, Watched
+from sdrt.runtime.engine import FEW_CALLS, BatchShape, Pixels, Watched
 
 log = logging.getLogger("sdrt")
 
@@ -117,7 +117,9 @@ class Plans:
     `idle` are steps of no batch, the least recently used first.
     """
 
-    def __init__(self, bundle: Bundle, target: str, device: int) -> None:
+    def __init__(self, bundle: Bundle, target: str, device: int, whole_picture: bool | None) -> None:
+        self._whole_picture = whole_picture
+        self._pictures_disabled = False
         self._device: Any = None
         self.target = target
         self._bundle = bundle
@@ -312,10 +314,16 @@ class Plans:
         self._enqueue_on(held)
         held.block.download(self.stream, *held.ends(*held.signature.outputs))
         self.stream.sync()
-        if self._new_kernels:  # the first picture of its shape is done, and nothing waits for the device
+        self.keep_kernels()
+        return held.read("pixels"), held.read("finite")
+
+    def keep_kernels(self) -> None:
+        """Keep what TensorRT-RTX compiled for a shape it met first; for when a picture is done, and nothing waits for
+        the device.
+        """
+        if self._new_kernels:
             self._kernels.keep()
             self._new_kernels = False
-        return held.read("pixels"), held.read("finite")
 
     def context(self, graph: str) -> Any:
         """A new execution context. `bind` gives it its activation block."""
@@ -437,6 +445,18 @@ class Plans:
         if not self.graphs_disabled:
             log.warning("CUDA graphs are off for this pipeline: %s", why)
         self.graphs_disabled = True
+
+    def whole(self, calls: int) -> bool:
+        """Whether a picture of so many model calls is launched as one graph. Unless that was asked for, only where
+        nobody times its calls.
+        """
+        if self.graphs_disabled or self._pictures_disabled or self._whole_picture is False:
+            return False
+        return self._whole_picture is True or (calls <= FEW_CALLS and self.watched.observer is None)
+
+    def disable_pictures(self, why: str) -> None:
+        log.warning("pictures are launched call by call in this pipeline: %s", why)
+        self._pictures_disabled = True
 
     def settle(self) -> Exception | None:
         """Wait until nothing that a failed call started still uses pinned memory. Returns the error that the device

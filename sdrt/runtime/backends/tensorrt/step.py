@@ -7,13 +7,12 @@ needs of them.
 
 from __future__ import annotations
 
-import gc
 import logging
 import time
-from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from threading import Lock
+from collections import OrderedDict, deque
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from functools import partial
 from typing import Any, cast
 
 import numpy as np
@@ -22,20 +21,21 @@ from numpy.typing import NDArray
 from sdrt.bundle.graphs import CONTEXT, FED_BACK, STEP, VAE_DECODER, Signature, concrete
 from sdrt.errors import ResourceError, UsageError
 from sdrt.runtime.backends.tensorrt.blocks import Activations, Block, out_of_memory
+from sdrt.runtime.backends.tensorrt.capture import agree, captured
+from sdrt.runtime.backends.tensorrt.picture import ROUNDING, WholePicture
 from sdrt.runtime.backends.tensorrt.plans import Plans
 from sdrt.runtime.engine import BatchShape, Float, Pixels
 from sdrt.runtime.running_batch import Part, step_sizes
-
-log = logging.getLogger("sdrt")
 
 _AHEAD = 2
 """Model calls the host may be ahead of the device: enough to keep it busy, few enough that progress and cancelling are
 true.
 """
 _POLL_S = 100e-6
-_RELATIVE, _ABSOLUTE = 2e-2, 1e-3
-"""How far a replay may be off plain execution: a part of each number, and of the largest one."""
-_collecting = Lock()
+log = logging.getLogger("sdrt")
+
+_KEPT_PICTURES = 4
+"""Graphs of whole pictures kept with a step, each for a number of model calls and the slots it decodes."""
 _IDLE_STEPS = 4
 """Idle sets of buffers, contexts and graphs kept, least recently used dropped first."""
 
@@ -50,7 +50,10 @@ class CapturedStep:
         self.shape, self.capacity = shape, capacity
         self.contexts: list[Any] = []
         self.graphs: list[Any] | None = None
+        self.busy = False
+        """Whether work on the stream may still use the pinned memory."""
         self._activations: Activations | None = None
+        self._pictures: OrderedDict[tuple[int, tuple[int, ...]], WholePicture | None] = OrderedDict()
         self.context_sets: list[Block | None] = [None] * capacity
         self._signature = signature
         self.rows = plans.rows(shape, capacity)
@@ -60,7 +63,12 @@ class CapturedStep:
         outputs = {back: signature.outputs[name] for back, name in FED_BACK.items()} | {
             "denoised": signature.outputs["denoised"]
         }
-        self.inputs = plans.block([(name, concrete(tensor.shape, sizes), tensor.dtype) for name, tensor in inputs])
+        self.inputs = plans.block(
+            [
+                (ROUNDING, (1,), np.float32),  # the decoder's, where a picture is one graph
+                *((name, concrete(tensor.shape, sizes), tensor.dtype) for name, tensor in inputs),
+            ]
+        )
         try:
             self.outputs = plans.block(
                 [(name, concrete(tensor.shape, sizes), tensor.dtype) for name, tensor in outputs.items()]
@@ -91,6 +99,29 @@ class CapturedStep:
         else:
             graph = self.graphs[call % 2]
             plans.watched.around(STEP, plans.stream, lambda: graph.launch(plans.stream))
+
+    def picture(self, plans: Plans, calls: int, slots: tuple[int, ...]) -> WholePicture | None:
+        """All of a picture's or batch's model calls and its decoding as one graph. None where that fails, or the device
+        has no memory for it: then calls are launched one by one.
+        """
+        key = calls, slots
+        if key not in self._pictures:
+            while len(self._pictures) >= _KEPT_PICTURES:
+                self._close_picture(plans.stream)
+            try:
+                self._pictures[key] = WholePicture.captured(plans, self, calls, slots)
+            except Exception as error:
+                if not (out_of_memory(error) or isinstance(error, ResourceError)):
+                    raise
+                log.info("no memory for a graph of a whole picture: %s", error)
+                self._pictures[key] = None
+        self._pictures.move_to_end(key)
+        return self._pictures[key]
+
+    def _close_picture(self, stream: Any) -> None:
+        _, picture = self._pictures.popitem(last=False)
+        if picture is not None:
+            picture.close(stream)
 
     def block_of(self, name: str, call: int) -> Block:
         """The block that holds a step input for a call."""
@@ -125,6 +156,8 @@ class CapturedStep:
     def close(self, stream: Any) -> None:
         with suppress(Exception):  # a device that has failed says so elsewhere too
             stream.sync()  # TensorRT's contexts must not be destroyed under work that is queued
+        while self._pictures:
+            self._close_picture(stream)
         for graph in self.graphs or []:
             graph.close()
         self.contexts.clear()
@@ -158,32 +191,32 @@ class CapturedStep:
         that fails.
         """
         graphs = []
-        self._fill_for_check(plans.stream)
+        self.fill_for_check(plans.stream)
         for call, context in enumerate(self.contexts):
             # Twice uncaptured: in the first run after shapes and addresses change TensorRT finishes its own set-up, and
             # may run kernels that it never runs again.
             for _ in range(2):
                 plans.enqueue(context, STEP, plans.stream)
-            plain = self._written(call, plans.stream)
+            plain = self.written(call, plans.stream)
             if hasattr(context, "is_stream_capturable") and not context.is_stream_capturable(int(plans.stream.handle)):
                 plans.disable_graphs(f"capturing failed: TensorRT says that it would{plans.words()}")
                 return None
             try:
-                graph = _captured(plans, context)
+                graph = captured(plans, partial(plans.enqueue, context, STEP))
             except Exception as error:
                 if out_of_memory(error):
                     raise
                 plans.disable_graphs(f"capturing failed: {error}")
                 return None
-            self._spoil(call, plain, plans.stream)
+            self.spoil(call, plain, plans.stream)
             graph.launch(plans.stream)
-            if not _agree(plain, self._written(call, plans.stream)):
+            if not agree(plain, self.written(call, plans.stream)):
                 plans.disable_graphs("a replayed graph gave other numbers than plain execution")
                 return None
             graphs.append(graph)
         return graphs
 
-    def _fill_for_check(self, stream: Any) -> None:
+    def fill_for_check(self, stream: Any) -> None:
         """Small numbers everywhere, so that a replay that reads or writes the wrong place shows."""
         random = np.random.RandomState(0)
         names = list(self.inputs.layout.sections)
@@ -192,14 +225,14 @@ class CapturedStep:
             array[...] = 0 if array.dtype.kind == "i" else random.standard_normal(array.shape) * 0.1
         self.inputs.upload(stream, names[0], names[-1])
 
-    def _written(self, call: int, stream: Any) -> NDArray[np.float32]:
+    def written(self, call: int, stream: Any) -> NDArray[np.float32]:
         """The registers a call has just written."""
         block = self.block_of("registers", call + 1)
         block.download(stream, "registers", "registers")
         stream.sync()
         return np.array(block.host("registers"))
 
-    def _spoil(self, call: int, plain: NDArray[np.float32], stream: Any) -> None:
+    def spoil(self, call: int, plain: NDArray[np.float32], stream: Any) -> None:
         """Overwrite the registers a call has written, each with another number than `plain`, so that a replay that
         writes nothing shows too.
         """
@@ -237,78 +270,43 @@ def take_step(plans: Plans, shape: BatchShape, capacity: int) -> CapturedStep:
     return CapturedStep(plans, signature, shape, capacity)
 
 
-def _agree(plain: NDArray[np.float32], replayed: NDArray[np.float32]) -> bool:
-    """Whether a replay did the same as plain execution. Not to the last bit: sums of atomic additions come in any
-    order. A replay that read or wrote in another place is far off.
-    """
-    finite = np.isfinite(plain) & np.isfinite(replayed)
-    largest = float(np.abs(plain[finite]).max(initial=0))
-    log.debug("replay and plain run differ by %g of %g", np.abs(plain - replayed)[finite].max(initial=0), largest)
-    return np.allclose(replayed, plain, rtol=_RELATIVE, atol=_ABSOLUTE * largest, equal_nan=True)
-
-
-def _captured(plans: Plans, context: Any) -> Any:
-    """One run of a context as a CUDA graph. A capture that breaks is tried once more: anything of the process that
-    touches the device may have broken it.
-    """
-    try:
-        return _captured_once(plans, context)
-    except Exception as error:
-        if out_of_memory(error):
-            raise
-        log.info("capturing failed, and is tried again: %s", error)
-        return _captured_once(plans, context)
-
-
-def _captured_once(plans: Plans, context: Any) -> Any:
-    builder = plans.stream.create_graph_builder()
-    with _no_collection():
-        try:
-            builder.begin_building("thread_local")  # the default mode would break other threads' work on this device
-            plans.enqueue(context, STEP, builder.stream)
-            graph = builder.end_building().complete()
-        except BaseException:
-            with suppress(Exception):
-                # ends the capture, without which the stream is unusable; `end_building` does not end one that broke
-                builder.close()
-            raise
-        builder.close()
-    graph.upload(plans.stream)
-    return graph
-
-
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    """Keep the garbage collector away: a buffer that it frees on this thread would break a capture. One thread at a
-    time, so that none turns it on again under another.
-    """
-    with _collecting:
-        was_on = gc.isenabled()
-        gc.disable()
-        try:
-            yield
-        finally:
-            if was_on:
-                gc.enable()
-
-
 class TensorRtMemory:
-    """`StepMemory` on a GPU. `close` gives its buffers back; leaving that to the garbage collector works too."""
+    """`StepMemory` on a GPU. `close` gives its buffers back; leaving that to the garbage collector works too.
+
+    Where all calls of the pictures are known to come one after the other, they wait for the decoding that follows, and
+    all of it is one launch. Whatever comes in between starts them one by one.
+    """
 
     def __init__(self, plans: Plans, step: CapturedStep) -> None:
         self._plans = plans
         self._calls = 0
         self._launched: deque[Any] = deque()
-        plans.stream.sync()  # a batch given up may still be reading this step's pinned memory
+        if step.busy:
+            plans.stream.sync()  # a batch given up may still be reading this step's pinned memory
+            step.busy = False
         self._copied: Any = None
+        self._together = 0
+        self._waiting = 0
+        self._parts: Sequence[Part] = ()
         self._step: CapturedStep | None = step  # ours to give back from here on
 
     def host(self, name: str) -> NDArray[Any]:
         return self._open().block_of(name, self._calls).host(name)
 
+    def together(self, calls: int) -> None:
+        self._together = calls if not self._calls and self._plans.whole(calls) else 0
+
     def upload(self, parts: Sequence[Part]) -> None:
+        if self._together and not self._waiting:
+            self._parts = parts
+        else:
+            self._start()
+            self._upload(parts)
+
+    def _upload(self, parts: Sequence[Part]) -> None:
         step = self._open()
         with self._plans.guarded(STEP):
+            step.busy = True
             for block in (step.inputs, step.outputs):
                 block.upload_parts(
                     self._plans.stream, [part for part in parts if step.block_of(part[0], self._calls) is block]
@@ -317,21 +315,32 @@ class TensorRtMemory:
 
     def ready(self) -> None:
         """Wait until the last copies from pinned memory have been made. The calls after them may go on."""
-        self._open()
+        self._start()
         self._wait_for(self._copied)
 
     def hold_contexts(self, slot: int, contexts: Sequence[Mapping[str, Float]]) -> None:
+        self._start()
         step = self._open()
         with self._plans.guarded(STEP):
+            step.busy = True
             step.hold_contexts(self._plans, slot, contexts)
             self._copied = self._plans.stream.record(self._copied)
 
     def change_context(self, slot: int, index: int) -> None:
+        self._start()
         step = self._open()
         with self._plans.guarded(STEP):
             step.change_context(self._plans, slot, index)
 
     def call(self) -> None:
+        self._open()
+        if self._waiting < self._together:
+            self._waiting += 1
+        else:
+            self._start()
+            self._call()
+
+    def _call(self) -> None:
         step, event = self._open(), None
         if len(self._launched) >= _AHEAD:
             self._wait_for(self._launched[0])
@@ -341,6 +350,16 @@ class TensorRtMemory:
             self._launched.append(self._plans.stream.record(event))
             self._calls += 1
 
+    def _start(self) -> None:
+        """Start the calls that wait, one by one."""
+        self._open()
+        calls, self._waiting, self._together = self._waiting, 0, 0
+        if calls:
+            parts, self._parts = self._parts, ()
+            self._upload(parts)
+            for _ in range(calls):
+                self._call()
+
     def latents(self, slots: Sequence[int]) -> Float:
         return self._downloaded("registers")[list(slots), 0]
 
@@ -348,12 +367,27 @@ class TensorRtMemory:
         return self._downloaded("denoised")[list(slots)]
 
     def decode(self, slots: Sequence[int], rounding: float) -> tuple[Pixels, NDArray[np.bool_]]:
-        step = self._open()
+        step, calls = self._open(), self._waiting
+        if calls and calls == self._together:
+            with self._plans.guarded(STEP):
+                picture = step.picture(self._plans, calls, tuple(slots))
+                if picture is not None:
+                    self._together = self._waiting = 0
+                    self._calls = calls
+                    step.busy = True
+                    step.inputs.host(ROUNDING)[0] = rounding
+                    step.inputs.upload_parts(self._plans.stream, [*self._parts, (ROUNDING, 0, 1)])
+                    found = picture.run(self._plans)
+                    step.busy = False
+                    return found
+        self._start()
         with self._plans.guarded(VAE_DECODER):
             block = step.block_of("registers", self._calls)
-            return self._plans.decode_from(
+            found = self._plans.decode_from(
                 block, [block.offset("registers", slot, 0) for slot in slots], step.shape, rounding
             )
+            step.busy = False
+            return found
 
     def describe(self) -> dict[str, Any]:
         return self._plans.describe()
@@ -369,11 +403,13 @@ class TensorRtMemory:
 
     def _downloaded(self, name: str) -> NDArray[np.float32]:
         """A copy of registers or denoised estimates as the last call left them."""
+        self._start()
         step = self._open()
         with self._plans.guarded(STEP):
             block = step.outputs if name == "denoised" else step.block_of(name, self._calls)
             block.download(self._plans.stream, name, name)
             self._plans.stream.sync()
+            step.busy = False
             return np.array(block.host(name))
 
     def _wait_for(self, event: Any) -> None:

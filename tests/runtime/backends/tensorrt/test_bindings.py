@@ -66,6 +66,7 @@ TENSORRT = {
     },
     "runtime/backends/tensorrt/kernels.py": {"config": "IRuntimeConfig", "self._cache": "IRuntimeCache"},
     "runtime/backends/tensorrt/step.py": {"context": "IExecutionContext"},
+    "runtime/backends/tensorrt/picture.py": {"context": "IExecutionContext"},
     "bench/layers_tensorrt.py": {
         "trt": "trt",
         "plans.library": "trt",
@@ -86,11 +87,16 @@ CUDA_CORE = {
         "plans.stream": "Stream",
         "self._plans.stream": "Stream",
         "stream": "Stream",
-        "builder": "GraphBuilder",
-        "builder.end_building()": "GraphBuilder",
         "graph": "Graph",
         "event": "Event",
     },
+    "runtime/backends/tensorrt/capture.py": {
+        "plans.stream": "Stream",
+        "builder": "GraphBuilder",
+        "builder.end_building()": "GraphBuilder",
+        "graph": "Graph",
+    },
+    "runtime/backends/tensorrt/picture.py": {"stream": "Stream", "plans.stream": "Stream", "self._graph": "Graph"},
     "bench/device_times.py": {"cuda": "cuda", "stream": "Stream"},
     "bench/layers_tensorrt.py": {"plans.stream": "Stream"},
     "bench/throttle.py": {"engine.plans.cuda.Device(device)": "Device"},
@@ -297,7 +303,10 @@ def test_the_code_is_read() -> None:
         "compile/worker.py",
         "bench/device_times.py",
         "bench/layers_tensorrt.py",
-        *(f"runtime/backends/tensorrt/{name}.py" for name in ("engine", "step", "plans", "blocks", "kernels")),
+        *(
+            f"runtime/backends/tensorrt/{name}.py"
+            for name in ("engine", "step", "picture", "capture", "plans", "kernels", "blocks")
+        ),
     ],
 )
 def test_modules_are_not_used_under_other_names(file: str) -> None:
