@@ -13,7 +13,7 @@ import math
 from pathlib import Path
 
 from sdrt.bundle.onnx_graph import ATTRIBUTE, ENTRY, EXTERNAL, GRAPH, MODEL, NODE, OPERATOR_SET, TENSOR
-from sdrt.bundle.protobuf import Value, fields, only, packed
+from sdrt.bundle.protobuf import Value, fields, message, only, packed
 from sdrt.errors import BundleError, printable
 
 MAX_GRAPH_BYTES = 32 << 20
@@ -61,9 +61,9 @@ def _check_model(data: memoryview, weights: str, weights_bytes: int) -> None:
     graph = None
     for number, value in fields(data, "model", MODEL):
         if number == 7:
-            graph = _message(value, "graph")
+            graph = message(value, "graph")
         elif number == 8:
-            _check_domain(only(_message(value, "operator set"), "operator set", OPERATOR_SET).get(1, memoryview(b"")))
+            _check_domain(only(message(value, "operator set"), "operator set", OPERATOR_SET).get(1, memoryview(b"")))
     if graph is None:
         raise ValueError("no graph in it")
     nodes = listed = 0
@@ -72,13 +72,13 @@ def _check_model(data: memoryview, weights: str, weights_bytes: int) -> None:
             nodes += 1
             if nodes > MAX_NODES:
                 raise ValueError(f"more than {MAX_NODES:,} nodes")
-            _check_node(_message(value, "node"))
+            _check_node(message(value, "node"))
             continue
         listed += 1
         if listed > _MAX_LISTED:
             raise ValueError(f"more than {_MAX_LISTED:,} inputs, outputs, weights and values")
         if number == 5:
-            _check_tensor(_message(value, "weight"), weights, weights_bytes)
+            _check_tensor(message(value, "weight"), weights, weights_bytes)
 
 
 def _check_node(data: memoryview) -> None:
@@ -86,13 +86,13 @@ def _check_node(data: memoryview) -> None:
         if number == 7:
             _check_domain(value)
         if number == 5:
-            for part, inner in fields(_message(value, "attribute"), "attribute", ATTRIBUTE):
+            for part, inner in fields(message(value, "attribute"), "attribute", ATTRIBUTE):
                 if part == 5:
-                    _check_tensor(_message(inner, "attribute"), None, 0)
+                    _check_tensor(message(inner, "attribute"), None, 0)
 
 
 def _check_domain(value: Value) -> None:
-    if _message(value, "domain").tobytes() not in _OWN_DOMAINS:
+    if message(value, "domain").tobytes() not in _OWN_DOMAINS:
         raise ValueError(f"operators of {_text(value)!r}, expected ONNX's own only")
 
 
@@ -110,7 +110,7 @@ def _check_tensor(data: memoryview, weights: str | None, weights_bytes: int) -> 
         elif number == 8:
             name = value
         elif number == 13:
-            entry = only(_message(value, "tensor"), "external data", ENTRY)
+            entry = only(message(value, "tensor"), "external data", ENTRY)
             key = _text(entry.get(1, memoryview(b"")))
             if key in entries:
                 raise ValueError(f"tensor {_text(name)!r}: external data names its {key!r} twice")
@@ -136,12 +136,6 @@ def _check_tensor(data: memoryview, weights: str | None, weights_bytes: int) -> 
         raise ValueError(f"{where}: bytes {offset:,} to {offset + length:,} of {weights}, which has {weights_bytes:,}")
     if kind not in _STORED_BYTES or len(dims) > _MOST_AXES or math.prod(dims) * _STORED_BYTES[kind] != length:
         raise ValueError(f"{where}: {length:,} bytes for the shape {dims[: _MOST_AXES + 1]} of type {kind}")
-
-
-def _message(value: Value, what: str) -> memoryview:
-    if isinstance(value, int):
-        raise ValueError(f"{what}: a number where a message should be")
-    return value
 
 
 def _number(value: Value, what: str) -> int:

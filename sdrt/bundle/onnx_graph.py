@@ -10,7 +10,7 @@ import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
-from sdrt.bundle.protobuf import MANY, ONCE, Value, encoded, fields, only, packed
+from sdrt.bundle.protobuf import MANY, ONCE, Value, encoded, fields, message, only, packed
 
 MODEL = {1: ONCE, 2: ONCE, 3: ONCE, 4: ONCE, 5: ONCE, 6: ONCE, 7: ONCE, 8: MANY, 14: MANY}
 GRAPH = {1: MANY, 2: ONCE, 5: MANY, 10: ONCE, 11: MANY, 12: MANY, 13: MANY, 16: MANY}
@@ -121,13 +121,12 @@ def read_graph(data: bytes) -> OnnxGraph:
         if number == 2:
             found.name = _text(value)
             continue
-        if isinstance(value, int):
-            raise ValueError("graph: a number where a message should be")
+        part = message(value, "graph")
         if number == 1:
-            found.nodes.append(_node(value))
+            found.nodes.append(_node(part))
         elif number in (5, 11, 12):
             which, place = {5: (found.constants, 8), 11: (found.inputs, 1), 12: (found.outputs, 1)}[number]
-            which[_name(value, place)] = bytes(value)
+            which[_name(part, place)] = bytes(part)
     return found
 
 
@@ -177,17 +176,13 @@ def value(name: str, dtype: str | None = None, shape: Shape = ()) -> bytes:
 
 def type_and_shape(data: bytes) -> tuple[int, Shape]:
     """ONNX's number of a value's type, and its shape."""
-    typed = only(memoryview(data), "value", VALUE)[2]
-    assert isinstance(typed, memoryview)
-    tensor = only(typed, "type", TYPE)[1]
-    assert isinstance(tensor, memoryview)
-    parts = only(tensor, "type", TENSOR_TYPE)
-    kind, shape = parts[1], parts.get(2, memoryview(b""))
-    assert isinstance(kind, int) and isinstance(shape, memoryview)
+    typed = only(message(only(memoryview(data), "value", VALUE)[2], "type"), "type", TYPE)
+    parts = only(message(typed[1], "type"), "type", TENSOR_TYPE)
+    kind, shape = parts[1], message(parts.get(2, memoryview(b"")), "shape")
+    assert isinstance(kind, int)
     sides: list[int | str] = []
     for _, side in fields(shape, "shape", SHAPE):
-        assert isinstance(side, memoryview)
-        known = only(side, "side", SIDE)
+        known = only(message(side, "side"), "side", SIDE)
         size = known.get(1)
         sides.append(size if isinstance(size, int) else _text(known.get(2, memoryview(b""))))
     return kind, tuple(sides)

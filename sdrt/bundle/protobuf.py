@@ -77,6 +77,13 @@ def only(data: memoryview, what: str, known: Mapping[int, bool]) -> dict[int, Va
     return dict(fields(data, what, known))
 
 
+def message(value: Value, what: str) -> memoryview:
+    """A field's value that has to be bytes. Raises ValueError if it is a number."""
+    if isinstance(value, int):
+        raise ValueError(f"{what}: a number where a message should be")
+    return value
+
+
 def encoded(number: int, values: Iterable[int | bytes | str | memoryview]) -> bytes:
     """A field for each value: a number that is not negative, or text, bytes or a message."""
     found = bytearray()

@@ -83,7 +83,8 @@ class OperatorCheck:
         x = values[node.inputs[0]]
         pads: Any = attributes.get("pads", [0, 0, 0, 0])
         strides: Any = attributes.get("strides", [1, 1])
-        assert attributes.get("group", 1) == 1 and set(attributes.get("dilations", [1])) == {1}  # type: ignore[arg-type]
+        dilations: Any = attributes.get("dilations", [1])
+        assert attributes.get("group", 1) == 1 and set(dilations) == {1}
         top, left, bottom, right = pads
         x = np.pad(x, ((0, 0), (0, 0), (top, bottom), (left, right))).astype(np.float64)
         places = _places(node.name, output.shape)
