@@ -2,9 +2,9 @@
 a graph says.
 
 It knows the fields that builds write and refuses every other field, so that no two readers can see different graphs in
-one file. It accepts one model with one graph; operators of ONNX's
-own set only; no functions; no graphs within graphs (loops and branches); and a limited number of nodes. Weights must
-come from inside the bundle's weights file, with as many bytes as their shape and type need. Standard library only.
+one file. It accepts one model with one graph; operators of ONNX's own set only; no functions; no graphs within graphs
+(loops and branches); and a limited number of nodes. Weights must come from inside the bundle's weights file, with as
+many bytes as their shape and type need. Standard library only.
 """
 
 from __future__ import annotations
